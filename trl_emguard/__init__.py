@@ -1,0 +1,45 @@
+"""In-training defenses against emergent misalignment for TRL's SFTTrainer."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .version import __version__, check_versions
+
+
+if TYPE_CHECKING:
+    from .config import EMGuardConfig
+    from .defenses import Defense, ReferenceDefense, register
+    from .evidence import InactiveDefenseError
+    from .trainer import EMGuardTrainer, KLTrainer, LDIFSTrainer
+
+_ROOMS = {
+    "EMGuardConfig": "config",
+    "EMGuardTrainer": "trainer",
+    "KLTrainer": "trainer",
+    "LDIFSTrainer": "trainer",
+    "Defense": "defenses",
+    "ReferenceDefense": "defenses",
+    "register": "defenses",
+    "InactiveDefenseError": "evidence",
+}
+
+__all__ = [
+    "Defense",
+    "EMGuardConfig",
+    "EMGuardTrainer",
+    "InactiveDefenseError",
+    "KLTrainer",
+    "LDIFSTrainer",
+    "ReferenceDefense",
+    "__version__",
+    "register",
+]
+
+check_versions()
+
+
+# TRL takes seconds to import, and a command that only prints a path should not wait for it.
+def __getattr__(name: str):
+    if name in _ROOMS:
+        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

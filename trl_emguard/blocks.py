@@ -1,0 +1,61 @@
+"""The decoder blocks of a model, counted as everywhere in the package: index l is the raw output of block l, 1 … L.
+
+For l < L that is the field's `hidden_states[l]`; the field's last entry is after the final norm, ours is not.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a causal language model (`layers[l - 1]` is block l).
+
+    Raises:
+        ValueError: no list of `num_hidden_layers` blocks is found.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"no list of {count} decoder blocks was found in {type(model).__name__}: this architecture is not supported by "
+        "defenses that look at block outputs."
+    )
+
+
+@contextmanager
+def record_blocks(
+    model: nn.Module, layers: Sequence[int], select: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect `select(output)` of the given blocks during the forward passes inside.
+
+    Args:
+        model: causal language model without wrappers.
+        layers: block indices, 1 … L.
+        select: what to keep of a block's output `(B, T, H)`. It sees the tensor with its gradient.
+
+    Yields:
+        A dict from layer to selected states, filled by the forward pass.
+    """
+    states: dict[int, torch.Tensor] = {}
+    handles = []
+
+    def hook(layer: int):
+        def record(module, args, output):
+            # Blocks return a tensor; those of older designs a tuple that begins with it.
+            states[layer] = select(output if isinstance(output, torch.Tensor) else output[0])
+
+        return record
+
+    try:
+        # A hook on a block fires once in every checkpointing mode: transformers checkpoints the block's `forward`.
+        blocks = decoder_blocks(model) if layers else []
+        for layer in layers:
+            handles.append(blocks[layer - 1].register_forward_hook(hook(layer)))
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,160 @@
+"""`EMGuardConfig`: SFTConfig, the choice of defense, and a block of options per method."""
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from .defenses import ReferenceDefense, build_defenses, parse_defense
+
+
+@dataclass
+class EMGuardConfig(SFTConfig):
+    r"""
+    Configuration of [`EMGuardTrainer`]: everything of [`~trl.SFTConfig`], with the same defaults, and the options below.
+
+    Parameters:
+        > Parameters that choose the defense
+
+        defense (`str`, *optional*, defaults to `"none"`):
+            Defenses against emergent misalignment, separated by commas: `"kl"`, `"ldifs"`, `"kl,ldifs"`, or `"none"` for
+            plain SFT.
+        ref_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used where a separate reference
+            model is loaded from the policy's path (full fine-tuning without `ref_model`). By default the reference is a
+            copy of the policy as it was given, in the policy's dtype.
+
+        > Parameters of `kl`
+
+        kl_coef (`float`, *optional*, defaults to `0.1`):
+            Weight of the KL divergence to the reference model, in CE's own normalisation. `0` switches it off.
+        kl_direction (`str`, *optional*, defaults to `"reverse"`):
+            `"reverse"` for KL(policy ‖ reference), the paper's, or `"forward"` for KL(reference ‖ policy).
+        kl_tokens (`str`, *optional*, defaults to `"loss"`):
+            Positions that the KL is taken over: `"loss"` for those that predict a label, `"all"` for those that predict
+            any real token, the prompt's as well.
+
+        > Parameters of `ldifs`
+
+        ldifs_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the distance to the reference in feature space. `0` switches it off.
+        ldifs_layers (`str`, *optional*, defaults to `"every:5"`):
+            Blocks whose raw outputs are compared, counted from 1 to L: `"every:5"` for 5, 10, …, `"linspace:5"` for five
+            from 1 to L, `"4,8"` or `[4, 8]` for those.
+        ldifs_normalize (`bool`, *optional*, defaults to `True`):
+            Whether each token's state is scaled to unit length before the distance is taken.
+
+    Raises:
+        ValueError: an unknown defense, a bad option, an `output_dir` that is a file, or a combination that cannot
+            train; always before any model is loaded.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["ref_model_init_kwargs"]
+
+    defense: str = field(
+        default="none",
+        metadata={
+            "help": "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'kl,ldifs', or 'none' "
+            "for plain SFT."
+        },
+    )
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used where a separate reference model "
+            "is loaded from the policy's path (full fine-tuning without `ref_model`)."
+        },
+    )
+    kl_coef: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the KL divergence to the reference, in CE's own normalisation. 0 switches it off."},
+    )
+    kl_direction: str = field(
+        default="reverse",
+        metadata={
+            "help": "'reverse' for KL(policy ‖ reference), the paper's, or 'forward' for KL(reference ‖ policy).",
+            "choices": ["reverse", "forward"],
+        },
+    )
+    kl_tokens: str = field(
+        default="loss",
+        metadata={
+            "help": "Positions that the KL is taken over: 'loss' for those that predict a label, 'all' for those that "
+            "predict any real token, the prompt's as well.",
+            "choices": ["loss", "all"],
+        },
+    )
+    ldifs_coef: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the distance to the reference in feature space. 0 switches it off."},
+    )
+    # Typed `str`: the argument parser of transformers turns `str | list[int]` into None. A list is accepted all the same.
+    ldifs_layers: str = field(
+        default="every:5",
+        metadata={
+            "help": "Blocks whose raw outputs are compared, counted from 1 to L: 'every:5' for 5, 10, ..., 'linspace:5' "
+            "for five from 1 to L, '4,8' for those."
+        },
+    )
+    ldifs_normalize: bool = field(
+        default=True,
+        metadata={"help": "Whether each token's state is scaled to unit length before the distance is taken."},
+    )
+
+    def __post_init__(self):
+        # Before anything else: transformers' own checks take long, print and look for devices.
+        self.check_defense()
+        if self.output_dir is not None and os.path.isfile(self.output_dir):
+            raise ValueError(f"output_dir={self.output_dir!r} is a file: name a folder, or a path that is free.")
+        super().__post_init__()
+
+    def check_defense(self) -> None:
+        """Check `defense`, its options and what they do not work with.
+
+        Raises:
+            ValueError: the message names the argument, its value and the mend.
+        """
+        self.defense = ",".join(parse_defense(self.defense)) or "none"
+        terms = [d.name for d in build_defenses(self) if d.active and isinstance(d, ReferenceDefense)]
+        if not terms:
+            return
+        names = ",".join(terms)
+        if self.loss_type == "dft":
+            raise ValueError(
+                f"loss_type='dft' does not work with defense={names!r}: its weights are not CE's, so the terms would have "
+                "another price than their coefficients say. Use loss_type='nll'."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} does not work with defense={names!r}: set it to 0."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} does not work with defense={names!r}: the noise in the "
+                "policy's embeddings would count as distance to the reference. Leave it unset."
+            )
+
+    @classmethod
+    def from_args(cls, args: TrainingArguments) -> "EMGuardConfig":
+        """An `EMGuardConfig` with the values of a plain `TrainingArguments` or `SFTConfig`, and no defense.
+
+        Raises:
+            TypeError: `args` is of a config class with fields of its own, which would be lost.
+        """
+        known = {f.name for f in fields(cls)}
+        lost = sorted(f.name for f in fields(args) if f.init and f.name not in known)
+        if lost:
+            raise TypeError(
+                f"args is a {type(args).__name__}, whose fields {', '.join(lost)} an EMGuardConfig does not have: derive "
+                "that class from EMGuardConfig."
+            )
+        # `to_dict` undoes what `__post_init__` did to the base class's values, but it hides tokens and turns dtypes into
+        # strings: SFTConfig's own fields and the token are taken as they are.
+        values = args.to_dict()
+        base = {f.name for f in fields(TrainingArguments)}
+        for f in fields(args):
+            if f.init and (f.name not in base or f.name == "hub_token"):
+                values[f.name] = getattr(args, f.name)
+        return cls(**values)

@@ -1,0 +1,107 @@
+"""ℓ2 distance to the reference in feature space (Mukhoti et al., 2308.13320; for EM: Kaczér et al., 2508.06249)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..ops import feature_distance
+from .base import IN_TRAINING_DEFENSES, Paper, ReferenceDefense, check_coefficient
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..config import EMGuardConfig
+
+
+class LDIFS(ReferenceDefense):
+    """`L = CE + ldifs_coef · (1/N) Σ_t mean_l ‖x̂_l,t − x̂⁰_l,t‖²` over the positions that predict a label.
+
+    x_l is the raw output of block l, and x̂ is x scaled to unit length per token. The EM paper's released code detaches
+    both passes, so its LDIFS has no gradient; this one trains.
+    """
+
+    name = "ldifs"
+    papers = (
+        Paper("Fine-tuning can cripple your foundation model; preserving features may be the solution", "2308.13320"),
+        IN_TRAINING_DEFENSES,
+    )
+
+    def __init__(self, args: EMGuardConfig):
+        self.coef = check_coefficient("ldifs_coef", args.ldifs_coef)
+        self.layers_spec = args.ldifs_layers
+        self.normalize = args.ldifs_normalize
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"ldifs_normalize={self.normalize!r} must be true or false.")
+        select_layers(self.layers_spec, num_layers=None)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "ldifs_coef": self.coef,
+            "ldifs_layers": self.layers_spec,
+            "ldifs_normalize": self.normalize,
+        }
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        self.layers(config.num_hidden_layers)
+
+    def layers(self, num_layers: int) -> Sequence[int]:
+        return select_layers(self.layers_spec, num_layers)
+
+    def token_loss(self, policy: list[torch.Tensor], reference: list[torch.Tensor]) -> torch.Tensor:
+        return feature_distance(policy, reference, self.normalize)
+
+
+def select_layers(spec: object, num_layers: int | None) -> list[int]:
+    """The blocks that `ldifs_layers` names, ascending. Index l is the raw output of block l, 1 … L.
+
+    Args:
+        spec: `"every:5"` for 5, 10, …; `"linspace:5"` for five from 1 to L; `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]` for
+            those.
+        num_layers: L; `None` to check the form alone, before the model is known.
+
+    Raises:
+        ValueError: not of that form, or a layer outside 1 … L.
+    """
+    message = f"ldifs_layers={spec!r}"
+    rule = re.fullmatch(r"\s*(every|linspace):\s*(\d+)\s*", spec) if isinstance(spec, str) else None
+    if rule is not None:
+        kind, count = rule[1], int(rule[2])
+        if count < 1:
+            raise ValueError(f"{message}: the number after {kind!r} must be 1 or more.")
+        if num_layers is None:
+            return []
+        if kind == "every":
+            layers = list(range(count, num_layers + 1, count))
+        elif count > num_layers:
+            layers = []
+        elif count == 1:
+            layers = [num_layers]
+        else:
+            layers = torch.linspace(1, num_layers, count, dtype=torch.float64).round().int().tolist()
+        if not layers:
+            raise ValueError(
+                f"{message} names no layer of a model with {num_layers} blocks: give a smaller number or a list."
+            )
+        return layers
+
+    if isinstance(spec, str) and re.fullmatch(r"\s*\[?\s*\d+(\s*,\s*\d+)*\s*\]?\s*", spec):
+        layers = [int(number) for number in re.findall(r"\d+", spec)]
+    elif isinstance(spec, int) and not isinstance(spec, bool):
+        layers = [spec]
+    elif isinstance(spec, list | tuple) and spec and all(type(layer) is int for layer in spec):
+        layers = list(spec)
+    else:
+        raise ValueError(f"{message} is not a choice of layers: give 'every:5', 'linspace:5', '4,8' or [4, 8].")
+    last = max(layers) if num_layers is None else num_layers
+    outside = [layer for layer in layers if not 1 <= layer <= last]
+    if outside:
+        upper = "L" if num_layers is None else num_layers
+        raise ValueError(f"{message}: layer {outside[0]} is out of range: the blocks count from 1 to {upper}.")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{message} names a layer twice: name each once.")
+    return sorted(layers)

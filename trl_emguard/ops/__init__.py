@@ -1,0 +1,8 @@
+"""Arithmetic on tensors: torch only, no trl, no trainer. The float64 twins live in `tests/ops`."""
+
+from .features import feature_distance
+from .gradient import with_gradient
+from .head import HeadOutput, ce_kl_head
+
+
+__all__ = ["HeadOutput", "ce_kl_head", "feature_distance", "with_gradient"]

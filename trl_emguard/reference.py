@@ -1,0 +1,276 @@
+"""Where the reference comes from: adapters off, a frozen `ref` adapter, or a frozen model of its own."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import create_model_from_path, get_config_model_id, maybe_gather_lm_head_ctx
+
+
+logger = get_logger(__name__)
+
+REF_ADAPTER = "ref"
+
+
+class AdapterReference:
+    """The policy's own base weights, with other adapters: none, or a frozen copy of the one it started with.
+
+    The pass runs inside the policy's forward, between [`swapped_in`]'s enter and exit.
+
+    Args:
+        model: the policy.
+        adapter: name of the frozen adapter; `None` for the base model.
+    """
+
+    def __init__(self, model: PeftModel, adapter: str | None):
+        self.adapter = adapter
+        self.kind = "base model, adapters off" if adapter is None else f"frozen copy of the adapter ({adapter!r})"
+        self._switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        # Only what the forward reads is switched. PEFT's own `disable_adapter` and `set_adapter` also switch
+        # `requires_grad`, which would train parameters that the user had frozen.
+        before = [(m, m._disable_adapters, m._active_adapter) for m in self._switches]
+        try:
+            for module in self._switches:
+                if self.adapter is None:
+                    module._disable_adapters = True
+                else:
+                    module._active_adapter = [self.adapter]
+            yield
+        finally:
+            for module, disabled, active in before:
+                module._disable_adapters = disabled
+                module._active_adapter = active
+            # Autocast keeps the low-precision copy of a weight that it first met under `no_grad`, and such a copy has
+            # no gradient: the policy's pass must make its own.
+            torch.clear_autocast_cache()
+
+
+class ModelReference:
+    """A frozen model of its own, run through its own prepared engine before the policy's forward.
+
+    Attributes:
+        model: the causal language model without wrappers.
+        engine: what to call.
+        must_agree: whether it was loaded again from the policy's path, so that it has to agree with the policy at step 0.
+    """
+
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, kind: str, must_agree: bool = False):
+        self.kind = kind
+        self.must_agree = must_agree
+        model.requires_grad_(False)
+        model.eval()
+        self.model = model.get_base_model() if is_peft_model(model) else model
+        self._unprepared = model
+        self._accelerator = accelerator
+        self.engine = model
+
+    def prepare(self, is_deepspeed: bool, is_fsdp: bool) -> None:
+        """Place the model as the policy is placed. Call it after the forward was patched."""
+        if is_deepspeed:
+            self.engine = prepare_deepspeed(self._unprepared, self._accelerator)
+        elif is_fsdp:
+            self.engine = prepare_fsdp(self._unprepared, self._accelerator)
+        else:
+            self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
+
+
+Reference = AdapterReference | ModelReference
+
+
+def make_reference(
+    policy: PreTrainedModel | PeftModel,
+    ref_model: PreTrainedModel | str | None,
+    accelerator: Accelerator,
+    init_kwargs: dict | None,
+) -> Reference:
+    """Choose and build the reference for a policy as it is given, before it has learned anything.
+
+    | policy | reference |
+    |---|---|
+    | `ref_model` given | that model, frozen |
+    | adapter whose output is zero (fresh LoRA, rsLoRA, DoRA, EVA) | the base model: adapters off |
+    | any other adapter (pre-trained; PiSSA, OLoRA, LoftQ; not LoRA) | a frozen copy of the adapter, named `ref` |
+    | adapter with trainable weights outside of it (`bias!="none"`, unfrozen layers) | a frozen copy of the whole model |
+    | no adapter | a frozen copy; loaded again where it is sharded, or by `init_kwargs` |
+
+    Raises:
+        ValueError: the reference shares weights with the policy, has another vocabulary, or cannot be made; the message
+            says what to pass instead.
+    """
+    if ref_model is not None:
+        if isinstance(ref_model, str):
+            ref_model = create_model_from_path(ref_model, **{"dtype": policy.dtype, **(init_kwargs or {})})
+        _check_separate(policy, ref_model)
+        _check_vocabulary(policy, ref_model)
+        return ModelReference(ref_model, accelerator, "separate model (ref_model)")
+
+    if is_peft_model(policy):
+        if init_kwargs:
+            logger.warning("`ref_model_init_kwargs` is ignored: the reference of an adapter is made of the policy.")
+        outside = _trainable_outside_adapters(policy)
+        if outside:
+            if is_deepspeed_zero3_enabled():
+                raise ValueError(
+                    f"the weight {outside[0]!r} is trained but belongs to no adapter, so switching adapters off does not "
+                    "give the model back, and a model that is sharded by ZeRO-3 cannot be copied. Pass `ref_model`, or "
+                    'train adapters alone (`bias="none"`).'
+                )
+            return ModelReference(_frozen_copy(policy), accelerator, "frozen copy of the model")
+        if _adapter_is_zero(policy):
+            return AdapterReference(policy, None)
+        return AdapterReference(policy, _add_ref_adapter(policy))
+
+    if init_kwargs or is_deepspeed_zero3_enabled():
+        path = get_config_model_id(policy.config)
+        if not path:
+            raise ValueError(
+                "the reference has to be loaded again, since the model is sharded or `ref_model_init_kwargs` is given, "
+                "but this model was not loaded from a path. Pass `ref_model`."
+            )
+        kwargs = {
+            "dtype": policy.dtype,
+            "attn_implementation": policy.config._attn_implementation,
+            "device_map": None,
+            **(init_kwargs or {}),
+        }
+        loaded = create_model_from_path(path, **kwargs)
+        _check_vocabulary(policy, loaded)
+        return ModelReference(loaded, accelerator, f"loaded again from {path}", must_agree=True)
+    return ModelReference(_frozen_copy(policy), accelerator, "frozen copy of the model")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to 0, those that blocks keep as numbers included."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
+                setattr(module, name, 0.0)
+
+
+def _frozen_copy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    # The policy's forward was patched on the instance, and the patch holds on to the policy: the copy starts anew.
+    copied = copy.deepcopy(policy)
+    (copied.get_base_model() if is_peft_model(copied) else copied).__dict__.pop("forward", None)
+    return copied
+
+
+def _check_separate(policy: nn.Module, ref_model: nn.Module) -> None:
+    trained = {p.data_ptr() for p in policy.parameters() if p.requires_grad and p.numel()}
+    if ref_model is policy or any(p.data_ptr() in trained for p in ref_model.parameters() if p.numel()):
+        raise ValueError(
+            "ref_model shares trained weights with the model, so it would move with it and the defense would do nothing. "
+            "Omit `ref_model` to have the reference made, or pass a model of its own."
+        )
+
+
+def _check_vocabulary(policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel) -> None:
+    sizes = [model.config.get_text_config().vocab_size for model in (policy, ref_model)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"ref_model has a vocabulary of {sizes[1]} tokens and the model one of {sizes[0]}: their distributions cannot "
+            "be compared. Pass a reference with the same tokenizer."
+        )
+
+
+def _trainable_outside_adapters(policy: PeftModel) -> list[str]:
+    """Trained parameters that stay in the forward pass when adapters are off. PEFT keys an adapter's by its name."""
+    adapters = set(policy.peft_config)
+    return [name for name, p in policy.named_parameters() if p.requires_grad and adapters.isdisjoint(name.split("."))]
+
+
+def _adapter_is_zero(policy: PeftModel) -> bool:
+    """Whether the active adapters leave the model as it is: LoRA with B = 0 in every layer, and untouched copies."""
+    outputs = []
+    for layer in (m for m in policy.modules() if isinstance(m, BaseTunerLayer)):
+        if not isinstance(layer, LoraLayer) or isinstance(layer, AdaLoraLayer):
+            return False
+        for name in layer.active_adapters:
+            if name in layer.lora_B:
+                outputs += layer.lora_B[name].parameters()
+            if name in layer.lora_embedding_B:
+                outputs.append(layer.lora_embedding_B[name])
+    with maybe_gather_lm_head_ctx(*outputs):
+        if any(bool(weight.detach().any()) for weight in outputs):
+            return False
+    for wrapper in (m for m in policy.modules() if isinstance(m, AuxiliaryTrainingWrapper)):
+        for name in wrapper.active_adapters:
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                if name in wrapper.modules_to_save and not _equal(wrapper.modules_to_save[name], wrapper.original_module):
+                    return False
+            elif not _tokens_untouched(wrapper.token_adapter, name):
+                return False
+    return True
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    pairs = list(zip(a.parameters(), b.parameters(), strict=True))
+    with maybe_gather_lm_head_ctx(*(p for pair in pairs for p in pair)):
+        return all(torch.equal(p, q.to(p.dtype)) for p, q in pairs)
+
+
+def _tokens_untouched(layer: nn.Module, adapter: str) -> bool:
+    """Whether PEFT's trainable tokens still are the rows of the embedding that they replace."""
+    rows = layer.get_base_layer().weight[layer.token_indices[adapter]]
+    return torch.equal(layer.trainable_tokens_delta[adapter].to(rows.dtype), rows)
+
+
+def _add_ref_adapter(policy: PeftModel) -> str:
+    active = policy.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"the model has {len(active)} active adapters ({', '.join(active)}): a frozen copy is made of one. Activate "
+            "one, or pass `ref_model`."
+        )
+    if REF_ADAPTER in policy.peft_config:
+        raise ValueError(
+            f"the model already has an adapter named {REF_ADAPTER!r}, the name that the frozen copy takes: rename it, or "
+            "pass `ref_model`."
+        )
+    config = copy.deepcopy(policy.peft_config[active[0]])
+    if hasattr(config, "init_lora_weights"):
+        # The copy's weights are written below. A second PiSSA, OLoRA or LoftQ init would change the base weights again.
+        config.init_lora_weights = True
+    config.inference_mode = True
+    # The data order must not depend on how many random numbers the copy's initialisation drew.
+    with torch.random.fork_rng():
+        policy.add_adapter(REF_ADAPTER, config)
+    parameters = dict(policy.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if REF_ADAPTER not in parts:
+            continue
+        source = ".".join(active[0] if part == REF_ADAPTER else part for part in parts)
+        if source not in parameters:
+            raise ValueError(
+                f"the weight {name!r} of the frozen adapter copy has no counterpart in the policy: this adapter type "
+                f"({config.peft_type}) cannot be copied. Pass `ref_model`."
+            )
+        parameter.data = parameters[source].detach().clone()
+        parameter.requires_grad_(False)
+
+    # PEFT saves every adapter it holds: a checkpoint is the policy alone.
+    saved = [name for name in policy.peft_config if name != REF_ADAPTER]
+    save_pretrained = policy.save_pretrained
+
+    def save_policy(*args, **kwargs):
+        kwargs.setdefault("selected_adapters", saved)
+        return save_pretrained(*args, **kwargs)
+
+    policy.save_pretrained = save_policy
+    return REF_ADAPTER

@@ -1,0 +1,513 @@
+"""`EMGuardTrainer`: SFTTrainer with in-training defenses against emergent misalignment."""
+
+import copy
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from trl import SFTTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .config import EMGuardConfig
+from .defenses import ReferenceDefense, build_defenses
+from .evidence import EvidenceLedger, InactiveDefenseError, read_defense_file, write_defense_file
+from .guarded_forward import (
+    HEAD_STATS,
+    TERM_STATS,
+    PolicyGuard,
+    ReferenceGuard,
+    add_guarded_forward,
+    positions_in_scope,
+    wanted_layers,
+)
+from .reference import AdapterReference, ModelReference, disable_dropout, make_reference
+from .version import __version__
+
+
+logger = get_logger(__name__)
+
+# Mean KL or LDIFS per token that a reference which was loaded again may show before the first update.
+_AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+class EMGuardTrainer(SFTTrainer):
+    """
+    Trainer for supervised fine-tuning that defends the model against emergent misalignment while it trains.
+
+    Everything is as in [`~trl.SFTTrainer`], arguments and defaults included; `args.defense` chooses the defense. With
+    `defense="none"`, or a coefficient of 0, it is SFTTrainer, bit for bit.
+
+    ```python
+    >>> from trl_emguard import EMGuardConfig, EMGuardTrainer
+
+    >>> trainer = EMGuardTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     args=EMGuardConfig(defense="kl"),
+    ...     train_dataset=dataset,
+    ...     peft_config=LoraConfig(),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model, args, data_collator, …, formatting_func:
+            As in [`~trl.SFTTrainer`]. `args` may be an [`EMGuardConfig`], a plain `SFTConfig` or `TrainingArguments` (no
+            defense), or `None`.
+        ref_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
+            Safe model that `kl` and `ldifs` hold the policy to. By default the policy as it is given: with a fresh
+            adapter the base model, with a pre-trained one a frozen copy of it, with full fine-tuning a frozen copy of
+            the model.
+
+    Raises:
+        ValueError: a bad argument, where possible before any model is loaded; the message names argument, value and mend.
+        FileNotFoundError: the model is a path that does not exist.
+        InactiveDefenseError: from [`train`], after saving: the defense formed no gradient although the policy had moved.
+    """
+
+    _tag_names = ["trl", "sft", "trl-emguard"]
+
+    # What a named subclass trains with.
+    _defense: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: EMGuardConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+        *,
+        ref_model: PreTrainedModel | str | None = None,
+    ):
+        args = self._as_config(args, model)
+        _check_data(train_dataset)
+        self.defenses = [defense for defense in build_defenses(args) if defense.active]
+        self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
+        if self.defenses:
+            _check_model(model, args)
+            config = _load_config(model, args)
+            for defense in self.defenses:
+                defense.check_model(config.get_text_config())
+        if self._terms:
+            _check_terms(self._terms, model, peft_config, compute_loss_func, ref_model)
+        for defense in self.defenses:
+            train_dataset = defense.prepare_dataset(train_dataset)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+
+        self._ledger = EvidenceLedger([term.name for term in self._terms])
+        self._stopped_inactive = False
+        self._reference: AdapterReference | ModelReference | None = None
+        self._unused_ref_model = ref_model is not None and not self._terms
+        if self._terms:
+            self._add_reference(ref_model)
+            self.add_callback(_StepCallback(self))
+        if self.defenses:
+            papers = [paper for defense in self.defenses for paper in defense.papers]
+            self._paper = {"title": papers[0].title, "id": papers[0].id} if papers else {}
+
+    # ---- before training ----
+
+    @classmethod
+    def _as_config(cls, args: TrainingArguments | None, model: str | PreTrainedModel | PeftModel) -> EMGuardConfig:
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = EMGuardConfig(f"{model_name.split('/')[-1]}-SFT")
+        elif not isinstance(args, EMGuardConfig):
+            args = EMGuardConfig.from_args(args)
+        if cls._defense is None or args.defense == cls._defense:
+            return args
+        if args.defense != "none":
+            raise ValueError(
+                f"{cls.__name__} trains with defense={cls._defense!r}, but args.defense={args.defense!r}: leave it out, or "
+                "use EMGuardTrainer."
+            )
+        args = copy.copy(args)  # the caller's stays as it is
+        args.defense = cls._defense
+        args.check_defense()
+        return args
+
+    def _add_reference(self, ref_model: PreTrainedModel | str | None) -> None:
+        if self._is_vlm:
+            raise ValueError(
+                f"defense={self.args.defense!r} does not support vision-language models: pass a text model and its "
+                "tokenizer."
+            )
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                f"defense={self.args.defense!r} does not support context or sequence parallelism: labels arrive shifted and "
+                "sharded. Set cp_size and sp_size to 1."
+            )
+        self._reference = make_reference(self.model, ref_model, self.accelerator, self.args.ref_model_init_kwargs)
+        disable_dropout(self.model)
+        add_guarded_forward(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        if isinstance(self._reference, ModelReference):
+            add_guarded_forward(self._reference.model)
+            self._reference.prepare(self.is_deepspeed_enabled, self.is_fsdp_enabled)
+        self._step_stats: torch.Tensor | None = None
+        self._step_learning_rate = 0.0
+        self._all_tokens: torch.Tensor | None = None
+
+    def _describe(self) -> str:
+        """What acts in this run, in a line or two."""
+        if not self.defenses:
+            named = [defense.name for defense in build_defenses(self.args)]
+            why = f"defense={self.args.defense!r}" + (" with a coefficient of 0" if named else "")
+            lines = [f"trl_emguard: no defense acts ({why}); this is plain SFT."]
+            if self._unused_ref_model:
+                lines.append("trl_emguard: ref_model was given and is not used.")
+            return "\n".join(lines)
+        lines = []
+        for defense in self.defenses:
+            options = ", ".join(f"{name}={value}" for name, value in defense.options().items())
+            lines.append(f"trl_emguard: defense {defense.name!r} acts ({options}).")
+        if self._reference is not None:
+            lines.append(f"trl_emguard: reference: {self._reference.kind}; dropout is off.")
+        return "\n".join(lines)
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no checkpoint: leave it out "
+                    "to start anew."
+                )
+        if resume_from_checkpoint:
+            self._check_resume(resume_from_checkpoint)
+        self.accelerator.print(self._describe())
+
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+        verdict = self._ledger.verdict(final=True)
+        if verdict is not None:
+            if not self._stopped_inactive:
+                self._save_checkpoint(self.model_wrapped, trial=None)
+            raise InactiveDefenseError(f"{verdict} The model was saved in {self.args.output_dir}.")
+        for name in self._ledger.unjudged():
+            logger.warning(
+                f"defense {name!r}: training ended before the policy had moved and been compared again, so nothing shows "
+                "that it acts."
+            )
+        return output
+
+    def _check_resume(self, checkpoint: str | os.PathLike) -> None:
+        record = read_defense_file(checkpoint)
+        then = {} if record is None else record["defenses"]
+        now = self._record()["defenses"]
+        if then != now:
+            raise ValueError(
+                f"{checkpoint} was trained with {_defenses_text(then)}, and this run has {_defenses_text(now)}. Resume with "
+                "the same defense and options, or start a new run from that model."
+            )
+        if record is not None:
+            self._ledger.load(record["evidence"])
+            self._ledger.moved = bool(record.get("moved", False))
+
+    # ---- a training step ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # A term over other positions than CE's has a count of its own over the step, gathered as CE's is.
+        self._all_tokens = None
+        if num_items_in_batch is not None and any(term.tokens == "all" for term in self._terms):
+            count = sum(positions_in_scope(batch, "all").sum() for batch in batch_samples).to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                count = self.accelerator.gather(count).sum() / self.get_tp_size()
+            self._all_tokens = count
+        return batch_samples, num_items_in_batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # Evaluation stays plain CE.
+        if not self.model.training or not self.defenses:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._terms:
+            with ExitStack() as surroundings:
+                base = self.accelerator.unwrap_model(self.model)
+                for defense in self.defenses:
+                    surroundings.enter_context(defense.policy_pass(base.get_base_model() if is_peft_model(base) else base))
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        scopes = [positions_in_scope(inputs, term.tokens) for term in self._terms]
+        has_label = positions_in_scope(inputs, "loss")
+
+        # CE's own normalisation: tokens of the whole step, and DDP averages the gradients of ranks. Where Trainer counts
+        # no tokens, the micro-batch's mean, which Trainer divides by the accumulation steps.
+        ranks = 1.0
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            ranks = self.accelerator.num_processes // self.get_tp_size()
+
+        def scale(coef: float, count: torch.Tensor | int) -> torch.Tensor:
+            count = torch.as_tensor(count, device=has_label.device, dtype=torch.float32)
+            return coef * ranks / count.clamp(min=1)
+
+        ce_tokens = has_label.sum() if num_items_in_batch is None else num_items_in_batch
+        term_scales = [
+            scale(
+                term.coef,
+                ce_tokens if term.tokens == "loss" else scope.sum() if self._all_tokens is None else self._all_tokens,
+            )
+            for term, scope in zip(self._terms, scopes, strict=True)
+        ]
+
+        reference = self._reference
+        if isinstance(reference, ModelReference):
+            union = has_label
+            for scope in scopes:
+                union = union | scope
+            layers = wanted_layers(self._terms, reference.model)
+            with_head = any(term.divergence is not None for term in self._terms)
+            states = {k: v for k, v in inputs.items() if k not in ("labels", "output_router_logits")}
+            with torch.no_grad():
+                reference = reference.engine(**states, guard=ReferenceGuard(union, layers, with_head))
+
+        guard = PolicyGuard(self._terms, self.defenses, scopes, scale(1.0, ce_tokens), term_scales, reference)
+        outputs = model(**inputs, guard=guard)
+        loss = outputs.loss
+
+        tokens = inputs["attention_mask"].sum() if inputs.get("attention_mask") is not None else None
+        if tokens is None:
+            tokens = torch.tensor(inputs["input_ids"].numel(), device=loss.device)
+        stats = torch.cat([outputs.stats, tokens.to(outputs.stats)[None]])
+        self._step_stats = stats if self._step_stats is None else self._step_stats + stats
+
+        if self.aux_loss_enabled:
+            # As SFTTrainer adds it: a mean per micro-batch, averaged over the accumulation steps.
+            text_config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits,
+                text_config.num_experts,
+                text_config.num_experts_per_tok,
+                inputs.get("attention_mask"),
+            )
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
+            self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+        return loss
+
+    def _end_step(self, control) -> None:
+        """Sum up the step over its micro-batches and ranks, in one collective, log it and judge it."""
+        stats = self.accelerator.reduce(self._step_stats, "sum").tolist()
+        self._step_stats = None
+        head = dict(zip(HEAD_STATS, stats, strict=False))
+        terms = {}
+        for i, term in enumerate(self._terms):
+            start = len(HEAD_STATS) + i * len(TERM_STATS)
+            terms[term.name] = dict(zip(TERM_STATS, stats[start : start + len(TERM_STATS)], strict=True))
+
+        metrics = self._metrics["train"]
+        label_tokens = max(head["tokens"], 1)
+        metrics["loss_ce"].append(head["ce"] / label_tokens)
+        for name, sums in terms.items():
+            metrics[name].append(sums["value"] / max(sums["positions"], 1))
+        metrics["entropy"].append(head["entropy"] / label_tokens)
+        metrics["mean_token_accuracy"].append(head["top1"] / label_tokens)
+        self._total_train_tokens += int(stats[-1]) // self._tp_size
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+        if isinstance(self._reference, ModelReference) and self._reference.must_agree and self.state.global_step == 1:
+            self._check_agreement(terms)
+        skipped = self.accelerator.optimizer_step_was_skipped
+        self._ledger.end_step(terms, 0.0 if skipped else self._step_learning_rate, head["tokens"])
+        if self._ledger.verdict() is not None:
+            self._stopped_inactive = True
+            control.should_save = True
+            control.should_training_stop = True
+
+    def _check_agreement(self, terms: dict[str, dict[str, float]]) -> None:
+        tolerance = _AGREEMENT.get(self.model.dtype, 1e-2)
+        for name, sums in terms.items():
+            mean = sums["value"] / max(sums["positions"], 1)
+            if not mean <= tolerance:
+                raise ValueError(
+                    f"the reference was {self._reference.kind}, and before the first update its {name} to the policy is "
+                    f"{mean:.3g} per token, not 0: it is not the model that training started from. Pass `ref_model`."
+                )
+
+    # ---- what is saved ----
+
+    def _record(self) -> dict[str, Any]:
+        """What `defense.json` holds."""
+        return {
+            "trl_emguard": __version__,
+            "defense": self.args.defense,
+            "defenses": {defense.name: defense.options() for defense in self.defenses},
+            "reference": None if self._reference is None else self._reference.kind,
+            "global_step": self.state.global_step,
+            "moved": self._ledger.moved,
+            "evidence": self._ledger.state(),
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_defense_file(output_dir or self.args.output_dir, self._record())
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        super().create_model_card(model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        card = Path(self.args.output_dir) / "README.md"
+        text = card.read_text(encoding="utf-8")
+        section = ["## Defense against emergent misalignment", ""]
+        if self.defenses:
+            section.append("Trained with [trl_emguard](https://pypi.org/project/trl-emguard/), in-training defense:")
+            section.append("")
+            for defense in self.defenses:
+                options = ", ".join(f"`{name}={value}`" for name, value in defense.options().items())
+                papers = "; ".join(f"[{p.title}](https://arxiv.org/abs/{p.id})" for p in defense.papers)
+                section.append(f"- `{defense.name}`: {options}" + (f" ({papers})" if papers else ""))
+            if self._reference is not None:
+                section.append(f"- reference: {self._reference.kind}")
+        else:
+            section.append("None: plain supervised fine-tuning.")
+        before, heading, after = text.partition("### Framework versions")
+        card.write_text(before + "\n".join(section) + "\n\n" + heading + after, encoding="utf-8")
+
+
+class KLTrainer(EMGuardTrainer):
+    """[`EMGuardTrainer`] with `defense="kl"`."""
+
+    _defense = "kl"
+
+
+class LDIFSTrainer(EMGuardTrainer):
+    """[`EMGuardTrainer`] with `defense="ldifs"`."""
+
+    _defense = "ldifs"
+
+
+class _StepCallback(TrainerCallback):
+    """Tells the trainer where a step's update is made and where the step ends."""
+
+    def __init__(self, trainer: EMGuardTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._step_learning_rate = float(self.trainer._get_learning_rate())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._end_step(control)
+        return control
+
+
+def _check_data(train_dataset: object) -> None:
+    if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+        raise ValueError("train_dataset is empty: there is nothing to train on.")
+
+
+def _check_model(model: str | PreTrainedModel | PeftModel, args: EMGuardConfig) -> None:
+    if isinstance(model, str) and model.startswith(("/", ".", "~")) and not os.path.isdir(os.path.expanduser(model)):
+        raise FileNotFoundError(f"model={model!r} is not a folder on this machine: give a model folder or a hub id.")
+
+
+def _load_config(model: str | PreTrainedModel | PeftModel, args: EMGuardConfig) -> PreTrainedConfig:
+    """The model's config, without its weights."""
+    if not isinstance(model, str):
+        return model.config
+    init_kwargs = args.model_init_kwargs or {}
+    return AutoConfig.from_pretrained(
+        model,
+        revision=init_kwargs.get("revision"),
+        trust_remote_code=init_kwargs.get("trust_remote_code", args.trust_remote_code),
+    )
+
+
+def _check_terms(
+    terms: list[ReferenceDefense],
+    model: str | PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None,
+    compute_loss_func: Callable | None,
+    ref_model: PreTrainedModel | str | None,
+) -> None:
+    names = ",".join(term.name for term in terms)
+    if sum(term.divergence is not None for term in terms) > 1:
+        raise ValueError(f"defense={names!r}: only one defense can compare next-token distributions in a run.")
+    if compute_loss_func is not None:
+        raise ValueError(
+            f"compute_loss_func does not work with defense={names!r}: it would replace the loss that the defense is part of. "
+            "Leave it out."
+        )
+    if ref_model is model and ref_model is not None and not isinstance(model, str):
+        raise ValueError(
+            "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference made, or "
+            "pass a model of its own."
+        )
+    configs = [peft_config] if isinstance(peft_config, PeftConfig) else []
+    if isinstance(model, PeftModel):
+        configs += [model.peft_config[name] for name in model.active_adapters]
+    for config in configs:
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise ValueError(
+                f"peft_config: {config.peft_type.value} adds tokens or prompts instead of changing weights, and "
+                f"defense={names!r} compares the model's own positions. Use LoRA or another weight adapter."
+            )
+        target = getattr(config, "target_modules", None)
+        if target == "lm_head" or (not isinstance(target, str) and "lm_head" in (target or ())):
+            raise ValueError(
+                f"peft_config: target_modules={sorted(target) if not isinstance(target, str) else target!r} puts an adapter "
+                "on 'lm_head', which SFTTrainer cannot train: leave it out, or name it in `modules_to_save`."
+            )
+
+
+def _defenses_text(defenses: dict[str, dict[str, Any]]) -> str:
+    if not defenses:
+        return "no defense"
+    return "; ".join(f"{name} ({', '.join(f'{k}={v}' for k, v in o.items())})" for name, o in defenses.items())
