@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The blocks of a causal language model (`layers[l - 1]` is block l).
 
     Raises:
@@ -28,7 +29,7 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 
 @contextmanager
 def record_blocks(
-    model: nn.Module, layers: Sequence[int], select: Callable[[torch.Tensor], torch.Tensor]
+    model: PreTrainedModel, layers: Sequence[int], select: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Collect `select(output)` of the given blocks during the forward passes inside.
 
@@ -52,9 +53,8 @@ def record_blocks(
 
     try:
         # A hook on a block fires once in every checkpointing mode: transformers checkpoints the block's `forward`.
-        blocks = decoder_blocks(model) if layers else []
         for layer in layers:
-            handles.append(blocks[layer - 1].register_forward_hook(hook(layer)))
+            handles.append(decoder_blocks(model)[layer - 1].register_forward_hook(hook(layer)))
         yield states
     finally:
         for handle in handles:

@@ -51,7 +51,7 @@ class EMGuardConfig(SFTConfig):
             train; always before any model is loaded.
     """
 
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["ref_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]
 
     defense: str = field(
         default="none",

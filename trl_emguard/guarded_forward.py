@@ -7,7 +7,7 @@ happens inside stands in [`PolicyGuard.__call__`], from top to bottom. Without `
 import functools
 import types
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +52,13 @@ class States:
     Attributes:
         last: `(P, H)`, after the final norm: what the head projects.
         blocks: layer → `(P, H)`, raw block outputs.
-        head: weight `(V, H)` and bias `(V,)` or `None`; `None` where nothing is projected.
+        head: weight `(V, H)` and bias `(V,)` or `None`.
         router_logits: of mixture-of-experts models, as the backbone returns them.
     """
 
     last: torch.Tensor
     blocks: dict[int, torch.Tensor]
-    head: tuple[torch.Tensor, torch.Tensor | None] | None
+    head: tuple[torch.Tensor, torch.Tensor | None]
     router_logits: Any = None
 
 
@@ -102,17 +102,15 @@ class ReferenceGuard:
     Args:
         scope: `(B, T - 1)`, the positions to keep.
         layers: the blocks to keep.
-        with_head: whether a term compares distributions.
     """
 
-    def __init__(self, scope: torch.Tensor, layers: Sequence[int], with_head: bool):
+    def __init__(self, scope: torch.Tensor, layers: Sequence[int]):
         self.scope = scope
         self.layers = layers
-        self.with_head = with_head
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> States:
-        return _run(model, inputs, self.scope, self.layers, self.with_head)
+        return _run(model, inputs, self.scope, self.layers)
 
 
 class PolicyGuard:
@@ -154,13 +152,13 @@ class PolicyGuard:
         reference = self.reference
         if isinstance(reference, AdapterReference):
             with reference.swapped_in():
-                reference = ReferenceGuard(scope, layers, bool(divergent))(model, dict(inputs))
+                reference = ReferenceGuard(scope, layers)(model, inputs)
 
         # The policy's pass.
         with ExitStack() as surroundings:
             for defense in self.defenses:
                 surroundings.enter_context(defense.policy_pass(model))
-            policy = _run(model, inputs, scope, layers, with_head=True)
+            policy = _run(model, inputs, scope, layers)
 
         # Per term, the weight of each kept position: its scale inside its scope, 0 outside.
         weights = [
@@ -236,11 +234,10 @@ def state_term(
                 f"token, {tuple(weight.shape)}."
             )
         weighted = (value * weight.to(value)).sum()
+    gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
+    # A detached term has a value and no gradient, and the evidence says so.
     if weighted.requires_grad:
         gradients = torch.autograd.grad(weighted, leaves, allow_unused=True)
-    else:
-        # A detached term: its value counts, its gradient does not exist, and the evidence says so.
-        gradients = [None] * len(leaves)
     evidence = sum((g.abs().sum(dtype=torch.float32).to(value.device) for g in gradients if g is not None), torch.zeros(()))
     connected = any(x.requires_grad for x in policy)
     return with_gradient(weighted, policy, gradients), value.detach().sum(), torch.as_tensor(evidence), connected
@@ -265,25 +262,19 @@ def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
     return getattr(config, "final_logit_softcapping", None), float(scale)
 
 
-def _run(
-    model: PreTrainedModel, inputs: dict[str, Any], scope: torch.Tensor, layers: Sequence[int], with_head: bool
-) -> States:
+def _run(model: PreTrainedModel, inputs: dict[str, Any], scope: torch.Tensor, layers: Sequence[int]) -> States:
     """One backbone pass, and the states of the positions in `scope`."""
 
     def select(states: torch.Tensor) -> torch.Tensor:
         return states[:, :-1][scope.to(states.device)]  # (B, T, H) → (P, H)
 
-    inputs = {name: value for name, value in inputs.items() if name != "labels"}
     with record_blocks(model, layers, select) as blocks:
         # The backbone is looked up on each call: FSDP and PEFT may replace it after patching.
         outputs = model.base_model(**inputs)
-    head = None
-    if with_head:
-        lm_head = model.get_output_embeddings()
-        head = (_whole(lm_head.weight), _whole(lm_head.bias))
-    return States(select(outputs.last_hidden_state), blocks, head, getattr(outputs, "router_logits", None))
-
-
-def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """FSDP2 keeps parameters as shards: gather the head once, before it is cut into chunks."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    # With adapters off, a head in `modules_to_save` is the original one: it is looked up where the pass is.
+    lm_head = model.get_output_embeddings()
+    weight, bias = lm_head.weight, lm_head.bias
+    # FSDP2 keeps parameters as shards: the head is gathered once, before it is cut into chunks.
+    if isinstance(weight, DTensor):
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    return States(select(outputs.last_hidden_state), blocks, (weight, bias), getattr(outputs, "router_logits", None))

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+
 SMOLLM2 = "smollm2-135m-instruct"
 
 # The short names that `--model_name_or_path` understands, each with the package that carries its weights.

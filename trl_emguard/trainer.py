@@ -222,8 +222,8 @@ class EMGuardTrainer(SFTTrainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no checkpoint: leave it out "
-                    "to start anew."
+                    f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no checkpoint: leave it "
+                    "out to start anew."
                 )
         if resume_from_checkpoint:
             self._check_resume(resume_from_checkpoint)
@@ -263,7 +263,7 @@ class EMGuardTrainer(SFTTrainer):
         # A term over other positions than CE's has a count of its own over the step, gathered as CE's is.
         self._all_tokens = None
         if num_items_in_batch is not None and any(term.tokens == "all" for term in self._terms):
-            count = sum(positions_in_scope(batch, "all").sum() for batch in batch_samples).to(device)
+            count = torch.stack([positions_in_scope(batch, "all").sum().to(device) for batch in batch_samples]).sum()
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 count = self.accelerator.gather(count).sum() / self.get_tp_size()
             self._all_tokens = count
@@ -311,10 +311,9 @@ class EMGuardTrainer(SFTTrainer):
             for scope in scopes:
                 union = union | scope
             layers = wanted_layers(self._terms, reference.model)
-            with_head = any(term.divergence is not None for term in self._terms)
             states = {k: v for k, v in inputs.items() if k not in ("labels", "output_router_logits")}
             with torch.no_grad():
-                reference = reference.engine(**states, guard=ReferenceGuard(union, layers, with_head))
+                reference = reference.engine(**states, guard=ReferenceGuard(union, layers))
 
         guard = PolicyGuard(self._terms, self.defenses, scopes, scale(1.0, ce_tokens), term_scales, reference)
         outputs = model(**inputs, guard=guard)
@@ -482,13 +481,13 @@ def _check_terms(
         raise ValueError(f"defense={names!r}: only one defense can compare next-token distributions in a run.")
     if compute_loss_func is not None:
         raise ValueError(
-            f"compute_loss_func does not work with defense={names!r}: it would replace the loss that the defense is part of. "
-            "Leave it out."
+            f"compute_loss_func does not work with defense={names!r}: it would replace the loss that the defense is part "
+            "of. Leave it out."
         )
     if ref_model is model and ref_model is not None and not isinstance(model, str):
         raise ValueError(
-            "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference made, or "
-            "pass a model of its own."
+            "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference made, "
+            "or pass a model of its own."
         )
     configs = [peft_config] if isinstance(peft_config, PeftConfig) else []
     if isinstance(model, PeftModel):

@@ -26,9 +26,7 @@ class Paper:
     id: str  # arXiv
 
 
-IN_TRAINING_DEFENSES = Paper(
-    "In-Training Defenses against Emergent Misalignment in Language Models", id="2508.06249"
-)
+IN_TRAINING_DEFENSES = Paper("In-Training Defenses against Emergent Misalignment in Language Models", id="2508.06249")
 
 
 class Defense:

@@ -18,11 +18,10 @@ def feature_distance(
     Returns:
         `(N,)`, in fp32 (fp64 for fp64 states). Between 0 and 4 where the states are normalised.
     """
-    distances = []
-    for x, x0 in zip(policy, reference, strict=True):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x, x0 = x.to(dtype), x0.to(dtype)
-        if normalize:
-            x, x0 = torch.nn.functional.normalize(x, dim=-1), torch.nn.functional.normalize(x0, dim=-1)
-        distances.append((x - x0).square().sum(-1))
+
+    def prepared(x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.nn.functional.normalize(x, dim=-1) if normalize else x
+
+    distances = [(prepared(x) - prepared(x0)).square().sum(-1) for x, x0 in zip(policy, reference, strict=True)]
     return torch.stack(distances).mean(0)

@@ -74,7 +74,17 @@ def ce_kl_head(
     matmul_dtype = _matmul_dtype(hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         output, gradients = _forward(
-            hidden, weight, bias, labels, ce_weight, kl_weight, reference, direction, softcap, logit_scale, matmul_dtype
+            hidden,
+            weight,
+            bias,
+            labels,
+            ce_weight,
+            kl_weight,
+            reference,
+            direction,
+            softcap,
+            logit_scale,
+            matmul_dtype,
         )
     return output._replace(loss=with_gradient(output.loss, (hidden, weight, bias), gradients))
 

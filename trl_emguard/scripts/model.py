@@ -1,0 +1,22 @@
+"""`python -m trl_emguard.scripts.model NAME`: make a shipped model where it is missing, and print its path last."""
+
+import argparse
+import sys
+
+from ..models import SHIPPED_MODELS, resolve_model
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="trl-emguard model", description=__doc__, allow_abbrev=False)
+    parser.add_argument("name", choices=SHIPPED_MODELS, help="the model's short name")
+    args = parser.parse_args(argv)
+    try:
+        print(resolve_model(args.name))
+    except FileNotFoundError as error:
+        print(f"trl-emguard model: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

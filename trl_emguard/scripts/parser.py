@@ -1,0 +1,108 @@
+"""TrlParser, made strict: a mistyped option must never train an undefended model.
+
+TrlParser alone accepts abbreviations (`--defens kl`), keys of a YAML file with any value (`defense: no` is False,
+`defense:` is None, and `choices` are not looked at), and prints two hundred options before an error.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from .recipes import find_recipe
+
+
+class StrictParser(TrlParser):
+    """[`~trl.TrlParser`] that refuses what it does not know, and says what is nearest.
+
+    Every error is one line on stderr and exit code 2, before a model, a dataset or a device is touched.
+    """
+
+    def __init__(self, dataclass_types: Any, prog: str | None = None):
+        super().__init__(dataclass_types, prog=prog, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse(self, argv: list[str] | None = None) -> tuple:
+        """Parse a command line, with `--config FILE` (YAML) under it, into one object per dataclass."""
+        argv, config = self._take_config(sys.argv[1:] if argv is None else list(argv))
+        if config is not None:
+            self._check_config(config)
+            config.pop("env", None)
+            self.set_defaults_with_config(**config)
+        _, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(self._unknown(unknown[0], self._option_strings(), "option"))
+        try:
+            return self.parse_args_into_dataclasses(argv)
+        except (ValueError, TypeError) as error:
+            self.error(str(error))
+
+    def _take_config(self, argv: list[str]) -> tuple[list[str], dict[str, Any] | None]:
+        finder = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        finder.error = self.error  # type: ignore[method-assign]
+        found, rest = finder.parse_known_args(argv)
+        if found.config is None:
+            return rest, None
+        try:
+            path = find_recipe(found.config)
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            self.error(str(error))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"config {found.config!r} cannot be read: {' '.join(str(error).split())}")
+        if not isinstance(config, dict):
+            self.error(f"config {found.config!r} must hold `key: value` lines.")
+        return rest, config
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        for key, value in config.items():
+            if key == "env":
+                self._set_environment(value)
+            elif key not in actions:
+                self.error(self._unknown(str(key), actions, "key in the config file"))
+            else:
+                self._check_value(key, value, actions[key])
+
+    def _check_value(self, key: str, value: Any, action: argparse.Action) -> None:
+        if value is None:
+            if action.default is not None:
+                self.error(
+                    f"config: `{key}:` is empty. Give it a value (the default is {action.default!r}), or leave it out."
+                )
+            return
+        is_switch = isinstance(action.default, bool)
+        if isinstance(value, bool) and not is_switch and action.default is not None:
+            self.error(
+                f"config: `{key}: {str(value).lower()}` is not a value for {key} (YAML reads yes, no, on and off as true "
+                "and false): put it in quotes, or give another."
+            )
+        if is_switch and not isinstance(value, bool):
+            self.error(f"config: {key}={value!r} must be true or false.")
+        if action.choices is not None and not isinstance(value, bool):
+            choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
+            if str(value) not in choices:
+                self.error(f"config: {self._unknown(str(value), choices, f'value of {key}')} Known: {', '.join(choices)}.")
+
+    def _set_environment(self, variables: Any) -> None:
+        import os
+
+        if not isinstance(variables, dict):
+            self.error("config: `env:` must hold `NAME: value` lines.")
+        os.environ.update({name: str(value) for name, value in variables.items()})
+
+    def _option_strings(self) -> list[str]:
+        return [string for action in self._actions for string in action.option_strings] + ["--config"]
+
+    @staticmethod
+    def _unknown(name: str, known: Iterable[str], kind: str) -> str:
+        name = name.split("=", maxsplit=1)[0] if name.startswith("-") else name
+        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+        return f"unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")

@@ -1,0 +1,102 @@
+"""Supervised fine-tuning with in-training defenses against emergent misalignment.
+
+```bash
+accelerate launch --config_file recipes/accelerate_configs/cpu.yaml -m trl_emguard.scripts.sft \
+    --config recipes/smollm2-135m-instruct/sft.yaml --defense kl
+```
+
+The options are those of `trl sft`, and EMGuardConfig's. `--config` names a YAML file, here or among the shipped recipes;
+options on the command line win over it.
+"""
+
+import sys
+
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..config import EMGuardConfig
+from ..data import load_rows
+from ..evidence import InactiveDefenseError
+from ..models import resolve_model
+from ..trainer import EMGuardTrainer
+from .parser import StrictParser
+
+
+def make_parser() -> StrictParser:
+    types = (ScriptArguments, EMGuardConfig, ModelConfig, DatasetMixtureConfig)
+    return StrictParser(types, prog="trl-emguard sft")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    script_args, training_args, model_args, dataset_args = parser.parse(argv)
+    try:
+        run(script_args, training_args, model_args, dataset_args)
+    except (InactiveDefenseError, ValueError, FileNotFoundError) as error:
+        # Ours say what to do; a traceback above them would bury it.
+        if not type(error).__module__.startswith(("trl_emguard", "builtins")):
+            raise
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(
+    script_args: ScriptArguments,
+    training_args: EMGuardConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    """Train and save what the arguments say.
+
+    Raises:
+        ValueError, FileNotFoundError: a bad argument.
+        InactiveDefenseError: the run turned out not to be defended; the model is saved.
+    """
+    if not model_args.model_name_or_path:
+        raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
+    if bool(dataset_args.datasets) == bool(script_args.dataset_name):
+        raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
+    evaluates = training_args.eval_strategy != "no"
+    if dataset_args.datasets:
+        splits = get_dataset(dataset_args)
+        train_dataset = splits[script_args.dataset_train_split]
+        eval_dataset = splits[script_args.dataset_test_split] if evaluates else None
+    else:
+        name, config, streaming = script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
+        train_dataset = load_rows(name, script_args.dataset_train_split, config, streaming)
+        eval_dataset = load_rows(name, script_args.dataset_test_split, config, streaming) if evaluates else None
+
+    # What `trl sft` passes, under what the user says.
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = EMGuardTrainer(
+        model=resolve_model(model_args.model_name_or_path),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_metrics("train", output.metrics)
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
