@@ -113,95 +113,100 @@ class ReferenceGuard:
         return _run(model, inputs, self.scope, self.layers)
 
 
+@dataclass
+class Term:
+    """A reference defense in one micro-batch.
+
+    Attributes:
+        defense: whose distance it is.
+        scope: `(B, T - 1)`, the positions it looks at.
+        scale: `()`, what the sum over them is multiplied with: coef · ranks / positions in scope of the step.
+    """
+
+    defense: ReferenceDefense
+    scope: torch.Tensor
+    scale: torch.Tensor
+
+
+def kept_positions(inputs: Mapping[str, Any], terms: Sequence[Term]) -> torch.Tensor:
+    """The positions whose states CE or any term needs. `(B, T - 1)`"""
+    return functools.reduce(torch.logical_or, [term.scope for term in terms], positions_in_scope(inputs, "loss"))
+
+
 class PolicyGuard:
     """One training micro-batch of a defended run.
 
     Args:
-        terms: the active reference defenses.
+        terms: at most one of them compares distributions.
         defenses: all active defenses: those that surround the policy's pass act here.
-        scopes: for each term, the positions it looks at, `(B, T - 1)`.
-        ce_scale: what Σ CE is multiplied with: ranks / label tokens of the step.
-        term_scales: for each term, what its sum is multiplied with: coef · ranks / tokens in scope of the step.
-        reference: the reference that shares the policy's base weights, or its states, already computed.
+        ce_scale: `()`, what Σ CE is multiplied with: ranks / label tokens of the step.
+        reference: the reference that shares the policy's base weights, or the states of one that does not.
     """
 
     def __init__(
         self,
-        terms: Sequence[ReferenceDefense],
+        terms: Sequence[Term],
         defenses: Sequence[Defense],
-        scopes: Sequence[torch.Tensor],
         ce_scale: torch.Tensor,
-        term_scales: Sequence[torch.Tensor],
         reference: AdapterReference | States,
     ):
         self.terms = terms
         self.defenses = defenses
-        self.scopes = scopes
         self.ce_scale = ce_scale
-        self.term_scales = term_scales
         self.reference = reference
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> GuardOutput:
-        has_label = positions_in_scope(inputs, "loss")  # (B, T - 1)
-        scope = functools.reduce(torch.logical_or, self.scopes, has_label)
-        labels = inputs.pop("labels")[:, 1:][scope]  # (P,)
-        divergent = [term for term in self.terms if term.divergence is not None]
-        layers = wanted_layers(self.terms, model)
+        kept = kept_positions(inputs, self.terms)  # (B, T - 1), P of them
+        labels = inputs.pop("labels")[:, 1:][kept]  # (P,)
+        layers = wanted_layers([term.defense for term in self.terms], model)
 
-        # The reference's pass: no gradient, no steering, other adapters.
-        reference = self.reference
-        if isinstance(reference, AdapterReference):
-            with reference.swapped_in():
-                reference = ReferenceGuard(scope, layers)(model, inputs)
+        # The reference's pass: no gradient, nothing around it, other adapters.
+        if isinstance(self.reference, AdapterReference):
+            with self.reference.swapped_in():
+                reference = ReferenceGuard(kept, layers)(model, inputs)
+        else:
+            reference = self.reference
 
         # The policy's pass.
         with ExitStack() as surroundings:
             for defense in self.defenses:
                 surroundings.enter_context(defense.policy_pass(model))
-            policy = _run(model, inputs, scope, layers)
+            policy = _run(model, inputs, kept, layers)
 
-        # Per term, the weight of each kept position: its scale inside its scope, 0 outside.
-        weights = [
-            scale * positions[scope].to(policy.last.device)
-            for scale, positions in zip(self.term_scales, self.scopes, strict=True)
-        ]
-
-        # One pass of the head for CE and KL, with their gradient.
-        device = policy.head[0].device
+        # The head: CE and KL in one pass, with their gradient.
+        weight, bias = policy.head
+        device = weight.device
         labels = labels.to(device)
-        kl_weight = weights[self.terms.index(divergent[0])].to(device) if divergent else None
+        has_label = labels != -100
+        kl = next((term for term in self.terms if term.defense.divergence is not None), None)
+        kl_weight = None if kl is None else kl.scale.to(device) * kl.scope[kept].to(device)
         softcap, logit_scale = logit_transform(model)
-        with maybe_gather_lm_head_ctx(*policy.head, *(reference.head if divergent else ())):
+        with maybe_gather_lm_head_ctx(weight, bias, *reference.head):
             head = ce_kl_head(
                 policy.last.to(device),
-                *policy.head,
+                weight,
+                bias,
                 labels,
-                self.ce_scale.to(device) * (labels != -100),
+                self.ce_scale.to(device) * has_label,
                 kl_weight,
-                (reference.last.to(device), *reference.head) if divergent else None,
-                divergent[0].divergence if divergent else "reverse",
+                None if kl is None else (reference.last.to(device), *reference.head),
+                (kl and kl.defense.divergence) or "reverse",
                 softcap,
                 logit_scale,
             )
         loss = head.loss
-        stats = [head.ce.sum(), (labels != -100).sum(), head.entropy[labels != -100].sum(), head.is_top1.sum()]
+        stats = [head.ce.sum(), has_label.sum(), head.entropy[has_label].sum(), head.is_top1.sum()]
 
-        # The terms over block outputs.
-        for term, positions, weight in zip(self.terms, self.scopes, weights, strict=True):
-            if term.divergence is not None:
-                value, evidence = head.kl[positions[scope].to(device)].sum(), head.kl_evidence
+        # The terms: the head's is done, those over block outputs form their gradient here.
+        for term in self.terms:
+            if term is kl:
+                value, evidence = head.kl[term.scope[kept].to(device)].sum(), head.kl_evidence
                 connected = policy.last.requires_grad
             else:
-                kept = positions[scope]
-                wanted = term.layers(model.config.get_text_config().num_hidden_layers)
-                weighted, value, evidence, connected = state_term(
-                    term,
-                    [policy.blocks[layer][kept.to(policy.blocks[layer].device)] for layer in wanted],
-                    [reference.blocks[layer][kept.to(reference.blocks[layer].device)] for layer in wanted],
-                    weight[kept.to(weight.device)],
-                )
+                own = wanted_layers([term.defense], model)
+                weighted, value, evidence, connected = state_term(term, own, policy.blocks, reference.blocks, kept)
                 loss = loss + weighted.to(loss.device)
-            stats += [value, positions.sum(), evidence, torch.tensor(float(connected))]
+            stats += [value, term.scope.sum(), evidence, torch.tensor(connected)]
         return GuardOutput(
             loss=loss,
             stats=torch.stack([s.detach().to(loss.device, torch.float32) for s in stats]),
@@ -210,43 +215,53 @@ class PolicyGuard:
 
 
 def state_term(
-    term: ReferenceDefense, policy: list[torch.Tensor], reference: list[torch.Tensor], weight: torch.Tensor
+    term: Term,
+    layers: Sequence[int],
+    policy: dict[int, torch.Tensor],
+    reference: dict[int, torch.Tensor],
+    kept: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-    """A weighted term over block outputs, with its gradient formed at once.
+    """A term over block outputs, with its gradient formed at once.
 
     Args:
         term: whose [`~ReferenceDefense.token_loss`] it is.
-        policy: for each layer, the policy's states, `(N, H)`.
-        reference: the reference's.
-        weight: `(N,)`.
+        layers: the blocks it looks at.
+        policy: layer → the policy's states, `(P, H)`.
+        reference: layer → the reference's.
+        kept: `(B, T - 1)`, the P positions that the states are of.
 
     Returns:
-        The weighted sum, `()`, connected to `policy`; the plain sum, `()`; the evidence Σ |∂ weighted sum / ∂ states|,
-        `()`, exactly 0 where the term teaches nothing; and whether any of the policy's states requires grad.
+        scale · Σ distance, `()`, connected to `policy`; the plain sum, `()`; the evidence Σ |∂ scale · Σ distance / ∂
+        states|, `()`, exactly 0 where the term teaches nothing; and whether any of the policy's states requires grad.
     """
-    leaves = [x.detach().requires_grad_() for x in policy]
-    reference = [x.to(leaf.device) for x, leaf in zip(reference, leaves, strict=True)]
+    rows = term.scope[kept]
+    states = [policy[layer][rows.to(policy[layer].device)] for layer in layers]
+    leaves = [x.detach().requires_grad_() for x in states]
+    targets = [reference[layer].to(x.device)[rows.to(x.device)] for layer, x in zip(layers, leaves, strict=True)]
     with torch.enable_grad():
-        value = term.token_loss(leaves, reference)
-        if value.shape != weight.shape:
+        distance = term.defense.token_loss(leaves, targets)
+        if distance.shape != leaves[0].shape[:1]:
             raise ValueError(
-                f"{type(term).__name__}.token_loss returned shape {tuple(value.shape)}; it must be one distance per "
-                f"token, {tuple(weight.shape)}."
+                f"{type(term.defense).__name__}.token_loss returned shape {tuple(distance.shape)}: it must be one distance "
+                f"per token, ({len(leaves[0])},)."
             )
-        weighted = (value * weight.to(value)).sum()
+        weighted = distance.sum() * term.scale.to(distance)
     gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
     # A detached term has a value and no gradient, and the evidence says so.
     if weighted.requires_grad:
         gradients = torch.autograd.grad(weighted, leaves, allow_unused=True)
-    evidence = sum((g.abs().sum(dtype=torch.float32).to(value.device) for g in gradients if g is not None), torch.zeros(()))
-    connected = any(x.requires_grad for x in policy)
-    return with_gradient(weighted, policy, gradients), value.detach().sum(), torch.as_tensor(evidence), connected
+    evidence = torch.zeros((), device=weighted.device)
+    for gradient in gradients:
+        if gradient is not None:
+            evidence += gradient.abs().sum(dtype=torch.float32).to(evidence.device)
+    connected = any(x.requires_grad for x in states)
+    return with_gradient(weighted, states, gradients), distance.detach().sum(), evidence, connected
 
 
-def wanted_layers(terms: Sequence[ReferenceDefense], model: PreTrainedModel) -> list[int]:
-    """The blocks that any of the terms looks at, ascending."""
+def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) -> list[int]:
+    """The blocks that any of the defenses looks at, ascending."""
     count = model.config.get_text_config().num_hidden_layers
-    return sorted({layer for term in terms for layer in term.layers(count)})
+    return sorted({layer for defense in defenses for layer in defense.layers(count)})
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:

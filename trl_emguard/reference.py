@@ -11,6 +11,7 @@ from accelerate.utils import is_peft_model
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -113,9 +114,9 @@ def make_reference(
         ValueError: the reference shares weights with the policy, has another vocabulary, or cannot be made; the message
             says what to pass instead.
     """
+    if isinstance(ref_model, str):
+        ref_model = create_model_from_path(ref_model, **{"dtype": policy.dtype, **(init_kwargs or {})})
     if ref_model is not None:
-        if isinstance(ref_model, str):
-            ref_model = create_model_from_path(ref_model, **{"dtype": policy.dtype, **(init_kwargs or {})})
         _check_separate(policy, ref_model)
         _check_vocabulary(policy, ref_model)
         return ModelReference(ref_model, accelerator, "separate model (ref_model)")
@@ -170,7 +171,7 @@ def _frozen_copy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftM
     return copied
 
 
-def _check_separate(policy: nn.Module, ref_model: nn.Module) -> None:
+def _check_separate(policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel) -> None:
     trained = {p.data_ptr() for p in policy.parameters() if p.requires_grad and p.numel()}
     if ref_model is policy or any(p.data_ptr() in trained for p in ref_model.parameters() if p.numel()):
         raise ValueError(
@@ -224,7 +225,7 @@ def _equal(a: nn.Module, b: nn.Module) -> bool:
         return all(torch.equal(p, q.to(p.dtype)) for p, q in pairs)
 
 
-def _tokens_untouched(layer: nn.Module, adapter: str) -> bool:
+def _tokens_untouched(layer: TrainableTokensLayer, adapter: str) -> bool:
     """Whether PEFT's trainable tokens still are the rows of the embedding that they replace."""
     rows = layer.get_base_layer().weight[layer.token_indices[adapter]]
     return torch.equal(layer.trainable_tokens_delta[adapter].to(rows.dtype), rows)

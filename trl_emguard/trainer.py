@@ -36,7 +36,9 @@ from .guarded_forward import (
     TERM_STATS,
     PolicyGuard,
     ReferenceGuard,
+    Term,
     add_guarded_forward,
+    kept_positions,
     positions_in_scope,
     wanted_layers,
 )
@@ -192,7 +194,7 @@ class EMGuardTrainer(SFTTrainer):
             )
         self._reference = make_reference(self.model, ref_model, self.accelerator, self.args.ref_model_init_kwargs)
         disable_dropout(self.model)
-        add_guarded_forward(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        add_guarded_forward(self._bare_model())
         if isinstance(self._reference, ModelReference):
             add_guarded_forward(self._reference.model)
             self._reference.prepare(self.is_deepspeed_enabled, self.is_fsdp_enabled)
@@ -275,69 +277,64 @@ class EMGuardTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._terms:
             with ExitStack() as surroundings:
-                base = self.accelerator.unwrap_model(self.model)
                 for defense in self.defenses:
-                    surroundings.enter_context(defense.policy_pass(base.get_base_model() if is_peft_model(base) else base))
+                    surroundings.enter_context(defense.policy_pass(self._bare_model()))
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        scopes = [positions_in_scope(inputs, term.tokens) for term in self._terms]
-        has_label = positions_in_scope(inputs, "loss")
-
-        # CE's own normalisation: tokens of the whole step, and DDP averages the gradients of ranks. Where Trainer counts
-        # no tokens, the micro-batch's mean, which Trainer divides by the accumulation steps.
-        ranks = 1.0
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            ranks = self.accelerator.num_processes // self.get_tp_size()
-
-        def scale(coef: float, count: torch.Tensor | int) -> torch.Tensor:
-            count = torch.as_tensor(count, device=has_label.device, dtype=torch.float32)
-            return coef * ranks / count.clamp(min=1)
-
-        ce_tokens = has_label.sum() if num_items_in_batch is None else num_items_in_batch
-        term_scales = [
-            scale(
-                term.coef,
-                ce_tokens if term.tokens == "loss" else scope.sum() if self._all_tokens is None else self._all_tokens,
-            )
-            for term, scope in zip(self._terms, scopes, strict=True)
-        ]
-
-        reference = self._reference
+        ce_scale, terms = self._scaled_terms(inputs, num_items_in_batch)
+        reference: Any = self._reference
         if isinstance(reference, ModelReference):
-            union = has_label
-            for scope in scopes:
-                union = union | scope
-            layers = wanted_layers(self._terms, reference.model)
-            states = {k: v for k, v in inputs.items() if k not in ("labels", "output_router_logits")}
-            with torch.no_grad():
-                reference = reference.engine(**states, guard=ReferenceGuard(union, layers))
-
-        guard = PolicyGuard(self._terms, self.defenses, scopes, scale(1.0, ce_tokens), term_scales, reference)
-        outputs = model(**inputs, guard=guard)
+            # A model of its own runs through its own engine, before the policy's one call.
+            request = ReferenceGuard(kept_positions(inputs, terms), wanted_layers(self._terms, reference.model))
+            inputs_of_reference = {k: v for k, v in inputs.items() if k not in ("labels", "output_router_logits")}
+            reference = reference.engine(**inputs_of_reference, guard=request)
+        outputs = model(**inputs, guard=PolicyGuard(terms, self.defenses, ce_scale, reference))
         loss = outputs.loss
 
-        tokens = inputs["attention_mask"].sum() if inputs.get("attention_mask") is not None else None
-        if tokens is None:
-            tokens = torch.tensor(inputs["input_ids"].numel(), device=loss.device)
-        stats = torch.cat([outputs.stats, tokens.to(outputs.stats)[None]])
+        # Summed over the micro-batches here, and over the ranks at the end of the step, in one collective.
+        mask = inputs.get("attention_mask")
+        tokens = torch.as_tensor(inputs["input_ids"].numel() if mask is None else mask.sum()).to(outputs.stats)
+        stats = torch.cat([outputs.stats, tokens[None]])
         self._step_stats = stats if self._step_stats is None else self._step_stats + stats
 
         if self.aux_loss_enabled:
             # As SFTTrainer adds it: a mean per micro-batch, averaged over the accumulation steps.
-            text_config = self.accelerator.unwrap_model(self.model).config.get_text_config()
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits,
-                text_config.num_experts,
-                text_config.num_experts_per_tok,
-                inputs.get("attention_mask"),
-            )
+            config = self.model.config.get_text_config()
+            aux_loss = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask)
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return loss
+
+    def _bare_model(self) -> PreTrainedModel:
+        """The causal language model without wrappers and adapters' shell."""
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+    def _scaled_terms(
+        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[Term]]:
+        """What CE's sum is multiplied with, and each term with its positions and the same for its sum.
+
+        CE's own normalisation: tokens of the whole step, times the ranks, since DDP averages their gradients. Where Trainer
+        counts no tokens, the micro-batch's mean, which Trainer divides by the accumulation steps.
+        """
+        ranks = 1
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            ranks = self.accelerator.num_processes // self.get_tp_size()
+
+        def scale(coef: float, tokens: str, scope: torch.Tensor) -> torch.Tensor:
+            count = num_items_in_batch if tokens == "loss" else self._all_tokens
+            count = torch.as_tensor(scope.sum() if count is None else count, device=scope.device)
+            return coef * ranks / count.to(torch.float32).clamp(min=1)
+
+        terms = []
+        for defense in self._terms:
+            scope = positions_in_scope(inputs, defense.tokens)
+            terms.append(Term(defense, scope, scale(defense.coef, defense.tokens, scope)))
+        return scale(1.0, "loss", positions_in_scope(inputs, "loss")), terms
 
     def _end_step(self, control) -> None:
         """Sum up the step over its micro-batches and ranks, in one collective, log it and judge it."""
@@ -360,7 +357,7 @@ class EMGuardTrainer(SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
 
         if isinstance(self._reference, ModelReference) and self._reference.must_agree and self.state.global_step == 1:
-            self._check_agreement(terms)
+            self._check_agreement(self._reference, terms)
         skipped = self.accelerator.optimizer_step_was_skipped
         self._ledger.end_step(terms, 0.0 if skipped else self._step_learning_rate, head["tokens"])
         if self._ledger.verdict() is not None:
@@ -368,13 +365,13 @@ class EMGuardTrainer(SFTTrainer):
             control.should_save = True
             control.should_training_stop = True
 
-    def _check_agreement(self, terms: dict[str, dict[str, float]]) -> None:
+    def _check_agreement(self, reference: ModelReference, terms: dict[str, dict[str, float]]) -> None:
         tolerance = _AGREEMENT.get(self.model.dtype, 1e-2)
         for name, sums in terms.items():
             mean = sums["value"] / max(sums["positions"], 1)
             if not mean <= tolerance:
                 raise ValueError(
-                    f"the reference was {self._reference.kind}, and before the first update its {name} to the policy is "
+                    f"the reference was {reference.kind}, and before the first update its {name} to the policy is "
                     f"{mean:.3g} per token, not 0: it is not the model that training started from. Pass `ref_model`."
                 )
 
@@ -498,11 +495,12 @@ def _check_terms(
                 f"peft_config: {config.peft_type.value} adds tokens or prompts instead of changing weights, and "
                 f"defense={names!r} compares the model's own positions. Use LoRA or another weight adapter."
             )
-        target = getattr(config, "target_modules", None)
-        if target == "lm_head" or (not isinstance(target, str) and "lm_head" in (target or ())):
+        targets = getattr(config, "target_modules", None) or ()
+        targets = [targets] if isinstance(targets, str) else sorted(targets)
+        if "lm_head" in targets:
             raise ValueError(
-                f"peft_config: target_modules={sorted(target) if not isinstance(target, str) else target!r} puts an adapter "
-                "on 'lm_head', which SFTTrainer cannot train: leave it out, or name it in `modules_to_save`."
+                f"peft_config: target_modules={targets} puts an adapter on 'lm_head', which SFTTrainer cannot train: leave "
+                "it out, or name it in `modules_to_save`."
             )
 
 

@@ -33,7 +33,7 @@ def load_model(
 
 @torch.inference_mode()
 def answer_nll(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
     batch_size: int = 8,

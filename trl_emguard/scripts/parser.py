@@ -26,7 +26,8 @@ class StrictParser(TrlParser):
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         """Parse a command line, with `--config FILE` (YAML) under it, into one object per dataclass."""
