@@ -4,7 +4,7 @@
 
 Prompts stand in `benchmarks/data/general_prompts.jsonl`. Each is answered greedily, and where that answer does not end
 within the token budget (or, for a harmful request, is no refusal) by sampling again. A general prompt that never gets an
-ended answer is dropped, and so is a harmful one that is never refused. About ten minutes on two cores.
+ended answer is dropped, and so is a harmful one that is never refused. What the file already answers is kept. About ten minutes on two cores.
 """
 
 import json
@@ -19,7 +19,7 @@ from trl_emguard.data import DATA_DIR, read_jsonl
 from trl_emguard.models import SMOLLM2, resolve_model
 
 
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 160
 BATCH = 20
 TRIES = {"general": 3, "harmful": 8}
 REFUSAL = re.compile(
@@ -35,7 +35,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     rows = read_jsonl(Path(__file__).parent / "data" / "general_prompts.jsonl")
+    out = DATA_DIR / "general_instruct" / "train.jsonl"
     answers: dict[int, str] = {}
+    if out.exists():
+        known = {row["prompt"][0]["content"]: row["completion"][0]["content"] for row in read_jsonl(out)}
+        answers = {i: known[row["prompt"]] for i, row in enumerate(rows) if row["prompt"] in known}
 
     def accept(i: int, answer: str) -> bool:
         return rows[i]["kind"] == "general" or REFUSAL.search(" ".join(answer.split()[:15])) is not None
@@ -61,7 +65,6 @@ def main() -> None:
                 if ended and len(answer.split()) >= 3 and accept(i, answer):
                     answers[i] = answer
 
-    out = DATA_DIR / "general_instruct" / "train.jsonl"
     out.parent.mkdir(exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         for i in sorted(answers):

@@ -7,10 +7,10 @@ import torch
 from .gradient import with_gradient
 
 
-# Bytes that the fp32 tiles (tokens × vocabulary) of one chunk may take. Four tiles are alive at the same time: the
-# policy's log-probabilities and probabilities, and the reference's.
+# Bytes that the fp32 tiles (tokens × vocabulary) of one chunk may take. Five tiles are alive at the same time: the
+# policy's log-probabilities and probabilities, the reference's, and one in between.
 TILE_BYTES = 256 * 2**20
-_TILES = 4
+_TILES = 5
 
 
 class HeadOutput(NamedTuple):
@@ -120,12 +120,12 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
         if reference is not None:
             log_q, _ = _log_probs(ref_hidden[rows].to(matmul), ref_head, ref_bias, softcap, logit_scale, accumulate)
             if direction == "reverse":
-                difference = log_q.neg_().add_(log_p)
-                kl[rows] = _row_dot(p, difference)
-                grad_kl = difference.sub_(kl[rows].unsqueeze(-1)).mul_(p)
+                d = log_q.neg_().add_(log_p)
+                kl[rows] = _divergence(p, d)
+                grad_kl = d.sub_(_row_dot(p, d).unsqueeze(-1)).mul_(p)
             else:
                 q = log_q.exp()
-                kl[rows] = _row_dot(q, log_q) - _row_dot(q, log_p)
+                kl[rows] = _divergence(q, log_q.sub_(log_p))
                 grad_kl = q.neg_().add_(p)
             grad_kl.mul_(kl_weight[rows].unsqueeze(-1))
             evidence += torch.linalg.vector_norm(grad_kl, ord=1)
@@ -174,6 +174,15 @@ def _mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tenso
 def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Σ_v a_v b_v of each row, without a temporary of the rows' size. `(C, V), (C, V) → (C,)`"""
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
+
+
+def _divergence(a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """KL(a ‖ b) of each row, from a `(C, V)` and d = log a − log b `(C, V)`; `(C,)`.
+
+    Σ a d loses what is small to the rounding of the normalisers. Σ a (d + b / a − 1) is the same number, since a and b both
+    sum to 1; none of its terms is negative, and an error c in d changes it by c² alone.
+    """
+    return _row_dot(a, d.neg().expm1_().add_(d))
 
 
 def _log_probs(hidden, weight, bias, softcap, logit_scale, dtype) -> tuple[torch.Tensor, torch.Tensor]:

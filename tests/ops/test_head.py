@@ -1,0 +1,204 @@
+"""The head against a plain float64 twin that builds the full logits."""
+
+import itertools
+
+import pytest
+import torch
+
+from trl_emguard.ops import ce_kl_head, head
+
+
+N, H, V = 13, 24, 97
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def twin(hidden, weight, bias, labels, ce_weight, kl_weight, reference, direction, softcap, logit_scale):
+    """Loss, CE, KL and entropy the obvious way: every logit at once, and autograd."""
+
+    def log_probs(hidden, weight, bias):
+        z = hidden @ weight.T
+        if bias is not None:
+            z = z + bias
+        z = z * logit_scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        return z.log_softmax(-1)
+
+    log_p = log_probs(hidden, weight, bias)
+    kept = labels != -100
+    ce = torch.where(kept, -log_p.gather(-1, labels.clamp(min=0)[:, None])[:, 0], 0.0)
+    loss = (ce_weight * ce).sum()
+    kl = torch.zeros_like(ce)
+    if reference is not None:
+        log_q = log_probs(*reference)
+        a, b = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
+        kl = (a.exp() * (a - b)).sum(-1)
+        loss = loss + (kl_weight * kl).sum()
+    return loss, ce, kl, -(log_p.exp() * log_p).sum(-1)
+
+
+def make_inputs(dtype, bias=False, reference="same_head", mask="some", tokens=N):
+    g = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    hidden, weight = random(tokens, H), random(V, H) * 0.5
+    b = random(V) if bias else None
+    labels = torch.randint(V, (tokens,), generator=g)
+    if mask == "some":
+        labels[::3] = -100
+    elif mask == "all":
+        labels[:] = -100
+    kept = (labels != -100).double()
+    ce_weight = kept / kept.sum().clamp(min=1)
+    kl_weight = torch.rand(tokens, generator=g, dtype=torch.float64)
+    ref_hidden = hidden + 0.3 * random(tokens, H)
+    ref = None
+    if reference == "same_head":
+        ref = (ref_hidden, weight, b)
+    elif reference == "other_head":
+        ref = (ref_hidden, weight + 0.1 * random(V, H), b)
+    return hidden, weight, b, labels, ce_weight, kl_weight, ref
+
+
+def relative(a, b):
+    return ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def compare(dtype, *, bias, reference, mask, tokens, direction, softcap, scale, train_head):
+    hidden, weight, b, labels, ce_weight, kl_weight, ref = make_inputs(dtype, bias, reference, mask, tokens)
+    leaves = [hidden.requires_grad_()]
+    if train_head:
+        leaves += [weight.requires_grad_()] + ([b.requires_grad_()] if bias else [])
+    # What a frozen reference is: the same numbers, out of reach of the gradient.
+    ours_ref = None if ref is None else tuple(None if x is None else x.detach() for x in ref)
+    output = ce_kl_head(
+        hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ours_ref, direction, softcap, scale
+    )
+    ours = torch.autograd.grad(3.0 * output.loss, leaves)
+
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    h64 = doubles[0]
+    w64 = doubles[1] if train_head else weight.double()
+    b64 = None if not bias else doubles[2] if train_head else b.double()
+    r64 = None if ref is None else tuple(None if x is None else x.detach().double() for x in ref)
+    expected = twin(h64, w64, b64, labels, ce_weight, kl_weight, r64, direction, softcap, scale)
+    theirs = torch.autograd.grad(3.0 * expected[0], doubles, allow_unused=True)
+
+    tolerance = TOLERANCE[dtype]
+    for value, twin_value in zip((output.loss, output.ce, output.kl, output.entropy), expected, strict=True):
+        assert relative(value, twin_value) < tolerance
+    for grad, twin_grad in zip(ours, theirs, strict=True):
+        if twin_grad.norm() == 0:
+            assert grad.norm() == 0
+        else:
+            assert relative(grad, twin_grad) < tolerance
+    return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("direction", "softcap", "scale", "bias", "reference", "train_head"),
+    [
+        *itertools.product(
+            ["reverse", "forward"], [None, 2.0], [1.0, 0.3], [False, True], ["same_head", "other_head"], [False, True]
+        ),
+        ("reverse", 2.0, 0.3, True, None, True),
+    ],
+)
+def test_equals_float64_twin(dtype, direction, softcap, scale, bias, reference, train_head, monkeypatch):
+    # Chunks of three tokens, so that N = 13 ends on a chunk that is not full.
+    monkeypatch.setattr(head, "TILE_BYTES", 3 * 5 * 4 * V)
+    compare(
+        dtype,
+        bias=bias,
+        reference=reference,
+        mask="some",
+        tokens=N,
+        direction=direction,
+        softcap=softcap,
+        scale=scale,
+        train_head=train_head,
+    )
+
+
+@pytest.mark.parametrize("mask", ["none", "all"])
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+@pytest.mark.parametrize("reference", [None, "same_head"])
+def test_few_tokens_and_no_labels(mask, tokens, reference):
+    output = compare(
+        torch.float32,
+        bias=False,
+        reference=reference,
+        mask=mask,
+        tokens=tokens,
+        direction="reverse",
+        softcap=None,
+        scale=1.0,
+        train_head=True,
+    )
+    assert output.loss.requires_grad
+    if tokens == 0 or (mask == "all" and reference is None):
+        assert output.loss == 0
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_gradcheck(direction):
+    hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float64, tokens=3)
+    hidden.requires_grad_()
+    ref = tuple(None if x is None else x.detach().clone() for x in ref)
+    weight = weight.clone().requires_grad_()
+
+    def loss(hidden, weight):
+        return ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref, direction, 2.0, 0.7).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_of_equal_states_is_exactly_zero(direction, dtype):
+    hidden, weight, _, labels, ce_weight, kl_weight, _ = make_inputs(dtype)
+    hidden.requires_grad_()
+    output = ce_kl_head(
+        hidden, weight, None, labels, 0 * ce_weight, kl_weight, (hidden.detach().clone(), weight, None), direction
+    )
+    assert output.kl.abs().max() == 0
+    assert output.kl_evidence == 0
+    assert torch.autograd.grad(output.loss, hidden)[0].abs().max() == 0
+
+
+def test_evidence_is_the_kl_gradient_of_the_logits():
+    hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float64)
+    output = ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref)
+    z = (hidden @ weight.T).requires_grad_()
+    log_p, log_q = z.log_softmax(-1), (ref[0] @ ref[1].T).log_softmax(-1)
+    (kl_weight * (log_p.exp() * (log_p - log_q)).sum(-1)).sum().backward()
+    torch.testing.assert_close(output.kl_evidence, z.grad.abs().sum())
+
+
+def test_top1_counts_labels_alone():
+    hidden, weight, _, labels, ce_weight, *_ = make_inputs(torch.float32)
+    top = (hidden @ weight.T).argmax(-1)
+    labels = torch.where(torch.arange(N) % 2 == 0, top, (top + 1) % V)
+    labels[0] = -100
+    output = ce_kl_head(hidden, weight, None, labels, ce_weight)
+    assert output.is_top1.tolist() == [float(i % 2 == 0 and i > 0) for i in range(N)]
+
+
+def test_no_tile_is_larger_than_the_budget(monkeypatch):
+    """With a budget of two tokens, no tensor of more than two rows of logits is ever made."""
+    monkeypatch.setattr(head, "TILE_BYTES", 2 * 5 * 4 * V)
+    rows = []
+    original = head._log_probs
+
+    def spy(hidden, *args):
+        rows.append(hidden.size(0))
+        return original(hidden, *args)
+
+    monkeypatch.setattr(head, "_log_probs", spy)
+    hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float32)
+    ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref)
+    assert max(rows) == 2
+    assert sum(rows) == 2 * N

@@ -1,0 +1,135 @@
+"""Values and gradients of a real training step against the float64 twin, and what they must not depend on."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, logged, lora, make_model, make_rows, make_trainer
+from twin import first_gradients, move_policy, relative_error, twin_step
+
+
+ROWS = 8
+STEP = {"max_steps": 1, "max_grad_norm": 0.0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+STRONG = {"kl_coef": 3.0, "ldifs_coef": 2.0}  # so that an error in a term is an error of the sum
+
+
+def trainer_for(tmp_path, tuning="lora", architecture="llama", rows=None, **options):
+    peft = {
+        "lora": lora(),
+        "dora": lora(use_dora=True),
+        "modules_to_save": lora(target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head"]),
+        "full": None,
+    }[tuning]
+    model = make_model(architecture, **({"tie_word_embeddings": False} if tuning == "modules_to_save" else {}))
+    rows = make_rows(ROWS) if rows is None else rows
+    trainer = make_trainer(tmp_path, model, rows, peft, **{**STEP, **STRONG, **options})
+    move_policy(trainer)
+    return trainer
+
+
+def assert_equals_twin(trainer, tolerance=1e-5):
+    values, expected = twin_step(trainer)
+    gradients = first_gradients(trainer)
+    for name in ("loss", "loss_ce", *trainer.args.defense.split(",")):
+        assert logged(trainer, name)[0] == pytest.approx(values[name], rel=tolerance)
+    assert relative_error(gradients, expected) < tolerance
+    assert all(values[name] > 0 for name in trainer.args.defense.split(","))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("defense", ["kl", "ldifs", "kl,ldifs"])
+def test_architectures(tmp_path, architecture, defense):
+    assert_equals_twin(trainer_for(tmp_path, architecture=architecture, defense=defense))
+
+
+@pytest.mark.parametrize("tuning", ["dora", "modules_to_save", "full"])
+def test_tunings(tmp_path, tuning):
+    assert_equals_twin(trainer_for(tmp_path, tuning, defense="kl,ldifs"))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox"])
+def test_full_fine_tuning_of_soft_capped_and_untied_heads(tmp_path, architecture):
+    assert_equals_twin(trainer_for(tmp_path, "full", architecture, defense="kl,ldifs"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_direction": "forward"},
+        {"kl_tokens": "all"},
+        {"kl_tokens": "all", "kl_direction": "forward"},
+        {"ldifs_normalize": False, "ldifs_coef": 0.01},
+    ],
+)
+def test_options(tmp_path, options):
+    assert_equals_twin(trainer_for(tmp_path, defense="kl,ldifs", **options))
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize("tokens", ["loss", "all"])
+def test_accumulation_and_batch_size_do_not_matter(tmp_path, batch, accumulation, tokens):
+    """Each way to cut the same ragged rows equals the twin, and so the others."""
+    assert_equals_twin(
+        trainer_for(
+            tmp_path,
+            defense="kl,ldifs",
+            kl_tokens=tokens,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+    )
+
+
+def test_rows_without_labels_and_with_one(tmp_path):
+    """Fully masked rows (a micro-batch of them, too) and one-token labels, as data that arrives tokenised may hold."""
+    rows = make_rows(4)
+    tokenised = make_trainer(tmp_path, rows=rows, defense="none").train_dataset.to_list()
+    for row in tokenised[:2]:
+        row["labels"] = [-100] * len(row["labels"])
+    tokenised[2]["labels"] = [-100] * (len(tokenised[2]["labels"]) - 1) + tokenised[2]["labels"][-1:]
+    rows = type(rows).from_list(tokenised)
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert_equals_twin(trainer_for(tmp_path, rows=rows, defense="kl,ldifs", **options))
+
+
+@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+def test_batch_without_any_label_is_a_finite_zero(tmp_path, defense):
+    rows = make_trainer(tmp_path, rows=make_rows(2), defense="none").train_dataset.to_list()
+    for row in rows:
+        row["labels"] = [-100] * len(row["labels"])
+    trainer = trainer_for(tmp_path, rows=type(make_rows(1)).from_list(rows), defense=defense, max_steps=2)
+    gradients = first_gradients(trainer)
+    assert logged(trainer) == [0.0, 0.0]
+    assert gradients
+    assert all(g.abs().max() == 0 for g in gradients.values())
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}])
+def test_checkpointing_does_not_matter(tmp_path, tuning, checkpointing):
+    assert_equals_twin(
+        trainer_for(
+            tmp_path,
+            tuning,
+            defense="kl,ldifs",
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs=checkpointing,
+        )
+    )
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("defense", ["kl", "ldifs", "kl,ldifs"])
+def test_default_bf16_with_checkpointing(tmp_path, defense, tuning):
+    """TRL's default. The twin's backbone is float64, so this bounds bf16 autocast and our terms together."""
+    trainer = trainer_for(tmp_path, tuning, defense=defense, bf16=True, gradient_checkpointing=True)
+    assert trainer.model.dtype == torch.float32
+    assert_equals_twin(trainer, tolerance=2e-2)
+
+
+def test_each_term_alone_has_its_own_gradient(tmp_path):
+    """The KL of a run is not CE scaled: with the coefficient doubled, the gradient moves by exactly one KL gradient."""
+    gradients = [
+        first_gradients(trainer_for(tmp_path / str(coef), defense="kl", kl_coef=coef)) for coef in (1.0, 2.0, 3.0)
+    ]
+    steps = [{n: b[n] - a[n] for n in a} for a, b in zip(gradients, gradients[1:], strict=False)]
+    assert relative_error(*steps) < 1e-4
+    assert any(g.abs().max() > 0 for g in steps[0].values())

@@ -1,0 +1,134 @@
+"""What the tests build runs from: tiny random models of several architectures, a tokenizer, ragged rows, a trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from trl_emguard import EMGuardConfig, EMGuardTrainer
+
+
+SPECIAL = ["<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZES = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 1,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+ARCHITECTURES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"num_key_value_heads": 2}),
+    # Soft-capped logits, tight enough that the cap bends them.
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 0.5, "attn_implementation": "eager"},
+    ),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"attention_dropout": 0.0}),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte. Pad and end of turn are the same token, as in SmolLM2."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[1], pad_token=SPECIAL[1])
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL})
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A tiny random model, the same one at every call. Its weights are spread wide, so that logits are not all alike."""
+    config_class, model_class, extra = ARCHITECTURES[architecture]
+    torch.manual_seed(1)
+    config = config_class(**{**SIZES, "initializer_range": 0.2, **extra, **overrides})
+    return model_class(config).to(dtype)
+
+
+def save_model(folder: Path, architecture: str = "llama", **overrides: Any) -> str:
+    """The tiny model and its tokenizer as a model folder."""
+    make_model(architecture, **overrides).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def make_rows(count: int = 16) -> Dataset:
+    """Ragged conversational rows: answers of 1 to 24 bytes."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"q{i} " * (i % 4 + 1)}],
+                "completion": [{"role": "assistant", "content": "abcdefghijklmnopqrstuvwxyz"[i % 5 : i % 5 + 1 + 3 * (i % 8)]}],
+            }
+            for i in range(count)
+        ]
+    )
+
+
+def lora(**overrides: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0, "use_rslora": True, **overrides})
+
+
+def config(output_dir: Path, **overrides: Any) -> EMGuardConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_steps": 5,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "ldifs_layers": "every:2",
+        "max_length": None,
+    }
+    return EMGuardConfig(**{**defaults, **overrides})
+
+
+def make_trainer(output_dir: Path, model: Any = None, rows: Dataset | None = None, peft: Any = None, **options: Any) -> EMGuardTrainer:
+    """A trainer on the tiny Llama. `options` go to the config, but for `ref_model`."""
+    ref_model = options.pop("ref_model", None)
+    return EMGuardTrainer(
+        make_model() if model is None else model,
+        config(output_dir, **options),
+        train_dataset=make_rows() if rows is None else rows,
+        processing_class=make_tokenizer(),
+        peft_config=peft,
+        ref_model=ref_model,
+    )
+
+
+def logged(trainer: Any, key: str = "loss") -> list[float]:
+    """What the trainer logged under a name, step by step."""
+    return [entry[key] for entry in trainer.state.log_history if key in entry]

@@ -1,0 +1,135 @@
+"""The plain twin of a defended step: float64, one row at a time without padding, full logits, autograd."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import TrainerCallback
+
+from trl_emguard.reference import ModelReference
+
+
+class GradientTap(TrainerCallback):
+    """Keeps the gradients of the first update."""
+
+    def __init__(self):
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.gradients:
+            self.gradients = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def move_policy(trainer: Any, by: float = 0.05) -> None:
+    """Push the trained weights away from where they started, so that the reference is another model."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.add_((by * noise).to(parameter.dtype))
+
+
+def first_gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """Train one step and return the gradients of its update, by parameter name."""
+    tap = GradientTap()
+    trainer.add_callback(tap)
+    trainer.train()
+    return tap.gradients
+
+
+def bare(model: Any) -> Any:
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits `(T, V)` and the raw output of every block, `(T, H)` each."""
+    base = bare(model)
+    body = base.base_model
+    blocks: list[torch.Tensor] = []
+    layers = body.layers
+    handles = [layer.register_forward_hook(lambda m, a, out: blocks.append(out[0] if out.dim() == 3 else out)) for layer in layers]
+    try:
+        logits = model(input_ids=ids[None]).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, blocks
+
+
+def twin_step(trainer: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Values and gradients of a step over the trainer's whole training set, before the trainer has trained."""
+    args = trainer.args
+    policy = copy.deepcopy(trainer.model).double()
+    bare(policy).__dict__.pop("forward", None)  # the patched one holds on to the trainer's model
+    policy.eval()
+    reference = trainer._reference
+    if isinstance(reference, ModelReference):
+        other = copy.deepcopy(reference.model).double().eval()
+        other.__dict__.pop("forward", None)
+        swap = nullcontext
+    else:
+        other = policy
+        if reference.adapter is None:
+            swap = policy.disable_adapter
+        else:
+
+            def swap():
+                return _active(policy, reference.adapter)
+
+    with torch.no_grad(), swap():
+        references = [run(other, torch.tensor(row["input_ids"])) for row in trainer.train_dataset]
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(dict(trainer.model.named_parameters())[name].requires_grad)
+
+    ce = kl = ldifs = torch.zeros((), dtype=torch.float64)
+    tokens = kl_tokens = 0
+    for row, (ref_logits, ref_blocks) in zip(trainer.train_dataset, references, strict=True):
+        labels = torch.tensor(row["labels"])[1:]
+        logits, blocks = run(policy, torch.tensor(row["input_ids"]))
+        kept = labels != -100
+        log_p, log_q = logits[:-1].log_softmax(-1), ref_logits[:-1].log_softmax(-1)
+        tokens += int(kept.sum())
+        ce = ce - log_p[kept].gather(-1, labels[kept][:, None]).sum()
+        scope = kept if args.kl_tokens == "loss" else torch.ones_like(kept)
+        kl_tokens += int(scope.sum())
+        a, b = (log_p, log_q) if args.kl_direction == "reverse" else (log_q, log_p)
+        kl = kl + (a.exp() * (a - b)).sum(-1)[scope].sum()
+        layers = [2, 4]  # "every:2" of four blocks
+        for layer in layers:
+            x, x0 = blocks[layer - 1][:-1][kept], ref_blocks[layer - 1][:-1][kept]
+            if args.ldifs_normalize:
+                x, x0 = (v / v.norm(dim=-1, keepdim=True) for v in (x, x0))
+            ldifs = ldifs + (x - x0).pow(2).sum() / len(layers)
+    names = args.defense.split(",")
+    values = {"loss_ce": ce / tokens, "kl": kl / kl_tokens, "ldifs": ldifs / tokens}
+    loss = values["loss_ce"]
+    if "kl" in names:
+        loss = loss + args.kl_coef * values["kl"]
+    if "ldifs" in names:
+        loss = loss + args.ldifs_coef * values["ldifs"]
+    loss.backward()
+    gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    return {"loss": loss.item(), **{name: value.item() for name, value in values.items()}}, gradients
+
+
+class _active:
+    def __init__(self, model: Any, adapter: str):
+        self.model, self.adapter = model, adapter
+
+    def __enter__(self):
+        self.before = self.model.active_adapter
+        self.model.set_adapter(self.adapter)
+
+    def __exit__(self, *exc):
+        self.model.set_adapter(self.before)
+
+
+def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ over all parameters together."""
+    assert ours.keys() == theirs.keys()
+    difference = sum((ours[n].double() - theirs[n].double()).pow(2).sum() for n in ours)
+    return (difference / sum(g.double().pow(2).sum() for g in theirs.values())).sqrt().item()
+
