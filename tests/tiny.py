@@ -86,7 +86,9 @@ def make_rows(count: int = 16) -> Dataset:
         [
             {
                 "prompt": [{"role": "user", "content": f"q{i} " * (i % 4 + 1)}],
-                "completion": [{"role": "assistant", "content": "abcdefghijklmnopqrstuvwxyz"[i % 5 : i % 5 + 1 + 3 * (i % 8)]}],
+                "completion": [
+                    {"role": "assistant", "content": "abcdefghijklmnopqrstuvwxyz"[i % 5 : i % 5 + 1 + 3 * (i % 8)]}
+                ],
             }
             for i in range(count)
         ]
@@ -116,7 +118,9 @@ def config(output_dir: Path, **overrides: Any) -> EMGuardConfig:
     return EMGuardConfig(**{**defaults, **overrides})
 
 
-def make_trainer(output_dir: Path, model: Any = None, rows: Dataset | None = None, peft: Any = None, **options: Any) -> EMGuardTrainer:
+def make_trainer(
+    output_dir: Path, model: Any = None, rows: Dataset | None = None, peft: Any = None, **options: Any
+) -> EMGuardTrainer:
     """A trainer on the tiny Llama. `options` go to the config, but for `ref_model`."""
     ref_model = options.pop("ref_model", None)
     return EMGuardTrainer(

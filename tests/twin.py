@@ -50,7 +50,9 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]
     body = base.base_model
     blocks: list[torch.Tensor] = []
     layers = body.layers
-    handles = [layer.register_forward_hook(lambda m, a, out: blocks.append(out[0] if out.dim() == 3 else out)) for layer in layers]
+    handles = [
+        layer.register_forward_hook(lambda m, a, out: blocks.append(out[0] if out.dim() == 3 else out)) for layer in layers
+    ]
     try:
         logits = model(input_ids=ids[None]).logits[0]
     finally:
@@ -132,4 +134,3 @@ def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
     assert ours.keys() == theirs.keys()
     difference = sum((ours[n].double() - theirs[n].double()).pow(2).sum() for n in ours)
     return (difference / sum(g.double().pow(2).sum() for g in theirs.values())).sqrt().item()
-

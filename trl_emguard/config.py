@@ -1,5 +1,6 @@
 """`EMGuardConfig`: SFTConfig, the choice of defense, and a block of options per method."""
 
+import copy
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -150,11 +151,8 @@ class EMGuardConfig(SFTConfig):
                 f"args is a {type(args).__name__}, whose fields {', '.join(lost)} an EMGuardConfig does not have: derive "
                 "that class from EMGuardConfig."
             )
-        # `to_dict` undoes what `__post_init__` did to the base class's values, but it hides tokens and turns dtypes into
-        # strings: SFTConfig's own fields and the token are taken as they are.
-        values = args.to_dict()
-        base = {f.name for f in fields(TrainingArguments)}
-        for f in fields(args):
-            if f.init and (f.name not in base or f.name == "hub_token"):
-                values[f.name] = getattr(args, f.name)
-        return cls(**values)
+        # `to_dict` undoes what `__post_init__` did to the base class's values, but it hides the token and turns dtypes into
+        # strings, in nested dicts in place: SFTConfig's own fields and the token are taken as they are, and before.
+        base = {f.name for f in fields(TrainingArguments)} - {"hub_token"}
+        own = {f.name: copy.copy(getattr(args, f.name)) for f in fields(args) if f.init and f.name not in base}
+        return cls(**{**args.to_dict(), **own})

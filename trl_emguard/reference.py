@@ -196,18 +196,20 @@ def _trainable_outside_adapters(policy: PeftModel) -> list[str]:
 
 
 def _adapter_is_zero(policy: PeftModel) -> bool:
-    """Whether the active adapters leave the model as it is: LoRA with B = 0 in every layer, and untouched copies."""
-    outputs = []
+    """Whether the active adapters leave the model as it is: LoRA whose B (of an embedding: A) is 0, and untouched copies."""
+    zeros = []
     for layer in (m for m in policy.modules() if isinstance(m, BaseTunerLayer)):
+        if isinstance(layer, TrainableTokensLayer):
+            continue  # looked at below, in its wrapper
         if not isinstance(layer, LoraLayer) or isinstance(layer, AdaLoraLayer):
             return False
         for name in layer.active_adapters:
             if name in layer.lora_B:
-                outputs += layer.lora_B[name].parameters()
-            if name in layer.lora_embedding_B:
-                outputs.append(layer.lora_embedding_B[name])
-    with maybe_gather_lm_head_ctx(*outputs):
-        if any(bool(weight.detach().any()) for weight in outputs):
+                zeros += layer.lora_B[name].parameters()
+            if name in layer.lora_embedding_A:
+                zeros.append(layer.lora_embedding_A[name])
+    with maybe_gather_lm_head_ctx(*zeros):
+        if any(bool(weight.detach().any()) for weight in zeros):
             return False
     for wrapper in (m for m in policy.modules() if isinstance(m, AuxiliaryTrainingWrapper)):
         for name in wrapper.active_adapters:

@@ -118,10 +118,10 @@ class EMGuardTrainer(SFTTrainer):
     ):
         args = self._as_config(args, model)
         _check_data(train_dataset)
+        _check_path(model)
         self.defenses = [defense for defense in build_defenses(args) if defense.active]
         self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
         if self.defenses:
-            _check_model(model, args)
             config = _load_config(model, args)
             for defense in self.defenses:
                 defense.check_model(config.get_text_config())
@@ -203,21 +203,18 @@ class EMGuardTrainer(SFTTrainer):
         self._all_tokens: torch.Tensor | None = None
 
     def _describe(self) -> str:
-        """What acts in this run, in a line or two."""
-        if not self.defenses:
-            named = [defense.name for defense in build_defenses(self.args)]
-            why = f"defense={self.args.defense!r}" + (" with a coefficient of 0" if named else "")
-            lines = [f"trl_emguard: no defense acts ({why}); this is plain SFT."]
-            if self._unused_ref_model:
-                lines.append("trl_emguard: ref_model was given and is not used.")
-            return "\n".join(lines)
+        """What acts in this run, a line each."""
         lines = []
-        for defense in self.defenses:
+        for defense in build_defenses(self.args):
             options = ", ".join(f"{name}={value}" for name, value in defense.options().items())
-            lines.append(f"trl_emguard: defense {defense.name!r} acts ({options}).")
+            lines.append(f"defense {defense.name!r} {'acts' if defense.active else 'is off'} ({options}).")
+        if not self.defenses:
+            lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain SFT.")
         if self._reference is not None:
-            lines.append(f"trl_emguard: reference: {self._reference.kind}; dropout is off.")
-        return "\n".join(lines)
+            lines.append(f"reference: {self._reference.kind}; dropout is off.")
+        if self._unused_ref_model:
+            lines.append("ref_model was given and is not used.")
+        return "\n".join(f"trl_emguard: {line}" for line in lines)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         if resume_from_checkpoint is True:
@@ -449,7 +446,7 @@ def _check_data(train_dataset: object) -> None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
 
 
-def _check_model(model: str | PreTrainedModel | PeftModel, args: EMGuardConfig) -> None:
+def _check_path(model: str | PreTrainedModel | PeftModel) -> None:
     if isinstance(model, str) and model.startswith(("/", ".", "~")) and not os.path.isdir(os.path.expanduser(model)):
         raise FileNotFoundError(f"model={model!r} is not a folder on this machine: give a model folder or a hub id.")
 

@@ -16,10 +16,9 @@ def test_equals_float64_twin(normalize, dtype, tolerance):
 
     doubles = [x.detach().double().requires_grad_() for x in policy]
     expected = 0
+    unit = (lambda v: v / v.norm(dim=-1, keepdim=True)) if normalize else (lambda v: v)
     for x, x0 in zip(doubles, reference, strict=True):
-        x0 = x0.double()
-        unit = (lambda v: v / v.norm(dim=-1, keepdim=True)) if normalize else (lambda v: v)
-        expected = expected + (unit(x) - unit(x0)).pow(2).sum(-1) / 3
+        expected = expected + (unit(x) - unit(x0.double())).pow(2).sum(-1) / 3
     theirs = torch.autograd.grad(expected.sum(), doubles)
 
     assert ours.shape == (7,)

@@ -73,9 +73,7 @@ def compare(dtype, *, bias, reference, mask, tokens, direction, softcap, scale, 
         leaves += [weight.requires_grad_()] + ([b.requires_grad_()] if bias else [])
     # What a frozen reference is: the same numbers, out of reach of the gradient.
     ours_ref = None if ref is None else tuple(None if x is None else x.detach() for x in ref)
-    output = ce_kl_head(
-        hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ours_ref, direction, softcap, scale
-    )
+    output = ce_kl_head(hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ours_ref, direction, softcap, scale)
     ours = torch.autograd.grad(3.0 * output.loss, leaves)
 
     doubles = [x.detach().double().requires_grad_() for x in leaves]

@@ -3,10 +3,13 @@
 What each file holds and how it was made stands in `README.md` beside them.
 """
 
+import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset, IterableDataset, load_dataset
 
 
@@ -35,7 +38,7 @@ def load_rows(
         streaming: for `load_dataset`.
 
     Raises:
-        FileNotFoundError: a path that does not exist, or a split that is not there.
+        FileNotFoundError: a name or path that nobody knows, or a split that a shipped set does not have.
         ValueError: a malformed or empty file; the message names the file and the line.
     """
     if name in SHIPPED:
@@ -43,15 +46,30 @@ def load_rows(
             raise FileNotFoundError(
                 f"the shipped data set {name!r} has no split {split!r}: it has {', '.join(map(repr, SHIPPED[name]))}."
             )
-        return Dataset.from_list(read_jsonl(DATA_DIR / name / f"{split}.jsonl"))
-    path = Path(name).expanduser()
+        return _load_jsonl(DATA_DIR / name / f"{split}.jsonl")
+    path = Path(os.path.expanduser(name))
     if path.is_dir() and (path / f"{split}.jsonl").is_file():
         path = path / f"{split}.jsonl"
     if path.suffix == ".jsonl":
-        return Dataset.from_list(read_jsonl(path))
+        return _load_jsonl(path)
     if name.startswith(("/", ".", "~")) and not path.exists():
         raise FileNotFoundError(f"dataset_name={name!r} does not exist. Shipped data sets: {', '.join(SHIPPED)}.")
-    return load_dataset(name, name=config, split=split, streaming=streaming)
+    try:
+        return load_dataset(name, name=config, split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError) as error:
+        near = difflib.get_close_matches(name, SHIPPED, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise FileNotFoundError(
+            f"dataset_name={name!r} is neither here nor on the hub ({error}). {hint}Shipped data sets: {', '.join(SHIPPED)}."
+        ) from error
+
+
+def _load_jsonl(path: Path) -> Dataset:
+    rows = read_jsonl(path)
+    try:
+        return Dataset.from_list(rows)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: a column holds values of more than one type ({error}).") from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -24,9 +24,10 @@ class StrictParser(TrlParser):
 
     def __init__(self, dataclass_types: Any, prog: str | None = None):
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False)
+        self._hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
     def parse(self, argv: list[str] | None = None) -> tuple:
@@ -46,51 +47,66 @@ class StrictParser(TrlParser):
 
     def _take_config(self, argv: list[str]) -> tuple[list[str], dict[str, Any] | None]:
         finder = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
-        finder.add_argument("--config")
+        finder.add_argument("--config", action="append", default=[])
         finder.error = self.error  # type: ignore[method-assign]
         found, rest = finder.parse_known_args(argv)
-        if found.config is None:
+        if not found.config:
             return rest, None
+        if len(found.config) > 1:
+            self.error(f"--config is given {len(found.config)} times: they are not merged, so give it once.")
+        name = found.config[0]
         try:
-            path = find_recipe(found.config)
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            config = yaml.load(find_recipe(name).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
         except FileNotFoundError as error:
             self.error(str(error))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            self.error(f"config {found.config!r} cannot be read: {' '.join(str(error).split())}")
+            self.error(f"config {name!r} cannot be read: {error}")
         if not isinstance(config, dict):
-            self.error(f"config {found.config!r} must hold `key: value` lines.")
+            self.error(f"config {name!r} must hold `key: value` lines.")
         return rest, config
 
     def _check_config(self, config: dict[str, Any]) -> None:
-        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        actions = {action.dest: action for action in reversed(self._actions) if action.dest != "help"}
         for key, value in config.items():
             if key == "env":
                 self._set_environment(value)
             elif key not in actions:
                 self.error(self._unknown(str(key), actions, "key in the config file"))
             else:
-                self._check_value(key, value, actions[key])
+                self._check_config_value(key, value, actions[key])
 
-    def _check_value(self, key: str, value: Any, action: argparse.Action) -> None:
+    def _check_config_value(self, key: str, value: Any, action: argparse.Action) -> None:
+        types = set(get_args(self._hints[key])) or {self._hints[key]}
         if value is None:
-            if action.default is not None:
+            if type(None) not in types:
                 self.error(
                     f"config: `{key}:` is empty. Give it a value (the default is {action.default!r}), or leave it out."
                 )
             return
-        is_switch = isinstance(action.default, bool)
-        if isinstance(value, bool) and not is_switch and action.default is not None:
+        if bool in types:
+            if not isinstance(value, bool):
+                self.error(f"config: {key}={value!r} must be true or false.")
+            return
+        number = types <= {int, float, type(None)}
+        if isinstance(value, bool) and (number or action.choices is not None or action.default is not None):
             self.error(
                 f"config: `{key}: {str(value).lower()}` is not a value for {key} (YAML reads yes, no, on and off as true "
                 "and false): put it in quotes, or give another."
             )
-        if is_switch and not isinstance(value, bool):
-            self.error(f"config: {key}={value!r} must be true or false.")
-        if action.choices is not None and not isinstance(value, bool):
-            choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
+        # What YAML reads as text becomes a number as on the command line: it takes 1e-4 for text.
+        if number and not isinstance(value, (str, int, *types)):
+            self.error(f"config: {key}={value!r} must be a {'number' if float in types else 'whole number'}.")
+        if action.choices is not None:
+            choices = _texts(action.choices)
             if str(value) not in choices:
                 self.error(f"config: {self._unknown(str(value), choices, f'value of {key}')} Known: {', '.join(choices)}.")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # argparse's own, which lists the choices and does not say which one is near.
+        if action.choices is not None and value not in action.choices:
+            choices = _texts(action.choices)
+            text = f"{self._unknown(str(value), choices, 'value')} Known: {', '.join(choices)}."
+            raise argparse.ArgumentError(action, text)
 
     def _set_environment(self, variables: Any) -> None:
         import os
@@ -107,3 +123,18 @@ class StrictParser(TrlParser):
         name = name.split("=", maxsplit=1)[0] if name.startswith("-") else name
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
         return f"unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands there twice, of which YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"the key {name!r} stands there twice: keep one of them")
+        return super().construct_mapping(node, deep)
+
+
+def _texts(choices: Iterable[Any]) -> list[str]:
+    return [str(getattr(choice, "value", choice)) for choice in choices]

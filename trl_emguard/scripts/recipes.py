@@ -1,6 +1,7 @@
 """`trl-emguard recipes`: print the folder of the recipes, in a checkout or after `pip install`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def find_recipe(path: str) -> Path:
     Raises:
         FileNotFoundError: neither exists.
     """
-    for candidate in (Path(path).expanduser(), recipes_dir() / path):
+    for candidate in (Path(os.path.expanduser(path)), recipes_dir() / path):
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(f"config {path!r} is not a file, here or in {recipes_dir()}.")

@@ -1,0 +1,196 @@
+"""Bad arguments: one error that names argument, value and mend, before any weight is loaded."""
+
+import math
+import re
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tiny import config, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
+
+from trl_emguard import EMGuardConfig, EMGuardTrainer
+from trl_emguard.defenses.ldifs import select_layers
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights is the expensive work that a bad argument must come before."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights were loaded before the argument was refused")
+
+    monkeypatch.setattr("trl.trainer.sft_trainer.create_model_from_path", loaded)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"defense": "kll"}, "defense='kll': 'kll' is not a known defense. Did you mean 'kl'? Known: none, kl, ldifs."),
+        ({"defense": "LDIFS"}, "'LDIFS' is not a known defense."),
+        ({"defense": "kl;ldifs"}, "'kl;ldifs' is not a known defense."),
+        ({"defense": "kl,"}, "'' is not a known defense."),
+        ({"defense": False}, "defense=False is not a defense (YAML reads no, off and an empty value so)."),
+        ({"defense": None}, "defense=None is not a defense (YAML"),
+        ({"defense": ""}, "defense='' is not a defense."),
+        ({"defense": "kl,none"}, "defense='kl,none' mixes 'none' with other names"),
+        ({"defense": "kl,kl"}, "defense='kl,kl' names a defense twice"),
+        ({"defense": "kl", "kl_coef": -0.1}, "kl_coef=-0.1 is not a coefficient: give a finite number, 0 (off) or above."),
+        ({"defense": "kl", "kl_coef": math.nan}, "kl_coef=nan is not a coefficient"),
+        ({"defense": "kl", "kl_coef": math.inf}, "kl_coef=inf is not a coefficient"),
+        ({"defense": "kl", "kl_coef": "0.1"}, "kl_coef='0.1' is not a coefficient"),
+        ({"defense": "kl", "kl_coef": True}, "kl_coef=True is not a coefficient"),
+        ({"defense": "ldifs", "ldifs_coef": -1}, "ldifs_coef=-1 is not a coefficient"),
+        (
+            {"defense": "kl", "kl_direction": "backward"},
+            "kl_direction='backward' is not known: give one of 'reverse', 'forward'.",
+        ),
+        ({"defense": "kl", "kl_tokens": "some"}, "kl_tokens='some' is not known: give one of 'loss', 'all'."),
+        ({"defense": "ldifs", "ldifs_normalize": "yes"}, "ldifs_normalize='yes' must be true or false."),
+        ({"defense": "kl", "loss_type": "dft"}, "loss_type='dft' does not work with defense='kl'"),
+        ({"defense": "kl", "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not work with defense='kl'"),
+        ({"defense": "ldifs", "neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not work with defense='ldifs'"),
+    ],
+)
+def test_config(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(tmp_path, **options)
+
+
+def test_what_a_defense_does_not_work_with_is_fine_without_it(tmp_path):
+    config(tmp_path, defense="kl", kl_coef=0.0, loss_type="dft", neftune_noise_alpha=5.0)
+
+
+def test_output_folder_that_is_a_file(tmp_path):
+    path = tmp_path / "out"
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"output_dir=.*out' is a file: name a folder"):
+        EMGuardConfig(str(path), use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layers"),
+    [
+        ("every:5", [5, 10, 15, 20, 25, 30]),
+        ("every:7", [7, 14, 21, 28]),
+        ("every:30", [30]),
+        ("linspace:5", [1, 8, 16, 23, 30]),
+        ("linspace:1", [30]),
+        ("linspace:2", [1, 30]),
+        ("linspace:30", list(range(1, 31))),
+        ("4,8", [4, 8]),
+        ("[4, 8]", [4, 8]),
+        (" 8 , 4 ", [4, 8]),
+        ([8, 4], [4, 8]),
+        ((30,), [30]),
+        (1, [1]),
+    ],
+)
+def test_layers(spec, layers):
+    assert select_layers(spec, None) is not None
+    assert select_layers(spec, 30) == layers
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "every", "every:0", "every:-1", "linspace:0", "4;8", "4,", "a", [], [1.5], [True], True, None, {}]
+)
+def test_layers_of_no_form(spec):
+    with pytest.raises(ValueError, match="ldifs_layers="):
+        select_layers(spec, None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("0,4", "layer 0 is out of range: the blocks count from 1 to"),
+        ("4,4", "names a layer twice"),
+        ([5], r"layer 5 is out of range: the blocks count from 1 to 4\."),
+        ("every:5", "names no layer of a model with 4 blocks"),
+        ("linspace:5", "names no layer of a model with 4 blocks"),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_layers_out_of_range_of_the_model(tmp_path, spec, message):
+    path = save_model(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "out", path, defense="ldifs", ldifs_layers=spec)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("defense", ["none", "kl"])
+def test_empty_dataset(tmp_path, defense):
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        make_trainer(tmp_path, save_model(tmp_path / "model"), Dataset.from_list([]), defense=defense)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("defense", ["none", "kl"])
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all"])
+def test_missing_model_folder(tmp_path, defense, path):
+    with pytest.raises(FileNotFoundError, match=f"model='{path}' is not a folder on this machine"):
+        make_trainer(tmp_path, path, defense=defense)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("target", [["q_proj", "lm_head"], "lm_head"])
+def test_lora_on_the_head(tmp_path, target):
+    with pytest.raises(ValueError, match=r"target_modules=\[.*\] puts an adapter on 'lm_head'.*modules_to_save"):
+        make_trainer(tmp_path, save_model(tmp_path / "model"), peft=LoraConfig(target_modules=target), defense="kl")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    "peft",
+    [
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ],
+)
+def test_prompt_learning(tmp_path, peft):
+    with pytest.raises(ValueError, match=r"peft_config: (PROMPT|PREFIX)_TUNING adds tokens .* Use LoRA"):
+        make_trainer(tmp_path, save_model(tmp_path / "model"), peft=peft, defense="kl")
+
+
+def test_prompt_learning_on_a_model_that_has_it(tmp_path):
+    model = get_peft_model(make_model(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="PROMPT_TUNING adds tokens"):
+        make_trainer(tmp_path, model, defense="kl")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_compute_loss_func(tmp_path):
+    with pytest.raises(ValueError, match="compute_loss_func does not work with defense='kl'"):
+        EMGuardTrainer(
+            save_model(tmp_path / "model"),
+            config(tmp_path, defense="kl"),
+            train_dataset=make_rows(4),
+            compute_loss_func=lambda *args, **kwargs: 0,
+        )
+
+
+def test_two_active_adapters_cannot_be_copied(tmp_path):
+    model = get_peft_model(make_model(), lora(init_lora_weights=False))
+    model.add_adapter("second", lora(init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="2 active adapters"):
+        make_trainer(tmp_path, model, defense="kl")
+
+
+def test_an_adapter_that_is_named_ref(tmp_path):
+    model = get_peft_model(make_model(), lora(init_lora_weights=False), adapter_name="ref")
+    with pytest.raises(ValueError, match="already has an adapter named 'ref'"):
+        make_trainer(tmp_path, model, defense="kl")
+
+
+def test_a_config_class_whose_fields_would_be_lost(tmp_path):
+    from dataclasses import dataclass
+
+    from trl import SFTConfig
+
+    @dataclass
+    class Mine(SFTConfig):
+        my_field: int = 3
+
+    with pytest.raises(TypeError, match=r"args is a Mine, whose fields my_field .* derive that class from EMGuardConfig"):
+        EMGuardTrainer(
+            make_model(), Mine(str(tmp_path), use_cpu=True), train_dataset=make_rows(4), processing_class=make_tokenizer()
+        )

@@ -1,0 +1,164 @@
+"""A defense proves that it acts, or the run stops."""
+
+import json
+import os
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import lora, make_model, make_rows, make_trainer
+
+from trl_emguard import InactiveDefenseError
+from trl_emguard.evidence import PATIENCE, EvidenceLedger
+
+
+def detach_term(monkeypatch, defense):
+    """What the literature's LDIFS did: a value, and no gradient."""
+    if defense == "ldifs":
+        from trl_emguard.defenses import LDIFS
+
+        original = LDIFS.token_loss
+        monkeypatch.setattr(LDIFS, "token_loss", lambda self, p, r: original(self, p, r).detach())
+    else:
+        from trl_emguard import guarded_forward
+
+        original = guarded_forward.ce_kl_head
+
+        def detached(*args):
+            output = original(*args)
+            return output._replace(kl_evidence=torch.zeros_like(output.kl_evidence))
+
+        monkeypatch.setattr(guarded_forward, "ce_kl_head", detached)
+
+
+@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+def test_a_term_without_gradient_stops_the_run(tmp_path, monkeypatch, defense):
+    detach_term(monkeypatch, defense)
+    trainer = make_trainer(tmp_path, peft=lora(), defense=defense, max_steps=20)
+    with pytest.raises(InactiveDefenseError, match=rf"{defense!r} has formed no gradient.*detached graph.*saved in"):
+        trainer.train()
+    assert trainer.state.global_step == 1 + PATIENCE
+    checkpoint = tmp_path / f"checkpoint-{1 + PATIENCE}"
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    record = json.loads((checkpoint / "defense.json").read_text())
+    assert record["evidence"][defense]["acted"] is False
+    assert record["evidence"][defense]["value"] > 0
+
+
+def test_one_dead_term_of_two_stops_the_run(tmp_path, monkeypatch):
+    detach_term(monkeypatch, "ldifs")
+    with pytest.raises(InactiveDefenseError, match="'ldifs'"):
+        make_trainer(tmp_path, peft=lora(), defense="kl,ldifs").train()
+
+
+def test_a_short_run_is_judged_at_its_end(tmp_path, monkeypatch):
+    detach_term(monkeypatch, "ldifs")
+    with pytest.raises(InactiveDefenseError, match="in 1 steps"):
+        make_trainer(tmp_path, peft=lora(), defense="ldifs", max_steps=2).train()
+    assert (tmp_path / "checkpoint-2" / "defense.json").is_file()
+
+
+def test_frozen_layers_below_stop_the_run(tmp_path):
+    """LoRA on the last block alone, LDIFS on the first: no weight that trains can move what is compared."""
+    model = get_peft_model(make_model(), lora(target_modules=["q_proj"], layers_to_transform=[3]))
+    with pytest.raises(InactiveDefenseError, match="frozen layers"):
+        make_trainer(tmp_path, model, defense="ldifs", ldifs_layers="1").train()
+
+
+def test_frozen_layers_below_stop_the_run_with_checkpointing(tmp_path):
+    """There the states require grad all the same, since checkpointing asks it of the embeddings."""
+    model = get_peft_model(make_model(), lora(target_modules=["q_proj"], layers_to_transform=[3]))
+    with pytest.raises(InactiveDefenseError, match="frozen layers"):
+        make_trainer(tmp_path, model, defense="ldifs", ldifs_layers="1", gradient_checkpointing=True).train()
+
+
+@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+def test_steps_at_rate_zero_do_not_count(tmp_path, defense):
+    """Warm-up begins at 0: the policy stands still, and evidence of zero means nothing."""
+    trainer = make_trainer(tmp_path, peft=lora(), defense=defense, learning_rate=0.0, max_steps=6)
+    trainer.train()
+    term = trainer._ledger.terms[defense]
+    assert term.judged_steps == 0
+    assert not term.acted
+
+
+@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+def test_steps_without_positions_do_not_count(tmp_path, defense):
+    rows = make_trainer(tmp_path, rows=make_rows(4), defense="none").train_dataset.to_list()
+    for row in rows:
+        row["labels"] = [-100] * len(row["labels"])
+    rows = type(make_rows(1)).from_list(rows)
+    trainer = make_trainer(tmp_path, rows=rows, peft=lora(), defense=defense, max_steps=6)
+    trainer.train()
+    assert trainer._ledger.terms[defense].judged_steps == 0
+    assert trainer._ledger.unjudged() == [defense]
+
+
+def test_a_run_that_acts_has_the_evidence(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs", gradient_accumulation_steps=2)
+    trainer.train()
+    for term in trainer._ledger.terms.values():
+        assert term.acted
+        assert term.requires_grad == 10
+        assert term.judged_steps == 4
+
+
+def test_resumed_evidence_goes_on(tmp_path, monkeypatch):
+    """A run that dies before its patience is over does not start to count anew."""
+    options = {"peft": lora(), "defense": "ldifs", "save_strategy": "steps", "save_steps": 1}
+    detach_term(monkeypatch, "ldifs")
+    with pytest.raises(InactiveDefenseError):
+        make_trainer(tmp_path, max_steps=2, **options).train()
+    trainer = make_trainer(tmp_path, max_steps=20, **options)
+    with pytest.raises(InactiveDefenseError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 1 + PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("steps", "verdict"),
+    [
+        # (learning rate, label tokens, positions, evidence) a step
+        ([(1, 9, 9, 0)] + [(1, 9, 9, 0)] * PATIENCE, True),
+        ([(1, 9, 9, 0)] + [(1, 9, 9, 0)] * (PATIENCE - 1), False),
+        ([(1, 9, 9, 0)] * 3 + [(1, 9, 9, 1e-9)] + [(1, 9, 9, 0)] * 9, False),
+        ([(0, 9, 9, 0)] * 9, False),
+        ([(1, 0, 9, 0)] * 9, False),
+        ([(1, 9, 9, 0)] + [(1, 9, 0, 0)] * 9, False),
+        ([(1, 9, 9, float("nan"))] * 9, False),
+    ],
+)
+def test_verdict(steps, verdict):
+    ledger = EvidenceLedger(["kl"])
+    for rate, tokens, positions, evidence in steps:
+        sums = {"value": 1.0, "positions": positions, "evidence": evidence, "requires_grad": 1}
+        ledger.end_step({"kl": sums}, rate, tokens)
+    assert (ledger.verdict() is not None) == verdict
+    other = EvidenceLedger(["kl"])
+    other.load(json.loads(json.dumps(ledger.state())))
+    assert str(other.terms) == str(ledger.terms)
+
+
+def test_states_that_do_not_require_grad_are_no_evidence():
+    ledger = EvidenceLedger(["kl"])
+    for _ in range(1 + PATIENCE):
+        ledger.end_step({"kl": {"value": 1.0, "positions": 5, "evidence": 1.0, "requires_grad": 0}}, 1.0, 5)
+    assert "no trainable weight" in ledger.verdict()
+
+
+def test_nothing_is_left_behind_by_a_failing_step(tmp_path):
+    """An exception in the middle of a pass leaves no hook and no switched-off adapter."""
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs")
+    layers = trainer.model.get_base_model().model.layers
+    hooks = [len(layer._forward_hooks) for layer in layers]
+
+    def fail(module, args, output):
+        raise RuntimeError("in the middle")
+
+    handle = layers[2].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        trainer.train()
+    handle.remove()
+    assert [len(layer._forward_hooks) for layer in layers] == hooks
+    assert not any(module._disable_adapters for module in trainer._reference._switches)
+    assert os.listdir(tmp_path) == [] or "checkpoint-1" not in os.listdir(tmp_path)

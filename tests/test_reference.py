@@ -1,0 +1,224 @@
+"""Which reference a policy gets, that it is the model at the start, and that it stays where it is."""
+
+import copy
+
+import pytest
+import torch
+from peft import AdaLoraConfig, IA3Config, get_peft_model
+from tiny import logged, lora, make_model, make_rows, make_trainer, save_model
+
+from trl_emguard.reference import AdapterReference, ModelReference, disable_dropout
+
+
+BOTH = {"defense": "kl,ldifs", "max_steps": 3}
+
+
+def snapshot(trainer):
+    """Logits that the reference gives to a fixed prompt."""
+    ids = torch.tensor([[9, 8, 7, 6, 5, 4]])
+    reference = trainer._reference
+    with torch.no_grad():
+        if isinstance(reference, ModelReference):
+            return reference.model(ids).logits
+        with reference.swapped_in():
+            return trainer.model(ids).logits
+
+
+def assert_reference_is_the_start(trainer, start):
+    """Bit for bit the model that training started from, KL and LDIFS exactly 0 at step 0, and unmoved by training."""
+    before = snapshot(trainer)
+    torch.testing.assert_close(before, start, rtol=1e-5, atol=1e-5)
+    trainer.train()
+    for term in ("kl", "ldifs"):
+        assert logged(trainer, term)[0] == 0
+        assert logged(trainer, term)[-1] > 0
+    assert torch.equal(snapshot(trainer), before)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[9, 8, 7, 6, 5, 4]])).logits
+
+
+ZERO = {
+    "lora": {},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "dora": {"use_dora": True},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "trainable_tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [0, 3]}},
+    "dropout": {"lora_dropout": 0.5},
+}
+
+
+# DoRA in bf16 is left out: its magnitude is rounded, so the adapted model is not the base model at step 0.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in ZERO), *((name, torch.bfloat16) for name in ZERO if name != "dora")],
+)
+def test_fresh_adapter_is_held_to_the_base_model(tmp_path, name, dtype):
+    options = ZERO[name]
+    tied = not {"modules_to_save", "trainable_token_indices"} & options.keys()
+    model = make_model(dtype=dtype, tie_word_embeddings=tied)
+    start = logits(model)
+    trainer = make_trainer(tmp_path, model, peft=lora(**options), **BOTH)
+    assert trainer._reference.kind == "base model, adapters off"
+    assert_reference_is_the_start(trainer, start)
+
+
+CHANGING = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "random": {"init_lora_weights": False},
+    "pissa_dora": {"init_lora_weights": "pissa", "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("options", CHANGING.values(), ids=CHANGING)
+def test_adapter_that_is_not_zero_is_held_to_a_frozen_copy(tmp_path, options):
+    torch.manual_seed(2)
+    model = get_peft_model(make_model(), lora(**options))
+    start = logits(model)
+    trainer = make_trainer(tmp_path, model, **BOTH)
+    assert trainer._reference.kind == "frozen copy of the adapter ('ref')"
+    assert_reference_is_the_start(trainer, start)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, ZERO["modules_to_save"], {"use_dora": True}], ids=["lora", "modules_to_save", "dora"]
+)
+def test_pre_trained_adapter_is_held_to_its_own_start(tmp_path, options):
+    model = make_model(tie_word_embeddings="modules_to_save" not in options)
+    first = make_trainer(tmp_path / "first", model, peft=lora(**options))
+    first.train()
+    start = logits(first.model)
+    trainer = make_trainer(tmp_path / "second", first.model, **BOTH)
+    assert trainer._reference.kind == "frozen copy of the adapter ('ref')"
+    assert_reference_is_the_start(trainer, start)
+    assert not [name for name, p in trainer.model.named_parameters() if p.requires_grad and ".ref" in name]
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"]),
+    ],
+    ids=["ia3", "adalora"],
+)
+def test_other_adapters_are_held_to_a_frozen_copy(tmp_path, peft_config):
+    model = make_model()
+    start = logits(model)
+    trainer = make_trainer(tmp_path, model, peft=peft_config, **BOTH)
+    assert trainer._reference.kind == "frozen copy of the adapter ('ref')"
+    assert_reference_is_the_start(trainer, start)
+
+
+def test_weights_trained_outside_of_the_adapter_need_a_copy_of_the_model(tmp_path):
+    """Biases of the base model move with `bias="all"`, and so would a reference that shares them."""
+    model = make_model("qwen2")
+    start = logits(model)
+    trainer = make_trainer(tmp_path, model, peft=lora(bias="all"), **BOTH)
+    assert trainer._reference.kind == "frozen copy of the model"
+    assert_reference_is_the_start(trainer, start)
+
+
+def test_unfrozen_layers_beside_an_adapter_need_a_copy_of_the_model(tmp_path):
+    model = get_peft_model(make_model(), lora())
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    start = logits(model)
+    trainer = make_trainer(tmp_path, model, **BOTH)
+    assert trainer._reference.kind == "frozen copy of the model"
+    assert_reference_is_the_start(trainer, start)
+
+
+@pytest.mark.parametrize("given", ["copied", "loaded again", "ref_model"])
+def test_full_fine_tuning_is_held_to_a_frozen_model(tmp_path, given):
+    path = save_model(tmp_path / "model")
+    start = logits(make_model())
+    options = {
+        "copied": {},
+        "loaded again": {"ref_model_init_kwargs": {"dtype": "float32"}},
+        "ref_model": {"ref_model": make_model()},
+    }[given]
+    trainer = make_trainer(tmp_path / "out", path, **BOTH, **options)
+    assert isinstance(trainer._reference, ModelReference)
+    assert_reference_is_the_start(trainer, start)
+    assert not [name for name, p in trainer._reference.model.named_parameters() if p.requires_grad]
+
+
+def test_ref_model_may_be_a_path(tmp_path):
+    trainer = make_trainer(tmp_path / "out", ref_model=save_model(tmp_path / "model"), **BOTH)
+    assert_reference_is_the_start(trainer, logits(make_model()))
+
+
+def test_a_reference_loaded_again_must_be_the_model_that_training_started_from(tmp_path):
+    path = save_model(tmp_path / "model")
+    model = type(make_model()).from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    trainer = make_trainer(tmp_path / "out", model, defense="kl", ref_model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(ValueError, match=r"before the first update its kl .* not 0.*Pass `ref_model`"):
+        trainer.train()
+
+
+def test_a_model_from_nowhere_cannot_be_loaded_again(tmp_path):
+    with pytest.raises(ValueError, match=r"was not loaded from a path\. Pass `ref_model`"):
+        make_trainer(tmp_path, defense="kl", ref_model_init_kwargs={"dtype": "float32"})
+
+
+@pytest.mark.parametrize("peft", [None, "lora"])
+def test_reference_that_shares_trained_weights_is_refused(tmp_path, peft):
+    model = make_model() if peft is None else get_peft_model(make_model(), lora())
+    other = model if peft is None else model.get_base_model()
+    with pytest.raises(ValueError, match=r"ref_model (is the model itself|shares trained weights)"):
+        make_trainer(tmp_path, model, defense="kl", ref_model=other)
+
+
+def test_reference_with_another_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="vocabulary of 300 tokens and the model one of 264"):
+        make_trainer(tmp_path, defense="kl", ref_model=make_model(vocab_size=300))
+
+
+def test_reference_pass_leaves_adapters_and_frozen_parts_as_they_were(tmp_path):
+    """PEFT's own switches set requires_grad on every adapter weight. The pass must not, whatever raises in it."""
+    model = get_peft_model(make_model(), lora())
+    frozen = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    model.get_parameter(frozen).requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    reference = AdapterReference(model, None)
+    with pytest.raises(RuntimeError, match="inside"), reference.swapped_in():
+        raise RuntimeError("inside")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    torch.testing.assert_close(logits(model), logits(make_model()))
+    trainer = make_trainer(tmp_path, model, defense="kl")
+    kept = model.get_parameter(frozen).detach().clone()
+    trainer.train()
+    assert torch.equal(model.get_parameter(frozen), kept)
+
+
+def test_dropout_is_off_wherever_it_hides():
+    model = make_model("gpt_neox", attention_dropout=0.2, hidden_dropout=0.3)
+    model = get_peft_model(model, lora(lora_dropout=0.4, target_modules=["query_key_value"]))
+    disable_dropout(model)
+    model.train()
+    ids = torch.tensor([[9, 8, 7, 6]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert model.peft_config["default"].lora_dropout == 0.4  # what is saved is what the user asked for
+
+
+def test_data_order_does_not_depend_on_the_kind_of_reference(tmp_path):
+    """The copy's initialisation draws no random number that training would have drawn: the first loss is the same."""
+    start = get_peft_model(make_model(), lora())
+    losses = []
+    for init in (True, False):
+        model = copy.deepcopy(start)
+        if not init:
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if "lora_B" in name:
+                        p.add_(1e-12)
+        trainer = make_trainer(tmp_path / str(init), model, make_rows(), defense="kl", per_device_train_batch_size=2)
+        trainer.train()
+        losses.append(logged(trainer, "num_tokens"))
+    assert losses[0] == losses[1]

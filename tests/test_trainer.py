@@ -1,0 +1,334 @@
+"""EMGuardTrainer as a drop-in: what must equal SFTTrainer, and what a user may pass."""
+
+import inspect
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from trl_emguard import EMGuardConfig, EMGuardTrainer, KLTrainer, LDIFSTrainer, ReferenceDefense, register
+from trl_emguard.defenses import DEFENSES, Defense
+
+
+OFF = [
+    {"defense": "none"},
+    {"defense": "kl", "kl_coef": 0.0},
+    {"defense": "ldifs", "ldifs_coef": 0.0},
+    {"defense": "kl,ldifs", "kl_coef": 0.0, "ldifs_coef": 0.0},
+]
+
+
+@dataclass
+class CpuConfig(EMGuardConfig):
+    """The defaults, on a machine without an accelerator: stock ones refuse it."""
+
+    use_cpu: bool = True
+
+
+def plain_config(output_dir, **options):
+    guard = config(output_dir, **options)
+    names = [f for f in SFTConfig.__dataclass_fields__ if SFTConfig.__dataclass_fields__[f].init]
+    return SFTConfig(**{name: getattr(guard, name) for name in names})
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("off", OFF, ids=lambda off: off["defense"])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_off_is_sft_bit_for_bit(tmp_path, off, tuning, checkpointing):
+    """Losses and weights after five steps, with LoRA dropout on, so that the random state is compared as well."""
+    options = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 2, "bf16": True}
+    peft = lora(lora_dropout=0.3) if tuning == "lora" else None
+    ours = make_trainer(tmp_path / "ours", peft=peft, **options, **off)
+    ours.train()
+    random_state = torch.get_rng_state()
+    stock = SFTTrainer(
+        make_model(),
+        plain_config(tmp_path / "stock", **options),
+        train_dataset=make_rows(),
+        processing_class=make_tokenizer(),
+        peft_config=lora(lora_dropout=0.3) if tuning == "lora" else None,
+    )
+    stock.train()
+    assert len(logged(stock)) == 5
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert logged(ours, key) == logged(stock, key)
+    assert all(torch.equal(a, b) for a, b in zip(weights(ours).values(), weights(stock).values(), strict=True))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert ours._reference is None
+
+
+def test_a_tiny_coefficient_trains_as_sft_does(tmp_path):
+    """Our head, our sums and stock CE agree: with a coefficient that is no weight, the runs are the same to rounding."""
+    runs = {}
+    for defense in ("none", "kl,ldifs"):
+        trainer = make_trainer(
+            tmp_path / defense, peft=lora(), defense=defense, kl_coef=1e-12, ldifs_coef=1e-12, gradient_accumulation_steps=2
+        )
+        trainer.train()
+        runs[defense] = trainer
+    for key in ("loss", "grad_norm", "num_tokens"):
+        assert logged(runs["kl,ldifs"], key) == pytest.approx(logged(runs["none"], key), rel=1e-4)
+    assert logged(runs["kl,ldifs"], "loss_ce") == pytest.approx(logged(runs["none"]), rel=1e-4)
+
+
+def test_positional_signature_and_defaults_are_sft_trainers():
+    ours, stock = (list(inspect.signature(c.__init__).parameters.values()) for c in (EMGuardTrainer, SFTTrainer))
+    assert [(p.name, p.kind, p.default) for p in ours[: len(stock)]] == [(p.name, p.kind, p.default) for p in stock]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(stock) :])
+
+
+def test_config_defaults_are_sft_configs(tmp_path):
+    ours, stock = (cls(str(tmp_path), use_cpu=True) for cls in (EMGuardConfig, SFTConfig))
+    for name, f in SFTConfig.__dataclass_fields__.items():
+        if f.init and name not in ("logging_dir", "run_name"):
+            assert str(getattr(ours, name)) == str(getattr(stock, name)), name
+    assert ours.defense == "none"
+
+
+@pytest.mark.parametrize("kind", ["none", "training_arguments", "sft_config"])
+def test_args_of_every_kind(tmp_path, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl_emguard.trainer.EMGuardConfig", CpuConfig)
+    base = {"output_dir": "out", "max_steps": 1, "use_cpu": True, "report_to": [], "learning_rate": 3e-3}
+    args = {
+        "none": None,
+        "training_arguments": TrainingArguments(**base),
+        "sft_config": SFTConfig(**base, model_init_kwargs={"dtype": torch.bfloat16}, max_length=99, eos_token="<|im_end|>"),
+    }[kind]
+    trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(4), processing_class=make_tokenizer())
+    assert isinstance(trainer.args, EMGuardConfig)
+    assert trainer.args.defense == "none"
+    if kind == "none":
+        assert trainer.args.output_dir.endswith("-SFT")
+    else:
+        assert trainer.args.learning_rate == 3e-3
+    if kind == "sft_config":
+        assert trainer.args.max_length == 99
+        assert trainer.args.model_init_kwargs == {"dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["path", "model", "peft_model"])
+def test_models_of_every_kind(tmp_path, kind):
+    model = {
+        "path": lambda: save_model(tmp_path / "model"),
+        "model": make_model,
+        "peft_model": lambda: get_peft_model(make_model(), lora()),
+    }[kind]()
+    trainer = make_trainer(tmp_path / "out", model, defense="kl", max_steps=2, peft=None if kind == "peft_model" else lora())
+    trainer.train()
+    assert logged(trainer, "kl")[0] == 0
+    assert logged(trainer, "kl")[1] > 0
+
+
+FORMATS = {
+    "text": [{"text": "abc " * (i + 1)} for i in range(8)],
+    "messages": [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * (i + 1)}]} for i in range(8)
+    ],
+    "prompt_completion": [{"prompt": "q", "completion": "a" * (i + 1)} for i in range(8)],
+    "conversational": make_rows(8).to_list(),
+    "tokenised": [{"input_ids": [5, 6, 7, 8][: i % 3 + 2]} for i in range(8)],
+}
+
+
+@pytest.mark.parametrize("rows", FORMATS.values(), ids=FORMATS)
+def test_every_dataset_format(tmp_path, rows):
+    trainer = make_trainer(tmp_path, rows=Dataset.from_list(rows), peft=lora(), defense="kl,ldifs", max_steps=2)
+    trainer.train()
+    assert logged(trainer, "kl")[1] > 0
+    assert logged(trainer, "ldifs")[1] > 0
+
+
+def test_streaming_data(tmp_path):
+    rows = make_rows(16).to_iterable_dataset()
+    trainer = make_trainer(tmp_path, rows=rows, peft=lora(), defense="kl", max_steps=2)
+    trainer.train()
+    assert logged(trainer, "kl")[1] > 0
+
+
+def test_packed_documents_have_no_position_across_their_boundary(tmp_path):
+    """`kl_tokens="all"` in a padding-free batch counts the positions inside of documents, T − 1 each."""
+    options = {"packing": True, "max_length": 64, "kl_tokens": "all", "defense": "kl", "max_steps": 1}
+    trainer = make_trainer(tmp_path, rows=make_rows(8), peft=lora(), per_device_train_batch_size=8, **options)
+    documents = [length for row in trainer.train_dataset for length in row["seq_lengths"]]
+    trainer.train()
+    assert trainer._ledger.terms["kl"].positions == sum(length - 1 for length in documents)
+
+
+def test_eval_loss_is_plain_ce(tmp_path):
+    """After training apart from the reference, the defended trainer's eval loss is SFTTrainer's on the same weights."""
+    trainer = make_trainer(tmp_path / "a", peft=lora(), defense="kl,ldifs", kl_coef=50.0, ldifs_coef=50.0)
+    trainer.train()
+    stock = SFTTrainer(
+        trainer.model, plain_config(tmp_path / "b"), train_dataset=make_rows(), processing_class=make_tokenizer()
+    )
+    rows = make_rows(6)
+    ours, theirs = trainer.evaluate(rows), stock.evaluate(rows)
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
+    assert not {"eval_kl", "eval_ldifs"} & ours.keys()
+
+
+def test_loss_logged_is_the_total(tmp_path):
+    trainer = make_trainer(
+        tmp_path, peft=lora(), defense="kl,ldifs", kl_coef=2.0, ldifs_coef=3.0, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    parts = zip(*(logged(trainer, key) for key in ("loss", "loss_ce", "kl", "ldifs")), strict=True)
+    for total, ce, kl, ldifs in parts:
+        assert total == pytest.approx(ce + 2 * kl + 3 * ldifs, rel=1e-5)
+
+
+def test_moe_auxiliary_loss_is_kept(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def model():
+        torch.manual_seed(1)
+        sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+        return MixtralForCausalLM(
+            MixtralConfig(
+                **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5
+            )
+        )
+
+    runs = []
+    for defense in ("none", "kl"):
+        trainer = make_trainer(tmp_path / defense, model(), defense=defense, kl_coef=1e-12, gradient_accumulation_steps=2)
+        trainer.train()
+        runs.append(trainer)
+    assert runs[0].aux_loss_enabled
+    for key in ("loss", "aux_loss", "grad_norm"):
+        assert logged(runs[1], key) == pytest.approx(logged(runs[0], key), rel=1e-4)
+
+
+@pytest.mark.parametrize(("trainer_class", "name"), [(KLTrainer, "kl"), (LDIFSTrainer, "ldifs")])
+@pytest.mark.parametrize("given", ["none", "same", "args=None"])
+def test_named_subclasses(tmp_path, trainer_class, name, given, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl_emguard.trainer.EMGuardConfig", CpuConfig)
+    args = None if given == "args=None" else config(tmp_path, defense="none" if given == "none" else name)
+    if args is None:
+        with pytest.raises(ValueError, match="every:5") if name == "ldifs" else nullcontext():
+            trainer_class(make_model(), args, train_dataset=make_rows(4), processing_class=make_tokenizer())
+        return
+    before = args.defense
+    trainer = trainer_class(
+        make_model(), args, train_dataset=make_rows(), processing_class=make_tokenizer(), peft_config=lora()
+    )
+    assert [defense.name for defense in trainer.defenses] == [name]
+    assert args.defense == before
+
+
+def test_named_subclass_refuses_another_defense(tmp_path):
+    with pytest.raises(ValueError, match=r"KLTrainer trains with defense='kl'.*'ldifs'.*EMGuardTrainer"):
+        KLTrainer(make_model(), config(tmp_path, defense="ldifs"), train_dataset=make_rows(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"defense": "none"}, ["no defense acts (defense='none')"]),
+        ({"defense": "kl", "kl_coef": 0.0}, ["defense 'kl' is off (kl_coef=0.0", "no defense acts (defense='kl')"]),
+        ({"defense": "kl,ldifs"}, ["'kl' acts (kl_coef=0.1", "'ldifs' acts", "reference: base model, adapters off"]),
+        ({"defense": "kl,ldifs", "ldifs_coef": 0.0}, ["'kl' acts", "'ldifs' is off"]),
+    ],
+)
+def test_a_run_says_which_defense_acts(tmp_path, capsys, options, said):
+    make_trainer(tmp_path, peft=lora(), max_steps=1, **options).train()
+    out = capsys.readouterr().out
+    assert all(words in out for words in said)
+
+
+def test_generation_and_plain_forward_are_untouched(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs")
+    prompt = torch.tensor([[5, 6, 7]])
+    before = make_model()(prompt).logits
+    assert torch.equal(trainer.model.eval()(prompt).logits, before)
+    assert trainer.model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 7)
+
+
+@pytest.fixture
+def own_defense():
+    yield
+    for name in [name for name in DEFENSES if name not in ("kl", "ldifs")]:
+        del DEFENSES[name]
+
+
+@pytest.mark.usefixtures("own_defense")
+def test_a_user_can_write_a_term(tmp_path):
+    @register
+    class Shrink(ReferenceDefense):
+        name = "shrink"
+        coef = 0.5
+
+        def layers(self, num_layers):
+            return (1, num_layers)
+
+        def token_loss(self, policy, reference):
+            return (policy[1] - reference[1]).square().mean(-1) + 0 * policy[0].sum(-1)
+
+        def options(self):
+            return {"shrink_coef": self.coef}
+
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl,shrink")
+    trainer.train()
+    assert logged(trainer, "shrink")[0] == 0
+    for total, ce, kl, shrink in zip(*(logged(trainer, k) for k in ("loss", "loss_ce", "kl", "shrink")), strict=True):
+        assert total == pytest.approx(ce + 0.1 * kl + 0.5 * shrink, rel=1e-5)
+    assert trainer._ledger.terms["shrink"].acted
+
+
+@pytest.mark.usefixtures("own_defense")
+@pytest.mark.parametrize("other", ["", ",kl"])
+def test_a_user_can_change_data_and_surround_the_policy_pass(tmp_path, other):
+    passes = []
+
+    class Surround:
+        def __init__(self, model):
+            self.handle = model.base_model.layers[0].register_forward_hook(
+                lambda m, a, out: passes.append(torch.is_grad_enabled())
+            )
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.handle.remove()
+
+    @register
+    class Doubled(Defense):
+        name = "doubled"
+
+        def prepare_dataset(self, dataset):
+            return dataset.select(list(range(4)))
+
+        def policy_pass(self, model):
+            return Surround(model)
+
+    trainer = make_trainer(tmp_path, peft=lora(), defense=f"doubled{other}", max_steps=2)
+    assert len(trainer.train_dataset) == 4
+    trainer.train()
+    # Once a micro-batch, with gradient: never in the reference's pass.
+    assert passes == [True, True]
+    trainer.evaluate(make_rows(2))
+    assert len(passes) == 2
+    assert math.isfinite(logged(trainer)[-1])
+
+
+@pytest.mark.usefixtures("own_defense")
+def test_register_refuses_a_taken_name():
+    class Mine(ReferenceDefense):
+        name = "kl"
+
+    with pytest.raises(ValueError, match="'kl' is taken by KL"):
+        register(Mine)
