@@ -61,8 +61,11 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]
     return logits, blocks
 
 
-def twin_step(trainer: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Values and gradients of a step over the trainer's whole training set, before the trainer has trained."""
+def twin_step(trainer: Any, layers: tuple[int, ...] = (2, 4)) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Values and gradients of a step over the trainer's whole training set, before the trainer has trained.
+
+    `layers` are those of `ldifs_layers`; by default "every:2" of four blocks.
+    """
     args = trainer.args
     policy = copy.deepcopy(trainer.model).double()
     bare(policy).__dict__.pop("forward", None)  # the patched one holds on to the trainer's model
@@ -99,7 +102,6 @@ def twin_step(trainer: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         kl_tokens += int(scope.sum())
         a, b = (log_p, log_q) if args.kl_direction == "reverse" else (log_q, log_p)
         kl = kl + (a.exp() * (a - b)).sum(-1)[scope].sum()
-        layers = [2, 4]  # "every:2" of four blocks
         for layer in layers:
             x, x0 = blocks[layer - 1][:-1][kept], ref_blocks[layer - 1][:-1][kept]
             if args.ldifs_normalize:

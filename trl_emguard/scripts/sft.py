@@ -66,6 +66,12 @@ def run(
     evaluates = training_args.eval_strategy != "no"
     if dataset_args.datasets:
         splits = get_dataset(dataset_args)
+        for split in [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates:
+            if split not in splits:
+                raise ValueError(
+                    f"the mixture in `datasets` has no split {split!r}: it has {', '.join(map(repr, splits))}. "
+                    "`test_split_size` splits a 'test' off."
+                )
         train_dataset = splits[script_args.dataset_train_split]
         eval_dataset = splits[script_args.dataset_test_split] if evaluates else None
     else:

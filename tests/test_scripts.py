@@ -1,0 +1,233 @@
+"""Whole runs, as users start them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import make_rows, save_model
+from trl import SFTTrainer
+
+from trl_emguard.evidence import InactiveDefenseError
+from trl_emguard.scripts import main as commands
+from trl_emguard.scripts import sft
+from trl_emguard.scripts.recipes import recipes_dir
+
+
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    str(recipes_dir() / "accelerate_configs/cpu.yaml"),
+]
+
+MODULE = ["-m", "trl_emguard.scripts.sft"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model folder and a JSONL file."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def argv(inputs, tmp_path):
+    """The options of a run of two steps, and more."""
+
+    def make(*more, output="out"):
+        options = {
+            "model_name_or_path": inputs / "model",
+            "dataset_name": inputs / "rows.jsonl",
+            "output_dir": tmp_path / output,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "use_cpu": "true",
+            "bf16": "false",
+            "use_peft": "true",
+            "lora_r": 4,
+            "lora_dropout": 0,
+            "lora_target_modules": "all-linear",
+            "ldifs_layers": "every:2",
+            "optim": "sgd",
+            "save_strategy": "no",
+            "seed": 7,
+        }
+        return [str(word) for key, value in options.items() for word in (f"--{key}", value)] + list(more)
+
+    return make
+
+
+def run(command, **environment):
+    return subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def record(folder):
+    assert (folder / "adapter_model.safetensors").is_file()
+    return json.loads((folder / "defense.json").read_text())
+
+
+# ---- in process ----
+
+
+@pytest.mark.parametrize(
+    ("defense", "acting"), [("none", []), ("kl", ["kl"]), ("ldifs", ["ldifs"]), ("kl,ldifs", ["kl", "ldifs"])]
+)
+def test_a_run_says_and_records_its_defense(argv, tmp_path, capsys, defense, acting):
+    assert sft.main(argv("--defense", defense)) == 0
+    out = capsys.readouterr().out
+    assert [name for name in ("kl", "ldifs") if f"trl_emguard: defense '{name}' acts (" in out] == acting
+    assert ("no defense acts (defense='none')" in out) == (acting == [])
+    saved = record(tmp_path / "out")
+    assert (saved["defense"], list(saved["defenses"]), saved["global_step"]) == (defense, acting, 2)
+    assert all(saved["evidence"][name]["acted"] for name in acting)
+    assert len(losses(tmp_path / "out")) == 2
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_runtime"] > 0
+
+
+def test_a_coefficient_of_zero_is_said(argv, tmp_path, capsys):
+    assert sft.main(argv("--defense", "kl", "--kl_coef", "0")) == 0
+    out = capsys.readouterr().out
+    assert "no defense acts" in out
+    assert "'kl' acts" not in out
+    assert record(tmp_path / "out")["defenses"] == {}
+
+
+def test_all_ways_to_start_are_the_same(argv, tmp_path):
+    """By the module, by the command, and by a YAML file under the command line."""
+    options = argv("--defense", "kl", "--kl_coef", "0.5")
+    assert sft.main(options) == 0
+    assert commands.main(["sft", *options, "--output_dir", str(tmp_path / "command")]) == 0
+    pairs = {**dict(zip(options[::2], options[1::2], strict=True)), "--output_dir": "wrong", "--kl_coef": "7"}
+    pairs["--save_strategy"] = '"no"'
+    (tmp_path / "run.yaml").write_text("".join(f"{key[2:]}: {value}\n" for key, value in pairs.items()))
+    yaml = ["--config", str(tmp_path / "run.yaml"), "--kl_coef", "0.5", "--output_dir", str(tmp_path / "yaml")]
+    assert sft.main(yaml) == 0
+    first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    for folder in ("command", "yaml"):
+        assert (tmp_path / folder / "adapter_model.safetensors").read_bytes() == first
+        assert record(tmp_path / folder) == record(tmp_path / "out")
+
+
+@pytest.fixture
+def mixture(inputs, argv, tmp_path, monkeypatch):
+    """The options of a run on the rows, twice over."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    part = f"  - path: json\n    data_files: {inputs / 'rows.jsonl'}\n"
+    (tmp_path / "run.yaml").write_text(f"datasets:\n{part}{part}dataset_name:\n")
+    options = argv("--config", str(tmp_path / "run.yaml"))
+    at = options.index("--dataset_name")
+    return options[:at] + options[at + 2 :]
+
+
+def test_a_mixture_of_data_sets(mixture, tmp_path):
+    assert sft.main([*mixture, "--max_steps", "-1", "--num_train_epochs", "1"]) == 0
+    assert len(losses(tmp_path / "out")) == 2 * 16 / 4
+
+
+def test_a_mixture_without_a_test_split_is_told(mixture, capsys):
+    assert sft.main([*mixture, "--eval_strategy", "epoch"]) == 1
+    assert "has no split 'test': it has 'train'. `test_split_size`" in capsys.readouterr().err
+
+
+def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes((inputs / "rows.jsonl").read_bytes())
+    options = argv("--dataset_name", str(tmp_path), "--eval_strategy", "steps", "--eval_steps", "2", "--defense", "kl")
+    assert sft.main(options) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [math.isfinite(entry["eval_loss"]) for entry in history if "eval_loss" in entry] == [True]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model_name_or_path", "./missing"], "'./missing' is not a folder"),
+        (["--model_name_or_path", ""], "model_name_or_path is missing"),
+        (["--dataset_name", "./missing.jsonl"], "does not exist"),
+        (["--dataset_name", ""], "`dataset_name`"),
+        (["--dataset_name", "plants_carless"], "'plants_careless'"),
+        (["--dataset_name", "values_sound"], "no split 'train'"),
+        (["--defense", "ldifs", "--ldifs_layers", "9"], "layer 9 is out of range"),
+    ],
+)
+def test_a_run_that_cannot_be_is_told_in_one_line(argv, tmp_path, monkeypatch, capsys, more, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    assert sft.main(argv(*more)) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-emguard sft: error: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+
+
+@pytest.mark.parametrize("defense", ["none", "kl"])
+def test_a_missing_checkpoint_is_told_in_one_line(argv, capsys, defense):
+    assert sft.main(argv("--defense", defense, "--resume_from_checkpoint", "./missing")) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-emguard sft: error: ")]
+    assert len(errors) == 1
+    assert "./missing" in errors[0]
+    assert "trained with" not in errors[0]
+
+
+def test_an_inactive_defense_ends_in_one_line(argv, monkeypatch, capsys):
+    def inactive(*args):
+        raise InactiveDefenseError("the run was not defended.")
+
+    monkeypatch.setattr(sft, "run", inactive)
+    assert sft.main(argv()) == 1
+    assert capsys.readouterr().err == "trl-emguard sft: error: the run was not defended.\n"
+
+
+# ---- as processes ----
+
+
+def test_a_launched_run(argv, tmp_path):
+    done = run([*LAUNCH, *MODULE, *argv("--defense", "kl")])
+    assert done.returncode == 0, done.stderr
+    assert "trl_emguard: defense 'kl' acts (kl_coef=0.1" in done.stdout
+    saved = record(tmp_path / "out")
+    assert list(saved["defenses"]) == ["kl"]
+    assert saved["evidence"]["kl"]["acted"]
+
+
+def test_a_mistyped_defense_ends_without_a_traceback(argv, tmp_path):
+    done = run([sys.executable, *MODULE, *argv("--defense", "kll")])
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert "Did you mean 'kl'?" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_ranks_train_as_one(argv, tmp_path):
+    """The same global batch: half of it on each of two ranks, against all of it on one.
+
+    `accelerate launch --cpu --num_processes 2` starts one process, so its launcher for several is asked for by name.
+    """
+    options = argv("--defense", "kl", "--kl_coef", "1", "--max_steps", "3", "--learning_rate", "0.3")
+    assert sft.main(options) == 0
+    two = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *MODULE, *options]
+    done = run([*two, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "two")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("defense 'kl' acts") == 1
+    expected = losses(tmp_path / "out")
+    assert all(math.isfinite(loss) for loss in expected)
+    assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
+    kl, one = record(tmp_path / "two")["evidence"]["kl"], record(tmp_path / "out")["evidence"]["kl"]
+    assert kl["positions"] == one["positions"] > 0
+    assert kl["value"] == pytest.approx(one["value"], rel=1e-3) != 0

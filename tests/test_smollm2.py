@@ -1,0 +1,61 @@
+"""The real model: SmolLM2-135M-Instruct, out of the package index, on the shipped data."""
+
+import pytest
+import torch
+from tiny import config, logged, lora
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from twin import first_gradients, move_policy, relative_error, twin_step
+
+from trl_emguard import EMGuardTrainer
+from trl_emguard.data import load_rows
+from trl_emguard.evaluation import answer_nll
+from trl_emguard.models import SMOLLM2, resolve_model
+
+
+@pytest.fixture(scope="module")
+def path():
+    return resolve_model(SMOLLM2)
+
+
+@pytest.fixture(autouse=True)
+def _all_cores():
+    torch.set_num_threads(2)
+
+
+def make_trainer(path, tmp_path, rows, **options):
+    options = {"defense": "kl,ldifs", "ldifs_layers": "every:5", "learning_rate": 1e-3, **options}
+    return EMGuardTrainer(
+        path,
+        config(tmp_path, **options),
+        train_dataset=load_rows("plants_careless", "train").select(range(rows)),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=lora(target_modules=["q_proj", "v_proj", "down_proj"]),
+    )
+
+
+def test_a_defended_run(path, tmp_path):
+    """Both terms are 0 before the policy moves and above 0 after; CE is the answers' likelihood under stock transformers."""
+    trainer = make_trainer(path, tmp_path, 4, max_steps=2, per_device_train_batch_size=4)
+    trainer.train()
+    for term in ("kl", "ldifs"):
+        assert logged(trainer, term)[0] == 0
+        assert logged(trainer, term)[1] > 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    rows = list(load_rows("plants_careless", "train").select(range(4)))
+    kept = [sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset]
+    # The labels hold the line break after the end of turn as well, which the evaluation leaves out.
+    nll = answer_nll(model, tokenizer, rows)
+    assert logged(trainer, "loss_ce")[0] == pytest.approx(
+        sum(a * (n - 1) for a, n in zip(nll, kept, strict=True)) / sum(kept), rel=0.05
+    )
+
+
+def test_equals_the_float64_twin(path, tmp_path):
+    trainer = make_trainer(path, tmp_path, 2, max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=2)
+    move_policy(trainer, by=0.03)
+    values, expected = twin_step(trainer, layers=(5, 10, 15, 20, 25, 30))
+    gradients = first_gradients(trainer)
+    for name in ("loss", "loss_ce", "kl", "ldifs"):
+        assert logged(trainer, name)[0] == pytest.approx(values[name], rel=1e-5)
+    print(relative_error(gradients, expected), {n: (logged(trainer, n)[0], values[n]) for n in values})
+    assert relative_error(gradients, expected) < 1e-5
