@@ -1,5 +1,6 @@
 """Models that need no hub: short names, where they come from, and the local folder they become."""
 
+import difflib
 import os
 import shutil
 import tempfile
@@ -24,13 +25,16 @@ def resolve_model(name_or_path: str) -> str:
     it can only be a folder on this machine and is not there.
 
     Raises:
-        FileNotFoundError: a path (one that starts with `.`, `/` or `~`) that does not exist, or a short name whose
-            weights package is not installed.
+        FileNotFoundError: a path (one that starts with `.`, `/` or `~`) that does not exist, a short name that is nearly
+            one of the shipped, or one whose weights package is not installed.
     """
     if name_or_path in SHIPPED_MODELS and not Path(name_or_path).is_dir():
         return str(make_smollm2())
+    path = Path(os.path.expanduser(name_or_path))
+    near = difflib.get_close_matches(name_or_path, SHIPPED_MODELS, n=1, cutoff=0.8)
+    if near and not path.is_dir():
+        raise FileNotFoundError(f"model {name_or_path!r} is not known here. Did you mean {near[0]!r}?")
     if name_or_path.startswith(("/", ".", "~")):
-        path = Path(name_or_path).expanduser()
         if not path.is_dir():
             raise FileNotFoundError(
                 f"model {name_or_path!r} is not a folder on this machine. Give a folder that `save_pretrained` wrote, "

@@ -243,6 +243,8 @@ class EMGuardTrainer(SFTTrainer):
         return output
 
     def _check_resume(self, checkpoint: str | os.PathLike) -> None:
+        if not os.path.isdir(checkpoint):
+            raise FileNotFoundError(f"resume_from_checkpoint={str(checkpoint)!r} is not a folder: name a checkpoint folder.")
         record = read_defense_file(checkpoint)
         then = {} if record is None else record["defenses"]
         now = self._record()["defenses"]

@@ -49,7 +49,7 @@ def answer_nll(
         desc: label of the progress bar; without one there is none.
 
     Raises:
-        ValueError: a row whose answer has no token.
+        ValueError: a row whose answer is empty, or whose template does not put it after the prompt.
     """
     encoded = []
     for row in rows:
@@ -58,8 +58,9 @@ def answer_nll(
         # Some templates put a line break after the end of turn: it is never generated.
         if tokenizer.eos_token_id in whole[len(prompt) :]:
             whole = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise ValueError(f"the answer to {row['prompt'][-1]['content']!r} has no token after the prompt.")
+        answered = any(message["content"] for message in row["completion"])
+        if not answered or whole[: len(prompt)] != prompt:
+            raise ValueError(f"the answer to {row['prompt'][-1]['content']!r} is empty, or does not follow its prompt.")
         encoded.append((whole, len(prompt)))
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))

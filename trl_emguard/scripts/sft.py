@@ -10,6 +10,8 @@ options on the command line win over it.
 """
 
 import sys
+import traceback
+from pathlib import Path
 
 from trl import (
     DatasetMixtureConfig,
@@ -39,12 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(script_args, training_args, model_args, dataset_args)
     except (InactiveDefenseError, ValueError, FileNotFoundError) as error:
-        # Ours say what to do; a traceback above them would bury it.
-        if not type(error).__module__.startswith(("trl_emguard", "builtins")):
+        # The package's own errors say what to do, and a traceback above them would bury it. Others keep theirs.
+        if not (isinstance(error, InactiveDefenseError) or _raised_here(error)):
             raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _raised_here(error: BaseException) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].startswith("trl_emguard.")
 
 
 def run(
@@ -61,6 +68,9 @@ def run(
     """
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder.")
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
     evaluates = training_args.eval_strategy != "no"
