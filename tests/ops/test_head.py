@@ -107,7 +107,7 @@ def compare(dtype, *, bias, reference, mask, tokens, direction, softcap, scale, 
 )
 def test_equals_float64_twin(dtype, direction, softcap, scale, bias, reference, train_head, monkeypatch):
     # Chunks of three tokens, so that N = 13 ends on a chunk that is not full.
-    monkeypatch.setattr(head, "TILE_BYTES", 3 * 5 * 4 * V)
+    monkeypatch.setattr(head, "TILE_BYTES", 3 * 4 * 4 * V)
     compare(
         dtype,
         bias=bias,
@@ -187,15 +187,15 @@ def test_top1_counts_labels_alone():
 
 def test_no_tile_is_larger_than_the_budget(monkeypatch):
     """With a budget of two tokens, no tensor of more than two rows of logits is ever made."""
-    monkeypatch.setattr(head, "TILE_BYTES", 2 * 5 * 4 * V)
+    monkeypatch.setattr(head, "TILE_BYTES", 2 * 4 * 4 * V)
     rows = []
-    original = head._log_probs
+    original = head._distribution
 
     def spy(hidden, *args):
         rows.append(hidden.size(0))
         return original(hidden, *args)
 
-    monkeypatch.setattr(head, "_log_probs", spy)
+    monkeypatch.setattr(head, "_distribution", spy)
     hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float32)
     ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref)
     assert max(rows) == 2

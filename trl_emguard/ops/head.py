@@ -7,10 +7,10 @@ import torch
 from .gradient import with_gradient
 
 
-# Bytes that the fp32 tiles (tokens × vocabulary) of one chunk may take. Five tiles are alive at the same time: the
-# policy's log-probabilities and probabilities, the reference's, and a scratch.
+# Bytes that the fp32 tiles (tokens × vocabulary) of one chunk may take, four with a reference: the log-probabilities and
+# probabilities of both.
 TILE_BYTES = 256 * 2**20
-_TILES = 5
+_TILES = 4
 
 
 class HeadOutput(NamedTuple):
@@ -104,32 +104,34 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
     ce, kl, entropy, is_top1 = (hidden.new_zeros(tokens, dtype=accumulate) for _ in range(4))
     evidence = hidden.new_zeros((), dtype=accumulate)
 
-    chunk = max(1, TILE_BYTES // (_TILES * accumulate.itemsize * vocab))
-    for start in range(0, tokens, chunk):
+    # The tiles are made once and used by every chunk: memory that is touched for the first time costs more than the
+    # arithmetic on it (on CPU, several times more).
+    chunk = min(tokens, max(1, TILE_BYTES // (_TILES * accumulate.itemsize * vocab)))
+    tiles = hidden.new_empty((_TILES if reference is not None else 3, chunk, vocab), dtype=accumulate)
+    for start in range(0, tokens, chunk) if tokens else ():
         rows = slice(start, start + chunk)
         h = hidden[rows].to(matmul)  # (C, H)
         target = labels[rows].clamp(min=0).unsqueeze(-1)  # (C, 1)
         has_label = labels[rows] != -100
-        log_p, log_z = _log_probs(h, head, bias, softcap, logit_scale, accumulate)  # (C, V), (C, 1)
-        p = log_p.exp()
-        scratch = torch.empty_like(p)
+        log_p, p, scratch, *rest = (tile[: len(h)] for tile in tiles)  # (C, V) each
+        log_z = _distribution(h, head, bias, softcap, logit_scale, log_p, p)  # (C, 1)
         ce[rows] = log_p.gather(-1, target).squeeze(-1).neg().where(has_label, 0)
-        entropy[rows] = -_row_dot(p, log_p, scratch)
+        entropy[rows] = -torch.mul(p, log_p, out=scratch).sum(-1)
         is_top1[rows] = ((log_p.argmax(-1) == target.squeeze(-1)) & has_label).to(accumulate)
 
         grad_kl = None
         if reference is not None:
-            log_q, _ = _log_probs(ref_hidden[rows].to(matmul), ref_head, ref_bias, softcap, logit_scale, accumulate)
+            log_q, q = rest[0], scratch
+            _distribution(ref_hidden[rows].to(matmul), ref_head, ref_bias, softcap, logit_scale, log_q, q)
             # The rounding of the two normalisers shifts every log p − log q by the same number, and Σ p and Σ q with it: the
             # difference of the sums takes the shift out of KL again.
             if direction == "reverse":
-                shift = torch.exp(log_q, out=scratch).sub_(p).sum(-1)
+                shift = q.sub_(p).sum(-1)
                 difference = log_q.neg_().add_(log_p)
-                mean = _row_dot(p, difference, scratch)
+                mean = torch.mul(p, difference, out=scratch).sum(-1)
                 grad_kl = difference.sub_(mean.unsqueeze(-1)).mul_(p)
             else:
-                q = log_q.exp()
-                mean = _row_dot(q, log_q.sub_(log_p), scratch)
+                mean = log_q.sub_(log_p).mul_(q).sum(-1)
                 grad_kl = q.neg_().add_(p)
                 shift = grad_kl.sum(-1)
             kl[rows] = (mean + shift).clamp(min=0)
@@ -152,7 +154,7 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
         grad = grad.to(matmul)
         grad_hidden[rows] = _mm(grad, head, accumulate).to(hidden.dtype)
         if grad_weight is not None:
-            grad_weight += _mm(grad.t(), h, accumulate)
+            _addmm(grad_weight, grad.t(), h)
 
     loss = (ce * ce_weight).sum()
     if reference is not None:
@@ -173,24 +175,32 @@ def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
     return hidden.dtype if device == "cuda" else torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    return torch.mm(a, b) if a.dtype == out_dtype else torch.mm(a, b, out_dtype=out_dtype)
+def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.mm(a, b, out=out) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype, out=out)
 
 
-def _row_dot(a: torch.Tensor, b: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """Σ_v a_v b_v of each row, `(C, V), (C, V) → (C,)`. A batched matrix product would need no scratch, but adds up fifty
-    thousand fp32 products with a relative error of 1e-4."""
-    return torch.mul(a, b, out=scratch).sum(-1)
+def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-def _log_probs(hidden, weight, bias, softcap, logit_scale, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities `(C, V)` and log-normaliser `(C, 1)` of one chunk."""
-    z = _mm(hidden, weight.t(), dtype)
+def _distribution(hidden, weight, bias, softcap, logit_scale, log_probs, probs) -> torch.Tensor:
+    """Fill `log_probs` and `probs`, `(C, V)`, with a chunk's next-token distribution; return its log-normaliser, `(C, 1)`.
+
+    Sums over the vocabulary are torch's own: a batched matrix product would need no scratch, but adds up fifty thousand
+    fp32 products with a relative error of 1e-4.
+    """
+    z = _mm(hidden, weight.t(), log_probs.dtype, out=log_probs)
     if bias is not None:
         z.add_(bias)
     if logit_scale != 1.0:
         z.mul_(logit_scale)
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
-    log_z = z.logsumexp(-1, keepdim=True)
-    return z.sub_(log_z), log_z
+    top = z.amax(-1, keepdim=True)
+    total = torch.exp(z.sub_(top), out=probs).sum(-1, keepdim=True)
+    probs.div_(total)
+    z.sub_(total.log())
+    return top + total.log()
