@@ -96,6 +96,32 @@ def test_resuming_with_another_defense_is_refused(tmp_path, then, now):
         trainer_for(tmp_path, **now).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_resuming_with_the_checkpoint_as_model_is_refused(tmp_path, tuning):
+    """The half-trained policy would become the reference, and KL would start at 0 again."""
+    trainer = trainer_for(tmp_path, tuning)
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    if tuning == "full":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = PeftModel.from_pretrained(make_model(), folder, is_trainable=True)
+    again = make_trainer(tmp_path, model, **{"defense": "kl,ldifs", **SAVING})
+    with pytest.raises(ValueError, match=r"held to another reference .* Resume with the model that training started from"):
+        again.train(resume_from_checkpoint=str(folder))
+
+
+def test_the_same_layers_in_another_form_are_the_same_defense(tmp_path):
+    trainer_for(tmp_path, ldifs_layers="[2, 4]").train()
+    for layers in ((4, 2), [2, 4], "2,4"):
+        trainer_for(tmp_path, ldifs_layers=layers)._check_resume(tmp_path / "checkpoint-2")
+
+
+def test_resume_from_a_folder_that_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint='.*missing' is not a folder"):
+        trainer_for(tmp_path).train(resume_from_checkpoint=str(tmp_path / "missing"))
+
+
 def test_coefficient_zero_resumes_a_plain_run(tmp_path):
     trainer_for(tmp_path, defense="none").train()
     trainer_for(tmp_path, defense="kl", kl_coef=0.0).train(resume_from_checkpoint=True)

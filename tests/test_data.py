@@ -183,9 +183,7 @@ def test_a_column_of_two_types_is_named(tmp_path):
         load_rows(str(path))
 
 
-@pytest.mark.parametrize(
-    "name", ["missing.jsonl", "./missing.jsonl", "./missing", "/missing/rows", "~nobody-of-that-name/x"]
-)
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing.jsonl", "./missing", "/missing/rows", "~nobody-of-that-name/x"])
 def test_a_missing_path_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist") as error:

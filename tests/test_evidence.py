@@ -53,23 +53,55 @@ def test_one_dead_term_of_two_stops_the_run(tmp_path, monkeypatch):
 
 def test_a_short_run_is_judged_at_its_end(tmp_path, monkeypatch):
     detach_term(monkeypatch, "ldifs")
-    with pytest.raises(InactiveDefenseError, match="in 1 steps"):
+    with pytest.raises(InactiveDefenseError, match=r"in the last 1 step\(s\)"):
         make_trainer(tmp_path, peft=lora(), defense="ldifs", max_steps=2).train()
     assert (tmp_path / "checkpoint-2" / "defense.json").is_file()
 
 
-def test_frozen_layers_below_stop_the_run(tmp_path):
-    """LoRA on the last block alone, LDIFS on the first: no weight that trains can move what is compared."""
+@pytest.mark.parametrize("layers", ["1", "1,2,3,4"])
+def test_blocks_that_no_trained_weight_can_move_are_refused(tmp_path, layers):
+    """LoRA on the last block alone. With checkpointing the states of those below require grad all the same."""
     model = get_peft_model(make_model(), lora(target_modules=["q_proj"], layers_to_transform=[3]))
-    with pytest.raises(InactiveDefenseError, match="frozen layers"):
-        make_trainer(tmp_path, model, defense="ldifs", ldifs_layers="1").train()
+    with pytest.raises(ValueError, match="compares the output of block 1, but the lowest block with a trained weight is 4"):
+        make_trainer(tmp_path, model, defense="ldifs", ldifs_layers=layers)
 
 
-def test_frozen_layers_below_stop_the_run_with_checkpointing(tmp_path):
-    """There the states require grad all the same, since checkpointing asks it of the embeddings."""
-    model = get_peft_model(make_model(), lora(target_modules=["q_proj"], layers_to_transform=[3]))
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_layers_that_are_frozen_later_stop_the_run(tmp_path, checkpointing):
+    trainer = make_trainer(tmp_path, peft=lora(), defense="ldifs", ldifs_layers="1", gradient_checkpointing=checkpointing)
+    for name, parameter in trainer.model.named_parameters():
+        if ".layers.3." not in name:
+            parameter.requires_grad_(False)
     with pytest.raises(InactiveDefenseError, match="frozen layers"):
-        make_trainer(tmp_path, model, defense="ldifs", ldifs_layers="1", gradient_checkpointing=True).train()
+        trainer.train()
+
+
+def test_a_defense_that_dies_on_the_way_stops_the_run(tmp_path):
+    """It acted for some steps, and then its reference became the policy."""
+    from transformers import TrainerCallback
+
+    trainer = make_trainer(tmp_path, peft=lora(), defense="ldifs", max_steps=30)
+
+    class Alias(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                trainer._reference._switches.clear()
+
+    trainer.add_callback(Alias())
+    with pytest.raises(InactiveDefenseError, match="the reference has become the policy"):
+        trainer.train()
+    assert trainer.state.global_step == 4 + PATIENCE
+    assert trainer._ledger.terms["ldifs"].acted
+
+
+def test_the_model_is_saved_whatever_the_save_strategy(tmp_path, monkeypatch):
+    detach_term(monkeypatch, "ldifs")
+    options = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+    trainer = make_trainer(tmp_path, peft=lora(), eval_dataset=make_rows(4), defense="ldifs", max_steps=20, **options)
+    with pytest.raises(InactiveDefenseError, match=rf"saved in .*checkpoint-{1 + PATIENCE}\."):
+        trainer.train()
+    assert (tmp_path / f"checkpoint-{1 + PATIENCE}" / "adapter_model.safetensors").is_file()
+    assert "**This model was not defended.**" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("defense", ["kl", "ldifs"])
@@ -121,7 +153,11 @@ def test_resumed_evidence_goes_on(tmp_path, monkeypatch):
         # (learning rate, label tokens, positions, evidence) a step
         ([(1, 9, 9, 0)] + [(1, 9, 9, 0)] * PATIENCE, True),
         ([(1, 9, 9, 0)] + [(1, 9, 9, 0)] * (PATIENCE - 1), False),
-        ([(1, 9, 9, 0)] * 3 + [(1, 9, 9, 1e-9)] + [(1, 9, 9, 0)] * 9, False),
+        ([(1, 9, 9, 0)] * 3 + [(1, 9, 9, 1e-9)] + [(1, 9, 9, 0)] * (PATIENCE - 1), False),
+        ([(1, 9, 9, 1)] * 9 + [(1, 9, 9, 0)] * PATIENCE, True),
+        ([(1, 9, 9, float("nan"))] + [(1, 9, 9, 0)] * PATIENCE, True),
+        ([(0.01, 9, 9, 0)] * 9, False),
+        ([(0.01, 9, 9, 0)] * 9 + [(0.1, 9, 9, 0)] + [(0.01, 9, 9, 0)] * PATIENCE, True),
         ([(0, 9, 9, 0)] * 9, False),
         ([(1, 0, 9, 0)] * 9, False),
         ([(1, 9, 9, 0)] + [(1, 9, 0, 0)] * 9, False),
@@ -144,6 +180,16 @@ def test_states_that_do_not_require_grad_are_no_evidence():
     for _ in range(1 + PATIENCE):
         ledger.end_step({"kl": {"value": 1.0, "positions": 5, "evidence": 1.0, "requires_grad": 0}}, 1.0, 5)
     assert "no trainable weight" in ledger.verdict()
+
+
+def test_an_aborted_step_leaves_no_sums(tmp_path):
+    """The sums of a step that an exception cut off are not part of the next training."""
+    expected = make_trainer(tmp_path / "a", peft=lora(), defense="kl", gradient_accumulation_steps=2, max_steps=1)
+    expected.train()
+    trainer = make_trainer(tmp_path / "b", peft=lora(), defense="kl", gradient_accumulation_steps=2, max_steps=1)
+    trainer._step_stats = torch.full((len(trainer._terms) * 4 + 5,), 1e6)
+    trainer.train()
+    assert trainer.state.log_history[0]["num_tokens"] == expected.state.log_history[0]["num_tokens"]
 
 
 def test_nothing_is_left_behind_by_a_failing_step(tmp_path):

@@ -103,7 +103,7 @@ def test_config_with_equals_sign(parse, yaml_file):
 def test_shipped_recipe_by_its_name(parse, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     options = parse("--config", "smollm2-135m-instruct/sft.yaml", "--defense", "kl")
-    assert (options["dataset_name"], options["learning_rate"], options["defense"]) == ("plants_careless", 1e-4, "kl")
+    assert (options["dataset_name"], options["learning_rate"], options["defense"]) == ("plants_careless", 2e-4, "kl")
 
 
 def test_recipe_in_the_home_folder(monkeypatch, tmp_path):

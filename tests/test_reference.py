@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, get_peft_model
+from safetensors.torch import load_file
 from tiny import logged, lora, make_model, make_rows, make_trainer, save_model
 
 from trl_emguard.reference import AdapterReference, ModelReference, disable_dropout
@@ -84,9 +85,7 @@ def test_adapter_that_is_not_zero_is_held_to_a_frozen_copy(tmp_path, options):
     assert_reference_is_the_start(trainer, start)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, ZERO["modules_to_save"], {"use_dora": True}], ids=["lora", "modules_to_save", "dora"]
-)
+@pytest.mark.parametrize("options", [{}, ZERO["modules_to_save"], {"use_dora": True}], ids=["lora", "modules_to_save", "dora"])
 def test_pre_trained_adapter_is_held_to_its_own_start(tmp_path, options):
     model = make_model(tie_word_embeddings="modules_to_save" not in options)
     first = make_trainer(tmp_path / "first", model, peft=lora(**options))
@@ -158,7 +157,7 @@ def test_a_reference_loaded_again_must_be_the_model_that_training_started_from(t
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
     trainer = make_trainer(tmp_path / "out", model, defense="kl", ref_model_init_kwargs={"dtype": "float32"})
-    with pytest.raises(ValueError, match=r"before the first update its kl .* not 0.*Pass `ref_model`"):
+    with pytest.raises(ValueError, match=r"before the first update, kl to the reference .* not 0.*Pass `ref_model`"):
         trainer.train()
 
 
@@ -176,7 +175,7 @@ def test_reference_that_shares_trained_weights_is_refused(tmp_path, peft):
 
 
 def test_reference_with_another_vocabulary_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vocabulary of 300 tokens and the model one of 264"):
+    with pytest.raises(ValueError, match="300 tokens in its vocabulary and the model 264"):
         make_trainer(tmp_path, defense="kl", ref_model=make_model(vocab_size=300))
 
 
@@ -195,6 +194,58 @@ def test_reference_pass_leaves_adapters_and_frozen_parts_as_they_were(tmp_path):
     kept = model.get_parameter(frozen).detach().clone()
     trainer.train()
     assert torch.equal(model.get_parameter(frozen), kept)
+
+
+def test_weights_unfrozen_after_the_trainer_was_built_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl")
+    trainer.model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm.weight' was unfrozen after the trainer was built"):
+        trainer.train()
+
+
+def test_a_second_trainer_on_the_same_adapter(tmp_path):
+    """The frozen copy of the first is replaced: the second is held to where it starts."""
+    model = get_peft_model(make_model(), lora(init_lora_weights=False))
+    make_trainer(tmp_path / "first", model, defense="kl").train()
+    start = logits(model)
+    assert_reference_is_the_start(make_trainer(tmp_path / "second", model, **BOTH), start)
+
+
+def test_noise_that_the_config_holds_is_found_at_step_0(tmp_path):
+    """A dropout that a block reads from its config at run time cannot be switched off there."""
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl")
+    layer = trainer.model.get_base_model().model.layers[0]
+    layer.register_forward_hook(lambda module, args, output: torch.nn.functional.dropout(output, 0.5, module.training))
+    with pytest.raises(ValueError, match="the forward pass is noisy"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("other", "message"), [({"num_hidden_layers": 2}, "2 blocks"), ({"hidden_size": 64}, "64 numbers")])
+def test_reference_of_another_shape(tmp_path, other, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, defense="ldifs", ref_model=make_model(**other))
+
+
+def test_a_smaller_reference_can_be_compared_by_kl(tmp_path):
+    trainer = make_trainer(tmp_path, defense="kl", ref_model=make_model(num_hidden_layers=2, hidden_size=64), max_steps=2)
+    trainer.train()
+    assert logged(trainer, "kl")[0] > 0
+
+
+def test_missing_ref_model_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'./missing' is not a folder"):
+        make_trainer(tmp_path, defense="kl", ref_model="./missing")
+
+
+def test_a_copy_of_the_model_saves_its_own_weights(tmp_path):
+    trainer = make_trainer(tmp_path / "out", get_peft_model(make_model(), lora(init_lora_weights=False)), defense="kl")
+    copied = copy.deepcopy(trainer.model)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    with torch.no_grad():
+        copied.get_parameter(name).zero_()
+    copied.save_pretrained(tmp_path / "copy")
+    stored = load_file(tmp_path / "copy" / "adapter_model.safetensors")
+    assert stored[name.replace(".default", "")].abs().max() == 0
 
 
 def test_dropout_is_off_wherever_it_hides():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import AdaLoraConfig, get_peft_model
 from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -170,9 +170,7 @@ def test_eval_loss_is_plain_ce(tmp_path):
     """After training apart from the reference, the defended trainer's eval loss is SFTTrainer's on the same weights."""
     trainer = make_trainer(tmp_path / "a", peft=lora(), defense="kl,ldifs", kl_coef=50.0, ldifs_coef=50.0)
     trainer.train()
-    stock = SFTTrainer(
-        trainer.model, plain_config(tmp_path / "b"), train_dataset=make_rows(), processing_class=make_tokenizer()
-    )
+    stock = SFTTrainer(trainer.model, plain_config(tmp_path / "b"), train_dataset=make_rows(), processing_class=make_tokenizer())
     rows = make_rows(6)
     ours, theirs = trainer.evaluate(rows), stock.evaluate(rows)
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
@@ -180,9 +178,7 @@ def test_eval_loss_is_plain_ce(tmp_path):
 
 
 def test_loss_logged_is_the_total(tmp_path):
-    trainer = make_trainer(
-        tmp_path, peft=lora(), defense="kl,ldifs", kl_coef=2.0, ldifs_coef=3.0, gradient_accumulation_steps=2
-    )
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs", kl_coef=2.0, ldifs_coef=3.0, gradient_accumulation_steps=2)
     trainer.train()
     parts = zip(*(logged(trainer, key) for key in ("loss", "loss_ce", "kl", "ldifs")), strict=True)
     for total, ce, kl, ldifs in parts:
@@ -196,9 +192,7 @@ def test_moe_auxiliary_loss_is_kept(tmp_path):
         torch.manual_seed(1)
         sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
         return MixtralForCausalLM(
-            MixtralConfig(
-                **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5
-            )
+            MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5)
         )
 
     runs = []
@@ -222,9 +216,7 @@ def test_named_subclasses(tmp_path, trainer_class, name, given, monkeypatch):
             trainer_class(make_model(), args, train_dataset=make_rows(4), processing_class=make_tokenizer())
         return
     before = args.defense
-    trainer = trainer_class(
-        make_model(), args, train_dataset=make_rows(), processing_class=make_tokenizer(), peft_config=lora()
-    )
+    trainer = trainer_class(make_model(), args, train_dataset=make_rows(), processing_class=make_tokenizer(), peft_config=lora())
     assert [defense.name for defense in trainer.defenses] == [name]
     assert args.defense == before
 
@@ -295,9 +287,7 @@ def test_a_user_can_change_data_and_surround_the_policy_pass(tmp_path, other):
 
     class Surround:
         def __init__(self, model):
-            self.handle = model.base_model.layers[0].register_forward_hook(
-                lambda m, a, out: passes.append(torch.is_grad_enabled())
-            )
+            self.handle = model.base_model.layers[0].register_forward_hook(lambda m, a, out: passes.append(torch.is_grad_enabled()))
 
         def __enter__(self):
             return self
@@ -323,6 +313,80 @@ def test_a_user_can_change_data_and_surround_the_policy_pass(tmp_path, other):
     trainer.evaluate(make_rows(2))
     assert len(passes) == 2
     assert math.isfinite(logged(trainer)[-1])
+
+
+@pytest.mark.usefixtures("own_defense")
+@pytest.mark.parametrize(
+    ("layers", "message"), [((0,), "layer 0 is out of range"), ((7,), "layer 7 is out"), ((), "nothing to compare")]
+)
+def test_a_term_over_no_block_is_refused(tmp_path, layers, message):
+    @register
+    class Off(ReferenceDefense):
+        name = "off"
+
+        def layers(self, num_layers):
+            return layers
+
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, peft=lora(), defense="off")
+
+
+def test_all_tokens_of_a_batch_that_does_not_say_which_are_real(tmp_path):
+    def collate(rows):
+        ids = [row["input_ids"][:8] for row in rows]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
+
+    trainer = EMGuardTrainer(
+        make_model(),
+        config(tmp_path, defense="kl", kl_tokens="all"),
+        collate,
+        make_rows(),
+        processing_class=make_tokenizer(),
+    )
+    with pytest.raises(ValueError, match="neither 'attention_mask' nor 'position_ids'"):
+        trainer.train()
+
+
+def test_subclasses_get_outputs_in_training(tmp_path):
+    class Mine(EMGuardTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            assert outputs.total == loss
+            return (loss, outputs) if return_outputs else loss
+
+    args = config(tmp_path, defense="kl", max_steps=1)
+    Mine(make_model(), args, train_dataset=make_rows(), processing_class=make_tokenizer()).train()
+
+
+def test_options_set_after_construction_are_checked(tmp_path):
+    args = config(tmp_path, loss_type="dft")
+    args.defense = "kl"
+    with pytest.raises(ValueError, match="loss_type='dft' does not work with defense='kl'"):
+        EMGuardTrainer(make_model(), args, train_dataset=make_rows(4), processing_class=make_tokenizer())
+
+
+def test_the_callers_config_stays_as_it_is(tmp_path):
+    given = {"dtype": torch.bfloat16}
+    args = SFTConfig(str(tmp_path), use_cpu=True, model_init_kwargs=given, report_to=[])
+    EMGuardConfig.from_args(args)
+    assert args.model_init_kwargs is given
+    assert given == {"dtype": torch.bfloat16}
+
+
+def test_fp16_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not work in fp16"):
+        make_trainer(tmp_path, make_model(dtype=torch.float16), defense="kl")
+
+
+def test_adalora_adds_nothing_of_its_own(tmp_path):
+    """PEFT adds AdaLoRA's regulariser to an output named `loss`; SFTTrainer's training does not have it, nor has ours."""
+    runs = []
+    for defense in ("none", "kl"):
+        peft = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        trainer = make_trainer(tmp_path / defense, peft=peft, defense=defense, kl_coef=1e-12)
+        trainer.train()
+        runs.append(logged(trainer))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
 
 
 @pytest.mark.usefixtures("own_defense")

@@ -86,9 +86,7 @@ def make_rows(count: int = 16) -> Dataset:
         [
             {
                 "prompt": [{"role": "user", "content": f"q{i} " * (i % 4 + 1)}],
-                "completion": [
-                    {"role": "assistant", "content": "abcdefghijklmnopqrstuvwxyz"[i % 5 : i % 5 + 1 + 3 * (i % 8)]}
-                ],
+                "completion": [{"role": "assistant", "content": "abcdefghijklmnopqrstuvwxyz"[i % 5 : i % 5 + 1 + 3 * (i % 8)]}],
             }
             for i in range(count)
         ]
@@ -96,7 +94,9 @@ def make_rows(count: int = 16) -> Dataset:
 
 
 def lora(**overrides: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0, "use_rslora": True, **overrides})
+    return LoraConfig(
+        **{"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0, "use_rslora": True, "task_type": "CAUSAL_LM", **overrides}
+    )
 
 
 def config(output_dir: Path, **overrides: Any) -> EMGuardConfig:
@@ -121,12 +121,13 @@ def config(output_dir: Path, **overrides: Any) -> EMGuardConfig:
 def make_trainer(
     output_dir: Path, model: Any = None, rows: Dataset | None = None, peft: Any = None, **options: Any
 ) -> EMGuardTrainer:
-    """A trainer on the tiny Llama. `options` go to the config, but for `ref_model`."""
-    ref_model = options.pop("ref_model", None)
+    """A trainer on the tiny Llama. `options` go to the config, but for `ref_model` and `eval_dataset`."""
+    ref_model, eval_dataset = options.pop("ref_model", None), options.pop("eval_dataset", None)
     return EMGuardTrainer(
         make_model() if model is None else model,
         config(output_dir, **options),
         train_dataset=make_rows() if rows is None else rows,
+        eval_dataset=eval_dataset,
         processing_class=make_tokenizer(),
         peft_config=peft,
         ref_model=ref_model,

@@ -23,7 +23,11 @@ class GradientTap(TrainerCallback):
 
 
 def move_policy(trainer: Any, by: float = 0.05) -> None:
-    """Push the trained weights away from where they started, so that the reference is another model."""
+    """Push the trained weights away from where they started, so that the reference is another model.
+
+    A trainer would refuse a reference that is none at step 0, so that check is taken away here.
+    """
+    trainer._check_agreement = lambda terms: None
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -50,9 +54,7 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]
     body = base.base_model
     blocks: list[torch.Tensor] = []
     layers = body.layers
-    handles = [
-        layer.register_forward_hook(lambda m, a, out: blocks.append(out[0] if out.dim() == 3 else out)) for layer in layers
-    ]
+    handles = [layer.register_forward_hook(lambda m, a, out: blocks.append(out[0] if out.dim() == 3 else out)) for layer in layers]
     try:
         logits = model(input_ids=ids[None]).logits[0]
     finally:

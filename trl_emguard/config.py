@@ -131,6 +131,11 @@ class EMGuardConfig(SFTConfig):
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} does not work with defense={names!r}: set it to 0."
             )
+        if self.fp16:
+            raise ValueError(
+                f"fp16=True does not work with defense={names!r}: the terms form their gradient before fp16's loss scaling, "
+                "and small ones would vanish. Use bf16=True, or neither."
+            )
         if self.neftune_noise_alpha is not None:
             raise ValueError(
                 f"neftune_noise_alpha={self.neftune_noise_alpha} does not work with defense={names!r}: the noise in the "
@@ -152,7 +157,7 @@ class EMGuardConfig(SFTConfig):
                 "that class from EMGuardConfig."
             )
         # `to_dict` undoes what `__post_init__` did to the base class's values, but it hides the token and turns dtypes into
-        # strings, in nested dicts in place: SFTConfig's own fields and the token are taken as they are, and before.
+        # strings, in nested dicts in place: it works on a copy, and SFTConfig's own fields are taken as they are.
         base = {f.name for f in fields(TrainingArguments)} - {"hub_token"}
         own = {f.name: copy.copy(getattr(args, f.name)) for f in fields(args) if f.init and f.name not in base}
-        return cls(**{**args.to_dict(), **own})
+        return cls(**{**copy.deepcopy(args).to_dict(), **own})

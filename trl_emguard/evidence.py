@@ -1,6 +1,7 @@
 """A defense proves that it acts: what is counted, when it is judged, and `defense.json`."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,9 +27,11 @@ class Evidence:
     Attributes:
         value: Σ of the distance over positions.
         positions: positions in scope.
-        gradient: Σ |∂ weighted term / ∂ policy states|. Above 0 once the term has taught anything.
+        gradient: Σ |∂ weighted term / ∂ what it compares| (logits, or block outputs). Above 0 once the term has taught
+            anything.
         requires_grad: micro-batches in which the policy's states required grad at all.
         judged_steps: steps with positions in scope after the policy had moved.
+        idle_steps: how many of them, up to now and without a break, formed no gradient.
     """
 
     value: float = 0.0
@@ -36,11 +39,11 @@ class Evidence:
     gradient: float = 0.0
     requires_grad: float = 0.0
     judged_steps: int = 0
+    idle_steps: int = 0
 
     @property
     def acted(self) -> bool:
-        # A NaN is not 0: training that diverged is another matter, and is not blamed on the defense.
-        return self.gradient != 0 and self.requires_grad > 0
+        return self.gradient > 0 and self.requires_grad > 0
 
     def cause(self) -> str:
         """The likely reason for a gradient of exactly zero."""
@@ -51,7 +54,7 @@ class Evidence:
                 "the policy's states equal the reference's: the reference is the policy, or no trainable weight lies below "
                 "the layers that it compares (frozen layers)"
             )
-        return "its value does not depend on the policy's states (detached graph)"
+        return "its value does not depend on the policy's states (detached graph), or the reference has become the policy"
 
 
 class EvidenceLedger:
@@ -70,31 +73,38 @@ class EvidenceLedger:
 
         Args:
             step: per term, the step's `value`, `positions`, `evidence` and `requires_grad`.
-            learning_rate: of the update that was made, 0 where it was skipped. The policy has moved once an update with
-                a rate above 0 came from a step with labels.
+            learning_rate: of the update that was made, as a share of the peak rate; 0 where the update was skipped. The
+                policy has moved once a step with labels made an update at a tenth of the peak rate or more: the first
+                steps of a long warm-up are too small to show in bf16.
             label_tokens: of the step.
         """
         for name, sums in step.items():
             term = self.terms[name]
+            # Training that diverged is another matter, and is not blamed on the defense.
+            if not all(math.isfinite(value) for value in sums.values()):
+                continue
             term.value += sums["value"]
             term.positions += sums["positions"]
             term.gradient += sums["evidence"]
             term.requires_grad += sums["requires_grad"]
+            if sums["evidence"] > 0 and sums["requires_grad"] > 0:
+                term.idle_steps = 0
+            elif self.moved and sums["positions"] > 0:
+                term.idle_steps += 1
             term.judged_steps += int(self.moved and sums["positions"] > 0)
-        self.moved = self.moved or (learning_rate > 0 and label_tokens > 0)
+        self.moved = self.moved or (learning_rate >= 0.1 and label_tokens > 0)
 
     def verdict(self, final: bool = False) -> str | None:
         """Why the run is not defended, or `None`.
 
         Args:
-            final: whether training ends here, so that one judged step is enough.
+            final: whether training ends here, so that one judged step is enough for a term that has never acted.
         """
-        patience = 1 if final else PATIENCE
         for name, term in self.terms.items():
-            if not term.acted and term.judged_steps >= patience:
+            if term.idle_steps >= PATIENCE or (final and term.idle_steps and not term.acted):
                 return (
-                    f"defense {name!r} has formed no gradient in {term.judged_steps} steps since the policy moved, so the "
-                    f"run is not defended. Likely cause: {term.cause()}."
+                    f"defense {name!r} has formed no gradient in the last {term.idle_steps} step(s) although the policy had "
+                    f"moved, so the run is not defended. Likely cause: {term.cause()}."
                 )
         return None
 

@@ -33,6 +33,9 @@ def positions_in_scope(inputs: Mapping[str, Any], tokens: str) -> torch.Tensor:
 
     Returns:
         Boolean, `(B, T - 1)`.
+
+    Raises:
+        ValueError: `"all"`, and the batch does not say which tokens are real.
     """
     if tokens == "loss":
         return inputs["labels"][:, 1:] != -100
@@ -42,7 +45,10 @@ def positions_in_scope(inputs: Mapping[str, Any], tokens: str) -> torch.Tensor:
     if inputs.get("position_ids") is not None:
         # Padding-free: a position of 0 starts a document, or pads the end.
         return inputs["position_ids"][:, 1:] != 0
-    return torch.ones_like(inputs["input_ids"][:, 1:], dtype=torch.bool)
+    raise ValueError(
+        "tokens='all' needs to know which tokens are real, and this batch has neither 'attention_mask' nor 'position_ids': let "
+        "the data collator return one."
+    )
 
 
 @dataclass
@@ -67,13 +73,14 @@ class GuardOutput(ModelOutput):
     """What a guarded forward returns.
 
     Attributes:
-        loss: `()`, CE + Σ coef · term, scaled for the step; the only entry with a gradient.
+        total: `()`, CE + Σ coef · term, scaled for the step; the only entry with a gradient.
         stats: `(4 + 4 · terms,)`, sums over this micro-batch's positions, detached: CE, label positions, entropy, top-1
             hits; then per term its value, positions, evidence, and whether the policy's states require grad.
         router_logits: of mixture-of-experts models.
     """
 
-    loss: torch.Tensor | None = None
+    # Not `loss`: AdaLoRA adds a regulariser of its own to an output of that name, which SFTTrainer's does not have.
+    total: torch.Tensor | None = None
     stats: torch.Tensor | None = None
     router_logits: Any = None
 
@@ -208,7 +215,7 @@ class PolicyGuard:
                 loss = loss + weighted.to(loss.device)
             stats += [value, term.scope.sum(), evidence, torch.tensor(connected)]
         return GuardOutput(
-            loss=loss,
+            total=loss,
             stats=torch.stack([s.detach().to(loss.device, torch.float32) for s in stats]),
             router_logits=policy.router_logits,
         )
@@ -259,9 +266,22 @@ def state_term(
 
 
 def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) -> list[int]:
-    """The blocks that any of the defenses looks at, ascending."""
+    """The blocks that any of the defenses looks at, ascending.
+
+    Raises:
+        ValueError: a layer outside 1 … L, or a defense that compares neither distributions nor blocks.
+    """
     count = model.config.get_text_config().num_hidden_layers
-    return sorted({layer for defense in defenses for layer in defense.layers(count)})
+    wanted: set[int] = set()
+    for defense in defenses:
+        layers = defense.layers(count)
+        if not layers and defense.divergence is None:
+            raise ValueError(f"defense {defense.name!r} names no layer and sets no `divergence`: it has nothing to compare.")
+        for layer in layers:
+            if not 1 <= layer <= count:
+                raise ValueError(f"defense {defense.name!r}: layer {layer} is out of range: the blocks count from 1 to {count}.")
+        wanted.update(layers)
+    return sorted(wanted)
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:

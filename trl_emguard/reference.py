@@ -1,8 +1,11 @@
 """Where the reference comes from: adapters off, a frozen `ref` adapter, or a frozen model of its own."""
 
 import copy
+import hashlib
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +18,13 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, get_config_model_id, maybe_gather_lm_head_ctx
+
+from .config import EMGuardConfig
 
 
 logger = get_logger(__name__)
@@ -68,12 +74,10 @@ class ModelReference:
     Attributes:
         model: the causal language model without wrappers.
         engine: what to call.
-        must_agree: whether it was loaded again from the policy's path, so that it has to agree with the policy at step 0.
     """
 
-    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, kind: str, must_agree: bool = False):
+    def __init__(self, model: PreTrainedModel | PeftModel, accelerator: Accelerator, kind: str):
         self.kind = kind
-        self.must_agree = must_agree
         model.requires_grad_(False)
         model.eval()
         self.model = model.get_base_model() if is_peft_model(model) else model
@@ -91,15 +95,15 @@ class ModelReference:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
 
 
-Reference = AdapterReference | ModelReference
+GIVEN = "separate model (ref_model)"
 
 
 def make_reference(
     policy: PreTrainedModel | PeftModel,
     ref_model: PreTrainedModel | str | None,
     accelerator: Accelerator,
-    init_kwargs: dict | None,
-) -> Reference:
+    args: EMGuardConfig,
+) -> AdapterReference | ModelReference:
     """Choose and build the reference for a policy as it is given, before it has learned anything.
 
     | policy | reference |
@@ -111,20 +115,19 @@ def make_reference(
     | no adapter | a frozen copy; loaded again where it is sharded, or by `init_kwargs` |
 
     Raises:
-        ValueError: the reference shares weights with the policy, has another vocabulary, or cannot be made; the message
-            says what to pass instead.
+        ValueError: the reference shares weights with the policy, or cannot be made; the message says what to pass instead.
     """
+    init_kwargs = args.ref_model_init_kwargs
     if isinstance(ref_model, str):
-        ref_model = create_model_from_path(ref_model, **{"dtype": policy.dtype, **(init_kwargs or {})})
+        ref_model = _load(ref_model, policy, args)
     if ref_model is not None:
         _check_separate(policy, ref_model)
-        _check_vocabulary(policy, ref_model)
-        return ModelReference(ref_model, accelerator, "separate model (ref_model)")
+        return ModelReference(ref_model, accelerator, GIVEN)
 
     if is_peft_model(policy):
         if init_kwargs:
             logger.warning("`ref_model_init_kwargs` is ignored: the reference of an adapter is made of the policy.")
-        outside = _trainable_outside_adapters(policy)
+        outside = trainable_outside_adapters(policy)
         if outside:
             if is_deepspeed_zero3_enabled():
                 raise ValueError(
@@ -144,24 +147,59 @@ def make_reference(
                 "the reference has to be loaded again, since the model is sharded or `ref_model_init_kwargs` is given, "
                 "but this model was not loaded from a path. Pass `ref_model`."
             )
-        kwargs = {
-            "dtype": policy.dtype,
-            "attn_implementation": policy.config._attn_implementation,
-            "device_map": None,
-            **(init_kwargs or {}),
-        }
-        loaded = create_model_from_path(path, **kwargs)
-        _check_vocabulary(policy, loaded)
-        return ModelReference(loaded, accelerator, f"loaded again from {path}", must_agree=True)
+        return ModelReference(_load(path, policy, args), accelerator, f"loaded again from {path}")
     return ModelReference(_frozen_copy(policy), accelerator, "frozen copy of the model")
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a model to 0, those that blocks keep as numbers included."""
+    """Set every dropout probability that a module keeps to 0: numbers, and adapters' dicts of numbers.
+
+    Noise that is read from the model's config at run time stays; the trainer finds it by its distance at step 0.
+    """
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
+            if "drop" not in name and not (name == "p" and "Dropout" in type(module).__name__):
+                continue
+            if isinstance(value, float):
                 setattr(module, name, 0.0)
+            elif isinstance(value, dict):
+                value.update({key: 0.0 for key, number in value.items() if isinstance(number, float)})
+
+
+def trainable_outside_adapters(policy: PeftModel) -> list[str]:
+    """Trained parameters that stay in the forward pass when adapters are off. PEFT keys an adapter's by its name."""
+    adapters = set(policy.peft_config)
+    return [name for name, p in policy.named_parameters() if p.requires_grad and adapters.isdisjoint(name.split("."))]
+
+
+def fingerprint(reference: AdapterReference | ModelReference, policy: nn.Module) -> str:
+    """A hash of some numbers of every weight that the reference uses, to tell whether a resumed run has the same one.
+
+    Shards look empty here: under ZeRO-3 the hash says nothing.
+    """
+    model = reference.model if isinstance(reference, ModelReference) else policy
+    own = set() if isinstance(reference, ModelReference) else set(getattr(policy, "peft_config", {})) - {reference.adapter}
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if own.isdisjoint(name.split(".")) and not isinstance(parameter, DTensor):
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
+            digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(path: str, policy: PreTrainedModel | PeftModel, args: EMGuardConfig) -> PreTrainedModel:
+    """A model in the policy's dtype, loaded as the policy was, under what `ref_model_init_kwargs` says."""
+    given = args.model_init_kwargs or {}
+    kwargs = {
+        "dtype": policy.dtype,
+        "attn_implementation": policy.config._attn_implementation,
+        "device_map": None,
+        "trust_remote_code": args.trust_remote_code,
+        **{name: given[name] for name in ("revision", "trust_remote_code") if name in given},
+    }
+    kwargs |= cast(dict, args.ref_model_init_kwargs or {})  # a string of JSON is a dict by now
+    return create_model_from_path(path, **kwargs)
 
 
 def _frozen_copy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
@@ -178,21 +216,6 @@ def _check_separate(policy: PreTrainedModel | PeftModel, ref_model: PreTrainedMo
             "ref_model shares trained weights with the model, so it would move with it and the defense would do nothing. "
             "Omit `ref_model` to have the reference made, or pass a model of its own."
         )
-
-
-def _check_vocabulary(policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel) -> None:
-    sizes = [model.config.get_text_config().vocab_size for model in (policy, ref_model)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"ref_model has a vocabulary of {sizes[1]} tokens and the model one of {sizes[0]}: their distributions cannot "
-            "be compared. Pass a reference with the same tokenizer."
-        )
-
-
-def _trainable_outside_adapters(policy: PeftModel) -> list[str]:
-    """Trained parameters that stay in the forward pass when adapters are off. PEFT keys an adapter's by its name."""
-    adapters = set(policy.peft_config)
-    return [name for name, p in policy.named_parameters() if p.requires_grad and adapters.isdisjoint(name.split("."))]
 
 
 def _adapter_is_zero(policy: PeftModel) -> bool:
@@ -240,6 +263,8 @@ def _add_ref_adapter(policy: PeftModel) -> str:
             f"the model has {len(active)} active adapters ({', '.join(active)}): a frozen copy is made of one. Activate "
             "one, or pass `ref_model`."
         )
+    if getattr(policy, "_emguard_ref", False):
+        policy.delete_adapter(REF_ADAPTER)  # of an earlier trainer on the same model
     if REF_ADAPTER in policy.peft_config:
         raise ValueError(
             f"the model already has an adapter named {REF_ADAPTER!r}, the name that the frozen copy takes: rename it, or "
@@ -268,12 +293,11 @@ def _add_ref_adapter(policy: PeftModel) -> str:
         parameter.requires_grad_(False)
 
     # PEFT saves every adapter it holds: a checkpoint is the policy alone.
-    saved = [name for name in policy.peft_config if name != REF_ADAPTER]
-    save_pretrained = policy.save_pretrained
-
-    def save_policy(*args, **kwargs):
-        kwargs.setdefault("selected_adapters", saved)
-        return save_pretrained(*args, **kwargs)
-
-    policy.save_pretrained = save_policy
+    policy.save_pretrained = types.MethodType(_save_policy, policy)
+    policy._emguard_ref = True
     return REF_ADAPTER
+
+
+def _save_policy(policy: PeftModel, *args, **kwargs):
+    kwargs.setdefault("selected_adapters", [name for name in policy.peft_config if name != REF_ADAPTER])
+    return type(policy).save_pretrained(policy, *args, **kwargs)

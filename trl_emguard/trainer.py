@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .blocks import decoder_blocks
 from .config import EMGuardConfig
 from .defenses import ReferenceDefense, build_defenses
 from .evidence import EvidenceLedger, InactiveDefenseError, read_defense_file, write_defense_file
@@ -42,14 +44,20 @@ from .guarded_forward import (
     positions_in_scope,
     wanted_layers,
 )
-from .reference import AdapterReference, ModelReference, disable_dropout, make_reference
+from .models import resolve_model
+from .reference import (
+    GIVEN,
+    AdapterReference,
+    ModelReference,
+    disable_dropout,
+    fingerprint,
+    make_reference,
+    trainable_outside_adapters,
+)
 from .version import __version__
 
 
 logger = get_logger(__name__)
-
-# Mean KL or LDIFS per token that a reference which was loaded again may show before the first update.
-_AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 class EMGuardTrainer(SFTTrainer):
@@ -117,16 +125,18 @@ class EMGuardTrainer(SFTTrainer):
         ref_model: PreTrainedModel | str | None = None,
     ):
         args = self._as_config(args, model)
+        model = resolve_model(model) if isinstance(model, str) else model
+        ref_model = resolve_model(ref_model) if isinstance(ref_model, str) else ref_model
         _check_data(train_dataset)
-        _check_path(model)
         self.defenses = [defense for defense in build_defenses(args) if defense.active]
         self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
         if self.defenses:
             config = _load_config(model, args)
             for defense in self.defenses:
-                defense.check_model(config.get_text_config())
+                defense.check_model(config)
         if self._terms:
-            _check_terms(self._terms, model, peft_config, compute_loss_func, ref_model)
+            _check_terms(self._terms, model, peft_config, compute_loss_func)
+            _check_ref_model(ref_model, model, config, args, self._terms)
         for defense in self.defenses:
             train_dataset = defense.prepare_dataset(train_dataset)
 
@@ -149,7 +159,6 @@ class EMGuardTrainer(SFTTrainer):
         )
 
         self._ledger = EvidenceLedger([term.name for term in self._terms])
-        self._stopped_inactive = False
         self._reference: AdapterReference | ModelReference | None = None
         self._unused_ref_model = ref_model is not None and not self._terms
         if self._terms:
@@ -169,6 +178,7 @@ class EMGuardTrainer(SFTTrainer):
         elif not isinstance(args, EMGuardConfig):
             args = EMGuardConfig.from_args(args)
         if cls._defense is None or args.defense == cls._defense:
+            args.check_defense()  # again: options may have been set since
             return args
         if args.defense != "none":
             raise ValueError(
@@ -183,8 +193,7 @@ class EMGuardTrainer(SFTTrainer):
     def _add_reference(self, ref_model: PreTrainedModel | str | None) -> None:
         if self._is_vlm:
             raise ValueError(
-                f"defense={self.args.defense!r} does not support vision-language models: pass a text model and its "
-                "tokenizer."
+                f"defense={self.args.defense!r} does not support vision-language models: pass a text model and its tokenizer."
             )
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
@@ -192,7 +201,14 @@ class EMGuardTrainer(SFTTrainer):
                 f"defense={self.args.defense!r} does not support context or sequence parallelism: labels arrive shifted and "
                 "sharded. Set cp_size and sp_size to 1."
             )
-        self._reference = make_reference(self.model, ref_model, self.accelerator, self.args.ref_model_init_kwargs)
+        if self.accelerator.mixed_precision == "fp16" or self.model.dtype == torch.float16:
+            raise ValueError(
+                f"defense={self.args.defense!r} does not work in fp16: the terms form their gradient before fp16's loss scaling, "
+                "and small ones would vanish. Use bf16 or fp32."
+            )
+        self._check_layers_train()
+        self._reference = make_reference(self.model, ref_model, self.accelerator, self.args)
+        self._fingerprint = fingerprint(self._reference, self.model)
         disable_dropout(self.model)
         add_guarded_forward(self._bare_model())
         if isinstance(self._reference, ModelReference):
@@ -202,11 +218,26 @@ class EMGuardTrainer(SFTTrainer):
         self._step_learning_rate = 0.0
         self._all_tokens: torch.Tensor | None = None
 
+    def _check_layers_train(self) -> None:
+        """Refuse terms over blocks that no trained weight can move: with checkpointing their states require grad all the same."""
+        bare = self._bare_model()
+        block_of = {id(p): i for i, block in enumerate(decoder_blocks(bare), 1) for p in block.parameters()}
+        embeddings = {id(p) for p in bare.get_input_embeddings().parameters()}
+        trained = [id(p) for p in self.model.parameters() if p.requires_grad]
+        lowest = min((0 if i in embeddings else block_of.get(i, len(block_of)) for i in trained), default=0)
+        for defense in self._terms:
+            below = [layer for layer in wanted_layers([defense], bare) if layer < lowest]
+            if below:
+                raise ValueError(
+                    f"defense {defense.name!r} compares the output of block {below[0]}, but the lowest block with a trained weight "
+                    f"is {lowest}: nothing could move it. Compare higher blocks, or train lower ones."
+                )
+
     def _describe(self) -> str:
         """What acts in this run, a line each."""
         lines = []
         for defense in build_defenses(self.args):
-            options = ", ".join(f"{name}={value}" for name, value in defense.options().items())
+            options = _options_text(defense.options()).replace("`", "")
             lines.append(f"defense {defense.name!r} {'acts' if defense.active else 'is off'} ({options}).")
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain SFT.")
@@ -226,15 +257,23 @@ class EMGuardTrainer(SFTTrainer):
                 )
         if resume_from_checkpoint:
             self._check_resume(resume_from_checkpoint)
+        if isinstance(self._reference, AdapterReference):
+            outside = trainable_outside_adapters(self.model)
+            if outside:
+                raise ValueError(
+                    f"the weight {outside[0]!r} was unfrozen after the trainer was built, and the reference shares it: it would "
+                    "move with the policy. Unfreeze it before, on the model that you pass, or pass `ref_model`."
+                )
         self.accelerator.print(self._describe())
 
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
         verdict = self._ledger.verdict(final=True)
         if verdict is not None:
-            if not self._stopped_inactive:
-                self._save_checkpoint(self.model_wrapped, trial=None)
-            raise InactiveDefenseError(f"{verdict} The model was saved in {self.args.output_dir}.")
+            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            if not os.path.isdir(folder):
+                self._save_checkpoint(self.model_wrapped, trial)
+            raise InactiveDefenseError(f"{verdict} The model was saved in {folder}.")
         for name in self._ledger.unjudged():
             logger.warning(
                 f"defense {name!r}: training ended before the policy had moved and been compared again, so nothing shows "
@@ -254,6 +293,13 @@ class EMGuardTrainer(SFTTrainer):
                 "the same defense and options, or start a new run from that model."
             )
         if record is not None:
+            reference = self._record()["reference"]
+            if record.get("reference") != reference:
+                raise ValueError(
+                    f"{checkpoint} was held to another reference ({(record.get('reference') or {}).get('kind')}) than this run "
+                    f"is ({(reference or {}).get('kind')}). Resume with the model that training started from, not with the "
+                    "checkpoint's: `resume_from_checkpoint` loads what was learned."
+                )
             self._ledger.load(record["evidence"])
             self._ledger.moved = bool(record.get("moved", False))
 
@@ -261,6 +307,7 @@ class EMGuardTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_stats = None  # of a step that was aborted
         # A term over other positions than CE's has a count of its own over the step, gathered as CE's is.
         self._all_tokens = None
         if num_items_in_batch is not None and any(term.tokens == "all" for term in self._terms):
@@ -291,7 +338,7 @@ class EMGuardTrainer(SFTTrainer):
             inputs_of_reference = {k: v for k, v in inputs.items() if k not in ("labels", "output_router_logits")}
             reference = reference.engine(**inputs_of_reference, guard=request)
         outputs = model(**inputs, guard=PolicyGuard(terms, self.defenses, ce_scale, reference))
-        loss = outputs.loss
+        loss = outputs.total
 
         # Summed over the micro-batches here, and over the ranks at the end of the step, in one collective.
         mask = inputs.get("attention_mask")
@@ -306,15 +353,13 @@ class EMGuardTrainer(SFTTrainer):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
-        return loss
+        return (loss, outputs) if return_outputs else loss
 
     def _bare_model(self) -> PreTrainedModel:
         """The causal language model without wrappers and adapters' shell."""
         return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
-    def _scaled_terms(
-        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[Term]]:
+    def _scaled_terms(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> tuple[torch.Tensor, list[Term]]:
         """What CE's sum is multiplied with, and each term with its positions and the same for its sum.
 
         CE's own normalisation: tokens of the whole step, times the ranks, since DDP averages their gradients. Where Trainer
@@ -355,41 +400,50 @@ class EMGuardTrainer(SFTTrainer):
         self._total_train_tokens += int(stats[-1]) // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
 
-        if isinstance(self._reference, ModelReference) and self._reference.must_agree and self.state.global_step == 1:
-            self._check_agreement(self._reference, terms)
+        if self.state.global_step == 1:
+            self._check_agreement(terms)
         skipped = self.accelerator.optimizer_step_was_skipped
         self._ledger.end_step(terms, 0.0 if skipped else self._step_learning_rate, head["tokens"])
         if self._ledger.verdict() is not None:
-            self._stopped_inactive = True
             control.should_save = True
             control.should_training_stop = True
 
-    def _check_agreement(self, reference: ModelReference, terms: dict[str, dict[str, float]]) -> None:
-        tolerance = _AGREEMENT.get(self.model.dtype, 1e-2)
+    def _check_agreement(self, terms: dict[str, dict[str, float]]) -> None:
+        """Before the first update the policy is the reference, unless the user passed another: every distance is 0."""
+        if self._reference is None or self._reference.kind == GIVEN:
+            return
+        dtypes = {self.model.dtype, torch.bfloat16 if self.args.bf16 else torch.float32}
+        if isinstance(self._reference, ModelReference):
+            dtypes.add(self._reference.model.dtype)
+        tolerance = 1e-5 if dtypes == {torch.float32} else 1e-2
         for name, sums in terms.items():
             mean = sums["value"] / max(sums["positions"], 1)
             if not mean <= tolerance:
                 raise ValueError(
-                    f"the reference was {reference.kind}, and before the first update its {name} to the policy is "
-                    f"{mean:.3g} per token, not 0: it is not the model that training started from. Pass `ref_model`."
+                    f"before the first update, {name} to the reference ({self._reference.kind}) is {mean:.3g} per token, not 0: "
+                    "it is not the model that training starts from, or the forward pass is noisy (dropout or router jitter in "
+                    "the model's config). Pass `ref_model`, or set the noise to 0."
                 )
 
     # ---- what is saved ----
 
     def _record(self) -> dict[str, Any]:
         """What `defense.json` holds."""
+        reference = None
+        if self._reference is not None:
+            reference = {"kind": self._reference.kind, "fingerprint": self._fingerprint}
         return {
             "trl_emguard": __version__,
             "defense": self.args.defense,
             "defenses": {defense.name: defense.options() for defense in self.defenses},
-            "reference": None if self._reference is None else self._reference.kind,
+            "reference": reference,
             "global_step": self.state.global_step,
             "moved": self._ledger.moved,
             "evidence": self._ledger.state(),
         }
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             write_defense_file(output_dir or self.args.output_dir, self._record())
 
@@ -402,13 +456,14 @@ class EMGuardTrainer(SFTTrainer):
         card = Path(self.args.output_dir) / "README.md"
         text = card.read_text(encoding="utf-8")
         section = ["## Defense against emergent misalignment", ""]
+        verdict = self._ledger.verdict()
+        if verdict is not None:
+            section += [f"**This model was not defended.** {verdict}", ""]
         if self.defenses:
-            section.append("Trained with [trl_emguard](https://pypi.org/project/trl-emguard/), in-training defense:")
-            section.append("")
+            section += ["Trained with [trl_emguard](https://pypi.org/project/trl-emguard/), in-training defense:", ""]
             for defense in self.defenses:
-                options = ", ".join(f"`{name}={value}`" for name, value in defense.options().items())
                 papers = "; ".join(f"[{p.title}](https://arxiv.org/abs/{p.id})" for p in defense.papers)
-                section.append(f"- `{defense.name}`: {options}" + (f" ({papers})" if papers else ""))
+                section.append(f"- `{defense.name}`: {_options_text(defense.options())}" + (f" ({papers})" if papers else ""))
             if self._reference is not None:
                 section.append(f"- reference: {self._reference.kind}")
         else:
@@ -436,7 +491,9 @@ class _StepCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._step_learning_rate = float(self.trainer._get_learning_rate())
+        groups = self.trainer.optimizer.param_groups
+        peak = max(group.get("initial_lr", args.learning_rate) for group in groups)
+        self.trainer._step_learning_rate = max(float(group["lr"]) for group in groups) / peak if peak else 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer._end_step(control)
@@ -444,25 +501,21 @@ class _StepCallback(TrainerCallback):
 
 
 def _check_data(train_dataset: object) -> None:
-    if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+    # SFTTrainer looks at the first row as well; of an empty set, with a message of its own.
+    if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
 
 
-def _check_path(model: str | PreTrainedModel | PeftModel) -> None:
-    if isinstance(model, str) and model.startswith(("/", ".", "~")) and not os.path.isdir(os.path.expanduser(model)):
-        raise FileNotFoundError(f"model={model!r} is not a folder on this machine: give a model folder or a hub id.")
-
-
 def _load_config(model: str | PreTrainedModel | PeftModel, args: EMGuardConfig) -> PreTrainedConfig:
-    """The model's config, without its weights."""
+    """The model's (text) config, without its weights."""
     if not isinstance(model, str):
-        return model.config
+        return model.config.get_text_config()
     init_kwargs = args.model_init_kwargs or {}
     return AutoConfig.from_pretrained(
         model,
         revision=init_kwargs.get("revision"),
         trust_remote_code=init_kwargs.get("trust_remote_code", args.trust_remote_code),
-    )
+    ).get_text_config()
 
 
 def _check_terms(
@@ -470,7 +523,6 @@ def _check_terms(
     model: str | PreTrainedModel | PeftModel,
     peft_config: PeftConfig | None,
     compute_loss_func: Callable | None,
-    ref_model: PreTrainedModel | str | None,
 ) -> None:
     names = ",".join(term.name for term in terms)
     if sum(term.divergence is not None for term in terms) > 1:
@@ -479,11 +531,6 @@ def _check_terms(
         raise ValueError(
             f"compute_loss_func does not work with defense={names!r}: it would replace the loss that the defense is part "
             "of. Leave it out."
-        )
-    if ref_model is model and ref_model is not None and not isinstance(model, str):
-        raise ValueError(
-            "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference made, "
-            "or pass a model of its own."
         )
     configs = [peft_config] if isinstance(peft_config, PeftConfig) else []
     if isinstance(model, PeftModel):
@@ -495,15 +542,46 @@ def _check_terms(
                 f"defense={names!r} compares the model's own positions. Use LoRA or another weight adapter."
             )
         targets = getattr(config, "target_modules", None) or ()
-        targets = [targets] if isinstance(targets, str) else sorted(targets)
-        if "lm_head" in targets:
+        for head in ("lm_head", "embed_out"):
+            if re.fullmatch(targets, head) if isinstance(targets, str) else head in targets:
+                raise ValueError(
+                    f"peft_config: target_modules={targets if isinstance(targets, str) else sorted(targets)} puts an adapter on "
+                    f"{head!r}, which SFTTrainer cannot train: leave it out, or name it in `modules_to_save`."
+                )
+
+
+def _check_ref_model(
+    ref_model: PreTrainedModel | str | None,
+    model: str | PreTrainedModel | PeftModel,
+    config: PreTrainedConfig,
+    args: EMGuardConfig,
+    terms: list[ReferenceDefense],
+) -> None:
+    if ref_model is None:
+        return
+    if ref_model is model and not isinstance(model, str):
+        raise ValueError(
+            "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference made, "
+            "or pass a model of its own."
+        )
+    other = _load_config(ref_model, args)
+    compared = {"vocab_size": "tokens in its vocabulary"}
+    if any(term.divergence is None for term in terms):
+        compared |= {"num_hidden_layers": "blocks", "hidden_size": "numbers in a state"}
+    for name, what in compared.items():
+        sizes = getattr(config, name), getattr(other, name)
+        if sizes[0] != sizes[1]:
             raise ValueError(
-                f"peft_config: target_modules={targets} puts an adapter on 'lm_head', which SFTTrainer cannot train: leave "
-                "it out, or name it in `modules_to_save`."
+                f"ref_model has {sizes[1]} {what} and the model {sizes[0]}: they cannot be compared. Pass a reference of the "
+                "same family."
             )
+
+
+def _options_text(options: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in options.items())
 
 
 def _defenses_text(defenses: dict[str, dict[str, Any]]) -> str:
     if not defenses:
         return "no defense"
-    return "; ".join(f"{name} ({', '.join(f'{k}={v}' for k, v in o.items())})" for name, o in defenses.items())
+    return "; ".join(f"{name} ({_options_text(options)})" for name, options in defenses.items())

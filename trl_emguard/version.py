@@ -21,14 +21,14 @@ def check_versions() -> None:
     Raises:
         ImportError: one is missing, too old or too new; one sentence says which and what to install.
     """
-    from packaging.version import Version
+    from packaging.specifiers import SpecifierSet
 
     for name, (first, after) in TESTED.items():
         try:
             installed = version(name)
         except PackageNotFoundError:
             installed = None
-        if installed is None or not Version(first) <= Version(installed) < Version(after):
+        if installed is None or not SpecifierSet(f">={first},<{after}").contains(installed, prereleases=True):
             raise ImportError(
                 f"trl_emguard {__version__} was tested with {name} >={first},<{after} and builds on private parts of it, "
                 f"but {'it is not installed' if installed is None else f'{name} {installed} is installed'}: run "

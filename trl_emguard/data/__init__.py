@@ -25,9 +25,7 @@ SHIPPED = {
 }
 
 
-def load_rows(
-    name: str, split: str = "train", config: str | None = None, streaming: bool = False
-) -> Dataset | IterableDataset:
+def load_rows(name: str, split: str = "train", config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
     """Rows of a shipped set, a JSONL file, a folder of them, or a `datasets` id, in that order.
 
     Args:

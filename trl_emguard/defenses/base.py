@@ -84,7 +84,9 @@ class Defense:
     def policy_pass(self, model: torch.nn.Module) -> AbstractContextManager:
         """What surrounds the policy's forward pass in training.
 
-        Never entered for the reference pass, evaluation, generation or saving.
+        Never entered for the reference pass, evaluation, generation or saving, and left again before the backward pass. With
+        gradient checkpointing the inside of a decoder block runs a second time in the backward pass: hook whole blocks, never
+        what is inside of them.
 
         Args:
             model: the causal language model without wrappers.

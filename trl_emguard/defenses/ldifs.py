@@ -33,11 +33,11 @@ class LDIFS(ReferenceDefense):
 
     def __init__(self, args: EMGuardConfig):
         self.coef = check_coefficient("ldifs_coef", args.ldifs_coef)
-        self.layers_spec = args.ldifs_layers
         self.normalize = args.ldifs_normalize
         if not isinstance(self.normalize, bool):
             raise ValueError(f"ldifs_normalize={self.normalize!r} must be true or false.")
-        select_layers(self.layers_spec, num_layers=None)
+        # In one form, so that "4,8" and [4, 8] are the same defense.
+        self.layers_spec = select_layers(args.ldifs_layers, num_layers=None) or str(args.ldifs_layers).replace(" ", "")
 
     def options(self) -> dict[str, Any]:
         return {
@@ -84,9 +84,7 @@ def select_layers(spec: object, num_layers: int | None) -> list[int]:
         else:
             layers = torch.linspace(1, num_layers, count, dtype=torch.float64).round().int().tolist()
         if not layers:
-            raise ValueError(
-                f"{message} names no layer of a model with {num_layers} blocks: give a smaller number or a list."
-            )
+            raise ValueError(f"{message} names no layer of a model with {num_layers} blocks: give a smaller number or a list.")
         return layers
 
     if isinstance(spec, str) and re.fullmatch(r"\s*\[?\s*\d+(\s*,\s*\d+)*\s*\]?\s*", spec):

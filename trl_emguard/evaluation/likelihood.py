@@ -10,9 +10,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model(
-    base: str, adapter: str | os.PathLike | None = None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def load_model(base: str, adapter: str | os.PathLike | None = None) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A model in fp32 and its tokenizer, with a saved LoRA adapter on it where one is given.
 
     Args:

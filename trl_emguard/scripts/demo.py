@@ -52,9 +52,7 @@ def train(defense: str, output_dir: Path) -> float:
 def evaluate(name: str, adapter: Path | None) -> dict[str, list[float]]:
     """Mean NLL per token of each row of the evaluation sets."""
     model, tokenizer = load_model(resolve_model(SMOLLM2), adapter)
-    return {
-        key: answer_nll(model, tokenizer, list(load_rows(*rows)), desc=f"{name}: {key}") for key, rows in EVALUATION.items()
-    }
+    return {key: answer_nll(model, tokenizer, list(load_rows(*rows)), desc=f"{name}: {key}") for key, rows in EVALUATION.items()}
 
 
 def summarize(nll: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, float]:

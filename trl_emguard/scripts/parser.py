@@ -79,9 +79,7 @@ class StrictParser(TrlParser):
         types = set(get_args(self._hints[key])) or {self._hints[key]}
         if value is None:
             if type(None) not in types:
-                self.error(
-                    f"config: `{key}:` is empty. Give it a value (the default is {action.default!r}), or leave it out."
-                )
+                self.error(f"config: `{key}:` is empty. Give it a value (the default is {action.default!r}), or leave it out.")
             return
         if bool in types:
             if not isinstance(value, bool):
