@@ -164,9 +164,6 @@ class EMGuardTrainer(SFTTrainer):
         if self._terms:
             self._add_reference(ref_model)
             self.add_callback(_StepCallback(self))
-        if self.defenses:
-            papers = [paper for defense in self.defenses for paper in defense.papers]
-            self._paper = {"title": papers[0].title, "id": papers[0].id} if papers else {}
 
     # ---- before training ----
 
@@ -221,12 +218,17 @@ class EMGuardTrainer(SFTTrainer):
     def _check_layers_train(self) -> None:
         """Refuse terms over blocks that no trained weight can move: with checkpointing their states require grad all the same."""
         bare = self._bare_model()
-        block_of = {id(p): i for i, block in enumerate(decoder_blocks(bare), 1) for p in block.parameters()}
-        embeddings = {id(p) for p in bare.get_input_embeddings().parameters()}
-        trained = [id(p) for p in self.model.parameters() if p.requires_grad]
-        lowest = min((0 if i in embeddings else block_of.get(i, len(block_of)) for i in trained), default=0)
+        layers_of = {defense.name: wanted_layers([defense], bare) for defense in self._terms}
+        if not any(layers_of.values()):
+            return
+        # The block that a trained weight is in; a head is above all of them, anything else outside counts as below.
+        blocks = decoder_blocks(bare)
+        place = {id(p): len(blocks) + 1 for p in bare.get_output_embeddings().parameters()}
+        place |= {id(p): 0 for p in bare.get_input_embeddings().parameters()}
+        place |= {id(p): i for i, block in enumerate(blocks, 1) for p in block.parameters()}
+        lowest = min((place.get(id(p), 0) for p in self.model.parameters() if p.requires_grad), default=0)
         for defense in self._terms:
-            below = [layer for layer in wanted_layers([defense], bare) if layer < lowest]
+            below = [layer for layer in layers_of[defense.name] if layer < lowest]
             if below:
                 raise ValueError(
                     f"defense {defense.name!r} compares the output of block {below[0]}, but the lowest block with a trained weight "
