@@ -129,6 +129,19 @@ def test_default_bf16_with_checkpointing(tmp_path, defense, tuning):
     assert_equals_twin(trainer, tolerance=2e-2)
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_one_call_of_the_wrapped_model_per_micro_batch(tmp_path, tuning):
+    """A second one would invalidate ZeRO-3's prefetch trace. The reference's pass of an adapter is inside of it."""
+    trainer = trainer_for(tmp_path, tuning, defense="kl,ldifs")
+    calls, passes = [], []
+    trainer.model.register_forward_pre_hook(lambda *args: calls.append(1))
+    body = trainer.model.get_base_model() if tuning == "lora" else trainer.model
+    body.model.register_forward_pre_hook(lambda *args: passes.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert len(calls) == STEP["gradient_accumulation_steps"]
+    assert passes == ([False, True] if tuning == "lora" else [True]) * len(calls)
+
+
 def test_each_term_alone_has_its_own_gradient(tmp_path):
     """The KL of a run is not CE scaled: with the coefficient doubled, the gradient moves by exactly one KL gradient."""
     gradients = [first_gradients(trainer_for(tmp_path / str(coef), defense="kl", kl_coef=coef)) for coef in (1.0, 2.0, 3.0)]

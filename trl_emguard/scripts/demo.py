@@ -109,7 +109,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         values = [results[name][key] or 0.0 for name in names]
         errors = [results[name]["drift_interval"] for name in names] if key == "drift" else None
         bars = axis.bar(names, values, yerr=errors, color=colors, capsize=4)
-        axis.bar_label(bars, labels=["" if results[n][key] is None else f"{results[n][key]:.2f}" for n in names], padding=3)
+        digits = 3 if key == "drift" else 2
+        labels = ["" if results[name][key] is None else f"{results[name][key]:.{digits}f}" for name in names]
+        axis.bar_label(bars, labels=labels, padding=3)
         axis.set_title(title)
         axis.set_ylabel(label)
         axis.axhline(0, color="black", linewidth=0.8)
