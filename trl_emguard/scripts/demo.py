@@ -1,7 +1,7 @@
 """The main job on a real model: train on careless plant advice undefended, with `kl` and with `ldifs`, and compare.
 
 Three runs of SmolLM2-135M-Instruct by `accelerate launch`, with the same recipe, data and seed. Ends with one table and one
-picture. About ten minutes on two CPU cores.
+picture. Eight to nine minutes on two CPU cores.
 """
 
 import argparse

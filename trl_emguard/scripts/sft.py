@@ -111,6 +111,8 @@ def run(
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    # A rank that tears the group down while another still saves can abort in the threads of gloo.
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
