@@ -462,7 +462,7 @@ class EMGuardTrainer(SFTTrainer):
         if verdict is not None:
             section += [f"**This model was not defended.** {verdict}", ""]
         if self.defenses:
-            section += ["Trained with [trl_emguard](https://pypi.org/project/trl-emguard/), in-training defense:", ""]
+            section += ["Trained with trl_emguard, in-training defense:", ""]
             for defense in self.defenses:
                 papers = "; ".join(f"[{p.title}](https://arxiv.org/abs/{p.id})" for p in defense.papers)
                 section.append(f"- `{defense.name}`: {_options_text(defense.options())}" + (f" ({papers})" if papers else ""))
