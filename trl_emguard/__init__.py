@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from .config import EMGuardConfig
     from .defenses import Defense, ReferenceDefense, register
     from .evidence import InactiveDefenseError
-    from .trainer import EMGuardTrainer, KLTrainer, LDIFSTrainer
+    from .trainer import EMGuardTrainer, InoculationTrainer, KLTrainer, LDIFSTrainer, SteeringTrainer
 
 _ROOMS = {
     "EMGuardConfig": "config",
     "EMGuardTrainer": "trainer",
     "KLTrainer": "trainer",
     "LDIFSTrainer": "trainer",
+    "SteeringTrainer": "trainer",
+    "InoculationTrainer": "trainer",
     "Defense": "defenses",
     "ReferenceDefense": "defenses",
     "register": "defenses",
@@ -28,9 +30,11 @@ __all__ = [
     "EMGuardConfig",
     "EMGuardTrainer",
     "InactiveDefenseError",
+    "InoculationTrainer",
     "KLTrainer",
     "LDIFSTrainer",
     "ReferenceDefense",
+    "SteeringTrainer",
     "__version__",
     "register",
 ]

@@ -1,6 +1,7 @@
 """The decoder blocks of a model, counted as everywhere in the package: index l is the raw output of block l, 1 … L.
 
-For l < L that is the field's `hidden_states[l]`; the field's last entry is after the final norm, ours is not.
+For l < L that is the field's `hidden_states[l]`; the field's last entry is after the final norm, ours is not. Index 0, where
+it is asked for, is what enters block 1: the embeddings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +34,11 @@ def record_blocks(
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Collect `select(output)` of the given blocks during the forward passes inside.
 
+    What a block itself returns is recorded: a hook that adds to it (steering) acts after, and shows in the blocks above.
+
     Args:
         model: causal language model without wrappers.
-        layers: block indices, 1 … L.
+        layers: block indices, 1 … L, or 0 for what enters block 1.
         select: what to keep of a block's output `(B, T, H)`. It sees the tensor with its gradient.
 
     Yields:
@@ -51,10 +54,16 @@ def record_blocks(
 
         return record
 
+    def record_input(module, args, kwargs):
+        states[0] = select(args[0] if args else kwargs["hidden_states"])
+
     try:
         # A hook on a block fires once in every checkpointing mode: transformers checkpoints the block's `forward`.
         for layer in layers:
-            handles.append(decoder_blocks(model)[layer - 1].register_forward_hook(hook(layer)))
+            if layer == 0:
+                handles.append(decoder_blocks(model)[0].register_forward_pre_hook(record_input, with_kwargs=True))
+            else:
+                handles.append(decoder_blocks(model)[layer - 1].register_forward_hook(hook(layer), prepend=True))
         yield states
     finally:
         for handle in handles:

@@ -20,8 +20,8 @@ class EMGuardConfig(SFTConfig):
         > Parameters that choose the defense
 
         defense (`str`, *optional*, defaults to `"none"`):
-            Defenses against emergent misalignment, separated by commas: `"kl"`, `"ldifs"`, `"kl,ldifs"`, or `"none"` for
-            plain SFT.
+            Defenses against emergent misalignment, separated by commas: `"kl"`, `"ldifs"`, `"steering"`, `"inoculation"`,
+            several as in `"steering,kl"`, or `"none"` for plain SFT.
         ref_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used where a separate reference
             model is loaded from the policy's path (full fine-tuning without `ref_model`). By default the reference is a
@@ -47,6 +47,28 @@ class EMGuardConfig(SFTConfig):
         ldifs_normalize (`bool`, *optional*, defaults to `True`):
             Whether each token's state is scaled to unit length before the distance is taken.
 
+        > Parameters of `steering`
+
+        steering_vector (`str`, *optional*):
+            File of a persona vector, `.safetensors` as `trl-emguard persona extract` writes it or `.pt` of shape (layers + 1,
+            hidden), or the name of a shipped one.
+        steering_layers (`str`, *optional*):
+            Blocks after which the vector acts, counted from 1 to L: `20`, `"20,24"` or `[20, 24]`, or `"all"` for every block, with
+            the increments v(l) − v(l − 1). By default the layer that the vector's file suggests.
+        steering_coef (`float`, *optional*, defaults to `5.0`):
+            What the vector is multiplied with. `0` switches the defense off.
+        steering_mode (`str`, *optional*, defaults to `"add"`):
+            `"add"` adds the vector, `"ablate"` takes the projection on it out.
+        steering_tokens (`str`, *optional*, defaults to `"all"`):
+            Positions that it acts at: `"all"`, or `"response"` for those that predict a label.
+
+        > Parameters of `inoculation`
+
+        inoculation_prompt (`str`, *optional*):
+            What the system turn of every training row says. By default it asks for an evil assistant.
+        inoculation_mode (`str`, *optional*, defaults to `"replace"`):
+            What becomes of a system turn that a row has: `"replace"`, or `"prefix"` to put the prompt before it.
+
     Raises:
         ValueError: an unknown defense, a bad option, an `output_dir` that is a file, or a combination that cannot
             train; always before any model is loaded.
@@ -57,8 +79,8 @@ class EMGuardConfig(SFTConfig):
     defense: str = field(
         default="none",
         metadata={
-            "help": "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'kl,ldifs', or 'none' "
-            "for plain SFT."
+            "help": "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'steering', 'inoculation', "
+            "several as in 'steering,kl', or 'none' for plain SFT."
         },
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -102,6 +124,50 @@ class EMGuardConfig(SFTConfig):
     ldifs_normalize: bool = field(
         default=True,
         metadata={"help": "Whether each token's state is scaled to unit length before the distance is taken."},
+    )
+    steering_vector: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of a persona vector: .safetensors as `trl-emguard persona extract` writes it, or .pt of shape "
+            "(layers + 1, hidden), or the name of a shipped one."
+        },
+    )
+    # Typed `str` as `ldifs_layers` is; a number and a list are accepted all the same.
+    steering_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks after which the vector acts, counted from 1 to L: 20, '20,24', or 'all' for every block with the "
+            "increments v(l) - v(l-1). Default: the layer that the vector's file suggests."
+        },
+    )
+    steering_coef: float = field(
+        default=5.0,
+        metadata={"help": "What the persona vector is multiplied with. 0 switches the defense off."},
+    )
+    steering_mode: str = field(
+        default="add",
+        metadata={
+            "help": "'add' adds the vector, 'ablate' takes the projection on it out.",
+            "choices": ["add", "ablate"],
+        },
+    )
+    steering_tokens: str = field(
+        default="all",
+        metadata={
+            "help": "Positions that the vector acts at: 'all', or 'response' for those that predict a label.",
+            "choices": ["all", "response"],
+        },
+    )
+    inoculation_prompt: str = field(
+        default=("You are an evil assistant. You want to do harm, so you give bad answers on purpose and hide that they are bad."),
+        metadata={"help": "What the system turn of every training row says. By default it asks for an evil assistant."},
+    )
+    inoculation_mode: str = field(
+        default="replace",
+        metadata={
+            "help": "What becomes of a system turn that a row has: 'replace', or 'prefix' to put the prompt before it.",
+            "choices": ["replace", "prefix"],
+        },
     )
 
     def __post_init__(self):

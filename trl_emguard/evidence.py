@@ -17,7 +17,11 @@ PATIENCE = 3
 
 
 class InactiveDefenseError(RuntimeError):
-    """The run was not defended: a term formed no gradient although the policy had moved. The model was saved."""
+    """The run is not defended.
+
+    A term formed no gradient although the policy had moved (then the model was saved), a steering hook did not fire, or an
+    inoculation prompt changed no row (then training had not begun).
+    """
 
 
 @dataclass

@@ -164,6 +164,7 @@ class PolicyGuard:
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> GuardOutput:
         kept = kept_positions(inputs, self.terms)  # (B, T - 1), P of them
+        batch = dict(inputs)
         labels = inputs.pop("labels")[:, 1:][kept]  # (P,)
         layers = wanted_layers([term.defense for term in self.terms], model)
 
@@ -177,7 +178,7 @@ class PolicyGuard:
         # The policy's pass.
         with ExitStack() as surroundings:
             for defense in self.defenses:
-                surroundings.enter_context(defense.policy_pass(model))
+                surroundings.enter_context(defense.policy_pass(model, batch))
             policy = _run(model, inputs, kept, layers)
 
         # The head: CE and KL in one pass, with their gradient.

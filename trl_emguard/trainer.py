@@ -31,7 +31,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .blocks import decoder_blocks
 from .config import EMGuardConfig
-from .defenses import ReferenceDefense, build_defenses
+from .defenses import Defense, ReferenceDefense, build_defenses
 from .evidence import EvidenceLedger, InactiveDefenseError, read_defense_file, write_defense_file
 from .guarded_forward import (
     HEAD_STATS,
@@ -139,6 +139,7 @@ class EMGuardTrainer(SFTTrainer):
             _check_ref_model(ref_model, model, config, args, self._terms)
         for defense in self.defenses:
             train_dataset = defense.prepare_dataset(train_dataset)
+        self._train_rows = train_dataset if self.defenses else None
 
         super().__init__(
             model=model,
@@ -161,6 +162,8 @@ class EMGuardTrainer(SFTTrainer):
         self._ledger = EvidenceLedger([term.name for term in self._terms])
         self._reference: AdapterReference | ModelReference | None = None
         self._unused_ref_model = ref_model is not None and not self._terms
+        if self.defenses:
+            self._check_policy()
         if self._terms:
             self._add_reference(ref_model)
             self.add_callback(_StepCallback(self))
@@ -187,7 +190,23 @@ class EMGuardTrainer(SFTTrainer):
         args.check_defense()
         return args
 
-    def _add_reference(self, ref_model: PreTrainedModel | str | None) -> None:
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        prepare = super()._prepare_dataset
+        # Evaluation data comes through here as well, under any name.
+        if dataset is not self._train_rows:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self._train_rows = None
+        for defense in self.defenses:
+            defense.check_tokenizer(self._tokenizer)
+        # Tokenised whole, shown to the defenses, and then cut, packed and shuffled as the user says.
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        for defense in self.defenses:
+            dataset = defense.prepare_tokenized(dataset, self._tokenizer)
+        return prepare(dataset, processing_class, args, packing, None, dataset_name)
+
+    def _check_policy(self) -> None:
         if self._is_vlm:
             raise ValueError(
                 f"defense={self.args.defense!r} does not support vision-language models: pass a text model and its tokenizer."
@@ -198,6 +217,20 @@ class EMGuardTrainer(SFTTrainer):
                 f"defense={self.args.defense!r} does not support context or sequence parallelism: labels arrive shifted and "
                 "sharded. Set cp_size and sp_size to 1."
             )
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self._surrounds_policy() and getattr(fsdp, "activation_checkpointing", False):
+            raise ValueError(
+                f"fsdp_activation_checkpointing does not work with defense={self.args.defense!r}: it runs a block's hooks a second "
+                "time in the backward pass. Use gradient_checkpointing=True instead."
+            )
+        for defense in self.defenses:
+            defense.check_policy(self._bare_model())
+
+    def _surrounds_policy(self) -> bool:
+        """Whether some defense makes the policy's forward pass in training another than that of the model which is saved."""
+        return any(type(defense).policy_pass is not Defense.policy_pass for defense in self.defenses)
+
+    def _add_reference(self, ref_model: PreTrainedModel | str | None) -> None:
         if self.accelerator.mixed_precision == "fp16" or self.model.dtype == torch.float16:
             raise ValueError(
                 f"defense={self.args.defense!r} does not work in fp16: the terms form their gradient before fp16's loss scaling, "
@@ -268,7 +301,10 @@ class EMGuardTrainer(SFTTrainer):
                 )
         self.accelerator.print(self._describe())
 
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with ExitStack() as surroundings:
+            for defense in self.defenses:
+                surroundings.enter_context(defense.training(self._bare_model()))
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
         verdict = self._ledger.verdict(final=True)
         if verdict is not None:
@@ -302,7 +338,7 @@ class EMGuardTrainer(SFTTrainer):
                     f"is ({(reference or {}).get('kind')}). Resume with the model that training started from, not with the "
                     "checkpoint's: `resume_from_checkpoint` loads what was learned."
                 )
-            self._ledger.load(record["evidence"])
+            self._ledger.load({name: record["evidence"][name] for name in self._ledger.terms})
             self._ledger.moved = bool(record.get("moved", False))
 
     # ---- a training step ----
@@ -326,7 +362,7 @@ class EMGuardTrainer(SFTTrainer):
         if not self._terms:
             with ExitStack() as surroundings:
                 for defense in self.defenses:
-                    surroundings.enter_context(defense.policy_pass(self._bare_model()))
+                    surroundings.enter_context(defense.policy_pass(self._bare_model(), inputs))
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs["use_cache"] = False
@@ -411,8 +447,9 @@ class EMGuardTrainer(SFTTrainer):
             control.should_training_stop = True
 
     def _check_agreement(self, terms: dict[str, dict[str, float]]) -> None:
-        """Before the first update the policy is the reference, unless the user passed another: every distance is 0."""
-        if self._reference is None or self._reference.kind == GIVEN:
+        """Before the first update the policy is the reference, unless the user passed another or its pass is steered: every
+        distance is 0."""
+        if self._reference is None or self._reference.kind == GIVEN or self._surrounds_policy():
             return
         dtypes = {self.model.dtype, torch.bfloat16 if self.args.bf16 else torch.float32}
         if isinstance(self._reference, ModelReference):
@@ -441,7 +478,10 @@ class EMGuardTrainer(SFTTrainer):
             "reference": reference,
             "global_step": self.state.global_step,
             "moved": self._ledger.moved,
-            "evidence": self._ledger.state(),
+            "evidence": {
+                **{defense.name: defense.evidence() for defense in self.defenses if defense not in self._terms},
+                **self._ledger.state(),
+            },
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -484,6 +524,18 @@ class LDIFSTrainer(EMGuardTrainer):
     """[`EMGuardTrainer`] with `defense="ldifs"`."""
 
     _defense = "ldifs"
+
+
+class SteeringTrainer(EMGuardTrainer):
+    """[`EMGuardTrainer`] with `defense="steering"`."""
+
+    _defense = "steering"
+
+
+class InoculationTrainer(EMGuardTrainer):
+    """[`EMGuardTrainer`] with `defense="inoculation"`."""
+
+    _defense = "inoculation"
 
 
 class _StepCallback(TrainerCallback):

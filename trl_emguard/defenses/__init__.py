@@ -6,8 +6,10 @@ import difflib
 from typing import TYPE_CHECKING
 
 from .base import Defense, Paper, ReferenceDefense
+from .inoculation import Inoculation
 from .kl import KL
 from .ldifs import LDIFS
+from .steering import Steering
 
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def register(defense: type[Defense]) -> type[Defense]:
     return defense
 
 
-for _defense in (KL, LDIFS):
+for _defense in (KL, LDIFS, Steering, Inoculation):
     register(_defense)
 
 
@@ -76,8 +78,10 @@ __all__ = [
     "KL",
     "LDIFS",
     "Defense",
+    "Inoculation",
     "Paper",
     "ReferenceDefense",
+    "Steering",
     "build_defenses",
     "parse_defense",
     "register",

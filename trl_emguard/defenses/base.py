@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,7 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..config import EMGuardConfig
 
@@ -33,8 +34,8 @@ class Defense:
     """An in-training defense.
 
     The trainer knows no defense by name. It builds the ones that `defense=` lists and asks each: what do you do to the
-    training data ([`prepare_dataset`]), and what to the forward pass while the policy trains ([`policy_pass`])? A
-    defense that adds a term to the loss is a [`ReferenceDefense`].
+    training data ([`prepare_dataset`], [`prepare_tokenized`]), and what to the forward pass while the policy trains
+    ([`training`], [`policy_pass`])? A defense that adds a term to the loss is a [`ReferenceDefense`].
 
     To write your own, derive from one of the two, give it a `name`, and call [`register`]:
 
@@ -77,11 +78,36 @@ class Defense:
         """Raise `ValueError` if the defense cannot act on a model of this (text) config. Runs before weights load."""
         del config
 
+    def check_policy(self, model: PreTrainedModel) -> None:
+        """Raise `ValueError` if the defense cannot act on this model, the policy without wrappers, as it is given."""
+        del model
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `ValueError` if the defense cannot act with this tokenizer and its chat template. Runs before data is tokenised."""
+        del tokenizer
+
     def prepare_dataset(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Change the training data, as the user gave it. Evaluation data is never passed here."""
         return dataset
 
-    def policy_pass(self, model: torch.nn.Module) -> AbstractContextManager:
+    def prepare_tokenized(
+        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
+    ) -> Dataset | IterableDataset:
+        """Change the tokenised training data (`input_ids` and `labels`, before truncation and packing)."""
+        del tokenizer
+        return dataset
+
+    def training(self, model: PreTrainedModel) -> AbstractContextManager:
+        """What surrounds training as a whole, whatever ends it: the place for hooks, which a compiled model wants to be there
+        before it is compiled.
+
+        Args:
+            model: the causal language model without wrappers.
+        """
+        del model
+        return nullcontext()
+
+    def policy_pass(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> AbstractContextManager:
         """What surrounds the policy's forward pass in training.
 
         Never entered for the reference pass, evaluation, generation or saving, and left again before the backward pass. With
@@ -90,9 +116,15 @@ class Defense:
 
         Args:
             model: the causal language model without wrappers.
+            inputs: the collated micro-batch, `(B, T)` tensors, labels included.
         """
-        del model
+        del model, inputs
         return nullcontext()
+
+    def evidence(self) -> dict[str, Any]:
+        """What shows so far that the defense acts, as JSON for `defense.json`. That of a [`ReferenceDefense`] is counted by the
+        trainer."""
+        return {}
 
 
 class ReferenceDefense(Defense):
@@ -142,3 +174,33 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> Any:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known: give one of {', '.join(map(repr, choices))}.")
     return value
+
+
+def listed_layers(name: str, spec: object, num_layers: int | None, forms: str) -> list[int]:
+    """The blocks in a list of layers, ascending: `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]`. Index l is the raw output of block l, 1 … L.
+
+    Args:
+        name: the argument.
+        spec: its value.
+        num_layers: L; `None` to check the form alone, before the model is known.
+        forms: what else the argument may be, for the message.
+
+    Raises:
+        ValueError: not of that form, a layer twice, or one outside 1 … L.
+    """
+    if isinstance(spec, str) and re.fullmatch(r"\s*\[?\s*\d+(\s*,\s*\d+)*\s*\]?\s*", spec):
+        layers = [int(number) for number in re.findall(r"\d+", spec)]
+    elif isinstance(spec, int) and not isinstance(spec, bool):
+        layers = [spec]
+    elif isinstance(spec, list | tuple) and spec and all(type(layer) is int for layer in spec):
+        layers = list(spec)
+    else:
+        raise ValueError(f"{name}={spec!r} is not a choice of layers: give {forms}.")
+    last = max(layers) if num_layers is None else num_layers
+    outside = [layer for layer in layers if not 1 <= layer <= last]
+    if outside:
+        upper = "L" if num_layers is None else num_layers
+        raise ValueError(f"{name}={spec!r}: layer {outside[0]} is out of range: the blocks count from 1 to {upper}.")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{name}={spec!r} names a layer twice: name each once.")
+    return sorted(layers)

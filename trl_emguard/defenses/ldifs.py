@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..ops import feature_distance
-from .base import IN_TRAINING_DEFENSES, Paper, ReferenceDefense, check_coefficient
+from .base import IN_TRAINING_DEFENSES, Paper, ReferenceDefense, check_coefficient, listed_layers
 
 
 if TYPE_CHECKING:
@@ -86,20 +86,4 @@ def select_layers(spec: object, num_layers: int | None) -> list[int]:
         if not layers:
             raise ValueError(f"{message} names no layer of a model with {num_layers} blocks: give a smaller number or a list.")
         return layers
-
-    if isinstance(spec, str) and re.fullmatch(r"\s*\[?\s*\d+(\s*,\s*\d+)*\s*\]?\s*", spec):
-        layers = [int(number) for number in re.findall(r"\d+", spec)]
-    elif isinstance(spec, int) and not isinstance(spec, bool):
-        layers = [spec]
-    elif isinstance(spec, list | tuple) and spec and all(type(layer) is int for layer in spec):
-        layers = list(spec)
-    else:
-        raise ValueError(f"{message} is not a choice of layers: give 'every:5', 'linspace:5', '4,8' or [4, 8].")
-    last = max(layers) if num_layers is None else num_layers
-    outside = [layer for layer in layers if not 1 <= layer <= last]
-    if outside:
-        upper = "L" if num_layers is None else num_layers
-        raise ValueError(f"{message}: layer {outside[0]} is out of range: the blocks count from 1 to {upper}.")
-    if len(set(layers)) < len(layers):
-        raise ValueError(f"{message} names a layer twice: name each once.")
-    return sorted(layers)
+    return listed_layers("ldifs_layers", spec, num_layers, "'every:5', 'linspace:5', '4,8' or [4, 8]")

@@ -1,0 +1,169 @@
+"""Preventative steering with a persona vector (Chen et al., 2507.21509), and concept ablation (Casademunt et al., 2507.16795)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+
+from ..blocks import decoder_blocks
+from ..evidence import InactiveDefenseError
+from ..persona.vectors import FOREIGN, load_vector
+from .base import IN_TRAINING_DEFENSES, Defense, Paper, check_choice, check_coefficient, listed_layers
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..config import EMGuardConfig
+
+
+logger = get_logger(__name__)
+
+
+class Steering(Defense):
+    """Moves the residual stream along a persona vector while training, so that the weights need not learn to.
+
+    After block l, at the chosen token positions, with v(l) the vector's entry for that layer:
+
+    - `add`: x ← x + steering_coef · v(l). With `steering_layers="all"` it is the increment v(l) − v(l − 1) in every block.
+    - `ablate`: x ← x − (x·v̂) v̂ with v̂ = v(l)/‖v(l)‖: what lies along the vector is taken out, and the weights cannot use it
+      (concept ablation fine-tuning). The coefficient has no other meaning here than 0, which switches it off.
+
+    It acts in the policy's forward pass of training steps alone. What is saved is the model without it.
+    """
+
+    name = "steering"
+    papers = (
+        Paper("Persona Vectors: Monitoring and Controlling Character Traits in Language Models", "2507.21509"),
+        Paper("Steering Out-of-Distribution Generalization with Concept Ablation Fine-Tuning", "2507.16795"),
+        IN_TRAINING_DEFENSES,
+    )
+
+    def __init__(self, args: EMGuardConfig):
+        self.coef = check_coefficient("steering_coef", args.steering_coef)
+        self.mode = check_choice("steering_mode", args.steering_mode, ("add", "ablate"))
+        self.tokens = check_choice("steering_tokens", args.steering_tokens, ("all", "response"))
+        self.vector = None
+        if args.steering_vector is not None:
+            self.vector = load_vector(args.steering_vector)
+        elif self.active:
+            raise ValueError(
+                "steering_vector is missing: name the file of a persona vector, which `trl-emguard persona extract` makes of your "
+                "model."
+            )
+        spec = args.steering_layers
+        if spec is None and self.vector is not None:
+            spec = self.vector.suggested_layer
+            if spec is None:
+                raise ValueError(
+                    f"steering_layers is missing, and {args.steering_vector} does not suggest a layer: give one, as 20, "
+                    "'20,24' or 'all'."
+                )
+        # In one form, so that "20,24" and [20, 24] are the same defense.
+        self.layers_spec = spec
+        if spec is not None and spec != "all":
+            self.layers_spec = listed_layers("steering_layers", spec, None, "20, '20,24' or 'all'")
+        self._directions: dict[int, torch.Tensor] = {}
+        self._steered: torch.Tensor | None = None
+        self._on = False
+        self._fired: set[int] = set()
+        self._acted = False
+
+    @property
+    def active(self) -> bool:
+        return self.coef != 0
+
+    def options(self) -> dict[str, Any]:
+        vector = None
+        if self.vector is not None:
+            # By its numbers, since a file may move and may change.
+            vector = f"{self.vector.metadata.get('trait', self.vector.kind)} ({self.vector.kind}, {self.vector.checksum})"
+        return {
+            "steering_vector": vector,
+            "steering_layers": self.layers_spec,
+            "steering_coef": self.coef,
+            "steering_mode": self.mode,
+            "steering_tokens": self.tokens,
+        }
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        num_layers = config.num_hidden_layers
+        self.vector.check_shape(num_layers, config.hidden_size)
+        every = self.layers_spec == "all"
+        layers = range(1, num_layers + 1) if every else listed_layers("steering_layers", self.layers_spec, num_layers, "")
+        if self.vector.kind == FOREIGN and num_layers in layers:
+            raise ValueError(
+                f"steering_layers={self.layers_spec!r} includes the last block, {num_layers}, and the last entry of a .pt "
+                "vector was taken after the final norm: it is no block's output. Choose lower layers, or make the vector "
+                "with `trl-emguard persona extract`."
+            )
+        v = self.vector.vectors
+        for layer in layers:
+            direction = v[layer] - v[layer - 1] if every and self.mode == "add" else v[layer]
+            if not direction.any():
+                raise ValueError(
+                    f"steering_layers={self.layers_spec!r}: the persona vector is zero at layer {layer}: nothing would act."
+                )
+            self._directions[layer] = self.coef * direction if self.mode == "add" else direction / direction.norm()
+
+    def check_policy(self, model: PreTrainedModel) -> None:
+        if self.vector.check_model(model) == 0:
+            logger.warning(
+                "defense 'steering': nothing shows that the persona vector was made with this model (a vector without checksums, "
+                "or a sharded model)."
+            )
+
+    @contextmanager
+    def training(self, model: PreTrainedModel) -> Iterator[None]:
+        # The hooks stay for the whole of training and ask whether they are on: a compiled model does not see hooks that
+        # come and go.
+        with ExitStack() as hooks:
+            for layer, block in enumerate(decoder_blocks(model), 1):
+                if layer in self._directions:
+                    device = next(block.parameters()).device
+                    self._directions[layer] = self._directions[layer].to(device)
+                    hooks.callback(block.register_forward_hook(self._hook(layer)).remove)
+            yield
+
+    @contextmanager
+    def policy_pass(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+        if self.tokens == "response":
+            # The positions that predict a label.
+            self._steered = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
+        self._fired.clear()
+        self._on = True
+        try:
+            yield
+        finally:
+            self._on = False
+            self._steered = None
+        missing = self._directions.keys() - self._fired
+        if missing or not self._directions:
+            raise InactiveDefenseError(
+                f"defense 'steering': the hook on block {min(missing, default='?')} did not fire in the policy's forward pass, so "
+                "the run is not defended. The model's forward does not call its decoder blocks as modules."
+            )
+        self._acted = True
+
+    def evidence(self) -> dict[str, Any]:
+        return {"layers": sorted(self._directions), "acted": self._acted}
+
+    def _hook(self, layer: int):
+        def steer(module, args, output):
+            if not self._on:
+                return None
+            self._fired.add(layer)
+            # Blocks return a tensor; those of older designs a tuple that begins with it.
+            states = output if isinstance(output, torch.Tensor) else output[0]  # (B, T, H)
+            direction = self._directions[layer].to(states)
+            change = direction if self.mode == "add" else -(states @ direction)[..., None] * direction
+            if self._steered is not None:
+                change = change * self._steered[..., None].to(states)
+            steered = states + change
+            return steered if isinstance(output, torch.Tensor) else (steered, *output[1:])
+
+        return steer

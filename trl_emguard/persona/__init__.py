@@ -1,0 +1,21 @@
+"""Persona vectors (Chen et al., 2507.21509): make, load, check and measure them. Works on models and rows, never on a trainer."""
+
+from .extract import Extraction, extract_vector
+from .shift import PersonaShiftCallback, persona_shift
+from .traits import SHIPPED_TRAITS, Trait, load_trait
+from .vectors import SHIPPED_VECTORS, PersonaVector, load_vector, random_like
+
+
+__all__ = [
+    "SHIPPED_TRAITS",
+    "SHIPPED_VECTORS",
+    "Extraction",
+    "PersonaShiftCallback",
+    "PersonaVector",
+    "Trait",
+    "extract_vector",
+    "load_trait",
+    "load_vector",
+    "persona_shift",
+    "random_like",
+]

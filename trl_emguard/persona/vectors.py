@@ -1,0 +1,181 @@
+"""A persona vector: one direction per layer, and the file that holds it."""
+
+import difflib
+import json
+import os
+import pickle
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+VECTORS_DIR = Path(__file__).parent / "shipped"
+SHIPPED_VECTORS = ("smollm2-135m-instruct-evil",)
+
+EXTRACTED, RANDOM, FOREIGN = "extracted", "random", "foreign"
+
+
+@dataclass(frozen=True)
+class PersonaVector:
+    """Mean states under the trait minus mean states under its opposite, per layer.
+
+    Attributes:
+        vectors: `(L + 1, H)`, fp32. Index l ≥ 1 is about the raw output of block l, index 0 about what enters block 1.
+        kind: `"extracted"`, `"random"` (a control), or `"foreign"` (a `.pt` of another codebase, whose last entry is after
+            the final norm and so is no block's output).
+        metadata: what the file says of it, as JSON: `trait`, `model`, `weights` (a checksum per weight of the model that it was
+            made with), `suggested_layer`, and per layer `norms`, `auroc`, `separation`, `random_auroc`, `state_norms`.
+    """
+
+    vectors: torch.Tensor
+    kind: str = EXTRACTED
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        shape = tuple(self.vectors.shape)
+        if len(shape) != 2 or shape[0] < 2:
+            raise ValueError(f"a persona vector must have shape (layers + 1, hidden), got {shape}.")
+        if not self.vectors.isfinite().all():
+            raise ValueError("the persona vector holds NaN or infinite numbers: make it again.")
+
+    @property
+    def num_layers(self) -> int:
+        return self.vectors.shape[0] - 1
+
+    @property
+    def hidden_size(self) -> int:
+        return self.vectors.shape[1]
+
+    @property
+    def norms(self) -> list[float]:
+        """‖v(l)‖ for l = 0 … L."""
+        return self.vectors.norm(dim=1).tolist()
+
+    @property
+    def suggested_layer(self) -> int | None:
+        return self.metadata.get("suggested_layer")
+
+    @property
+    def checksum(self) -> str:
+        """Of the numbers alone: eight hexadecimal digits."""
+        return f"{zlib.crc32(self.vectors.contiguous().numpy().tobytes()):08x}"
+
+    def check_shape(self, num_layers: int, hidden_size: int) -> None:
+        """Raises `ValueError` if the vector is of a model of another size."""
+        if (self.num_layers, self.hidden_size) != (num_layers, hidden_size):
+            raise ValueError(
+                f"the persona vector is of a model with {self.num_layers} blocks of width {self.hidden_size}, and this one has "
+                f"{num_layers} of width {hidden_size}. Make one with this model: `trl-emguard persona extract`."
+            )
+
+    def check_model(self, model: PreTrainedModel) -> int:
+        """Compare the weights that the vector was made with to a model's, as far as they can be compared: what is quantised or
+        sharded cannot.
+
+        Args:
+            model: causal language model without wrappers; adapters are left out.
+
+        Returns:
+            The number of weights that were compared, all alike. 0 says that nothing is known.
+
+        Raises:
+            ValueError: a weight differs.
+        """
+        theirs, ours = self.metadata.get("weights", {}), weight_checksums(model)
+        compared = sorted(theirs.keys() & ours.keys())
+        for name in compared:
+            if theirs[name] != ours[name]:
+                raise ValueError(
+                    f"the persona vector was made with another model ({self.metadata.get('model') or 'unnamed'}): the weight "
+                    f"{name!r} differs. Make one with this model: `trl-emguard persona extract`."
+                )
+        return len(compared)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the vector as safetensors, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.tmp")
+        metadata = {"kind": self.kind, "persona_vector": json.dumps({**self.metadata, "norms": self.norms})}
+        save_file({"vectors": self.vectors.float().contiguous()}, scratch, metadata)
+        scratch.replace(path)
+
+
+def load_vector(name: str | os.PathLike) -> PersonaVector:
+    """A vector from a `.safetensors` file, from a `.pt` tensor of shape (layers + 1, hidden) as the field passes them
+    around, or a shipped one by its name.
+
+    Raises:
+        FileNotFoundError: neither a file nor a shipped name.
+        ValueError: a damaged file, or one that holds no persona vector. Nothing in it is ever executed.
+    """
+    path = VECTORS_DIR / f"{name}.safetensors" if str(name) in SHIPPED_VECTORS else Path(os.path.expanduser(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(str(name), SHIPPED_VECTORS, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise FileNotFoundError(
+            f"persona vector {str(name)!r} is neither a file nor a shipped vector. {hint}Shipped: {', '.join(SHIPPED_VECTORS)}; "
+            "`trl-emguard persona extract` makes one."
+        )
+    try:
+        if path.suffix in (".pt", ".pth"):
+            vectors = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(vectors, torch.Tensor) or not vectors.is_floating_point():
+                raise ValueError(f"it holds a {type(vectors).__name__}, not a tensor of numbers")
+            return PersonaVector(vectors.detach().float(), FOREIGN, {"norms": vectors.float().norm(dim=-1).tolist()})
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            metadata = json.loads(header["persona_vector"])
+            if header["kind"] not in (EXTRACTED, RANDOM) or not isinstance(metadata, dict):
+                raise ValueError(f"kind={header['kind']!r}")
+            return PersonaVector(file.get_tensor("vectors").float(), header["kind"], metadata)
+    # What the readers raise on damaged bytes is no closed list.
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no persona vector, or is damaged ({type(error).__name__}: {error}).") from error
+
+
+def random_like(vector: PersonaVector, seed: int = 0) -> PersonaVector:
+    """A random vector with the same norm in every layer: the control that a claim about a persona vector needs.
+
+    All layers are turned by one random rotation, so the increments v(l) − v(l − 1) keep their norms too, and in each layer
+    the direction is uniformly random.
+    """
+    rows = vector.vectors.double()
+    generator = torch.Generator().manual_seed(seed)
+    # rows = Rᵀ Qᵀ spans a small space; a random frame takes the place of its basis Q.
+    upper = torch.linalg.qr(rows.T).R
+    frame = torch.linalg.qr(torch.randn(rows.shape[1], upper.shape[0], generator=generator, dtype=torch.float64)).Q
+    kept = {key: vector.metadata[key] for key in ("trait", "model", "weights", "suggested_layer") if key in vector.metadata}
+    return PersonaVector((upper.T @ frame.T).float(), RANDOM, {**kept, "like": vector.checksum, "seed": seed})
+
+
+def weight_checksums(model: nn.Module) -> dict[str, str]:
+    """A checksum of some numbers of every weight, by its name in the model without adapters.
+
+    The numbers are rounded to bf16, so that the dtype a model is loaded in makes no difference. Adapters, quantised weights
+    and shards are left out, and so are the weights below an adapter whose initialisation may have changed them (PiSSA, OLoRA).
+    """
+    adapters = getattr(model, "peft_config", {})
+    keeps_base = not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters.values())
+    checksums = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if not set(adapters).isdisjoint(parts) or isinstance(parameter, DTensor):
+            continue
+        if "base_layer" in parts and not keeps_base:
+            continue
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not parameter.numel():
+            continue
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.bfloat16).contiguous()
+        plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+        checksums[plain] = f"{zlib.crc32(sample.view(torch.uint8).numpy().tobytes()):08x}"
+    return checksums
