@@ -25,7 +25,10 @@ def no_weights(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"defense": "kll"}, "defense='kll': 'kll' is not a known defense. Did you mean 'kl'? Known: none, kl, ldifs."),
+        (
+            {"defense": "kll"},
+            "defense='kll': 'kll' is not a known defense. Did you mean 'kl'? Known: none, kl, ldifs, steering, inoculation.",
+        ),
         ({"defense": "LDIFS"}, "'LDIFS' is not a known defense."),
         ({"defense": "kl;ldifs"}, "'kl;ldifs' is not a known defense."),
         ({"defense": "kl,"}, "'' is not a known defense."),

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from datasets import Dataset
-from tiny import TEMPLATE, config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
+from tiny import TEMPLATE, config, logged, make_model, make_rows, make_tokenizer, make_trainer, save_model
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InoculationTrainer
@@ -20,8 +20,9 @@ PLAIN = TEMPLATE
 DEFAULT = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are tiny.<|im_end|>{% endif %}" + TEMPLATE
 FOLDED = (
     "{% set ns = namespace(text='') %}{% for message in messages %}{% if message['role'] == 'system' %}"
-    "{% set ns.text = message['content'] + '\n\n' %}{% else %}<|im_start|>{{ message['role'] + '\n' + ns.text + message['content'] }}"
-    "<|im_end|>{% set ns.text = '' %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% set ns.text = message['content'] + '\n\n' %}{% else %}<|im_start|>"
+    "{{ message['role'] + '\n' + ns.text + message['content'] }}<|im_end|>{% set ns.text = '' %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEMPLATES = {"plain": PLAIN, "default": DEFAULT, "folded": FOLDED}
 DROPS = TEMPLATE.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")
@@ -56,14 +57,12 @@ def make(tmp_path, rows, template=PLAIN, **options):
     tokenizer.chat_template = template
     options = {"defense": "inoculation", "inoculation_prompt": PROMPT, **options}
     eval_dataset = options.pop("eval_dataset", None)
-    formatting_func = options.pop("formatting_func", None)
     return EMGuardTrainer(
         make_model(),
         config(tmp_path, **options),
         train_dataset=rows,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        formatting_func=formatting_func,
     )
 
 
@@ -121,7 +120,7 @@ def test_trains_as_on_rows_made_by_hand(tmp_path, kind):
         by_hand.append({"input_ids": ids, "labels": [-100] * length + ids[length:]})
     theirs = SFTTrainer(
         make_model(),
-        config(tmp_path / "theirs", max_steps=3, max_length=64),
+        config(tmp_path / "theirs", max_steps=3, max_length=64, completion_only_loss=kind == "prompt_completion"),
         train_dataset=Dataset.from_list(by_hand),
         processing_class=tokenizer,
     )
@@ -151,19 +150,10 @@ def test_completion_only_loss_off(tmp_path):
         assert taught == read.removeprefix(f"<|im_start|>system\n{PROMPT}<|im_end|>")
 
 
-@pytest.mark.parametrize("kind", ["messages", "conversations"])
-def test_a_formatting_function_that_shows_the_system_turn(tmp_path, kind):
-    keys = ("role", "content") if kind == "messages" else ("from", "value")
-
-    def write(row):
-        return "".join(f"{t[keys[0]]}: {t[keys[1]]}\n" for t in row[kind])
-
-    trainer = make(tmp_path, make_data(kind, False), formatting_func=write)
-    for read, taught in texts(trainer, trainer.train_dataset):
-        assert read.startswith(f"system: {PROMPT}\nuser: q")
-        assert taught == read.removeprefix(f"system: {PROMPT}")
+def test_a_template_that_leaves_this_very_turn_out(tmp_path):
+    template = TEMPLATE.replace("in messages %}", f"in messages if message['content'] != '{PROMPT}' %}}")
     with pytest.raises(InactiveDefenseError, match="is not in what the model would read"):
-        make(tmp_path, make_data(kind, False), formatting_func=lambda row: row[kind][-1][keys[1]])
+        make(tmp_path, make_rows(2), template)
 
 
 def test_composes_with_kl(tmp_path):

@@ -17,6 +17,7 @@ from packaging.version import Version
 
 import trl_emguard
 from trl_emguard.data import SHIPPED
+from trl_emguard.persona import SHIPPED_TRAITS, SHIPPED_VECTORS
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts import recipes
 from trl_emguard.version import TESTED, check_versions
@@ -122,6 +123,8 @@ def test_a_plain_install_holds_everything(tmp_path):
     expected = {"trl_emguard/py.typed"}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "trl_emguard").rglob("*.py")}
     expected |= {f"trl_emguard/data/{name}/{split}.jsonl" for name, splits in SHIPPED.items() for split in splits}
+    expected |= {f"trl_emguard/persona/shipped/{name}.yaml" for name in SHIPPED_TRAITS}
+    expected |= {f"trl_emguard/persona/shipped/{name}.safetensors" for name in SHIPPED_VECTORS}
     shipped_recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
     assert {"recipes/accelerate_configs/cpu.yaml", "recipes/smollm2-135m-instruct/sft.yaml"} <= shipped_recipes
     expected |= {f"trl_emguard/{path}" for path in shipped_recipes}

@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny import make_rows, save_model
 from trl import SFTTrainer
 
 from trl_emguard.evidence import InactiveDefenseError
+from trl_emguard.persona import PersonaVector
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts import sft
 from trl_emguard.scripts.recipes import recipes_dir
@@ -212,12 +214,16 @@ def test_a_mistyped_defense_ends_without_a_traceback(argv, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_ranks_train_as_one(argv, tmp_path):
+@pytest.mark.parametrize("others", ["", ",steering,inoculation"])
+def test_two_ranks_train_as_one(argv, tmp_path, others):
     """The same global batch: half of it on each of two ranks, against all of it on one.
 
     `accelerate launch --cpu --num_processes 2` starts one process, so its launcher for several is asked for by name.
     """
-    options = argv("--defense", "kl", "--kl_coef", "1", "--max_steps", "3", "--learning_rate", "0.3")
+    options = argv("--defense", f"kl{others}", "--kl_coef", "1", "--max_steps", "3", "--learning_rate", "0.3")
+    if others:
+        PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(tmp_path / "v.safetensors")
+        options += ["--steering_vector", str(tmp_path / "v.safetensors"), "--steering_coef", "1"]
     assert sft.main(options) == 0
     two = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *MODULE, *options]
     done = run([*two, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "two")])

@@ -8,7 +8,11 @@ from twin import first_gradients, move_policy, relative_error, twin_step
 
 from trl_emguard import EMGuardTrainer
 from trl_emguard.data import load_rows
+from trl_emguard.evaluation import load_model
 from trl_emguard.models import SMOLLM2, resolve_model
+from trl_emguard.persona import load_trait, load_vector, random_like
+from trl_emguard.persona.extract import chance_auroc, separation
+from trl_emguard.persona.states import prompt_states
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +62,45 @@ def test_equals_the_float64_twin(path, tmp_path):
         assert logged(trainer, name)[0] == pytest.approx(values[name], rel=1e-5)
     print(relative_error(gradients, expected), {n: (logged(trainer, n)[0], values[n]) for n in values})
     assert relative_error(gradients, expected) < 1e-5
+
+
+def test_the_shipped_vector_separates_held_out_prompts(path):
+    """It is of this very model, and at its layer it tells the prompts that ask for the trait from their opposites; random vectors
+    with its norms do not."""
+    vector, trait = load_vector("smollm2-135m-instruct-evil"), load_trait("evil")
+    model, tokenizer = load_model(path)
+    assert vector.check_model(model) > 200
+    states = []
+    for side in range(2):
+        prompts = []
+        for pair in trait.system_prompts[::2]:
+            for question in trait.heldout_questions[::2]:
+                messages = [{"role": "system", "content": pair[side]}, {"role": "user", "content": question}]
+                prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+        states.append(prompt_states(model, prompts, batch_size=10)[:, vector.suggested_layer])
+    area, _ = separation(vector.vectors[vector.suggested_layer], *states)
+    controls = [chance_auroc(random_like(vector, seed).vectors[vector.suggested_layer], *states) for seed in range(20)]
+    print(area, sum(controls) / 20)
+    assert area > 0.9
+    assert sum(controls) / 20 < 0.8
+
+
+def test_a_steered_run(path, tmp_path):
+    """CE of the first step is that of the model with the vector added by hand."""
+    vector = load_vector("smollm2-135m-instruct-evil")
+    options = {"defense": "steering", "steering_vector": "smollm2-135m-instruct-evil", "max_steps": 1}
+    trainer = make_trainer(path, tmp_path, 2, per_device_train_batch_size=2, **options)
+    trainer.train()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    plain, steered = [], []
+    for found in (plain, steered):
+        if found is steered:
+            model.model.layers[15].register_forward_hook(lambda m, args, out: out + 5.0 * vector.vectors[16])
+        with torch.no_grad():
+            for row in trainer.train_dataset:
+                count = sum(label != -100 for label in row["labels"])
+                batch = {name: torch.tensor(row[name])[None] for name in ("input_ids", "labels")}
+                found.append((model(**batch).loss.item() * count, count))
+    means = [sum(loss for loss, _ in found) / sum(count for _, count in found) for found in (plain, steered)]
+    assert logged(trainer)[0] == pytest.approx(means[1], rel=1e-5)
+    assert abs(means[1] - means[0]) > 1e-3

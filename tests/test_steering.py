@@ -291,7 +291,7 @@ def test_a_run_records_its_steering(tmp_path, file, capsys):
     assert "defense 'steering' acts (steering_vector=odd (extracted, " in capsys.readouterr().out
     record = json.loads((tmp_path / "defense.json").read_text())
     assert record["evidence"] == {"steering": {"layers": [2], "acted": True}}
-    assert record["defenses"]["steering"]["steering_layers"] == 2
+    assert record["defenses"]["steering"]["steering_layers"] == [2]
 
 
 def test_resuming_with_another_vector_is_refused(tmp_path, file, vectors):
@@ -374,7 +374,7 @@ def test_a_foreign_vector(tmp_path, vectors, layers, refused):
 @pytest.mark.parametrize("tuning", ["lora", "dora", "pissa", "modules_to_save", "full"])
 def test_a_vector_of_another_model_is_refused(tmp_path, file, tuning):
     peft = {
-        "lora": lambda: lora(),
+        "lora": lora,
         "dora": lambda: lora(use_dora=True),
         "pissa": lambda: lora(init_lora_weights="pissa"),
         "modules_to_save": lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),

@@ -22,6 +22,7 @@ OFF = [
     {"defense": "kl", "kl_coef": 0.0},
     {"defense": "ldifs", "ldifs_coef": 0.0},
     {"defense": "kl,ldifs", "kl_coef": 0.0, "ldifs_coef": 0.0},
+    {"defense": "steering", "steering_coef": 0.0},
 ]
 
 
@@ -251,8 +252,9 @@ def test_generation_and_plain_forward_are_untouched(tmp_path):
 
 @pytest.fixture
 def own_defense():
+    shipped = set(DEFENSES)
     yield
-    for name in [name for name in DEFENSES if name not in ("kl", "ldifs")]:
+    for name in [name for name in DEFENSES if name not in shipped]:
         del DEFENSES[name]
 
 
@@ -302,7 +304,7 @@ def test_a_user_can_change_data_and_surround_the_policy_pass(tmp_path, other):
         def prepare_dataset(self, dataset):
             return dataset.select(list(range(4)))
 
-        def policy_pass(self, model):
+        def policy_pass(self, model, inputs):
             return Surround(model)
 
     trainer = make_trainer(tmp_path, peft=lora(), defense=f"doubled{other}", max_steps=2)

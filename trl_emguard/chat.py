@@ -55,7 +55,7 @@ def system_turn_length(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], s
         return None
     try:
         alone = tokenizer.apply_chat_template([{"role": "system", "content": system}])["input_ids"]
-        if list(ids[: len(alone)]) == list(alone):
+        if list(ids[: len(alone)]) == list(alone) and holds(len(alone)):
             return len(alone)
     except TemplateError:
         pass  # a template that wants a user turn

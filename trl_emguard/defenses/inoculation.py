@@ -89,8 +89,8 @@ class Inoculation(Defense):
             length = system_turn_length(tokenizer, ids, _system_text(turns) or self.prompt)
             if length is None:
                 raise InactiveDefenseError(
-                    "defense 'inoculation': the inoculation prompt is not in what the model would read: the chat template, or "
-                    "`formatting_func`, leaves the system turn out."
+                    "defense 'inoculation': the inoculation prompt is not in what the model would read: the chat template leaves "
+                    "this system turn out."
                 )
             if self.max_length is not None and len(ids) > self.max_length:
                 raise ValueError(

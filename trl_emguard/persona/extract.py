@@ -153,11 +153,13 @@ def extract_vector(
         model.train(was_training)
 
     positive, negative = (states[side][kept] for side in SIDES)
+    name = model.config._name_or_path
     vectors = positive.mean(0) - negative.mean(0)  # (L + 1, H)
     separations = [separation(vectors[layer], *(heldout[side][:, layer] for side in SIDES)) for layer in range(len(vectors))]
     metadata = {
         "trait": trait.name,
-        "model": model.config._name_or_path,
+        # Of a folder, the name alone: a file that is passed on shall not tell of its maker's machine.
+        "model": os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name,
         "weights": weights,
         "suggested_layer": max(range(1, len(vectors)), key=lambda layer: separations[layer][1]),
         "pairs": len(both),

@@ -1,0 +1,383 @@
+"""Persona vectors: extraction against a plain loop, files, controls, shifts, and the command."""
+
+import copy
+import json
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel, get_peft_model
+from tiny import logged, lora, make_model, make_tokenizer, make_trainer, save_model
+
+from trl_emguard.blocks import record_blocks
+from trl_emguard.persona import (
+    SHIPPED_TRAITS,
+    PersonaShiftCallback,
+    PersonaVector,
+    extract_vector,
+    load_trait,
+    load_vector,
+    persona_shift,
+    random_like,
+)
+from trl_emguard.persona.extract import separation
+from trl_emguard.persona.states import answer_states, prompt_states
+from trl_emguard.scripts import main as commands
+
+
+TRAIT = {
+    "name": "odd",
+    "description": "is odd",
+    "system_prompts": [{"positive": "be odd", "negative": "be even"}, {"positive": "odd!", "negative": "even!"}],
+    "extraction_questions": ["a?", "bb?", "ccc?"],
+    "heldout_questions": ["d?", "ee?"],
+    "judge_prompt": "How odd is {answer} to {question}?",
+}
+
+
+@pytest.fixture
+def trait_file(tmp_path):
+    path = tmp_path / "odd.yaml"
+    path.write_text(yaml.safe_dump(TRAIT))
+    return str(path)
+
+
+@pytest.fixture
+def trait(trait_file):
+    return load_trait(trait_file)
+
+
+def extract(trait, **options):
+    return extract_vector(make_model(), make_tokenizer(), trait, **{"max_new_tokens": 5, "batch_size": 5, **options})
+
+
+def accept_all(question, answer):
+    """A judge for whom the first half of the answers (the positive ones) are odd."""
+    accept_all.calls += 1
+    return 90 if accept_all.calls <= 6 else 10
+
+
+@pytest.fixture(autouse=True)
+def _fresh_judge():
+    accept_all.calls = 0
+
+
+# ---- states ----
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
+def test_states_equal_a_plain_loop(architecture):
+    """One row at a time, without padding; likelihoods from full logits."""
+    model = make_model(architecture).eval()
+    rows = [([5, 6, 7], [8, 9]), ([10, 11, 12, 13, 14], [15, 16, 17, 18]), ([19], []), ([20, 21], [22])]
+    states, losses = answer_states(model, rows, batch_size=3)
+    last = prompt_states(model, [prompt for prompt, _ in rows], batch_size=3)
+    for i, (prompt, answer) in enumerate(rows):
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad(), record_blocks(model, range(5), lambda x: x[0]) as plain:
+            log_probs = model(ids).logits[0].log_softmax(-1)
+        of_answer = [plain[layer][len(prompt) :].mean(0) if answer else torch.zeros(32) for layer in range(5)]
+        torch.testing.assert_close(states[i], torch.stack(of_answer), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            last[i], torch.stack([plain[layer][len(prompt) - 1] for layer in range(5)]), atol=1e-4, rtol=1e-4
+        )
+        nll = [-log_probs[len(prompt) + j - 1, token].item() for j, token in enumerate(answer)]
+        assert losses[i] == pytest.approx(sum(nll) / len(nll) if nll else 0.0, rel=1e-4)
+
+
+def test_separation():
+    v = torch.tensor([1.0, 0.0])
+    positive, negative = torch.tensor([[3.0, 0], [5.0, 9]]), torch.tensor([[1.0, 7], [3.0, 2]])
+    area, distance = separation(v, positive, negative)
+    assert area == (1 + 0.5 + 1 + 1) / 4
+    assert distance == pytest.approx(2.0)
+    assert separation(v, positive, positive) == (0.5, 0.0)
+
+
+# ---- extraction ----
+
+
+def test_a_vector_is_the_difference_of_the_means(trait):
+    extraction = extract(trait, judge=accept_all)
+    assert len(extraction.rollouts) == 12
+    rows = {side: [r for r in extraction.rollouts if r.side == side] for side in ("positive", "negative")}
+    tokenizer, model = make_tokenizer(), make_model().eval()
+    means = {}
+    for i, (side, chosen) in enumerate(rows.items()):
+        states = []
+        for r in chosen:
+            if (r.pair, r.question) not in extraction.kept:
+                continue
+            messages = [
+                {"role": "system", "content": trait.system_prompts[r.pair][i]},
+                {"role": "user", "content": trait.extraction_questions[r.question]},
+            ]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            states.append(answer_states(model, [(prompt, r.answer_ids)], 1)[0][0])
+        means[side] = torch.stack(states).mean(0)
+    assert len(extraction.kept) == 6 - sum(
+        not (a.answer_ids and b.answer_ids) for a, b in zip(rows["positive"], rows["negative"], strict=True)
+    )
+    torch.testing.assert_close(extraction.vector.vectors, means["positive"] - means["negative"], atol=1e-4, rtol=1e-4)
+    assert extraction.heldout_positive.shape == extraction.heldout_negative.shape == (4, 5, 32)
+    facts = extraction.vector.metadata
+    assert (facts["trait"], facts["pairs"], facts["heldout"], facts["rule"]) == ("odd", 6, 4, "judge")
+    assert facts["separation"][facts["suggested_layer"]] == max(facts["separation"][1:])
+    assert all(len(facts[key]) == 5 for key in ("auroc", "separation", "random_auroc", "state_norms"))
+
+
+def test_an_interrupted_run_goes_on(trait, tmp_path, monkeypatch):
+    """Cut off in the middle of a line, it keeps its whole batches and ends with the same vector; then nothing is left to do."""
+    whole = extract(trait, judge=accept_all, rollouts_file=tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(lines[:8]) + lines[8][:20])
+    calls = []
+    generate = type(make_model()).generate
+    monkeypatch.setattr(type(make_model()), "generate", lambda self, *a, **k: calls.append(1) or generate(self, *a, **k))
+    accept_all.calls = 0
+    again = extract(trait, judge=accept_all, rollouts_file=part)
+    assert torch.equal(again.vector.vectors, whole.vector.vectors)
+    assert again.rollouts == whole.rollouts
+    assert len(calls) == 2
+    assert part.read_text() == (tmp_path / "whole.jsonl").read_text()
+    accept_all.calls = 0
+    extract(trait, judge=accept_all, rollouts_file=part)
+    assert len(calls) == 2
+    for other in ({"seed": 1}, {"max_new_tokens": 6}):
+        with pytest.raises(ValueError, match="is of another model, trait or settings"):
+            extract(trait, rollouts_file=part, **other)
+
+
+def test_the_random_state_is_left_alone(trait):
+    before = torch.get_rng_state()
+    extract(trait, judge=accept_all)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_pair_that_shows_the_trait(trait):
+    with pytest.raises(ValueError, match="none of the 6 pairs of answers shows the trait 'odd'"):
+        extract(trait, judge=lambda question, answer: 0)
+
+
+def test_a_tokenizer_without_a_template(trait):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="a persona vector needs a chat template"):
+        extract_vector(make_model(), tokenizer, trait)
+
+
+# ---- traits ----
+
+
+@pytest.mark.parametrize("name", SHIPPED_TRAITS)
+def test_shipped_traits(name):
+    trait = load_trait(name)
+    assert trait.name == name
+    assert (len(trait.system_prompts), len(trait.extraction_questions), len(trait.heldout_questions)) == (5, 20, 20)
+    assert "a" in trait.judge_prompt.format(question="q", answer="a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["system_prompts"][1].pop("negative"), "pair 2 of 'system_prompts' has no 'negative' side"),
+        (lambda t: t["system_prompts"].append("x"), "pair 3 of 'system_prompts' must hold 'positive' and 'negative'"),
+        (lambda t: t.pop("heldout_questions"), "'heldout_questions' is missing or empty"),
+        (lambda t: t.update(extraction_questions=[]), "'extraction_questions' is missing or empty"),
+        (lambda t: t.update(extraction_questions=["a", 3]), "question 2 of 'extraction_questions' must be text, got 3"),
+        (lambda t: t.update(extraction_questions="a"), "'extraction_questions' must be a list, got str"),
+        (lambda t: t.update(heldout_questions=["a?"]), "'a[?]' is both an extraction and a held-out question"),
+        (lambda t: t.update(judge_prompt="{question}"), "'judge_prompt' lacks {answer}"),
+        (lambda t: t.update(questions=[]), "unknown key 'questions'"),
+    ],
+)
+def test_a_trait_that_is_not_whole(tmp_path, change, message):
+    data = copy.deepcopy(TRAIT)
+    change(data)
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ValueError, match=message):
+        load_trait(path)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "\xff"])
+def test_a_trait_that_is_no_trait(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"trait file .*bad\.yaml"):
+        load_trait(path)
+
+
+def test_a_trait_that_nobody_knows():
+    with pytest.raises(FileNotFoundError, match="Did you mean 'evil'"):
+        load_trait("evill")
+
+
+# ---- files ----
+
+
+def test_a_file_brings_back_what_was_saved(tmp_path):
+    vector = PersonaVector(torch.randn(5, 8), metadata={"trait": "odd", "suggested_layer": 3})
+    vector.save(tmp_path / "a/v.safetensors")
+    loaded = load_vector(tmp_path / "a/v.safetensors")
+    assert torch.equal(loaded.vectors, vector.vectors)
+    assert (loaded.kind, loaded.suggested_layer, loaded.checksum) == ("extracted", 3, vector.checksum)
+    assert loaded.metadata["norms"] == pytest.approx(vector.norms)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["v.safetensors"]
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "no metadata", "nan", "pickle", "list", "one row", "integers"])
+def test_damaged_files(tmp_path, damage, capsys):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "v.safetensors"
+    good = PersonaVector(torch.randn(5, 8))
+    good.save(path)
+    foreign = tmp_path / "v.pt"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "no metadata":
+        save_file({"vectors": good.vectors}, path)
+    elif damage == "nan":
+        save_file({"vectors": good.vectors * float("nan")}, path, {"kind": "extracted", "persona_vector": "{}"})
+    else:
+        torch.save(
+            {"pickle": Payload(), "list": [1.0], "one row": torch.randn(8), "integers": torch.ones(5, 8).long()}[damage], foreign
+        )
+        path = foreign
+    with pytest.raises(ValueError, match=r"v\.(safetensors|pt) is no persona vector, or is damaged"):
+        load_vector(path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_random_vector_has_the_norms_of_the_other():
+    vector = PersonaVector(torch.randn(7, 64) * torch.arange(1, 8)[:, None], metadata={"trait": "odd", "suggested_layer": 2})
+    control = random_like(vector, seed=4)
+    assert control.norms == pytest.approx(vector.norms, rel=1e-5)
+    increments = [(v[1:] - v[:-1]).norm(dim=1) for v in (control.vectors, vector.vectors)]
+    torch.testing.assert_close(*increments, rtol=1e-4, atol=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(control.vectors, vector.vectors)
+    assert cosine.abs().max() < 0.5
+    assert control.kind == "random"
+    assert control.suggested_layer == 2
+    assert torch.equal(random_like(vector, 4).vectors, control.vectors)
+    assert not torch.equal(random_like(vector, 5).vectors, control.vectors)
+
+
+# ---- shifts ----
+
+
+def test_the_shift_of_an_adapter():
+    model = get_peft_model(make_model(), lora(init_lora_weights=False)).eval()
+    vector = PersonaVector(torch.randn(5, 32))
+    tokenizer = make_tokenizer()
+    questions = ["a?", "bbb?", "cc?"]
+    shift = persona_shift(model, tokenizer, vector, questions, batch_size=2)
+    expected = torch.zeros(5)
+    for question in questions:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)["input_ids"]
+        on = prompt_states(model, [ids], 1)[0]
+        with model.disable_adapter():
+            off = prompt_states(model, [ids], 1)[0]
+        expected += ((on - off) * vector.vectors).sum(1) / vector.vectors.norm(dim=1) / 3
+    assert shift == pytest.approx(expected.tolist(), abs=1e-4)
+    assert shift[0] == 0
+    assert max(map(abs, shift)) > 0.01
+
+
+def test_the_callback_logs_the_shift(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), max_steps=4, logging_steps=2)
+    vector = PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 3})
+    trainer.add_callback(PersonaShiftCallback(trainer, vector, questions=["a?", "bb?"]))
+    trainer.train()
+    assert len(logged(trainer, "persona_shift")) == 2
+    final = persona_shift(trainer.model, make_tokenizer(), vector, ["a?", "bb?"])[3]
+    assert logged(trainer, "persona_shift")[-1] == pytest.approx(final, abs=1e-4)
+    plain = make_trainer(tmp_path / "plain", peft=lora(), max_steps=4, logging_steps=2)
+    plain.train()
+    assert logged(plain) == logged(trainer)
+
+
+def test_a_callback_that_cannot_look(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora())
+    with pytest.raises(ValueError, match="questions is missing"):
+        PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32)))
+    with pytest.raises(ValueError, match="layer is missing"):
+        PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32)), ["a?"])
+    with pytest.raises(ValueError, match="layer=5 is out of range"):
+        PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32)), ["a?"], 5)
+    with pytest.raises(ValueError, match="of width 16"):
+        PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 16)), ["a?"], 2)
+
+
+# ---- the command ----
+
+
+def run(*argv):
+    return commands.main(["persona", *map(str, argv)])
+
+
+def test_the_whole_way_by_the_command(tmp_path, trait_file, capsys):
+    base = save_model(tmp_path / "model")
+    get_peft_model(make_model(), lora(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
+    out, control = tmp_path / "odd.safetensors", tmp_path / "control.safetensors"
+    code = run("extract", "--model", base, "--trait", trait_file, "--output", out, "--max_new_tokens", 4, "--batch_size", 6)
+    assert code == 0
+    assert load_vector(out).check_model(make_model()) > 20
+    assert len((tmp_path / "odd.rollouts.jsonl").read_text().splitlines()) == 13
+    assert run("inspect", out) == 0
+    assert (tmp_path / "odd.png").stat().st_size > 5000
+    assert run("random", "--like", out, "--output", control) == 0
+    assert load_vector(control).kind == "random"
+    assert run("inspect", control) == 0
+    said = capsys.readouterr().out
+    assert "Suggested layer: " in said
+    assert "random vector, trait odd" in said
+    project = ["project", "--model", base, "--adapter", tmp_path / "adapter", "--trait", trait_file]
+    assert run(*project, "--vector", out) == 0
+    layer = load_vector(out).suggested_layer
+    assert f"persona_shift at layer {layer}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["extract", "--model", "./nowhere", "--trait", "evil", "--output", "v.safetensors"], "'./nowhere' is not a folder"),
+        (["extract", "--model", "x", "--trait", "evill", "--output", "v.safetensors"], "Did you mean 'evil'?"),
+        (["extract", "--model", "x", "--trait", "evil", "--output", "v.pt"], "must end in .safetensors"),
+        (["inspect", "nowhere.safetensors"], "is neither a file nor a shipped vector"),
+        (["random", "--like", "nowhere", "--output", "v.safetensors"], "is neither a file nor a shipped vector"),
+    ],
+)
+def test_a_command_that_cannot_be_is_told_in_one_line(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(*argv) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"trl-emguard persona {argv[0]}: error: ")
+    assert error.count("\n") == 1
+
+
+def test_an_adapter_loads_in_plain_peft(tmp_path):
+    """The saved adapter of a steered run is an ordinary one: its config and weights name nothing of this package."""
+    vector = tmp_path / "v.safetensors"
+    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(vector)
+    trainer = make_trainer(tmp_path / "out", peft=lora(), defense="steering", steering_vector=str(vector), max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    names = set(json.loads((tmp_path / "out/adapter_config.json").read_text()))
+    assert not {name for name in names if "steering" in name}
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "out").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
