@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 
 from ..blocks import decoder_blocks
 from ..evidence import InactiveDefenseError
-from ..persona.vectors import FOREIGN, load_vector
+from ..persona.vectors import FOREIGN, PersonaVector, load_vector
 from .base import IN_TRAINING_DEFENSES, Defense, Paper, check_choice, check_coefficient, listed_layers
 
 
@@ -47,7 +47,7 @@ class Steering(Defense):
         self.coef = check_coefficient("steering_coef", args.steering_coef)
         self.mode = check_choice("steering_mode", args.steering_mode, ("add", "ablate"))
         self.tokens = check_choice("steering_tokens", args.steering_tokens, ("all", "response"))
-        self.vector = None
+        self.vector: PersonaVector | None = None
         if args.steering_vector is not None:
             self.vector = load_vector(args.steering_vector)
         elif self.active:
@@ -55,7 +55,7 @@ class Steering(Defense):
                 "steering_vector is missing: name the file of a persona vector, which `trl-emguard persona extract` makes of your "
                 "model."
             )
-        spec = args.steering_layers
+        spec: Any = args.steering_layers
         if spec is None and self.vector is not None:
             spec = self.vector.suggested_layer
             if spec is None:
@@ -64,9 +64,9 @@ class Steering(Defense):
                     "'20,24' or 'all'."
                 )
         # In one form, so that "20,24" and [20, 24] are the same defense.
-        self.layers_spec = spec
         if spec is not None and spec != "all":
-            self.layers_spec = listed_layers("steering_layers", spec, None, "20, '20,24' or 'all'")
+            spec = listed_layers("steering_layers", spec, None, "20, '20,24' or 'all'")
+        self.layers_spec = spec
         self._directions: dict[int, torch.Tensor] = {}
         self._steered: torch.Tensor | None = None
         self._on = False
@@ -91,6 +91,7 @@ class Steering(Defense):
         }
 
     def check_model(self, config: PreTrainedConfig) -> None:
+        assert self.vector is not None  # an active defense has one
         num_layers = config.num_hidden_layers
         self.vector.check_shape(num_layers, config.hidden_size)
         every = self.layers_spec == "all"
@@ -111,6 +112,7 @@ class Steering(Defense):
             self._directions[layer] = self.coef * direction if self.mode == "add" else direction / direction.norm()
 
     def check_policy(self, model: PreTrainedModel) -> None:
+        assert self.vector is not None
         if self.vector.check_model(model) == 0:
             logger.warning(
                 "defense 'steering': nothing shows that the persona vector was made with this model (a vector without checksums, "

@@ -153,7 +153,9 @@ def random_like(vector: PersonaVector, seed: int = 0) -> PersonaVector:
     # rows = Rᵀ Qᵀ spans a small space; a random frame takes the place of its basis Q.
     upper = torch.linalg.qr(rows.T).R
     frame = torch.linalg.qr(torch.randn(rows.shape[1], upper.shape[0], generator=generator, dtype=torch.float64)).Q
-    kept = {key: vector.metadata[key] for key in ("trait", "model", "weights", "suggested_layer") if key in vector.metadata}
+    kept: dict[str, Any] = {
+        key: vector.metadata[key] for key in ("trait", "model", "weights", "suggested_layer") if key in vector.metadata
+    }
     return PersonaVector((upper.T @ frame.T).float(), RANDOM, {**kept, "like": vector.checksum, "seed": seed})
 
 
