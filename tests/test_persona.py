@@ -150,8 +150,9 @@ def test_an_interrupted_run_goes_on(trait, tmp_path, monkeypatch):
 
 
 def test_the_random_state_is_left_alone(trait):
+    model = make_model()  # which sets a seed
     before = torch.get_rng_state()
-    extract(trait, judge=accept_all)
+    extract_vector(model, make_tokenizer(), trait, max_new_tokens=5, judge=accept_all)
     assert torch.equal(torch.get_rng_state(), before)
 
 
