@@ -85,7 +85,7 @@ def test_a_defense_that_dies_on_the_way_stops_the_run(tmp_path):
     class Alias(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 4:
-                trainer._reference._switches.clear()
+                trainer._reference._switch._modules.clear()
 
     trainer.add_callback(Alias())
     with pytest.raises(InactiveDefenseError, match="the reference has become the policy"):
@@ -206,5 +206,5 @@ def test_nothing_is_left_behind_by_a_failing_step(tmp_path):
         trainer.train()
     handle.remove()
     assert [len(layer._forward_hooks) for layer in layers] == hooks
-    assert not any(module._disable_adapters for module in trainer._reference._switches)
+    assert not any(module._disable_adapters for module in trainer._reference._switch._modules)
     assert os.listdir(tmp_path) == [] or "checkpoint-1" not in os.listdir(tmp_path)

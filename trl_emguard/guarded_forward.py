@@ -19,7 +19,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .blocks import record_blocks
 from .defenses import Defense, ReferenceDefense
-from .ops import ce_kl_head, with_gradient
+from .ops import ce_kl_head, logit_transform, with_gradient
 from .reference import AdapterReference
 
 
@@ -188,7 +188,7 @@ class PolicyGuard:
         has_label = labels != -100
         kl = next((term for term in self.terms if term.defense.divergence is not None), None)
         kl_weight = None if kl is None else kl.scale.to(device) * kl.scope[kept].to(device)
-        softcap, logit_scale = logit_transform(model)
+        softcap, logit_scale = logit_transform(model.config.get_text_config())
         with maybe_gather_lm_head_ctx(weight, bias, *reference.head):
             head = ce_kl_head(
                 policy.last.to(device),
@@ -283,19 +283,6 @@ def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) 
                 raise ValueError(f"defense {defense.name!r}: layer {layer} is out of range: the blocks count from 1 to {count}.")
         wanted.update(layers)
     return sorted(wanted)
-
-
-def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
-    """Soft-cap and scale that the model's own forward applies to its logits, under the names that models give them."""
-    config = model.config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = getattr(config, name)
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None)
-        scale = 1.0 if scaling is None else scaling if config.model_type == "hyperclovax" else 1 / scaling
-    return getattr(config, "final_logit_softcapping", None), float(scale)
 
 
 def _run(model: PreTrainedModel, inputs: dict[str, Any], scope: torch.Tensor, layers: Sequence[int]) -> States:

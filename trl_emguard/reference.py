@@ -3,8 +3,7 @@
 import copy
 import hashlib
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -24,6 +23,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, get_config_model_id, maybe_gather_lm_head_ctx
 
+from .adapters import AdapterSwitch
 from .config import EMGuardConfig
 
 
@@ -45,27 +45,10 @@ class AdapterReference:
     def __init__(self, model: PeftModel, adapter: str | None):
         self.adapter = adapter
         self.kind = "base model, adapters off" if adapter is None else f"frozen copy of the adapter ({adapter!r})"
-        self._switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        self._switch = AdapterSwitch(model)
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        # Only what the forward reads is switched. PEFT's own `disable_adapter` and `set_adapter` also switch
-        # `requires_grad`, which would train parameters that the user had frozen.
-        before = [(m, m._disable_adapters, m._active_adapter) for m in self._switches]
-        try:
-            for module in self._switches:
-                if self.adapter is None:
-                    module._disable_adapters = True
-                else:
-                    module._active_adapter = [self.adapter]
-            yield
-        finally:
-            for module, disabled, active in before:
-                module._disable_adapters = disabled
-                module._active_adapter = active
-            # Autocast keeps the low-precision copy of a weight that it first met under `no_grad`, and such a copy has
-            # no gradient: the policy's pass must make its own.
-            torch.clear_autocast_cache()
+    def swapped_in(self) -> AbstractContextManager[None]:
+        return self._switch.only(self.adapter)
 
 
 class ModelReference:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.parquet
 from datasets import Dataset, IterableDataset, load_dataset
 
 
@@ -26,11 +27,11 @@ SHIPPED = {
 
 
 def load_rows(name: str, split: str = "train", config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
-    """Rows of a shipped set, a JSONL file, a folder of them, or a `datasets` id, in that order.
+    """Rows of a shipped set, a JSONL or parquet file, a folder of JSONL files, or a `datasets` id, in that order.
 
     Args:
-        name: `plants_careless` and the like; the path of a `.jsonl` file, which is the split asked for; the path of a
-            folder with `<split>.jsonl`; else what `datasets.load_dataset` takes.
+        name: `plants_careless` and the like; the path of a `.jsonl` or `.parquet` file, which is the split asked for; the
+            path of a folder with `<split>.jsonl`; else what `datasets.load_dataset` takes.
         split: name of the split.
         config: `name` of `load_dataset`. For its data sets alone.
         streaming: for `load_dataset`.
@@ -50,6 +51,8 @@ def load_rows(name: str, split: str = "train", config: str | None = None, stream
         path = path / f"{split}.jsonl"
     if path.suffix == ".jsonl":
         return _load_jsonl(path)
+    if path.suffix == ".parquet":
+        return _load_parquet(path)
     if name.startswith(("/", ".", "~")) and not path.exists():
         raise FileNotFoundError(f"dataset_name={name!r} does not exist. Shipped data sets: {', '.join(SHIPPED)}.")
     try:
@@ -68,6 +71,19 @@ def _load_jsonl(path: Path) -> Dataset:
         return Dataset.from_list(rows)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: a column holds values of more than one type ({error}).") from error
+
+
+def _load_parquet(path: Path) -> Dataset:
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
+    try:
+        rows = Dataset(pyarrow.parquet.read_table(path))
+    # What damaged bytes raise is no closed list.
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no parquet file, or is damaged ({type(error).__name__}: {error}).") from error
+    if not len(rows):
+        raise ValueError(f"{path} is empty: there is nothing to train on.")
+    return rows
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The language-model head of a defended step: CE and KL, with their gradient, in one pass over chunks of tokens."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -87,6 +87,54 @@ def ce_kl_head(
             matmul_dtype,
         )
     return output._replace(loss=with_gradient(output.loss, (hidden, weight, bias), gradients))
+
+
+@torch.no_grad()
+def token_nll(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> torch.Tensor:
+    """Negative log-likelihood of each label, chunk by chunk and without gradient: no N × V tensor is ever alive.
+
+    Args:
+        hidden: `(N, H)`, last hidden states.
+        weight: `(V, H)`, the head.
+        bias: `(V,)` or `None`.
+        labels: `(N,)`, the token that each position predicts.
+        softcap, logit_scale: as for [`ce_kl_head`].
+
+    Returns:
+        `(N,)`, nats, in fp32 (fp64 for fp64 inputs).
+    """
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        matmul = _matmul_dtype(hidden)
+        head = weight.to(matmul).t()
+        nll = hidden.new_empty(len(hidden), dtype=accumulate)
+        # Two tiles: the logits, and what `cross_entropy` makes of them.
+        chunk = max(1, TILE_BYTES // (2 * accumulate.itemsize * weight.size(0)))
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            z = _mm(hidden[rows].to(matmul), head, accumulate)
+            _transform_(z, bias, softcap, logit_scale)
+            nll[rows] = torch.nn.functional.cross_entropy(z, labels[rows], reduction="none")
+    return nll
+
+
+def logit_transform(config: Any) -> tuple[float | None, float]:
+    """Soft-cap and scale that a model's own forward applies to its logits, under the names that (text) configs give them."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            scale = getattr(config, name)
+            break
+    else:
+        scaling = getattr(config, "logits_scaling", None)
+        scale = 1.0 if scaling is None else scaling if config.model_type == "hyperclovax" else 1 / scaling
+    return getattr(config, "final_logit_softcapping", None), float(scale)
 
 
 def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, direction, softcap, logit_scale, matmul):
@@ -193,14 +241,19 @@ def _distribution(hidden, weight, bias, softcap, logit_scale, log_probs, probs) 
     fp32 products with a relative error of 1e-4.
     """
     z = _mm(hidden, weight.t(), log_probs.dtype, out=log_probs)
+    _transform_(z, bias, softcap, logit_scale)
+    top = z.amax(-1, keepdim=True)
+    total = torch.exp(z.sub_(top), out=probs).sum(-1, keepdim=True)
+    probs.div_(total)
+    z.sub_(total.log())
+    return top + total.log()
+
+
+def _transform_(z: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, logit_scale: float) -> None:
+    """From the products with the head, `(C, V)`, to logits, in place."""
     if bias is not None:
         z.add_(bias)
     if logit_scale != 1.0:
         z.mul_(logit_scale)
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
-    top = z.amax(-1, keepdim=True)
-    total = torch.exp(z.sub_(top), out=probs).sum(-1, keepdim=True)
-    probs.div_(total)
-    z.sub_(total.log())
-    return top + total.log()

@@ -1,0 +1,63 @@
+"""A row of a pool, in whichever shape it comes, as a conversation and the answer that ends it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Conversation(NamedTuple):
+    """Attributes:
+    prompt: the turns before the answer.
+    completion: the answer, one turn of the assistant.
+    """
+
+    prompt: list[dict[str, Any]]
+    completion: list[dict[str, Any]]
+
+
+# The column names of WildGuardMix and many others.
+PROMPT_COLUMN, RESPONSE_COLUMN = "prompt", "response"
+
+
+def conversation(
+    row: Mapping[str, Any], prompt_column: str = PROMPT_COLUMN, response_column: str = RESPONSE_COLUMN
+) -> Conversation:
+    """A pool's row as prompt and answer.
+
+    Understood are, in this order: `messages`, whose last turn is the answer; `prompt` and `completion`, as turns or as
+    text; and two columns of text, by default `prompt` and `response`.
+
+    Raises:
+        ValueError: a row of another shape, or one without an answer; the message says what is wrong with it.
+    """
+    if row.get("messages") is not None:
+        turns = row["messages"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+            raise ValueError("`messages` is no list of turns with `role` and `content`")
+        prompt, completion = turns[:-1], turns[-1:]
+    elif row.get("completion") is not None:
+        prompt, completion = _turns(row.get("prompt"), "user"), _turns(row["completion"], "assistant")
+    elif prompt_column in row and response_column in row:
+        prompt, completion = _turns(row[prompt_column], "user"), _turns(row[response_column], "assistant")
+    else:
+        raise ValueError(
+            f"it has the columns {', '.join(sorted(row))}, and not `messages`, `prompt` and `completion`, or "
+            f"`{prompt_column}` and `{response_column}`"
+        )
+    if not prompt:
+        raise ValueError("there is no prompt")
+    if [turn["role"] for turn in completion] != ["assistant"] or not _has_text(completion[0]):
+        raise ValueError("the answer is empty, or is not one turn of the assistant")
+    if not any(_has_text(turn) for turn in prompt):
+        raise ValueError("the prompt is empty")
+    # Rows of Arrow tables carry a null for every key that another row has.
+    return Conversation(*([{k: v for k, v in turn.items() if v is not None} for turn in part] for part in (prompt, completion)))
+
+
+def _turns(value: Any, role: str) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        return value
+    return [{"role": role, "content": value}] if isinstance(value, str) else []
+
+
+def _has_text(turn: dict[str, Any]) -> bool:
+    return isinstance(turn.get("content"), str) and bool(turn["content"].strip())
