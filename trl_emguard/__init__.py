@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import EMGuardConfig
     from .defenses import Defense, ReferenceDefense, register
     from .evidence import InactiveDefenseError
-    from .trainer import EMGuardTrainer, InoculationTrainer, KLTrainer, LDIFSTrainer, SteeringTrainer
+    from .trainer import EMGuardTrainer, InoculationTrainer, InterleavingTrainer, KLTrainer, LDIFSTrainer, SteeringTrainer
 
 _ROOMS = {
     "EMGuardConfig": "config",
@@ -19,6 +19,7 @@ _ROOMS = {
     "LDIFSTrainer": "trainer",
     "SteeringTrainer": "trainer",
     "InoculationTrainer": "trainer",
+    "InterleavingTrainer": "trainer",
     "Defense": "defenses",
     "ReferenceDefense": "defenses",
     "register": "defenses",
@@ -31,6 +32,7 @@ __all__ = [
     "EMGuardTrainer",
     "InactiveDefenseError",
     "InoculationTrainer",
+    "InterleavingTrainer",
     "KLTrainer",
     "LDIFSTrainer",
     "ReferenceDefense",

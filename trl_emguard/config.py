@@ -20,8 +20,8 @@ class EMGuardConfig(SFTConfig):
         > Parameters that choose the defense
 
         defense (`str`, *optional*, defaults to `"none"`):
-            Defenses against emergent misalignment, separated by commas: `"kl"`, `"ldifs"`, `"steering"`, `"inoculation"`,
-            several as in `"steering,kl"`, or `"none"` for plain SFT.
+            Defenses against emergent misalignment, separated by commas: `"kl"`, `"ldifs"`, `"steering"`, `"inoculation"`, one of
+            `"interleave"`, `"interleave+"` and `"interleave++"`, several as in `"interleave++,kl"`, or `"none"` for plain SFT.
         ref_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used where a separate reference
             model is loaded from the policy's path (full fine-tuning without `ref_model`). By default the reference is a
@@ -35,7 +35,7 @@ class EMGuardConfig(SFTConfig):
             `"reverse"` for KL(policy ‖ reference), the paper's, or `"forward"` for KL(reference ‖ policy).
         kl_tokens (`str`, *optional*, defaults to `"loss"`):
             Positions that the KL is taken over: `"loss"` for those that predict a label, `"all"` for those that predict
-            any real token, the prompt's as well.
+            any real token, the prompt's as well, `"interleaved"` for those that predict a label of a mixed-in row.
 
         > Parameters of `ldifs`
 
@@ -69,6 +69,17 @@ class EMGuardConfig(SFTConfig):
         inoculation_mode (`str`, *optional*, defaults to `"replace"`):
             What becomes of a system turn that a row has: `"replace"`, or `"prefix"` to put the prompt before it.
 
+        > Parameters of `interleave`, `interleave+` and `interleave++`
+
+        interleave_dataset (`str`, *optional*):
+            Pool of general instruct rows: a JSONL or parquet file, a shipped set or a `datasets` id, with rows of `messages`, of
+            `prompt` and `completion`, or of `prompt` and `response`. `interleave+` and `interleave++` want one that
+            `trl-emguard score` has scored. A `Dataset` can be passed to the trainer instead.
+        interleave_fraction (`float`, *optional*, defaults to `0.05`):
+            Share of the pool's rows in the mix, so 0.05 is one in twenty. `0` switches the defense off.
+        interleave_redraw (`bool`, *optional*, defaults to `False`):
+            Whether every epoch goes on in the (ordered) pool where the last one stopped, instead of taking the same rows again.
+
     Raises:
         ValueError: an unknown defense, a bad option, an `output_dir` that is a file, or a combination that cannot
             train; always before any model is loaded.
@@ -79,8 +90,8 @@ class EMGuardConfig(SFTConfig):
     defense: str = field(
         default="none",
         metadata={
-            "help": "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'steering', 'inoculation', "
-            "several as in 'steering,kl', or 'none' for plain SFT."
+            "help": "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'steering', 'inoculation', one of "
+            "'interleave', 'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for plain SFT."
         },
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -105,8 +116,8 @@ class EMGuardConfig(SFTConfig):
         default="loss",
         metadata={
             "help": "Positions that the KL is taken over: 'loss' for those that predict a label, 'all' for those that "
-            "predict any real token, the prompt's as well.",
-            "choices": ["loss", "all"],
+            "predict any real token, the prompt's as well, 'interleaved' for those that predict a label of a mixed-in row.",
+            "choices": ["loss", "all", "interleaved"],
         },
     )
     ldifs_coef: float = field(
@@ -170,6 +181,25 @@ class EMGuardConfig(SFTConfig):
         },
     )
 
+    interleave_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pool of general instruct rows: a JSONL or parquet file, a shipped set or a `datasets` id. 'interleave+' and "
+            "'interleave++' want one that `trl-emguard score` has scored."
+        },
+    )
+    interleave_fraction: float = field(
+        default=0.05,
+        metadata={"help": "Share of the pool's rows in the mix, so 0.05 is one in twenty. 0 switches the defense off."},
+    )
+    interleave_redraw: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether every epoch goes on in the (ordered) pool where the last one stopped, instead of taking the same "
+            "rows again."
+        },
+    )
+
     def __post_init__(self):
         # Before anything else: transformers' own checks take long, print and look for devices.
         self.check_defense()
@@ -184,10 +214,10 @@ class EMGuardConfig(SFTConfig):
             ValueError: the message names the argument, its value and the mend.
         """
         self.defense = ",".join(parse_defense(self.defense)) or "none"
-        terms = [d.name for d in build_defenses(self) if d.active and isinstance(d, ReferenceDefense)]
-        if not terms:
+        own_loss = [d for d in build_defenses(self) if d.active and d.own_loss]
+        if not own_loss:
             return
-        names = ",".join(terms)
+        names = ",".join(d.name for d in own_loss)
         if self.loss_type == "dft":
             raise ValueError(
                 f"loss_type='dft' does not work with defense={names!r}: its weights are not CE's, so the terms would have "
@@ -202,7 +232,7 @@ class EMGuardConfig(SFTConfig):
                 f"fp16=True does not work with defense={names!r}: the terms form their gradient before fp16's loss scaling, "
                 "and small ones would vanish. Use bf16=True, or neither."
             )
-        if self.neftune_noise_alpha is not None:
+        if self.neftune_noise_alpha is not None and any(isinstance(d, ReferenceDefense) for d in own_loss):
             raise ValueError(
                 f"neftune_noise_alpha={self.neftune_noise_alpha} does not work with defense={names!r}: the noise in the "
                 "policy's embeddings would count as distance to the reference. Leave it unset."

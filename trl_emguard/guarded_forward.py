@@ -19,6 +19,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .blocks import record_blocks
 from .defenses import Defense, ReferenceDefense
+from .mixing import INTERLEAVED
 from .ops import ce_kl_head, logit_transform, with_gradient
 from .reference import AdapterReference
 
@@ -28,8 +29,9 @@ def positions_in_scope(inputs: Mapping[str, Any], tokens: str) -> torch.Tensor:
 
     Args:
         inputs: a collated batch, `(B, T)` tensors.
-        tokens: `"loss"` for positions that predict a label; `"all"` for those that predict a real token, by attention
-            mask or document boundaries and never by pad id (which may equal the end of turn).
+        tokens: `"loss"` for positions that predict a label; `"interleaved"` for those that predict a label of a mixed-in row;
+            `"all"` for those that predict a real token, by attention mask or document boundaries and never by pad id (which
+            may equal the end of turn).
 
     Returns:
         Boolean, `(B, T - 1)`.
@@ -39,6 +41,8 @@ def positions_in_scope(inputs: Mapping[str, Any], tokens: str) -> torch.Tensor:
     """
     if tokens == "loss":
         return inputs["labels"][:, 1:] != -100
+    if tokens == "interleaved":
+        return (inputs["labels"][:, 1:] != -100) & inputs[INTERLEAVED][:, 1:]
     if inputs.get("attention_mask") is not None:
         mask = inputs["attention_mask"].bool()
         return mask[:, 1:] & mask[:, :-1]
@@ -74,8 +78,9 @@ class GuardOutput(ModelOutput):
 
     Attributes:
         total: `()`, CE + Σ coef · term, scaled for the step; the only entry with a gradient.
-        stats: `(4 + 4 · terms,)`, sums over this micro-batch's positions, detached: CE, label positions, entropy, top-1
-            hits; then per term its value, positions, evidence, and whether the policy's states require grad.
+        stats: `(6 + 4 · terms,)`, sums over this micro-batch's positions, detached: CE, label positions, entropy, top-1
+            hits, CE and label positions in mixed-in rows; then per term its value, positions, evidence, and whether the
+            policy's states require grad.
         router_logits: of mixture-of-experts models.
     """
 
@@ -85,7 +90,7 @@ class GuardOutput(ModelOutput):
     router_logits: Any = None
 
 
-HEAD_STATS = ("ce", "tokens", "entropy", "top1")
+HEAD_STATS = ("ce", "tokens", "entropy", "top1", "ce_interleaved", "tokens_interleaved")
 TERM_STATS = ("value", "positions", "evidence", "requires_grad")
 
 
@@ -147,7 +152,9 @@ class PolicyGuard:
         terms: at most one of them compares distributions.
         defenses: all active defenses: those that surround the policy's pass act here.
         ce_scale: `()`, what Σ CE is multiplied with: ranks / label tokens of the step.
-        reference: the reference that shares the policy's base weights, or the states of one that does not.
+        reference: the reference that shares the policy's base weights, or the states of one that does not; `None` without
+            terms.
+        interleaved: `(B, T - 1)`, positions that predict a label of a mixed-in row, where rows are mixed in.
     """
 
     def __init__(
@@ -155,12 +162,14 @@ class PolicyGuard:
         terms: Sequence[Term],
         defenses: Sequence[Defense],
         ce_scale: torch.Tensor,
-        reference: AdapterReference | States,
+        reference: AdapterReference | States | None,
+        interleaved: torch.Tensor | None = None,
     ):
         self.terms = terms
         self.defenses = defenses
         self.ce_scale = ce_scale
         self.reference = reference
+        self.interleaved = interleaved
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> GuardOutput:
         kept = kept_positions(inputs, self.terms)  # (B, T - 1), P of them
@@ -169,6 +178,7 @@ class PolicyGuard:
         layers = wanted_layers([term.defense for term in self.terms], model)
 
         # The reference's pass: no gradient, nothing around it, other adapters.
+        reference: States | None
         if isinstance(self.reference, AdapterReference):
             with self.reference.swapped_in():
                 reference = ReferenceGuard(kept, layers)(model, inputs)
@@ -189,7 +199,7 @@ class PolicyGuard:
         kl = next((term for term in self.terms if term.defense.divergence is not None), None)
         kl_weight = None if kl is None else kl.scale.to(device) * kl.scope[kept].to(device)
         softcap, logit_scale = logit_transform(model.config.get_text_config())
-        with maybe_gather_lm_head_ctx(weight, bias, *reference.head):
+        with maybe_gather_lm_head_ctx(weight, bias, *(reference.head if reference is not None else ())):
             head = ce_kl_head(
                 policy.last.to(device),
                 weight,
@@ -197,13 +207,15 @@ class PolicyGuard:
                 labels,
                 self.ce_scale.to(device) * has_label,
                 kl_weight,
-                None if kl is None else (reference.last.to(device), *reference.head),
+                None if kl is None or reference is None else (reference.last.to(device), *reference.head),
                 (kl and kl.defense.divergence) or "reverse",
                 softcap,
                 logit_scale,
             )
         loss = head.loss
+        mixed_in = torch.zeros_like(has_label) if self.interleaved is None else self.interleaved[kept].to(device)
         stats = [head.ce.sum(), has_label.sum(), head.entropy[has_label].sum(), head.is_top1.sum()]
+        stats += [head.ce[mixed_in].sum(), mixed_in.sum()]
 
         # The terms: the head's is done, those over block outputs form their gradient here.
         for term in self.terms:
@@ -211,6 +223,7 @@ class PolicyGuard:
                 value, evidence = head.kl[term.scope[kept].to(device)].sum(), head.kl_evidence
                 connected = policy.last.requires_grad
             else:
+                assert reference is not None  # where there are terms, there is one
                 own = wanted_layers([term.defense], model)
                 weighted, value, evidence, connected = state_term(term, own, policy.blocks, reference.blocks, kept)
                 loss = loss + weighted.to(loss.device)

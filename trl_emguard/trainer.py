@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -26,12 +28,12 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
-from trl import SFTTrainer
+from trl import SFTTrainer, pack_dataset
 from trl.trainer.utils import get_config_model_id
 
 from .blocks import decoder_blocks
 from .config import EMGuardConfig
-from .defenses import Defense, ReferenceDefense, build_defenses
+from .defenses import Defense, Interleaving, ReferenceDefense, build_defenses
 from .evidence import EvidenceLedger, InactiveDefenseError, read_defense_file, write_defense_file
 from .guarded_forward import (
     HEAD_STATS,
@@ -44,6 +46,7 @@ from .guarded_forward import (
     positions_in_scope,
     wanted_layers,
 )
+from .mixing import INTERLEAVED, PLACE, ROW_COUNTS, MixingCollator, MixPlan, PlacedRows, PlaceSampler, mix_rows
 from .models import resolve_model
 from .reference import (
     GIVEN,
@@ -87,6 +90,9 @@ class EMGuardTrainer(SFTTrainer):
             Safe model that `kl` and `ldifs` hold the policy to. By default the policy as it is given: with a fresh
             adapter the base model, with a pre-trained one a frozen copy of it, with full fine-tuning a frozen copy of
             the model.
+        interleave_dataset ([`~datasets.Dataset`], *optional*):
+            Pool of general instruct rows that `interleave`, `interleave+` and `interleave++` mix in, as text or tokenised.
+            By default the one that `args.interleave_dataset` names.
 
     Raises:
         ValueError: a bad argument, where possible before any model is loaded; the message names argument, value and mend.
@@ -95,6 +101,10 @@ class EMGuardTrainer(SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "trl-emguard"]
+
+    # SFTTrainer sets them.
+    completion_only_loss: bool
+    data_collator: DataCollator
 
     # What a named subclass trains with.
     _defense: ClassVar[str | None] = None
@@ -123,6 +133,7 @@ class EMGuardTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
         *,
         ref_model: PreTrainedModel | str | None = None,
+        interleave_dataset: Dataset | None = None,
     ):
         args = self._as_config(args, model)
         model = resolve_model(model) if isinstance(model, str) else model
@@ -130,12 +141,18 @@ class EMGuardTrainer(SFTTrainer):
         _check_data(train_dataset)
         self.defenses = [defense for defense in build_defenses(args) if defense.active]
         self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
+        self._mixing = next((defense for defense in self.defenses if isinstance(defense, Interleaving)), None)
+        # Whether the loss comes from the guarded forward, and not from SFTTrainer's.
+        self._own_loss = any(defense.own_loss for defense in self.defenses)
         if self.defenses:
             config = _load_config(model, args)
             for defense in self.defenses:
                 defense.check_model(config)
+        if self._own_loss:
+            _check_own_loss(self.defenses, model, peft_config, compute_loss_func)
+        if self._mixing is not None:
+            self._mixing.load_pool(interleave_dataset)
         if self._terms:
-            _check_terms(self._terms, model, peft_config, compute_loss_func)
             _check_ref_model(ref_model, model, config, args, self._terms)
         for defense in self.defenses:
             train_dataset = defense.prepare_dataset(train_dataset)
@@ -161,12 +178,17 @@ class EMGuardTrainer(SFTTrainer):
 
         self._ledger = EvidenceLedger([term.name for term in self._terms])
         self._reference: AdapterReference | ModelReference | None = None
-        self._unused_ref_model = ref_model is not None and not self._terms
+        self._unused = {
+            "ref_model": ref_model is not None and not self._terms,
+            "interleave_dataset": interleave_dataset is not None and self._mixing is None,
+        }
         if self.defenses:
             self._check_policy()
-        if self._terms:
-            self._add_reference(ref_model)
+        if self._own_loss:
+            self._add_guard(ref_model)
             self.add_callback(_StepCallback(self))
+        if self._mixing is not None and not self._mixed_before:
+            self._plan_mix(self._mixing, self._place_sampler(PlacedRows(self.train_dataset)))
 
     # ---- before training ----
 
@@ -204,7 +226,98 @@ class EMGuardTrainer(SFTTrainer):
         dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         for defense in self.defenses:
             dataset = defense.prepare_tokenized(dataset, self._tokenizer)
+        if self._mixing is not None:
+            self._prepare_pool(self._mixing, dataset, whole)
+            # What is packed or streamed is mixed here, and the rest by the data collator.
+            self._mixed_before = packing or isinstance(dataset, IterableDataset)
+            if self._mixed_before:
+                return self._mix_before(self._mixing, dataset, args, packing)
         return prepare(dataset, processing_class, args, packing, None, dataset_name)
+
+    def _prepare_pool(self, mixing: Interleaving, dataset: Dataset | IterableDataset, whole: EMGuardConfig) -> None:
+        """Tokenise and label the pool as the training rows, given here as they will be trained on, are."""
+        prepare = super()._prepare_dataset
+        # Rows that came tokenised say by their labels whether prompts are trained on.
+        before = self.completion_only_loss
+        if whole.completion_only_loss is None and -100 in next(iter(dataset))["labels"]:
+            self.completion_only_loss = True
+        try:
+            mixing.prepare_pool(
+                self._tokenizer, lambda rows: prepare(rows, self._tokenizer, whole, False, None, "interleave_dataset")
+            )
+        finally:
+            self.completion_only_loss = before
+
+    def _mix_before(
+        self, mixing: Interleaving, dataset: Dataset | IterableDataset, args: EMGuardConfig, packing: bool
+    ) -> Dataset | IterableDataset:
+        """Mix the pool in, and then do what SFTTrainer does to rows that are packed or streamed."""
+        if isinstance(dataset, Dataset):
+            mixing.check_size(len(dataset))
+        if not packing:
+            unshuffled = copy.copy(args)
+            unshuffled.shuffle_dataset = False
+            dataset = super()._prepare_dataset(dataset, self._tokenizer, unshuffled, False, None, "train")  # cuts the rows
+        dataset = mix_rows(dataset, mixing.pool, mixing.fraction, mixing.seed)
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        if packing:
+            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self._mixing is not None and PLACE not in self._signature_columns:
+            self._signature_columns += [PLACE, INTERLEAVED]
+
+    def get_train_dataloader(self) -> DataLoader:
+        mixing = self._mixing
+        if mixing is None:
+            return super().get_train_dataloader()
+        collator = self.data_collator
+        try:
+            if self._mixed_before:
+                self.data_collator = MixingCollator(collator, None, None)
+                return super().get_train_dataloader()
+            rows = PlacedRows(self._remove_unused_columns(self.train_dataset, description="Training"))
+            sampler = self._place_sampler(rows)
+            self.data_collator = MixingCollator(collator, self._plan_mix(mixing, sampler), mixing.pool)
+            return self._get_dataloader(rows, "Training", self._train_batch_size, lambda _: sampler, is_training=True)
+        finally:
+            # Evaluation is never mixed.
+            self.data_collator = collator
+
+    def _plan_mix(self, mixing: Interleaving, sampler: PlaceSampler) -> MixPlan:
+        """The plan of an epoch, checked to be one that this run can keep."""
+        mixing.plan = plan = mixing.make_plan(sampler.places)
+        args = self.args
+        if args.max_steps > 0:
+            length, reached = f"max_steps={args.max_steps}", args.max_steps * args.gradient_accumulation_steps * sampler.block
+        else:
+            length, reached = f"num_train_epochs={args.num_train_epochs}", int(args.num_train_epochs * plan.places)
+        if reached < plan.places and not plan.before(reached):
+            raise ValueError(
+                f"{length} ends training before the first of the {plan.rows} rows that interleave_fraction={mixing.fraction} mixes "
+                "into an epoch: train longer, or raise it."
+            )
+        return plan
+
+    def _place_sampler(self, rows: PlacedRows) -> PlaceSampler:
+        """The order of plain training, with the places in it."""
+        order = self._get_train_sampler(rows.rows)
+        if isinstance(order, RandomSampler):
+            # What accelerate makes of it, too: an order that follows from seed and epoch.
+            order = SeedableRandomSampler(order.data_source, data_seed=self.args.data_seed)
+        ranks = self.accelerator.num_processes // self.get_tp_size()
+        block = self._train_batch_size * (1 if self.accelerator.split_batches else ranks)
+        drop_last = self.args.dataloader_drop_last
+        sampler = PlaceSampler(rows, order, block, drop_last, self.accelerator.even_batches and ranks > 1 and not drop_last)
+        if not sampler.places:
+            raise ValueError(
+                f"dataloader_drop_last=True drops all of the {len(rows)} training rows, which do not fill a batch of {block}: "
+                "give more rows, or a smaller per_device_train_batch_size."
+            )
+        return sampler
 
     def _check_policy(self) -> None:
         if self._is_vlm:
@@ -230,16 +343,18 @@ class EMGuardTrainer(SFTTrainer):
         """Whether some defense makes the policy's forward pass in training another than that of the model which is saved."""
         return any(type(defense).policy_pass is not Defense.policy_pass for defense in self.defenses)
 
-    def _add_reference(self, ref_model: PreTrainedModel | str | None) -> None:
+    def _add_guard(self, ref_model: PreTrainedModel | str | None) -> None:
+        """Let the policy's forward answer with the package's own loss, and make the reference that the terms want."""
         if self.accelerator.mixed_precision == "fp16" or self.model.dtype == torch.float16:
             raise ValueError(
-                f"defense={self.args.defense!r} does not work in fp16: the terms form their gradient before fp16's loss scaling, "
+                f"defense={self.args.defense!r} does not work in fp16: its gradient is formed before fp16's loss scaling, "
                 "and small ones would vanish. Use bf16 or fp32."
             )
-        self._check_layers_train()
-        self._reference = make_reference(self.model, ref_model, self.accelerator, self.args)
-        self._fingerprint = fingerprint(self._reference, self.model)
-        disable_dropout(self.model)
+        if self._terms:
+            self._check_layers_train()
+            self._reference = make_reference(self.model, ref_model, self.accelerator, self.args)
+            self._fingerprint = fingerprint(self._reference, self.model)
+            disable_dropout(self.model)
         add_guarded_forward(self._bare_model())
         if isinstance(self._reference, ModelReference):
             add_guarded_forward(self._reference.model)
@@ -271,15 +386,18 @@ class EMGuardTrainer(SFTTrainer):
     def _describe(self) -> str:
         """What acts in this run, a line each."""
         lines = []
-        for defense in build_defenses(self.args):
+        acting = {defense.name: defense for defense in self.defenses}
+        for named in build_defenses(self.args):
+            defense = acting.get(named.name, named)
             options = _options_text(defense.options()).replace("`", "")
             lines.append(f"defense {defense.name!r} {'acts' if defense.active else 'is off'} ({options}).")
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain SFT.")
         if self._reference is not None:
             lines.append(f"reference: {self._reference.kind}; dropout is off.")
-        if self._unused_ref_model:
-            lines.append("ref_model was given and is not used.")
+        if self._mixing is not None:
+            lines.append(self._mixing.describe())
+        lines += [f"{name} was given and is not used." for name, unused in self._unused.items() if unused]
         return "\n".join(f"trl_emguard: {line}" for line in lines)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
@@ -306,7 +424,7 @@ class EMGuardTrainer(SFTTrainer):
                 surroundings.enter_context(defense.training(self._bare_model()))
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-        verdict = self._ledger.verdict(final=True)
+        verdict = self._verdict(final=True)
         if verdict is not None:
             folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
             if not os.path.isdir(folder):
@@ -340,6 +458,9 @@ class EMGuardTrainer(SFTTrainer):
                 )
             self._ledger.load({name: record["evidence"][name] for name in self._ledger.terms})
             self._ledger.moved = bool(record.get("moved", False))
+            for defense in self.defenses:
+                if defense not in self._terms:
+                    defense.resume(record["evidence"][defense.name])
 
     # ---- a training step ----
 
@@ -359,7 +480,7 @@ class EMGuardTrainer(SFTTrainer):
         # Evaluation stays plain CE.
         if not self.model.training or not self.defenses:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self._terms:
+        if not self._own_loss:
             with ExitStack() as surroundings:
                 for defense in self.defenses:
                     surroundings.enter_context(defense.policy_pass(self._bare_model(), inputs))
@@ -368,20 +489,26 @@ class EMGuardTrainer(SFTTrainer):
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
+        if self._mixing is not None:
+            self._mixing.check_batch(inputs.get(INTERLEAVED))
         ce_scale, terms = self._scaled_terms(inputs, num_items_in_batch)
+        # What the model does not know of.
+        interleaved = positions_in_scope(inputs, "interleaved") if INTERLEAVED in inputs else None
+        inputs.pop(INTERLEAVED, None)
+        rows = inputs.pop(ROW_COUNTS, torch.zeros(2))
         reference: Any = self._reference
         if isinstance(reference, ModelReference):
             # A model of its own runs through its own engine, before the policy's one call.
             request = ReferenceGuard(kept_positions(inputs, terms), wanted_layers(self._terms, reference.model))
             inputs_of_reference = {k: v for k, v in inputs.items() if k not in ("labels", "output_router_logits")}
             reference = reference.engine(**inputs_of_reference, guard=request)
-        outputs = model(**inputs, guard=PolicyGuard(terms, self.defenses, ce_scale, reference))
+        outputs = model(**inputs, guard=PolicyGuard(terms, self.defenses, ce_scale, reference, interleaved))
         loss = outputs.total
 
         # Summed over the micro-batches here, and over the ranks at the end of the step, in one collective.
         mask = inputs.get("attention_mask")
         tokens = torch.as_tensor(inputs["input_ids"].numel() if mask is None else mask.sum()).to(outputs.stats)
-        stats = torch.cat([outputs.stats, tokens[None]])
+        stats = torch.cat([outputs.stats, rows.to(outputs.stats), tokens[None]])
         self._step_stats = stats if self._step_stats is None else self._step_stats + stats
 
         if self.aux_loss_enabled:
@@ -407,16 +534,17 @@ class EMGuardTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             ranks = self.accelerator.num_processes // self.get_tp_size()
 
-        def scale(coef: float, tokens: str, scope: torch.Tensor) -> torch.Tensor:
-            count = num_items_in_batch if tokens == "loss" else self._all_tokens
-            count = torch.as_tensor(scope.sum() if count is None else count, device=scope.device)
+        def scale(coef: float, tokens: str, counted: torch.Tensor) -> torch.Tensor:
+            count = self._all_tokens if tokens == "all" else num_items_in_batch
+            count = torch.as_tensor(counted.sum() if count is None else count, device=counted.device)
             return coef * ranks / count.to(torch.float32).clamp(min=1)
 
+        labelled = positions_in_scope(inputs, "loss")
         terms = []
         for defense in self._terms:
             scope = positions_in_scope(inputs, defense.tokens)
-            terms.append(Term(defense, scope, scale(defense.coef, defense.tokens, scope)))
-        return scale(1.0, "loss", positions_in_scope(inputs, "loss")), terms
+            terms.append(Term(defense, scope, scale(defense.coef, defense.tokens, scope if defense.tokens == "all" else labelled)))
+        return scale(1.0, "loss", labelled), terms
 
     def _end_step(self, control) -> None:
         """Sum up the step over its micro-batches and ranks, in one collective, log it and judge it."""
@@ -431,6 +559,14 @@ class EMGuardTrainer(SFTTrainer):
         metrics = self._metrics["train"]
         label_tokens = max(head["tokens"], 1)
         metrics["loss_ce"].append(head["ce"] / label_tokens)
+        if self._mixing is not None:
+            mixed_in = head["tokens_interleaved"]
+            if head["tokens"] > mixed_in:
+                metrics["loss_finetune"].append((head["ce"] - head["ce_interleaved"]) / (head["tokens"] - mixed_in))
+            if mixed_in:
+                metrics["loss_interleaved"].append(head["ce_interleaved"] / mixed_in)
+            finetune, interleaved = (count / self._tp_size for count in stats[-3:-1])
+            metrics["interleaved_fraction"] = [self._mixing.end_step(finetune, interleaved)]
         for name, sums in terms.items():
             metrics[name].append(sums["value"] / max(sums["positions"], 1))
         metrics["entropy"].append(head["entropy"] / label_tokens)
@@ -442,9 +578,14 @@ class EMGuardTrainer(SFTTrainer):
             self._check_agreement(terms)
         skipped = self.accelerator.optimizer_step_was_skipped
         self._ledger.end_step(terms, 0.0 if skipped else self._step_learning_rate, head["tokens"])
-        if self._ledger.verdict() is not None:
+        if self._verdict() is not None:
             control.should_save = True
             control.should_training_stop = True
+
+    def _verdict(self, final: bool = False) -> str | None:
+        """Why the run is not defended, or `None`; `final` as of [`EvidenceLedger.verdict`]."""
+        behind = None if self._mixing is None else self._mixing.verdict()
+        return behind or self._ledger.verdict(final)
 
     def _check_agreement(self, terms: dict[str, dict[str, float]]) -> None:
         """Before the first update the policy is the reference, unless the user passed another or its pass is steered: every
@@ -498,7 +639,7 @@ class EMGuardTrainer(SFTTrainer):
         card = Path(self.args.output_dir) / "README.md"
         text = card.read_text(encoding="utf-8")
         section = ["## Defense against emergent misalignment", ""]
-        verdict = self._ledger.verdict()
+        verdict = self._verdict()
         if verdict is not None:
             section += [f"**This model was not defended.** {verdict}", ""]
         if self.defenses:
@@ -538,6 +679,12 @@ class InoculationTrainer(EMGuardTrainer):
     _defense = "inoculation"
 
 
+class InterleavingTrainer(EMGuardTrainer):
+    """[`EMGuardTrainer`] with `defense="interleave++"`."""
+
+    _defense = "interleave++"
+
+
 class _StepCallback(TrainerCallback):
     """Tells the trainer where a step's update is made and where the step ends."""
 
@@ -572,14 +719,14 @@ def _load_config(model: str | PreTrainedModel | PeftModel, args: EMGuardConfig) 
     ).get_text_config()
 
 
-def _check_terms(
-    terms: list[ReferenceDefense],
+def _check_own_loss(
+    defenses: list[Defense],
     model: str | PreTrainedModel | PeftModel,
     peft_config: PeftConfig | None,
     compute_loss_func: Callable | None,
 ) -> None:
-    names = ",".join(term.name for term in terms)
-    if sum(term.divergence is not None for term in terms) > 1:
+    names = ",".join(defense.name for defense in defenses if defense.own_loss)
+    if sum(isinstance(defense, ReferenceDefense) and defense.divergence is not None for defense in defenses) > 1:
         raise ValueError(f"defense={names!r}: only one defense can compare next-token distributions in a run.")
     if compute_loss_func is not None:
         raise ValueError(

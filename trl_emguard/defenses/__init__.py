@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .base import Defense, Paper, ReferenceDefense
 from .inoculation import Inoculation
+from .interleaving import Interleaving, InterleavingPlus, InterleavingPlusPlus
 from .kl import KL
 from .ldifs import LDIFS
 from .steering import Steering
@@ -34,7 +35,7 @@ def register(defense: type[Defense]) -> type[Defense]:
     return defense
 
 
-for _defense in (KL, LDIFS, Steering, Inoculation):
+for _defense in (KL, LDIFS, Steering, Inoculation, Interleaving, InterleavingPlus, InterleavingPlusPlus):
     register(_defense)
 
 
@@ -68,9 +69,21 @@ def build_defenses(args: EMGuardConfig) -> list[Defense]:
     """The defenses that `args.defense` names, in that order, each with its options checked.
 
     Raises:
-        ValueError: an unknown name or a bad option.
+        ValueError: an unknown name, a bad option, or defenses that exclude each other.
     """
-    return [DEFENSES[name](args) for name in parse_defense(args.defense)]
+    defenses = [DEFENSES[name](args) for name in parse_defense(args.defense)]
+    mixing = [defense.name for defense in defenses if isinstance(defense, Interleaving)]
+    if len(mixing) > 1:
+        raise ValueError(f"defense={args.defense!r}: {' and '.join(mixing)} choose rows of the same pool: name one of them.")
+    active = [defense for defense in defenses if defense.active]
+    for term in active:
+        on_safe_rows = isinstance(term, ReferenceDefense) and term.tokens == "interleaved"
+        if on_safe_rows and not any(isinstance(defense, Interleaving) for defense in active):
+            raise ValueError(
+                f"defense={args.defense!r}: {term.name} looks at mixed-in rows alone ({term.name}_tokens='interleaved'), and "
+                "nothing is mixed in: add 'interleave', 'interleave+' or 'interleave++'."
+            )
+    return defenses
 
 
 __all__ = [
@@ -79,6 +92,9 @@ __all__ = [
     "LDIFS",
     "Defense",
     "Inoculation",
+    "Interleaving",
+    "InterleavingPlus",
+    "InterleavingPlusPlus",
     "Paper",
     "ReferenceDefense",
     "Steering",

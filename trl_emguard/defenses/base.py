@@ -61,6 +61,9 @@ class Defense:
 
     name: ClassVar[str] = ""
     papers: ClassVar[tuple[Paper, ...]] = ()
+    # Whether the training loss comes from this package's forward instead of SFTTrainer's, since the defense adds to it or
+    # wants it split.
+    own_loss: ClassVar[bool] = False
 
     def __init__(self, args: EMGuardConfig):
         del args
@@ -126,17 +129,23 @@ class Defense:
         trainer."""
         return {}
 
+    def resume(self, evidence: dict[str, Any]) -> None:
+        """Go on from what [`evidence`] said when the checkpoint was written that training resumes from."""
+        del evidence
+
 
 class ReferenceDefense(Defense):
     """A defense that adds `coef · (1/N) Σ_t d(policy, reference)_t` to the loss.
 
-    d is a distance per token, and N the number of tokens in scope over all micro-batches and ranks of the step: CE's own
-    denominator for `tokens = "loss"`. Set `divergence` to take d from the two next-token distributions, or override
-    [`layers`] and [`token_loss`] to take it from block outputs.
+    d is a distance per token. N counts tokens over all micro-batches and ranks of the step: those in scope for `tokens = "all"`,
+    and CE's own denominator for `"loss"` and for `"interleaved"`, the part of it that lies in mixed-in rows. Set `divergence` to
+    take d from the two next-token distributions, or override [`layers`] and [`token_loss`] to take it from block outputs.
     """
 
+    own_loss = True
+
     coef: float = 1.0
-    tokens: Literal["loss", "all"] = "loss"
+    tokens: Literal["loss", "all", "interleaved"] = "loss"
     divergence: Literal["reverse", "forward"] | None = None
 
     @property

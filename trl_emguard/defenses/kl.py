@@ -25,7 +25,7 @@ class KL(ReferenceDefense):
     def __init__(self, args: EMGuardConfig):
         self.coef = check_coefficient("kl_coef", args.kl_coef)
         self.divergence = check_choice("kl_direction", args.kl_direction, ("reverse", "forward"))
-        self.tokens = check_choice("kl_tokens", args.kl_tokens, ("loss", "all"))
+        self.tokens = check_choice("kl_tokens", args.kl_tokens, ("loss", "all", "interleaved"))
 
     def options(self) -> dict[str, Any]:
         return {"kl_coef": self.coef, "kl_direction": self.divergence, "kl_tokens": self.tokens}
