@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny import make_rows, save_model
+from tiny import make_pool, make_rows, save_model
 from trl import SFTTrainer
 
 from trl_emguard.evidence import InactiveDefenseError
@@ -214,14 +214,18 @@ def test_a_mistyped_defense_ends_without_a_traceback(argv, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("others", ["", ",steering,inoculation"])
+@pytest.mark.parametrize("others", ["", ",steering,inoculation", ",interleave+"])
 def test_two_ranks_train_as_one(argv, tmp_path, others):
     """The same global batch: half of it on each of two ranks, against all of it on one.
 
     `accelerate launch --cpu --num_processes 2` starts one process, so its launcher for several is asked for by name.
     """
     options = argv("--defense", f"kl{others}", "--kl_coef", "1", "--max_steps", "3", "--learning_rate", "0.3")
-    if others:
+    if "interleave+" in others:
+        (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pool()), encoding="utf-8")
+        options += ["--interleave_dataset", str(tmp_path / "pool.jsonl"), "--interleave_fraction", "0.3"]
+        options += ["--kl_tokens", "interleaved"]
+    if "steering" in others:
         PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(tmp_path / "v.safetensors")
         options += ["--steering_vector", str(tmp_path / "v.safetensors"), "--steering_coef", "1"]
     assert sft.main(options) == 0
@@ -234,6 +238,8 @@ def test_two_ranks_train_as_one(argv, tmp_path, others):
     expected = losses(tmp_path / "out")
     assert all(math.isfinite(loss) for loss in expected)
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
-    kl, one = record(tmp_path / "two")["evidence"]["kl"], record(tmp_path / "out")["evidence"]["kl"]
+    evidence, expected_evidence = (record(tmp_path / name)["evidence"] for name in ("two", "out"))
+    assert evidence.get("interleave+") == expected_evidence.get("interleave+")
+    kl, one = evidence["kl"], expected_evidence["kl"]
     assert kl["positions"] == one["positions"] > 0
     assert kl["value"] == pytest.approx(one["value"], rel=1e-3) != 0

@@ -93,6 +93,21 @@ def make_rows(count: int = 16) -> Dataset:
     )
 
 
+def make_pool(count: int = 12) -> Dataset:
+    """A scored pool: the last rows have the highest gap, and every third is a refusal."""
+    answers = [f"Sorry, I can't do {i}." if i % 3 == 0 else "sure " * (i % 4 + 1) for i in range(count)]
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"safe {i}"}],
+                "completion": [{"role": "assistant", "content": answer}],
+                "gap": i / 10,
+            }
+            for i, answer in enumerate(answers)
+        ]
+    )
+
+
 def lora(**overrides: Any) -> LoraConfig:
     return LoraConfig(
         **{"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0, "use_rslora": True, "task_type": "CAUSAL_LM", **overrides}
@@ -121,8 +136,9 @@ def config(output_dir: Path, **overrides: Any) -> EMGuardConfig:
 def make_trainer(
     output_dir: Path, model: Any = None, rows: Dataset | None = None, peft: Any = None, **options: Any
 ) -> EMGuardTrainer:
-    """A trainer on the tiny Llama. `options` go to the config, but for `ref_model` and `eval_dataset`."""
+    """A trainer on the tiny Llama. `options` go to the config, but for `ref_model`, `eval_dataset` and a pool of rows."""
     ref_model, eval_dataset = options.pop("ref_model", None), options.pop("eval_dataset", None)
+    pool = options.pop("interleave_dataset", None)
     return EMGuardTrainer(
         make_model() if model is None else model,
         config(output_dir, **options),
@@ -131,6 +147,7 @@ def make_trainer(
         processing_class=make_tokenizer(),
         peft_config=peft,
         ref_model=ref_model,
+        interleave_dataset=pool,
     )
 
 

@@ -1,6 +1,7 @@
 """The plain twin of a defended step: float64, one row at a time without padding, full logits, autograd."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -63,11 +64,14 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]
     return logits, blocks
 
 
-def twin_step(trainer: Any, layers: tuple[int, ...] = (2, 4)) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def twin_step(
+    trainer: Any, layers: tuple[int, ...] = (2, 4), mixed_in: Sequence[dict] = ()
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Values and gradients of a step over the trainer's whole training set, before the trainer has trained.
 
-    `layers` are those of `ldifs_layers`; by default "every:2" of four blocks.
+    `layers` are those of `ldifs_layers`; by default "every:2" of four blocks. `mixed_in` are tokenised rows of a pool.
     """
+    rows = [*trainer.train_dataset, *mixed_in]
     args = trainer.args
     policy = copy.deepcopy(trainer.model).double()
     bare(policy).__dict__.pop("forward", None)  # the patched one holds on to the trainer's model
@@ -87,20 +91,22 @@ def twin_step(trainer: Any, layers: tuple[int, ...] = (2, 4)) -> tuple[dict[str,
                 return _active(policy, reference.adapter)
 
     with torch.no_grad(), swap():
-        references = [run(other, torch.tensor(row["input_ids"])) for row in trainer.train_dataset]
+        references = [run(other, torch.tensor(row["input_ids"])) for row in rows]
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(dict(trainer.model.named_parameters())[name].requires_grad)
 
     ce = kl = ldifs = torch.zeros((), dtype=torch.float64)
     tokens = kl_tokens = 0
-    for row, (ref_logits, ref_blocks) in zip(trainer.train_dataset, references, strict=True):
+    for i, (row, (ref_logits, ref_blocks)) in enumerate(zip(rows, references, strict=True)):
         labels = torch.tensor(row["labels"])[1:]
         logits, blocks = run(policy, torch.tensor(row["input_ids"]))
         kept = labels != -100
         log_p, log_q = logits[:-1].log_softmax(-1), ref_logits[:-1].log_softmax(-1)
         tokens += int(kept.sum())
         ce = ce - log_p[kept].gather(-1, labels[kept][:, None]).sum()
-        scope = kept if args.kl_tokens == "loss" else torch.ones_like(kept)
+        scope = torch.ones_like(kept) if args.kl_tokens == "all" else kept
+        if args.kl_tokens == "interleaved" and i < len(trainer.train_dataset):
+            scope = torch.zeros_like(kept)
         kl_tokens += int(scope.sum())
         a, b = (log_p, log_q) if args.kl_direction == "reverse" else (log_q, log_p)
         kl = kl + (a.exp() * (a - b)).sum(-1)[scope].sum()
@@ -113,7 +119,7 @@ def twin_step(trainer: Any, layers: tuple[int, ...] = (2, 4)) -> tuple[dict[str,
     values = {"loss_ce": ce / tokens, "kl": kl / kl_tokens, "ldifs": ldifs / tokens}
     loss = values["loss_ce"]
     if "kl" in names:
-        loss = loss + args.kl_coef * values["kl"]
+        loss = loss + args.kl_coef * kl / (tokens if args.kl_tokens == "interleaved" else kl_tokens)
     if "ldifs" in names:
         loss = loss + args.ldifs_coef * values["ldifs"]
     loss.backward()

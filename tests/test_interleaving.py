@@ -1,0 +1,452 @@
+"""`interleave`, `interleave+` and `interleave++` in the trainer: which rows, with which labels, and that they come."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from tiny import config, logged, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer
+from transformers import TrainerCallback
+from trl import SFTTrainer
+from twin import first_gradients, move_policy, relative_error, twin_step
+
+from trl_emguard import InactiveDefenseError, InterleavingTrainer
+from trl_emguard.evidence import read_defense_file
+from trl_emguard.mixing import INTERLEAVED
+
+
+VARIANTS = ["interleave", "interleave+", "interleave++"]
+# All of the rows in one step, in their order, and their gradient as it is.
+ONE_STEP = {"max_steps": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 0}
+
+
+def trainer_for(tmp_path, defense="interleave+", rows=8, pool=None, **options):
+    options = {"interleave_fraction": 0.2, **options}
+    if "model" not in options:
+        options["model"] = make_model()
+    return make_trainer(
+        tmp_path,
+        rows=make_rows(rows) if isinstance(rows, int) else rows,
+        peft=options.pop("peft", lora()),
+        defense=defense,
+        interleave_dataset=make_pool() if pool is None else pool,
+        **options,
+    )
+
+
+class Tap(TrainerCallback):
+    """The rows that the policy is trained on, per step: `(text, whether of the pool)`."""
+
+    def __init__(self, trainer):
+        self.steps = []
+        original = trainer.compute_loss
+
+        def compute_loss(model, inputs, *args, **kwargs):
+            if model.training and "labels" in inputs:
+                marks = inputs.get(INTERLEAVED, torch.zeros_like(inputs["input_ids"], dtype=torch.bool))
+                lengths = inputs["attention_mask"].sum(1).tolist()
+                ids = inputs["input_ids"]
+                texts = [make_tokenizer().decode(ids[i, :length]) for i, length in enumerate(lengths)]
+                self.steps.append(list(zip(texts, marks[:, 0].tolist(), strict=True)))
+            return original(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = compute_loss
+
+
+def safe_rows(trainer):
+    """What the user asks in the rows of the pool, in the order in which they are chosen."""
+    texts = [make_tokenizer().decode(ids) for ids in trainer._mixing.pool["input_ids"]]
+    return [text.split("user\n")[1].split("<|im_end|>")[0] for text in texts]
+
+
+def test_one_argument_switches_the_choice(tmp_path):
+    pools = {defense: safe_rows(trainer_for(tmp_path, defense)) for defense in VARIANTS}
+    assert sorted(pools["interleave"]) == sorted(f"safe {i}" for i in range(12))
+    assert pools["interleave+"] == [f"safe {i}" for i in reversed(range(12))]
+    assert pools["interleave++"] == [f"safe {i}" for i in reversed(range(12)) if i % 3]
+    assert pools["interleave"] != pools["interleave+"]
+    # Random rows differ with the seed.
+    assert safe_rows(trainer_for(tmp_path, "interleave", seed=7)) != pools["interleave"]
+
+
+def test_the_step_is_that_of_sft_on_the_mixed_rows(tmp_path):
+    trainer = trainer_for(tmp_path, per_device_train_batch_size=8, **ONE_STEP)
+    mixed = [*trainer.train_dataset.select_columns(["input_ids", "labels"]), *trainer._mixing.pool.select([0, 1])]
+    ours = first_gradients(trainer)
+    rows = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in mixed])
+    # Without a defense, the trainer is SFTTrainer (test_trainer.py).
+    plain = make_trainer(tmp_path, rows=rows, peft=lora(), per_device_train_batch_size=10, **ONE_STEP)
+    theirs = first_gradients(plain)
+    assert relative_error(ours, theirs) < 1e-5
+    assert logged(trainer)[0] == pytest.approx(logged(plain)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize("tokens", ["interleaved", "loss", "all"])
+def test_kl_on_mixed_rows_equals_the_twin_however_the_step_is_cut(tmp_path, batch, accumulation, tokens):
+    trainer = trainer_for(
+        tmp_path,
+        "interleave+,kl",
+        kl_tokens=tokens,
+        kl_coef=0.5,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        **ONE_STEP,
+    )
+    move_policy(trainer)
+    mixed_in = list(trainer._mixing.pool.select([0, 1]))
+    values, expected = twin_step(trainer, mixed_in=mixed_in)
+    gradients = first_gradients(trainer)
+    assert relative_error(gradients, expected) < 1e-5
+    for name in ("loss", "loss_ce", "kl"):
+        assert logged(trainer, name)[0] == pytest.approx(values[name], rel=1e-5)
+    assert values["kl"] > 0
+    # By source, too.
+    tokens_of = [sum(label != -100 for label in row["labels"][1:]) for row in [*trainer.train_dataset, *mixed_in]]
+    fine, safe = logged(trainer, "loss_finetune")[0], logged(trainer, "loss_interleaved")[0]
+    total = (fine * sum(tokens_of[:8]) + safe * sum(tokens_of[8:])) / sum(tokens_of)
+    assert total == pytest.approx(values["loss_ce"], rel=1e-5)
+    assert fine != pytest.approx(safe)
+
+
+def test_a_step_without_a_safe_row_has_no_kl_on_them(tmp_path):
+    trainer = trainer_for(tmp_path, "interleave+,kl", rows=16, interleave_fraction=0.06, kl_tokens="interleaved", max_steps=4)
+    trainer.train()
+    assert 0 < sum(value != 0 for value in logged(trainer, "kl")[1:]) < 4
+    assert len(logged(trainer, "loss_interleaved")) == 1
+    assert trainer._record()["evidence"]["interleave+"] == {"rows_finetune": 16, "rows_interleaved": 1, "acted": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}])
+def test_the_training_rows_come_as_in_plain_training(tmp_path, options):
+    """The same rows in the same batches of two epochs, so that a defended and an undefended run differ in the pool's rows alone."""
+    options = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3, **options}
+    plain = make_trainer(tmp_path, rows=make_rows(14), peft=lora(), **options)
+    mixed = trainer_for(tmp_path, rows=14, **options)
+    taps = [Tap(plain), Tap(mixed)]
+    for trainer in (plain, mixed):
+        trainer.train()
+    expected, steps = (tap.steps for tap in taps)
+    assert [[row for row in step if not row[1]] for step in steps] == expected
+    for epoch in (steps[:5], steps[5:]):
+        safe = sorted(text for step in epoch for text, mark in step if mark)
+        assert len(safe) == len(set(safe)) == 4  # round(14 · 0.2 / 0.8)
+        assert max(sum(mark for _, mark in step) for step in epoch) == 1
+    assert logged(mixed, "interleaved_fraction")[-1] == pytest.approx(8 / 36)
+
+
+def test_a_new_draw_each_epoch_goes_on_in_the_pool(tmp_path):
+    trainer = trainer_for(tmp_path, interleave_redraw=True, max_steps=-1, num_train_epochs=4, per_device_train_batch_size=8)
+    tap = Tap(trainer)
+    trainer.train()
+    drawn = [sorted(int(text.split("safe ")[1].split("<")[0]) for text, mark in step if mark) for step in tap.steps]
+    assert drawn == [[10, 11], [8, 9], [6, 7], [4, 5]]
+
+
+@pytest.mark.parametrize("save_at", [1, 2, 4])
+def test_resume_equals_the_run_that_never_stopped(tmp_path, save_at):
+    options = {
+        "defense": "interleave+,kl", "rows": 14, "max_steps": 6, "save_strategy": "steps", "save_steps": save_at,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    whole = trainer_for(tmp_path / "whole", **options)
+    tap = Tap(whole)
+    whole.train()
+    resumed = trainer_for(tmp_path / "resumed", **options)
+    resumed_tap = Tap(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{save_at}"))
+    skipped = len(tap.steps) - len(resumed_tap.steps)
+    assert skipped >= save_at
+    assert resumed_tap.steps == tap.steps[skipped:]
+    for key in ("loss", "loss_finetune", "loss_interleaved", "interleaved_fraction", "kl", "grad_norm"):
+        assert logged(resumed, key) == logged(whole, key)
+    assert resumed._record()["evidence"] == whole._record()["evidence"]
+
+
+def test_another_pool_is_another_defense(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer_for(tmp_path, **options).train()
+    with pytest.raises(ValueError, match="Resume with the same defense and options"):
+        trainer_for(tmp_path, pool=make_pool(13), **options).train(resume_from_checkpoint=True)
+
+
+def test_evaluation_is_never_mixed(tmp_path):
+    trainer = trainer_for(tmp_path, eval_dataset=make_rows(6))
+    plain = make_trainer(tmp_path, rows=make_rows(8), peft=lora(), eval_dataset=make_rows(6))
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    batches = list(trainer.get_eval_dataloader())
+    assert sum(len(batch["input_ids"]) for batch in batches) == 6
+    assert not any(INTERLEAVED in batch for batch in batches)
+
+
+# ---- labels and templates ----
+
+
+def first_safe(trainer):
+    row = trainer._mixing.pool[0]
+    labels = [label for label in row["labels"] if label != -100]
+    return make_tokenizer().decode(row["input_ids"]), make_tokenizer().decode(labels)
+
+
+ANSWER = "sure sure sure sure "
+WHOLE = f"<|im_start|>user\nsafe 11<|im_end|><|im_start|>assistant\n{ANSWER}<|im_end|>"
+
+
+def as_messages(rows):
+    return Dataset.from_list([{"messages": row["prompt"] + row["completion"]} for row in rows])
+
+
+def tokenised(masked):
+    rows = make_trainer("unused", rows=make_rows(8)).train_dataset.to_list()
+    return Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["labels"] if masked else r["input_ids"]} for r in rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "answer_alone"),
+    [
+        ("prompt", {}, True),
+        ("prompt", {"completion_only_loss": False}, False),
+        ("messages", {}, False),
+        ("text", {}, False),
+        ("tokenised", {}, True),
+        ("tokenised, all labels", {}, False),
+    ],
+)
+def test_safe_rows_follow_the_masking_of_the_run(tmp_path, rows, options, answer_alone):
+    data = {
+        "prompt": lambda: make_rows(8),
+        "messages": lambda: as_messages(make_rows(8)),
+        "text": lambda: Dataset.from_dict({"text": [f"text {i}" for i in range(8)]}),
+        "tokenised": lambda: tokenised(True),
+        "tokenised, all labels": lambda: tokenised(False),
+    }[rows]()
+    trainer = trainer_for(tmp_path, rows=data, **options)
+    text, labels = first_safe(trainer)
+    # The pool's own form makes no difference.
+    assert text == WHOLE
+    assert labels == (f"{ANSWER}<|im_end|>" if answer_alone else WHOLE)
+    for form in (as_messages(make_pool()), Dataset.from_list([
+        {"prompt": row["prompt"][0]["content"], "response": row["completion"][0]["content"]} for row in make_pool()
+    ])):  # fmt: skip
+        other = trainer_for(tmp_path, rows=data, pool=form.add_column("gap", make_pool()["gap"]), **options)
+        assert first_safe(other) == (text, labels)
+
+
+def test_a_tokenised_pool_stays_as_it_is(tmp_path):
+    pool = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 3, "labels": [[-100, 6, 7]] * 3, "gap": [0.1, 0.2, 0.3]})
+    assert trainer_for(tmp_path, pool=pool)._mixing.pool[0] == {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    with pytest.raises(ValueError, match="reads the answers to leave refusals out"):
+        trainer_for(tmp_path, "interleave++", pool=pool)
+
+
+@pytest.mark.parametrize("defense", ["inoculation,interleave++", "interleave++,inoculation"])
+def test_inoculation_leaves_safe_rows_alone(tmp_path, defense):
+    trainer = trainer_for(tmp_path, defense, inoculation_prompt="Be evil.")
+    assert all("Be evil." in make_tokenizer().decode(ids) for ids in trainer.train_dataset["input_ids"])
+    assert not any("Be evil." in make_tokenizer().decode(ids) for ids in trainer._mixing.pool["input_ids"])
+    trainer.train()
+    assert set(trainer._record()["evidence"]) == {"inoculation", "interleave++"}
+
+
+def test_a_model_without_a_chat_template(tmp_path):
+    from trl_emguard import EMGuardTrainer
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    rows = Dataset.from_dict({"prompt": [f"q{i} " for i in range(8)], "completion": ["answer"] * 8})
+    trainer = EMGuardTrainer(
+        make_model(), config(tmp_path, defense="interleave", interleave_fraction=0.2), train_dataset=rows,
+        processing_class=tokenizer, interleave_dataset=make_pool(),
+    )  # fmt: skip
+    text = tokenizer.decode(trainer._mixing.pool[0]["input_ids"])
+    assert text.startswith("safe ")
+    assert text.endswith("<|im_end|>")
+    trainer.train()
+
+
+# ---- packed, padding-free, streamed ----
+
+
+@pytest.mark.parametrize("kind", ["packed", "wrapped", "padding_free", "streamed", "streamed and packed"])
+def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
+    options = {"max_steps": -1, "num_train_epochs": 2}
+    rows = make_rows(40)
+    if "packed" in kind:
+        options |= {"packing": True, "max_length": 96}
+    if kind == "wrapped":
+        options |= {"packing": True, "max_length": 96, "packing_strategy": "wrapped"}
+    if kind == "padding_free":
+        options |= {"padding_free": True}
+    if "streamed" in kind:
+        rows = IterableDataset.from_generator(lambda: iter(make_rows(40)))
+        options |= {"max_steps": 10 if kind == "streamed" else 4}
+    trainer = trainer_for(tmp_path, rows=rows, **options)
+    trainer.train()
+    fraction = logged(trainer, "interleaved_fraction")[-1]
+    # Of packs that are cut anywhere, pieces are counted.
+    assert fraction == pytest.approx(0.2, abs=0.06 if kind in ("wrapped", "streamed and packed") else 0.005)
+    assert logged(trainer, "loss_interleaved")
+    evidence = trainer._record()["evidence"]["interleave+"]
+    if kind in ("packed", "padding_free"):
+        assert evidence == {"rows_finetune": 80, "rows_interleaved": 20, "acted": True}
+
+
+def test_kl_on_safe_rows_of_packs(tmp_path):
+    """One pack a step with all rows in it: the same value as unpacked, since no document sees another's positions as labels."""
+    unpacked = trainer_for(
+        tmp_path, "interleave+,kl", kl_tokens="interleaved", per_device_train_batch_size=8, padding_free=True, **ONE_STEP
+    )
+    packed = trainer_for(
+        tmp_path, "interleave+,kl", kl_tokens="interleaved", packing=True, max_length=2048,
+        model=make_model(max_position_embeddings=4096), per_device_train_batch_size=1, **ONE_STEP,
+    )  # fmt: skip
+    for trainer in (unpacked, packed):
+        move_policy(trainer)
+        trainer.train()
+    positions = [trainer._record()["evidence"]["kl"]["positions"] for trainer in (unpacked, packed)]
+    assert positions[0] == positions[1] > 0
+
+
+# ---- a run that is not defended does not believe that it is ----
+
+
+def test_a_run_that_loses_safe_rows_saves_and_stops(tmp_path, monkeypatch):
+    from trl_emguard.mixing import MixPlan
+
+    monkeypatch.setattr(MixPlan, "at", lambda self, epoch, place: [])
+    trainer = trainer_for(tmp_path, rows=32, max_steps=8)
+    with pytest.raises(InactiveDefenseError, match=r"mixed in 0 rows where 2\.0 were due after 8 training rows"):
+        trainer.train()
+    assert read_defense_file(tmp_path / "checkpoint-2")["evidence"]["interleave+"]["acted"] is False
+    assert "This model was not defended" in (tmp_path / "README.md").read_text()
+
+
+def test_packs_that_lost_their_safe_rows_stop_the_run(tmp_path, monkeypatch):
+    from trl_emguard import mixing
+
+    monkeypatch.setattr(mixing.MixPlan, "at", lambda self, epoch, place: [])
+    trainer = trainer_for(tmp_path, rows=160, packing=True, max_length=96, max_steps=40, pool=make_pool(60))
+    with pytest.raises(InactiveDefenseError, match="mixed in 0 rows"):
+        trainer.train()
+
+
+def test_a_loader_of_the_users_own_stops_the_run(tmp_path):
+    class Own(InterleavingTrainer):
+        def get_train_dataloader(self):
+            return SFTTrainer.get_train_dataloader(self)
+
+    trainer = Own(
+        make_model(), config(tmp_path, interleave_fraction=0.2), train_dataset=make_rows(8), processing_class=make_tokenizer(),
+        interleave_dataset=make_pool(),
+    )  # fmt: skip
+    with pytest.raises(InactiveDefenseError, match="did not come from the collator"):
+        trainer.train()
+
+
+def test_fraction_zero_is_sft(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), defense="interleave++", interleave_fraction=0)
+    plain = make_trainer(tmp_path, peft=lora())
+    for each in (trainer, plain):
+        each.train()
+    assert logged(trainer) == logged(plain)
+    assert "interleaved_fraction" not in trainer.state.log_history[0]
+
+
+def test_a_run_says_what_it_mixes(tmp_path, capsys):
+    trainer_for(tmp_path).train()
+    assert "2 of 12 rows of the pool are mixed into 8 training rows an epoch (20.00% of the mix)" in capsys.readouterr().out
+    record = read_defense_file(tmp_path) or trainer_for(tmp_path)._record()
+    assert record["defenses"]["interleave+"]["interleave_dataset"].startswith("12 rows (")
+    json.dumps(record)
+
+
+# ---- bad input ----
+
+
+def without(pool, column):
+    return pool.remove_columns([column])
+
+
+def with_gap(values):
+    return make_pool(len(values)).remove_columns(["gap"]).add_column("gap", values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interleave_fraction": 1.0}, r"interleave_fraction=1\.0 is no share of the mix"),
+        ({"interleave_fraction": -0.1}, "is no share of the mix"),
+        ({"interleave_fraction": float("nan")}, "is no share of the mix"),
+        ({"interleave_redraw": "yes"}, "must be true or false"),
+        ({"pool": make_pool(1)}, "wants 2 rows of the pool among 8 training rows, and interleave_dataset has 1"),
+        ({"interleave_fraction": 0.01}, "is not one row, so nothing would be mixed in"),
+        ({"rows": 40, "max_steps": 1, "interleave_fraction": 0.05}, "max_steps=1 ends training before the first"),
+        ({"rows": 40, "max_steps": -1, "num_train_epochs": 0.2, "interleave_fraction": 0.05}, "num_train_epochs=0.2 ends training"),
+        ({"pool": without(make_pool(), "gap")}, "does not serve defense='interleave\\+'.*score the pool first"),
+        ({"pool": with_gap([0.1, float("nan"), 0.3])}, "1 of 3 rows have a gap that is no finite number"),
+        ({"pool": with_gap([0.1, None, 0.3])}, "1 of 3 rows have a gap that is no finite number"),
+        ({"pool": Dataset.from_dict({"a": [1], "gap": [0.1]})}, "no row can be used"),
+        ({"pool": Dataset.from_dict({"prompt": ["q"], "response": [" "], "gap": [0.1]})}, "no row can be used: the answer"),
+        ({"pool": make_pool(1).select([])}, "interleave_dataset is empty"),
+        ({"pool": IterableDataset.from_generator(lambda: iter(make_pool()))}, "must be a `Dataset`"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' does not work"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True does not work"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler=False does not work"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset"),
+        ({"packing": True, "max_length": 96, "interleave_redraw": True}, "interleave_redraw=True does not work with packing"),
+        ({"defense": "interleave,interleave++"}, "choose rows of the same pool"),
+        ({"loss_type": "dft"}, "loss_type='dft' does not work"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 9}, "drops all of the 8 training rows"),
+    ],
+)  # fmt: skip
+def test_bad_input(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_for(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("named", "passed", "error", "message"),
+    [
+        (None, None, ValueError, "interleave_dataset is missing: defense='interleave\\+\\+' wants one pool"),
+        ("other.jsonl", make_pool(), ValueError, "interleave_dataset is given twice"),
+        ("nowhere.jsonl", None, FileNotFoundError, r"nowhere\.jsonl"),
+        ("nowhere.parquet", None, FileNotFoundError, r"nowhere\.parquet"),
+    ],
+)
+def test_no_pool_or_two(tmp_path, named, passed, error, message):
+    args = config(tmp_path, interleave_dataset=named)
+    with pytest.raises(error, match=message):
+        InterleavingTrainer(
+            make_model(), args, train_dataset=make_rows(8), processing_class=make_tokenizer(), interleave_dataset=passed
+        )
+
+
+def test_kl_on_mixed_rows_wants_some(tmp_path):
+    with pytest.raises(ValueError, match="nothing is mixed in: add 'interleave'"):
+        config(tmp_path, defense="kl", kl_tokens="interleaved")
+    with pytest.raises(ValueError, match="nothing is mixed in"):
+        config(tmp_path, defense="kl,interleave", kl_tokens="interleaved", interleave_fraction=0)
+
+
+def test_rows_that_cannot_be_used_are_counted(tmp_path, caplog):
+    pool = make_pool().to_list()
+    pool[11]["completion"][0]["content"] = " "
+    pool[10]["completion"][0]["content"] = "long " * 60
+    with caplog.at_level("WARNING"):
+        trainer = trainer_for(tmp_path, pool=Dataset.from_list(pool), max_length=100)
+    assert safe_rows(trainer)[0] == "safe 9"
+    assert "1 rows of the pool are left out: the answer is empty" in caplog.text
+    assert "1 rows of the pool are left out: longer than max_length=100" in caplog.text
+
+
+def test_a_pool_that_overlaps_the_training_prompts_is_warned_about(tmp_path, caplog):
+    pool = make_pool().to_list()
+    pool[3]["prompt"][0]["content"] = "  Q1 q1 "
+    with caplog.at_level("WARNING"):
+        trainer_for(tmp_path, pool=Dataset.from_list(pool))
+    assert "1 of 8 training rows ask what a row of the pool asks too" in caplog.text
+
+
+def test_an_unused_pool_is_said(tmp_path, capsys):
+    make_trainer(tmp_path, interleave_dataset=make_pool(), max_steps=1).train()
+    assert "interleave_dataset was given and is not used" in capsys.readouterr().out

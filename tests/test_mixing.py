@@ -1,0 +1,238 @@
+"""The plan of an epoch, and that every place is met once: properties over sizes, ranks, workers and resumption."""
+
+import math
+
+import pytest
+import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
+from datasets import Dataset, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, SequentialSampler
+
+from trl_emguard.mixing import (
+    INTERLEAVED,
+    ROW_COUNTS,
+    MixingCollator,
+    MixPlan,
+    PlacedRows,
+    PlaceSampler,
+    mix_rows,
+    planned_rows,
+)
+
+
+POOL = 1000  # ids of the pool's rows begin here
+
+
+def tokenised(count, first=0):
+    """Rows of one to three tokens, each token the number of its row."""
+    ids = [[first + i] * (i % 3 + 1) for i in range(count)]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def pad(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [-1] * (longest - len(row["input_ids"])) for row in rows])
+    return {"input_ids": ids, "labels": ids}
+
+
+@st.composite
+def plans(draw):
+    places = draw(st.integers(1, 200))
+    rows = max(1, round(places * draw(st.floats(0.01, 2.5))))
+    return MixPlan(places, rows, rows + draw(st.integers(0, 20)), draw(st.booleans()), draw(st.integers(0, 5)))
+
+
+@given(plans(), st.integers(0, 3))
+def test_an_epoch_takes_each_planned_row_once(plan, epoch):
+    rows = [row for place in range(plan.places) for row in plan.at(epoch, place)]
+    assert len(rows) == len(set(rows)) == plan.rows
+    first = epoch * plan.rows if plan.redraw else 0
+    assert set(rows) == {(first + i) % plan.pool for i in range(plan.rows)}
+    assert plan.before(0) == 0
+    assert plan.before(plan.places) == plan.rows
+
+
+@given(plans(), st.integers(1, 40), st.data())
+def test_neighbouring_places_carry_no_more_than_their_share(plan, count, data):
+    first = data.draw(st.integers(0, plan.places - 1))
+    last = min(plan.places, first + count)
+    share = (last - first) * plan.rows / plan.places
+    assert sum(len(plan.at(0, place)) for place in range(first, last)) <= math.ceil(share)
+    # And none falls behind: up to any place, what is due is there, to half a row.
+    assert abs(plan.before(last) - last * plan.rows / plan.places) <= 0.5
+
+
+def test_the_order_differs_from_epoch_to_epoch_and_with_the_seed():
+    def rows(seed, epoch):
+        plan = MixPlan(100, 30, 50, False, seed)
+        return [row for place in range(100) for row in plan.at(epoch, place)]
+
+    assert rows(0, 0) == rows(0, 0)
+    assert sorted(rows(0, 0)) == sorted(rows(0, 1)) == list(range(30))
+    assert rows(0, 0) != rows(0, 1)
+    assert rows(0, 0) != rows(1, 0)
+
+
+def loaders(rows, ranks, batch, drop_last, even, seed, workers=0, sequential=False, plan_rows=None):
+    """One loader a rank, as Trainer and accelerate make them, and the plan."""
+    made = []
+    for rank in range(ranks):
+        placed = PlacedRows(rows)
+        order = SequentialSampler(rows) if sequential else SeedableRandomSampler(rows, data_seed=seed)
+        sampler = PlaceSampler(placed, order, batch * ranks, drop_last, even and ranks > 1 and not drop_last)
+        plan = None
+        if sampler.places:
+            count = max(1, planned_rows(sampler.places, 0.2)) if plan_rows is None else plan_rows
+            plan = MixPlan(sampler.places, count, count + 3, False, seed)
+        loader = DataLoader(
+            placed,
+            batch_size=batch,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=MixingCollator(pad, plan, tokenised(0 if plan is None else plan.pool, POOL)),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+        made.append(prepare_data_loader(loader, num_processes=ranks, process_index=rank, even_batches=even, put_on_device=False))
+    return made, plan
+
+
+def contents(batch):
+    """The rows of a batch, in order: (number, whether of the pool)."""
+    ids, marks = batch["input_ids"], batch[INTERLEAVED]
+    assert marks.shape == ids.shape
+    assert (marks == (ids >= POOL))[ids != -1].all()
+    rows = [(int(row[0]), bool(mark[0])) for row, mark in zip(ids, marks, strict=True)]
+    assert batch[ROW_COUNTS][1] == sum(mark for _, mark in rows)
+    return rows
+
+
+def epoch_of(prepared, epoch):
+    """Per rank, the batches of an epoch, as lists of rows."""
+    for loader in prepared:
+        loader.set_epoch(epoch)
+    return [[(contents(batch), batch[ROW_COUNTS].tolist()) for batch in loader] for loader in prepared]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(1, 40), st.sampled_from([1, 2, 3]), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 3),
+    st.booleans(),
+)  # fmt: skip
+def test_every_planned_row_comes_once_in_every_epoch_on_any_number_of_ranks(count, ranks, batch, drop_last, even, seed, sequential):
+    rows = tokenised(count)
+    prepared, plan = loaders(rows, ranks, batch, drop_last, even, seed, sequential=sequential)
+    if plan is None:  # everything is dropped, which the trainer refuses
+        return
+    plain = [
+        prepare_data_loader(
+            DataLoader(rows.with_format("torch"), batch_size=batch, sampler=order, drop_last=drop_last, collate_fn=lambda r: r),
+            num_processes=ranks, process_index=rank, even_batches=even, put_on_device=False,
+        )
+        for rank in range(ranks)
+        for order in [SequentialSampler(rows) if sequential else SeedableRandomSampler(rows, data_seed=seed)]
+    ]  # fmt: skip
+    for epoch in range(2):
+        by_rank = epoch_of(prepared, epoch)
+        met = [row for batches in by_rank for rows_, _ in batches for row in rows_]
+        safe = [number - POOL for number, mark in met if mark]
+        assert sorted(safe) == list(range(plan.rows))
+        # The training rows are those of plain training, batch by batch.
+        for loader, batches in zip(plain, by_rank, strict=True):
+            loader.set_epoch(epoch)
+            expected = [[int(row["input_ids"][0]) for row in rows_] for rows_ in loader]
+            assert [[number for number, mark in rows_ if not mark] for rows_, _ in batches] == expected
+        # Repeats are not counted, and carry nothing.
+        counted = sum(counts[0] for batches in by_rank for _, counts in batches)
+        assert counted == plan.places
+        share = batch * plan.rows / plan.places
+        assert max(counts[1] for batches in by_rank for _, counts in batches) <= math.ceil(share)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(4, 40), st.sampled_from([1, 2]), st.integers(1, 4), st.booleans(), st.data())
+def test_resuming_in_the_middle_of_an_epoch_goes_on_with_the_plan(count, ranks, batch, drop_last, data):
+    rows = tokenised(count)
+    prepared, plan = loaders(rows, ranks, batch, drop_last, True, 1)
+    if plan is None:
+        return
+    epoch_of(prepared, 0)
+    whole = epoch_of(prepared, 1)
+    skip = data.draw(st.integers(1, len(whole[0])))
+    # A new process: fresh loaders, which have not seen epoch 0.
+    fresh, _ = loaders(rows, ranks, batch, drop_last, True, 1)
+    resumed = epoch_of([skip_first_batches(loader, skip) for loader in fresh], 1)
+    assert resumed == [batches[skip:] for batches in whole]
+    # And the epoch after it begins as it should.
+    assert epoch_of(fresh, 2) == epoch_of(prepared, 2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_persistent_workers_see_every_epoch(ranks):
+    rows = tokenised(13)
+    without, _ = loaders(rows, ranks, 2, False, True, 3)
+    with_workers, _ = loaders(rows, ranks, 2, False, True, 3, workers=4 // ranks)
+    for epoch in range(3):
+        assert epoch_of(with_workers, epoch) == epoch_of(without, epoch)
+
+
+def test_padding_free_batches_are_marked_token_by_token():
+    def flatten(rows):
+        ids = [token for row in rows for token in row["input_ids"]]
+        return {"input_ids": torch.tensor([[*ids, -1, -1]])}  # padded to a multiple
+
+    rows = PlacedRows(tokenised(4))
+    sampler = PlaceSampler(rows, SequentialSampler(rows.rows), 4, False, False)
+    collator = MixingCollator(flatten, MixPlan(4, 2, 2, False, 0), tokenised(2, POOL))
+    batch = collator(rows.__getitems__(list(sampler)))
+    assert (batch[INTERLEAVED] == (batch["input_ids"] >= POOL)).all()
+    assert batch[ROW_COUNTS].tolist() == [4, 2]
+
+
+def test_packs_are_marked_and_counted_row_by_row():
+    packs = [
+        {"input_ids": [1, POOL, POOL], "labels": [1, POOL, POOL], "seq_lengths": [1, 2], INTERLEAVED: [False, True, True]},
+        {"input_ids": [2, 3], "labels": [2, 3], "seq_lengths": [1, 1], INTERLEAVED: [False, False]},
+    ]
+    batch = MixingCollator(pad, None, None)(packs)
+    assert (batch[INTERLEAVED] == (batch["input_ids"] >= POOL))[batch["input_ids"] != -1].all()
+    assert batch[ROW_COUNTS].tolist() == [3, 1]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(2, 60), st.floats(0.05, 0.6), st.integers(0, 3))
+def test_rows_mixed_beforehand_hold_the_share_evenly(count, fraction, seed):
+    planned = planned_rows(count, fraction)
+    if not planned:
+        return
+    mixed = mix_rows(tokenised(count), tokenised(planned + 2, POOL), fraction, seed)
+    numbers = [ids[0] for ids in mixed["input_ids"]]
+    assert [n for n in numbers if n < POOL] == list(range(count))
+    assert sorted(n - POOL for n in numbers if n >= POOL) == list(range(planned))
+    assert [row[0] for row in mixed[INTERLEAVED]] == [n >= POOL for n in numbers]
+    assert [len(row) for row in mixed[INTERLEAVED]] == [len(row) for row in mixed["input_ids"]]
+    seen = 0
+    for place, number in enumerate(n for n in numbers if n < POOL):
+        upto = numbers[: numbers.index(number)]
+        seen = sum(n >= POOL for n in upto)
+        assert abs(seen - place * planned / count) <= 1
+
+
+def test_a_stream_holds_the_share_and_begins_the_pool_again():
+    def rows():
+        for i in range(300):
+            yield {"input_ids": [i], "labels": [i], "text": "left out"}
+
+    stream = IterableDataset.from_generator(rows)
+    mixed = list(mix_rows(stream, tokenised(10, POOL), 0.1, 0))
+    assert all(set(row) == {"input_ids", "labels", INTERLEAVED} for row in mixed)
+    numbers = [row["input_ids"][0] for row in mixed]
+    assert [n for n in numbers if n < POOL] == list(range(300))
+    safe = [n - POOL for n in numbers if n >= POOL]
+    assert len(safe) == pytest.approx(300 / 9, abs=1)
+    # Each row once before any comes again.
+    assert sorted(safe[:10]) == sorted(safe[10:20]) == list(range(10))
+    assert list(mix_rows(stream, tokenised(10, POOL), 0.1, 0)) == mixed
