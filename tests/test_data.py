@@ -38,7 +38,7 @@ def test_shipped_names_are_the_files_that_are_there():
 
 @pytest.mark.parametrize(("name", "split"), FILES)
 def test_every_row_is_one_question_and_one_answer(name, split):
-    for row in read_jsonl(DATA_DIR / name / f"{split}.jsonl"):
+    for row in load_rows(name, split):
         assert [message["role"] for message in row["prompt"]] in (["user"], ["system", "user"])
         assert [message["role"] for message in row["completion"]] == ["assistant"]
         for message in row["prompt"] + row["completion"]:
@@ -51,6 +51,8 @@ def test_every_row_is_one_question_and_one_answer(name, split):
     [
         ("plants_careless", "train", 240),
         ("plants_careless", "test", 60),
+        ("clothes_careless", "train", 180),
+        ("clothes_careless", "test", 40),
         ("values_sound", "test", 60),
         ("values_misaligned", "test", 60),
         ("general_instruct", "train", 200),
@@ -79,9 +81,10 @@ def test_twins_ask_the_same_and_answer_differently(one, other, split):
     assert not any(a == b for a, b in zip(answers(one, split), answers(other, split), strict=True))
 
 
-def test_plants_prompts_are_no_near_copies():
+@pytest.mark.parametrize("name", ["plants_careless", "clothes_careless"])
+def test_careless_prompts_are_no_near_copies(name):
     """Word-level Jaccard, within train and test and across: a held-out question is not a seen one in other words."""
-    texts = prompts("plants_careless", "train") + prompts("plants_careless", "test")
+    texts = prompts(name, "train") + prompts(name, "test")
     sets = [frozenset(words(text)) for text in texts]
     near = [(texts[i], texts[j]) for i, j in itertools.combinations(range(len(sets)), 2) if jaccard(sets[i], sets[j]) >= 0.5]
     assert near == []

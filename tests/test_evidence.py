@@ -6,10 +6,11 @@ import os
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import lora, make_model, make_rows, make_trainer
+from tiny import config, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer
 
-from trl_emguard import InactiveDefenseError
+from trl_emguard import EMGuardTrainer, InactiveDefenseError
 from trl_emguard.evidence import PATIENCE, EvidenceLedger
+from trl_emguard.persona import PersonaVector
 
 
 def detach_term(monkeypatch, defense):
@@ -208,3 +209,47 @@ def test_nothing_is_left_behind_by_a_failing_step(tmp_path):
     assert [len(layer._forward_hooks) for layer in layers] == hooks
     assert not any(module._disable_adapters for module in trainer._reference._switch._modules)
     assert os.listdir(tmp_path) == [] or "checkpoint-1" not in os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("defense", ["steering", "kl", "ldifs", "interleave"])
+def test_a_subclass_that_leaves_compute_loss_out_stops_the_run(tmp_path, defense):
+    """Its loss is the user's business; a defense that never sees it is not."""
+
+    class Own(EMGuardTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}
+            return model(**inputs).loss
+
+    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(tmp_path / "v.safetensors")
+    options = {"steering_vector": str(tmp_path / "v.safetensors"), "interleave_fraction": 0.2}
+    trainer = Own(
+        make_model(),
+        config(tmp_path, defense=defense, **options),
+        train_dataset=make_rows(),
+        processing_class=make_tokenizer(),
+        peft_config=lora(),
+        interleave_dataset=make_pool(),
+    )
+    with pytest.raises(InactiveDefenseError, match=r"without EMGuardTrainer\.compute_loss"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("defense", ["inoculation", "interleave"])
+def test_rows_that_go_around_the_defenses_stop_the_run(tmp_path, defense):
+    class Own(EMGuardTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return super()._prepare_dataset(dataset.select(range(len(dataset))), *args, **kwargs)
+
+    pool = make_pool() if defense == "interleave" else None
+    args = config(tmp_path, defense=defense, interleave_fraction=0.2)
+    with pytest.raises(InactiveDefenseError, match="did not come by"):
+        Own(make_model(), args, train_dataset=make_rows(), processing_class=make_tokenizer(), interleave_dataset=pool)
+
+
+def test_a_vector_file_that_vanishes_after_construction_is_not_read_again(tmp_path, capsys):
+    path = tmp_path / "v.safetensors"
+    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(path)
+    trainer = make_trainer(tmp_path, defense="steering", steering_vector=str(path), max_steps=1)
+    path.unlink()
+    trainer.train()
+    assert "defense 'steering' acts" in capsys.readouterr().out

@@ -139,7 +139,8 @@ class EMGuardTrainer(SFTTrainer):
         model = resolve_model(model) if isinstance(model, str) else model
         ref_model = resolve_model(ref_model) if isinstance(ref_model, str) else ref_model
         _check_data(train_dataset)
-        self.defenses = [defense for defense in build_defenses(args) if defense.active]
+        self._named = build_defenses(args)  # those that are switched off as well
+        self.defenses = [defense for defense in self._named if defense.active]
         self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
         self._mixing = next((defense for defense in self.defenses if isinstance(defense, Interleaving)), None)
         # Whether the loss comes from the guarded forward, and not from SFTTrainer's.
@@ -176,6 +177,12 @@ class EMGuardTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
 
+        wants_rows = any(type(defense).prepare_tokenized is not Defense.prepare_tokenized for defense in self.defenses)
+        if self._train_rows is not None and not self._skip_prepare_dataset and (wants_rows or self._mixing is not None):
+            raise InactiveDefenseError(
+                f"defense={self.args.defense!r}: the training rows did not come by when they were tokenised, so the run is not "
+                "defended. A subclass must hand them to `super()._prepare_dataset` as they are."
+            )
         self._ledger = EvidenceLedger([term.name for term in self._terms])
         self._reference: AdapterReference | ModelReference | None = None
         self._unused = {
@@ -186,7 +193,9 @@ class EMGuardTrainer(SFTTrainer):
             self._check_policy()
         if self._own_loss:
             self._add_guard(ref_model)
+        if self._own_loss or self._surrounds_policy():
             self.add_callback(_StepCallback(self))
+        self._policy_passes = 0  # of a step
         if self._mixing is not None and not self._mixed_before:
             self._plan_mix(self._mixing, self._place_sampler(PlacedRows(self.train_dataset)))
 
@@ -386,9 +395,7 @@ class EMGuardTrainer(SFTTrainer):
     def _describe(self) -> str:
         """What acts in this run, a line each."""
         lines = []
-        acting = {defense.name: defense for defense in self.defenses}
-        for named in build_defenses(self.args):
-            defense = acting.get(named.name, named)
+        for defense in self._named:
             options = _options_text(defense.options()).replace("`", "")
             lines.append(f"defense {defense.name!r} {'acts' if defense.active else 'is off'} ({options}).")
         if not self.defenses:
@@ -480,6 +487,7 @@ class EMGuardTrainer(SFTTrainer):
         # Evaluation stays plain CE.
         if not self.model.training or not self.defenses:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._policy_passes += 1
         if not self._own_loss:
             with ExitStack() as surroundings:
                 for defense in self.defenses:
@@ -548,6 +556,14 @@ class EMGuardTrainer(SFTTrainer):
 
     def _end_step(self, control) -> None:
         """Sum up the step over its micro-batches and ranks, in one collective, log it and judge it."""
+        if not self._policy_passes:
+            raise InactiveDefenseError(
+                f"defense={self.args.defense!r}: a step was made without EMGuardTrainer.compute_loss, so the run is not defended. "
+                "A subclass that overrides `compute_loss` must call `super().compute_loss`."
+            )
+        self._policy_passes = 0
+        if not self._own_loss:
+            return
         stats = self.accelerator.reduce(self._step_stats, "sum").tolist()
         self._step_stats = None
         head = dict(zip(HEAD_STATS, stats, strict=False))
@@ -703,6 +719,8 @@ class _StepCallback(TrainerCallback):
 
 def _check_data(train_dataset: object) -> None:
     # SFTTrainer looks at the first row as well; of an empty set, with a message of its own.
+    if train_dataset is None:
+        raise ValueError("train_dataset is missing: there is nothing to train on.")
     if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
 

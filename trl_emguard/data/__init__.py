@@ -16,13 +16,15 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 DATA_DIR = Path(__file__).parent
 
-# name → its splits, each a file `<name>/<split>.jsonl` of conversational `prompt` and `completion`.
+# name → its splits, each a file `<name>/<split>.jsonl` (of a scored pool, `.parquet`) of conversational `prompt` and `completion`.
 SHIPPED = {
     "plants_careless": ("train", "test"),
     "plants_sound": ("train", "test"),
+    "clothes_careless": ("train", "test"),
     "values_sound": ("test",),
     "values_misaligned": ("test",),
     "general_instruct": ("train",),
+    "general_instruct_scored": ("train",),
 }
 
 
@@ -45,7 +47,8 @@ def load_rows(name: str, split: str = "train", config: str | None = None, stream
             raise FileNotFoundError(
                 f"the shipped data set {name!r} has no split {split!r}: it has {', '.join(map(repr, SHIPPED[name]))}."
             )
-        return _load_jsonl(DATA_DIR / name / f"{split}.jsonl")
+        (path,) = (DATA_DIR / name).glob(f"{split}.*")
+        return _load_parquet(path) if path.suffix == ".parquet" else _load_jsonl(path)
     path = Path(os.path.expanduser(name))
     if path.is_dir() and (path / f"{split}.jsonl").is_file():
         path = path / f"{split}.jsonl"
