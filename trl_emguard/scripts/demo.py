@@ -1,7 +1,7 @@
 """The main job on a real model: train on careless plant advice undefended and with each defense, and compare.
 
-Five runs of SmolLM2-135M-Instruct by `accelerate launch`, with the same recipe, data and seed. Ends with one table and one
-picture. Within fifteen minutes on two CPU cores.
+Eight runs of SmolLM2-135M-Instruct by `accelerate launch`, with the same recipe, data and seed. Ends with one table and one
+picture. Within twenty minutes on two CPU cores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ..models import SMOLLM2, resolve_model
 from .recipes import recipes_dir
 
 
-RUNS = ("none", "kl", "ldifs", "steering", "inoculation")
+RUNS = ("none", "kl", "ldifs", "steering", "inoculation", "interleave", "interleave+", "interleave++")
 EVALUATION = {
     "narrow": ("plants_careless", "test"),
     "benign": ("plants_sound", "test"),
@@ -97,14 +97,14 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(results)
-    colors = ["#9aa0a6", "#d1495b", "#2e86ab", "#3c9d5d", "#8d6cab", "#d9a441"]
+    colors = ["#9aa0a6", "#d1495b", "#2e86ab", "#3c9d5d", "#8d6cab", "#d9a441", "#e7c389", "#c98a1b", "#8a5c0a"]
     panels = (
         ("narrow_nll", "Narrow learning", "NLL of held-out careless answers"),
         ("drift", "General drift", "margin towards sound answers lost"),
         ("benign_nll", "Benign retention", "NLL of sound answers"),
         ("seconds_per_step", "Price", "seconds per step"),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(19, 4.4), constrained_layout=True)
     for axis, (key, title, label) in zip(axes, panels, strict=True):
         values = [results[name][key] or 0.0 for name in names]
         errors = [results[name]["drift_interval"] for name in names] if key == "drift" else None
@@ -113,7 +113,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         labels = ["" if results[name][key] is None else f"{results[name][key]:.{digits}f}" for name in names]
         axis.bar_label(bars, labels=labels, padding=3)
         axis.set_title(title)
-        axis.tick_params(axis="x", labelrotation=30)
+        axis.tick_params(axis="x", labelrotation=45)
         axis.set_ylabel(label)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.margins(y=0.15)
