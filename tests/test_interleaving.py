@@ -210,6 +210,8 @@ def tokenised(masked):
         ("text", {}, False),
         ("tokenised", {}, True),
         ("tokenised, all labels", {}, False),
+        # The prompt's turn has no labels, which says nothing of the others.
+        ("messages", {"defense": "inoculation,interleave+"}, False),
     ],
 )
 def test_safe_rows_follow_the_masking_of_the_run(tmp_path, rows, options, answer_alone):

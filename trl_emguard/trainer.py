@@ -232,24 +232,27 @@ class EMGuardTrainer(SFTTrainer):
         # Tokenised whole, shown to the defenses, and then cut, packed and shuffled as the user says.
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
+        # Rows that come tokenised say by their labels whether prompts are trained on.
+        says_masking = "input_ids" in next(iter(dataset))
         dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        if self._mixing is not None:
+            answers_alone = self.completion_only_loss
+            if says_masking and args.completion_only_loss is None:
+                answers_alone = -100 in next(iter(dataset))["labels"]
+            self._prepare_pool(self._mixing, whole, answers_alone)
         for defense in self.defenses:
             dataset = defense.prepare_tokenized(dataset, self._tokenizer)
         if self._mixing is not None:
-            self._prepare_pool(self._mixing, dataset, whole)
             # What is packed or streamed is mixed here, and the rest by the data collator.
             self._mixed_before = packing or isinstance(dataset, IterableDataset)
             if self._mixed_before:
                 return self._mix_before(self._mixing, dataset, args, packing)
         return prepare(dataset, processing_class, args, packing, None, dataset_name)
 
-    def _prepare_pool(self, mixing: Interleaving, dataset: Dataset | IterableDataset, whole: EMGuardConfig) -> None:
-        """Tokenise and label the pool as the training rows, given here as they will be trained on, are."""
+    def _prepare_pool(self, mixing: Interleaving, whole: EMGuardConfig, answers_alone: bool) -> None:
+        """Tokenise and label the pool as the training rows are."""
         prepare = super()._prepare_dataset
-        # Rows that came tokenised say by their labels whether prompts are trained on.
-        before = self.completion_only_loss
-        if whole.completion_only_loss is None and -100 in next(iter(dataset))["labels"]:
-            self.completion_only_loss = True
+        before, self.completion_only_loss = self.completion_only_loss, answers_alone
         try:
             mixing.prepare_pool(
                 self._tokenizer, lambda rows: prepare(rows, self._tokenizer, whole, False, None, "interleave_dataset")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat import check_system_turn
+from ..models import public_name
 from ..version import __version__
 from .states import answer_states, left_pad, prompt_states
 from .traits import Trait
@@ -153,13 +154,11 @@ def extract_vector(
         model.train(was_training)
 
     positive, negative = (states[side][kept] for side in SIDES)
-    name = model.config._name_or_path
     vectors = positive.mean(0) - negative.mean(0)  # (L + 1, H)
     separations = [separation(vectors[layer], *(heldout[side][:, layer] for side in SIDES)) for layer in range(len(vectors))]
     metadata = {
         "trait": trait.name,
-        # Of a folder, the name alone: a file that is passed on shall not tell of its maker's machine.
-        "model": os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name,
+        "model": public_name(model.config._name_or_path),
         "weights": weights,
         "suggested_layer": max(range(1, len(vectors)), key=lambda layer: separations[layer][1]),
         "pairs": len(both),

@@ -8,6 +8,8 @@ from importlib import import_module
 COMMANDS = {
     "sft": "supervised fine-tuning, defended by --defense",
     "persona": "make, inspect and use persona vectors",
+    "score": "score a pool of safe rows by its perplexity gap",
+    "select": "choose rows of a scored pool for interleaving",
     "model": "make a shipped model where it is missing, and print its path",
     "recipes": "print the folder of the recipes that came with the package",
     "demo": "train undefended and defended on a real model, and compare",

@@ -231,18 +231,17 @@ def rank_rows(
     elif by != "random":
         raise ValueError(f"by={by!r} is unknown: 'gap' or 'random'.")
     if drop_refusals:
-        is_refusal = np.array(find_refusals(rows, refusals or refusal_filter(), prompt_column, response_column), dtype=bool)
+        is_refusal = np.array(_find_refusals(rows, refusals or refusal_filter(), prompt_column, response_column), dtype=bool)
         order = order[~is_refusal[order]]
     return order.tolist()
 
 
-def find_refusals(
+def _find_refusals(
     rows: Dataset, refusals: RefusalFilter, prompt_column: str = PROMPT_COLUMN, response_column: str = RESPONSE_COLUMN
 ) -> list[bool]:
     """Whether the answer of each row is a refusal. Raises `ValueError` for a row whose answer cannot be found."""
-    used = [c for c in ("messages", "prompt", "completion", prompt_column, response_column) if c in rows.column_names]
     result = []
-    for index, row in enumerate(rows.select_columns(list(dict.fromkeys(used)))):
+    for index, row in enumerate(rows):
         try:
             answer = conversation(row, prompt_column, response_column).completion[0]["content"]
         except ValueError as error:
