@@ -157,7 +157,7 @@ class EMGuardTrainer(SFTTrainer):
             _check_ref_model(ref_model, model, config, args, self._terms)
         for defense in self.defenses:
             train_dataset = defense.prepare_dataset(train_dataset)
-        self._train_rows = train_dataset if self.defenses else None
+        self._train_rows: Any = train_dataset if self.defenses else None
 
         super().__init__(
             model=model,
