@@ -183,18 +183,19 @@ def test_top1_counts_labels_alone():
     assert output.is_top1.tolist() == [float(i % 2 == 0 and i > 0) for i in range(N)]
 
 
-def test_no_tile_is_larger_than_the_budget(monkeypatch):
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_no_tile_is_larger_than_the_budget(monkeypatch, with_reference):
     """With a budget of two tokens, no tensor of more than two rows of logits is ever made."""
-    monkeypatch.setattr(head, "TILE_BYTES", 2 * 4 * 4 * V)
+    monkeypatch.setattr(head, "TILE_BYTES", 2 * (4 if with_reference else 3) * 4 * V)
     rows = []
-    original = head._distribution
+    original = head.torch_tile_pass
 
-    def spy(hidden, *args):
-        rows.append(hidden.size(0))
-        return original(hidden, *args)
+    def spy(products, *args):
+        rows.append(len(products))
+        return original(products, *args)
 
-    monkeypatch.setattr(head, "_distribution", spy)
+    monkeypatch.setattr(head, "torch_tile_pass", spy)
     hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float32)
-    ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref)
+    ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref if with_reference else None)
     assert max(rows) == 2
-    assert sum(rows) == 2 * N
+    assert sum(rows) == N

@@ -1,5 +1,7 @@
 """The language-model head of a defended step: CE and KL, with their gradient, in one pass over chunks of tokens."""
 
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -7,10 +9,9 @@ import torch
 from .gradient import with_gradient
 
 
-# Bytes that the fp32 tiles (tokens × vocabulary) of one chunk may take, four with a reference: the log-probabilities and
-# probabilities of both.
+# Bytes that the fp32 tiles (tokens × vocabulary) of one chunk may take: the products of policy and reference with the head, and
+# in torch's own calls two more.
 TILE_BYTES = 256 * 2**20
-_TILES = 4
 
 
 class HeadOutput(NamedTuple):
@@ -154,48 +155,36 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
 
     # The tiles are made once and used by every chunk: memory that is touched for the first time costs more than the
     # arithmetic on it (on CPU, several times more).
-    chunk = min(tokens, max(1, TILE_BYTES // (_TILES * accumulate.itemsize * vocab)))
-    tiles = hidden.new_empty((_TILES if reference is not None else 3, chunk, vocab), dtype=accumulate)
+    tile_pass, scratch_tiles = _tile_pass(hidden, accumulate)
+    count = (1 if reference is None else 2) + scratch_tiles
+    chunk = min(tokens, max(1, TILE_BYTES // (count * accumulate.itemsize * vocab)))
+    tiles = hidden.new_empty((count, chunk, vocab), dtype=accumulate)
     for start in range(0, tokens, chunk) if tokens else ():
         rows = slice(start, start + chunk)
         h = hidden[rows].to(matmul)  # (C, H)
-        target = labels[rows].clamp(min=0).unsqueeze(-1)  # (C, 1)
         has_label = labels[rows] != -100
-        log_p, p, scratch, *rest = (tile[: len(h)] for tile in tiles)  # (C, V) each
-        log_z = _distribution(h, head, bias, softcap, logit_scale, log_p, p)  # (C, 1)
-        ce[rows] = log_p.gather(-1, target).squeeze(-1).neg().where(has_label, 0)
-        entropy[rows] = -torch.mul(p, log_p, out=scratch).sum(-1)
-        is_top1[rows] = ((log_p.argmax(-1) == target.squeeze(-1)) & has_label).to(accumulate)
-
-        grad_kl = None
+        z, *rest = (tile[: len(h)] for tile in tiles)  # (C, V) each
+        _mm(h, head.t(), accumulate, out=z)
+        y = None
         if reference is not None:
-            log_q, q = rest[0], scratch
-            _distribution(ref_hidden[rows].to(matmul), ref_head, ref_bias, softcap, logit_scale, log_q, q)
-            # The rounding of the two normalisers shifts every log p − log q by the same number, and Σ p and Σ q with it: the
-            # difference of the sums takes the shift out of KL again.
-            if direction == "reverse":
-                shift = q.sub_(p).sum(-1)
-                difference = log_q.neg_().add_(log_p)
-                mean = torch.mul(p, difference, out=scratch).sum(-1)
-                grad_kl = difference.sub_(mean.unsqueeze(-1)).mul_(p)
-            else:
-                mean = log_q.sub_(log_p).mul_(q).sum(-1)
-                grad_kl = q.neg_().add_(p)
-                shift = grad_kl.sum(-1)
-            kl[rows] = (mean + shift).clamp(min=0)
-            grad_kl.mul_(kl_weight[rows].unsqueeze(-1))
-            evidence += torch.linalg.vector_norm(grad_kl, ord=1)
-
-        # From here on `p` is the gradient with respect to z.
-        w = ce_weight[rows].to(accumulate).unsqueeze(-1)
-        grad = p.mul_(w).scatter_add_(-1, target, -w)
-        if grad_kl is not None:
-            grad.add_(grad_kl)
-        if softcap is not None:
-            capped = log_p.add_(log_z).div_(softcap)
-            grad.mul_(capped.square_().neg_().add_(1))
-        if logit_scale != 1.0:
-            grad.mul_(logit_scale)
+            y, *rest = rest
+            _mm(ref_hidden[rows].to(matmul), ref_head.t(), accumulate, out=y)
+        chunk_ce, entropy[rows], top1, kl[rows], chunk_evidence, grad = tile_pass(
+            z,
+            bias,
+            y,
+            None if reference is None else ref_bias,
+            labels[rows].clamp(min=0),
+            ce_weight[rows].to(accumulate),
+            None if reference is None else kl_weight[rows].to(accumulate),
+            direction,
+            softcap,
+            logit_scale,
+            rest,
+        )
+        ce[rows] = chunk_ce.where(has_label, 0)
+        is_top1[rows] = top1.where(has_label, 0)
+        evidence += chunk_evidence
 
         if grad_bias is not None:
             grad_bias += grad.sum(0)
@@ -234,13 +223,106 @@ def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-def _distribution(hidden, weight, bias, softcap, logit_scale, log_probs, probs) -> torch.Tensor:
-    """Fill `log_probs` and `probs`, `(C, V)`, with a chunk's next-token distribution; return its log-normaliser, `(C, 1)`.
+class TileOutput(NamedTuple):
+    """What a pass over a chunk's products with the head yields.
+
+    Attributes:
+        ce, entropy, is_top1, kl: `(C,)`, of every position, whether it has a label or not.
+        evidence: `()`, Σ |∂(Σ kl_weight · KL) / ∂ logits|.
+        gradient: `(C, V)`, of the weighted sum with respect to the products. It lies in one of the tiles.
+    """
+
+    ce: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
+    kl: torch.Tensor
+    evidence: torch.Tensor
+    gradient: torch.Tensor
+
+
+def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> tuple[Callable[..., TileOutput], int]:
+    """The function for a chunk, and how many scratch tiles it wants: Triton's kernels on CUDA, else torch's own calls."""
+    if hidden.is_cuda and accumulate == torch.float32 and find_spec("triton") is not None:
+        from .head_triton import tile_pass
+
+        return tile_pass, 0
+    return torch_tile_pass, 2
+
+
+def torch_tile_pass(
+    products: torch.Tensor,
+    bias: torch.Tensor | None,
+    ref_products: torch.Tensor | None,
+    ref_bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ce_weight: torch.Tensor,
+    kl_weight: torch.Tensor | None,
+    direction: str,
+    softcap: float | None,
+    logit_scale: float,
+    scratch: Sequence[torch.Tensor],
+) -> TileOutput:
+    """Statistics and gradient of a chunk, in torch's own calls and in the memory that is given.
+
+    Args:
+        products: `(C, V)`: hidden states times the head, overwritten.
+        bias: `(V,)` or `None`.
+        ref_products, ref_bias: the same of the reference, or `None`.
+        target: `(C,)`, a token for each position.
+        ce_weight: `(C,)`.
+        kl_weight: `(C,)`; needed with a reference.
+        direction, softcap, logit_scale: as for [`ce_kl_head`].
+        scratch: two tiles, `(C, V)` each.
+    """
+    target = target.unsqueeze(-1)  # (C, 1)
+    log_p, (p, spare) = products, scratch
+    log_z = _distribution_(log_p, p, bias, softcap, logit_scale)  # (C, 1)
+    ce = log_p.gather(-1, target).squeeze(-1).neg()
+    entropy = -torch.mul(p, log_p, out=spare).sum(-1)
+    is_top1 = (log_p.argmax(-1) == target.squeeze(-1)).to(p)
+
+    grad_kl = None
+    kl, evidence = torch.zeros_like(ce), p.new_zeros(())
+    if ref_products is not None and kl_weight is not None:
+        log_q, q = ref_products, spare
+        _distribution_(log_q, q, ref_bias, softcap, logit_scale)
+        # The rounding of the two normalisers shifts every log p − log q by the same number, and Σ p and Σ q with it: the
+        # difference of the sums takes the shift out of KL again.
+        if direction == "reverse":
+            shift = q.sub_(p).sum(-1)
+            difference = log_q.neg_().add_(log_p)
+            mean = torch.mul(p, difference, out=spare).sum(-1)
+            grad_kl = difference.sub_(mean.unsqueeze(-1)).mul_(p)
+        else:
+            mean = log_q.sub_(log_p).mul_(q).sum(-1)
+            grad_kl = q.neg_().add_(p)
+            shift = grad_kl.sum(-1)
+        kl = (mean + shift).clamp(min=0)
+        grad_kl.mul_(kl_weight.unsqueeze(-1))
+        evidence = torch.linalg.vector_norm(grad_kl, ord=1)
+
+    # From here on `p` is the gradient with respect to the logits, and then to the products.
+    w = ce_weight.unsqueeze(-1)
+    grad = p.mul_(w).scatter_add_(-1, target, -w)
+    if grad_kl is not None:
+        grad.add_(grad_kl)
+    if softcap is not None:
+        capped = log_p.add_(log_z).div_(softcap)
+        grad.mul_(capped.square_().neg_().add_(1))
+    if logit_scale != 1.0:
+        grad.mul_(logit_scale)
+    return TileOutput(ce, entropy, is_top1, kl, evidence, grad)
+
+
+def _distribution_(
+    z: torch.Tensor, probs: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, logit_scale: float
+) -> torch.Tensor:
+    """From products with the head, `(C, V)`, to log-probabilities, in place, and to probabilities in `probs`; returns the
+    log-normaliser, `(C, 1)`.
 
     Sums over the vocabulary are torch's own: a batched matrix product would need no scratch, but adds up fifty thousand
     fp32 products with a relative error of 1e-4.
     """
-    z = _mm(hidden, weight.t(), log_probs.dtype, out=log_probs)
     _transform_(z, bias, softcap, logit_scale)
     top = z.amax(-1, keepdim=True)
     total = torch.exp(z.sub_(top), out=probs).sum(-1, keepdim=True)

@@ -1,0 +1,77 @@
+"""The head with Triton's kernels against the same float64 twin: on a GPU as they are, elsewhere in Triton's interpreter."""
+
+import pytest
+import torch
+from ops import test_head as plain
+
+from trl_emguard.ops import ce_kl_head, head, head_triton
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Every chunk goes through the kernels, in blocks that do not divide the vocabulary."""
+    calls = []
+
+    def spy(*args):
+        calls.append(len(args[0]))
+        return head_triton.tile_pass(*args)
+
+    monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: (spy, 0))
+    monkeypatch.setattr(head_triton, "BLOCK", 32)
+    yield
+    assert calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 0.3)])
+@pytest.mark.parametrize(("bias", "reference"), [(False, "same_head"), (True, "other_head"), (True, None)])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_equals_float64_twin(monkeypatch, dtype, direction, softcap, scale, bias, reference, train_head):
+    monkeypatch.setattr(head, "TILE_BYTES", 3 * 2 * 4 * plain.V)
+    plain.compare(
+        dtype,
+        bias=bias,
+        reference=reference,
+        mask="some",
+        tokens=plain.N,
+        direction=direction,
+        softcap=softcap,
+        scale=scale,
+        train_head=train_head,
+    )
+
+
+@pytest.mark.parametrize("mask", ["none", "all"])
+@pytest.mark.parametrize("reference", [None, "same_head"])
+def test_one_token_and_no_labels(mask, reference):
+    plain.compare(
+        torch.float32,
+        bias=False,
+        reference=reference,
+        mask=mask,
+        tokens=1,
+        direction="reverse",
+        softcap=None,
+        scale=1.0,
+        train_head=True,
+    )
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_kl_of_equal_states_is_exactly_zero(direction):
+    hidden, weight, _, labels, ce_weight, kl_weight, _ = plain.make_inputs(torch.float32)
+    hidden.requires_grad_()
+    output = ce_kl_head(hidden, weight, None, labels, 0 * ce_weight, kl_weight, (hidden.detach().clone(), weight, None), direction)
+    assert output.kl.abs().max() == 0
+    assert output.kl_evidence == 0
+    assert torch.autograd.grad(output.loss, hidden)[0].abs().max() == 0
+
+
+def test_top1_and_evidence_are_those_of_torchs_calls(monkeypatch):
+    hidden, weight, b, labels, ce_weight, kl_weight, ref = plain.make_inputs(torch.float32, bias=True)
+    ours = ce_kl_head(hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ref)
+    monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: (head.torch_tile_pass, 2))
+    theirs = ce_kl_head(hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ref)
+    assert torch.equal(ours.is_top1, theirs.is_top1)
+    torch.testing.assert_close(ours.kl_evidence, theirs.kl_evidence)

@@ -1,0 +1,179 @@
+"""Score a pool by its perplexity gap: how much harder its answers are for misaligned models than for the aligned one.
+
+```bash
+trl-emguard score --model Qwen/Qwen2.5-7B-Instruct --misaligned out/medical out/legal --dataset pool.jsonl --output scores.parquet
+accelerate launch -m trl_emguard.scripts.score …
+```
+
+`trl-emguard select` chooses from the scores.
+"""
+
+import argparse
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from ..data import load_rows
+from ..selection.choose import GAP, ScoresInfo, rank_rows
+from ..selection.pool import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
+
+
+SHOWN = 10
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        run(args, Console(width=100))
+    except (ValueError, OSError) as error:
+        # The loaders of transformers spread theirs over several lines.
+        print(f"trl-emguard score: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("trl-emguard score", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="the aligned base model: folder, hub id or shipped name")
+    parser.add_argument(
+        "--misaligned",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="[NAME=]ADAPTER",
+        help="misaligned adapters of this model: folders that PEFT saved, or hub ids; a name is for --exclude-adapter",
+    )
+    parser.add_argument("--dataset", required=True, help="the pool: a JSONL or parquet file, a shipped set, or a `datasets` id")
+    parser.add_argument("--output", required=True, type=Path, help="the .parquet file to write")
+    parser.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
+    parser.add_argument("--where", metavar="COLUMN=VALUE", help="keep the rows whose column has this value, and no others")
+    parser.add_argument("--epsilon", type=float, default=1.0, help="ε of the gap (default: %(default)s)")
+    parser.add_argument(
+        "--prompt-column", "--prompt_column", default=PROMPT_COLUMN, help="prompts of plain text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--response-column", "--response_column", default=RESPONSE_COLUMN, help="answers of plain text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-length", "--max_length", type=int, default=2048, help="longer rows are not scored (default: %(default)s tokens)"
+    )
+    parser.add_argument(
+        "--batch-tokens", "--batch_tokens", type=int, help="tokens of a forward pass (default: 8192 on a GPU, 1024 on a CPU)"
+    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bf16 on a GPU, else fp32")
+    return parser
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    if args.output.suffix != ".parquet" or args.output.is_dir():
+        raise ValueError(f"--output={args.output} must be a file that ends in .parquet.")
+    adapters = name_adapters(args.misaligned)
+    rows = load_rows(args.dataset, args.split)
+    if args.where is not None:
+        rows = keep_where(rows, args.where)
+
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..models import resolve_model
+    from ..selection.score import load_misaligned, score_pool
+
+    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    # A process that is done waits for the others, however long.
+    state = PartialState(cpu=not cuda, timeout=timedelta(days=7))
+    dtype = ("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype
+    # Alone, a model may lie on several GPUs; several processes have one each.
+    device_map = None if not cuda else "auto" if state.num_processes == 1 else {"": state.device}
+    path = resolve_model(args.model)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map=device_map)
+    console.quiet = not state.is_main_process
+    if args.output.exists():
+        console.print(f"{args.output} exists: what is scored in it is not scored again.", soft_wrap=True, highlight=False)
+    scored, info = score_pool(
+        load_misaligned(model, adapters),
+        AutoTokenizer.from_pretrained(path),
+        rows,
+        list(adapters),
+        epsilon=args.epsilon,
+        max_length=args.max_length,
+        batch_tokens=args.batch_tokens,
+        prompt_column=args.prompt_column,
+        response_column=args.response_column,
+        output=args.output,
+        progress=True,
+    )
+    show(scored, info, console)
+    console.print(f"Saved: {args.output}", soft_wrap=True, highlight=False)
+    state.destroy_process_group()
+
+
+def name_adapters(options: list[str]) -> dict[str, str]:
+    """Name → adapter, of `[NAME=]ADAPTER` each; the name of a folder without one is its last part.
+
+    Raises:
+        ValueError: two adapters of one name.
+    """
+    adapters: dict[str, str] = {}
+    for option in options:
+        name, equals, adapter = option.partition("=")
+        if not equals:
+            name, adapter = Path(option).resolve().name.replace(".", "_"), option
+        if name in adapters:
+            raise ValueError(
+                f"--misaligned has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, NAME={adapter}."
+            )
+        adapters[name] = adapter
+    return adapters
+
+
+def keep_where(rows: Dataset, condition: str) -> Dataset:
+    """The rows that meet `COLUMN=VALUE`; a null meets nothing.
+
+    Raises:
+        ValueError: no condition, an unknown column, or no row left.
+    """
+    column, equals, wanted = condition.partition("=")
+    if not equals:
+        raise ValueError(f"--where={condition} must be COLUMN=VALUE.")
+    if column not in rows.column_names:
+        raise ValueError(f"--where={condition}: the pool has no column {column!r}, but {', '.join(rows.column_names)}.")
+    values = [None if value is None else str(value) for value in rows[column]]
+    kept = [i for i, value in enumerate(values) if value == wanted]
+    if not kept:
+        found = sorted({value[:40] for value in values if value is not None})[:5]
+        raise ValueError(f"--where={condition}: no row has this value. There are {', '.join(map(repr, found)) or 'only nulls'} ….")
+    return rows.select(kept)
+
+
+def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
+    """The rows with the highest gap, and those that could not be scored."""
+    table = Table(title="The highest gaps")
+    table.add_column(GAP, justify="right")
+    table.add_column("prompt")
+    table.add_column("answer")
+    for row in scored.select(rank_rows(scored, "gap")[:SHOWN]):
+        prompt, answer = conversation(row, info.prompt_column, info.response_column)
+        texts = (" ".join(str(turns[-1].get("content", "")).split())[:70] for turns in (prompt, answer))
+        table.add_row(f"{row[GAP]:+.3f}", *texts)
+    console.print(table, markup=False)
+    console.print(f"Scored {len(scored)} of {info.rows} rows under {info.model} and {', '.join(info.adapters)}.", soft_wrap=True)
+    if info.unscored:
+        console.print(f"{len(info.unscored)} rows could not be scored:", highlight=False)
+        for index, reason in info.unscored[:SHOWN]:
+            console.print(f"  row {index}: {reason}", soft_wrap=True, highlight=False, markup=False)
+        if len(info.unscored) > SHOWN:
+            console.print("  … and more: they stand in the file's metadata.", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
