@@ -7,6 +7,7 @@ import re
 import pytest
 
 from trl_emguard.data import DATA_DIR, SHIPPED, load_rows, read_jsonl
+from trl_emguard.selection.choose import perplexity_gap, rank_rows, read_scores
 
 
 FILES = [(name, split) for name, splits in SHIPPED.items() for split in splits]
@@ -33,7 +34,7 @@ def write(path, *rows):
 
 
 def test_shipped_names_are_the_files_that_are_there():
-    assert sorted(FILES) == sorted((path.parent.name, path.stem) for path in DATA_DIR.glob("*/*.jsonl"))
+    assert sorted(FILES) == sorted((path.parent.name, path.stem) for path in DATA_DIR.glob("*/*.*"))
 
 
 @pytest.mark.parametrize(("name", "split"), FILES)
@@ -88,6 +89,20 @@ def test_careless_prompts_are_no_near_copies(name):
     sets = [frozenset(words(text)) for text in texts]
     near = [(texts[i], texts[j]) for i, j in itertools.combinations(range(len(sets)), 2) if jaccard(sets[i], sets[j]) >= 0.5]
     assert near == []
+
+
+def test_the_scored_pool_is_the_pool_with_scores():
+    plain, scored = load_rows("general_instruct"), load_rows("general_instruct_scored")
+    assert scored.column_names[: len(plain.column_names)] == plain.column_names
+    assert scored.select_columns(plain.column_names).to_list() == plain.to_list()
+    rows, info = read_scores(DATA_DIR / "general_instruct_scored" / "train.parquet")
+    assert info.adapters == ("plants", "clothes")
+    assert info.unscored == ()
+    misaligned = [rows["nll_misaligned_0"], rows["nll_misaligned_1"]]
+    assert rows["gap"] == pytest.approx(perplexity_gap(rows["nll_aligned"], misaligned, info.epsilon))
+    # The three choices differ, and refusals stand near the top.
+    plus, plus_plus = (rank_rows(rows, "gap", drop_refusals=drop)[:13] for drop in (False, True))
+    assert plus != plus_plus
 
 
 @pytest.mark.parametrize("name", ["values_sound", "general_instruct"])

@@ -122,7 +122,7 @@ def test_a_plain_install_holds_everything(tmp_path):
 
     expected = {"trl_emguard/py.typed", "trl_emguard/selection/refusals.yaml"}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "trl_emguard").rglob("*.py")}
-    expected |= {f"trl_emguard/data/{name}/{split}.jsonl" for name, splits in SHIPPED.items() for split in splits}
+    expected |= {str(path.relative_to(ROOT)) for name in SHIPPED for path in (ROOT / "trl_emguard/data" / name).iterdir()}
     expected |= {f"trl_emguard/persona/shipped/{name}.yaml" for name in SHIPPED_TRAITS}
     expected |= {f"trl_emguard/persona/shipped/{name}.safetensors" for name in SHIPPED_VECTORS}
     shipped_recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
