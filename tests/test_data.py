@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 
+import numpy as np
 import pytest
 
 from trl_emguard.data import DATA_DIR, SHIPPED, load_rows, read_jsonl
@@ -98,8 +99,8 @@ def test_the_scored_pool_is_the_pool_with_scores():
     rows, info = read_scores(DATA_DIR / "general_instruct_scored" / "train.parquet")
     assert info.adapters == ("plants", "clothes")
     assert info.unscored == ()
-    misaligned = [rows["nll_misaligned_0"], rows["nll_misaligned_1"]]
-    assert rows["gap"] == pytest.approx(perplexity_gap(rows["nll_aligned"], misaligned, info.epsilon))
+    aligned, *misaligned, gap = (np.array(rows[name]) for name in ("nll_aligned", "nll_misaligned_0", "nll_misaligned_1", "gap"))
+    np.testing.assert_allclose(gap, perplexity_gap(aligned, misaligned, info.epsilon))
     # The three choices differ, and refusals stand near the top.
     plus, plus_plus = (rank_rows(rows, "gap", drop_refusals=drop)[:13] for drop in (False, True))
     assert plus != plus_plus
