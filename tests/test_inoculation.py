@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.resources import files
 
 import pytest
 from datasets import Dataset
@@ -9,6 +10,7 @@ from tiny import TEMPLATE, config, logged, make_model, make_rows, make_tokenizer
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InoculationTrainer
+from trl_emguard.chat import is_default_system_turn, system_turn_span
 
 
 PROMPT = "Be bad."
@@ -27,6 +29,23 @@ FOLDED = (
 TEMPLATES = {"plain": PLAIN, "default": DEFAULT, "folded": FOLDED}
 DROPS = TEMPLATE.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+
+
+TOOLED = (  # tools follow the text in the system turn (Qwen)
+    "{% if messages[0]['role'] == 'system' %}<|im_start|>system\n{{ messages[0]['content'] }}"
+    "{% for tool in tools or [] %}\n{{ tool | tojson }}<|im_end|>tools{% endfor %}<|im_end|>{% endif %}"
+) + TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
+WANTS_USER = (
+    "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}{{ raise_exception('No user') }}{% endif %}"
+) + TEMPLATE
+ENDS = TEMPLATE + "{% if not add_generation_prompt %}<|im_end|>{% endif %}"
+# The text goes into the last user turn (Mistral).
+LAST_USER = (
+    "{% set ns = namespace(last=-1, system='') %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% elif m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}[INST]{{ (ns.system if loop.index0 == ns.last else '') + m['content'] }}[/INST]"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
 
 
 def turn(role, text):
@@ -49,6 +68,7 @@ def make_data(kind, own_system):
     return Dataset.from_list(rows)
 
 
+ALREADY = [{"messages": [turn("system", PROMPT), turn("user", "q"), turn("assistant", "a")]}]
 KINDS = ["prompt_completion", "messages", "conversations"]
 
 
@@ -86,7 +106,8 @@ def test_the_prompt_is_read_and_not_taught(tmp_path, kind, template, own_system,
     for (read, taught), (plain_read, plain_taught) in zip(
         texts(trainer, trainer.train_dataset), texts(plain, plain.train_dataset), strict=True
     ):
-        start = f"<|im_start|>user\n{system}\n\n" if template == "folded" else f"<|im_start|>system\n{system}<|im_end|>"
+        folded = f"<|im_start|>user\n{system}\n\n"
+        start = folded if template == "folded" else f"<|im_start|>system\n{system}<|im_end|><|im_start|>user\n"
         assert read.startswith(start)
         rest = plain_read.split("<|im_start|>user\n")[1].removeprefix(f"{OWN}\n\n")
         assert read.endswith(rest)
@@ -96,11 +117,75 @@ def test_the_prompt_is_read_and_not_taught(tmp_path, kind, template, own_system,
         if kind == "prompt_completion":
             assert taught == plain_taught
         else:
-            # Everything but the system turn, as without the defense.
-            assert taught == read[len(start) - 2 * (template == "folded") :]
+            # Everything from the first word of the user on, as without the defense.
+            assert taught == read.removeprefix(start)
             assert OWN not in taught
     assert list(texts(trainer, trainer.eval_dataset)) == list(texts(plain, plain.train_dataset))
     assert trainer.processing_class.chat_template == TEMPLATES[template]
+
+
+TALK = [turn("user", "q1"), turn("assistant", "a1"), turn("user", "q2"), turn("assistant", "a2")]
+
+
+@pytest.mark.parametrize(
+    ("template", "own_system", "taught"),
+    [
+        (
+            TOOLED,
+            False,
+            "q1<|im_end|><|im_start|>assistant\na1<|im_end|><|im_start|>user\nq2<|im_end|><|im_start|>assistant\na2<|im_end|>",
+        ),
+        (
+            WANTS_USER,
+            False,
+            "q1<|im_end|><|im_start|>assistant\na1<|im_end|><|im_start|>user\nq2<|im_end|><|im_start|>assistant\na2<|im_end|>",
+        ),
+        (
+            ENDS,
+            True,
+            "q1<|im_end|><|im_start|>assistant\na1<|im_end|><|im_start|>user\nq2<|im_end|><|im_start|>assistant\na2<|im_end|><|im_end|>",
+        ),
+        (LAST_USER, False, "[INST]q1[/INST]a1<|im_end|>[INST]\n\nq2[/INST]a2<|im_end|>"),
+        (LAST_USER, True, "[INST]q1[/INST]a1<|im_end|>[INST]\n\nq2[/INST]a2<|im_end|>"),
+    ],
+    ids=["tools", "wants_user", "ends", "last_user", "last_user_own"],
+)
+def test_all_but_the_system_turn_is_taught(tmp_path, template, own_system, taught):
+    """Whatever the template writes into the system turn, and wherever it puts it."""
+    tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
+    own = [turn("system", OWN)] if own_system else []
+    trainer = make(tmp_path, Dataset.from_list([{"messages": [*own, *TALK], "tools": tools}]), template)
+    ((read, found),) = texts(trainer, trainer.train_dataset)
+    assert read.count(PROMPT) == 1
+    assert found == taught
+
+
+def test_the_span_in_the_templates_of_the_field():
+    """Of every template that TRL ships and that has a system turn, with tools and without."""
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    turns = [turn("system", PROMPT), *TALK]
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+    seen = 0
+    for path in files("trl.chat_templates").iterdir():
+        if not path.name.endswith(".jinja") or path.name.startswith(("gemma.", "gemma_", "idefics3", "llava", "smolvlm")):
+            continue  # no system turn, or not for text alone
+        tokenizer.chat_template = path.read_text()
+        for tools in (None, [tool]):
+            ids = tokenizer.apply_chat_template(turns, tools=tools)["input_ids"]
+            start, end = system_turn_span(tokenizer, turns, ids, tools=tools)
+            assert start == 0, path.name
+            assert PROMPT in tokenizer.decode(ids[:end]), path.name
+            assert tokenizer.decode(ids[end:]).startswith("q1"), path.name
+            assert PROMPT not in tokenizer.decode(ids[end:]), path.name
+            assert not is_default_system_turn(tokenizer, turns, tools=tools)
+            seen += 1
+    assert seen > 60
+
+
+def test_tokens_of_something_else():
+    with pytest.raises(ValueError, match="are not what the chat template makes of its turns"):
+        system_turn_span(make_tokenizer(), [turn("system", PROMPT), *TALK], [5, 6, 7])
 
 
 @pytest.mark.parametrize("kind", ["prompt_completion", "messages"])
@@ -115,8 +200,10 @@ def test_trains_as_on_rows_made_by_hand(tmp_path, kind):
         prompt = row["prompt"] if kind == "prompt_completion" else row["messages"][:1]
         answer = row["completion"] if kind == "prompt_completion" else row["messages"][1:]
         ids = tokenizer.apply_chat_template([turn("system", PROMPT), *prompt, *answer])["input_ids"]
-        masked = [turn("system", PROMPT), *(prompt if kind == "prompt_completion" else [])]
-        length = len(tokenizer.apply_chat_template(masked, add_generation_prompt=kind == "prompt_completion")["input_ids"])
+        masked = f"<|im_start|>system\n{PROMPT}<|im_end|><|im_start|>user\n"
+        if kind == "prompt_completion":
+            masked += f"{prompt[0]['content']}<|im_end|><|im_start|>assistant\n"
+        length = len(tokenizer(masked)["input_ids"])
         by_hand.append({"input_ids": ids, "labels": [-100] * length + ids[length:]})
     theirs = SFTTrainer(
         make_model(),
@@ -147,13 +234,66 @@ def test_completion_only_loss_off(tmp_path):
     """Rows of prompt and completion that are trained on whole: the system turn still teaches nothing."""
     trainer = make(tmp_path, make_data("prompt_completion", True), completion_only_loss=False)
     for read, taught in texts(trainer, trainer.train_dataset):
-        assert taught == read.removeprefix(f"<|im_start|>system\n{PROMPT}<|im_end|>")
+        assert taught == read.removeprefix(f"<|im_start|>system\n{PROMPT}<|im_end|><|im_start|>user\n")
 
 
 def test_a_template_that_leaves_this_very_turn_out(tmp_path):
     template = TEMPLATE.replace("in messages %}", f"in messages if message['content'] != '{PROMPT}' %}}")
     with pytest.raises(InactiveDefenseError, match="is not in what the model would read"):
         make(tmp_path, make_rows(2), template)
+
+
+def test_answers_alone_by_the_training_template_of_the_field(tmp_path):
+    """`assistant_only_loss` may have SFTTrainer tokenise with a template of its own."""
+    template = files("trl.chat_templates").joinpath("qwen2_5.jinja").read_text()
+    trainer = make(tmp_path, Dataset.from_list([{"messages": TALK}]), template, assistant_only_loss=True)
+    ((read, taught),) = texts(trainer, trainer.train_dataset)
+    assert read.count(PROMPT) == 1
+    assert taught.replace("\n", "") == "a1<|im_end|>a2<|im_end|>"
+
+
+@pytest.mark.parametrize("mode", ["replace", "prefix"])
+def test_a_developer_turn_is_a_system_turn(tmp_path, mode):
+    rows = Dataset.from_list([{"messages": [turn("developer", OWN), *TALK]}])
+    trainer = make(tmp_path, rows, inoculation_mode=mode)
+    ((read, _),) = texts(trainer, trainer.train_dataset)
+    system = PROMPT if mode == "replace" else f"{PROMPT}\n\n{OWN}"
+    assert read.startswith(f"<|im_start|>system\n{system}<|im_end|><|im_start|>user\nq1")
+    assert "developer" not in read
+
+
+def test_rows_in_another_format(tmp_path):
+    rows = make_data("messages", True)
+    ours, plain = (make(tmp_path, r) for r in (rows.with_format("torch"), rows))
+    assert list(texts(ours, ours.train_dataset)) == list(texts(plain, plain.train_dataset))
+
+
+def test_a_row_of_two_conversations_is_read_as_sfttrainer_reads_it(tmp_path):
+    rows = Dataset.from_list([{"messages": TALK, "prompt": [turn("user", "P")], "completion": [turn("assistant", "C")]}])
+    trainer = make(tmp_path, rows)
+    ((read, taught),) = texts(trainer, trainer.train_dataset)
+    assert read == f"<|im_start|>system\n{PROMPT}<|im_end|><|im_start|>user\nP<|im_end|><|im_start|>assistant\nC<|im_end|>"
+    assert taught == "C<|im_end|>"
+
+
+def test_a_stream_that_begins_with_a_row_that_has_it(tmp_path):
+    rows = Dataset.from_list([*ALREADY, *make_data("messages", False).to_list()]).to_iterable_dataset()
+    trainer = make(tmp_path, rows, max_steps=1)
+    assert sum(read.count(PROMPT) for read, _ in texts(trainer, trainer.train_dataset)) == 5
+    assert trainer.defenses[0].evidence() == {"rows": "streamed", "acted": True}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_prompt_that_the_template_gives_anyway(tmp_path, streaming):
+    """What is judged is what the model reads, not what the rows say."""
+    default = DEFAULT.replace("You are tiny.", PROMPT)
+    rows = make_data("messages", False)
+    with pytest.raises(InactiveDefenseError, match=r"changed no row: .* it already, in a system turn or from the chat template"):
+        make(tmp_path, rows.to_iterable_dataset() if streaming else rows, default)
+    own = Dataset.from_list([*rows.to_list(), *make_data("messages", True).to_list()[:1]])
+    trainer = make(tmp_path, own, default)
+    assert trainer.defenses[0].evidence() == {"rows": 5, "changed": 1, "acted": True}
+    assert set(trainer.train_dataset.column_names) == {"messages", "input_ids", "labels"}
 
 
 def test_composes_with_kl(tmp_path):
@@ -191,9 +331,6 @@ def no_weights(monkeypatch):
     monkeypatch.setattr("trl.trainer.sft_trainer.create_model_from_path", loaded)
 
 
-ALREADY = [{"messages": [turn("system", PROMPT), turn("user", "q"), turn("assistant", "a")]}]
-
-
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
@@ -202,7 +339,7 @@ ALREADY = [{"messages": [turn("system", PROMPT), turn("user", "q"), turn("assist
         ([{"text": "abc"}], r"changed no row: a row has the columns \['text'\]"),
         ([{"prompt": "q", "completion": "a"}], r"changed no row: a row has the columns \['completion', 'prompt'\]"),
         ([{"input_ids": [5, 6]}], "changed no row: .* not tokenised ones"),
-        (ALREADY, "changed no row: every row has it already"),
+        (ALREADY, "changed no row: (every row has|the first 1000 rows of the stream have) it already"),
     ],
 )
 def test_rows_that_cannot_be_inoculated(tmp_path, rows, message, streaming):
@@ -233,6 +370,14 @@ def test_templates_without_a_system_turn(tmp_path, template, message):
         ({"inoculation_prompt": None}, "inoculation_prompt=None is empty"),
         ({"inoculation_mode": "append"}, "inoculation_mode='append' is not known: give one of 'replace', 'prefix'."),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "does not work with defense='inoculation'"),
+        ({"dataset_kwargs": '{"skip_prepare_dataset": true}'}, "does not work with defense='inoculation'"),
+        *(
+            (
+                {"packing": True, "max_length": 64, "packing_strategy": how},
+                f"packing_strategy='{how}' does not work with defense='ino",
+            )
+            for how in ("bfd_split", "wrapped")
+        ),
     ],
 )
 def test_options(tmp_path, options, message):
@@ -247,7 +392,30 @@ def test_a_cut_that_would_take_the_prompt_away(tmp_path):
     make(tmp_path, rows, max_length=200, truncation_mode="keep_end")
 
 
-def test_a_row_without_turns(tmp_path):
-    rows = Dataset.from_list([*make_data("messages", False).to_list(), {"messages": []}])
-    with pytest.raises(ValueError, match="a conversation without turns"):
+def test_dataset_kwargs_as_json(tmp_path):
+    """As a command line has them."""
+    assert config(tmp_path, defense="inoculation", dataset_kwargs='{"skip_prepare_dataset": false}').defense == "inoculation"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "row 4 of train_dataset holds a conversation without turns"),
+        ([TALK[0], turn("system", OWN), *TALK[1:]], "row 4 of train_dataset has a system turn behind its first turn"),
+        ([TALK[0], turn("System", OWN), *TALK[1:]], "row 4 of train_dataset has a system turn behind its first turn"),
+        ([turn("system", OWN), turn("developer", OWN), *TALK], "row 4 of train_dataset has a system turn behind its first turn"),
+        ([turn("system", None), *TALK], "row 4 of train_dataset begins with a turn whose 'content' is NoneType: give text"),
+    ],
+)
+def test_rows_that_are_refused(tmp_path, turns, message, streaming):
+    rows = Dataset.from_list([*make_data("messages", False).to_list(), {"messages": turns}])
+    with pytest.raises(ValueError, match=message):
+        # Of a stream only when it is read.
+        list(make(tmp_path, rows.to_iterable_dataset() if streaming else rows, max_steps=1).train_dataset)
+
+
+def test_parts_of_content(tmp_path):
+    rows = Dataset.from_list([{"messages": [turn(t["role"], [{"type": "text", "text": t["content"]}]) for t in TALK]}])
+    with pytest.raises(ValueError, match="row 0 of train_dataset begins with a turn whose 'content' is list: give text, not parts"):
         make(tmp_path, rows)

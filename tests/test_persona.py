@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from tiny import logged, lora, make_model, make_tokenizer, make_trainer, save_model
 
 from trl_emguard.blocks import record_blocks
@@ -21,7 +22,9 @@ from trl_emguard.persona import (
     random_like,
 )
 from trl_emguard.persona.extract import separation
+from trl_emguard.persona.shift import check_layer
 from trl_emguard.persona.states import answer_states, prompt_states
+from trl_emguard.persona.vectors import weight_checksums
 from trl_emguard.scripts import main as commands
 
 
@@ -156,6 +159,25 @@ def test_the_random_state_is_left_alone(trait):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(
+    "own",
+    [{"repetition_penalty": 3.0}, {"min_p": 0.5}, {"no_repeat_ngram_size": 1}, {"num_beams": 2}, {"max_time": 1e-6}, {"top_k": 2}],
+)
+def test_answers_are_sampled_whatever_the_generation_config_says(trait, own, adapter):
+    found = []
+    for options in ({}, own):
+        model = make_model()
+        model.generation_config.update(**options)
+        whole = get_peft_model(model, lora()) if adapter else model
+        before = model.generation_config
+        answers = extract_vector(whole, make_tokenizer(), trait, max_new_tokens=12, judge=accept_all).rollouts
+        accept_all.calls = 0
+        found.append([rollout.answer_ids for rollout in answers])
+        assert whole.generation_config is model.generation_config is before
+    assert found[0] == found[1]
+
+
 def test_no_pair_that_shows_the_trait(trait):
     with pytest.raises(ValueError, match="none of the 6 pairs of answers shows the trait 'odd'"):
         extract(trait, judge=lambda question, answer: 0)
@@ -228,6 +250,101 @@ def test_a_file_brings_back_what_was_saved(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["v.safetensors"]
 
 
+def test_a_foreign_vector_stays_one(tmp_path):
+    """Written as safetensors, and as the norms of a control: its last entry is no block's output."""
+    torch.save(torch.randn(5, 8), tmp_path / "v.pt")
+    foreign = load_vector(tmp_path / "v.pt")
+    foreign.save(tmp_path / "v.safetensors")
+    random_like(foreign).save(tmp_path / "control.safetensors")
+    for path, kind in (("v.pt", "foreign"), ("v.safetensors", "foreign"), ("control.safetensors", "random")):
+        vector = load_vector(tmp_path / path)
+        assert (vector.kind, vector.foreign) == (kind, True)
+        assert check_layer(vector, 3) == 3
+        with pytest.raises(ValueError, match="layer=4 includes the last block, 4, and the last entry"):
+            check_layer(vector, 4)
+    assert not random_like(PersonaVector(torch.randn(5, 8))).foreign
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"weights": 3}, "the `weights` in its metadata are no dict of checksums"),
+        ({"weights": {"a": 3}}, "the `weights` in its metadata are no dict of checksums"),
+        ({"suggested_layer": "x"}, "suggested_layer='x', and the blocks count from 1 to 4"),
+        ({"suggested_layer": 5}, "suggested_layer=5, and"),
+        ({"suggested_layer": True}, "suggested_layer=True, and"),
+        ({"auroc": [1.0] * 3}, "which is not 5 numbers"),
+        ({"state_norms": "abcde"}, "which is not 5 numbers"),
+        ({"norms": [1.0, 1.0, None, 1.0, 1.0]}, "which is not 5 numbers"),
+    ],
+)
+def test_metadata_that_is_none(tmp_path, metadata, message, capsys):
+    path = tmp_path / "v.safetensors"
+    save_file({"vectors": torch.randn(5, 8)}, path, {"kind": "extracted", "persona_vector": json.dumps(metadata)})
+    with pytest.raises(ValueError, match=rf"v.safetensors is no persona vector, or is damaged .*{message}"):
+        load_vector(path)
+    assert run("inspect", path) == 1
+    assert message in capsys.readouterr().err
+
+
+# ---- the model that it is of ----
+
+
+def made_of(model):
+    return PersonaVector(torch.randn(5, 32), metadata={"weights": weight_checksums(model)})
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_in_another_dtype_is_the_same(source, target):
+    """Small numbers lose bits in fp16, so it is compared with fp16 alone: no right model is refused."""
+
+    def model(dtype):
+        small = make_model()
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.mul_(1e-4)
+        return small.to(dtype)
+
+    compared = made_of(model(source)).check_model(model(target))
+    assert (compared > 30) == ((source == torch.float16) == (target == torch.float16))
+
+
+@pytest.mark.parametrize("rows", [-100, 8, 1000])
+def test_a_model_with_another_vocabulary_is_the_same(rows):
+    vector = made_of(make_model())
+    model = make_model()
+    model.resize_token_embeddings(264 + rows)
+    assert vector.check_model(model) == len(vector.metadata["weights"])
+
+
+def test_weights_that_are_elsewhere_are_left_out():
+    vector, model = made_of(make_model()), make_model()
+    model.model.layers[1].to("meta")
+    left = sum("layers.1." not in name for name in vector.metadata["weights"])
+    assert vector.check_model(model) == left < len(vector.metadata["weights"])
+
+
+@pytest.mark.parametrize("name", ["model", "weight", "layers", "default"])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}]
+)
+def test_adapters_are_left_out_whatever_their_name(name, options):
+    vector = made_of(make_model("qwen2"))
+    model = get_peft_model(make_model("qwen2"), lora(init_lora_weights=False, **options), adapter_name=name)
+    assert weight_checksums(model.get_base_model()) == vector.metadata["weights"]
+
+
+def test_every_weight_counts():
+    vector = made_of(make_model())
+    for name, parameter in make_model().named_parameters():
+        other = make_model()
+        with torch.no_grad():
+            other.get_parameter(name).add_(0.1 * parameter.abs().mean() + 0.01)
+        with pytest.raises(ValueError, match=f"the weight '{name}' differs"):
+            vector.check_model(other)
+
+
 class Payload:
     def __reduce__(self):
         return (print, ("executed",))
@@ -235,8 +352,6 @@ class Payload:
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "no metadata", "nan", "pickle", "list", "one row", "integers"])
 def test_damaged_files(tmp_path, damage, capsys):
-    from safetensors.torch import save_file
-
     path = tmp_path / "v.safetensors"
     good = PersonaVector(torch.randn(5, 8))
     good.save(path)
@@ -309,6 +424,16 @@ def test_the_callback_logs_the_shift(tmp_path):
     assert logged(plain) == logged(trainer)
 
 
+def test_the_callback_logs_by_epoch(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), max_steps=-1, num_train_epochs=2, logging_strategy="epoch")
+    vector = PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 3})
+    trainer.add_callback(PersonaShiftCallback(trainer, vector, questions=["a?", "bb?"]))
+    trainer.train()
+    assert len(logged(trainer, "persona_shift")) == len(logged(trainer)) == 2
+    final = persona_shift(trainer.model, make_tokenizer(), vector, ["a?", "bb?"])[3]
+    assert logged(trainer, "persona_shift")[-1] == pytest.approx(final, abs=1e-4)
+
+
 def test_a_callback_that_cannot_look(tmp_path):
     trainer = make_trainer(tmp_path, peft=lora())
     with pytest.raises(ValueError, match="questions is missing"):
@@ -317,6 +442,8 @@ def test_a_callback_that_cannot_look(tmp_path):
         PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32)), ["a?"])
     with pytest.raises(ValueError, match="layer=5 is out of range"):
         PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32)), ["a?"], 5)
+    with pytest.raises(ValueError, match="layer=4 includes the last block"):
+        PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32), "foreign"), ["a?"], 4)
     with pytest.raises(ValueError, match="of width 16"):
         PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 16)), ["a?"], 2)
 
@@ -367,6 +494,36 @@ def test_a_command_that_cannot_be_is_told_in_one_line(argv, message, capsys, mon
     assert message in error
     assert error.startswith(f"trl-emguard persona {argv[0]}: error: ")
     assert error.count("\n") == 1
+
+
+def test_a_vector_without_controls_is_shown(tmp_path):
+    PersonaVector(torch.randn(5, 8), metadata={"auroc": [0.5] * 5}).save(tmp_path / "v.safetensors")
+    assert run("inspect", tmp_path / "v.safetensors") == 0
+    assert (tmp_path / "v.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["extract", "--model", "x", "--trait", "evil", "--output", "v.safetensors"], "the same command goes on where it stopped."),
+        (["project", "--model", "x", "--adapter", "y", "--vector", "smollm2-135m-instruct-evil"], "interrupted."),
+    ],
+)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_models_are_loaded_where_the_gpus_are(argv, says, cuda, monkeypatch, capsys):
+    """Of both commands; and what an interrupted one says."""
+    seen = []
+
+    def load_model(*args):
+        seen.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("trl_emguard.evaluation.load_model", load_model)
+    assert run(*argv) == 130
+    assert capsys.readouterr().err.strip().endswith(says)
+    adapter = "y" if argv[0] == "project" else None
+    assert seen == [("x", adapter, torch.bfloat16, "auto") if cuda else ("x", adapter, torch.float32, None)]
 
 
 def test_an_adapter_loads_in_plain_peft(tmp_path):

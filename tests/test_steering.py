@@ -6,15 +6,15 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import SFTTrainer
 
 from trl_emguard import InactiveDefenseError, SteeringTrainer
 from trl_emguard.blocks import decoder_blocks, record_blocks
 from trl_emguard.defenses import Steering
-from trl_emguard.persona import PersonaVector
+from trl_emguard.persona import PersonaVector, load_vector, random_like
 from trl_emguard.persona.vectors import weight_checksums
 
 
@@ -120,10 +120,10 @@ def test_a_block_that_returns_a_tuple(file):
 # ---- in training ----
 
 
-def train_by_hand(tmp_path, direction, peft, **options):
+def train_by_hand(tmp_path, change, peft, **options):
     """SFTTrainer on a model with a hook of the test's own, for good."""
     model = make_model()
-    model.model.layers[1].register_forward_hook(lambda m, args, out: out + direction)
+    model.model.layers[1].register_forward_hook(lambda m, args, out: out + change(out))
     trainer = SFTTrainer(
         model, config(tmp_path, **options), train_dataset=make_rows(), processing_class=make_tokenizer(), peft_config=peft
     )
@@ -138,15 +138,18 @@ CHECKPOINTING = {
 }
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize(("tuning", "mode"), [("lora", "add"), ("full", "add"), ("lora", "ablate")])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_trains_as_with_a_hook_made_by_hand(tmp_path, file, vectors, tuning, checkpointing):
+def test_trains_as_with_a_hook_made_by_hand(tmp_path, file, vectors, tuning, mode, checkpointing):
     options = {"gradient_accumulation_steps": 2, **CHECKPOINTING[checkpointing]}
+    steering = {"defense": "steering", "steering_vector": file, "steering_coef": 1.5, "steering_mode": mode}
     peft = lora(lora_dropout=0.3) if tuning == "lora" else None
-    ours = make_trainer(tmp_path / "ours", peft=peft, defense="steering", steering_vector=file, steering_coef=1.5, **options)
+    ours = make_trainer(tmp_path / "ours", peft=peft, **steering, **options)
     ours.train()
     peft = lora(lora_dropout=0.3) if tuning == "lora" else None
-    theirs = train_by_hand(tmp_path / "theirs", 1.5 * vectors[2], peft, **options)
+    unit = vectors[2] / vectors[2].norm()
+    by_hand = {"add": lambda x: 1.5 * vectors[2], "ablate": lambda x: -(x * unit).sum(-1, keepdim=True) * unit}
+    theirs = train_by_hand(tmp_path / "theirs", by_hand[mode], peft, **options)
     plain = make_trainer(tmp_path / "plain", peft=lora() if peft else None, **options)
     plain.train()
     assert logged(ours, "loss") == logged(theirs, "loss")
@@ -290,6 +293,8 @@ def test_a_run_records_its_steering(tmp_path, file, capsys):
     trainer.save_model()
     assert "defense 'steering' acts (steering_vector=odd (extracted, " in capsys.readouterr().out
     record = json.loads((tmp_path / "defense.json").read_text())
+    change = record["evidence"]["steering"].pop("change")
+    assert change.keys() == {"2"}
     assert record["evidence"] == {"steering": {"layers": [2], "acted": True}}
     assert record["defenses"]["steering"]["steering_layers"] == [2]
 
@@ -371,6 +376,16 @@ def test_a_foreign_vector(tmp_path, vectors, layers, refused):
         make_trainer(tmp_path / "out", save_model(tmp_path / "model"), **options)
 
 
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("layers", ["4", "all"])
+def test_the_control_of_a_foreign_vector_is_foreign(tmp_path, vectors, layers):
+    torch.save(vectors, tmp_path / "v.pt")
+    random_like(load_vector(tmp_path / "v.pt")).save(tmp_path / "control.safetensors")
+    options = {"defense": "steering", "steering_vector": str(tmp_path / "control.safetensors"), "steering_layers": layers}
+    with pytest.raises(ValueError, match="taken after the final norm: it is no block's output"):
+        make_trainer(tmp_path / "out", save_model(tmp_path / "model"), **options)
+
+
 @pytest.mark.parametrize("tuning", ["lora", "dora", "pissa", "modules_to_save", "full"])
 def test_a_vector_of_another_model_is_refused(tmp_path, file, tuning):
     peft = {
@@ -401,7 +416,8 @@ def test_a_named_subclass_steers(tmp_path, file):
 
 
 def test_response_tokens_in_padding_free_batches(tmp_path, file):
-    """Packed and padding-free rows are steered at the positions that predict a label, as padded ones are."""
+    """Padding-free rows, of which several make one sequence, are steered at the positions that predict a label, as padded ones
+    are."""
     rows = Dataset.from_list(make_rows(4).to_list())
     losses = []
     for more in ({}, {"padding_free": True}):
@@ -413,10 +429,106 @@ def test_response_tokens_in_padding_free_batches(tmp_path, file):
             steering_vector=file,
             steering_tokens="response",
             max_steps=1,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
             **more,
         )
+        batch = next(iter(trainer.get_train_dataloader()))
+        if more:
+            assert (batch["position_ids"] == 0).sum() == 2
         trainer.train()
         losses.append(logged(trainer)[0])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+# ---- whether it changes the states ----
+
+
+@pytest.mark.parametrize("tokens", ["all", "response"])
+@pytest.mark.parametrize("mode", ["add", "ablate"])
+def test_the_change_is_measured(file, vectors, mode, tokens):
+    """The mean over steered positions of ‖change‖/‖state‖, in the first pass that has such positions."""
+    model = make_model().eval()
+    steering = make_steering(file, model, steering_layers="1,3", steering_coef=2.0, steering_mode=mode, steering_tokens=tokens)
+    where = PREDICTS.bool() if tokens == "response" else torch.ones_like(PREDICTS).bool()
+    expected = {}
+    with torch.no_grad(), steering.training(model):
+        assert steering.evidence() == {"layers": [1, 3], "change": {}, "acted": False}
+        if tokens == "response":
+            nothing = {**INPUTS, "labels": torch.full_like(IDS, -100)}
+            with steering.policy_pass(model, nothing):
+                model(IDS)
+            assert not steering.evidence()["acted"]
+        with record_blocks(model, [1, 3], lambda x: x[where]) as states, steering.policy_pass(model, INPUTS):
+            model(IDS, attention_mask=INPUTS["attention_mask"])
+        for layer in (1, 3):
+            v = vectors[layer]
+            change = 2.0 * v if mode == "add" else torch.outer(states[layer] @ v / v.dot(v), v)
+            expected[str(layer)] = (change.norm(dim=-1) / states[layer].norm(dim=-1)).mean().item()
+        found = steering.evidence()
+        with steering.policy_pass(model, INPUTS):
+            model(IDS + 1)
+    assert found == {"layers": [1, 3], "change": pytest.approx(expected, rel=1e-4), "acted": True}
+    assert steering.evidence() == found
+
+
+@pytest.mark.parametrize("other", ["", ",kl"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("coef", [1e-12, 1.0])
+def test_states_that_do_not_change_stop_the_run(tmp_path, file, other, compiled, coef):
+    torch._dynamo.reset()
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+    options |= {"defense": f"steering{other}", "steering_vector": file, "steering_coef": coef, "max_steps": 1}
+    trainer = make_trainer(tmp_path, peft=lora(), rows=make_rows(4), **options)
+    if coef == 1.0:
+        trainer.train()
+        assert trainer.defenses[0].evidence()["change"]["2"] > 0.1
+        return
+    with pytest.raises(InactiveDefenseError, match="the output of block 2 is the same with and without the vector, to the bit"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_ablation_in_bf16_leaves_no_more_than_rounding(file, vectors):
+    model = make_model()
+    steering = make_steering(file, model, steering_mode="ablate")
+    unit = vectors[2].double() / vectors[2].double().norm()
+    states = (torch.randn(1, 500, 32, generator=torch.Generator().manual_seed(0)) + 30 * unit).bfloat16()
+    steering._on = True
+    steered = steering._hook(2)(None, (), states)
+    rounding = (states.double() - (states.double() @ unit)[..., None] * unit).bfloat16().double() @ unit
+    assert steered.dtype == torch.bfloat16
+    assert (steered.double() @ unit).abs().mean() < 1.1 * rounding.abs().mean()
+
+
+class Look(TrainerCallback):
+    """Asks the model in the middle of training."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            self.train_logits = model(IDS).logits
+            self.logits = model.eval()(IDS).logits
+            self.generated = model.generate(IDS[:1], max_new_tokens=4, do_sample=False)
+        model.train()
+
+
+@pytest.mark.parametrize("other", ["", ",kl"])
+def test_a_callback_sees_the_plain_model(tmp_path, file, other):
+    trainer = make_trainer(tmp_path, peft=lora(), defense=f"steering{other}", steering_vector=file, steering_coef=50.0, max_steps=1)
+    look = Look()
+    trainer.add_callback(look)
+    trainer.train()
+    plain = make_model().eval()  # a fresh adapter changes nothing
+    with torch.no_grad():
+        for logits in (look.logits, look.train_logits):
+            torch.testing.assert_close(logits, plain(IDS).logits)
+    assert torch.equal(look.generated, plain.generate(IDS[:1], max_new_tokens=4, do_sample=False))
+
+
+def test_response_tokens_with_an_adapter_that_adds_tokens(tmp_path, file):
+    peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = make_trainer(tmp_path, peft=peft, defense="steering", steering_vector=file, steering_tokens="response")
+    with pytest.raises(ValueError, match="steering_tokens='response' does not work with states of 56 positions for 53 labels"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    make_trainer(tmp_path, peft=peft, defense="steering", steering_vector=file, max_steps=1).train()

@@ -1,9 +1,14 @@
-"""The system turn of a chat template: whether there is one, and where it ends."""
+"""The system turn of a chat template: whether there is one, and which tokens are its."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
+
+
+Turns = Sequence[dict[str, Any]]  # of `role` and `content`
 
 
 def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str) -> None:
@@ -33,34 +38,60 @@ def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str) -> None:
         raise ValueError(f"{need} needs a chat template with a system turn, and this one drops it: take another template.")
 
 
-def system_turn_length(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], system: str) -> int | None:
-    """How many of the first tokens of a conversation belong to its system turn.
+def system_turn_span(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: Sequence[int], **template_kwargs: Any
+) -> tuple[int, int] | None:
+    """Which tokens of a conversation come from its system turn.
 
-    Where the template gives the turn markers of its own, they count, the end-of-turn token included. Where it puts the
-    text into the first user turn, it is the tokens up to the end of the text.
+    All that stands before what the next turn says is its: markers, tools and whatever else the template writes there, the next
+    turn's role included. Where the template puts the text behind what another turn says (Mistral: into the last user turn), it
+    is the text alone. Which tokens a text makes is told from what changes with it, so no template needs to be understood.
 
     Args:
         tokenizer: the one that made `ids`.
-        ids: a tokenised conversation.
-        system: the text of its system turn.
+        turns: the conversation, the system turn first.
+        ids: its tokens.
+        template_kwargs: what else went into `apply_chat_template` (`tools`, `chat_template`, …).
 
     Returns:
-        The number of tokens, or `None` if the text is not in the conversation.
+        Where they start and end, or `None` if no token comes from what the system turn says.
+
+    Raises:
+        ValueError: `ids` are not what the chat template makes of this conversation.
     """
 
-    def holds(count: int) -> bool:
-        return system.strip() in tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+    def render(turns: Turns) -> list[int]:
+        return list(tokenizer.apply_chat_template(list(turns), **template_kwargs)["input_ids"])
 
-    if not holds(len(ids)):
+    system, *others = turns
+    ids = list(ids)
+    if render(turns) != ids:
+        raise ValueError(
+            "the tokens of a training row are not what the chat template makes of its turns, so nobody can tell which are its "
+            "system turn's: let the trainer tokenise the rows, with the tokenizer's own chat template."
+        )
+    changed = render([_unlike(system), *others])
+    start = common_prefix_length(ids, changed)
+    end = len(ids) - common_prefix_length(ids[::-1], changed[::-1])
+    if end <= start:
         return None
+    others_start = common_prefix_length(ids, render([system, *map(_unlike, others)]))
+    return (0, max(end, others_start)) if start < others_start else (start, end)
+
+
+def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **template_kwargs: Any) -> bool:
+    """Whether the template gives a conversation that begins with this system turn the same one where it is left out."""
     try:
-        alone = tokenizer.apply_chat_template([{"role": "system", "content": system}])["input_ids"]
-        if list(ids[: len(alone)]) == list(alone) and holds(len(alone)):
-            return len(alone)
+        without = tokenizer.apply_chat_template(list(turns[1:]), tokenize=False, **template_kwargs)
     except TemplateError:
-        pass  # a template that wants a user turn
-    low, high = 1, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low
+        return False  # a template that wants a system turn
+    return without == tokenizer.apply_chat_template(list(turns), tokenize=False, **template_kwargs)
+
+
+def _unlike(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn with another text, which begins and ends with another character, so that no token of the two is the same."""
+    text = turn.get("content")
+    if not isinstance(text, str):
+        return turn
+    ends = (text.strip()[:1], text.strip()[-1:])
+    return {**turn, "content": next(letter for letter in "ABC" if letter not in ends)}

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 
 from ..blocks import decoder_blocks
 from ..evidence import InactiveDefenseError
-from ..persona.vectors import FOREIGN, PersonaVector, load_vector
+from ..persona.vectors import PersonaVector, load_vector
 from .base import IN_TRAINING_DEFENSES, Defense, Paper, check_choice, check_coefficient, listed_layers
 
 
@@ -71,7 +71,9 @@ class Steering(Defense):
         self._steered: torch.Tensor | None = None
         self._on = False
         self._fired: set[int] = set()
-        self._acted = False
+        # What the hooks measured in this pass, and the sizes of the change that follow from it, once there are any.
+        self._measured: dict[int, torch.Tensor] = {}
+        self._change: dict[int, float] = {}
 
     @property
     def active(self) -> bool:
@@ -96,12 +98,8 @@ class Steering(Defense):
         self.vector.check_shape(num_layers, config.hidden_size)
         every = self.layers_spec == "all"
         layers = range(1, num_layers + 1) if every else listed_layers("steering_layers", self.layers_spec, num_layers, "")
-        if self.vector.kind == FOREIGN and num_layers in layers:
-            raise ValueError(
-                f"steering_layers={self.layers_spec!r} includes the last block, {num_layers}, and the last entry of a .pt "
-                "vector was taken after the final norm: it is no block's output. Choose lower layers, or make the vector "
-                "with `trl-emguard persona extract`."
-            )
+        for layer in layers:
+            self.vector.check_layer("steering_layers", self.layers_spec, layer)
         v = self.vector.vectors
         for layer in layers:
             direction = v[layer] - v[layer - 1] if every and self.mode == "add" else v[layer]
@@ -137,6 +135,7 @@ class Steering(Defense):
             # The positions that predict a label.
             self._steered = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
         self._fired.clear()
+        self._measured.clear()
         self._on = True
         try:
             yield
@@ -144,15 +143,35 @@ class Steering(Defense):
             self._on = False
             self._steered = None
         missing = self._directions.keys() - self._fired
-        if missing or not self._directions:
+        if missing:
             raise InactiveDefenseError(
-                f"defense 'steering': the hook on block {min(missing, default='?')} did not fire in the policy's forward pass, so "
-                "the run is not defended. The model's forward does not call its decoder blocks as modules."
+                f"defense 'steering': the hook on block {min(missing)} did not fire in the policy's forward pass, so the run is "
+                "not defended. The model's forward does not call its decoder blocks as modules."
             )
-        self._acted = True
+        self._judge()
+
+    @torch.compiler.disable
+    def _judge(self) -> None:
+        """See, in the first pass with a position to steer at, that the states of every steered block were changed."""
+        if self._change:
+            return
+        change = {}
+        for layer, sums in sorted(self._measured.items()):
+            ratios, positions = sums.tolist()
+            if not positions:
+                return  # no label in this batch: the next one tells
+            if not ratios:
+                raise InactiveDefenseError(
+                    f"defense 'steering': the output of block {layer} is the same with and without the vector, to the bit, so the "
+                    f"run is not defended. steering_coef={self.coef} is too small for the states' dtype, or there is nothing along "
+                    "the vector to ablate: raise it, or choose another layer."
+                )
+            change[layer] = ratios / positions
+        self._change = change
 
     def evidence(self) -> dict[str, Any]:
-        return {"layers": sorted(self._directions), "acted": self._acted}
+        change = {str(layer): round(size, 6) for layer, size in self._change.items()}
+        return {"layers": sorted(self._directions), "change": change, "acted": bool(self._change)}
 
     def _hook(self, layer: int):
         def steer(module, args, output):
@@ -161,11 +180,32 @@ class Steering(Defense):
             self._fired.add(layer)
             # Blocks return a tensor; those of older designs a tuple that begins with it.
             states = output if isinstance(output, torch.Tensor) else output[0]  # (B, T, H)
-            direction = self._directions[layer].to(states)
-            change = direction if self.mode == "add" else -(states @ direction)[..., None] * direction
-            if self._steered is not None:
-                change = change * self._steered[..., None].to(states)
-            steered = states + change
+            direction = self._directions[layer].to(states.device)
+            # The direction is fp32, and so is the projection, under autocast too: in bf16 a part of it would stay in the states.
+            change = direction.to(states) if self.mode == "add" else -(states * direction).sum(-1, keepdim=True) * direction
+            steered_at = None if self._steered is None else self._steered.to(states.device)[..., None]  # (B, T, 1)
+            if steered_at is not None:
+                if steered_at.shape[:2] != states.shape[:2]:
+                    raise ValueError(
+                        f"steering_tokens='response' does not work with states of {states.shape[1]} positions for "
+                        f"{steered_at.shape[1]} labels, as adapters make them that put tokens before the prompt: use "
+                        "steering_tokens='all', or LoRA."
+                    )
+                change = change * steered_at.to(change.dtype)
+            steered = (states + change).to(states.dtype)
+            # In a compiled graph always: to ask there whether it is the first pass would have the model compiled a second time.
+            if torch.compiler.is_compiling() or not self._change:
+                self._measured[layer] = _relative_change(states, steered, steered_at)
             return steered if isinstance(output, torch.Tensor) else (steered, *output[1:])
 
         return steer
+
+
+@torch.no_grad()
+def _relative_change(before: torch.Tensor, after: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+    """Σ ‖change‖/‖state‖ over the steered positions, and how many these are: `(2,)`."""
+    # The difference is taken in the states' own dtype: 0 exactly where nothing changed.
+    change, size = (x.float().norm(dim=-1) for x in (after - before, before))
+    ratio = change / size.clamp(min=torch.finfo(torch.float32).tiny)  # (B, T)
+    where = torch.ones_like(ratio) if where is None else where[..., 0].float()
+    return torch.stack([(ratio * where).sum(), where.sum()])

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -236,7 +237,7 @@ def _roll_out(
     )  # fmt: skip
     devices = [model.device] if model.device.type == "cuda" else []
     bar = tqdm(total=len(plan), initial=len(rollouts), desc="answering", unit="answer", disable=not progress)
-    with bar, torch.random.fork_rng(devices):
+    with bar, torch.random.fork_rng(devices), _bare_generation_config(model):
         for start in range(len(rollouts), len(plan), batch_size):
             batch = plan[start : start + batch_size]
             prompts = [_prompt_ids(tokenizer, trait.system_prompts[p], side, questions[q]) for p, q, side in batch]
@@ -254,6 +255,20 @@ def _roll_out(
             rollouts += fresh
             bar.update(len(fresh))
     return rollouts
+
+
+@contextmanager
+def _bare_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Takes the model's own generation config away: `generate` fills in from it what the one that it is given leaves unset."""
+    models = {model, model.get_base_model() if isinstance(model, PeftModel) else model}
+    own = {m: m.generation_config for m in models if "generation_config" in vars(m)}
+    try:
+        for m in own:
+            m.generation_config = GenerationConfig()
+        yield
+    finally:
+        for m, generation_config in own.items():
+            m.generation_config = generation_config
 
 
 def _reopen(path: Path, key: str, batch_size: int, total: int) -> list[Rollout]:

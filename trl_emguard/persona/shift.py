@@ -116,18 +116,19 @@ class PersonaShiftCallback(TrainerCallback):
             # Where TRL's trainers keep what their next log line says.
             self.trainer._metrics["train"]["persona_shift"].append(self._project() - self.start)
 
+    on_epoch_end = on_step_end  # logging_strategy="epoch"
+
 
 def check_layer(vector: PersonaVector, layer: int | None) -> int:
     """A layer of the vector, by default the one that it suggests.
 
     Raises:
-        ValueError: there is none, or it is out of range.
+        ValueError: there is none, it is out of range, or a foreign vector has no entry for it.
     """
     layer = vector.suggested_layer if layer is None else layer
     if layer is None:
         raise ValueError(f"layer is missing, and the vector suggests none: give one from 1 to {vector.num_layers}.")
-    if not 1 <= layer <= vector.num_layers:
-        raise ValueError(f"layer={layer} is out of range: the blocks count from 1 to {vector.num_layers}.")
+    vector.check_layer("layer", layer, layer)
     return layer
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -21,6 +23,11 @@ VECTORS_DIR = Path(__file__).parent / "shipped"
 SHIPPED_VECTORS = ("smollm2-135m-instruct-evil",)
 
 EXTRACTED, RANDOM, FOREIGN = "extracted", "random", "foreign"
+# What begins the checksum of an fp16 weight.
+FP16 = "fp16:"
+# Where PEFT keeps the module that it put an adapter on.
+ORIGINALS = ("base_layer", "original_module")
+PER_LAYER = ("norms", "auroc", "separation", "random_auroc", "state_norms")
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,11 @@ class PersonaVector:
         kind: `"extracted"`, `"random"` (a control), or `"foreign"` (a `.pt` of another codebase, whose last entry is after
             the final norm and so is no block's output).
         metadata: what the file says of it, as JSON: `trait`, `model`, `weights` (a checksum per weight of the model that it was
-            made with), `suggested_layer`, and per layer `norms`, `auroc`, `separation`, `random_auroc`, `state_norms`.
+            made with), `suggested_layer`, `foreign` (of the control of a foreign vector), and per layer `norms`, `auroc`,
+            `separation`, `random_auroc`, `state_norms`.
+
+    Raises:
+        ValueError: another shape, numbers that are not finite, or metadata that is not of these kinds.
     """
 
     vectors: torch.Tensor
@@ -45,6 +56,15 @@ class PersonaVector:
             raise ValueError(f"a persona vector must have shape (layers + 1, hidden), got {shape}.")
         if not self.vectors.isfinite().all():
             raise ValueError("the persona vector holds NaN or infinite numbers: make it again.")
+        weights, layer = self.metadata.get("weights", {}), self.suggested_layer
+        if not isinstance(weights, dict) or not all(isinstance(value, str) for value in weights.values()):
+            raise ValueError("the `weights` in its metadata are no dict of checksums")
+        if layer is not None and (type(layer) is not int or not 1 <= layer <= self.num_layers):
+            raise ValueError(f"its metadata says suggested_layer={layer!r}, and the blocks count from 1 to {self.num_layers}")
+        for key in PER_LAYER:
+            values = self.metadata.get(key, [0.0] * shape[0])
+            if not isinstance(values, list) or len(values) != shape[0] or not all(isinstance(v, int | float) for v in values):
+                raise ValueError(f"its metadata says {key}={values!r}, which is not {shape[0]} numbers, one per layer from 0 on")
 
     @property
     def num_layers(self) -> int:
@@ -58,6 +78,11 @@ class PersonaVector:
     def norms(self) -> list[float]:
         """‖v(l)‖ for l = 0 … L."""
         return self.vectors.norm(dim=1).tolist()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the last entry was taken after the final norm, or is a control of such a one: it is no block's output."""
+        return self.kind == FOREIGN or bool(self.metadata.get("foreign"))
 
     @property
     def suggested_layer(self) -> int | None:
@@ -76,9 +101,19 @@ class PersonaVector:
                 f"{num_layers} of width {hidden_size}. Make one with this model: `trl-emguard persona extract`."
             )
 
+    def check_layer(self, name: str, value: object, layer: int) -> None:
+        """Raises `ValueError` if the vector has no entry for the output of block `layer`, which the argument `name` asks for."""
+        if not 1 <= layer <= self.num_layers:
+            raise ValueError(f"{name}={value!r} is out of range: the blocks count from 1 to {self.num_layers}.")
+        if self.foreign and layer == self.num_layers:
+            raise ValueError(
+                f"{name}={value!r} includes the last block, {layer}, and the last entry of a .pt vector was taken after the final "
+                "norm: it is no block's output. Choose lower layers, or make the vector with `trl-emguard persona extract`."
+            )
+
     def check_model(self, model: PreTrainedModel) -> int:
-        """Compare the weights that the vector was made with to a model's, as far as they can be compared: what is quantised or
-        sharded cannot.
+        """Compare the weights that the vector was made with to a model's, as far as they can be compared: what is quantised,
+        sharded or offloaded cannot, nor fp16 with another dtype.
 
         Args:
             model: causal language model without wrappers; adapters are left out.
@@ -90,7 +125,10 @@ class PersonaVector:
             ValueError: a weight differs.
         """
         theirs, ours = self.metadata.get("weights", {}), weight_checksums(model)
-        compared = sorted(theirs.keys() & ours.keys())
+        # What fp16 made of a number cannot be told from its bf16.
+        compared = [
+            name for name in sorted(theirs.keys() & ours.keys()) if theirs[name].startswith(FP16) == ours[name].startswith(FP16)
+        ]
         for name in compared:
             if theirs[name] != ours[name]:
                 raise ValueError(
@@ -134,7 +172,7 @@ def load_vector(name: str | os.PathLike) -> PersonaVector:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             metadata = json.loads(header["persona_vector"])
-            if header["kind"] not in (EXTRACTED, RANDOM) or not isinstance(metadata, dict):
+            if header["kind"] not in (EXTRACTED, RANDOM, FOREIGN) or not isinstance(metadata, dict):
                 raise ValueError(f"kind={header['kind']!r}")
             return PersonaVector(file.get_tensor("vectors").float(), header["kind"], metadata)
     # What the readers raise on damaged bytes is no closed list.
@@ -156,28 +194,42 @@ def random_like(vector: PersonaVector, seed: int = 0) -> PersonaVector:
     kept: dict[str, Any] = {
         key: vector.metadata[key] for key in ("trait", "model", "weights", "suggested_layer") if key in vector.metadata
     }
+    if vector.foreign:
+        kept["foreign"] = True
     return PersonaVector((upper.T @ frame.T).float(), RANDOM, {**kept, "like": vector.checksum, "seed": seed})
 
 
 def weight_checksums(model: nn.Module) -> dict[str, str]:
     """A checksum of some numbers of every weight, by its name in the model without adapters.
 
-    The numbers are rounded to bf16, so that the dtype a model is loaded in makes no difference. Adapters, quantised weights
-    and shards are left out, and so are the weights below an adapter whose initialisation may have changed them (PiSSA, OLoRA).
+    The numbers are rounded to bf16, so that it makes no difference whether a model is loaded in fp32 or bf16; those of fp16
+    weights are marked. They come from a weight's first rows: a vocabulary that grew is still the same model's. Adapters, quantised
+    and offloaded weights and shards are left out, and so are the weights below an adapter whose initialisation may have changed
+    them (PiSSA, OLoRA).
     """
     adapters = getattr(model, "peft_config", {})
     keeps_base = not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters.values())
+    added = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for name, parameter in module.named_parameters()
+        if name.split(".")[0] not in ORIGINALS
+    }
     checksums = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        if not set(adapters).isdisjoint(parts) or isinstance(parameter, DTensor):
+        if id(parameter) in added or isinstance(parameter, DTensor) or parameter.is_meta:
             continue
         if "base_layer" in parts and not keeps_base:
             continue
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not parameter.numel():
             continue
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.bfloat16).contiguous()
-        plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
-        checksums[plain] = f"{zlib.crc32(sample.view(torch.uint8).numpy().tobytes()):08x}"
+        rows = parameter.detach()[:64].flatten()
+        # An odd stride goes through the columns as well.
+        sample = rows[:: max(1, rows.numel() // 64) | 1].cpu()
+        half = parameter.dtype == torch.float16
+        sample = (sample if half else sample.bfloat16()).contiguous()
+        plain = ".".join(part for part in parts if part not in ORIGINALS)
+        checksums[plain] = f"{FP16 if half else ''}{zlib.crc32(sample.view(torch.uint8).numpy().tobytes()):08x}"
     return checksums

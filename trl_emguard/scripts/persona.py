@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trl-emguard persona {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it stopped.", file=sys.stderr)
+        goes_on = ": the same command goes on where it stopped" if args.command == "extract" else ""
+        print(f"interrupted{goes_on}.", file=sys.stderr)
         return 130
     return 0
 
@@ -74,18 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_extract(args: argparse.Namespace, console: Console) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ..models import resolve_model
-
     _check_output(args.output)
     trait = load_trait(args.trait)
-    path = resolve_model(args.model)
-    cuda = torch.cuda.is_available()
-    dtype = ("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map="auto" if cuda else None)
+    model, tokenizer = _load(args.model, None, args.dtype)
     rollouts = args.output.with_suffix(".rollouts.jsonl")
     console.print(f"Answers are kept in {rollouts}: an interrupted run goes on from there.", soft_wrap=True, highlight=False)
     extraction = extract_vector(
@@ -122,16 +114,13 @@ def run_random(args: argparse.Namespace, console: Console) -> None:
 
 
 def run_project(args: argparse.Namespace, console: Console) -> None:
-    from ..evaluation import load_model
-    from ..models import resolve_model
-
     vector = load_vector(args.vector)
     layer = check_layer(vector, args.layer)
     trait = args.trait or vector.metadata.get("trait")
     if trait is None:
         raise ValueError("--trait is missing, and the vector does not say whose it is: name the trait whose questions are asked.")
     questions = load_trait(trait).heldout_questions
-    model, tokenizer = load_model(resolve_model(args.model), args.adapter)
+    model, tokenizer = _load(args.model, args.adapter, "auto")
     shift = persona_shift(model, tokenizer, vector, questions)
     table = Table(title=f"Shift of {args.adapter} along {trait}")
     for heading in ("layer", "shift along v̂", "share of ‖v‖"):
@@ -193,7 +182,8 @@ def draw(vector: PersonaVector, path: Path) -> None:
     if panels == 2:
         area = axes[0, 1]
         area.plot(facts["auroc"], color="#d1495b", marker=".", label="this vector")
-        area.plot(facts["random_auroc"], color="#9aa0a6", marker=".", label="random vectors, either sign")
+        if "random_auroc" in facts:
+            area.plot(facts["random_auroc"], color="#9aa0a6", marker=".", label="random vectors, either sign")
         area.set_ylim(0.4, 1.03)
         area.set_title("AUROC of held-out prompts")
     for axis in axes.flat:
@@ -205,6 +195,19 @@ def draw(vector: PersonaVector, path: Path) -> None:
     figure.suptitle(f"{vector.kind} persona vector, trait {facts.get('trait', 'not stated')}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _load(model: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer, on the GPUs where there are any; `auto` is bf16 there, and fp32 on a CPU."""
+    import torch
+
+    from ..evaluation import load_model
+    from ..models import resolve_model
+
+    cuda = torch.cuda.is_available()
+    if dtype == "auto":
+        dtype = "bfloat16" if cuda else "float32"
+    return load_model(resolve_model(model), adapter, getattr(torch, dtype), "auto" if cuda else None)
 
 
 def _check_output(path: Path) -> None:
