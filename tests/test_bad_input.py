@@ -27,7 +27,7 @@ def no_weights(monkeypatch):
     [
         (
             {"defense": "kll"},
-            "defense='kll': 'kll' is not a known defense. Did you mean 'kl'? Known: none, kl, ldifs, steering, inoculation.",
+            "defense='kll': 'kll' is not a known defense. Did you mean 'kl'? Known: none, kl, ldifs, steering, inoculation, interleave, interleave+, interleave++.",
         ),
         ({"defense": "LDIFS"}, "'LDIFS' is not a known defense."),
         ({"defense": "kl;ldifs"}, "'kl;ldifs' is not a known defense."),
@@ -47,7 +47,7 @@ def no_weights(monkeypatch):
             {"defense": "kl", "kl_direction": "backward"},
             "kl_direction='backward' is not known: give one of 'reverse', 'forward'.",
         ),
-        ({"defense": "kl", "kl_tokens": "some"}, "kl_tokens='some' is not known: give one of 'loss', 'all'."),
+        ({"defense": "kl", "kl_tokens": "some"}, "kl_tokens='some' is not known: give one of 'loss', 'all', 'interleaved'."),
         ({"defense": "ldifs", "ldifs_normalize": "yes"}, "ldifs_normalize='yes' must be true or false."),
         ({"defense": "kl", "loss_type": "dft"}, "loss_type='dft' does not work with defense='kl'"),
         ({"defense": "kl", "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not work with defense='kl'"),

@@ -142,7 +142,7 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
     tokens, vocab = hidden.size(0), weight.size(0)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     head = weight.to(matmul)
-    ref_head = None
+    ref_head: Any = None
     if reference is not None:
         ref_hidden, ref_weight, ref_bias = reference
         ref_head = head if ref_weight is weight else ref_weight.to(matmul)

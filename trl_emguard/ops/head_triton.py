@@ -1,5 +1,8 @@
-"""The head's elementwise passes on CUDA. What `head.py` does in torch's own calls, each of which reads and writes whole tiles, is here
-one pass over a row for its normalisers, one for its statistics, and one for its gradient."""
+"""The head's elementwise passes on CUDA.
+
+What `head.py` does in torch's own calls, each of which reads and writes whole tiles, is here one pass over a row for its
+normalisers, one for its statistics, and one for its gradient.
+"""
 
 from collections.abc import Sequence
 
