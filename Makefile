@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # glibc hands large blocks back to the system after every use, and touching fresh ones costs a third of a step on CPU.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench bench-gpu clean
 
 setup: .venv/.ready
 
@@ -31,6 +31,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On an otherwise idle machine: what runs beside it takes a core from some steps and not from others.
+bench: DEVICE := cpu
+bench-gpu: DEVICE := cuda
+bench bench-gpu: setup
+	$(OFFLINE) $(KEEP_MEMORY) $(BIN)/python benchmarks/head.py --device $(DEVICE)
+	$(OFFLINE) $(KEEP_MEMORY) $(BIN)/python benchmarks/steps.py --device $(DEVICE)
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv outputs build *.egg-info

@@ -27,7 +27,8 @@ def no_weights(monkeypatch):
     [
         (
             {"defense": "kll"},
-            "defense='kll': 'kll' is not a known defense. Did you mean 'kl'? Known: none, kl, ldifs, steering, inoculation, interleave, interleave+, interleave++.",
+            "defense='kll': 'kll' is not a known defense. Did you mean 'kl'? Known: none, kl, ldifs, steering, inoculation, "
+            "interleave, interleave+, interleave++.",
         ),
         ({"defense": "LDIFS"}, "'LDIFS' is not a known defense."),
         ({"defense": "kl;ldifs"}, "'kl;ldifs' is not a known defense."),

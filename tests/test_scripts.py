@@ -214,13 +214,18 @@ def test_a_mistyped_defense_ends_without_a_traceback(argv, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("others", ["", ",steering,inoculation", ",interleave+"])
-def test_two_ranks_train_as_one(argv, tmp_path, others):
+@pytest.mark.parametrize("others", ["", ",steering,inoculation", ",interleave+", " cached"])
+def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
     """The same global batch: half of it on each of two ranks, against all of it on one.
 
     `accelerate launch --cpu --num_processes 2` starts one process, so its launcher for several is asked for by name.
     """
-    options = argv("--defense", f"kl{others}", "--kl_coef", "1", "--max_steps", "3", "--learning_rate", "0.3")
+    monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache of one"))
+    cached = others == " cached"
+    defense = "kl" if cached else f"kl{others}"
+    options = argv("--defense", defense, "--kl_coef", "1", "--max_steps", "3", "--learning_rate", "0.3")
+    if cached:
+        options += ["--cache_reference", "true"]
     if "interleave+" in others:
         (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pool()), encoding="utf-8")
         options += ["--interleave_dataset", str(tmp_path / "pool.jsonl"), "--interleave_fraction", "0.3"]
@@ -229,12 +234,16 @@ def test_two_ranks_train_as_one(argv, tmp_path, others):
         PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(tmp_path / "v.safetensors")
         options += ["--steering_vector", str(tmp_path / "v.safetensors"), "--steering_coef", "1"]
     assert sft.main(options) == 0
+    monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache of two"))
     two = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *MODULE, *options]
     done = run([*two, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "two")])
     # At the exit of the interpreter, after everything is saved, gloo's threads abort a rank in about one of twenty runs.
     aborted_at_exit = "terminate called without an active exception" in done.stderr and "Model saved" in done.stdout
     assert done.returncode == 0 or aborted_at_exit, done.stderr
     assert done.stdout.count("defense 'kl' acts") == 1
+    assert done.stdout.count("16 of them computed now") == cached
+    # A file from each rank.
+    assert len(list((tmp_path / "cache of two").rglob("*.safetensors"))) == 2 * cached
     expected = losses(tmp_path / "out")
     assert all(math.isfinite(loss) for loss in expected)
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)

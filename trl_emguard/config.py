@@ -26,6 +26,10 @@ class EMGuardConfig(SFTConfig):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used where a separate reference
             model is loaded from the policy's path (full fine-tuning without `ref_model`). By default the reference is a
             copy of the policy as it was given, in the policy's dtype.
+        cache_reference (`bool`, *optional*, defaults to `False`):
+            Whether the reference's states of every training row are computed once, before training, and kept on disk (in
+            `$TRL_EMGUARD_CACHE/reference`, by default below `~/.cache/trl_emguard`), so that a step runs no reference pass. It
+            pays over several epochs or runs: what is there is used again.
 
         > Parameters of `kl`
 
@@ -99,6 +103,13 @@ class EMGuardConfig(SFTConfig):
         metadata={
             "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used where a separate reference model "
             "is loaded from the policy's path (full fine-tuning without `ref_model`)."
+        },
+    )
+    cache_reference: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the reference's states of every training row are computed once, before training, and kept on disk, so "
+            "that a step runs no reference pass. It pays over several epochs or runs: what is there is used again."
         },
     )
     kl_coef: float = field(
@@ -214,7 +225,9 @@ class EMGuardConfig(SFTConfig):
             ValueError: the message names the argument, its value and the mend.
         """
         self.defense = ",".join(parse_defense(self.defense)) or "none"
-        own_loss = [d for d in build_defenses(self) if d.active and d.own_loss]
+        defenses = build_defenses(self)
+        self._check_cache([d.name for d in defenses if isinstance(d, ReferenceDefense)])
+        own_loss = [d for d in defenses if d.active and d.own_loss]
         if not own_loss:
             return
         names = ",".join(d.name for d in own_loss)
@@ -237,6 +250,24 @@ class EMGuardConfig(SFTConfig):
                 f"neftune_noise_alpha={self.neftune_noise_alpha} does not work with defense={names!r}: the noise in the "
                 "policy's embeddings would count as distance to the reference. Leave it unset."
             )
+
+    def _check_cache(self, compared: list[str]) -> None:
+        if not isinstance(self.cache_reference, bool):
+            raise ValueError(f"cache_reference={self.cache_reference!r} must be true or false.")
+        if not self.cache_reference:
+            return
+        if not compared:
+            raise ValueError(
+                f"cache_reference=True with defense={self.defense!r}, which compares nothing to a reference: leave it out, or add "
+                "'kl' or 'ldifs'."
+            )
+        for name in ("packing", "padding_free"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"cache_reference=True does not work with {name}=True: rows that share a sequence may see each other, and "
+                    f"then the reference says something else of a row in every batch. Set {name}=False, or leave "
+                    "`cache_reference` out."
+                )
 
     @classmethod
     def from_args(cls, args: TrainingArguments) -> "EMGuardConfig":

@@ -21,7 +21,7 @@ from .blocks import record_blocks
 from .defenses import Defense, ReferenceDefense
 from .mixing import INTERLEAVED
 from .ops import ce_kl_head, logit_transform, with_gradient
-from .reference import AdapterReference
+from .reference import AdapterReference, ModelReference
 
 
 def positions_in_scope(inputs: Mapping[str, Any], tokens: str) -> torch.Tensor:
@@ -125,6 +125,15 @@ class ReferenceGuard:
         return _run(model, inputs, self.scope, self.layers)
 
 
+def run_model_reference(
+    reference: ModelReference, inputs: Mapping[str, Any], scope: torch.Tensor, defenses: Sequence[ReferenceDefense]
+) -> States:
+    """The states that a separate reference model gives to the positions of a batch, `(B, T - 1)`, by its own engine."""
+    request = ReferenceGuard(scope, wanted_layers(defenses, reference.model))
+    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "output_router_logits")}
+    return reference.engine(**inputs, guard=request)
+
+
 @dataclass
 class Term:
     """A reference defense in one micro-batch.
@@ -152,8 +161,8 @@ class PolicyGuard:
         terms: at most one of them compares distributions.
         defenses: all active defenses: those that surround the policy's pass act here.
         ce_scale: `()`, what Σ CE is multiplied with: ranks / label tokens of the step.
-        reference: the reference that shares the policy's base weights, or the states of one that does not; `None` without
-            terms.
+        reference: the reference that shares the policy's base weights, or the states of one that does not or is cached; `None`
+            without terms.
         interleaved: `(B, T - 1)`, positions that predict a label of a mixed-in row, where rows are mixed in.
     """
 
@@ -307,10 +316,14 @@ def _run(model: PreTrainedModel, inputs: dict[str, Any], scope: torch.Tensor, la
     with record_blocks(model, layers, select) as blocks:
         # The backbone is looked up on each call: FSDP and PEFT may replace it after patching.
         outputs = model.base_model(**inputs)
-    # With adapters off, a head in `modules_to_save` is the original one: it is looked up where the pass is.
+    return States(select(outputs.last_hidden_state), blocks, output_head(model), getattr(outputs, "router_logits", None))
+
+
+def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A model's head, weight `(V, H)` and bias `(V,)` or `None`. With adapters off, one in `modules_to_save` is the original."""
     lm_head = model.get_output_embeddings()
     weight, bias = lm_head.weight, lm_head.bias
     # FSDP2 keeps parameters as shards: the head is gathered once, before it is cut into chunks.
     if isinstance(weight, DTensor):
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    return States(select(outputs.last_hidden_state), blocks, (weight, bias), getattr(outputs, "router_logits", None))
+    return weight, bias

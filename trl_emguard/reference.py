@@ -77,6 +77,18 @@ class ModelReference:
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
 
+    def move_backbone(self, device: torch.device | str) -> bool:
+        """Take all but the head to a device: off the accelerator while every state is cached, and back.
+
+        Returns:
+            False where it stays: a model that the user passed, or one that is quantised or split over devices.
+        """
+        fixed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "hf_quantizer", None)
+        if self.kind == GIVEN or fixed:
+            return False
+        self.model.base_model.to(device)
+        return True
+
 
 GIVEN = "separate model (ref_model)"
 

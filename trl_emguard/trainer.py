@@ -1,6 +1,7 @@
 """`EMGuardTrainer`: SFTTrainer with in-training defenses against emergent misalignment."""
 
 import copy
+import math
 import os
 import re
 from collections.abc import Callable
@@ -39,11 +40,11 @@ from .guarded_forward import (
     HEAD_STATS,
     TERM_STATS,
     PolicyGuard,
-    ReferenceGuard,
     Term,
     add_guarded_forward,
     kept_positions,
     positions_in_scope,
+    run_model_reference,
     wanted_layers,
 )
 from .mixing import INTERLEAVED, PLACE, ROW_COUNTS, MixingCollator, MixPlan, PlacedRows, PlaceSampler, mix_rows
@@ -57,10 +58,14 @@ from .reference import (
     make_reference,
     trainable_outside_adapters,
 )
+from .reference_cache import ReferenceCache
 from .version import __version__
 
 
 logger = get_logger(__name__)
+
+# What is said of a reference whose states are read from disk.
+_CACHED = ", cached"
 
 
 class EMGuardTrainer(SFTTrainer):
@@ -155,6 +160,11 @@ class EMGuardTrainer(SFTTrainer):
             self._mixing.load_pool(interleave_dataset)
         if self._terms:
             _check_ref_model(ref_model, model, config, args, self._terms)
+            if args.cache_reference and not isinstance(train_dataset, Dataset):
+                raise ValueError(
+                    f"cache_reference=True with a train_dataset of type {type(train_dataset).__name__}: the rows must be known "
+                    "before training. Pass a `Dataset`, or leave `cache_reference` out."
+                )
         for defense in self.defenses:
             train_dataset = defense.prepare_dataset(train_dataset)
         self._train_rows: Any = train_dataset if self.defenses else None
@@ -185,7 +195,9 @@ class EMGuardTrainer(SFTTrainer):
             )
         self._ledger = EvidenceLedger([term.name for term in self._terms])
         self._reference: AdapterReference | ModelReference | None = None
+        self._cache: ReferenceCache | None = None
         self._unused = {
+            "cache_reference": args.cache_reference and not self._terms,
             "ref_model": ref_model is not None and not self._terms,
             "interleave_dataset": interleave_dataset is not None and self._mixing is None,
         }
@@ -307,6 +319,7 @@ class EMGuardTrainer(SFTTrainer):
             length, reached = f"max_steps={args.max_steps}", args.max_steps * args.gradient_accumulation_steps * sampler.block
         else:
             length, reached = f"num_train_epochs={args.num_train_epochs}", int(args.num_train_epochs * plan.places)
+        self._epochs = math.ceil(reached / plan.places)
         if reached < plan.places and not plan.before(reached):
             raise ValueError(
                 f"{length} ends training before the first of the {plan.rows} rows that interleave_fraction={mixing.fraction} mixes "
@@ -364,6 +377,8 @@ class EMGuardTrainer(SFTTrainer):
             )
         if self._terms:
             self._check_layers_train()
+            if self.args.cache_reference:
+                self._check_cache_engine()
             self._reference = make_reference(self.model, ref_model, self.accelerator, self.args)
             self._fingerprint = fingerprint(self._reference, self.model)
             disable_dropout(self.model)
@@ -374,6 +389,31 @@ class EMGuardTrainer(SFTTrainer):
         self._step_stats: torch.Tensor | None = None
         self._step_learning_rate = 0.0
         self._all_tokens: torch.Tensor | None = None
+
+    def _check_cache_engine(self) -> None:
+        engines = {
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "FSDP": self.is_fsdp_enabled,
+            "tensor parallelism": self.get_tp_size() > 1,
+        }
+        for engine in (name for name, acts in engines.items() if acts):
+            raise ValueError(
+                f"cache_reference=True does not work with {engine}, which makes another model of the policy when training starts, "
+                "and the states are computed before. Leave `cache_reference` out, or train by DDP or on one device."
+            )
+
+    def _open_cache(self, reference: AdapterReference | ModelReference) -> ReferenceCache:
+        """The reference's states of every row that can come in training, computed where they are not on disk yet."""
+        rows: Any = self._remove_unused_columns(self.train_dataset, description="Training")
+        pool: Any = []
+        mixing = self._mixing
+        if mixing is not None and mixing.pool is not None and mixing.plan is not None:
+            plan = mixing.plan
+            pool = mixing.pool.select(range(min(plan.pool, plan.rows * self._epochs) if plan.redraw else plan.rows))
+        cache = ReferenceCache(reference, self._bare_model(), self._terms, self.accelerator)
+        done = cache.fill(rows, pool, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
+        self.accelerator.print(f"trl_emguard: {done}")
+        return cache
 
     def _check_layers_train(self) -> None:
         """Refuse terms over blocks that no trained weight can move: with checkpointing their states require grad all the same."""
@@ -404,7 +444,7 @@ class EMGuardTrainer(SFTTrainer):
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain SFT.")
         if self._reference is not None:
-            lines.append(f"reference: {self._reference.kind}; dropout is off.")
+            lines.append(f"reference: {self._reference_kind()}; dropout is off.")
         if self._mixing is not None:
             lines.append(self._mixing.describe())
         lines += [f"{name} was given and is not used." for name, unused in self._unused.items() if unused]
@@ -428,6 +468,8 @@ class EMGuardTrainer(SFTTrainer):
                     "move with the policy. Unfreeze it before, on the model that you pass, or pass `ref_model`."
                 )
         self.accelerator.print(self._describe())
+        if self.args.cache_reference and self._reference is not None:
+            self._cache = self._open_cache(self._reference)
 
         with ExitStack() as surroundings:
             for defense in self.defenses:
@@ -460,7 +502,8 @@ class EMGuardTrainer(SFTTrainer):
             )
         if record is not None:
             reference = self._record()["reference"]
-            if record.get("reference") != reference:
+            # Cached or not, it is the same.
+            if _uncached(record.get("reference")) != _uncached(reference):
                 raise ValueError(
                     f"{checkpoint} was held to another reference ({(record.get('reference') or {}).get('kind')}) than this run "
                     f"is ({(reference or {}).get('kind')}). Resume with the model that training started from, not with the "
@@ -508,11 +551,11 @@ class EMGuardTrainer(SFTTrainer):
         inputs.pop(INTERLEAVED, None)
         rows = inputs.pop(ROW_COUNTS, torch.zeros(2))
         reference: Any = self._reference
-        if isinstance(reference, ModelReference):
+        if self._cache is not None:
+            reference = self._cache.states(inputs, terms)
+        elif isinstance(reference, ModelReference):
             # A model of its own runs through its own engine, before the policy's one call.
-            request = ReferenceGuard(kept_positions(inputs, terms), wanted_layers(self._terms, reference.model))
-            inputs_of_reference = {k: v for k, v in inputs.items() if k not in ("labels", "output_router_logits")}
-            reference = reference.engine(**inputs_of_reference, guard=request)
+            reference = run_model_reference(reference, inputs, kept_positions(inputs, terms), self._terms)
         outputs = model(**inputs, guard=PolicyGuard(terms, self.defenses, ce_scale, reference, interleaved))
         loss = outputs.total
 
@@ -614,13 +657,17 @@ class EMGuardTrainer(SFTTrainer):
         dtypes = {self.model.dtype, torch.bfloat16 if self.args.bf16 else torch.float32}
         if isinstance(self._reference, ModelReference):
             dtypes.add(self._reference.model.dtype)
-        tolerance = 1e-5 if dtypes == {torch.float32} else 1e-2
-        for name, sums in terms.items():
-            mean = sums["value"] / max(sums["positions"], 1)
-            if not mean <= tolerance:
+        tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)
+        for term in self._terms:
+            mean = terms[term.name]["value"] / max(terms[term.name]["positions"], 1)
+            allowed = tolerance
+            if self._cache is not None and term.divergence is None:
+                # Its states come from a pass over another batch, and a distance may be in the states' own units.
+                allowed = max(tolerance, self._cache.distance_of_rounding(term, rounding))
+            if not mean <= allowed:
                 raise ValueError(
-                    f"before the first update, {name} to the reference ({self._reference.kind}) is {mean:.3g} per token, not 0: "
-                    "it is not the model that training starts from, or the forward pass is noisy (dropout or router jitter in "
+                    f"before the first update, {term.name} to the reference ({self._reference.kind}) is {mean:.3g} per token, not "
+                    "0: it is not the model that training starts from, or the forward pass is noisy (dropout or router jitter in "
                     "the model's config). Pass `ref_model`, or set the noise to 0."
                 )
 
@@ -630,7 +677,7 @@ class EMGuardTrainer(SFTTrainer):
         """What `defense.json` holds."""
         reference = None
         if self._reference is not None:
-            reference = {"kind": self._reference.kind, "fingerprint": self._fingerprint}
+            reference = {"kind": self._reference_kind(), "fingerprint": self._fingerprint}
         return {
             "trl_emguard": __version__,
             "defense": self.args.defense,
@@ -643,6 +690,10 @@ class EMGuardTrainer(SFTTrainer):
                 **self._ledger.state(),
             },
         }
+
+    def _reference_kind(self) -> str:
+        assert self._reference is not None
+        return self._reference.kind + (_CACHED if self.args.cache_reference else "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -667,7 +718,7 @@ class EMGuardTrainer(SFTTrainer):
                 papers = "; ".join(f"[{p.title}](https://arxiv.org/abs/{p.id})" for p in defense.papers)
                 section.append(f"- `{defense.name}`: {_options_text(defense.options())}" + (f" ({papers})" if papers else ""))
             if self._reference is not None:
-                section.append(f"- reference: {self._reference.kind}")
+                section.append(f"- reference: {self._reference_kind()}")
         else:
             section.append("None: plain supervised fine-tuning.")
         before, heading, after = text.partition("### Framework versions")
@@ -797,6 +848,10 @@ def _check_ref_model(
                 f"ref_model has {sizes[1]} {what} and the model {sizes[0]}: they cannot be compared. Pass a reference of the "
                 "same family."
             )
+
+
+def _uncached(reference: dict[str, Any] | None) -> dict[str, Any] | None:
+    return reference and {**reference, "kind": reference["kind"].removesuffix(_CACHED)}
 
 
 def _options_text(options: dict[str, Any]) -> str:
