@@ -1,0 +1,418 @@
+"""The reference's states of every training row, computed once and kept on disk, so that a step runs no reference pass.
+
+A folder holds the states of one reference, and its name follows from all that the states depend on but the rows
+([`cache_folder`]). A row is found by its content, its tokens and the positions that a term looks at, wherever it comes from:
+another epoch, another order, another rank, a pool, a resumed run, another data set that shares rows with the first.
+
+The files are written whole and never changed. A file's name ends in the checksum of its bytes.
+"""
+
+import functools
+import hashlib
+import json
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from safetensors.torch import load_file, save
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .defenses import ReferenceDefense
+from .guarded_forward import (
+    ReferenceGuard,
+    States,
+    Term,
+    kept_positions,
+    output_head,
+    positions_in_scope,
+    run_model_reference,
+    wanted_layers,
+)
+from .mixing import INTERLEAVED
+from .models import cache_dir
+from .reference import AdapterReference, ModelReference
+from .version import __version__
+
+
+logger = get_logger(__name__)
+
+# A file is written once it holds so much: what a killed build loses at most, per rank.
+FILE_BYTES = 64 * 2**20
+
+# Of a file: the final states, of which the head makes logits. Blocks go by their number.
+LAST = "last"
+
+# What a row's states may depend on, and what they do not depend on.
+_INPUTS = {"input_ids", "attention_mask", "labels", INTERLEAVED, "use_cache", "output_router_logits"}
+
+
+@dataclass
+class CachedRow:
+    """A row whose states are kept.
+
+    Attributes:
+        index: its place in the data.
+        key: what it is found by.
+        length: its tokens, with the pads that the collator gives every row.
+        positions: how many of them are kept.
+    """
+
+    index: int
+    key: bytes
+    length: int
+    positions: int
+
+
+class ReferenceCache:
+    """The states of one reference, read from memory-mapped files.
+
+    Args:
+        reference: whose states they are.
+        policy: the causal language model without wrappers.
+        terms: the defenses that compare the states. They say which states are kept, and of which positions.
+        accelerator: of the run, whose ranks share the work and the folder.
+    """
+
+    def __init__(
+        self,
+        reference: AdapterReference | ModelReference,
+        policy: PreTrainedModel,
+        terms: Sequence[ReferenceDefense],
+        accelerator: Accelerator,
+    ):
+        self._reference = reference
+        self._model = reference.model if isinstance(reference, ModelReference) else policy
+        self._terms = terms
+        self._accelerator = accelerator
+        self._layers = wanted_layers(terms, policy)
+        self._names = [LAST] * any(term.divergence is not None for term in terms) + [str(layer) for layer in self._layers]
+        with reference.swapped_in() if isinstance(reference, AdapterReference) else nullcontext():
+            self._head = output_head(self._model)
+        self.folder = cache_folder(reference, self._model, self._names, accelerator.device.type, str(accelerator.mixed_precision))
+        # key → the file's tensors, and from where to where in them.
+        self._rows: dict[bytes, tuple[dict[str, torch.Tensor], int, int]] = {}
+
+    # ---- in a step ----
+
+    def states(self, inputs: Mapping[str, Any], terms: Sequence[Term]) -> States:
+        """What the reference's pass over a batch would keep, in the order in which it would.
+
+        Args:
+            inputs: the collated batch, `(B, T)` tensors.
+            terms: with their positions.
+
+        Returns:
+            [`States`] on the CPU, `(P, H)` each. Those that no term looks at are zeros, and the final ones are left out where no
+            term compares distributions.
+
+        Raises:
+            ValueError: a row is not in the cache.
+        """
+        kept = kept_positions(inputs, terms)
+        needed = functools.reduce(torch.logical_or, [term.scope for term in terms])
+        found = []
+        for line, key in enumerate(row_keys(inputs, needed)):
+            if key is None:
+                continue
+            if key not in self._rows:
+                ids = inputs["input_ids"][line][inputs["attention_mask"][line].bool()].tolist()
+                raise ValueError(
+                    f"a training row of {len(ids)} tokens (they begin {ids[:8]}) is not in the reference cache, which was filled "
+                    "before training: rows or labels have changed since, or the data collator makes other ones at each call. "
+                    "Leave `cache_reference` out, or change the data before the trainer gets it."
+                )
+            found.append(self._rows[key])
+        where = needed[kept].cpu()
+        any_file = next(iter(self._rows.values()))[0]
+        states = {}
+        for name in self._names:
+            stored = torch.cat([file[name][start:end] for file, start, end in found] or [any_file[name][:0]])
+            states[name] = stored
+            if len(stored) < len(where):
+                states[name] = stored.new_zeros(len(where), stored.shape[1])
+                states[name][where] = stored
+        last = states.pop(LAST, torch.empty(len(where), 0))
+        return States(last, {int(name): block for name, block in states.items()}, self._head)
+
+    def distance_of_rounding(self, term: ReferenceDefense, relative: float) -> float:
+        """What a term over block outputs says, per token, of cached states and the same ones moved by a share of their length."""
+        file = next(iter(self._rows.values()))[0]
+        layers = term.layers(self._model.config.get_text_config().num_hidden_layers)
+        states = [file[str(layer)][:256].float() for layer in layers]
+        signs = [1 - 2 * (torch.arange(x.shape[1]) % 2) for x in states]
+        moved = [x * (1 + relative * sign) for x, sign in zip(states, signs, strict=True)]
+        return term.token_loss(moved, states).mean().item()
+
+    # ---- before training ----
+
+    def fill(
+        self,
+        rows: Sequence[dict[str, Any]],
+        pool: Sequence[dict[str, Any]],
+        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        batch_size: int,
+        quiet: bool,
+    ) -> str:
+        """Compute and write what the cache lacks.
+
+        Args:
+            rows: the training rows.
+            pool: rows that can be mixed in.
+            collator: makes a batch of rows.
+            batch_size: rows in a pass.
+            quiet: no progress bar.
+
+        Returns:
+            What was done, in one line.
+
+        Raises:
+            ValueError: the states do not fit on the disk, or are no function of a row alone: a batch without attention mask, with
+                pads on the left or with inputs beyond the mask, or positions that depend on the longest row of a batch.
+        """
+
+        def collate(indices: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
+            batch = collator([rows[i] if i < len(rows) else pool[i - len(rows)] for i in indices])
+            mixed_in = torch.tensor([i >= len(rows) for i in indices])
+            batch[INTERLEAVED] = mixed_in[:, None].expand_as(batch["input_ids"])
+            scopes = [positions_in_scope(batch, term.tokens) for term in self._terms]
+            return batch, functools.reduce(torch.logical_or, scopes)
+
+        # Each distinct row that some term looks at, longest first: rows of like lengths pad little, and memory that does not
+        # suffice runs out at once.
+        distinct: dict[bytes, CachedRow] = {}
+        for index in range(len(rows) + len(pool)):
+            inputs, needed = collate([index])
+            key = row_keys(inputs, needed)[0]
+            if key is not None:
+                distinct[key] = CachedRow(index, key, inputs["input_ids"].shape[1], int(needed.sum()))
+        wanted = sorted(distinct.values(), key=lambda row: -row.length)
+        if not wanted:
+            raise ValueError("cache_reference=True, but no training row has a token that a defense looks at: see to its labels.")
+        _check_length(self._model, wanted[0].length)
+
+        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
+        self._drop_damaged(slice(rank, None, ranks))
+        self._accelerator.wait_for_everyone()
+        self._read()
+        per_position = len(self._names) * self._model.config.get_text_config().hidden_size * self._model.dtype.itemsize
+        missing = [row for row in wanted if row.key not in self._rows]
+        need, free = per_position * sum(row.positions for row in missing), shutil.disk_usage(self.folder).free
+        if need > free:
+            raise ValueError(
+                f"cache_reference=True needs {need / 2**30:.3g} GiB in {self.folder}, where {free / 2**30:.3g} GiB are free. Free "
+                "some, name a folder on a larger disk in the environment variable TRL_EMGUARD_CACHE, or leave `cache_reference` "
+                "out."
+            )
+        # Every rank has counted by now, and none has written.
+        self._accelerator.wait_for_everyone()
+
+        # Split row by row, and not by what is missing: ranks need not see the same files, nor be as many as in a build that was
+        # cut short.
+        mine = [row for row in wanted[rank::ranks] if row.key not in self._rows]
+        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        waiting: list[CachedRow] = []
+        states: list[dict[str, torch.Tensor]] = []
+        for batch in tqdm(batches, desc="Reference cache", disable=quiet or rank > 0 or not batches):
+            inputs, needed = collate([row.index for row in batch])
+            # What a collator draws at random is found here, before its states are written under another row's name.
+            if row_keys(inputs, needed) != [row.key for row in batch]:
+                raise ValueError(
+                    "cache_reference=True, and the data collator makes other rows at each call: leave `cache_reference` out."
+                )
+            states.append(self._run(inputs, needed))
+            waiting += batch
+            if per_position * sum(row.positions for row in waiting) >= FILE_BYTES or batch is batches[-1]:
+                self._write(waiting, states)
+                waiting, states = [], []
+        if isinstance(self._reference, ModelReference) and self._reference.move_backbone("cpu"):
+            # Nothing runs it any more. Its head stays by the policy's, a tied one as a copy.
+            weight, bias = self._head
+            device = self._accelerator.device
+            self._head = weight.to(device), None if bias is None else bias.to(device)
+
+        self._accelerator.wait_for_everyone()
+        self._read()
+        if any(row.key not in self._rows for row in wanted):
+            raise ValueError(
+                f"{self.folder} does not hold what the other ranks have written: every rank must see the same folder. Name one "
+                "that all machines share in the environment variable TRL_EMGUARD_CACHE, or leave `cache_reference` out."
+            )
+        size = per_position * sum(row.positions for row in wanted) / 2**30
+        computed = f"{len(missing)} of them computed now" if missing else "all of them found"
+        return f"reference cache: {len(wanted)} rows ({size:.3g} GiB), {computed}, in {self.folder}."
+
+    def _run(self, inputs: Mapping[str, Any], needed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The states of a batch at the needed positions, as they are kept."""
+        device = self._accelerator.device
+        inputs = {**{name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}, "use_cache": False}
+        if isinstance(self._reference, ModelReference):
+            self._reference.move_backbone(device)
+            made = run_model_reference(self._reference, inputs, needed, self._terms)
+        else:
+            training = self._model.training
+            self._model.eval()
+            try:
+                with self._reference.swapped_in(), self._accelerator.autocast():
+                    made = ReferenceGuard(needed, self._layers)(self._model, dict(inputs))
+            finally:
+                self._model.train(training)
+        states = {LAST: made.last} | {str(layer): block for layer, block in made.blocks.items()}
+        return {name: states[name].to("cpu", self._model.dtype) for name in self._names}
+
+    # ---- on disk ----
+
+    def _drop_damaged(self, share: slice) -> None:
+        """Delete the files whose bytes are not those that were written."""
+        for path in sorted(self.folder.glob("*.safetensors"))[share]:
+            if path.stem.rpartition("-")[2] != f"{zlib.crc32(path.read_bytes()):08x}":
+                logger.warning(f"{path} is damaged: the rows that were in it are computed again.", main_process_only=False)
+                path.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        """Map the files that are there into memory."""
+        self._rows = {}
+        for path in self.folder.glob("*.safetensors"):
+            file = load_file(path)
+            ends = file.pop("positions").cumsum(0).tolist()
+            for key, start, end in zip(file.pop("keys").numpy(), [0, *ends], ends, strict=False):
+                self._rows[key.tobytes()] = file, start, end
+
+    def _write(self, rows: Sequence[CachedRow], states: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """One file, whole or not at all, from the rows and the states of their batches."""
+        tensors = {name: torch.cat([batch[name] for batch in states]) for name in self._names}
+        tensors["positions"] = torch.tensor([row.positions for row in rows])
+        keys = b"".join(row.key for row in rows)
+        tensors["keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(rows), -1)
+        content = save(tensors)
+        name = f"{hashlib.sha256(keys).hexdigest()[:16]}-{zlib.crc32(content):08x}.safetensors"
+        _write_whole(self.folder / name, content)
+
+
+def row_keys(inputs: Mapping[str, Any], needed: torch.Tensor) -> list[bytes | None]:
+    """What the rows of a batch are found by: a digest of their tokens, without pads, and of the positions that are kept.
+
+    Args:
+        inputs: a collated batch, `(B, T)` tensors.
+        needed: `(B, T - 1)`, the positions to keep.
+
+    Returns:
+        16 bytes a row, or `None` where nothing is kept.
+
+    Raises:
+        ValueError: the states would depend on more than a row's own tokens.
+    """
+    mask = inputs.get("attention_mask")
+    more = sorted(set(inputs) - _INPUTS)
+    if mask is None or mask.dim() != 2 or more:
+        has = f"also returns {', '.join(more)}" if more else "returns no attention mask of shape (rows, tokens)"
+        raise ValueError(
+            f"cache_reference=True knows a row by its `input_ids`, and the data collator {has}: leave `cache_reference` out, or "
+            "use the default collator."
+        )
+    if bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise ValueError(
+            "cache_reference=True, and the data collator pads on the left, which moves the positions of a row: pad on the right."
+        )
+    lengths = mask.sum(1).tolist()
+    keys: list[bytes | None] = []
+    for ids, kept, length in zip(inputs["input_ids"].cpu().numpy(), needed.cpu().numpy(), lengths, strict=True):
+        positions = np.flatnonzero(kept)
+        content = np.concatenate([[length], ids[:length], positions]).astype("<i8").tobytes()
+        keys.append(hashlib.blake2b(content, digest_size=16).digest() if len(positions) else None)
+    return keys
+
+
+def _check_length(model: PreTrainedModel, width: int) -> None:
+    """Refuse rows so long that the states of the others in a batch depend on them, as some rotary embeddings have it."""
+    config = model.config.get_text_config()
+    rotary: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    limit: int = rotary.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None) or width
+    if any(kind in json.dumps(rotary) for kind in ('"dynamic"', '"longrope"')) and width > limit:
+        raise ValueError(
+            f"cache_reference=True, and a row has {width} tokens: beyond {limit} this model's rotary embeddings depend on the "
+            f"longest row of a batch, and so do the states of the others. Set max_length={limit}, or leave `cache_reference` out."
+        )
+
+
+def cache_folder(
+    reference: AdapterReference | ModelReference,
+    model: PreTrainedModel,
+    states: Sequence[str],
+    device: str,
+    autocast: str,
+) -> Path:
+    """Where the states of a reference are kept. The name follows from all that they depend on but the rows; `about.json` inside
+    spells it out.
+
+    Args:
+        reference: whose they are.
+        model: its causal language model without wrappers: the policy's, or its own.
+        states: the names of those that are kept.
+        device: the kind of device that the pass runs on.
+        autocast: the precision that the pass runs in, as accelerate names it.
+    """
+    adapters = getattr(model, "peft_config", {})
+    if isinstance(reference, AdapterReference):
+        adapters = {name: config for name, config in adapters.items() if name == reference.adapter}
+    config = model.config.to_dict()
+    # They do not reach a state, and change with where the model lies and with what the trainer makes of it.
+    for name in ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"):
+        config.pop(name, None)
+    about = {
+        "weights": _weights_digest(model, set(getattr(model, "peft_config", {})) - set(adapters)),
+        "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
+        "config": config,
+        "attention": model.config._attn_implementation,
+        "dtype": str(model.dtype),
+        "autocast": autocast,
+        "device": device,
+        "states": list(states),
+        "versions": {"trl_emguard": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
+    }
+    text = json.dumps(about, indent=2, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
+    folder = cache_dir() / "reference" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / "about.json", text.encode() + b"\n")
+    return folder
+
+
+def _weights_digest(model: nn.Module, without: set[str]) -> str:
+    """A hash over every weight: some numbers of it, and the sum of its bits, which any change of a single one shows in.
+
+    Adapters in `without` are left out, and a weight has the name that it has in a model without adapters: what is cached for one
+    kind of adapter serves another.
+    """
+    lines = []
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if not without.isdisjoint(parts):
+            continue
+        bits = parameter.detach().flatten().view(torch.uint8)
+        bits = bits.clone() if bits.storage_offset() % 8 else bits
+        whole = len(bits) // 8 * 8
+        total = int(bits[:whole].view(torch.int64).sum()), int(bits[whole:].sum())
+        sample = bits[:: max(1, len(bits) // 512)].contiguous().cpu().numpy().tobytes()
+        plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+        lines.append(f"{plain} {parameter.dtype} {tuple(parameter.shape)} {total} {zlib.crc32(sample):08x}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    scratch = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
