@@ -1,0 +1,145 @@
+"""The benchmarks run, compare what they say they compare, and make their page. No timing is looked at."""
+
+import re
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+harness, head, report, steps = map(import_module, ("harness", "head", "report", "steps"))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A point small enough to train on in a test."""
+    steps.SHAPES["tiny"] = {
+        "vocab_size": 8192,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    yield steps.Point("tiny", "lora", 2, 12, (*steps.MAIN, "paper kl", "paper ldifs", "two kernels"))
+    del steps.SHAPES["tiny"]
+
+
+def test_memory_is_counted():
+    def call():
+        a = torch.empty(1000, 250)
+        b = a.exp()
+        del a
+        b.exp()
+
+    assert harness.peak_memory(call, "cpu") == 2_000_000
+
+
+def test_calls_are_made_in_turn():
+    made = []
+    seconds = harness.time_in_turn({"a": lambda: made.append("a"), "b": lambda: made.append("b")}, 3, "cpu")
+    assert made == ["a", "b"] * 3
+    columns = harness.statistics({"a": [3.0, 9.0, 4.0], "b": [1.0, 3.0, 2.0], "c": [1.0, 1.0, 1.0]}, "a", ("b", "c"))
+    assert (columns["seconds"], columns["ratio"], columns["ratio_to"]) == ("4", "1.333", "b + c")
+    assert len(seconds["a"]) == 3
+
+
+def test_other_ways_to_write_kl_train_alike(tiny, tmp_path):
+    """After three steps the adapters of `kl` and of TRL's two kernels are the same, and others than those of plain training."""
+    base = steps.load_base(tiny, "cpu")
+    tokenizer = steps.AutoTokenizer.from_pretrained(steps.smollm2())
+    trainers = {
+        name: steps.make_trainer(name, tiny, base, tokenizer, str(tmp_path), "cpu") for name in ("stock", "kl", "two kernels")
+    }
+    weights = {}
+
+    def train():
+        # The coefficient's share in a step of Adam would be small.
+        trainers["kl"]._terms[0].coef = steps.KL_COEF
+        for name, trainer in trainers.items():
+            for _ in range(3):
+                steps.make_step(trainer)
+            weights[name] = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "KL_COEF", 100.0)
+        steps.while_training(list(trainers.values()), train)
+    moved = (weights["kl"] - weights["stock"]).norm()
+    assert (weights["kl"] - weights["two kernels"]).norm() < 1e-2 * moved
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_point_is_measured(tiny, tuning):
+    point = steps.replace(tiny, tuning=tuning, variants=tuple(v for v in tiny.variants if tuning == "lora" or v != "two kernels"))
+    rows = {row["variant"]: row for row in steps.measure(point, 1, "cpu")}
+    assert list(rows) == list(point.variants)
+    for name, row in rows.items():
+        assert bool(row["seconds"]) != bool(row["note"]), name
+        assert row["tokens"] in ("", 24)
+    # A second model is held, and so is a frozen copy.
+    assert rows["paper kl"]["held_mib"] > rows["stock"]["held_mib"]
+    assert (rows["kl"]["held_mib"] > rows["stock"]["held_mib"]) == (tuning == "full")
+
+
+def test_rows_of_the_real_model_are_as_stated():
+    tokenizer = steps.AutoTokenizer.from_pretrained(steps.smollm2())
+    point = steps.POINTS["cpu"][0]
+    lengths, labels = [], 0
+    for row in steps.make_rows(point, tokenizer):
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        lengths.append(len(whole))
+        labels += len(whole) - len(prompt)
+    assert (point.batch, point.length) == (8, 124)
+    assert max(lengths) == 124
+    assert abs(sum(lengths) - 970) <= 10
+    assert abs(labels - 600) <= 20
+
+
+def test_the_page(tmp_path):
+    """Tables, verdicts and pictures from a few made-up rows; without any, the page says that nothing was measured."""
+    shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path)
+    page, results = tmp_path / "benchmarks.md", tmp_path / "results"
+    report.write_page(results, tmp_path)
+    assert page.read_text().count("not measured: no GPU was at hand") == 4
+    assert "reached |" not in page.read_text()
+
+    where = harness.environment("cpu")
+    seconds = {"stock": 4.0, "reference forward": 1.0, "kl": 4.9, "paper kl": 12.0, "ldifs": 6.0, "two kernels": 8.0}
+    point = {"model": "smollm2-135m-instruct", "layers": 30, "tuning": "lora", "batch": 8, "length": 124}
+    rows = []
+    for name, time in seconds.items():
+        over = steps.RATIO_TO[name]
+        columns = harness.statistics({other: [value] * 3 for other, value in seconds.items()}, name, over)
+        columns |= {"tokens": 970, "labels": 600, "tokens_per_second": 970 / time, "held_mib": 100.0, "step_mib": 50.0}
+        rows.append(point | {"variant": name} | columns | {"note": ""} | where)
+    rows.append(dict.fromkeys(rows[0], "") | point | {"variant": "kl cached", "note": "no such option"} | where)
+    harness.write_csv(results / "steps-cpu.csv", rows)
+    scaling = [
+        {**row, "layers": layers, "batch": batch, "length": length, "seconds": length * batch * layers}
+        for row in rows[:4]
+        for length, batch, layers in [(8, 2, 2), (16, 2, 2), (32, 2, 2), (16, 1, 2), (16, 4, 2), (16, 2, 1), (16, 2, 4)]
+    ]
+    harness.write_csv(results / "scaling-cpu.csv", scaling)
+    report.write_page(results, tmp_path)
+    text = page.read_text()
+    assert re.search(r"`kl` step ÷ \(stock step \+ reference forward\) \| ≤ 1.00 \| 0.98 \| reached", text)
+    assert re.search(r"paper's `kl` step ÷ `kl` step \| ≥ 3.00 \| 2.45 \| \*\*not reached", text)
+    assert re.search(r"cached reference ÷ stock step \| ≤ 1.05 \| – \| not measured \(no such option\)", text)
+    assert "| length 16 … 32 | 1.00 | 1.00 | 1.00 |" in text
+    assert (tmp_path / "benchmarks.png").stat().st_size > 10_000
+    assert (tmp_path / "benchmarks_scaling.png").stat().st_size > 10_000
+    report.write_page(results, tmp_path)
+    assert page.read_text() == text
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["head.py", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        head.main()
