@@ -21,7 +21,7 @@ from trl_emguard.ops.head import TILE_BYTES
 
 
 # Tokens N, vocabulary V, width H. On CPU SmolLM2's head; on CUDA those of Qwen2.5-7B and -0.5B with the labels of 8192 tokens.
-SIZES = {"cpu": [(1000, 49152, 576), (250, 49152, 576)], "cuda": [(8192, 152064, 3584), (8192, 151936, 896)]}
+SIZES = {"cpu": [(1000, 49152, 576)], "cuda": [(8192, 152064, 3584), (8192, 151936, 896)]}
 KL_COEF = 0.1
 BARE = "three bare GEMMs"
 

@@ -247,7 +247,7 @@ def draw_ratios(rows: Sequence[Row], path: Path) -> None:
         axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3)
         floor = 1 + over("reference forward", "stock")(point)
         axis.axvline(floor, color="black", linewidth=0.8, linestyle="--", label=f"stock + reference forward: {floor:.2f}")
-        axis.legend(frameon=False, loc="lower right")
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set_xlabel("step time ÷ stock step")

@@ -176,8 +176,9 @@ GUARDS = ("steering", "inoculation", "interleave++")
 POINTS = {
     "cpu": [
         Point(SMOLLM2, "lora", 8, 124, (*MAIN, *GUARDS, "paper kl", "two kernels")),
-        Point(SMOLLM2, "lora", 2, 248, (*MAIN, "paper kl", "paper ldifs", "two kernels")),
-        Point(SMOLLM2, "full", 2, 124, (*MAIN, "paper kl")),
+        Point(SMOLLM2, "lora", 2, 248, (*MAIN, "paper kl", "paper ldifs")),
+        # Each with weights and optimizer of its own: about 14 GB in all.
+        Point(SMOLLM2, "full", 2, 124, (STOCK, REFERENCE, "kl", "kl+ldifs", "kl cached", "paper kl")),
     ],
     "cuda": [
         Point("qwen2.5-7b shape", "lora", 4, 2048, (*MAIN, "paper kl", "two kernels")),

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from trl_emguard.ops import ce_kl_head, head
 
@@ -181,6 +182,21 @@ def test_top1_counts_labels_alone():
     labels[0] = -100
     output = ce_kl_head(hidden, weight, None, labels, ce_weight)
     assert output.is_top1.tolist() == [float(i % 2 == 0 and i > 0) for i in range(N)]
+
+
+@pytest.mark.parametrize(
+    ("reference", "train_head", "products"),
+    [("same_head", False, 3), ("same_head", True, 4), ("other_head", False, 3), (None, False, 2), (None, True, 3)],
+)
+def test_matrix_products_with_the_head(reference, train_head, products):
+    """As many as plain cross-entropy needs (TRL's own takes 3, and 4 with a trained head), with KL in them."""
+    hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float32, reference=reference)
+    leaves = [hidden.requires_grad_()] + ([weight.requires_grad_()] if train_head else [])
+    ref = None if ref is None else tuple(None if x is None else x.detach() for x in ref)
+    with FlopCounterMode(display=False) as counter:
+        output = ce_kl_head(hidden, weight, None, labels, ce_weight.float(), kl_weight.float(), ref)
+        torch.autograd.grad(output.loss, leaves)
+    assert counter.get_total_flops() == products * 2 * N * H * V
 
 
 @pytest.mark.parametrize("with_reference", [True, False])

@@ -4,7 +4,12 @@ import pytest
 import torch
 from ops import test_head as plain
 
-from trl_emguard.ops import ce_kl_head, head, head_triton
+from trl_emguard.ops import ce_kl_head, head
+
+
+# Part of the test extra on Linux and x86-64; elsewhere the package takes torch's own calls.
+pytest.importorskip("triton")
+from trl_emguard.ops import head_triton
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +31,7 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 0.3)])
 @pytest.mark.parametrize(("bias", "reference"), [(False, "same_head"), (True, "other_head"), (True, None)])
-@pytest.mark.parametrize("train_head", [False, True])
-def test_equals_float64_twin(monkeypatch, dtype, direction, softcap, scale, bias, reference, train_head):
+def test_equals_float64_twin(monkeypatch, dtype, direction, softcap, scale, bias, reference):
     monkeypatch.setattr(head, "TILE_BYTES", 3 * 2 * 4 * plain.V)
     plain.compare(
         dtype,
@@ -38,7 +42,7 @@ def test_equals_float64_twin(monkeypatch, dtype, direction, softcap, scale, bias
         direction=direction,
         softcap=softcap,
         scale=scale,
-        train_head=train_head,
+        train_head=bias,
     )
 
 
