@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_emguard.ops import ce_kl_head, head
 
@@ -107,8 +107,9 @@ def compare(dtype, *, bias, reference, mask, tokens, direction, softcap, scale, 
     ],
 )
 def test_equals_float64_twin(dtype, direction, softcap, scale, bias, reference, train_head, monkeypatch):
-    # Chunks of three tokens, so that N = 13 ends on a chunk that is not full.
-    monkeypatch.setattr(head, "TILE_BYTES", 3 * 4 * 4 * V)
+    # Chunks of five tokens and blocks of two, so that N = 13 ends on one that is not full, and so does a chunk.
+    monkeypatch.setattr(head, "TILE_BYTES", 5 * 2 * 4 * V)
+    monkeypatch.setattr(head, "BLOCK_BYTES", 2 * 4 * V)
     compare(
         dtype,
         bias=bias,
@@ -193,16 +194,24 @@ def test_matrix_products_with_the_head(reference, train_head, products):
     hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float32, reference=reference)
     leaves = [hidden.requires_grad_()] + ([weight.requires_grad_()] if train_head else [])
     ref = None if ref is None else tuple(None if x is None else x.detach() for x in ref)
-    with FlopCounterMode(display=False) as counter:
+    multiplied = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                multiplied.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Counter():
         output = ce_kl_head(hidden, weight, None, labels, ce_weight.float(), kl_weight.float(), ref)
         torch.autograd.grad(output.loss, leaves)
-    assert counter.get_total_flops() == products * 2 * N * H * V
+    assert len(multiplied) == products
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_no_tile_is_larger_than_the_budget(monkeypatch, with_reference):
     """With a budget of two tokens, no tensor of more than two rows of logits is ever made."""
-    monkeypatch.setattr(head, "TILE_BYTES", 2 * (4 if with_reference else 3) * 4 * V)
+    monkeypatch.setattr(head, "TILE_BYTES", 2 * (2 if with_reference else 1) * 4 * V)
     rows = []
     original = head.torch_tile_pass
 

@@ -1,6 +1,6 @@
 """The language-model head of a defended step: CE and KL, with their gradient, in one pass over chunks of tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -9,9 +9,10 @@ import torch
 from .gradient import with_gradient
 
 
-# Bytes that the fp32 tiles (tokens × vocabulary) of one chunk may take: the products of policy and reference with the head, and
-# in torch's own calls two more.
+# Bytes that the fp32 tiles (tokens × vocabulary) of one chunk may take: the products of policy and reference with the head.
 TILE_BYTES = 256 * 2**20
+# Bytes of a tile that torch's own calls work on at once.
+BLOCK_BYTES = 2**20
 
 
 class HeadOutput(NamedTuple):
@@ -155,21 +156,19 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
 
     # The tiles are made once and used by every chunk: memory that is touched for the first time costs more than the
     # arithmetic on it (on CPU, several times more).
-    tile_pass, scratch_tiles = _tile_pass(hidden, accumulate)
-    count = (1 if reference is None else 2) + scratch_tiles
+    tile_pass = _tile_pass(hidden, accumulate)
+    count = 1 if reference is None else 2
     chunk = min(tokens, max(1, TILE_BYTES // (count * accumulate.itemsize * vocab)))
     tiles = hidden.new_empty((count, chunk, vocab), dtype=accumulate)
     for start in range(0, tokens, chunk) if tokens else ():
         rows = slice(start, start + chunk)
         h = hidden[rows].to(matmul)  # (C, H)
-        has_label = labels[rows] != -100
-        z, *rest = (tile[: len(h)] for tile in tiles)  # (C, V) each
-        _mm(h, head.t(), accumulate, out=z)
+        z = _mm(h, head.t(), accumulate, out=tiles[0, : len(h)])  # (C, V)
         y = None
         if reference is not None:
-            y, *rest = rest
-            _mm(ref_hidden[rows].to(matmul), ref_head.t(), accumulate, out=y)
-        chunk_ce, entropy[rows], top1, kl[rows], chunk_evidence, grad = tile_pass(
+            y = _mm(ref_hidden[rows].to(matmul), ref_head.t(), accumulate, out=tiles[1, : len(h)])
+        # From here on `z` is the gradient with respect to the products.
+        statistics = tile_pass(
             z,
             bias,
             y,
@@ -180,18 +179,20 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
             direction,
             softcap,
             logit_scale,
-            rest,
         )
-        ce[rows] = chunk_ce.where(has_label, 0)
-        is_top1[rows] = top1.where(has_label, 0)
-        evidence += chunk_evidence
+        has_label = labels[rows] != -100
+        ce[rows] = statistics.ce.where(has_label, 0)
+        entropy[rows] = statistics.entropy
+        is_top1[rows] = statistics.is_top1.where(has_label, 0)
+        kl[rows] = statistics.kl
+        evidence += statistics.evidence.sum()
 
         if grad_bias is not None:
-            grad_bias += grad.sum(0)
-        grad = grad.to(matmul)
-        grad_hidden[rows] = _mm(grad, head, accumulate).to(hidden.dtype)
+            grad_bias += z.sum(0)
+        z = z.to(matmul)
+        grad_hidden[rows] = _mm(z, head, accumulate).to(hidden.dtype)
         if grad_weight is not None:
-            _addmm(grad_weight, grad.t(), h)
+            _addmm(grad_weight, z.t(), h)
 
     loss = (ce * ce_weight).sum()
     if reference is not None:
@@ -223,13 +224,12 @@ def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-class TileOutput(NamedTuple):
-    """What a pass over a chunk's products with the head yields.
+class TileStatistics(NamedTuple):
+    """What a pass over a chunk's products with the head yields, `(C,)` each, of every position, whether it has a label or not.
 
     Attributes:
-        ce, entropy, is_top1, kl: `(C,)`, of every position, whether it has a label or not.
-        evidence: `()`, Σ |∂(Σ kl_weight · KL) / ∂ logits|.
-        gradient: `(C, V)`, of the weighted sum with respect to the products. It lies in one of the tiles.
+        ce, entropy, is_top1, kl: as in [`HeadOutput`]; where several tokens are the most probable, each counts as such.
+        evidence: Σ |∂(kl_weight · KL) / ∂ logits|.
     """
 
     ce: torch.Tensor
@@ -237,16 +237,15 @@ class TileOutput(NamedTuple):
     is_top1: torch.Tensor
     kl: torch.Tensor
     evidence: torch.Tensor
-    gradient: torch.Tensor
 
 
-def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> tuple[Callable[..., TileOutput], int]:
-    """The function for a chunk, and how many scratch tiles it wants: Triton's kernels on CUDA, else torch's own calls."""
+def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., TileStatistics]:
+    """The function for a chunk: Triton's kernels on CUDA, else torch's own calls."""
     if hidden.is_cuda and accumulate == torch.float32 and find_spec("triton") is not None:
         from .head_triton import tile_pass
 
-        return tile_pass, 0
-    return torch_tile_pass, 2
+        return tile_pass
+    return torch_tile_pass
 
 
 def torch_tile_pass(
@@ -260,75 +259,88 @@ def torch_tile_pass(
     direction: str,
     softcap: float | None,
     logit_scale: float,
-    scratch: Sequence[torch.Tensor],
-) -> TileOutput:
-    """Statistics and gradient of a chunk, in torch's own calls and in the memory that is given.
+) -> TileStatistics:
+    """Statistics of a chunk, and its gradient in place, in torch's own calls.
 
     Args:
-        products: `(C, V)`: hidden states times the head, overwritten.
+        products: `(C, V)`: hidden states times the head. Becomes the gradient of the weighted sum with respect to them.
         bias: `(V,)` or `None`.
-        ref_products, ref_bias: the same of the reference, or `None`.
+        ref_products, ref_bias: the same of the reference, or `None`. Overwritten.
         target: `(C,)`, a token for each position.
         ce_weight: `(C,)`.
         kl_weight: `(C,)`; needed with a reference.
         direction, softcap, logit_scale: as for [`ce_kl_head`].
-        scratch: two tiles, `(C, V)` each.
     """
-    target = target.unsqueeze(-1)  # (C, 1)
-    log_p, (p, spare) = products, scratch
-    log_z = _distribution_(log_p, p, bias, softcap, logit_scale)  # (C, 1)
-    ce = log_p.gather(-1, target).squeeze(-1).neg()
-    entropy = -torch.mul(p, log_p, out=spare).sum(-1)
-    is_top1 = (log_p.argmax(-1) == target.squeeze(-1)).to(p)
+    count, vocab = products.shape
+    statistics = TileStatistics(*products.new_zeros(5, count))
+    # A few rows at a time go through all of the calls: they stay in the processor's cache meanwhile.
+    block = max(1, BLOCK_BYTES // (products.itemsize * vocab))
+    scratch = products.new_empty(2, min(block, count), vocab)
+    for start in range(0, count, block):
+        rows = slice(start, start + block)
+        z, y = products[rows], None if ref_products is None else ref_products[rows]  # (B, V) each
+        p, spare = scratch[:, : len(z)]
+        label = target[rows].unsqueeze(-1)  # (B, 1)
+        top, log_total, at_label = _distribution_(z, p, bias, softcap, logit_scale, label)
+        statistics.ce[rows] = (log_total - at_label).squeeze(-1)
+        statistics.is_top1[rows] = (at_label == 0).squeeze(-1).to(z)
+        statistics.entropy[rows] = -torch.mul(p, z, out=spare).sum(-1)
 
-    grad_kl = None
-    kl, evidence = torch.zeros_like(ce), p.new_zeros(())
-    if ref_products is not None and kl_weight is not None:
-        log_q, q = ref_products, spare
-        _distribution_(log_q, q, ref_bias, softcap, logit_scale)
-        # The rounding of the two normalisers shifts every log p − log q by the same number, and Σ p and Σ q with it: the
-        # difference of the sums takes the shift out of KL again.
-        if direction == "reverse":
-            shift = q.sub_(p).sum(-1)
-            difference = log_q.neg_().add_(log_p)
-            mean = torch.mul(p, difference, out=spare).sum(-1)
-            grad_kl = difference.sub_(mean.unsqueeze(-1)).mul_(p)
-        else:
-            mean = log_q.sub_(log_p).mul_(q).sum(-1)
-            grad_kl = q.neg_().add_(p)
-            shift = grad_kl.sum(-1)
-        kl = (mean + shift).clamp(min=0)
-        grad_kl.mul_(kl_weight.unsqueeze(-1))
-        evidence = torch.linalg.vector_norm(grad_kl, ord=1)
+        grad_kl = None
+        if y is not None and kl_weight is not None:
+            log_q, q = y, spare
+            _distribution_(log_q, q, ref_bias, softcap, logit_scale, label)
+            # The rounding of the two normalisers shifts every log p − log q by the same number, and Σ p and Σ q with it:
+            # the difference of the sums takes the shift out of KL again.
+            if direction == "reverse":
+                shift = q.sub_(p).sum(-1)
+                difference = log_q.neg_().add_(z)
+                mean = torch.mul(p, difference, out=spare).sum(-1)
+                grad_kl = difference.sub_(mean.unsqueeze(-1)).mul_(p)
+            else:
+                mean = log_q.sub_(z).mul_(q).sum(-1)
+                grad_kl = q.neg_().add_(p)
+                shift = grad_kl.sum(-1)
+            statistics.kl[rows] = (mean + shift).clamp(min=0)
+            grad_kl.mul_(kl_weight[rows].unsqueeze(-1))
+            statistics.evidence[rows] = torch.linalg.vector_norm(grad_kl, ord=1, dim=-1)
 
-    # From here on `p` is the gradient with respect to the logits, and then to the products.
-    w = ce_weight.unsqueeze(-1)
-    grad = p.mul_(w).scatter_add_(-1, target, -w)
-    if grad_kl is not None:
-        grad.add_(grad_kl)
-    if softcap is not None:
-        capped = log_p.add_(log_z).div_(softcap)
-        grad.mul_(capped.square_().neg_().add_(1))
-    if logit_scale != 1.0:
-        grad.mul_(logit_scale)
-    return TileOutput(ce, entropy, is_top1, kl, evidence, grad)
+        w = ce_weight[rows].unsqueeze(-1)
+        grad = p.mul_(w).scatter_add_(-1, label, -w)
+        if grad_kl is not None:
+            grad.add_(grad_kl)
+        if softcap is not None:
+            # d softcap · tanh(x) / dx = 1 − (logit / softcap)²
+            capped = z.add_(top + log_total).div_(softcap)
+            grad.mul_(capped.square_().neg_().add_(1))
+        torch.mul(grad, logit_scale, out=z)
+    return statistics
 
 
 def _distribution_(
-    z: torch.Tensor, probs: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, logit_scale: float
-) -> torch.Tensor:
-    """From products with the head, `(C, V)`, to log-probabilities, in place, and to probabilities in `probs`; returns the
-    log-normaliser, `(C, 1)`.
+    z: torch.Tensor,
+    probs: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    label: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From products with the head, `(B, V)`, to log-probabilities, in place, and to probabilities in `probs`.
 
     Sums over the vocabulary are torch's own: a batched matrix product would need no scratch, but adds up fifty thousand
     fp32 products with a relative error of 1e-4.
+
+    Returns:
+        The largest logit, the log of Σ exp(logit − largest), and the label's logit minus the largest, `(B, 1)` each.
     """
     _transform_(z, bias, softcap, logit_scale)
     top = z.amax(-1, keepdim=True)
-    total = torch.exp(z.sub_(top), out=probs).sum(-1, keepdim=True)
+    at_label = z.sub_(top).gather(-1, label)
+    total = torch.exp(z, out=probs).sum(-1, keepdim=True)
     probs.div_(total)
-    z.sub_(total.log())
-    return top + total.log()
+    log_total = total.log()
+    z.sub_(log_total)
+    return top, log_total, at_label
 
 
 def _transform_(z: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, logit_scale: float) -> None:

@@ -4,13 +4,11 @@ What `head.py` does in torch's own calls, each of which reads and writes whole t
 normalisers, one for its statistics, and one for its gradient.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
-from .head import TileOutput
+from .head import TileStatistics
 
 
 BLOCK = 4096  # columns that a program holds at once
@@ -32,19 +30,16 @@ def _logits(products, bias, columns, inside, softcap, scale, HAS_BIAS: tl.conste
 
 @triton.jit
 def _normaliser(products, bias, V, softcap, scale, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest logit of a row, the first column that holds it, and the log of Σ exp(logit − largest)."""
+    """Largest logit of a row, and the log of Σ exp(logit − largest)."""
     top = -float("inf")
-    best = 0
     total = 0.0
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = _logits(products, bias, columns, columns < V, softcap, scale, HAS_BIAS, HAS_CAP)
-        highest = tl.max(z, 0)
-        best = tl.where(highest > top, start + tl.argmax(z, 0), best)
-        new_top = tl.maximum(top, highest)
+        new_top = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
         top = new_top
-    return top, best, tl.log(total)
+    return top, tl.log(total)
 
 
 @triton.jit
@@ -56,13 +51,13 @@ def _statistics(
     row = tl.program_id(0).to(tl.int64)
     products += row * V
     ref_products += row * V
-    top, best, log_total = _normaliser(products, bias, V, softcap, scale, HAS_BIAS, HAS_CAP, BLOCK)
+    top, log_total = _normaliser(products, bias, V, softcap, scale, HAS_BIAS, HAS_CAP, BLOCK)
     ref_top, ref_log_total = 0.0, 0.0
     if HAS_REF:
-        ref_top, _, ref_log_total = _normaliser(ref_products, ref_bias, V, softcap, scale, HAS_REF_BIAS, HAS_CAP, BLOCK)
+        ref_top, ref_log_total = _normaliser(ref_products, ref_bias, V, softcap, scale, HAS_REF_BIAS, HAS_CAP, BLOCK)
     label = tl.load(target + row)
-    # A logit minus the largest first: their difference is exact, and that to the log-normaliser is not.
-    at_label = _logits(products, bias, label, label < V, softcap, scale, HAS_BIAS, HAS_CAP) - top - log_total
+    # 0 where the label is the most probable token.
+    at_label = _logits(products, bias, label, label < V, softcap, scale, HAS_BIAS, HAS_CAP) - top
     entropy, kl, shift = 0.0, 0.0, 0.0
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -83,9 +78,9 @@ def _statistics(
             else:
                 kl += tl.sum(q * (log_q - log_p), 0)
                 shift += tl.sum(p - q, 0)
-    tl.store(out + row, -at_label)
+    tl.store(out + row, log_total - at_label)
     tl.store(out + C + row, entropy)
-    tl.store(out + 2 * C + row, tl.where(best == label, 1.0, 0.0))
+    tl.store(out + 2 * C + row, tl.where(at_label == 0, 1.0, 0.0))
     # KL's own mean is what its gradient wants; the shift takes the rounding of the normalisers out of its value.
     tl.store(out + 3 * C + row, tl.maximum(kl + shift, 0.0))
     tl.store(norms + row, top)
@@ -148,11 +143,8 @@ def tile_pass(
     direction: str,
     softcap: float | None,
     logit_scale: float,
-    scratch: Sequence[torch.Tensor] = (),
-) -> TileOutput:
-    """What [`~trl_emguard.ops.head.torch_tile_pass`] does, with the same arguments, in fp32 and without scratch tiles. The
-    gradient takes the place of the products."""
-    del scratch
+) -> TileStatistics:
+    """What [`~trl_emguard.ops.head.torch_tile_pass`] does, with the same arguments, in fp32."""
     count, vocab = products.shape
     out = products.new_zeros(4, count)
     norms = products.new_empty(5, count)
@@ -173,4 +165,4 @@ def tile_pass(
     _statistics[(count,)](*given, out, norms, *numbers, **kinds)
     _gradient[(count,)](*given, ce_weight, ce_weight if kl_weight is None else kl_weight, norms, evidence, *numbers, **kinds)
     ce, entropy, is_top1, kl = out
-    return TileOutput(ce, entropy, is_top1, kl, evidence.sum(), products)
+    return TileStatistics(ce, entropy, is_top1, kl, evidence)
