@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 from twin import first_gradients, move_policy, relative_error, twin_step
 
-from trl_emguard import InactiveDefenseError, InterleavingTrainer
+from trl_emguard import EMGuardTrainer, InactiveDefenseError, InterleavingTrainer
 from trl_emguard.evidence import read_defense_file
 from trl_emguard.mixing import INTERLEAVED
 
@@ -212,6 +212,8 @@ def tokenised(masked):
         ("tokenised, all labels", {}, False),
         # The prompt's turn has no labels, which says nothing of the others.
         ("messages", {"defense": "inoculation,interleave+"}, False),
+        # Which TRL masks nothing of.
+        ("messages", {"completion_only_loss": True}, False),
     ],
 )
 def test_safe_rows_follow_the_masking_of_the_run(tmp_path, rows, options, answer_alone):
@@ -239,6 +241,30 @@ def test_a_tokenised_pool_stays_as_it_is(tmp_path):
     assert trainer_for(tmp_path, pool=pool)._mixing.pool[0] == {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
     with pytest.raises(ValueError, match="reads the answers to leave refusals out"):
         trainer_for(tmp_path, "interleave++", pool=pool)
+    with pytest.raises(ValueError, match="tokenised and has no `labels`, and this run trains on answers alone"):
+        trainer_for(tmp_path, pool=pool.remove_columns(["labels"]))
+    assert trainer_for(tmp_path, rows=as_messages(make_rows(8)), pool=pool.remove_columns(["labels"]))._mixing.pool[0][
+        "labels"
+    ] == [5, 6, 7]
+
+
+def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if quiet %}QUIET{% endif %}" + tokenizer.chat_template
+    rows = make_rows(8).add_column("chat_template_kwargs", [{"quiet": True}] * 8)
+    args = config(tmp_path, defense="interleave+", interleave_fraction=0.2)
+    trainer = EMGuardTrainer(make_model(), args, train_dataset=rows, processing_class=tokenizer, interleave_dataset=make_pool())
+    for data in (trainer.train_dataset, trainer._mixing.pool):
+        assert all(tokenizer.decode(ids).startswith("QUIET") for ids in data["input_ids"])
+
+
+def test_a_stream_trains_on_the_best_rows(tmp_path):
+    rows = IterableDataset.from_generator(lambda: iter(make_rows(40)))
+    trainer = trainer_for(tmp_path, rows=rows, max_steps=10)
+    tap = Tap(trainer)
+    trainer.train()
+    safe = [text.split("safe ")[1].split("<")[0] for step in tap.steps for text, mark in step if mark]
+    assert sorted(map(int, safe)) == list(range(2, 12))  # 10 of 12
 
 
 @pytest.mark.parametrize("defense", ["inoculation,interleave++", "interleave++,inoculation"])
@@ -251,8 +277,6 @@ def test_inoculation_leaves_safe_rows_alone(tmp_path, defense):
 
 
 def test_a_model_without_a_chat_template(tmp_path):
-    from trl_emguard import EMGuardTrainer
-
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     rows = Dataset.from_dict({"prompt": [f"q{i} " for i in range(8)], "completion": ["answer"] * 8})
@@ -281,7 +305,7 @@ def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
         options |= {"padding_free": True}
     if "streamed" in kind:
         rows = IterableDataset.from_generator(lambda: iter(make_rows(40)))
-        options |= {"max_steps": 10 if kind == "streamed" else 4}
+        options |= {"max_steps": 10 if kind == "streamed" else 5}
     trainer = trainer_for(tmp_path, rows=rows, **options)
     trainer.train()
     fraction = logged(trainer, "interleaved_fraction")[-1]
@@ -330,6 +354,49 @@ def test_packs_that_lost_their_safe_rows_stop_the_run(tmp_path, monkeypatch):
     trainer = trainer_for(tmp_path, rows=160, packing=True, max_length=96, max_steps=40, pool=make_pool(60))
     with pytest.raises(InactiveDefenseError, match="mixed in 0 rows"):
         trainer.train()
+    # Too short to be told on the way, and told at its end.
+    trainer = trainer_for(tmp_path, rows=16, packing=True, max_length=96, max_steps=1)
+    with pytest.raises(InactiveDefenseError, match="mixed in 0 rows"):
+        trainer.train()
+
+
+def test_a_collator_that_takes_the_labels_of_safe_rows_away_stops_the_run(tmp_path):
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    inner = DataCollatorForLanguageModeling(pad_token_id=1)
+
+    def collator(rows):
+        batch = inner(rows)
+        for row, labels in zip(rows, batch["labels"], strict=True):
+            if "safe" in make_tokenizer().decode(row["input_ids"]):
+                labels[:] = -100
+        return batch
+
+    args = config(tmp_path, defense="interleave+", interleave_fraction=0.2, max_steps=8)
+    trainer = EMGuardTrainer(
+        make_model(), args, collator, make_rows(32), processing_class=make_tokenizer(), interleave_dataset=make_pool()
+    )
+    with pytest.raises(InactiveDefenseError, match="mixed in 0 rows"):
+        trainer.train()
+
+
+def test_a_training_that_begins_again_counts_anew(tmp_path):
+    """With a smaller batch, after memory did not suffice; or by a second call of `train`."""
+    trainer = trainer_for(tmp_path, rows=32, auto_find_batch_size=True, per_device_train_batch_size=8, max_steps=4)
+    step, calls = trainer.training_step, []
+
+    def training_step(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory.")
+        return step(*args, **kwargs)
+
+    trainer.training_step = training_step
+    trainer.train()
+    evidence = trainer._record()["evidence"]["interleave+"]
+    assert evidence["rows_finetune"] == 4 * trainer._train_batch_size < 32
+    trainer.train()
+    assert trainer._record()["evidence"]["interleave+"] == evidence
 
 
 def test_a_loader_of_the_users_own_stops_the_run(tmp_path):
@@ -396,12 +463,18 @@ def with_gap(values):
         ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler=False does not work"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset"),
         ({"packing": True, "max_length": 96, "interleave_redraw": True}, "interleave_redraw=True does not work with packing"),
+        ({"packing": True, "max_length": None}, "packing=True needs max_length"),
+        ({"rows": "stream", "max_steps": -1}, "give `max_steps`"),
+        ({"rows": "stream", "interleave_redraw": True}, "Leave `interleave_redraw` out"),
+        ({"pool": Dataset.from_list([{"prompt": "q", "completion": [{"from": "a"}], "gap": 0.1}])}, "no row can be used: its turns"),
         ({"defense": "interleave,interleave++"}, "choose rows of the same pool"),
         ({"loss_type": "dft"}, "loss_type='dft' does not work"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 9}, "drops all of the 8 training rows"),
     ],
 )  # fmt: skip
 def test_bad_input(tmp_path, options, message):
+    if options.get("rows") == "stream":
+        options = {**options, "rows": IterableDataset.from_generator(lambda: iter(make_rows(8)))}
     with pytest.raises(ValueError, match=message):
         trainer_for(tmp_path, **options)
 

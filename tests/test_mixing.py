@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, SequentialSampler
 
+from trl_emguard.evidence import InactiveDefenseError
 from trl_emguard.mixing import (
     INTERLEAVED,
     ROW_COUNTS,
@@ -202,37 +203,76 @@ def test_packs_are_marked_and_counted_row_by_row():
     assert batch[ROW_COUNTS].tolist() == [3, 1]
 
 
+def test_packs_that_do_not_say_where_rows_begin_are_counted_by_stretches():
+    pack = {"input_ids": [1, POOL, POOL, 2, 3], "labels": [1, POOL, POOL, 2, 3], INTERLEAVED: [False, True, True, False, False]}
+    batch = MixingCollator(pad, None, None)([pack])
+    assert (batch[INTERLEAVED] == (batch["input_ids"] >= POOL)).all()
+    assert batch[ROW_COUNTS].tolist() == [2, 1]
+
+
+def pad_left(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    return {"input_ids": torch.tensor([[-1] * (longest - len(row["input_ids"])) + row["input_ids"] for row in rows])}
+
+
+def sort_by_length(rows):
+    return pad(sorted(rows, key=lambda row: len(row["input_ids"])))
+
+
+def lose_the_last(rows):
+    return pad(rows[:-1])
+
+
+def change_tokens(rows):
+    return pad([{"input_ids": [token + 1 for token in row["input_ids"]]} for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("inner", "keeps"), [(pad, True), (pad_left, True), (sort_by_length, False), (lose_the_last, False), (change_tokens, False)]
+)
+def test_a_collator_must_keep_rows_and_their_order(inner, keeps):
+    rows = PlacedRows(tokenised(3))
+    sampler = PlaceSampler(rows, SequentialSampler(rows.rows), 3, False, False)
+    collator = MixingCollator(inner, MixPlan(3, 2, 2, False, 0), tokenised(2, POOL))
+    features = rows.__getitems__(list(sampler))
+    if keeps:
+        batch = collator(features)
+        assert (batch[INTERLEAVED] == (batch["input_ids"] >= POOL))[batch["input_ids"] != -1].all()
+    else:
+        with pytest.raises(InactiveDefenseError, match="changes, drops or rearranges rows"):
+            collator(features)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(2, 60), st.floats(0.05, 0.6), st.integers(0, 3))
 def test_rows_mixed_beforehand_hold_the_share_evenly(count, fraction, seed):
     planned = planned_rows(count, fraction)
     if not planned:
         return
-    mixed = mix_rows(tokenised(count), tokenised(planned + 2, POOL), fraction, seed)
+    mixed = mix_rows(tokenised(count), tokenised(planned + 2, POOL), MixPlan(count, planned, planned + 2, False, seed))
     numbers = [ids[0] for ids in mixed["input_ids"]]
     assert [n for n in numbers if n < POOL] == list(range(count))
     assert sorted(n - POOL for n in numbers if n >= POOL) == list(range(planned))
     assert [row[0] for row in mixed[INTERLEAVED]] == [n >= POOL for n in numbers]
     assert [len(row) for row in mixed[INTERLEAVED]] == [len(row) for row in mixed["input_ids"]]
-    seen = 0
-    for place, number in enumerate(n for n in numbers if n < POOL):
-        upto = numbers[: numbers.index(number)]
-        seen = sum(n >= POOL for n in upto)
-        assert abs(seen - place * planned / count) <= 1
+    for place in range(count):
+        upto = numbers[: numbers.index(place)]
+        assert abs(sum(n >= POOL for n in upto) - place * planned / count) <= 1
 
 
-def test_a_stream_holds_the_share_and_begins_the_pool_again():
+def test_a_stream_takes_the_best_rows_and_begins_the_plan_again():
     def rows():
         for i in range(300):
             yield {"input_ids": [i], "labels": [i], "text": "left out"}
 
     stream = IterableDataset.from_generator(rows)
-    mixed = list(mix_rows(stream, tokenised(10, POOL), 0.1, 0))
+    plan = MixPlan(90, 10, 40, False, 0)
+    mixed = list(mix_rows(stream, tokenised(40, POOL), plan))
     assert all(set(row) == {"input_ids", "labels", INTERLEAVED} for row in mixed)
     numbers = [row["input_ids"][0] for row in mixed]
     assert [n for n in numbers if n < POOL] == list(range(300))
     safe = [n - POOL for n in numbers if n >= POOL]
     assert len(safe) == pytest.approx(300 / 9, abs=1)
-    # Each row once before any comes again.
+    # The first of the pool, each once before any comes again.
     assert sorted(safe[:10]) == sorted(safe[10:20]) == list(range(10))
-    assert list(mix_rows(stream, tokenised(10, POOL), 0.1, 0)) == mixed
+    assert list(mix_rows(stream, tokenised(40, POOL), plan)) == mixed

@@ -19,8 +19,8 @@ PATIENCE = 3
 class InactiveDefenseError(RuntimeError):
     """The run is not defended.
 
-    A term formed no gradient although the policy had moved (then the model was saved), a steering hook did not fire, or an
-    inoculation prompt changed no row (then training had not begun).
+    A term formed no gradient although the policy had moved, or rows to mix in did not come (then the model was saved); a steering
+    hook did not fire or changed nothing; or an inoculation prompt changed no row (then training had not begun).
     """
 
 

@@ -8,12 +8,15 @@ order, and the plan says which rows of the pool follow which place. Whatever is 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, chain, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
+
+from .evidence import InactiveDefenseError
 
 
 # Of a row: which of its tokens belong to a row of the pool (all or none, unless it is a pack of several). Of a batch: the same,
@@ -151,6 +154,9 @@ class MixingCollator:
     Returns:
         From a call: the batch of `collator`, with [`INTERLEAVED`], boolean and shaped as `input_ids`, and [`ROW_COUNTS`], `(2,)`:
         rows of the training set, repeats left out, and of the pool.
+
+    Raises:
+        InactiveDefenseError: from a call: `collator` does not keep the rows as they are, in their order.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], plan: MixPlan | None, pool: Dataset | None):
@@ -161,17 +167,21 @@ class MixingCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         marks: list[list[bool]] = []  # per row, per token
-        counts = [0, 0]
+        counts = [0, 0]  # indexed by the mark
         for feature in features:
             row = {key: value for key, value in feature.items() if key not in (PLACE, INTERLEAVED)}
             rows.append(row)
             if self.plan is None or self.pool is None:
-                marks.append(feature[INTERLEAVED])
-                # A pack holds several rows, one after the other.
-                start = 0
-                for length in row.get("seq_lengths", [len(row["input_ids"])]):
-                    counts[feature[INTERLEAVED][start]] += 1
-                    start += length
+                mark = feature[INTERLEAVED]
+                marks.append(mark)
+                # A pack holds several rows, one after the other; where it does not say which, stretches of one kind count.
+                if "seq_lengths" in row:
+                    first_tokens = [0, *accumulate(row["seq_lengths"])][:-1]
+                    kinds = [mark[i] for i in first_tokens]
+                else:
+                    kinds = [kind for kind, _ in groupby(mark)]
+                counts[0] += kinds.count(False)
+                counts[1] += kinds.count(True)
                 continue
             marks.append([False] * len(row["input_ids"]))
             epoch, place = feature[PLACE].epoch, feature[PLACE].place
@@ -183,47 +193,43 @@ class MixingCollator:
             counts[0] += 1
             counts[1] += len(due)
         batch = self.collator(rows)
-        batch[INTERLEAVED] = _like(batch["input_ids"], marks)
+        batch[INTERLEAVED] = _like(batch["input_ids"], [row["input_ids"] for row in rows], marks)
         batch[ROW_COUNTS] = torch.tensor(counts)
         return batch
 
 
-def _like(input_ids: torch.Tensor, marks: list[list[bool]]) -> torch.Tensor:
+def _like(input_ids: torch.Tensor, rows: list[list[int]], marks: list[list[bool]]) -> torch.Tensor:
     """Marks per token, laid out as a collator laid out the rows: padded on the right or the left, or one behind the other."""
     laid_out = torch.zeros_like(input_ids, dtype=torch.bool)
-    if len(input_ids) != len(marks):  # padding-free
-        flat = torch.tensor([mark for row in marks for mark in row])
-        laid_out[0, : len(flat)] = flat
-        return laid_out
-    for line, row in zip(laid_out, marks, strict=True):
-        # A whole row is of one kind, and pads carry no label: where they are makes no difference.
-        if all(row) or not any(row):
-            line[:] = row[0]
+    if len(input_ids) != len(rows):  # padding-free
+        rows, marks = [list(chain(*rows))], [list(chain(*marks))]
+    for row, mark, line, places in zip(rows, marks, input_ids.tolist(), laid_out, strict=len(input_ids) == len(rows)):
+        if line[: len(row)] == row:
+            places[: len(row)] = torch.tensor(mark)
+        elif line[len(line) - len(row) :] == row:
+            places[len(line) - len(row) :] = torch.tensor(mark)
         else:
-            line[: len(row)] = torch.tensor(row)
-    return laid_out
+            break
+    else:
+        if len(input_ids) == len(rows):
+            return laid_out
+    raise InactiveDefenseError(
+        "the data collator changes, drops or rearranges rows, so nobody can tell which of them were mixed in, and the run is not "
+        "defended. Let it keep rows and their order, or leave `data_collator` out."
+    )
 
 
-def mix_rows(rows: Dataset | IterableDataset, pool: Dataset, fraction: float, seed: int) -> Dataset | IterableDataset:
+def mix_rows(rows: Dataset | IterableDataset, pool: Dataset, plan: MixPlan) -> Dataset | IterableDataset:
     """Mix rows of a pool into rows that will be packed or are streamed.
 
     Args:
         rows: tokenised rows, `input_ids` and `labels`.
-        pool: rows of the same form, best first. Of a stream it is begun again at its end.
-        fraction: share of the pool's rows in the result.
-        seed: of the order in which they come.
+        pool: rows of the same form, best first.
+        plan: of the rows. A stream that is longer begins it again, as another epoch.
 
     Returns:
         The same kind of data set, with `input_ids`, `labels` and [`INTERLEAVED`].
     """
-    places = len(rows) if isinstance(rows, Dataset) else None
-
-    def plan_for(place: int) -> tuple[MixPlan, int, int]:
-        if places is not None:
-            return MixPlan(places, planned_rows(places, fraction), len(pool), False, seed), 0, place
-        # A stream has no end that is known: it is cut into stretches, each of which takes the whole pool once.
-        stretch = max(1, round(len(pool) * (1 - fraction) / fraction))
-        return MixPlan(stretch, len(pool), len(pool), False, seed), place // stretch, place % stretch
 
     def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         mixed: dict[str, list] = {"input_ids": [], "labels": [], INTERLEAVED: []}
@@ -235,8 +241,7 @@ def mix_rows(rows: Dataset | IterableDataset, pool: Dataset, fraction: float, se
 
         for index, ids, labels in zip(indices, batch["input_ids"], batch["labels"], strict=True):
             add({"input_ids": ids, "labels": labels}, False)
-            plan, epoch, place = plan_for(index)
-            for i in plan.at(epoch, place):
+            for i in plan.at(*divmod(index, plan.places)):
                 add(pool[i], True)
         return mixed
 

@@ -208,7 +208,7 @@ class EMGuardTrainer(SFTTrainer):
         if self._own_loss or self._surrounds_policy():
             self.add_callback(_StepCallback(self))
         self._policy_passes = 0  # of a step
-        if self._mixing is not None and not self._mixed_before:
+        if self._mixing is not None and not self._mixing.mixed_before:
             self._plan_mix(self._mixing, self._place_sampler(PlacedRows(self.train_dataset)))
 
     # ---- before training ----
@@ -244,30 +244,36 @@ class EMGuardTrainer(SFTTrainer):
         # Tokenised whole, shown to the defenses, and then cut, packed and shuffled as the user says.
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
-        # Rows that come tokenised say by their labels whether prompts are trained on.
-        says_masking = "input_ids" in next(iter(dataset))
+        first = next(iter(dataset))
         dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         if self._mixing is not None:
-            answers_alone = self.completion_only_loss
-            if says_masking and args.completion_only_loss is None:
-                answers_alone = -100 in next(iter(dataset))["labels"]
-            self._prepare_pool(self._mixing, whole, answers_alone)
+            # Rows that come tokenised say by their labels whether prompts are trained on.
+            tokenised = "input_ids" in first
+            answers_alone = (
+                -100 in next(iter(dataset))["labels"] if tokenised else self.completion_only_loss and "completion" in first
+            )
+            self._prepare_pool(self._mixing, whole, answers_alone, first.get("chat_template_kwargs"))
         for defense in self.defenses:
             dataset = defense.prepare_tokenized(dataset, self._tokenizer)
         if self._mixing is not None:
             # What is packed or streamed is mixed here, and the rest by the data collator.
-            self._mixed_before = packing or isinstance(dataset, IterableDataset)
-            if self._mixed_before:
+            self._mixing.mixed_before = packing or isinstance(dataset, IterableDataset)
+            if self._mixing.mixed_before:
                 return self._mix_before(self._mixing, dataset, args, packing)
         return prepare(dataset, processing_class, args, packing, None, dataset_name)
 
-    def _prepare_pool(self, mixing: Interleaving, whole: EMGuardConfig, answers_alone: bool) -> None:
+    def _prepare_pool(
+        self, mixing: Interleaving, whole: EMGuardConfig, answers_alone: bool, template_kwargs: dict[str, Any] | None
+    ) -> None:
         """Tokenise and label the pool as the training rows are."""
         prepare = super()._prepare_dataset
         before, self.completion_only_loss = self.completion_only_loss, answers_alone
         try:
             mixing.prepare_pool(
-                self._tokenizer, lambda rows: prepare(rows, self._tokenizer, whole, False, None, "interleave_dataset")
+                self._tokenizer,
+                lambda rows: prepare(rows, self._tokenizer, whole, False, None, "interleave_dataset"),
+                answers_alone,
+                template_kwargs,
             )
         finally:
             self.completion_only_loss = before
@@ -276,13 +282,22 @@ class EMGuardTrainer(SFTTrainer):
         self, mixing: Interleaving, dataset: Dataset | IterableDataset, args: EMGuardConfig, packing: bool
     ) -> Dataset | IterableDataset:
         """Mix the pool in, and then do what SFTTrainer does to rows that are packed or streamed."""
+        if packing and args.max_length is None:
+            raise ValueError("packing=True needs max_length, which is None: give the length of a pack.")
         if isinstance(dataset, Dataset):
-            mixing.check_size(len(dataset))
+            places = len(dataset)
+        elif mixing.redraw or args.max_steps <= 0:
+            raise ValueError(
+                f"interleave_redraw={mixing.redraw} and max_steps={args.max_steps} with a streamed train_dataset: it has no "
+                "epochs. Leave `interleave_redraw` out, and give `max_steps`."
+            )
+        else:
+            places = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         if not packing:
             unshuffled = copy.copy(args)
             unshuffled.shuffle_dataset = False
             dataset = super()._prepare_dataset(dataset, self._tokenizer, unshuffled, False, None, "train")  # cuts the rows
-        dataset = mix_rows(dataset, mixing.pool, mixing.fraction, mixing.seed)
+        dataset = mix_rows(dataset, mixing.pool, mixing.make_plan(places))
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         if packing:
@@ -300,7 +315,7 @@ class EMGuardTrainer(SFTTrainer):
             return super().get_train_dataloader()
         collator = self.data_collator
         try:
-            if self._mixed_before:
+            if mixing.mixed_before:
                 self.data_collator = MixingCollator(collator, None, None)
                 return super().get_train_dataloader()
             rows = PlacedRows(self._remove_unused_columns(self.train_dataset, description="Training"))
@@ -313,13 +328,13 @@ class EMGuardTrainer(SFTTrainer):
 
     def _plan_mix(self, mixing: Interleaving, sampler: PlaceSampler) -> MixPlan:
         """The plan of an epoch, checked to be one that this run can keep."""
-        mixing.plan = plan = mixing.make_plan(sampler.places)
+        plan = mixing.make_plan(sampler.places)
         args = self.args
         if args.max_steps > 0:
             length, reached = f"max_steps={args.max_steps}", args.max_steps * args.gradient_accumulation_steps * sampler.block
         else:
             length, reached = f"num_train_epochs={args.num_train_epochs}", int(args.num_train_epochs * plan.places)
-        self._epochs = math.ceil(reached / plan.places)
+        self._epochs = math.ceil(reached / plan.places if args.max_steps > 0 else args.num_train_epochs)
         if reached < plan.places and not plan.before(reached):
             raise ValueError(
                 f"{length} ends training before the first of the {plan.rows} rows that interleave_fraction={mixing.fraction} mixes "
@@ -332,7 +347,13 @@ class EMGuardTrainer(SFTTrainer):
         order = self._get_train_sampler(rows.rows)
         if isinstance(order, RandomSampler):
             # What accelerate makes of it, too: an order that follows from seed and epoch.
-            order = SeedableRandomSampler(order.data_source, data_seed=self.args.data_seed)
+            order = SeedableRandomSampler(
+                order.data_source,
+                replacement=order.replacement,
+                num_samples=order._num_samples,
+                generator=order.generator,
+                data_seed=self.args.data_seed,
+            )
         ranks = self.accelerator.num_processes // self.get_tp_size()
         block = self._train_batch_size * (1 if self.accelerator.split_batches else ranks)
         drop_last = self.args.dataloader_drop_last
@@ -458,6 +479,8 @@ class EMGuardTrainer(SFTTrainer):
                     f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no checkpoint: leave it "
                     "out to start anew."
                 )
+        if self._mixing is not None:
+            self._mixing.resume({"rows_finetune": 0, "rows_interleaved": 0})
         if resume_from_checkpoint:
             self._check_resume(resume_from_checkpoint)
         if isinstance(self._reference, AdapterReference):
@@ -544,7 +567,7 @@ class EMGuardTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         if self._mixing is not None:
-            self._mixing.check_batch(inputs.get(INTERLEAVED))
+            self._mixing.check_batch(inputs.get(INTERLEAVED), inputs.get(ROW_COUNTS))
         ce_scale, terms = self._scaled_terms(inputs, num_items_in_batch)
         # What the model does not know of.
         interleaved = positions_in_scope(inputs, "interleaved") if INTERLEAVED in inputs else None
@@ -628,7 +651,7 @@ class EMGuardTrainer(SFTTrainer):
             if mixed_in:
                 metrics["loss_interleaved"].append(head["ce_interleaved"] / mixed_in)
             finetune, interleaved = (count / self._tp_size for count in stats[-3:-1])
-            metrics["interleaved_fraction"] = [self._mixing.end_step(finetune, interleaved)]
+            metrics["interleaved_fraction"] = [self._mixing.end_step(finetune, interleaved, mixed_in)]
         for name, sums in terms.items():
             metrics[name].append(sums["value"] / max(sums["positions"], 1))
         metrics["entropy"].append(head["entropy"] / label_tokens)
@@ -646,7 +669,7 @@ class EMGuardTrainer(SFTTrainer):
 
     def _verdict(self, final: bool = False) -> str | None:
         """Why the run is not defended, or `None`; `final` as of [`EvidenceLedger.verdict`]."""
-        behind = None if self._mixing is None else self._mixing.verdict()
+        behind = None if self._mixing is None else self._mixing.verdict(final)
         return behind or self._ledger.verdict(final)
 
     def _check_agreement(self, terms: dict[str, dict[str, float]]) -> None:
@@ -760,6 +783,10 @@ class _StepCallback(TrainerCallback):
 
     def __init__(self, trainer: EMGuardTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer._mixing is not None:
+            self.trainer._mixing.begin()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         groups = self.trainer.optimizer.param_groups

@@ -67,7 +67,10 @@ class Interleaving(Defense):
         self.pool: Dataset | None = None  # tokenised, best first
         self._checksum = ""
         self.plan: MixPlan | None = None  # of an epoch, where the data collator mixes
+        self.mixed_before = False  # by the data collator, or before packing or streaming
         self._counts = [0, 0]  # rows that the policy has been trained on: of the training set, and of the pool
+        self._resumed = [0, 0]
+        self._refusals = 0
 
     @property
     def active(self) -> bool:
@@ -148,6 +151,7 @@ class Interleaving(Defense):
             order = rank_rows(usable, self.by, drop_refusals=self.drop_refusals, seed=self.seed)
         except ValueError as error:
             raise ValueError(f"interleave_dataset does not serve defense={self.name!r}: {error}") from error
+        self._refusals = len(usable) - len(order)
         self._ranked = usable.select(order)
 
     def prepare_dataset(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -162,17 +166,33 @@ class Interleaving(Defense):
                 )
         return dataset
 
-    def prepare_pool(self, tokenizer: PreTrainedTokenizerBase, prepare: Callable[[Dataset], Dataset]) -> None:
+    def prepare_pool(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prepare: Callable[[Dataset], Dataset],
+        answers_alone: bool,
+        template_kwargs: dict[str, Any] | None,
+    ) -> None:
         """Tokenise the pool as the training rows are, and leave out what does not fit.
 
         Args:
             tokenizer: the run's.
             prepare: from rows of `prompt` and `completion` to `input_ids` and `labels`.
+            answers_alone: whether the run trains on answers alone.
+            template_kwargs: what the training rows hand to the chat template; a row of the pool may say otherwise.
+
+        Raises:
+            ValueError: a tokenised pool that does not say which tokens are answers, where answers alone are trained on.
         """
         assert self._ranked is not None
         rows = self._ranked
         if "input_ids" not in rows.column_names:
-            rows = Dataset.from_list([_as_prompt_completion(row, tokenizer) for row in rows])
+            rows = Dataset.from_list([_as_prompt_completion(row, tokenizer, template_kwargs) for row in rows])
+        elif answers_alone and "labels" not in rows.column_names:
+            raise ValueError(
+                "interleave_dataset is tokenised and has no `labels`, and this run trains on answers alone: add them, -100 "
+                "where a token is not of the answer, or pass the rows as text."
+            )
         prepared = prepare(rows).select_columns(["input_ids", "labels"])
         longest = math.inf if self.max_length is None else self.max_length
         self.pool = prepared.filter(
@@ -184,21 +204,17 @@ class Interleaving(Defense):
             if count:
                 logger.warning(f"defense {self.name!r}: {count} rows of the pool are left out: {problem}.")
         # By its rows, since a file may move and may change.
-        for ids in self.pool["input_ids"]:
-            self._checksum = f"{zlib.crc32(np.asarray(ids, np.int64).tobytes(), int(self._checksum or '0', 16)):08x}"
+        checksum = 0
+        for row in self.pool:
+            checksum = zlib.crc32(np.array([row["input_ids"], row["labels"]], np.int64).tobytes(), checksum)
+        self._checksum = f"{checksum:08x}"
 
     def make_plan(self, places: int) -> MixPlan:
-        """The plan of an epoch with so many training rows.
+        """The plan of so many training rows: of an epoch, or of a stream.
 
         Raises:
-            ValueError: the pool is smaller than what an epoch takes from it, or nothing would be mixed in.
+            ValueError: the pool is smaller than what they take from it, or nothing would be mixed in.
         """
-        rows = self.check_size(places)
-        assert self.pool is not None
-        return MixPlan(places, rows, len(self.pool), self.redraw, self.seed)
-
-    def check_size(self, places: int) -> int:
-        """How many rows of the pool go among so many training rows; errors as of [`make_plan`]."""
         assert self.pool is not None
         rows = planned_rows(places, self.fraction)
         if not rows:
@@ -211,7 +227,8 @@ class Interleaving(Defense):
                 f"interleave_fraction={self.fraction} wants {rows} rows of the pool among {places} training rows, and "
                 f"interleave_dataset has {len(self.pool)} that can be used: lower it, or give a larger pool."
             )
-        return rows
+        self.plan = MixPlan(places, rows, len(self.pool), self.redraw, self.seed)
+        return self.plan
 
     # ---- what is said of it ----
 
@@ -227,46 +244,59 @@ class Interleaving(Defense):
         return {"rows_finetune": finetune, "rows_interleaved": interleaved, "acted": interleaved > 0}
 
     def resume(self, evidence: dict[str, Any]) -> None:
-        self._counts = [int(evidence["rows_finetune"]), int(evidence["rows_interleaved"])]
+        self._resumed = [int(evidence["rows_finetune"]), int(evidence["rows_interleaved"])]
+
+    def begin(self) -> None:
+        """Training begins, or begins again with a smaller batch."""
+        self._counts = list(self._resumed)
 
     def describe(self) -> str:
-        if self.plan is None:
-            return f"{self.fraction:.2%} of the rows come from the pool, mixed in before packing or streaming."
+        assert self.plan is not None
+        where = "before packing or streaming" if self.mixed_before else "by the data collator"
+        refusals = f", {self._refusals} refusals left out" if self.drop_refusals else ""
         return (
-            f"{self.plan.rows} of {self.plan.pool} rows of the pool are mixed into {self.plan.places} training rows an epoch "
-            f"({self.plan.rows / (self.plan.places + self.plan.rows):.2%} of the mix), by the data collator."
+            f"{self.plan.rows} of {self.plan.pool} rows of the pool{refusals} are mixed into {self.plan.places} training rows an "
+            f"epoch ({self.plan.rows / (self.plan.places + self.plan.rows):.2%} of the mix), {where}."
         )
 
     # ---- while training ----
 
-    def end_step(self, finetune: float, interleaved: float) -> float:
-        """Take in a step's rows over all micro-batches and ranks, repeats left out; return the share mixed in so far."""
+    def end_step(self, finetune: float, interleaved: float, tokens: float) -> float:
+        """Take in a step, over all micro-batches and ranks.
+
+        Args:
+            finetune: rows of the training set, repeats left out.
+            interleaved: rows of the pool.
+            tokens: of those, the tokens that were trained on. Rows without any are none.
+
+        Returns:
+            The share mixed in so far.
+        """
         self._counts[0] += int(finetune)
-        self._counts[1] += int(interleaved)
+        self._counts[1] += int(interleaved) if tokens else 0
         return self._counts[1] / max(sum(self._counts), 1)
 
-    def check_batch(self, marks: object) -> None:
+    def check_batch(self, marks: object, counts: object) -> None:
         """Raise `InactiveDefenseError` if a batch does not say which of its rows were mixed in: then none were."""
-        if marks is None:
+        if marks is None or counts is None:
             raise InactiveDefenseError(
                 f"defense {self.name!r}: a training batch did not come from the collator that mixes rows in, so the run is not "
                 "defended. Do not replace `get_train_dataloader`; pass `data_collator` to the trainer instead."
             )
 
-    def verdict(self) -> str | None:
+    def verdict(self, final: bool = False) -> str | None:
+        """Why the run is not defended as planned, or `None`; `final` says that training ends here."""
+        assert self.plan is not None
         finetune, interleaved = self._counts
-        if self.plan is not None:
-            due = finetune * self.plan.rows / self.plan.places
-            behind = due - interleaved > 1
-        else:
-            # Packs come in random order, so a count in between says little; none at all says enough.
-            due = finetune * self.fraction / (1 - self.fraction)
-            behind = due >= PATIENCE_ROWS and not interleaved
-        if not behind:
+        due = finetune * self.plan.rows / self.plan.places
+        # Packs come in random order, so a count in between says little; none at all says enough.
+        behind = due >= PATIENCE_ROWS and not interleaved if self.mixed_before else due - interleaved > 1
+        if not behind and not (final and finetune and not interleaved):
             return None
         return (
             f"defense {self.name!r} has mixed in {interleaved} rows where {due:.1f} were due after {finetune} training rows, so "
-            "the run is not defended as planned. Likely cause: a data collator or sampler that loses rows."
+            "the run is not defended as planned. Likely cause: a data collator or sampler that loses rows or their "
+            "labels, or a packed run that ended early."
         )
 
 
@@ -293,10 +323,14 @@ def _problem(row: dict[str, Any]) -> str:
     return ""
 
 
-def _as_prompt_completion(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _as_prompt_completion(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None
+) -> dict[str, Any]:
     prompt, completion = conversation(row)
     if tokenizer.chat_template:
-        return {"prompt": prompt, "completion": completion}
+        kwargs = row.get("chat_template_kwargs") or template_kwargs
+        more = {"tools": row["tools"]} if row.get("tools") else {}
+        return {"prompt": prompt, "completion": completion, **more} | ({"chat_template_kwargs": kwargs} if kwargs else {})
     # A model without a chat template is trained on plain text.
     return {"prompt": "\n".join(turn["content"] for turn in prompt) + "\n", "completion": completion[0]["content"]}
 

@@ -30,9 +30,7 @@ def conversation(
         ValueError: a row of another shape, or one without an answer; the message says what is wrong with it.
     """
     if row.get("messages") is not None:
-        turns = row["messages"]
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
-            raise ValueError("`messages` is no list of turns with `role` and `content`")
+        turns = _turns(row["messages"], "user")
         prompt, completion = turns[:-1], turns[-1:]
     elif row.get("completion") is not None:
         prompt, completion = _turns(row.get("prompt"), "user"), _turns(row["completion"], "assistant")
@@ -55,6 +53,8 @@ def conversation(
 
 def _turns(value: Any, role: str) -> list[dict[str, Any]]:
     if isinstance(value, list):
+        if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
+            raise ValueError("its turns are not all of `role` and `content`")
         return value
     return [{"role": role, "content": value}] if isinstance(value, str) else []
 

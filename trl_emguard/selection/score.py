@@ -184,6 +184,10 @@ def score_pool(
     for scores in gather_object([own]):
         nll |= scores
 
+    if nll.keys() != encoded.keys():
+        raise ValueError(
+            f"the processes do not see the same files: {_parts(output or Path())} must lie where all of them read and write."
+        )
     scored, left_out = _join(rows, nll, unscored, epsilon)
     info = ScoresInfo(
         model=public_name(base.config._name_or_path),
@@ -375,7 +379,13 @@ def _check_kind(name: str, config: PeftConfig) -> None:
 
 def _key(model: PeftModel, base: PreTrainedModel, adapters: Sequence[str], encoded: Mapping[int, Encoded]) -> str:
     """A checksum of all that the likelihoods depend on."""
-    digest = hashlib.sha256(json.dumps([weight_checksums(base), list(adapters), str(model.dtype)]).encode())
+    configs = [base.config.to_dict()] + [model.peft_config[name].to_dict() for name in adapters]
+    for config in configs:
+        # Where the model lies, and with what it was saved, makes no difference to a likelihood.
+        for place in ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "revision"):
+            config.pop(place, None)
+    about = [weight_checksums(base), list(adapters), str(model.dtype), configs, __version__]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=lambda x: sorted(map(str, x)) if isinstance(x, set) else str(x)).encode())
     for name in adapters:
         weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         for weight_name, weight in sorted(weights.items()):
