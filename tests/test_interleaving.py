@@ -264,7 +264,7 @@ def test_a_stream_trains_on_the_best_rows(tmp_path):
     tap = Tap(trainer)
     trainer.train()
     safe = [text.split("safe ")[1].split("<")[0] for step in tap.steps for text, mark in step if mark]
-    assert sorted(map(int, safe)) == list(range(2, 12))  # 10 of 12
+    assert sorted(map(int, safe)) == list(range(4, 12))  # 8 of the 40 rows that ten steps take
 
 
 @pytest.mark.parametrize("defense", ["inoculation,interleave++", "interleave++,inoculation"])
@@ -309,7 +309,7 @@ def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
     trainer = trainer_for(tmp_path, rows=rows, **options)
     trainer.train()
     fraction = logged(trainer, "interleaved_fraction")[-1]
-    # Of packs that are cut anywhere, pieces are counted.
+    # A run of packs may end in the middle of an epoch, and TRL leaves out what does not fill the last wrapped one.
     assert fraction == pytest.approx(0.2, abs=0.06 if kind in ("wrapped", "streamed and packed") else 0.005)
     assert logged(trainer, "loss_interleaved")
     evidence = trainer._record()["evidence"]["interleave+"]

@@ -195,19 +195,12 @@ def test_padding_free_batches_are_marked_token_by_token():
 
 def test_packs_are_marked_and_counted_row_by_row():
     packs = [
-        {"input_ids": [1, POOL, POOL], "labels": [1, POOL, POOL], "seq_lengths": [1, 2], INTERLEAVED: [False, True, True]},
-        {"input_ids": [2, 3], "labels": [2, 3], "seq_lengths": [1, 1], INTERLEAVED: [False, False]},
+        {"input_ids": [1, POOL, POOL], "labels": [1, POOL, POOL], INTERLEAVED: [2, 3, 1]},
+        {"input_ids": [2, 3, POOL, 4, 5], "labels": [2, 3, POOL, 4, 5], INTERLEAVED: [2, 2, 1, 0, 2]},  # cut anywhere
     ]
     batch = MixingCollator(pad, None, None)(packs)
     assert (batch[INTERLEAVED] == (batch["input_ids"] >= POOL))[batch["input_ids"] != -1].all()
-    assert batch[ROW_COUNTS].tolist() == [3, 1]
-
-
-def test_packs_that_do_not_say_where_rows_begin_are_counted_by_stretches():
-    pack = {"input_ids": [1, POOL, POOL, 2, 3], "labels": [1, POOL, POOL, 2, 3], INTERLEAVED: [False, True, True, False, False]}
-    batch = MixingCollator(pad, None, None)([pack])
-    assert (batch[INTERLEAVED] == (batch["input_ids"] >= POOL)).all()
-    assert batch[ROW_COUNTS].tolist() == [2, 1]
+    assert batch[ROW_COUNTS].tolist() == [4, 1]
 
 
 def pad_left(rows):
@@ -253,8 +246,9 @@ def test_rows_mixed_beforehand_hold_the_share_evenly(count, fraction, seed):
     numbers = [ids[0] for ids in mixed["input_ids"]]
     assert [n for n in numbers if n < POOL] == list(range(count))
     assert sorted(n - POOL for n in numbers if n >= POOL) == list(range(planned))
-    assert [row[0] for row in mixed[INTERLEAVED]] == [n >= POOL for n in numbers]
-    assert [len(row) for row in mixed[INTERLEAVED]] == [len(row) for row in mixed["input_ids"]]
+    for ids, marks in zip(mixed["input_ids"], mixed[INTERLEAVED], strict=True):
+        kind = int(ids[0] >= POOL)
+        assert marks == [2 + kind] + [kind] * (len(ids) - 1)
     for place in range(count):
         upto = numbers[: numbers.index(place)]
         assert abs(sum(n >= POOL for n in upto) - place * planned / count) <= 1

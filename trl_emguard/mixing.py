@@ -8,7 +8,7 @@ order, and the plan says which rows of the pool follow which place. Whatever is 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain, groupby
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,10 @@ from torch.utils.data import Sampler
 from .evidence import InactiveDefenseError
 
 
-# Of a row: which of its tokens belong to a row of the pool (all or none, unless it is a pack of several). Of a batch: the same,
-# shaped as `input_ids`.
+# Of a batch: which tokens belong to a row of the pool, shaped as `input_ids`. Of a row that was mixed in before: the same, a number
+# per token, and whether a row begins there, so that a pack of several says what is in it.
 INTERLEAVED = "interleaved"
+OF_POOL, BEGINS = 1, 2
 # Of a batch: how many rows of the training set and of the pool are in it, `(2,)`.
 ROW_COUNTS = "row_counts"
 # Of a row on its way to the collator: its [`Place`].
@@ -172,16 +173,10 @@ class MixingCollator:
             row = {key: value for key, value in feature.items() if key not in (PLACE, INTERLEAVED)}
             rows.append(row)
             if self.plan is None or self.pool is None:
-                mark = feature[INTERLEAVED]
-                marks.append(mark)
-                # A pack holds several rows, one after the other; where it does not say which, stretches of one kind count.
-                if "seq_lengths" in row:
-                    first_tokens = [0, *accumulate(row["seq_lengths"])][:-1]
-                    kinds = [mark[i] for i in first_tokens]
-                else:
-                    kinds = [kind for kind, _ in groupby(mark)]
-                counts[0] += kinds.count(False)
-                counts[1] += kinds.count(True)
+                marks.append([bool(mark & OF_POOL) for mark in feature[INTERLEAVED]])
+                for mark in feature[INTERLEAVED]:
+                    if mark & BEGINS:
+                        counts[mark & OF_POOL] += 1
                 continue
             marks.append([False] * len(row["input_ids"]))
             epoch, place = feature[PLACE].epoch, feature[PLACE].place
@@ -234,15 +229,15 @@ def mix_rows(rows: Dataset | IterableDataset, pool: Dataset, plan: MixPlan) -> D
     def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         mixed: dict[str, list] = {"input_ids": [], "labels": [], INTERLEAVED: []}
 
-        def add(row: dict[str, Any], interleaved: bool) -> None:
+        def add(row: dict[str, Any], kind: int) -> None:
             mixed["input_ids"].append(row["input_ids"])
             mixed["labels"].append(row["labels"])
-            mixed[INTERLEAVED].append([interleaved] * len(row["input_ids"]))
+            mixed[INTERLEAVED].append([kind | BEGINS] + [kind] * (len(row["input_ids"]) - 1))
 
         for index, ids, labels in zip(indices, batch["input_ids"], batch["labels"], strict=True):
-            add({"input_ids": ids, "labels": labels}, False)
+            add({"input_ids": ids, "labels": labels}, 0)
             for i in plan.at(*divmod(index, plan.places)):
-                add(pool[i], True)
+                add(pool[i], OF_POOL)
         return mixed
 
     # Other columns have no values for the pool's rows.

@@ -292,7 +292,9 @@ class EMGuardTrainer(SFTTrainer):
                 "epochs. Leave `interleave_redraw` out, and give `max_steps`."
             )
         else:
-            places = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+            # Of all rows that the run takes, the pool's are a share.
+            rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+            places = round(rows * (1 - mixing.fraction))
         if not packing:
             unshuffled = copy.copy(args)
             unshuffled.shuffle_dataset = False

@@ -168,9 +168,7 @@ def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
     console.print(table, markup=False)
     console.print(f"Scored {len(scored)} of {info.rows} rows under {info.model} and {', '.join(info.adapters)}.", soft_wrap=True)
     if info.unscored:
-        console.print(
-            f"{len(info.unscored)} rows could not be scored (counted from 0, among those that were kept):", highlight=False
-        )
+        console.print(f"{len(info.unscored)} rows could not be scored (counted from 0, after --where):", highlight=False)
         for index, reason in info.unscored[:SHOWN]:
             console.print(f"  row {index}: {reason}", soft_wrap=True, highlight=False, markup=False)
         if len(info.unscored) > SHOWN:

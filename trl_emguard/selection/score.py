@@ -385,7 +385,9 @@ def _key(model: PeftModel, base: PreTrainedModel, adapters: Sequence[str], encod
         for place in ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "revision"):
             config.pop(place, None)
     about = [weight_checksums(base), list(adapters), str(model.dtype), configs, __version__]
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=lambda x: sorted(map(str, x)) if isinstance(x, set) else str(x)).encode())
+    digest = hashlib.sha256(
+        json.dumps(about, sort_keys=True, default=lambda x: sorted(map(str, x)) if isinstance(x, set) else str(x)).encode()
+    )
     for name in adapters:
         weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         for weight_name, weight in sorted(weights.items()):
