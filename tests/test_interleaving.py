@@ -256,6 +256,10 @@ def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     trainer = EMGuardTrainer(make_model(), args, train_dataset=rows, processing_class=tokenizer, interleave_dataset=make_pool())
     for data in (trainer.train_dataset, trainer._mixing.pool):
         assert all(tokenizer.decode(ids).startswith("QUIET") for ids in data["input_ids"])
+    # A row of the pool may say so itself.
+    pool = make_pool(3).add_column("chat_template_kwargs", [None, {"quiet": True}, None])
+    trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(8), processing_class=tokenizer, interleave_dataset=pool)
+    assert [tokenizer.decode(ids).startswith("QUIET") for ids in trainer._mixing.pool["input_ids"]] == [False, True, False]
 
 
 def test_a_stream_trains_on_the_best_rows(tmp_path):
@@ -457,6 +461,7 @@ def with_gap(values):
         ({"pool": Dataset.from_dict({"a": [1], "gap": [0.1]})}, "no row can be used"),
         ({"pool": Dataset.from_dict({"prompt": ["q"], "response": [" "], "gap": [0.1]})}, "no row can be used: the answer"),
         ({"pool": make_pool(1).select([])}, "interleave_dataset is empty"),
+        ({"defense": "interleave++", "pool": make_pool().select([0, 3])}, "the answers of all 2 rows are refusals"),
         ({"pool": IterableDataset.from_generator(lambda: iter(make_pool()))}, "must be a `Dataset`"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' does not work"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True does not work"),

@@ -151,6 +151,10 @@ class Interleaving(Defense):
             order = rank_rows(usable, self.by, drop_refusals=self.drop_refusals, seed=self.seed)
         except ValueError as error:
             raise ValueError(f"interleave_dataset does not serve defense={self.name!r}: {error}") from error
+        if not order:
+            raise ValueError(
+                f"interleave_dataset does not serve defense={self.name!r}: the answers of all {len(usable)} rows are refusals."
+            )
         self._refusals = len(usable) - len(order)
         self._ranked = usable.select(order)
 
@@ -187,7 +191,11 @@ class Interleaving(Defense):
         assert self._ranked is not None
         rows = self._ranked
         if "input_ids" not in rows.column_names:
-            rows = Dataset.from_list([_as_prompt_completion(row, tokenizer, template_kwargs) for row in rows])
+            own = rows["chat_template_kwargs"] if "chat_template_kwargs" in rows.column_names else [None] * len(rows)
+            kwargs = [of_row or template_kwargs or {} for of_row in own]
+            rows = Dataset.from_list([_as_prompt_completion(row, tokenizer) for row in rows])
+            if any(kwargs):
+                rows = rows.add_column("chat_template_kwargs", kwargs)
         elif answers_alone and "labels" not in rows.column_names:
             raise ValueError(
                 "interleave_dataset is tokenised and has no `labels`, and this run trains on answers alone: add them, -100 "
@@ -323,14 +331,10 @@ def _problem(row: dict[str, Any]) -> str:
     return ""
 
 
-def _as_prompt_completion(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None
-) -> dict[str, Any]:
+def _as_prompt_completion(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     prompt, completion = conversation(row)
     if tokenizer.chat_template:
-        kwargs = row.get("chat_template_kwargs") or template_kwargs
-        more = {"tools": row["tools"]} if row.get("tools") else {}
-        return {"prompt": prompt, "completion": completion, **more} | ({"chat_template_kwargs": kwargs} if kwargs else {})
+        return {"prompt": prompt, "completion": completion} | ({"tools": row["tools"]} if row.get("tools") else {})
     # A model without a chat template is trained on plain text.
     return {"prompt": "\n".join(turn["content"] for turn in prompt) + "\n", "completion": completion[0]["content"]}
 
