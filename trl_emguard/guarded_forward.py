@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .blocks import record_blocks
 from .defenses import Defense, ReferenceDefense
 from .mixing import INTERLEAVED
 from .ops import ce_kl_head, logit_transform, with_gradient
 from .reference import AdapterReference, ModelReference
+from .sharding import gathered
 
 
 def positions_in_scope(inputs: Mapping[str, Any], tokens: str) -> torch.Tensor:
@@ -131,7 +131,10 @@ def run_model_reference(
     """The states that a separate reference model gives to the positions of a batch, `(B, T - 1)`, by its own engine."""
     request = ReferenceGuard(scope, wanted_layers(defenses, reference.model))
     inputs = {name: value for name, value in inputs.items() if name not in ("labels", "output_router_logits")}
-    return reference.engine(**inputs, guard=request)
+    states = reference.engine(**inputs, guard=request)
+    # Read anew: FSDP2 takes a head apart again when the pass ends.
+    states.head = output_head(reference.model)
+    return states
 
 
 @dataclass
@@ -208,7 +211,7 @@ class PolicyGuard:
         kl = next((term for term in self.terms if term.defense.divergence is not None), None)
         kl_weight = None if kl is None else kl.scale.to(device) * kl.scope[kept].to(device)
         softcap, logit_scale = logit_transform(model.config.get_text_config())
-        with maybe_gather_lm_head_ctx(weight, bias, *(reference.head if reference is not None else ())):
+        with gathered(weight, bias, *(reference.head if reference is not None else ())):
             head = ce_kl_head(
                 policy.last.to(device),
                 weight,
@@ -323,7 +326,12 @@ def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | No
     """A model's head, weight `(V, H)` and bias `(V,)` or `None`. With adapters off, one in `modules_to_save` is the original."""
     lm_head = model.get_output_embeddings()
     weight, bias = lm_head.weight, lm_head.bias
-    # FSDP2 keeps parameters as shards: the head is gathered once, before it is cut into chunks.
+    # A head whose module is never called stays FSDP2's shards: it is gathered once, before it is cut into chunks. Its gradient is
+    # each rank's own, and averaged over the ranks as FSDP2 averages what it gathers itself.
     if isinstance(weight, DTensor):
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        weight, bias = _whole(weight), None if bias is None else _whole(bias)
     return weight, bias
+
+
+def _whole(shards: DTensor) -> torch.Tensor:
+    return shards.full_tensor(grad_placements=[Partial("avg")] * shards.device_mesh.ndim)

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import fsdp2_prepare_model, is_peft_model
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
@@ -20,11 +20,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import create_model_from_path, get_config_model_id, maybe_gather_lm_head_ctx
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .adapters import AdapterSwitch
 from .config import EMGuardConfig
+from .sharding import gathered
 
 
 logger = get_logger(__name__)
@@ -73,7 +74,8 @@ class ModelReference:
         if is_deepspeed:
             self.engine = prepare_deepspeed(self._unprepared, self._accelerator)
         elif is_fsdp:
-            self.engine = prepare_fsdp(self._unprepared, self._accelerator)
+            # Block by block, as the policy. TRL's `prepare_fsdp` makes one unit of a model, which a pass gathers whole.
+            self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
 
@@ -170,15 +172,17 @@ def trainable_outside_adapters(policy: PeftModel) -> list[str]:
 def fingerprint(reference: AdapterReference | ModelReference, policy: nn.Module) -> str:
     """A hash of some numbers of every weight that the reference uses, to tell whether a resumed run has the same one.
 
-    Shards look empty here: under ZeRO-3 the hash says nothing.
+    Called before an engine takes the model: FSDP2 has not sharded it yet, and what ZeRO-3 loaded in shards is gathered here weight
+    by weight, on every rank.
     """
     model = reference.model if isinstance(reference, ModelReference) else policy
     own = set() if isinstance(reference, ModelReference) else set(getattr(policy, "peft_config", {})) - {reference.adapter}
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if own.isdisjoint(name.split(".")) and not isinstance(parameter, DTensor):
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
+            with gathered(parameter):
+                flat = parameter.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
             digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -226,7 +230,7 @@ def _adapter_is_zero(policy: PeftModel) -> bool:
                 zeros += layer.lora_B[name].parameters()
             if name in layer.lora_embedding_A:
                 zeros.append(layer.lora_embedding_A[name])
-    with maybe_gather_lm_head_ctx(*zeros):
+    with gathered(*zeros):
         if any(bool(weight.detach().any()) for weight in zeros):
             return False
     for wrapper in (m for m in policy.modules() if isinstance(m, AuxiliaryTrainingWrapper)):
@@ -241,7 +245,7 @@ def _adapter_is_zero(policy: PeftModel) -> bool:
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:
     pairs = list(zip(a.parameters(), b.parameters(), strict=True))
-    with maybe_gather_lm_head_ctx(*(p for pair in pairs for p in pair)):
+    with gathered(*(p for pair in pairs for p in pair)):
         return all(torch.equal(p, q.to(p.dtype)) for p, q in pairs)
 
 

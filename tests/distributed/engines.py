@@ -1,0 +1,171 @@
+"""Launching cells on two CPU ranks of an engine, and comparing them with one process."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import save_model
+
+from trl_emguard.persona import PersonaVector
+
+
+DEFENSES = ("none", "kl", "ldifs", "steering", "inoculation", "interleave++", "interleave++,kl")
+RANKS = 2
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of six steps on ragged rows.
+
+    Attributes:
+        options: over the worker's own.
+        lora: over the adapter's own configuration.
+        unlabelled: rank 1 gets rows without a label.
+        resumed: trained once more from the checkpoint of the third step, and it is that run which is looked at.
+    """
+
+    defense: str
+    tuning: str = "lora"
+    checkpointing: bool = False
+    architecture: str = "llama"
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    lora: dict[str, Any] = field(default_factory=dict, hash=False)
+    unlabelled: bool = False
+    resumed: bool = False
+
+    @property
+    def id(self) -> str:
+        more = [f"{name}={value}" for name, value in {**self.options, **self.lora}.items()]
+        marks = {"checkpointing": self.checkpointing, "unlabelled": self.unlabelled, "resumed": self.resumed}
+        return "-".join([self.defense, self.tuning, self.architecture, *[name for name, on in marks.items() if on], *more])
+
+
+# What accelerate's files of these engines say on a GPU, in recipes/accelerate_configs, and here on the CPU. `overlap_comm` wants streams.
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"distributed_type": "MULTI_GPU", "use_cpu": True},
+    "zero2": {"distributed_type": "DEEPSPEED", "zero_stage": 2},
+    "zero3": {"distributed_type": "DEEPSPEED", "zero_stage": 3},
+    "fsdp2": {
+        "distributed_type": "FSDP",
+        "use_cpu": True,
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": True,
+            "fsdp_state_dict_type": "FULL_STATE_DICT",
+        },
+    },
+}
+
+
+def launch(engine: str, cells: list[Cell], folder: Path, timeout: int) -> dict[str, list[dict[str, Any]]]:
+    """Train the cells on an engine, one process for `"one"` and two ranks otherwise.
+
+    Returns:
+        cell id → what each rank saw; of a cell that failed, and of those after it, less.
+    """
+    folder.mkdir(parents=True)
+    torch.manual_seed(3)
+    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(folder / "vector.safetensors")
+    job = {
+        "engine": engine,
+        "cells": [{"id": cell.id, **asdict(cell)} for cell in cells],
+        "models": {name: save_model(folder / name, name) for name in {cell.architecture for cell in cells}},
+        "vector": str(folder / "vector.safetensors"),
+        "output": str(folder),
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, str(WORKER), str(folder / "job.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if engine != "one":
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(_accelerate_file(engine, folder))]
+        command = [*launcher, *command[1:]]
+        environment |= {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {}
+    log = folder / "log.txt"
+    with log.open("w") as stream:
+        subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=timeout, check=False)
+    seen = {}
+    for cell in cells:
+        files = [folder / f"{cell.id}.{rank}.json" for rank in range(RANKS)]
+        seen[cell.id] = [json.loads(path.read_text()) for path in files if path.exists()]
+    return seen
+
+
+def _accelerate_file(engine: str, folder: Path) -> Path:
+    settings = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": RANKS, "main_process_port": 0}
+    settings |= ENGINES[engine]
+    stage = settings.pop("zero_stage", None)
+    if stage is not None:
+        zero = {
+            "stage": stage,
+            "overlap_comm": False,
+            # Small weights are sharded as well.
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+        auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero, **dict.fromkeys(auto, "auto")}))
+        settings["deepspeed_config"] = {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": stage == 3}
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def differences(
+    engine: str, cell: Cell, folder: Path, one: Path, seen: list[dict], alone: dict, tolerance: float = 1e-4
+) -> list[str]:
+    """What a run on two ranks has otherwise than the same run in one process. Empty is good.
+
+    Args:
+        folder, one: where the two runs left their models.
+        seen, alone: what their ranks saw.
+    """
+    if len(seen) < RANKS or "error" in seen[0] or "error" in seen[1]:
+        errors = [rank["error"] for rank in seen if "error" in rank]
+        return [f"{cell.id}: {errors[0] if errors else 'was not reached'}"]
+    found = []
+    if [rank["ranks"] for rank in seen] != [RANKS] * RANKS:
+        found.append(f"{cell.id}: ran on {seen[0]['ranks']} ranks")
+    sharded = ENGINES[engine].get("zero_stage") == 3 or "fsdp_config" in ENGINES[engine]
+    for rank in seen:
+        for model, share in rank["held"].items():
+            # Half, and a little where a weight cannot be halved.
+            if sharded and share > 0.6:
+                found.append(f"{cell.id}: a rank held {share:.0%} of the weights of the {model}")
+        # An evaluation is another order of modules, with or without a defense.
+        if rank["invalidated"] > sum("eval_loss" in entry for entry in rank["history"]):
+            found.append(f"{cell.id}: DeepSpeed threw {rank['invalidated']} prefetch traces away")
+    for key in ("loss", "grad_norm", "loss_ce", "kl", "ldifs", "interleaved_fraction", "num_tokens", "mean_token_accuracy"):
+        ours, theirs = ([entry[key] for entry in run["history"] if key in entry] for run in (seen[0], alone))
+        if len(ours) != len(theirs) or any(abs(a - b) > tolerance * max(1, abs(b)) for a, b in zip(ours, theirs, strict=True)):
+            found.append(f"{cell.id}: {key} {ours} instead of {theirs}")
+    if not [entry for entry in seen[0]["history"] if "loss" in entry]:
+        found.append(f"{cell.id}: no loss was logged")
+    name = "adapter_model.safetensors" if cell.tuning == "lora" else "model.safetensors"
+    ours, theirs = (load_file(run / cell.id / name) for run in (folder, one))
+    if cell.tuning == "full" and cell.architecture == "llama":
+        for weights in (ours, theirs):
+            # A tied head is one with the embeddings, and some engines write it a second time.
+            weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    if ours.keys() != theirs.keys():
+        found.append(f"{cell.id}: weights {sorted(ours.keys() ^ theirs.keys())}")
+    else:
+        worst = max(theirs, key=lambda name: (ours[name] - theirs[name]).abs().max())
+        error = (ours[worst] - theirs[worst]).abs().max()
+        if not error <= tolerance:
+            found.append(f"{cell.id}: {worst} differs by {error:.2g}")
+    record, expected = (json.loads((run / cell.id / "defense.json").read_text()) for run in (folder, one))
+    for term, evidence in expected["evidence"].items():
+        for count in ("positions", "acted", "rows_interleaved", "rows_finetune", "layers"):
+            if evidence.get(count) != record["evidence"][term].get(count):
+                found.append(f"{cell.id}: evidence {record['evidence'][term]} instead of {evidence}")
+                break
+    return found

@@ -1,0 +1,68 @@
+"""A run on two ranks is the run in one process: the same losses, the same evidence, the same weights."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from .engines import DEFENSES, ENGINES, Cell, differences, launch
+
+
+MATRIX = [Cell(*cell) for cell in product(DEFENSES, ("lora", "full"), (False, True))]
+# What one engine does otherwise than another, or what differs from rank to rank.
+CONDITIONS = [
+    # A rank without labels, and micro-batches without a mixed-in row: no rank may wait for another.
+    Cell("kl,ldifs", unlabelled=True, options={"train_sampling_strategy": "sequential"}),
+    Cell("kl,ldifs", "full", True, unlabelled=True, options={"train_sampling_strategy": "sequential"}),
+    Cell("interleave++,kl", options={"kl_tokens": "interleaved", "interleave_fraction": 0.05}),
+    # Heads of their own: untied, trained beside an adapter, and both.
+    Cell("kl", "full", True, "qwen2"),
+    Cell("kl,ldifs", "lora", False, "qwen2", lora={"modules_to_save": ["lm_head"]}),
+    # A reference that is an adapter.
+    Cell("kl", lora={"init_lora_weights": False}),
+    Cell("kl", options={"kl_tokens": "all"}),
+    # An epoch of packs, and no more: at its end, ranks are given packs twice, where one process makes a smaller batch.
+    Cell("kl,ldifs", options={"packing": True, "max_length": 64, "max_steps": 4}),
+    Cell("kl", "full", options={"max_length": 36}),
+    Cell("ldifs,steering", options={"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}),
+    Cell("interleave++,kl", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
+    Cell("kl", "full", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
+]
+# Every defense, both ways of tuning and both modes of checkpointing, on every engine that has something of its own to do for them.
+SLICE = {
+    "ddp": [Cell("ldifs", "full", True), Cell("interleave++,kl", "lora", False)],
+    "zero2": [Cell("kl", "full", False), Cell("inoculation", "lora", True)],
+    "zero3": [Cell("kl", "lora", True), Cell("interleave++,kl", "full", False), Cell("steering", "lora", False)],
+    "fsdp2": [Cell("kl", "full", True), Cell("ldifs", "lora", False), Cell("steering", "full", False)],
+}
+
+
+def check(engine: str, cells: list[Cell], folder: Path, timeout: int) -> None:
+    alone = launch("one", cells, folder / "one", timeout)
+    seen = launch(engine, cells, folder / engine, timeout)
+    found = []
+    for cell in cells:
+        assert len(alone[cell.id]) == 1, (folder / "one" / "log.txt").read_text()[-3000:]
+        assert "error" not in alone[cell.id][0], alone[cell.id][0]["error"]
+        found += differences(engine, cell, folder / engine, folder / "one", seen[cell.id], alone[cell.id][0])
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_slice_of_the_matrix(tmp_path, engine):
+    check(engine, SLICE[engine], tmp_path, timeout=280)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_matrix(tmp_path, engine):
+    check(engine, MATRIX, tmp_path, timeout=850)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_conditions(tmp_path, engine):
+    check(engine, CONDITIONS, tmp_path, timeout=850)

@@ -1,0 +1,179 @@
+"""One rank of a launched run: trains every cell that it is given, one after the other, and leaves what it saw on disk.
+
+`accelerate launch … worker.py JOB.json`, where the job names the engine, the cells and the folders. A cell is a defense, a way of
+tuning and a mode of checkpointing. Starting Python costs far more than a cell does, so a launch takes many of them.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from tiny import config, lora, make_pool, make_rows, make_tokenizer
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+import trl_emguard.trainer
+from trl_emguard import EMGuardTrainer
+from trl_emguard.reference import ModelReference
+
+
+STEPS = 6
+GLOBAL_BATCH = 4
+
+
+def options_of(cell: dict, job: dict, ranks: int) -> dict:
+    """The options of a cell's run. They differ from one process's in the batch of a rank alone."""
+    options = {
+        "defense": cell["defense"],
+        "max_steps": STEPS,
+        "per_device_train_batch_size": GLOBAL_BATCH // ranks,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": cell["checkpointing"],
+        # Where a gradient is nothing but rounding, Adam would make a whole step of it.
+        "adam_epsilon": 1e-3,
+        "kl_coef": 1.0,
+        "steering_vector": job["vector"],
+        "steering_coef": 1.0,
+        "interleave_fraction": 0.3,
+        "seed": 7,
+    }
+    if job["engine"] != "one":
+        options |= {"ddp_backend": "gloo", "use_cpu": job["engine"] in ("ddp", "fsdp2")}
+    return {**options, **cell["options"]}
+
+
+def rows_of(cell: dict) -> Dataset:
+    if not cell["unlabelled"]:
+        return make_rows(48)
+    # In order, a batch's first two rows go to rank 0 and the others to rank 1, which has nothing to learn from.
+    tokens = [[5 + (i * k) % 250 for k in range(4 + i % 7)] for i in range(48)]
+    labels = [[-100] * len(row) if i % 4 > 1 else [-100, *row[1:]] for i, row in enumerate(tokens)]
+    return Dataset.from_list([{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)])
+
+
+def make_trainer(cell: dict, job: dict, folder: Path) -> EMGuardTrainer:
+    options = options_of(cell, job, int(os.environ.get("WORLD_SIZE", "1")))
+    return EMGuardTrainer(
+        job["models"][cell["architecture"]],
+        config(folder, **options),
+        train_dataset=rows_of(cell),
+        eval_dataset=make_rows(8) if "eval_strategy" in options else None,
+        processing_class=make_tokenizer(),
+        peft_config=lora(**cell["lora"]) if cell["tuning"] == "lora" else None,
+        interleave_dataset=make_pool(60) if "interleave" in cell["defense"] else None,
+    )
+
+
+def train(cell: dict, job: dict) -> dict:
+    folder = Path(job["output"]) / cell["id"]
+    trainer = make_trainer(cell, job, folder)
+    assert not cell["unlabelled"] or len(trainer.train_dataset) == 48, "rows without labels were left out"
+    seen = watch(trainer, job["engine"])
+    trainer.train()
+    if cell["resumed"]:
+        forget_the_engine()
+        trainer = make_trainer(cell, job, folder)
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS // 2}"))
+    trainer.save_model(str(folder))
+    return {
+        "ranks": trainer.accelerator.num_processes,
+        "engine": str(trainer.accelerator.distributed_type),
+        "history": trainer.state.log_history,
+        **seen(),
+    }
+
+
+def forget_the_engine() -> None:
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+
+
+def watch(trainer, engine: str):
+    """Look on while it trains.
+
+    Returns:
+        What gives, after training, the share of the policy's and of a separate reference's weights that this rank holds (the
+        largest that it held after a step), and how often DeepSpeed threw a prefetch trace away.
+    """
+    held = {"policy": 0.0, "reference": 0.0}
+    invalidated = []
+    if engine == "zero3":
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+        throw_away = Coordinator.__dict__.get("_counted") or Coordinator._invalidate_trace
+
+        def counted(coordinator):
+            invalidated.append(coordinator)
+            throw_away(coordinator)
+
+        Coordinator._counted, Coordinator._invalidate_trace = throw_away, counted
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            held["policy"] = max(held["policy"], share_held(trainer.model))
+            if isinstance(trainer._reference, ModelReference):
+                held["reference"] = max(held["reference"], share_held(trainer._reference.model))
+
+    trainer.add_callback(Look())
+    return lambda: {"held": held, "invalidated": len(invalidated)}
+
+
+def share_held(model: torch.nn.Module) -> float:
+    """Which share of a model's numbers is in this rank's memory."""
+    here, whole = 0, 0
+    for parameter in model.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        here += local.numel() + (parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0)
+        whole += getattr(parameter, "ds_numel", parameter.numel())
+    return here / whole
+
+
+def shard_on_the_cpu() -> None:
+    """Have accelerate shard by FSDP2 here. It does so on every device but the CPU, which it leaves unsharded in silence."""
+    init = AcceleratorState.__init__
+
+    def init_sharded(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init_sharded
+    # Elsewhere such a run is refused.
+    trl_emguard.trainer._check_launch = lambda args: None
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if job["engine"] == "fsdp2":
+        shard_on_the_cpu()
+    rank = int(os.environ.get("RANK", "0"))
+    for cell in job["cells"]:
+        forget_the_engine()
+        try:
+            result = train(cell, job)
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        path = Path(job["output"]) / f"{cell['id']}.{rank}.json"
+        path.write_text(json.dumps(result))
+        if "error" in result:
+            print(result["error"], file=sys.stderr)
+            os._exit(1)  # the other rank waits for this one
+        gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
