@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # glibc hands large blocks back to the system after every use, and touching fresh ones costs a third of a step on CPU.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 
-.PHONY: setup demo test lint bench bench-gpu clean
+.PHONY: setup demo test test-faults test-distributed soak lint bench bench-gpu clean
 
 setup: .venv/.ready
 
@@ -26,6 +26,18 @@ demo: setup
 
 test: setup
 	$(OFFLINE) $(BIN)/python -m pytest
+
+# The whole matrix of defenses and engines on two ranks, of which `make test` runs a slice. One after the other: each takes two cores.
+test-distributed: setup
+	$(OFFLINE) $(BIN)/python -m pytest -n 0 -m distributed
+
+# Kills at random moments and at every write, errors in every callback and at every write, damaged files; `make test` runs a slice.
+test-faults: setup
+	$(OFFLINE) $(BIN)/python -m pytest -m 'not distributed' --timeout 900 tests/faults tests/test_checkpoints.py
+
+# 2,000 steps with everything on, about three minutes: memory stays flat, and nothing is left open.
+soak: setup
+	$(OFFLINE) PYTHONPATH=tests $(BIN)/python tests/faults/soak.py
 
 lint: setup
 	$(BIN)/ruff check .

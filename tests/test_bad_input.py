@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import config, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
+from transformers import CLIPImageProcessor, LlavaProcessor
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
 from trl_emguard.defenses.ldifs import select_layers
@@ -200,3 +201,32 @@ def test_a_config_class_whose_fields_would_be_lost(tmp_path):
         EMGuardTrainer(
             make_model(), Mine(str(tmp_path), use_cpu=True), train_dataset=make_rows(4), processing_class=make_tokenizer()
         )
+
+
+@pytest.mark.parametrize("given", ["processor", "model"])
+def test_vision_language_models(tmp_path, given):
+    model, processor = make_model(), None
+    if given == "processor":
+        processor = LlavaProcessor(image_processor=CLIPImageProcessor(), tokenizer=make_tokenizer())
+    else:
+        model.config.vision_config = {}
+    with pytest.raises(ValueError, match="defense='kl' does not support vision-language models: pass a text model"):
+        EMGuardTrainer(model, config(tmp_path, defense="kl"), train_dataset=make_rows(), processing_class=processor)
+
+
+@pytest.mark.parametrize("defense", ["none", "kl"])
+def test_ranks_that_do_not_know_of_each_other(tmp_path, monkeypatch, defense):
+    """As accelerate leaves them on CPUs without `ddp_backend`: each would train a model of its own."""
+    arguments = config(tmp_path, defense=defense)  # the state of this process is there by now: one of one
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were launched, and each takes itself for the only one.*ddp_backend='gloo'"):
+        EMGuardTrainer(str(tmp_path / "not looked at"), arguments, train_dataset=make_rows())
+
+
+@pytest.mark.parametrize("defense", ["none", "kl"])
+def test_sharding_that_was_asked_for_and_does_not_happen(tmp_path, monkeypatch, defense):
+    arguments = config(tmp_path, defense=defense)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP was asked for and does not shard here .*Train on accelerators"):
+        EMGuardTrainer(str(tmp_path / "not looked at"), arguments, train_dataset=make_rows())

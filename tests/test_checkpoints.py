@@ -1,6 +1,10 @@
 """What is saved, and going on from it."""
 
 import json
+import os
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +12,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import logged, lora, make_model, make_trainer
 from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
+from trl_emguard import checkpoints
+from trl_emguard import trainer as trainer_module
+from trl_emguard.checkpoints import MANIFEST, begin_checkpoint, finish_checkpoint, newest_whole_checkpoint, why_torn
 from trl_emguard.evidence import read_defense_file
 
 
@@ -143,10 +151,187 @@ def test_a_plain_trainers_checkpoint_is_no_defended_one(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"defenses": 3}', '{"defenses": {}}', "\x00"])
 def test_a_damaged_defense_file_is_refused(tmp_path, content):
+    """By its checksum, and where there is none, by what it says."""
     trainer_for(tmp_path).train()
-    (tmp_path / "checkpoint-4" / "defense.json").write_text(content)
-    with pytest.raises(ValueError, match=r"defense.json is damaged .*Resume from another checkpoint"):
-        trainer_for(tmp_path).train(resume_from_checkpoint=True)
+    folder = tmp_path / "checkpoint-4"
+    (folder / "defense.json").write_text(content)
+    with pytest.raises(ValueError, match=r"is a torn checkpoint \(defense.json has"):
+        trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
+    (folder / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"defense.json is damaged"):
+        trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
+
+
+# ---- whole and torn ----
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+DAMAGES = {"deleted": Path.unlink, "cut": cut, "emptied": lambda path: path.write_bytes(b""), "flipped": flip}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of runs with a checkpoint at steps 2 and 4: of this trainer, and of the stock one."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("ours", "stock")}
+    trainer_for(folders["ours"]).train()
+    ours = trainer_for(folders["stock"], defense="none")
+    SFTTrainer(
+        make_model(), ours.args, train_dataset=ours.train_dataset, processing_class=ours.processing_class, peft_config=lora()
+    ).train()
+    return folders
+
+
+@pytest.fixture
+def run_folder(saved, tmp_path):
+    """A copy of one of them."""
+
+    def copy(name):
+        return Path(shutil.copytree(saved[name], tmp_path / name))
+
+    return copy
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_is_torn_if_any_file_of_it_is(run_folder, damage):
+    output = run_folder("ours")
+    folder = output / "checkpoint-4"
+    names = json.loads((folder / MANIFEST).read_text())["files"]
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "defense.json"} <= names.keys()
+    assert newest_whole_checkpoint(output) == (4, {})
+    for name in [*names, MANIFEST]:
+        before = (folder / name).read_bytes()
+        DAMAGES[damage](folder / name)
+        if (name, damage) == (MANIFEST, "deleted"):
+            assert why_torn(folder) is None  # as a stock checkpoint, which all of its files are there for
+        else:
+            assert name in why_torn(folder) or name == MANIFEST
+            assert newest_whole_checkpoint(output) == (2, {"checkpoint-4": why_torn(folder)})
+        (folder / name).write_bytes(before)
+    assert why_torn(folder) is None
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut", "emptied"])
+def test_what_can_be_seen_of_a_checkpoint_without_a_manifest(run_folder, damage):
+    folder = run_folder("stock") / "checkpoint-4"
+    assert not (folder / MANIFEST).exists()
+    for path in sorted(folder.iterdir()):
+        before = path.read_bytes()
+        DAMAGES[damage](path)
+        # What no run is resumed from.
+        harmless = {"README.md", "chat_template.jinja"} | (
+            {"training_args.bin", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"}
+            if damage == "deleted"
+            else set()
+        )
+        assert (why_torn(folder) is None) == (path.name in harmless), (path.name, why_torn(folder))
+        path.write_bytes(before)
+    assert why_torn(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "flaw"),
+    [
+        ({"model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors"}}'}, "model-1.safetensors is missing"),
+        ({}, "no weights"),
+        ({"global_step2/shard.pt": ""}, r"shard.pt is damaged"),
+        ({"latest": "global_step2", "global_step2/readme.txt": ""}, None),
+        ({"latest": "global_step2", "global_step1/readme.txt": ""}, "the folder that `latest` names"),
+        ({"global_step2/readme.txt": ""}, "latest is missing"),
+        ({"pytorch_model_fsdp_0/.metadata": "", "optimizer_0/.metadata": "", "scheduler.txt": "", "rng_state_0.txt": ""}, None),
+        ({"pytorch_model_fsdp_0/.metadata": "", "optimizer_0/.metadata": "", "scheduler.txt": ""}, "rng_state is missing"),
+    ],
+)
+def test_sharded_checkpoints_of_other_trainers(tmp_path, files, flaw):
+    for name, content in {"trainer_state.json": "{}", **files}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    found = why_torn(tmp_path)
+    assert found is None if flaw is None else re.search(flaw, found)
+
+
+def test_torn_checkpoints_are_named_and_passed_over(run_folder, caplog):
+    output = run_folder("ours")
+    cut(output / "checkpoint-4" / "optimizer.pt")
+    (output / "checkpoint-6").mkdir()
+    (output / "checkpoint-x").mkdir()
+    resumed = trainer_for(output)
+    resumed.train(resume_from_checkpoint="true")
+    assert "holds torn checkpoints, which are not resumed from: checkpoint-6 (trainer_state.json is missing), " in caplog.text
+    assert "checkpoint-4 (optimizer.pt has " in caplog.text
+    assert newest_whole_checkpoint(output, up_to=4) == (4, {})
+    assert resumed.state.global_step == 4
+
+
+def test_there_are_none_but_torn_checkpoints(run_folder):
+    output = run_folder("ours")
+    for step in (2, 4):
+        begin_checkpoint(output / f"checkpoint-{step}")
+    with pytest.raises(
+        ValueError, match=r"no whole checkpoint, only torn ones: checkpoint-4 \(it was never finished\), checkpoint-2"
+    ):
+        trainer_for(output).train(resume_from_checkpoint=True)
+
+
+def test_a_large_file_is_known_by_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "CHECKSUM_BYTES", 8)
+    for name, size in (("large", 9), ("small", 8)):
+        (tmp_path / name).write_bytes(bytes(size))
+    finish_checkpoint(tmp_path)
+    flip(tmp_path / "large")
+    assert why_torn(tmp_path) is None
+    cut(tmp_path / "large")
+    assert why_torn(tmp_path) == "large has 6 bytes instead of 9"
+    finish_checkpoint(tmp_path)
+    flip(tmp_path / "small")
+    assert why_torn(tmp_path) == "small has changed"
+
+
+def test_what_else_lies_in_a_checkpoint_does_not_tear_it(run_folder):
+    folder = run_folder("ours") / "checkpoint-4"
+    (folder / "README.md").write_text("edited")
+    (folder / "notes.txt").write_text("added")
+    assert why_torn(folder) is None
+
+
+def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    whole = []
+
+    def rotate(output_dir, *args, **kwargs):
+        whole.append(newest_whole_checkpoint(output_dir))
+        rotate_checkpoints(output_dir, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "rotate_checkpoints", rotate)
+    trainer = trainer_for(tmp_path, save_total_limit=1, push_to_hub=False)
+    trainer.train()
+    assert whole == [(2, {}), (4, {})]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    stored = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert stored.save_total_limit == trainer.args.save_total_limit == 1
+
+
+def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
+    trainer = trainer_for(tmp_path)
+    pushed = []
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", lambda folder: pushed.append((Path(folder).name, why_torn(folder))))
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [("checkpoint-2", None), ("checkpoint-4", None)]
+
+
+def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
+    trainer_for(tmp_path, save_only_model=True).train()
+    assert newest_whole_checkpoint(tmp_path) == (4, {})
+    (tmp_path / "checkpoint-4" / MANIFEST).unlink()
+    assert newest_whole_checkpoint(tmp_path) == (4, {})
 
 
 def test_resume_without_a_checkpoint_says_so(tmp_path):

@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, logged, lora, make_model, make_rows, make_trainer
+from tiny import ARCHITECTURES, TEMPLATE, config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer
+from trl import SFTTrainer
 from twin import first_gradients, move_policy, relative_error, twin_step
+
+from trl_emguard import EMGuardTrainer
 
 
 ROWS = 8
@@ -79,6 +82,60 @@ def test_accumulation_and_batch_size_do_not_matter(tmp_path, batch, accumulation
             gradient_accumulation_steps=accumulation,
         )
     )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"packing": True, "max_length": 256, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"padding_free": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_how_a_batch_is_laid_out_or_run_does_not_matter(tmp_path, setting):
+    torch._dynamo.reset()
+    values, expected = twin_step(trainer_for(tmp_path, defense="kl,ldifs"))
+    trainer = trainer_for(tmp_path, defense="kl,ldifs", **setting)
+    if "packing" in setting:
+        assert any(len(row["seq_lengths"]) > 1 for row in trainer.train_dataset)
+        trainer.args.gradient_accumulation_steps = len(trainer.train_dataset)
+    gradients = first_gradients(trainer)
+    for name in ("loss", "loss_ce", "kl", "ldifs"):
+        assert logged(trainer, name)[0] == pytest.approx(values[name], rel=1e-5)
+    gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
+    assert relative_error(gradients, expected) < 1e-5
+
+
+GENERATION = TEMPLATE.replace(
+    "{{ message['role'] + '\n' + message['content'] }}<|im_end|>",
+    "{{ message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"max_length": 36}, {"completion_only_loss": False}, {"assistant_only_loss": True}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_which_tokens_carry_a_label(tmp_path, setting):
+    """As SFTTrainer labels them: the terms' tokens are CE's, whatever these are."""
+    rows, tokenizer = make_rows(ROWS), make_tokenizer()
+    if "assistant_only_loss" in setting:
+        rows = rows.map(lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=rows.column_names)
+        tokenizer.chat_template = GENERATION
+    labels = {}
+    for make in (SFTTrainer, EMGuardTrainer):
+        arguments = config(tmp_path, **{**STEP, **STRONG, "defense": "kl,ldifs", **setting})
+        model = make_model()
+        trainer = make(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora())
+        labels[make] = [row["labels"] for row in trainer.train_dataset]
+    assert labels[EMGuardTrainer] == labels[SFTTrainer]
+    assert any(-100 in row for row in labels[SFTTrainer]) or "completion_only_loss" in setting
+    trainer.args.gradient_accumulation_steps = -(-len(trainer.train_dataset) // 4)
+    move_policy(trainer)
+    assert_equals_twin(trainer)
 
 
 def test_rows_without_labels_and_with_one(tmp_path):

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -216,6 +217,9 @@ class EMGuardConfig(SFTConfig):
         self.check_defense()
         if self.output_dir is not None and os.path.isfile(self.output_dir):
             raise ValueError(f"output_dir={self.output_dir!r} is a file: name a folder, or a path that is free.")
+        # An accelerate file says where a run is, and Trainer does not ask it: a recipe should not have to say it again.
+        if parse_flag_from_env("ACCELERATE_USE_CPU"):
+            self.use_cpu = True
         super().__post_init__()
 
     def check_defense(self) -> None:

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import written_whole
+from .strict import parse_json
+
 
 DEFENSE_FILE = "defense.json"
 
@@ -120,16 +123,24 @@ class EvidenceLedger:
         return {name: {**asdict(term), "acted": term.acted} for name, term in self.terms.items()}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on from what [`state`] said.
+
+        Raises:
+            ValueError: it is no such state.
+        """
         for name, saved in state.items():
-            self.terms[name] = Evidence(**{key: value for key, value in saved.items() if key != "acted"})
+            if not isinstance(saved, dict) or not all(isinstance(value, int | float) for value in saved.values()):
+                raise ValueError(f"the evidence of {name!r} must hold numbers, and is {saved!r}.")
+            try:
+                self.terms[name] = Evidence(**{key: value for key, value in saved.items() if key != "acted"})
+            except TypeError as error:
+                raise ValueError(f"the evidence of {name!r} is of another form: {error}.") from error
 
 
 def write_defense_file(folder: str | os.PathLike, record: dict[str, Any]) -> None:
     """Write `defense.json` into a checkpoint folder, whole or not at all."""
-    path = Path(folder) / DEFENSE_FILE
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    with written_whole(Path(folder) / DEFENSE_FILE) as scratch:
+        scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_defense_file(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -142,7 +153,7 @@ def read_defense_file(folder: str | os.PathLike) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(record["defenses"], dict) or not isinstance(record["evidence"], dict):
             raise TypeError("`defenses` and `evidence` must be objects")
     except (ValueError, KeyError, TypeError) as error:

@@ -17,6 +17,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -25,7 +26,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .adapters import AdapterSwitch
 from .config import EMGuardConfig
-from .sharding import gathered
+from .sharding import as_main_process, gathered
 
 
 logger = get_logger(__name__)
@@ -78,6 +79,12 @@ class ModelReference:
             self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
+
+    def release(self) -> None:
+        """Take apart what FSDP2 keeps whole until a backward pass, which this model never has: its head."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def move_backbone(self, device: torch.device | str) -> bool:
         """Take all but the head to a device: off the accelerator while every state is cached, and back.
@@ -133,7 +140,7 @@ def make_reference(
                     'train adapters alone (`bias="none"`).'
                 )
             return ModelReference(_frozen_copy(policy), accelerator, "frozen copy of the model")
-        if _adapter_is_zero(policy):
+        if as_main_process(lambda: _adapter_is_zero(policy)):
             return AdapterReference(policy, None)
         return AdapterReference(policy, _add_ref_adapter(policy))
 

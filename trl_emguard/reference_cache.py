@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import shutil
-import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,12 +23,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .defenses import ReferenceDefense
+from .files import written_whole
 from .guarded_forward import (
     ReferenceGuard,
     States,
@@ -50,6 +51,9 @@ logger = get_logger(__name__)
 
 # A file is written once it holds so much: what a killed build loses at most, per rank.
 FILE_BYTES = 64 * 2**20
+
+# What a row is found by.
+KEY_BYTES = 16
 
 # Of a file: the final states, of which the head makes logits. Blocks go by their number.
 LAST = "last"
@@ -276,15 +280,35 @@ class ReferenceCache:
     def _drop_damaged(self, share: slice) -> None:
         """Delete the files whose bytes are not those that were written."""
         for path in sorted(self.folder.glob("*.safetensors"))[share]:
-            if path.stem.rpartition("-")[2] != f"{zlib.crc32(path.read_bytes()):08x}":
+            as_named = path.stem.rpartition("-")[2] == f"{zlib.crc32(path.read_bytes()):08x}"
+            if not as_named or self._load(path) is None:
                 logger.warning(f"{path} is damaged: the rows that were in it are computed again.", main_process_only=False)
                 path.unlink(missing_ok=True)
+
+    def _load(self, path: Path) -> dict[str, torch.Tensor] | None:
+        """A file's tensors, mapped into memory; `None` if they are not of the kind that is written."""
+        try:
+            file = load_file(path)
+        except (SafetensorError, OSError):
+            return None
+        if file.keys() != {*self._names, "positions", "keys"}:
+            return None
+        keys, positions = file["keys"], file["positions"]
+        if keys.dtype != torch.uint8 or positions.dtype != torch.int64 or keys.shape != (positions.numel(), KEY_BYTES):
+            return None
+        counts = positions.flatten().tolist()
+        shape = (sum(counts), self._model.config.get_text_config().hidden_size)
+        if min(counts, default=1) < 1 or any(file[name].shape != shape for name in self._names):
+            return None
+        return file if all(file[name].dtype == self._model.dtype for name in self._names) else None
 
     def _read(self) -> None:
         """Map the files that are there into memory."""
         self._rows = {}
         for path in self.folder.glob("*.safetensors"):
-            file = load_file(path)
+            file = self._load(path)
+            if file is None:
+                continue
             ends = file.pop("positions").cumsum(0).tolist()
             for key, start, end in zip(file.pop("keys").numpy(), [0, *ends], ends, strict=False):
                 self._rows[key.tobytes()] = file, start, end
@@ -297,7 +321,8 @@ class ReferenceCache:
         tensors["keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(rows), -1)
         content = save(tensors)
         name = f"{hashlib.sha256(keys).hexdigest()[:16]}-{zlib.crc32(content):08x}.safetensors"
-        _write_whole(self.folder / name, content)
+        with written_whole(self.folder / name) as scratch:
+            scratch.write_bytes(content)
 
 
 def row_keys(inputs: Mapping[str, Any], needed: torch.Tensor) -> list[bytes | None]:
@@ -330,7 +355,7 @@ def row_keys(inputs: Mapping[str, Any], needed: torch.Tensor) -> list[bytes | No
     for ids, kept, length in zip(inputs["input_ids"].cpu().numpy(), needed.cpu().numpy(), lengths, strict=True):
         positions = np.flatnonzero(kept)
         content = np.concatenate([[length], ids[:length], positions]).astype("<i8").tobytes()
-        keys.append(hashlib.blake2b(content, digest_size=16).digest() if len(positions) else None)
+        keys.append(hashlib.blake2b(content, digest_size=KEY_BYTES).digest() if len(positions) else None)
     return keys
 
 
@@ -383,8 +408,8 @@ def cache_folder(
     }
     text = json.dumps(about, indent=2, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
     folder = cache_dir() / "reference" / hashlib.sha256(text.encode()).hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / "about.json", text.encode() + b"\n")
+    with written_whole(folder / "about.json") as scratch:
+        scratch.write_text(text + "\n", encoding="utf-8")
     return folder
 
 
@@ -407,12 +432,3 @@ def _weights_digest(model: nn.Module, without: set[str]) -> str:
         plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
         lines.append(f"{plain} {parameter.dtype} {tuple(parameter.shape)} {total} {zlib.crc32(sample):08x}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        scratch.write_bytes(content)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -1,9 +1,11 @@
 """`EMGuardTrainer`: SFTTrainer with in-training defenses against emergent misalignment."""
 
 import copy
+import functools
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     AutoConfig,
@@ -28,14 +31,24 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.utils import get_config_model_id
 
 from .blocks import decoder_blocks
+from .checkpoints import (
+    asks_for_newest,
+    begin_checkpoint,
+    checkpoint_folder,
+    finish_checkpoint,
+    newest_whole_checkpoint,
+    why_torn,
+)
 from .config import EMGuardConfig
 from .defenses import Defense, Interleaving, ReferenceDefense, build_defenses
 from .evidence import EvidenceLedger, InactiveDefenseError, read_defense_file, write_defense_file
+from .files import check_writable
 from .guarded_forward import (
     HEAD_STATS,
     TERM_STATS,
@@ -59,6 +72,7 @@ from .reference import (
     trainable_outside_adapters,
 )
 from .reference_cache import ReferenceCache
+from .sharding import as_main_process
 from .version import __version__
 
 
@@ -141,6 +155,7 @@ class EMGuardTrainer(SFTTrainer):
         interleave_dataset: Dataset | None = None,
     ):
         args = self._as_config(args, model)
+        _check_launch(args)
         model = resolve_model(model) if isinstance(model, str) else model
         ref_model = resolve_model(ref_model) if isinstance(ref_model, str) else ref_model
         _check_data(train_dataset)
@@ -152,6 +167,11 @@ class EMGuardTrainer(SFTTrainer):
         self._own_loss = any(defense.own_loss for defense in self.defenses)
         if self.defenses:
             config = _load_config(model, args)
+            if isinstance(processing_class, ProcessorMixin) or (processing_class is None and hasattr(config, "vision_config")):
+                raise ValueError(
+                    f"defense={args.defense!r} does not support vision-language models: pass a text model and its tokenizer."
+                )
+            config = config.get_text_config()
             for defense in self.defenses:
                 defense.check_model(config)
         if self._own_loss:
@@ -187,6 +207,11 @@ class EMGuardTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
 
+        if isinstance(self.train_dataset, Dataset) and not len(self.train_dataset):
+            raise ValueError(
+                f"max_length={self.args.max_length} cuts every label off all of the training rows, and SFTTrainer leaves such rows "
+                "out: raise it, or give shorter prompts."
+            )
         wants_rows = any(type(defense).prepare_tokenized is not Defense.prepare_tokenized for defense in self.defenses)
         if self._train_rows is not None and not self._skip_prepare_dataset and (wants_rows or self._mixing is not None):
             raise InactiveDefenseError(
@@ -368,10 +393,6 @@ class EMGuardTrainer(SFTTrainer):
         return sampler
 
     def _check_policy(self) -> None:
-        if self._is_vlm:
-            raise ValueError(
-                f"defense={self.args.defense!r} does not support vision-language models: pass a text model and its tokenizer."
-            )
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
@@ -379,13 +400,18 @@ class EMGuardTrainer(SFTTrainer):
                 "sharded. Set cp_size and sp_size to 1."
             )
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self._own_loss and getattr(fsdp, "fsdp_version", 2) == 1:
+            raise ValueError(
+                f"fsdp_version=1 does not work with defense={self.args.defense!r}, which reads the head's weights by itself: set "
+                "fsdp_version: 2 in the accelerate file."
+            )
         if self._surrounds_policy() and getattr(fsdp, "activation_checkpointing", False):
             raise ValueError(
                 f"fsdp_activation_checkpointing does not work with defense={self.args.defense!r}: it runs a block's hooks a second "
                 "time in the backward pass. Use gradient_checkpointing=True instead."
             )
         for defense in self.defenses:
-            defense.check_policy(self._bare_model())
+            as_main_process(functools.partial(defense.check_policy, self._bare_model()))
 
     def _surrounds_policy(self) -> bool:
         """Whether some defense makes the policy's forward pass in training another than that of the model which is saved."""
@@ -402,8 +428,7 @@ class EMGuardTrainer(SFTTrainer):
             self._check_layers_train()
             if self.args.cache_reference:
                 self._check_cache_engine()
-            self._reference = make_reference(self.model, ref_model, self.accelerator, self.args)
-            self._fingerprint = fingerprint(self._reference, self.model)
+            self._reference, self._fingerprint = self._make_reference(ref_model)
             disable_dropout(self.model)
         add_guarded_forward(self._bare_model())
         if isinstance(self._reference, ModelReference):
@@ -411,7 +436,13 @@ class EMGuardTrainer(SFTTrainer):
             self._reference.prepare(self.is_deepspeed_enabled, self.is_fsdp_enabled)
         self._step_stats: torch.Tensor | None = None
         self._step_learning_rate = 0.0
+        self._agreed = False  # policy and reference, before the first update
         self._all_tokens: torch.Tensor | None = None
+
+    def _make_reference(self, ref_model: PreTrainedModel | str | None) -> tuple[AdapterReference | ModelReference, str]:
+        """The reference that the terms want, and its fingerprint."""
+        reference = make_reference(self.model, ref_model, self.accelerator, self.args)
+        return reference, as_main_process(lambda: fingerprint(reference, self.model))
 
     def _check_cache_engine(self) -> None:
         engines = {
@@ -474,17 +505,17 @@ class EMGuardTrainer(SFTTrainer):
         return "\n".join(f"trl_emguard: {line}" for line in lines)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no checkpoint: leave it "
-                    "out to start anew."
-                )
         if self._mixing is not None:
             self._mixing.resume({"rows_finetune": 0, "rows_interleaved": 0})
         if resume_from_checkpoint:
+            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
             self._check_resume(resume_from_checkpoint)
+        if self.args.should_save:
+            check_writable("output_dir", self.args.output_dir)
+        if self.defenses:
+            # What a run that was broken off has left.
+            self._policy_passes = 0
+            self._metrics["train"].clear()
         if isinstance(self._reference, AdapterReference):
             outside = trainable_outside_adapters(self.model)
             if outside:
@@ -503,8 +534,9 @@ class EMGuardTrainer(SFTTrainer):
 
         verdict = self._verdict(final=True)
         if verdict is not None:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            if not os.path.isdir(folder):
+            folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
+            # Every rank saves, or none.
+            if any(gather_object([why_torn(folder)] if self.args.local_process_index == 0 else [])):
                 self._save_checkpoint(self.model_wrapped, trial)
             raise InactiveDefenseError(f"{verdict} The model was saved in {folder}.")
         for name in self._ledger.unjudged():
@@ -514,9 +546,37 @@ class EMGuardTrainer(SFTTrainer):
             )
         return output
 
+    def _checkpoint_to_resume(self, asked: Any) -> str:
+        """The checkpoint that the user named, or the newest in `output_dir`, whole in either case."""
+        # A process of every machine looks: each may have a disk of its own.
+        looks = self.args.local_process_index == 0
+        if not asks_for_newest(asked):
+            if not os.path.isdir(asked):
+                raise FileNotFoundError(f"resume_from_checkpoint={str(asked)!r} is not a folder: name a checkpoint folder.")
+            flaws = [flaw for flaw in gather_object([why_torn(asked)] if looks else []) if flaw]
+            if flaws:
+                raise ValueError(
+                    f"resume_from_checkpoint={str(asked)!r} is a torn checkpoint ({flaws[0]}), as a run leaves it that ends while "
+                    "it is written. Name another, or `true` for the newest whole one in output_dir."
+                )
+            return asked
+        output_dir, up_to = self.args.output_dir, None
+        while True:
+            found = gather_object([newest_whole_checkpoint(output_dir, up_to)] if looks else [])
+            steps = {step for step, _ in found}
+            torn = ", ".join(f"{name} ({flaw})" for _, names in found for name, flaw in names.items())
+            if None in steps:
+                holds = f"no whole checkpoint, only torn ones: {torn}. Leave" if torn else "no checkpoint: leave"
+                raise ValueError(
+                    f"resume_from_checkpoint={asked}, but output_dir={output_dir!r} holds {holds} it out to start anew."
+                )
+            if torn:
+                logger.warning(f"{output_dir} holds torn checkpoints, which are not resumed from: {torn}.")
+            up_to = min(steps)
+            if len(steps) == 1:
+                return checkpoint_folder(output_dir, up_to)
+
     def _check_resume(self, checkpoint: str | os.PathLike) -> None:
-        if not os.path.isdir(checkpoint):
-            raise FileNotFoundError(f"resume_from_checkpoint={str(checkpoint)!r} is not a folder: name a checkpoint folder.")
         record = read_defense_file(checkpoint)
         then = {} if record is None else record["defenses"]
         now = self._record()["defenses"]
@@ -583,6 +643,8 @@ class EMGuardTrainer(SFTTrainer):
             reference = run_model_reference(reference, inputs, kept_positions(inputs, terms), self._terms)
         outputs = model(**inputs, guard=PolicyGuard(terms, self.defenses, ce_scale, reference, interleaved))
         loss = outputs.total
+        if isinstance(self._reference, ModelReference):
+            self._reference.release()
 
         # Summed over the micro-batches here, and over the ranks at the end of the step, in one collective.
         mask = inputs.get("attention_mask")
@@ -634,6 +696,8 @@ class EMGuardTrainer(SFTTrainer):
             )
         self._policy_passes = 0
         if not self._own_loss:
+            # SFTTrainer's own loss does not come by here. The entropy of the same logits does, of all ranks.
+            self._check_finite({"entropy": sum(self._metrics["train"]["entropy"])})
             return
         stats = self.accelerator.reduce(self._step_stats, "sum").tolist()
         self._step_stats = None
@@ -643,6 +707,7 @@ class EMGuardTrainer(SFTTrainer):
             start = len(HEAD_STATS) + i * len(TERM_STATS)
             terms[term.name] = dict(zip(TERM_STATS, stats[start : start + len(TERM_STATS)], strict=True))
 
+        self._check_finite({"loss_ce": head["ce"], **{name: sums["value"] for name, sums in terms.items()}})
         metrics = self._metrics["train"]
         label_tokens = max(head["tokens"], 1)
         metrics["loss_ce"].append(head["ce"] / label_tokens)
@@ -661,13 +726,24 @@ class EMGuardTrainer(SFTTrainer):
         self._total_train_tokens += int(stats[-1]) // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
 
-        if self.state.global_step == 1:
+        if self.state.global_step == 1 and not self._agreed:
             self._check_agreement(terms)
+            self._agreed = True
         skipped = self.accelerator.optimizer_step_was_skipped
         self._ledger.end_step(terms, 0.0 if skipped else self._step_learning_rate, head["tokens"])
         if self._verdict() is not None:
             control.should_save = True
             control.should_training_stop = True
+
+    def _check_finite(self, sums: dict[str, float]) -> None:
+        """Trainer alone would train on, and log the losses of earlier steps instead."""
+        broken = [name for name, value in sums.items() if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(
+                f"training has diverged in step {self.state.global_step}: {', '.join(broken)} not finite. Nothing of this step is "
+                "saved. Lower learning_rate or the defense's coefficient; resume_from_checkpoint=True goes on from the newest "
+                "checkpoint before."
+            )
 
     def _verdict(self, final: bool = False) -> str | None:
         """Why the run is not defended, or `None`; `final` as of [`EvidenceLedger.verdict`]."""
@@ -724,6 +800,43 @@ class EMGuardTrainer(SFTTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             write_defense_file(output_dir or self.args.output_dir, self._record())
+
+    def _save_checkpoint(self, model, trial):
+        """As Trainer's; marked as whole when every rank is done, and only then pushed, and older ones deleted.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        args, run_dir = self.args, self._get_output_dir(trial)
+        folder = checkpoint_folder(run_dir, self.state.global_step)
+        # A process of every machine marks it: each may have a disk of its own.
+        marks = args.local_process_index == 0
+        limit, pushes = args.save_total_limit, args.push_to_hub
+        args.save_total_limit, args.push_to_hub = None, False
+        try:
+            if marks:
+                begin_checkpoint(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            args.save_total_limit, args.push_to_hub = limit, pushes
+            settings = os.path.join(folder, TRAINING_ARGS_NAME)
+            if args.should_save and os.path.isfile(settings):
+                torch.save(args, settings)  # as the user set them
+            self.accelerator.wait_for_everyone()
+            if marks:
+                finish_checkpoint(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            cause, free = " ".join(str(error).split())[:200], shutil.disk_usage(args.output_dir).free / 2**30
+            raise OSError(
+                f"{folder} could not be written ({type(error).__name__}: {cause}) and stays torn; {free:.3g} GiB are free there. "
+                "When this is mended, resume_from_checkpoint=True goes on from the newest whole checkpoint."
+            ) from error
+        finally:
+            args.save_total_limit, args.push_to_hub = limit, pushes
+        if pushes:
+            self._push_from_checkpoint(folder)
+        if args.should_save:
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -800,6 +913,23 @@ class _StepCallback(TrainerCallback):
         return control
 
 
+def _check_launch(args: TrainingArguments) -> None:
+    """Refuse a run that was launched on several ranks or asked for sharding, and got neither: accelerate says nothing then."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if "LOCAL_RANK" in os.environ and launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{launched} processes were launched, and each takes itself for the only one, so that every one would train a model of "
+            "its own. On CPUs set ddp_backend='gloo', and with DeepSpeed name its file in the accelerate file "
+            "(`deepspeed_config_file`) and not as `deepspeed`."
+        )
+    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"FSDP was asked for and does not shard here ({args.distributed_state.distributed_type}, use_cpu={args.use_cpu}): "
+            "accelerate leaves models on the CPU whole. Train on accelerators, or launch with an accelerate file without FSDP."
+        )
+
+
 def _check_data(train_dataset: object) -> None:
     # SFTTrainer looks at the first row as well; of an empty set, with a message of its own.
     if train_dataset is None:
@@ -809,15 +939,15 @@ def _check_data(train_dataset: object) -> None:
 
 
 def _load_config(model: str | PreTrainedModel | PeftModel, args: EMGuardConfig) -> PreTrainedConfig:
-    """The model's (text) config, without its weights."""
+    """The model's config, without its weights."""
     if not isinstance(model, str):
-        return model.config.get_text_config()
+        return model.config
     init_kwargs = args.model_init_kwargs or {}
     return AutoConfig.from_pretrained(
         model,
         revision=init_kwargs.get("revision"),
         trust_remote_code=init_kwargs.get("trust_remote_code", args.trust_remote_code),
-    ).get_text_config()
+    )
 
 
 def _check_own_loss(
@@ -866,7 +996,7 @@ def _check_ref_model(
             "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference made, "
             "or pass a model of its own."
         )
-    other = _load_config(ref_model, args)
+    other = _load_config(ref_model, args).get_text_config()
     compared = {"vocab_size": "tokens in its vocabulary"}
     if any(term.divergence is None for term in terms):
         compared |= {"num_hidden_layers": "blocks", "hidden_size": "numbers in a state"}

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import save_model
+from tiny import make_model, save_model
 
 from trl_emguard.persona import PersonaVector
+from trl_emguard.persona.vectors import weight_checksums
 
 
 DEFENSES = ("none", "kl", "ldifs", "steering", "inoculation", "interleave++", "interleave++,kl")
@@ -30,6 +31,7 @@ class Cell:
         lora: over the adapter's own configuration.
         unlabelled: rank 1 gets rows without a label.
         resumed: trained once more from the checkpoint of the third step, and it is that run which is looked at.
+        tolerance: of what is logged, relative above 1, and of the weights.
     """
 
     defense: str
@@ -40,6 +42,7 @@ class Cell:
     lora: dict[str, Any] = field(default_factory=dict, hash=False)
     unlabelled: bool = False
     resumed: bool = False
+    tolerance: float = 1e-4
 
     @property
     def id(self) -> str:
@@ -48,7 +51,7 @@ class Cell:
         return "-".join([self.defense, self.tuning, self.architecture, *[name for name, on in marks.items() if on], *more])
 
 
-# What accelerate's files of these engines say on a GPU, in recipes/accelerate_configs, and here on the CPU. `overlap_comm` wants streams.
+# What recipes/accelerate_configs says of these engines, as it is on the CPU.
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"distributed_type": "MULTI_GPU", "use_cpu": True},
     "zero2": {"distributed_type": "DEEPSPEED", "zero_stage": 2},
@@ -61,6 +64,7 @@ ENGINES: dict[str, dict[str, Any]] = {
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "fsdp_reshard_after_forward": True,
             "fsdp_state_dict_type": "FULL_STATE_DICT",
+            "fsdp_cpu_ram_efficient_loading": True,
         },
     },
 }
@@ -74,7 +78,8 @@ def launch(engine: str, cells: list[Cell], folder: Path, timeout: int) -> dict[s
     """
     folder.mkdir(parents=True)
     torch.manual_seed(3)
-    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(folder / "vector.safetensors")
+    metadata = {"suggested_layer": 2, "weights": weight_checksums(make_model())}
+    PersonaVector(torch.randn(5, 32), metadata=metadata).save(folder / "vector.safetensors")
     job = {
         "engine": engine,
         "cells": [{"id": cell.id, **asdict(cell)} for cell in cells],
@@ -106,22 +111,22 @@ def _accelerate_file(engine: str, folder: Path) -> Path:
     if stage is not None:
         zero = {
             "stage": stage,
-            "overlap_comm": False,
+            "overlap_comm": False,  # it wants streams
             # Small weights are sharded as well.
             "stage3_param_persistence_threshold": 0,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
         auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-        (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero, **dict.fromkeys(auto, "auto")}))
+        (folder / "deepspeed.json").write_text(
+            json.dumps({"zero_optimization": zero, **dict.fromkeys(auto, "auto"), "bf16": {"enabled": "auto"}})
+        )
         settings["deepspeed_config"] = {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": stage == 3}
     path = folder / "accelerate.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
 
 
-def differences(
-    engine: str, cell: Cell, folder: Path, one: Path, seen: list[dict], alone: dict, tolerance: float = 1e-4
-) -> list[str]:
+def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dict], alone: dict) -> list[str]:
     """What a run on two ranks has otherwise than the same run in one process. Empty is good.
 
     Args:
@@ -145,7 +150,7 @@ def differences(
             found.append(f"{cell.id}: DeepSpeed threw {rank['invalidated']} prefetch traces away")
     for key in ("loss", "grad_norm", "loss_ce", "kl", "ldifs", "interleaved_fraction", "num_tokens", "mean_token_accuracy"):
         ours, theirs = ([entry[key] for entry in run["history"] if key in entry] for run in (seen[0], alone))
-        if len(ours) != len(theirs) or any(abs(a - b) > tolerance * max(1, abs(b)) for a, b in zip(ours, theirs, strict=True)):
+        if len(ours) != len(theirs) or any(abs(a - b) > cell.tolerance * max(1, abs(b)) for a, b in zip(ours, theirs, strict=True)):
             found.append(f"{cell.id}: {key} {ours} instead of {theirs}")
     if not [entry for entry in seen[0]["history"] if "loss" in entry]:
         found.append(f"{cell.id}: no loss was logged")
@@ -160,7 +165,7 @@ def differences(
     else:
         worst = max(theirs, key=lambda name: (ours[name] - theirs[name]).abs().max())
         error = (ours[worst] - theirs[worst]).abs().max()
-        if not error <= tolerance:
+        if not error <= cell.tolerance:
             found.append(f"{cell.id}: {worst} differs by {error:.2g}")
     record, expected = (json.loads((run / cell.id / "defense.json").read_text()) for run in (folder, one))
     for term, evidence in expected["evidence"].items():

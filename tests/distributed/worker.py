@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -157,6 +158,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     if job["engine"] == "fsdp2":
         shard_on_the_cpu()
+    # DeepSpeed runs here as if the CPU were an accelerator, and transformers would look for a GPU that can do bf16.
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     rank = int(os.environ.get("RANK", "0"))
     for cell in job["cells"]:
         forget_the_engine()

@@ -14,7 +14,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat import check_system_turn
+from ..files import written_whole
 from ..models import public_name
+from ..strict import parse_json
 from ..version import __version__
 from .states import answer_states, left_pad, prompt_states
 from .traits import Trait
@@ -225,7 +227,7 @@ def _roll_out(
     plan = [(pair, question, side) for side in SIDES for pair in range(pairs) for question in range(len(questions))]
     batch_size = settings["batch_size"]
     key = hashlib.sha256(json.dumps([weights, asdict(trait), settings], sort_keys=True).encode()).hexdigest()
-    rollouts = [] if path is None else _reopen(Path(path), key, batch_size, len(plan))
+    rollouts = [] if path is None else _reopen(Path(path), key, batch_size, plan, model.config.get_text_config().vocab_size)
 
     end_of_turn = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(end_of_turn if isinstance(end_of_turn, list) else [end_of_turn])} - {None}
@@ -271,32 +273,43 @@ def _bare_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None
             m.generation_config = generation_config
 
 
-def _reopen(path: Path, key: str, batch_size: int, total: int) -> list[Rollout]:
+def _reopen(path: Path, key: str, batch_size: int, plan: Sequence[tuple[int, int, str]], vocab_size: int) -> list[Rollout]:
     """The whole batches of an interrupted run, and the file cut to them; a new file where there is none."""
     header = {"rollouts_of": key}
     rollouts: list[Rollout] = []
     if path.is_file():
-        first, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-        if first.endswith("\n"):
-            try:
-                same = json.loads(first) == header
-            except ValueError:
-                same = False
-            if not same:
-                raise ValueError(
-                    f"rollouts file {path} is of another model, trait or settings, or is none: name another, or delete it."
-                )
-        # A line that was torn off is no whole line.
-        whole = [line for line in lines if line.endswith("\n")]
         try:
-            rollouts = [Rollout(**json.loads(line)) for line in whole]
+            # What follows the last line break is empty, or a line that was torn off. Not `splitlines`, which takes more characters
+            # of an answer for line breaks.
+            *lines, torn = path.read_text(encoding="utf-8").split("\n")
+            same = parse_json(lines[0]) == header if lines else json.dumps(header).startswith(torn)
+        except ValueError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"rollouts file {path} is of another model, trait or settings, or is none: name another, or delete it."
+            )
+        try:
+            rollouts = [_read_rollout(line, task, vocab_size) for line, task in zip(lines[1:], plan, strict=False)]
+            if len(lines) > 1 + len(plan):
+                raise ValueError(f"it holds more than the {len(plan)} answers of the plan")
         except (ValueError, TypeError) as error:
             raise ValueError(f"rollouts file {path} is damaged ({error}): delete it.") from error
-        if len(rollouts) != total:
+        if len(rollouts) != len(plan):
             rollouts = rollouts[: len(rollouts) // batch_size * batch_size]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w", encoding="utf-8") as file:
+    with written_whole(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in [header, *map(asdict, rollouts)])
-    scratch.replace(path)
     return rollouts
+
+
+def _read_rollout(line: str, task: tuple[int, int, str], vocab_size: int) -> Rollout:
+    """The answer to a task of the plan, from its line in the file."""
+    rollout = Rollout(**parse_json(line))
+    ids = rollout.answer_ids
+    if (rollout.pair, rollout.question, rollout.side) != task:
+        raise ValueError(f"it answers {(rollout.pair, rollout.question, rollout.side)}, where the plan has {task}")
+    if not isinstance(rollout.answer, str) or not isinstance(ids, list):
+        raise ValueError(f"the answer of {task} is no text with its tokens")
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise ValueError(f"the answer of {task} has tokens that the model does not know")
+    return rollout

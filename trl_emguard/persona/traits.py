@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ..strict import parse_yaml
 
 
 TRAITS_DIR = Path(__file__).parent / "shipped"
@@ -49,9 +49,9 @@ def load_trait(name: str | os.PathLike) -> Trait:
             f"trait {str(name)!r} is neither a file nor a shipped trait. {hint}Shipped: {', '.join(SHIPPED_TRAITS)}."
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"trait file {path} is not YAML: {' '.join(str(error).split())}") from error
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"trait file {path} is not YAML: {error}") from error
     keys = [f.name for f in fields(Trait)]
     if not isinstance(data, dict):
         raise ValueError(f"trait file {path} must hold the keys {', '.join(keys)}.")

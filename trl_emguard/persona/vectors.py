@@ -3,7 +3,8 @@
 import difflib
 import json
 import os
-import pickle
+import sys
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from ..files import written_whole
+from ..sharding import gathered
+from ..strict import parse_json
 
 
 VECTORS_DIR = Path(__file__).parent / "shipped"
@@ -28,6 +33,7 @@ FP16 = "fp16:"
 # Where PEFT keeps the module that it put an adapter on.
 ORIGINALS = ("base_layer", "original_module")
 PER_LAYER = ("norms", "auroc", "separation", "random_auroc", "state_norms")
+FACTS = {"trait": str, "model": str, "rule": str, "pairs": int, "kept": int, "heldout": int}
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class PersonaVector:
 
     def __post_init__(self):
         shape = tuple(self.vectors.shape)
-        if len(shape) != 2 or shape[0] < 2:
+        if len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
             raise ValueError(f"a persona vector must have shape (layers + 1, hidden), got {shape}.")
         if not self.vectors.isfinite().all():
             raise ValueError("the persona vector holds NaN or infinite numbers: make it again.")
@@ -63,8 +69,11 @@ class PersonaVector:
             raise ValueError(f"its metadata says suggested_layer={layer!r}, and the blocks count from 1 to {self.num_layers}")
         for key in PER_LAYER:
             values = self.metadata.get(key, [0.0] * shape[0])
-            if not isinstance(values, list) or len(values) != shape[0] or not all(isinstance(v, int | float) for v in values):
+            if not isinstance(values, list) or len(values) != shape[0] or not all(map(_is_number, values)):
                 raise ValueError(f"its metadata says {key}={values!r}, which is not {shape[0]} numbers, one per layer from 0 on")
+        for key, kind in FACTS.items():
+            if not isinstance(self.metadata.get(key, kind()), kind):
+                raise ValueError(f"its metadata says {key}={self.metadata[key]!r}, which is no {kind.__name__}")
 
     @property
     def num_layers(self) -> int:
@@ -93,6 +102,10 @@ class PersonaVector:
         """Of the numbers alone: eight hexadecimal digits."""
         return f"{zlib.crc32(self.vectors.contiguous().numpy().tobytes()):08x}"
 
+    def _file_checksum(self, facts: str) -> str:
+        """Of all that a file holds; `facts` is its metadata as it stands there."""
+        return f"{zlib.crc32(f'{self.checksum} {self.kind} {facts}'.encode()):08x}"
+
     def check_shape(self, num_layers: int, hidden_size: int) -> None:
         """Raises `ValueError` if the vector is of a model of another size."""
         if (self.num_layers, self.hidden_size) != (num_layers, hidden_size):
@@ -113,7 +126,7 @@ class PersonaVector:
 
     def check_model(self, model: PreTrainedModel) -> int:
         """Compare the weights that the vector was made with to a model's, as far as they can be compared: what is quantised,
-        sharded or offloaded cannot, nor fp16 with another dtype.
+        sharded by FSDP or offloaded cannot, nor fp16 with another dtype.
 
         Args:
             model: causal language model without wrappers; adapters are left out.
@@ -139,12 +152,10 @@ class PersonaVector:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the vector as safetensors, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.tmp")
-        metadata = {"kind": self.kind, "persona_vector": json.dumps({**self.metadata, "norms": self.norms})}
-        save_file({"vectors": self.vectors.float().contiguous()}, scratch, metadata)
-        scratch.replace(path)
+        facts = json.dumps({**self.metadata, "norms": self.norms})
+        metadata = {"kind": self.kind, "persona_vector": facts, "checksum": self._file_checksum(facts)}
+        with written_whole(path) as scratch:
+            save_file({"vectors": self.vectors.float().contiguous()}, scratch, metadata)
 
 
 def load_vector(name: str | os.PathLike) -> PersonaVector:
@@ -165,19 +176,47 @@ def load_vector(name: str | os.PathLike) -> PersonaVector:
         )
     try:
         if path.suffix in (".pt", ".pth"):
-            vectors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(vectors, torch.Tensor) or not vectors.is_floating_point():
-                raise ValueError(f"it holds a {type(vectors).__name__}, not a tensor of numbers")
-            return PersonaVector(vectors.detach().float(), FOREIGN, {"norms": vectors.float().norm(dim=-1).tolist()})
+            vectors = _load_pt(path)
+            return PersonaVector(vectors, FOREIGN, {"norms": vectors.norm(dim=-1).tolist()})
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            metadata = json.loads(header["persona_vector"])
+            metadata = parse_json(header["persona_vector"])
             if header["kind"] not in (EXTRACTED, RANDOM, FOREIGN) or not isinstance(metadata, dict):
                 raise ValueError(f"kind={header['kind']!r}")
-            return PersonaVector(file.get_tensor("vectors").float(), header["kind"], metadata)
+            stored = file.get_tensor("vectors")
+        if not stored.is_floating_point():
+            raise ValueError(f"it holds {stored.dtype}, not a tensor of numbers")
+        vector = PersonaVector(stored.float(), header["kind"], metadata)
+        # Files of version 0.1.0 have none.
+        if header.get("checksum") not in (None, vector._file_checksum(header["persona_vector"])):
+            raise ValueError("its checksum is another")
+        return vector
     # What the readers raise on damaged bytes is no closed list.
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:
         raise ValueError(f"{path} is no persona vector, or is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _load_pt(path: Path) -> torch.Tensor:
+    """The tensor `(L + 1, H)` in a `.pt` file, fp32."""
+    # torch itself does not look at the checksums of its files, and unpacks what is packed, to whatever size.
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is packed, and torch packs nothing")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is another")
+    vectors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(vectors, torch.Tensor) or not vectors.is_floating_point():
+        raise ValueError(f"it holds a {type(vectors).__name__}, not a tensor of numbers")
+    # A few bytes can be spread over any shape.
+    if vectors.dim() != 2 or vectors.numel() * vectors.element_size() > vectors.untyped_storage().nbytes():
+        raise ValueError(f"it must hold a tensor of shape (layers + 1, hidden), got {tuple(vectors.shape)}")
+    return vectors.detach().float()
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value from JSON is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def random_like(vector: PersonaVector, seed: int = 0) -> PersonaVector:
@@ -204,8 +243,8 @@ def weight_checksums(model: nn.Module) -> dict[str, str]:
 
     The numbers are rounded to bf16, so that it makes no difference whether a model is loaded in fp32 or bf16; those of fp16
     weights are marked. They come from a weight's first rows: a vocabulary that grew is still the same model's. Adapters, quantised
-    and offloaded weights and shards are left out, and so are the weights below an adapter whose initialisation may have changed
-    them (PiSSA, OLoRA).
+    and offloaded weights and FSDP's shards are left out, and so are the weights below an adapter whose initialisation may have
+    changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one by one, on every rank.
     """
     adapters = getattr(model, "peft_config", {})
     keeps_base = not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters.values())
@@ -223,11 +262,14 @@ def weight_checksums(model: nn.Module) -> dict[str, str]:
             continue
         if "base_layer" in parts and not keeps_base:
             continue
-        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not parameter.numel():
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             continue
-        rows = parameter.detach()[:64].flatten()
-        # An odd stride goes through the columns as well.
-        sample = rows[:: max(1, rows.numel() // 64) | 1].cpu()
+        with gathered(parameter):  # what ZeRO-3 loaded in shards
+            rows = parameter.detach()[:64].flatten()
+            # An odd stride goes through the columns as well.
+            sample = rows[:: max(1, rows.numel() // 64) | 1].cpu()
+        if not sample.numel():
+            continue
         half = parameter.dtype == torch.float16
         sample = (sample if half else sample.bfloat16()).contiguous()
         plain = ".".join(part for part in parts if part not in ORIGINALS)

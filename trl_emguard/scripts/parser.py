@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
 from trl import TrlParser
 
+from ..strict import parse_yaml
 from .recipes import find_recipe
 
 
@@ -56,10 +56,10 @@ class StrictParser(TrlParser):
             self.error(f"--config is given {len(found.config)} times: they are not merged, so give it once.")
         name = found.config[0]
         try:
-            config = yaml.load(find_recipe(name).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+            config = parse_yaml(find_recipe(name).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             self.error(str(error))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             self.error(f"config {name!r} cannot be read: {error}")
         if not isinstance(config, dict):
             self.error(f"config {name!r} must hold `key: value` lines.")
@@ -111,7 +111,10 @@ class StrictParser(TrlParser):
 
         if not isinstance(variables, dict):
             self.error("config: `env:` must hold `NAME: value` lines.")
-        os.environ.update({name: str(value) for name, value in variables.items()})
+        try:
+            os.environ.update({name: str(value) for name, value in variables.items()})
+        except (ValueError, TypeError, OSError) as error:
+            self.error(f"config: `env:` holds what is no environment variable ({error}).")
 
     def _option_strings(self) -> list[str]:
         return [string for action in self._actions for string in action.option_strings] + ["--config"]
@@ -121,17 +124,6 @@ class StrictParser(TrlParser):
         name = name.split("=", maxsplit=1)[0] if name.startswith("-") else name
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
         return f"unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands there twice, of which YAML would keep the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(problem=f"the key {name!r} stands there twice: keep one of them")
-        return super().construct_mapping(node, deep)
 
 
 def _texts(choices: Iterable[Any]) -> list[str]:

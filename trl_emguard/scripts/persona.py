@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        args.run(args, Console(width=100))
+        args.run(args, Console(width=100, markup=False))
     except (ValueError, FileNotFoundError) as error:
         print(f"trl-emguard persona {args.command}: error: {error}", file=sys.stderr)
         return 1
@@ -116,9 +116,12 @@ def run_random(args: argparse.Namespace, console: Console) -> None:
 def run_project(args: argparse.Namespace, console: Console) -> None:
     vector = load_vector(args.vector)
     layer = check_layer(vector, args.layer)
-    trait = args.trait or vector.metadata.get("trait")
-    if trait is None:
-        raise ValueError("--trait is missing, and the vector does not say whose it is: name the trait whose questions are asked.")
+    own = vector.metadata.get("trait", "")
+    trait = args.trait or own
+    # A file never says which other file is read.
+    if not args.trait and own not in SHIPPED_TRAITS:
+        says = f"is of the trait {own!r}, which is not a shipped one" if own else "does not say whose it is"
+        raise ValueError(f"--trait is missing, and the vector {says}: name the trait whose questions are asked, or its file.")
     questions = load_trait(trait).heldout_questions
     model, tokenizer = _load(args.model, args.adapter, "auto")
     shift = persona_shift(model, tokenizer, vector, questions)
@@ -142,7 +145,7 @@ def show(vector: PersonaVector, console: Console) -> None:
         soft_wrap=True,
         highlight=False,
     )
-    if "kept" in facts:
+    if {"kept", "pairs", "rule", "heldout"} <= facts.keys():
         console.print(
             f"{facts['kept']} of {facts['pairs']} pairs of answers kept ({facts['rule']}), "
             f"{facts['heldout']} held-out prompts a side",

@@ -28,7 +28,7 @@ SHOWN = 10
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
-        run(args, Console(width=100))
+        run(args, Console(width=100, markup=False))
     except (ValueError, OSError) as error:
         # The loaders of transformers spread theirs over several lines.
         print(f"trl-emguard score: error: {' '.join(str(error).split())}", file=sys.stderr)

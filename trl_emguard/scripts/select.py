@@ -17,6 +17,7 @@ import numpy as np
 from datasets import Dataset
 from rich.console import Console
 
+from ..files import written_whole
 from ..selection.choose import GAP, rank_rows, read_scores, refusal_filter, without_adapter
 from ..selection.pool import conversation
 
@@ -27,7 +28,7 @@ SHOWN = 10
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
-        run(args, Console(width=100))
+        run(args, Console(width=100, markup=False))
     except (ValueError, FileNotFoundError) as error:
         print(f"trl-emguard select: error: {error}", file=sys.stderr)
         return 1
@@ -100,15 +101,11 @@ def count_of(args: argparse.Namespace, total: int) -> int:
 
 def write_jsonl(rows: Dataset, path: Path) -> None:
     """Write rows whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
+        with written_whole(path) as scratch, scratch.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except TypeError as error:
-        scratch.unlink()
         raise ValueError(f"the rows do not go into a JSONL file ({error}): remove that column from the pool.") from error
-    scratch.replace(path)
 
 
 def draw(gap: np.ndarray, chosen: np.ndarray, path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,9 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import yaml
 from datasets import Dataset, Value
 
+from ..data import as_rows, read_parquet
+from ..files import written_whole
+from ..strict import parse_json, parse_yaml
 from .pool import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
 
 
@@ -66,14 +69,11 @@ def perplexity_gap(aligned: np.ndarray, misaligned: Sequence[np.ndarray], epsilo
 
 def write_scores(path: str | os.PathLike, rows: Dataset, info: ScoresInfo) -> None:
     """Write a scored pool as parquet, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
     table = rows.with_format("arrow")[:]
     schema = rows.features.arrow_schema
     metadata = {**(schema.metadata or {}), METADATA_KEY: json.dumps(asdict(info))}
-    pyarrow.parquet.write_table(table.cast(schema.with_metadata(metadata)), scratch)
-    scratch.replace(path)
+    with written_whole(path) as scratch:
+        pyarrow.parquet.write_table(table.cast(schema.with_metadata(metadata)), scratch, write_page_checksum=True)
 
 
 def read_scores(path: str | os.PathLike) -> tuple[Dataset, ScoresInfo]:
@@ -86,24 +86,45 @@ def read_scores(path: str | os.PathLike) -> tuple[Dataset, ScoresInfo]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"scores file {str(path)!r} does not exist: `trl-emguard score` makes it.")
-    try:
-        table = pyarrow.parquet.read_table(path)
-        metadata = (table.schema.metadata or {}).get(METADATA_KEY)
-    # What damaged bytes raise is no closed list.
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no parquet file, or is damaged ({type(error).__name__}: {error}).") from error
+    table = read_parquet(path)
+    metadata = (table.schema.metadata or {}).get(METADATA_KEY)
     if metadata is None:
         raise ValueError(f"{path} is a parquet file, but not one of scores: score the pool first, `trl-emguard score`.")
     try:
-        facts = json.loads(metadata)
-        unscored = tuple((int(row), str(reason)) for row, reason in facts.pop("unscored"))
-        info = ScoresInfo(adapters=tuple(facts.pop("adapters")), unscored=unscored, **facts)
-        missing = {ALIGNED, GAP, *map(misaligned_column, range(len(info.adapters)))} - set(table.column_names)
+        facts = parse_json(metadata.decode("utf-8"))
+        adapters, unscored = facts.pop("adapters"), facts.pop("unscored")
+        info = ScoresInfo(adapters=tuple(adapters), unscored=tuple((row, reason) for row, reason in unscored), **facts)
+        _check_info(info)
+        columns = [ALIGNED, GAP, *map(misaligned_column, range(len(info.adapters)))]
+        missing = set(columns) - set(table.column_names)
         if missing:
             raise ValueError(f"it lacks the columns {', '.join(sorted(missing))}")
+        if len(table) + len(info.unscored) != info.rows:
+            raise ValueError(f"it has {len(table)} rows and {len(info.unscored)} without a score, of {info.rows}")
+        rows = as_rows(table, path)
+        for column in columns:
+            if not np.isfinite(_numbers(rows, column)).all():
+                raise ValueError(f"the column {column!r} holds what is no finite number")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): score the pool again.") from error
-    return Dataset(table), info
+    return rows, info
+
+
+def _check_info(info: ScoresInfo) -> None:
+    """Raises `ValueError` for a value that is not of its type, or that no file of scores has."""
+    texts = (*info.adapters, info.model, info.prompt_column, info.response_column, info.key, info.trl_emguard)
+    rows = [row for row, _ in info.unscored]
+    if (
+        not all(isinstance(text, str) for text in (*texts, *(reason for _, reason in info.unscored)))
+        or not info.adapters
+        or len(set(info.adapters)) < len(info.adapters)
+        or type(info.rows) is not int
+        or not all(type(row) is int and 0 <= row < info.rows for row in rows)
+        or len(set(rows)) < len(rows)
+        or type(info.epsilon) not in (int, float)
+        or not 0 <= info.epsilon <= sys.float_info.max
+    ):
+        raise ValueError("what it says of itself is not of the types that `trl-emguard score` writes")
 
 
 def without_adapter(rows: Dataset, scores: ScoresInfo, name: str) -> Dataset:
@@ -170,9 +191,9 @@ def refusal_filter(path: str | os.PathLike | None = None) -> RefusalFilter:
     if not path.is_file():
         raise FileNotFoundError(f"refusals file {str(path)!r} does not exist.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"refusals file {path} is not YAML: {' '.join(str(error).split())}") from error
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"refusals file {path} is not YAML: {error}") from error
     if not isinstance(data, dict) or data.keys() != {"phrases", "first_words"}:
         raise ValueError(f"refusals file {path} must hold the keys phrases and first_words, and no other.")
     phrases, first_words = data["phrases"], data["first_words"]
@@ -183,7 +204,7 @@ def refusal_filter(path: str | os.PathLike | None = None) -> RefusalFilter:
             raise ValueError(f"refusals file {path}: phrase {i} of 'phrases' must be text, got {phrase!r}.")
     if type(first_words) is not int or first_words < 1:
         raise ValueError(f"refusals file {path}: 'first_words' must be a whole number of 1 or more, got {first_words!r}.")
-    return RefusalFilter(tuple(_plain(" ".join(phrase.split())) for phrase in phrases), first_words)
+    return RefusalFilter(tuple(_plain(" ".join(phrase.split())) for phrase in phrases), min(first_words, sys.maxsize))
 
 
 def rank_rows(

@@ -5,7 +5,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -19,7 +19,6 @@ from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +26,7 @@ from ..adapters import AdapterSwitch
 from ..models import public_name
 from ..ops import logit_transform, token_nll
 from ..persona.vectors import weight_checksums
+from ..strict import parse_json
 from ..version import __version__
 from .choose import ALIGNED, GAP, ScoresInfo, misaligned_column, perplexity_gap, read_scores, write_scores
 from .pool import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
@@ -67,7 +67,8 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
             raise ValueError(f"adapter name {name!r} must not be empty or hold a dot: give another, NAME={path}.")
         try:
             configs[name] = PeftConfig.from_pretrained(str(path))
-        except (ValueError, TypeError, OSError) as error:
+        # What PEFT raises on a damaged file is no closed list.
+        except Exception as error:
             raise FileNotFoundError(f"adapter {str(path)!r} holds no adapter_config.json that PEFT saved ({error}).") from error
         _check_kind(name, configs[name])
     base_weights = weight_checksums(model)
@@ -82,7 +83,7 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
             else:
                 peft_model.add_adapter(name, config, autocast_adapter_dtype=False)
             result = peft_model.load_adapter(str(path), name, torch_device="cpu", autocast_adapter_dtype=False)
-        except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:
+        except Exception as error:
             raise ValueError(f"adapter {name!r} ({path}) does not fit this base model: {_one_line(error)}") from error
         # PEFT looks for the name anywhere in a key: "own" in "down_proj".
         foreign = [*(key for key in result.missing_keys if name in key.split(".")), *result.unexpected_keys]
@@ -153,7 +154,7 @@ def score_pool(
         raise ValueError(f"none of the {len(rows)} rows of the pool can be scored. Row 0: {unscored[0]}.")
     key = _key(model, base, adapters, encoded)
     output = None if output is None else Path(output)
-    nll = {} if output is None else _reopen(output, key, len(adapters) + 1)
+    nll = {} if output is None else _reopen(output, key, encoded, len(adapters) + 1)
     state.wait_for_everyone()  # nobody writes before everybody has read
 
     lengths = {index: len(row.ids) for index, row in encoded.items() if index not in nll}
@@ -412,29 +413,27 @@ def _new_part(output: Path, key: str, rank: int) -> TextIO:
     return file
 
 
-def _reopen(output: Path, key: str, width: int) -> dict[int, list[float]]:
-    """Row → NLLs, of a finished file or of the parts of an interrupted run."""
+def _reopen(output: Path, key: str, rows: Container[int], width: int) -> dict[int, list[float]]:
+    """Row → its `width` NLLs, of a finished file or of the parts of an interrupted run."""
     nll: dict[int, list[float]] = {}
     if output.exists():
         scored, info = read_scores(output)
-        if info.key != key:
+        if info.key != key or len(info.adapters) != width - 1:
             raise ValueError(f"{output} holds the scores of another model, pool or settings: name another output, or delete it.")
         columns = [ALIGNED, *map(misaligned_column, range(width - 1))]
         values = zip(*(scored[column] for column in columns), strict=True)
         left_out = {index for index, _ in info.unscored}
         return dict(zip((i for i in range(info.rows) if i not in left_out), map(list, values), strict=True))
     for path in sorted(_parts(output).glob("*.jsonl")):
-        # A line that was torn off is no whole line, and only the last can be.
-        header, *lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")] or [
-            ""
-        ]
-        if not header:
-            continue
         try:
-            if json.loads(header) != {"scores_of": key}:
+            # What follows the last line break is empty, or a line that was torn off.
+            *lines, _ = path.read_text(encoding="utf-8").split("\n")
+            if lines and parse_json(lines[0]) != {"scores_of": key}:
                 raise ValueError("of another model, pool or settings")
-            for line in lines:
-                index, values = json.loads(line)
+            for line in lines[1:]:
+                index, values = parse_json(line)
+                if type(index) is not int or index not in rows or [type(value) for value in values] != [float] * width:
+                    raise ValueError(f"{line[:80]!r} is no row of the pool with {width} scores")
                 nll[index] = values
         except (ValueError, TypeError) as error:
             raise ValueError(

@@ -1,0 +1,104 @@
+"""JSON and YAML out of files that may be damaged or hostile: plain data, or a `ValueError`.
+
+The parsers alone keep the last of two equal keys in silence, and what they raise on bad input is no closed list.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+
+# Of a YAML file with its aliases written out. A few lines of aliases to aliases stand for gigabytes.
+MAX_EXPANDED = 10_000_000
+
+
+def parse_json(text: str) -> Any:
+    """What a text of JSON holds.
+
+    Raises:
+        ValueError: it is no JSON, holds a key twice or half a character (a lone surrogate), or is nested too deeply.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises on a lone surrogate
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text of YAML holds. No tag makes it anything but plain data.
+
+    Raises:
+        ValueError: it is no YAML, holds a key twice, is nested too deeply, or is a few lines that stand for very many.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    # Such as of `!!int ""`, `!!bool x`, or a date of month 13.
+    except Exception as error:
+        raise ValueError(f"a value is not of its type ({type(error).__name__}: {error})") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"the key {_twice(name for name, _ in pairs)!r} stands there twice: keep one of them")
+    return value
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that has come before."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+class _Loader(yaml.SafeLoader):
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}  # id of a node → its characters, with aliases written out
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if node is None:
+            return node
+        if is_alias:
+            if id(node) not in self._sizes:
+                raise yaml.composer.ComposerError(problem="an alias stands inside of what it names", problem_mark=node.start_mark)
+            return node
+        if isinstance(node, yaml.ScalarNode):
+            size = 1 + len(node.value.encode("utf-8"))  # raises on a lone surrogate
+        else:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+            size = 1 + sum(self._sizes[id(child)] for pair in pairs for child in pair)
+        if size > MAX_EXPANDED:
+            raise yaml.composer.ComposerError(problem="its aliases stand for too much", problem_mark=node.start_mark)
+        self._sizes[id(node)] = size
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        if isinstance(node, yaml.MappingNode):  # `!!map` may stand before anything
+            name = _twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if name is not None:
+                raise yaml.constructor.ConstructorError(problem=f"the key {name!r} stands there twice: keep one of them")
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**63:  # beyond, it can neither become a float nor be printed, from some length on
+            raise yaml.constructor.ConstructorError(problem=f"the number {node.value[:40]!r} is too large")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
