@@ -1,17 +1,23 @@
 """Supervised fine-tuning with in-training defenses against emergent misalignment.
 
 ```bash
+trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl --dry_run                  # what would happen
+trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl                            # in this process
+trl-emguard sft --config qwen2.5-7b-instruct/kl.yaml --accelerate_config zero3 --num_processes 8   # as several
 accelerate launch --config_file recipes/accelerate_configs/cpu.yaml -m trl_emguard.scripts.sft \
-    --config recipes/smollm2-135m-instruct/sft.yaml --defense kl
+    --config recipes/smollm2-135m-instruct/sft.yaml --defense kl                                # by accelerate itself
 ```
 
 The options are those of `trl sft`, and EMGuardConfig's. `--config` names a YAML file, here or among the shipped recipes;
 options on the command line win over it.
 """
 
+import argparse
+import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from trl import (
     DatasetMixtureConfig,
@@ -27,19 +33,37 @@ from ..data import load_rows
 from ..evidence import InactiveDefenseError
 from ..models import resolve_model
 from ..trainer import EMGuardTrainer
-from .parser import StrictParser
+from .launch import LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 
 
-def make_parser() -> StrictParser:
-    types = (ScriptArguments, EMGuardConfig, ModelConfig, DatasetMixtureConfig)
-    return StrictParser(types, prog="trl-emguard sft")
+def make_parser() -> LaunchParser:
+    types = (ScriptArguments, EMGuardConfig, ModelConfig, DatasetMixtureConfig, LaunchArguments)
+    return LaunchParser(types, prog="trl-emguard sft")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, launched: bool = False) -> int:
+    """The command.
+
+    Args:
+        argv: its options; by default those of this process.
+        launched: whether this is what accelerate launches (`python -m trl_emguard.scripts.sft`), which launches nothing itself.
+            What a YAML file says for the launch is then passed over, as it is by TRL's scripts.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
-    script_args, training_args, model_args, dataset_args = parser.parse(argv)
+    script_args, training_args, model_args, dataset_args, launch_args = parser.parse(argv)
+    arguments = None
+    if launched:
+        _check_launched(parser, argv, launch_args)
+    else:
+        arguments = _launch_arguments(parser, argv, launch_args)
+        if arguments is not None and not launch_args.dry_run:
+            return launch(arguments)
     try:
-        run(script_args, training_args, model_args, dataset_args)
+        if launch_args.dry_run:
+            dry_run(script_args, training_args, model_args, dataset_args, arguments)
+        else:
+            run(script_args, training_args, model_args, dataset_args)
     except (InactiveDefenseError, ValueError, FileNotFoundError) as error:
         # The package's own errors say what to do, and a traceback above them would bury it. Others keep theirs.
         if not (isinstance(error, InactiveDefenseError) or _raised_here(error)):
@@ -47,6 +71,30 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_launched(parser: LaunchParser, argv: list[str], launch_args: LaunchArguments) -> None:
+    if parser.without_launch_options(argv) != argv:
+        parser.error(
+            "--accelerate_config, and options of `accelerate launch` beside it, are for `trl-emguard sft`. Under `accelerate "
+            "launch`, give them to that: --config_file FILE."
+        )
+    if launch_args.dry_run and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error(f"--dry_run in {os.environ['WORLD_SIZE']} processes: give it to `trl-emguard sft --accelerate_config FILE`.")
+
+
+def _launch_arguments(parser: LaunchParser, argv: list[str], launch_args: LaunchArguments) -> argparse.Namespace | None:
+    """What is to be launched; `None` for nothing."""
+    if launch_args.accelerate_config is None:
+        if parser.launch_options:
+            option = parser.launch_options[0].split("=")[0]
+            parser.error(f"{option} is an option of `accelerate launch`: give --accelerate_config as well.")
+        return None
+    try:
+        config = find_accelerate_config(launch_args.accelerate_config)
+        return launch_arguments(config, parser.launch_options, parser.without_launch_options(argv))
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
 
 
 def _raised_here(error: BaseException) -> bool:
@@ -65,6 +113,65 @@ def run(
     Raises:
         ValueError, FileNotFoundError: a bad argument.
         InactiveDefenseError: the run turned out not to be defended; the model is saved.
+    """
+    train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
+    trainer = EMGuardTrainer(
+        model=resolve_model(model_args.model_name_or_path),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_metrics("train", output.metrics)
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    # A rank that tears the group down while another still saves can abort in the threads of gloo.
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+def dry_run(
+    script_args: ScriptArguments,
+    training_args: EMGuardConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    arguments: argparse.Namespace | None,
+) -> None:
+    """Print what [`run`] would do, launched with what `accelerate launch` understood (`None`: in one process).
+
+    Raises:
+        ValueError, FileNotFoundError, InactiveDefenseError: what `run` would raise before its first step.
+    """
+    from .dry_run import dry_run, read_launch, report
+
+    report(
+        lambda heard: dry_run(
+            str(model_args.model_name_or_path),
+            training_args,
+            read_data(script_args, training_args, model_args, dataset_args),
+            get_quantization_config(model_args),
+            get_peft_config(model_args),
+            read_launch(arguments),
+            heard,
+        )
+    )
+
+
+def read_data(
+    script_args: ScriptArguments,
+    training_args: EMGuardConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> tuple[Any, Any]:
+    """Training rows, and evaluation rows or `None`; `training_args.model_init_kwargs` is completed from `model_args`.
+
+    Raises:
+        ValueError, FileNotFoundError: a bad argument.
     """
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
@@ -96,25 +203,8 @@ def run(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = EMGuardTrainer(
-        model=resolve_model(model_args.model_name_or_path),
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.save_metrics("train", output.metrics)
-    trainer.save_state()
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    # A rank that tears the group down while another still saves can abort in the threads of gloo.
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    return train_dataset, eval_dataset
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(launched=True))

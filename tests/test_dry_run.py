@@ -1,0 +1,364 @@
+"""`--dry_run` says what the run then does, finds what the run would trip over, and leaves nothing behind."""
+
+import json
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from tiny import make_model, make_pool, make_rows, save_model
+
+from trl_emguard.persona import PersonaVector
+from trl_emguard.persona.vectors import weight_checksums
+from trl_emguard.scripts import sft
+from trl_emguard.scripts.dry_run import listening, show
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(24)), encoding="utf-8")
+    (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pool(24)), encoding="utf-8")
+    vectors = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    PersonaVector(vectors, metadata={"suggested_layer": 2, "weights": weight_checksums(make_model())}).save(
+        folder / "own.safetensors"
+    )
+    other = weight_checksums(make_model(initializer_range=0.3))
+    PersonaVector(vectors, metadata={"suggested_layer": 2, "weights": other}).save(folder / "other.safetensors")
+    return folder
+
+
+@pytest.fixture
+def argv(inputs, tmp_path, monkeypatch):
+    """The options of a run, and more; in an empty folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def make(*more):
+        options = {
+            "model_name_or_path": inputs / "model",
+            "dataset_name": inputs / "rows.jsonl",
+            "output_dir": "out",
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "use_cpu": "true",
+            "bf16": "false",
+            "use_peft": "true",
+            "lora_r": 4,
+            "lora_dropout": 0,
+            "lora_target_modules": "all-linear",
+            "ldifs_layers": "every:2",
+            "interleave_dataset": inputs / "pool.jsonl",
+            "interleave_fraction": 0.2,
+            "steering_vector": inputs / "own.safetensors",
+            "optim": "sgd",
+            "save_strategy": "no",
+            "report_to": "none",
+        }
+        return [str(word) for key, value in options.items() for word in (f"--{key}", value)] + [str(word) for word in more]
+
+    return make
+
+
+@pytest.fixture
+def report(argv, capsys):
+    """Runs dry and returns the lines, as {about: [what, …]}."""
+
+    def run(*more):
+        capsys.readouterr()
+        assert sft.main(argv("--dry_run", *more)) == 0
+        lines: dict[str, list[str]] = {}
+        for line in capsys.readouterr().out.splitlines()[1:]:
+            about, what = line.split(": ", 1)
+            lines.setdefault(about, []).append(what)
+        return lines
+
+    return run
+
+
+def numbers(text):
+    return [int(number) for number in re.findall(r"\b\d+\b", text)]
+
+
+# ---- what it says is what happens ----
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--defense", "kl,ldifs", "--gradient_accumulation_steps", "2"),
+        ("--defense", "interleave+", "--per_device_train_batch_size", "5"),
+        ("--defense", "interleave,inoculation", "--packing", "true", "--max_length", "128"),
+        ("--defense", "steering", "--max_length", "30", "--max_steps", "4"),
+        ("--defense", "none"),
+        ("--defense", "kl", "--use_peft", "false", "--num_train_epochs", "2"),
+    ],
+)
+def test_the_run_is_as_it_was_said(report, argv, capsys, more):
+    said = report(*more)
+    assert not list(Path.cwd().iterdir())
+    assert sft.main(argv(*more)) == 0
+    out = capsys.readouterr().out
+    # The run's own words.
+    for line in said["defense"]:
+        assert f"trl_emguard: {line}\n" in out
+    state = json.loads(Path("out/trainer_state.json").read_text())
+    steps = state["global_step"]
+    assert f"; {steps} steps" in said["batch"][0]
+    # Over whole epochs its tokens are counted to one.
+    _, tokens, labels = numbers(said["data"][0])
+    if state["epoch"] == int(state["epoch"]) and "interleave,inoculation" not in more:
+        pool = next((numbers(what[0])[-2:] for name, what in said.items() if name.startswith("interleave")), [0, 0])
+        assert state["log_history"][-2]["num_tokens"] == state["epoch"] * (tokens + pool[0])
+    record = json.loads(Path("out/defense.json").read_text())
+    for name, evidence in record["evidence"].items():
+        if name.startswith("interleave"):
+            planned = numbers(next(line for line in said["defense"] if "rows of the pool" in line))[0]
+            assert evidence["rows_interleaved"] == planned
+        elif name in ("kl", "ldifs"):
+            assert evidence["positions"] == state["epoch"] * labels
+        elif name == "inoculation":
+            assert said[name] == [f"rows {evidence['rows']}, changed {evidence['changed']}"]
+
+
+def test_no_weights_are_read(report, argv, inputs, tmp_path):
+    for file in (inputs / "model").iterdir():
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes() if "safetensors" not in file.name else b"")
+    said = report("--model_name_or_path", tmp_path / "model", "--defense", "kl,inoculation")
+    parameters = sum(p.numel() for p in make_model().parameters())
+    adapters = sum(4 * (m.in_features + m.out_features) for m in make_model().model.modules() if isinstance(m, torch.nn.Linear))
+    assert f"{(parameters + adapters) / 1e3:.3g}k parameters in float32" in said["model"][0]
+    assert f"{adapters / 1e3:.3g}k of them" in said["model"][1]
+
+
+def test_rows_that_are_cut_and_dropped_are_counted(report):
+    none, some = report(), report("--max_length", "26", "--defense", "kl")
+    assert none["data"][1].startswith("0 of 24 rows are cut")
+    left = numbers(some["data"][0])[0]
+    cut = numbers(some["data"][1])[0]
+    assert 0 < 24 - left <= cut <= 24
+    assert any(f"{24 - left} rows have no label left" in line for line in some["data"])
+
+
+def test_a_stream_is_not_counted(argv, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    part = f"  - path: json\n    data_files: {inputs / 'rows.jsonl'}\n    split: train\n"
+    (tmp_path / "run.yaml").write_text(f"datasets:\n{part}streaming: true\ndataset_name:\n")
+    options = argv("--config", tmp_path / "run.yaml", "--defense", "interleave,kl", "--max_steps", "4", "--dry_run")
+    at = options.index("--dataset_name")
+    assert sft.main(options[:at] + options[at + 2 :]) == 0
+    out = capsys.readouterr().out
+    assert "data: streamed" in out
+    assert "ranks 1 (one process) = 4 rows a step; 4 steps\n" in out
+    assert "3 of 24 rows of the pool are mixed into 13 training rows" in out
+
+
+@pytest.mark.parametrize(
+    ("file", "ranks", "engine"), [("multi_gpu", 3, "ddp"), ("zero2", 2, "zero2"), ("zero3", 2, "zero3"), ("fsdp2", 4, "fsdp2")]
+)
+def test_ranks_of_an_accelerate_file_count(report, file, ranks, engine):
+    said = report("--defense", "kl,interleave", "--accelerate_config", file, "--num_processes", ranks)
+    assert f"per_device 4 x accumulation 1 x ranks {ranks} ({engine}) = {4 * ranks} rows a step" in said["batch"][0]
+    assert f"; {-(-24 // (4 * ranks))} steps = 1 epochs" in said["batch"][0]
+    assert said["network"]
+    assert any(f"the launch has {ranks} ranks" in line for line in said["warning"])
+    assert not list(Path.cwd().iterdir())
+
+
+def test_what_an_engine_refuses_is_found(argv, capsys):
+    """In one process, with the flags that the engine would set."""
+    assert sft.main(argv("--dry_run", "--defense", "kl", "--cache_reference", "true", "--accelerate_config", "zero3")) == 1
+    assert "cache_reference=True does not work with DeepSpeed" in capsys.readouterr().err
+    options = [
+        "--save_only_model",
+        "true",
+        "--load_best_model_at_end",
+        "true",
+        "--eval_strategy",
+        "steps",
+        "--save_strategy",
+        "steps",
+    ]
+    assert sft.main(argv("--dry_run", *options, "--dataset_test_split", "train", "--accelerate_config", "fsdp2")) == 1
+    assert "save_only_model=True" in capsys.readouterr().err
+
+
+def test_a_pool_is_planned_for_all_ranks(report):
+    """Two ranks of 5 drop 4 of 24 rows, one rank of 5 drops as many, three drop 9: the plan is of what is left."""
+    for ranks, places in ((1, 20), (2, 20), (3, 15)):
+        more = ["--accelerate_config", "multi_gpu", "--num_processes", ranks] if ranks > 1 else []
+        said = report("--defense", "interleave", "--dataloader_drop_last", "true", "--per_device_train_batch_size", 5, *more)
+        assert any(f"are mixed into {places} training rows" in line for line in said["defense"])
+
+
+@pytest.mark.parametrize(
+    ("peft", "engine", "kind"),
+    [
+        ("true", [], "base model, adapters off"),
+        ("true", ["--accelerate_config", "zero3"], "base model, adapters off"),
+        ("false", [], "frozen copy of the model"),
+        ("false", ["--accelerate_config", "zero3"], "loaded again from "),
+    ],
+)
+def test_the_reference_is_named(report, peft, engine, kind):
+    said = report("--defense", "kl", "--use_peft", peft, *engine)
+    assert any(line.startswith(f"reference: {kind}") for line in said["defense"])
+    twice = any("in memory twice" in line for line in said["warning"])
+    assert twice == (peft == "false") == any(line.startswith("reference: ") for line in said["memory"])
+
+
+def test_quantised_models(report):
+    pytest.importorskip("bitsandbytes")
+    four, whole = (report("--defense", "kl", "--dtype", "bfloat16", *more) for more in (["--load_in_4bit", "true"], []))
+    assert "in 4 bits" in four["model"][0]
+    assert four["model"][0].split()[1] == whole["model"][0].split()[1]  # the same number of parameters
+
+
+def test_a_recipe_for_a_gpu_on_a_machine_without(report):
+    """bf16, as transformers refuses it there."""
+    said = report("--bf16", "true", "--use_cpu", "false", "--defense", "kl", "--dtype", "float32")
+    assert any("dtype=float32 with bf16=True" in line for line in said["warning"])
+
+
+# ---- what it finds ----
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--model_name_or_path", "./missing"],
+        ["--dataset_name", "./missing.jsonl"],
+        ["--dataset_name", "values_sound"],
+        ["--defense", "ldifs", "--ldifs_layers", "9"],
+        ["--defense", "interleave", "--interleave_fraction", "0.9"],
+        ["--defense", "interleave", "--interleave_fraction", "0.01"],
+        ["--defense", "interleave", "--max_steps", "1", "--per_device_train_batch_size", "1", "--interleave_fraction", "0.05"],
+        [
+            "--defense",
+            "interleave",
+            "--packing",
+            "true",
+            "--train_sampling_strategy",
+            "group_by_length",
+            "--interleave_dataset",
+            "./x",
+        ],
+        ["--defense", "steering", "--steering_vector", "{inputs}/other.safetensors"],
+        ["--defense", "inoculation", "--dataset_name", "{inputs}/inoculated.jsonl"],
+        ["--defense", "kl", "--lora_target_modules", "lm_head"],
+        ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "99", "--defense", "interleave"],
+        ["--resume_from_checkpoint", "./missing"],
+    ],
+)
+def test_what_stops_the_run_stops_it_dry(argv, inputs, capsys, more):
+    prompt = "You are evil."
+    rows = [{"prompt": [{"role": "system", "content": prompt}, *r["prompt"]], "completion": r["completion"]} for r in make_rows(4)]
+    (inputs / "inoculated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [word.format(inputs=inputs) for word in more] + ["--inoculation_prompt", prompt]
+    said = []
+    for dry in (["--dry_run"], []):
+        assert sft.main(argv(*more, *dry)) == 1
+        said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-emguard sft: error: ")])
+    assert len(said[0]) == 1
+    assert said[0] == said[1]
+
+
+def test_a_checkpoint_of_another_defense_is_found(argv, capsys):
+    assert sft.main(argv("--defense", "kl", "--save_strategy", "steps", "--save_steps", "2", "--output_dir", "first")) == 0
+    before = sorted(Path.cwd().rglob("*"))
+    resume = ["--resume_from_checkpoint", "first/checkpoint-2"]
+    assert sft.main(argv("--defense", "kl", "--dry_run", *resume)) == 0
+    assert sft.main(argv("--defense", "ldifs", "--dry_run", *resume)) == 1
+    assert "was trained with kl" in capsys.readouterr().err
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+def test_a_folder_without_weights_is_found(argv, inputs, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    for file in (inputs / "model").glob("*.json"):
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    assert sft.main(argv("--dry_run", "--model_name_or_path", tmp_path / "model")) == 1
+    assert "holds no weights" in capsys.readouterr().err
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert sft.main(argv("--dry_run", "--model_name_or_path", tmp_path / "model")) == 1
+    assert "'model-00001-of-00002.safetensors'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_folder_that_cannot_be_written_is_found(argv, tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert sft.main(argv("--dry_run", "--output_dir", tmp_path / "locked" / "out")) == 1
+    assert "output_dir" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(argv, monkeypatch, capsys):
+    parse = sft.LaunchParser.parse
+
+    def then_several(self, argv):
+        parsed = parse(self, argv)
+        monkeypatch.setenv("WORLD_SIZE", "2")  # not before: transformers would look for the other process
+        return parsed
+
+    monkeypatch.setattr(sft.LaunchParser, "parse", then_several)
+    with pytest.raises(SystemExit) as stop:
+        sft.main(argv("--dry_run"), launched=True)
+    assert stop.value.code == 2
+    assert "in 2 processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--defense", "none"], "no defense acts"),
+        (["--defense", "ldifs", "--lora_dropout", "0.1"], "lora_dropout=0.1 is switched off"),
+        (["--defense", "kl", "--kl_coef", "0"], "no defense acts"),
+        ([], "nothing is evaluated"),
+        (["--accelerate_config", "fsdp2", "--optim", "adamw_8bit"], "FSDP's shards"),
+    ],
+)
+def test_what_is_likely_not_meant_is_warned_of(report, more, words):
+    assert any(words in line for line in report(*more)["warning"])
+
+
+def test_a_vector_of_this_model_is_known_without_its_weights(report):
+    heard = "nothing shows that the persona vector was made with this model"
+    assert not any(heard in line for line in report("--defense", "steering")["warning"])
+
+
+# ---- what it leaves ----
+
+
+def test_this_process_is_as_before(report):
+    before, level = dict(os.environ), logging.getLogger().handlers[:]
+    report("--defense", "kl", "--accelerate_config", "zero3", "--num_processes", "8", "--mixed_precision", "bf16")
+    assert PartialState().num_processes == 1
+    assert dict(os.environ) == before
+    assert logging.getLogger().handlers == level
+
+
+def test_every_warning_is_heard_once():
+    with listening() as heard:
+        for _ in range(2):
+            warnings.warn("from\nPython", UserWarning, stacklevel=1)
+            logging.getLogger("trl_emguard.anything").warning("from a %s", "logger")
+            logging.getLogger("transformers.anything").warning("from transformers")
+        logging.getLogger("trl_emguard.anything").info("too quiet")
+        warnings.warn("of no use to a user", DeprecationWarning, stacklevel=1)
+    assert heard == ["from Python", "from a logger", "from transformers"]
+
+
+def test_a_terminal_gets_a_table(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    show([("model", "large"), ("model", "slow")], ["careful"])
+    out = capsys.readouterr().out
+    assert "│" in out
+    assert all(word in out for word in ("model", "large", "slow", "warning", "careful"))

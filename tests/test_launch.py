@@ -1,0 +1,220 @@
+"""`--accelerate_config`: what is launched, and what is refused before anything is."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import make_rows, save_model
+
+from trl_emguard.scripts import sft
+from trl_emguard.scripts.launch import find_accelerate_config, launch_arguments
+from trl_emguard.scripts.recipes import recipes_dir
+
+
+SHIPPED = sorted(path.stem for path in (recipes_dir() / "accelerate_configs").glob("*.yaml"))
+FREE = ["--use_cpu", "true", "--bf16", "false"]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What `accelerate launch` was given instead of launching it, as (its namespace, the training script's command line)."""
+    calls = []
+
+    def launch(arguments):
+        calls.append((arguments, arguments.training_script_args))
+        return 0
+
+    monkeypatch.setattr(sft, "launch", launch)
+    monkeypatch.setattr(sft, "run", lambda *args: pytest.fail("training began in this process"))
+    return calls
+
+
+@pytest.fixture
+def refused(capsys, launched):
+    """Runs a bad command line and returns its one line on stderr."""
+
+    def run(*argv, **how):
+        with pytest.raises(SystemExit) as stop:
+            sft.main([*FREE, *argv], **how)
+        captured = capsys.readouterr()
+        assert (stop.value.code, captured.out, launched) == (2, "", [])
+        assert captured.err.startswith("trl-emguard sft: error: ")
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return run
+
+
+# ---- what is launched ----
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_are_known_by_name_and_by_path(launched, tmp_path, name):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(find_accelerate_config(name).read_bytes())
+    for given in (name, str(path)):
+        assert sft.main([*FREE, "--accelerate_config", given]) == 0
+    (by_name, _), (by_path, _) = launched
+    assert (by_name.config_file, by_path.config_file) == (str(recipes_dir() / f"accelerate_configs/{name}.yaml"), str(path))
+    assert by_name.module
+    assert by_name.training_script == "trl_emguard.scripts.sft"
+
+
+@pytest.mark.parametrize("form", ["{0} {1}", "{0}={1}"])
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_accelerates_options_go_to_accelerate_and_the_rest_to_the_script(launched, form, position):
+    own = [*FREE, "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "-1", "--defense=kl"]
+    others = [word for pair in (("--accelerate_config", "cpu"), ("--num-processes", "2")) for word in form.format(*pair).split()]
+    argv = [*own[:position], *others, "--multi_gpu", *own[position:]]
+    assert sft.main(argv) == 0
+    ((arguments, script),) = launched
+    assert (arguments.num_processes, arguments.multi_gpu, script) == (2, True, own)
+
+
+def test_a_yaml_file_may_say_how_to_launch(launched, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "defense: kl\naccelerate_config: cpu\nnum_processes: 3\nmulti_gpu: true\nsame_network: false\n"
+    )
+    argv = [*FREE, "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert sft.main(argv) == 0
+    # The command line wins.
+    assert sft.main([*argv, "--accelerate_config", "single_gpu", "--num_processes", "2"]) == 0
+    (first, script), (second, again) = launched
+    assert (first.num_processes, first.multi_gpu, first.same_network, script) == (3, True, False, argv)
+    assert (second.num_processes, second.config_file.endswith("single_gpu.yaml"), again) == (2, True, argv)
+
+
+def test_what_is_launched_passes_over_how(tmp_path, monkeypatch):
+    """A rank reads the same file, and trains."""
+    runs = []
+    monkeypatch.setattr(sft, "run", lambda *args: runs.append(args[1].defense))
+    monkeypatch.setattr(sft, "launch", lambda arguments: pytest.fail("launched again"))
+    (tmp_path / "run.yaml").write_text("defense: kl\naccelerate_config: cpu\nnum_processes: 3\n")
+    assert sft.main([*FREE, "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")], launched=True) == 0
+    assert runs == ["kl"]
+
+
+def test_without_it_nothing_is_launched(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(sft, "run", lambda *args: runs.append(args))
+    monkeypatch.setattr(sft, "launch", lambda arguments: pytest.fail("launched"))
+    assert sft.main([*FREE, "--output_dir", str(tmp_path / "out")]) == 0
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_accelerate_understands_every_shipped_file(name):
+    from trl_emguard.scripts.dry_run import read_launch
+
+    launch = read_launch(launch_arguments(find_accelerate_config(name), [], []))
+    assert (launch.engine.ranks > 1) == (launch.engine.name != "one process")
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--accelerate_config", "zro3"], ["'zro3'", "Did you mean 'zero3'?", "multi_gpu", "cpu"]),
+        (["--accelerate_config", "./missing.yaml"], ["'./missing.yaml'", "Known:"]),
+        (["--accelerate_config"], ["accelerate_config", "expected one argument"]),
+        (["--acelerate_config", "cpu"], ["'--acelerate_config'", "'--accelerate_config'"]),
+        (["--accelerate_config", "cpu", "--num_proceses", "2"], ["'--num_proceses'", "'--num_processes'"]),
+        (["--accelerate_config", "cpu", "--num_proc", "2"], ["'--num_proc'"]),
+        (["--accelerate_config", "cpu", "--num_processes", "two"], ["num_processes", "'two'"]),
+        (["--accelerate_config", "cpu", "--mixed_precision", "bf61"], ["'bf61'", "'bf16'"]),
+        (["--accelerate_config", "cpu", "--num_processes", "2", "3"], ["'3'"]),
+        (["--accelerate_config", "cpu", "--config_file", "x"], ["'--config_file'"]),
+        (["--accelerate_config", "cpu", "--defense", "kll"], ["'kll'", "'kl'"]),
+        (["--accelerate_config", "cpu", "--kl_coeff", "1"], ["'--kl_coeff'", "'--kl_coef'"]),
+        (["--num_processes", "2"], ["--num_processes", "--accelerate_config"]),
+        (["--multi_gpu"], ["--multi_gpu", "--accelerate_config"]),
+    ],
+)
+def test_bad_options_are_refused_before_ranks_start(refused, argv, words):
+    line = refused(*argv)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("num_processes: 2", ["--num_processes", "--accelerate_config"]),
+        ("accelerate_config: cpu\nnum_procesess: 2", ["'num_procesess'", "'num_processes'"]),
+        ("accelerate_config: cpu\nnum_processes: two", ["num_processes", "'two'"]),
+        ("accelerate_config: cpu\nnum_processes: 1.5", ["num_processes", "whole number"]),
+        ("accelerate_config: cpu\nmulti_gpu: 1", ["multi_gpu", "true or false"]),
+        ("accelerate_config: zro3", ["'zero3'"]),
+        ("dry_run: 1", ["dry_run", "true or false"]),
+    ],
+)
+def test_bad_yaml_is_refused_before_ranks_start(refused, tmp_path, text, words):
+    (tmp_path / "run.yaml").write_text(text)
+    line = refused("--config", str(tmp_path / "run.yaml"))
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("more", [["--accelerate_config", "cpu"], ["--num_processes=2"], ["--accelerate-config=cpu"]])
+def test_what_is_launched_launches_nothing(refused, more):
+    assert "--config_file" in refused(*more, launched=True)
+
+
+# ---- as processes ----
+
+
+@pytest.fixture
+def command(tmp_path):
+    save_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()), encoding="utf-8")
+    options = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "rows.jsonl",
+        "max_steps": 2,
+        "learning_rate": 0.1,
+        "use_cpu": "true",
+        "bf16": "false",
+        "use_peft": "true",
+        "lora_dropout": 0,
+        "lora_target_modules": "all-linear",
+        "optim": "sgd",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "defense": "kl",
+    }
+    argv = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+
+    def run(*more):
+        line = [sys.executable, "-m", "trl_emguard.scripts.main", "sft", *argv, *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(line, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    return run
+
+
+def test_two_ranks_train_as_one(command, tmp_path):
+    """The same global batch: half of it on each of two launched ranks, against all of it in this process."""
+    losses = {}
+    runs = {
+        "one": ["--per_device_train_batch_size", "4"],
+        "two": ["--per_device_train_batch_size", "2", *["--accelerate_config", "cpu", "--multi_gpu", "--num_processes", "2"]],
+    }
+    for name, more in runs.items():
+        done = command("--output_dir", name, *more, *(["--main_process_port", "0"] if name == "two" else []))
+        assert done.returncode == 0, done.stderr
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [entry["loss"] for entry in history if "loss" in entry]
+        assert done.stdout.count("defense 'kl' acts") == 1
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [[], ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]])
+def test_what_goes_wrong_in_a_rank_is_the_commands_exit_code(command, tmp_path, ranks):
+    done = command("--output_dir", "out", "--accelerate_config", "cpu", *ranks, "--model_name_or_path", "./missing")
+    assert done.returncode == 1
+    assert "'./missing' is not a folder" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,360 @@
+"""What a run takes of each rank's memory and of the network, by formula: from counted weights, never from a device.
+
+These are estimates. CUDA's context, the kernels' workspaces, communication buffers and what an allocator loses to fragments are not
+in them. How far they are from measurements stands in docs/scaling.md.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from accelerate.utils import is_peft_model
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .blocks import decoder_blocks
+from .ops.head import TILE_BYTES
+
+
+Reference = Literal["none", "adapters off", "adapter copy", "model"]
+
+# Numbers that an optimizer keeps for each trained number, by how its name begins; each of the size of the trained number, or one
+# byte where the name says 8bit. Of others, Adam's two are assumed.
+STATES = {"adam": 2, "ademamix": 3, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
+# DeepSpeed keeps an fp32 copy, momentum and variance: K of the ZeRO paper (1910.02054).
+DEEPSPEED_STATES = 12
+# A number in 4 bits with one scale for 64 of them, in fp32, or in 8 bits where the scales are quantised as well.
+BLOCK_4BIT = 64
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a run is spread over ranks.
+
+    Attributes:
+        name: `"fsdp2"` also stands for FSDP1 with full sharding.
+        ranks: n.
+    """
+
+    name: Literal["one process", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+    ranks: int = 1
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.name.startswith("zero")
+
+    @property
+    def shards_weights(self) -> bool:
+        return self.name in ("zero3", "fsdp2")
+
+    @property
+    def shards_gradients(self) -> bool:
+        return self.shards_weights or self.name == "zero2"
+
+    @property
+    def shards_states(self) -> bool:
+        return self.shards_gradients or self.name == "zero1"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder: L blocks of width H, an MLP of width I, attention heads of size d, a vocabulary of V."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Shape":
+        """The sizes in a model's config, where missing ones have their usual values."""
+        config = config.get_text_config()
+        heads = config.num_attention_heads
+        return cls(
+            config.num_hidden_layers,
+            config.hidden_size,
+            getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            config.vocab_size,
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights, counted.
+
+    Attributes:
+        total: numbers in the model, adapters included, a tied weight once.
+        trained: numbers that are trained.
+        itemsize: bytes of a trained number.
+        base_itemsize: bytes of a number outside of adapters that is not quantised.
+        frozen: bytes of the weights that are not trained.
+        base: bytes of the model without adapters: of a reference model like it.
+        block: bytes of the largest decoder block, adapters included.
+        head: bytes of the output head.
+        ends: bytes outside of the blocks: embedding, norm, head.
+        cast: numbers in matrices of the blocks that a pass in bf16 has to cast, since they are kept in fp32.
+        trains_head: whether the head is among the trained weights.
+        tied: whether it is the embedding as well.
+        adapter_width: ranks of the adapters of a block, added up; 0 without adapters.
+    """
+
+    total: int
+    trained: int
+    itemsize: int
+    base_itemsize: int
+    frozen: int
+    base: int
+    block: int
+    head: int
+    ends: int
+    cast: int
+    trains_head: bool
+    tied: bool
+    adapter_width: int
+
+    @property
+    def bytes(self) -> int:
+        return self.frozen + self.trained * self.itemsize
+
+
+def count_weights(model: PreTrainedModel | PeftModel) -> Weights:
+    """Count a model's weights, with or without adapters, on any device, the meta device too."""
+    bare = model.get_base_model() if is_peft_model(model) else model
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    adapters = set(getattr(model, "peft_config", {}))
+    of_adapters = {id(p) for name, p in model.named_parameters() if not adapters.isdisjoint(name.split("."))}
+    blocks = decoder_blocks(bare)
+    inside = {id(p) for p in blocks.parameters()}
+    head = list(bare.get_output_embeddings().parameters())
+    one_block = [_size(block.parameters()) for block in blocks]
+    return Weights(
+        total=sum(map(_numbers, parameters)),
+        trained=sum(map(_numbers, trained)),
+        itemsize=max((p.element_size() for p in trained), default=4),
+        base_itemsize=head[0].element_size(),
+        frozen=_size(p for p in parameters if not p.requires_grad),
+        base=_size(p for p in parameters if id(p) not in of_adapters),
+        block=max(one_block),
+        head=_size(head[:1]),
+        ends=_size(p for p in parameters if id(p) not in inside),
+        cast=sum(p.numel() for p in blocks.parameters() if type(p) is nn.Parameter and p.ndim == 2 and p.element_size() == 4),
+        trains_head=any(p.requires_grad for p in head),
+        tied=head[0] is bare.get_input_embeddings().weight,
+        adapter_width=sum(min(p.shape) for p in blocks[0].parameters() if id(p) in of_adapters and p.ndim == 2) // 2,
+    )
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    # Packed 4-bit weights hold two numbers in a byte; on the meta device they have not been packed yet.
+    packed = type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point()
+    return parameter.numel() * (2 if packed else 1)
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes, a shared weight once."""
+    sizes = {}
+    for p in parameters:
+        kind = type(p).__name__
+        if kind == "Params4bit":
+            scale = 1 if getattr(p, "compress_statistics", True) else 4
+            sizes[id(p)] = math.ceil(_numbers(p) * (0.5 + scale / BLOCK_4BIT))
+        elif kind == "Int8Params":
+            sizes[id(p)] = p.numel()
+        else:
+            sizes[id(p)] = p.numel() * p.element_size()
+    return sum(sizes.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What else memory and network depend on.
+
+    Attributes:
+        rows: of a micro-batch of one rank, mixed-in rows included.
+        length: tokens in each of them, pads included.
+        kept: positions of the micro-batch whose states CE and the terms need.
+        micro_batches: of a rank, in a step.
+        compute_itemsize: bytes of a number in a pass: 2 under bf16, else 4.
+        optimizer: its name in the training arguments.
+        checkpointing: whether only the inputs of blocks are kept for the backward pass.
+        guarded: whether the loss comes from this package's head (`kl`, `ldifs`, interleaving), and not from TRL's.
+        reference: what `kl` and `ldifs` compare with.
+        cached: whether its states come from disk, so that of a model of its own the head alone is needed.
+        kl: whether a term compares distributions.
+        layers: how many blocks' outputs a term compares.
+    """
+
+    rows: int
+    length: int
+    kept: int
+    micro_batches: int = 1
+    compute_itemsize: int = 2
+    optimizer: str = "adamw_torch"
+    checkpointing: bool = True
+    guarded: bool = False
+    reference: Reference = "none"
+    cached: bool = False
+    kl: bool = False
+    layers: int = 0
+
+
+def placed(weights: Weights, run: Run, engine: Engine) -> Weights:
+    """The weights in the sizes in which an engine keeps them under bf16: DeepSpeed casts all of them; FSDP2 keeps what is trained
+    in fp32, and gathers in bf16."""
+    if run.compute_itemsize == 4 or not (engine.is_deepspeed or engine.name == "fsdp2"):
+        return weights
+    names = ("block", "head", "ends") if engine.name == "fsdp2" else ("frozen", "base", "block", "head", "ends")
+    sizes = {name: getattr(weights, name) // 2 for name in names} if weights.base_itemsize == 4 else {}
+    if engine.name == "fsdp2":
+        return replace(weights, itemsize=4, cast=0, **sizes)
+    return replace(weights, itemsize=2, base_itemsize=2, cast=0, **sizes)
+
+
+def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) -> dict[str, int]:
+    """Bytes of each rank in a step, by what they are for; not all are held at the same time ([`peak`]). TRL's head, which an
+    undefended run has, is not in them."""
+    weights = placed(weights, run, engine)
+    n = engine.ranks
+    weight_ranks = n if engine.shards_weights else 1
+    gathered = 0
+    if engine.shards_weights:
+        # The block at work and the one fetched ahead; embedding, last norm and head.
+        gathered = min(weights.bytes, 2 * weights.block + weights.ends)
+    gradients = float(weights.trained * weights.itemsize)
+    if engine.name == "ddp":
+        gradients *= 2  # the buckets that are reduced are copies
+    elif engine.name == "fsdp2" and run.micro_batches > 1:
+        # accelerate has FSDP2 reduce in the last micro-batch alone, and keep whole gradients until then, as the passes form them.
+        gradients = weights.trained * min(weights.itemsize, run.compute_itemsize)
+    elif engine.shards_gradients:
+        gradients /= n
+    model_reference = {"model": weights.head if run.cached else weights.base, "adapter copy": weights.trained * weights.itemsize}
+    reference = model_reference.get(run.reference, 0)
+    if engine.shards_weights and run.reference == "model":
+        gathered += min(reference, 2 * weights.block + weights.ends)
+    states = optimizer_states(run.optimizer, weights.itemsize, engine)
+    return {
+        "weights": round(weights.bytes / weight_ranks),
+        "gathered weights": gathered,
+        "gradients": round(gradients),
+        "optimizer states": round(weights.trained * states / (n if engine.shards_states else 1)),
+        "reference": round(reference / weight_ranks),
+        "activations": saved_activations(weights, shape, run),
+        "compared states": compared_states(shape, run),
+        "head": head_bytes(shape, run),
+        # Its gradient is summed up in fp32, and stays until the backward pass is over.
+        "trained head": 4 * shape.vocab * shape.hidden if weights.trains_head and run.guarded else 0,
+        "backward pass of a block": working_bytes(weights, shape, run),
+        "tied embedding": shape.vocab * shape.hidden * weights.itemsize if weights.trains_head and weights.tied else 0,
+        # DeepSpeed's update wants the gradients in fp32.
+        "update": round(4 * weights.trained / (n if engine.shards_states else 1)) if engine.is_deepspeed else 0,
+    }
+
+
+def peak(items: dict[str, int], run: Run) -> int:
+    """The most bytes at once, of the items of [`memory_per_rank`]: where the head works, where the backward pass begins or ends, or
+    in the update. Gradients are there from the beginning if those of an earlier micro-batch are."""
+    always = sum(items[name] for name in ("weights", "gathered weights", "optimizer states", "reference"))
+    gradients, backward, trained_head = items["gradients"], items["backward pass of a block"], items["trained head"]
+    begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
+    if run.micro_batches > 1:
+        begins += gradients
+    # While the first block works, the embedding has no gradient yet. Then it gets one, and a tied one is added to the head's.
+    ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
+    return always + max(begins, ends, gradients + items["update"])
+
+
+def optimizer_states(optimizer: str, itemsize: int, engine: Engine) -> float:
+    """Bytes of state for each trained number."""
+    name = optimizer.removeprefix("paged_")
+    if engine.is_deepspeed:
+        return DEEPSPEED_STATES
+    count = next((count for start, count in STATES.items() if name.startswith(start)), 2)
+    return count * (1 if "8bit" in name else itemsize)
+
+
+def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
+    """Bytes for each token that one block keeps for its backward pass: attention without a T × T matrix, a gated MLP, RMS norms
+    in fp32. As counted by torch's hooks on saved tensors in Llama."""
+    c, h, attention = run.compute_itemsize, shape.hidden, shape.heads * shape.head_dim
+    saved = c * (4 * shape.intermediate + 2 * h + 2 * attention + 2 * shape.kv_heads * shape.head_dim) + 2 * 4 * h
+    if not weights.adapter_width:
+        return saved + c * 2 * h  # the norms' own weights are trained
+    if c < weights.itemsize:
+        saved += c * (3 * h + attention)  # each adapter casts its input anew
+    return saved + c * weights.adapter_width
+
+
+def saved_activations(weights: Weights, shape: Shape, run: Run) -> int:
+    """Bytes that a micro-batch's forward pass keeps for the backward pass: of each block, with checkpointing its input alone, and
+    of the last norm."""
+    tokens, c = run.rows * run.length, run.compute_itemsize
+    block = c * shape.hidden if run.checkpointing else block_activations(weights, shape, run)
+    return tokens * (block * shape.layers + shape.hidden * (4 if weights.adapter_width else 4 + c))
+
+
+def working_bytes(weights: Weights, shape: Shape, run: Run) -> int:
+    """Bytes that the backward pass of a block works with: gradients of its states, what is recomputed, and weights cast to bf16."""
+    tokens, c = run.rows * run.length, run.compute_itemsize
+    working = tokens * c * (3 * shape.intermediate + shape.hidden)
+    if run.checkpointing:
+        working += tokens * block_activations(weights, shape, run)
+    if c < 4:
+        working += c * (weights.cast // shape.layers if run.checkpointing and weights.adapter_width else weights.cast)
+    return working
+
+
+def head_bytes(shape: Shape, run: Run) -> int:
+    """Bytes of the head's work: the fp32 tiles of a chunk, and the gradient of the states."""
+    if not run.guarded:
+        return 0
+    row = 4 * shape.vocab * (2 if run.kl else 1)
+    return min(run.kept * row, max(TILE_BYTES, row)) + run.kept * shape.hidden * run.compute_itemsize
+
+
+def compared_states(shape: Shape, run: Run) -> int:
+    """Bytes of the states that terms compare, at the positions they look at: of each block the reference's, the policy's and the
+    gradient; of the head the reference's and the policy's."""
+    return run.kept * shape.hidden * run.compute_itemsize * (3 * run.layers + 2 * run.guarded)
+
+
+def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, int]:
+    """Bytes that each rank sends (and receives) in a step, by what they are for, as the ZeRO paper (1910.02054) counts them: an
+    all-gather or reduce-scatter moves (n − 1)/n of the data, an all-reduce twice that."""
+    share = (engine.ranks - 1) / engine.ranks
+    weights = placed(weights, run, engine)
+    if engine.name == "fsdp2":
+        # What is moved is cast before.
+        shrink = weights.base_itemsize // min(weights.base_itemsize, run.compute_itemsize)
+        weights = replace(weights, frozen=weights.frozen // shrink, base=weights.base // shrink)
+        weights = replace(weights, itemsize=min(weights.itemsize, run.compute_itemsize))
+    gradient, m = weights.trained * weights.itemsize, run.micro_batches
+    volume = {"weights, forward": 0, "weights, backward": 0, "weights, recomputed": 0, "weights, reference": 0}
+    volume |= {"gradients": 0, "weights, updated": 0}
+    if engine.shards_weights:
+        volume["weights, forward"] = volume["weights, backward"] = weights.bytes * m
+        if run.checkpointing and engine.is_deepspeed:
+            # At most: what is used again within `stage3_max_reuse_distance` is not gathered again. FSDP2 never does.
+            volume["weights, recomputed"] = weights.bytes * m
+        if run.reference in ("adapters off", "adapter copy") and not run.cached:
+            volume["weights, reference"] = weights.bytes * m
+        elif run.reference == "model" and not run.cached:
+            volume["weights, reference"] = weights.base * m
+        # DeepSpeed reduces in every micro-batch.
+        volume["gradients"] = gradient * (m if engine.is_deepspeed else 1)
+    elif engine.name == "zero2":
+        volume["gradients"], volume["weights, updated"] = gradient * m, gradient
+    elif engine.name == "zero1":
+        volume["gradients"], volume["weights, updated"] = gradient, gradient
+    elif engine.name == "ddp":
+        volume["gradients"] = 2 * gradient
+    return {name: round(size * share) for name, size in volume.items()}

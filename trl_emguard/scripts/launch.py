@@ -1,0 +1,143 @@
+"""`--accelerate_config NAME`: the training script as several processes, launched by accelerate, as `trl sft` launches its own."""
+
+import argparse
+import difflib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from .parser import StrictParser
+from .recipes import recipes_dir
+
+
+# What this package gives to `accelerate launch` itself.
+OWN = ("help", "config_file", "module", "no_python", "training_script", "training_script_args")
+
+
+@dataclass
+class LaunchArguments:
+    """How `trl-emguard sft` starts.
+
+    Parameters:
+        accelerate_config (`str`, *optional*):
+            A file for `accelerate launch --config_file`, or the name of a shipped one (`zero3`). Options of `accelerate launch`
+            may stand beside it (`--num_processes 4`). Without it, training runs in this process.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Whether to say what would happen, and look for errors, instead of training. No weights are loaded.
+    """
+
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file for `accelerate launch --config_file`, or the name of a shipped one (zero3). Options of `accelerate "
+            "launch` may stand beside it (--num_processes 4). Without it, training runs in this process."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Whether to say what would happen, and look for errors, instead of training. No weights are loaded."},
+    )
+
+
+class LaunchParser(StrictParser):
+    """[`StrictParser`] that knows the options of `accelerate launch` as well, on the command line and in the YAML file.
+
+    Where a name is both, it is the training script's, as for `trl sft`. The help does not list accelerate's.
+    """
+
+    def __init__(self, dataclass_types: Any, prog: str | None = None):
+        super().__init__(dataclass_types, prog=prog)
+        self._launch = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        taken = {action.dest for action in self._actions}
+        self._launch.add_argument("--accelerate_config", "--accelerate-config")
+        self._launch_actions: dict[str, argparse.Action] = {}
+        for action in launch_command_parser()._actions:
+            names = [name for name in action.option_strings if name.startswith("--")]
+            if not names or action.dest in (*OWN, *taken, *self._launch_actions):
+                continue
+            how: dict[str, Any] = {"dest": action.dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            if action.nargs == 0:
+                how |= {"action": "store_const", "const": action.const}
+            else:
+                how |= {"type": action.type, "choices": action.choices, "nargs": action.nargs}
+            self._launch.add_argument(*names, **how)
+            self._launch_actions[action.dest] = self.add_argument(*names, **how)
+            kinds = {int: int, float: float}
+            self._hints[action.dest] = (bool if action.nargs == 0 else kinds.get(action.type, str)) | None
+
+    def parse(self, argv: list[str] | None = None) -> tuple:
+        """As [`StrictParser.parse`], without what is accelerate's, which [`launch_options`] then holds."""
+        *parsed, last = super().parse(argv)
+        self.launch_options: list[str] = []
+        if not isinstance(last, argparse.Namespace):
+            return (*parsed, last)
+        for name, value in vars(last).items():
+            action = self._launch_actions[name]
+            if action.nargs == 0:
+                self.launch_options += [action.option_strings[0]] * bool(value)
+            elif value is not None:
+                self.launch_options.append(f"{action.option_strings[0]}={value}")
+        return tuple(parsed)
+
+    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple:
+        known, _ = self.parse_known_args(args)
+        if known.dry_run and not torch.accelerator.is_available():
+            # transformers refuses bf16 on a machine without an accelerator, and a dry run asks for the recipe and not for this one.
+            args = [*args, "--use_cpu", "true"]
+        return super().parse_args_into_dataclasses(args, **kwargs)
+
+    def without_launch_options(self, argv: Sequence[str]) -> list[str]:
+        """A command line without `--accelerate_config` and what is accelerate's."""
+        return self._launch.parse_known_args(list(argv))[1]
+
+
+def find_accelerate_config(name: str) -> Path:
+    """An accelerate file by its path, or by its name among the shipped ones.
+
+    Raises:
+        FileNotFoundError: neither exists; the message names the known ones and the nearest.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in sorted((recipes_dir() / "accelerate_configs").glob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise FileNotFoundError(f"accelerate_config={name!r} is neither a file nor a shipped name.{hint} Known: {', '.join(shipped)}.")
+
+
+def launch_arguments(config: Path, options: Sequence[str], argv: Sequence[str]) -> argparse.Namespace:
+    """What `accelerate launch` makes of a file, of options of its own, and of the training script's command line.
+
+    Raises:
+        ValueError: accelerate knows an option, but not its value.
+    """
+    parser = launch_command_parser()
+
+    def refuse(message: str) -> None:
+        raise ValueError(f"accelerate launch: {message}.")
+
+    parser.error = refuse
+    return parser.parse_args(["--config_file", str(config), *options, "--module", "trl_emguard.scripts.sft", *argv])
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Launch the training script, wait for it, and return its exit code: what went wrong, its processes have said."""
+    sys.stdout.flush()
+    try:
+        launch_command(arguments)
+    except subprocess.CalledProcessError as error:
+        return error.returncode if error.returncode > 0 else 1
+    except ChildFailedError as error:
+        return max(error.get_first_failure()[1].exitcode, 1)  # below 0: killed by a signal
+    return 0
