@@ -62,6 +62,19 @@ def test_shipped_files_are_known_by_name_and_by_path(launched, tmp_path, name):
     assert by_name.training_script == "trl_emguard.scripts.sft"
 
 
+@pytest.mark.parametrize("name", ["cpu", "zero3"])
+def test_precision_is_judged_where_it_runs(launched, name):
+    """And not in the process that launches, which may have no accelerator."""
+    assert sft.main(["--accelerate_config", name, "--bf16", "true"]) == 0
+    assert launched[0][1] == ["--bf16", "true"]
+
+
+def test_an_accelerate_file_for_the_cpu_is_enough(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    _, arguments, *_ = sft.make_parser(launched=True).parse(["--bf16", "true"])
+    assert arguments.use_cpu
+
+
 @pytest.mark.parametrize("form", ["{0} {1}", "{0}={1}"])
 @pytest.mark.parametrize("position", [0, 2, 4])
 def test_accelerates_options_go_to_accelerate_and_the_rest_to_the_script(launched, form, position):

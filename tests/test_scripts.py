@@ -183,6 +183,16 @@ def test_a_missing_checkpoint_is_told_in_one_line(argv, capsys, defense):
     assert "trained with" not in errors[0]
 
 
+@pytest.mark.parametrize("how", ["true", "True"])
+def test_the_newest_checkpoint_is_gone_on_from(argv, tmp_path, how):
+    saving = ["--defense", "kl", "--save_strategy", "steps", "--save_steps", "1"]
+    assert sft.main(argv(*saving)) == 0
+    before = losses(tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
+    assert sft.main(argv(*saving, "--resume_from_checkpoint", how)) == 0
+    assert losses(tmp_path / "out") == before
+
+
 def test_an_inactive_defense_ends_in_one_line(argv, monkeypatch, capsys):
     def inactive(*args):
         raise InactiveDefenseError("the run was not defended.")

@@ -51,10 +51,14 @@ class LaunchParser(StrictParser):
     """[`StrictParser`] that knows the options of `accelerate launch` as well, on the command line and in the YAML file.
 
     Where a name is both, it is the training script's, as for `trl sft`. The help does not list accelerate's.
+
+    Args:
+        launched: whether this process trains what it parses, whatever is said of a launch.
     """
 
-    def __init__(self, dataclass_types: Any, prog: str | None = None):
+    def __init__(self, dataclass_types: Any, prog: str | None = None, launched: bool = False):
         super().__init__(dataclass_types, prog=prog)
+        self._launched = launched
         self._launch = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         taken = {action.dest for action in self._actions}
         self._launch.add_argument("--accelerate_config", "--accelerate-config")
@@ -89,8 +93,9 @@ class LaunchParser(StrictParser):
 
     def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple:
         known, _ = self.parse_known_args(args)
-        if known.dry_run and not torch.accelerator.is_available():
-            # transformers refuses bf16 on a machine without an accelerator, and a dry run asks for the recipe and not for this one.
+        trains = not known.dry_run and (self._launched or not known.accelerate_config)
+        if not trains and not torch.accelerator.is_available():
+            # transformers refuses bf16 in a process without an accelerator, and this one only looks at the recipe.
             args = [*args, "--use_cpu", "true"]
         return super().parse_args_into_dataclasses(args, **kwargs)
 

@@ -28,6 +28,7 @@ from trl import (
     get_quantization_config,
 )
 
+from ..checkpoints import asks_for_newest
 from ..config import EMGuardConfig
 from ..data import load_rows
 from ..evidence import InactiveDefenseError
@@ -36,9 +37,9 @@ from ..trainer import EMGuardTrainer
 from .launch import LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 
 
-def make_parser() -> LaunchParser:
+def make_parser(launched: bool = False) -> LaunchParser:
     types = (ScriptArguments, EMGuardConfig, ModelConfig, DatasetMixtureConfig, LaunchArguments)
-    return LaunchParser(types, prog="trl-emguard sft")
+    return LaunchParser(types, "trl-emguard sft", launched)
 
 
 def main(argv: list[str] | None = None, launched: bool = False) -> int:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
             What a YAML file says for the launch is then passed over, as it is by TRL's scripts.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = make_parser()
+    parser = make_parser(launched)
     script_args, training_args, model_args, dataset_args, launch_args = parser.parse(argv)
     arguments = None
     if launched:
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
             dry_run(script_args, training_args, model_args, dataset_args, arguments)
         else:
             run(script_args, training_args, model_args, dataset_args)
-    except (InactiveDefenseError, ValueError, FileNotFoundError) as error:
+    except (InactiveDefenseError, ValueError, FloatingPointError, OSError) as error:
         # The package's own errors say what to do, and a traceback above them would bury it. Others keep theirs.
         if not (isinstance(error, InactiveDefenseError) or _raised_here(error)):
             raise
@@ -112,6 +113,8 @@ def run(
 
     Raises:
         ValueError, FileNotFoundError: a bad argument.
+        FloatingPointError: training diverged.
+        OSError: a checkpoint cannot be written.
         InactiveDefenseError: the run turned out not to be defended; the model is saved.
     """
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
@@ -176,8 +179,8 @@ def read_data(
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
     checkpoint = training_args.resume_from_checkpoint
-    if checkpoint and not Path(checkpoint).is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder.")
+    if checkpoint and not asks_for_newest(checkpoint) and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`.")
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
     evaluates = training_args.eval_strategy != "no"
