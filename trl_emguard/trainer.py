@@ -436,6 +436,7 @@ class EMGuardTrainer(SFTTrainer):
             self._reference.prepare(self.is_deepspeed_enabled, self.is_fsdp_enabled)
         self._step_stats: torch.Tensor | None = None
         self._step_learning_rate = 0.0
+        self._step_grad_norm: Any = None
         self._agreed = False  # policy and reference, before the first update
         self._all_tokens: torch.Tensor | None = None
 
@@ -687,6 +688,10 @@ class EMGuardTrainer(SFTTrainer):
             terms.append(Term(defense, scope, scale(defense.coef, defense.tokens, scope if defense.tokens == "all" else labelled)))
         return scale(1.0, "loss", labelled), terms
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        self._step_grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self._step_grad_norm
+
     def _end_step(self, control) -> None:
         """Sum up the step over its micro-batches and ranks, in one collective, log it and judge it."""
         if not self._policy_passes:
@@ -697,7 +702,7 @@ class EMGuardTrainer(SFTTrainer):
         self._policy_passes = 0
         if not self._own_loss:
             # SFTTrainer's own loss does not come by here. The entropy of the same logits does, of all ranks.
-            self._check_finite({"entropy": sum(self._metrics["train"]["entropy"])})
+            self._check_finite({"entropy": sum(self._metrics["train"]["entropy"]), "grad_norm": self._step_grad_norm})
             return
         stats = self.accelerator.reduce(self._step_stats, "sum").tolist()
         self._step_stats = None
@@ -707,7 +712,8 @@ class EMGuardTrainer(SFTTrainer):
             start = len(HEAD_STATS) + i * len(TERM_STATS)
             terms[term.name] = dict(zip(TERM_STATS, stats[start : start + len(TERM_STATS)], strict=True))
 
-        self._check_finite({"loss_ce": head["ce"], **{name: sums["value"] for name, sums in terms.items()}})
+        values = {name: sums["value"] for name, sums in terms.items()}
+        self._check_finite({"loss_ce": head["ce"], **values, "grad_norm": self._step_grad_norm})
         metrics = self._metrics["train"]
         label_tokens = max(head["tokens"], 1)
         metrics["loss_ce"].append(head["ce"] / label_tokens)
@@ -735,9 +741,9 @@ class EMGuardTrainer(SFTTrainer):
             control.should_save = True
             control.should_training_stop = True
 
-    def _check_finite(self, sums: dict[str, float]) -> None:
-        """Trainer alone would train on, and log the losses of earlier steps instead."""
-        broken = [name for name, value in sums.items() if not math.isfinite(value)]
+    def _check_finite(self, values: dict[str, Any]) -> None:
+        """Trainer alone would train on, and log the losses of earlier steps instead. `None` is not known."""
+        broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         if broken:
             raise FloatingPointError(
                 f"training has diverged in step {self.state.global_step}: {', '.join(broken)} not finite. Nothing of this step is "

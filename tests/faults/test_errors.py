@@ -234,8 +234,25 @@ def test_the_term_that_is_not_finite_is_named(make, monkeypatch):
     trainer = make("kl,ldifs")
     token_loss = LDIFS.token_loss
     monkeypatch.setattr(LDIFS, "token_loss", lambda self, p, r: token_loss(self, p, r) * float("inf"))
-    with pytest.raises(FloatingPointError, match="diverged in step 1: ldifs not finite"):
+    with pytest.raises(FloatingPointError, match="diverged in step 1: ldifs, grad_norm not finite"):
         trainer.train()
+
+
+@pytest.mark.parametrize("defense", ["kl", "steering"])
+def test_a_gradient_that_is_not_finite_is_not_saved(make, tmp_path, defense):
+    """The loss of its step is, and the weights that it leaves are not."""
+    trainer = make(defense, save_steps=1)
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+                self.handle = weight.register_hook(lambda gradient: gradient * float("nan"))
+
+    trainer.add_callback(Break())
+    with pytest.raises(FloatingPointError, match="diverged in step 3: grad_norm not finite"):
+        trainer.train()
+    assert newest_whole_checkpoint(tmp_path / "out") == (2, {})
 
 
 def test_a_plain_run_trains_on_as_sfttrainers_does(make, tmp_path):
