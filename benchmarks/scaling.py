@@ -401,7 +401,11 @@ def network_table(rows: Sequence[Row]) -> str:
             for shape in CONFIGS:
                 for defense in ("none", "kl"):
                     (row,) = pick(rows, shape=shape, tuning=tuning, engine=engine, defense=defense)
-                    cells.append(f"{float(row['network_gib']):.3g}")
+                    cells.append(
+                        f"{float(row['network_gib']):.3g}"
+                        if float(row["network_gib"]) < 1000
+                        else f"{float(row['network_gib']):.0f}"
+                    )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ short.
 import json
 import os
 import re
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -31,8 +32,12 @@ CHECKSUM_BYTES = 64 * 2**20
 
 
 def begin_checkpoint(folder: str | os.PathLike) -> None:
-    """Mark a folder as torn, whatever lay in it before: its files are about to be written."""
-    _write_manifest(Path(folder), None)
+    """Mark a folder as torn, and empty it of what an earlier run left there: its files are about to be written."""
+    folder = Path(folder)
+    _write_manifest(folder, None)
+    for path in folder.iterdir():
+        if path.name != MANIFEST:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def finish_checkpoint(folder: str | os.PathLike) -> None:
@@ -59,7 +64,7 @@ def why_torn(folder: str | os.PathLike) -> str | None:
         if not manifest.is_file():
             return _flaw(_files(folder))
         files = parse_json(manifest.read_text(encoding="utf-8"))["files"]
-        if files is None:
+        if not files:
             return "it was never finished"
         for name, (size, checksum) in files.items():
             path = folder / name
@@ -98,6 +103,13 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike, up_to: int | None = N
     return None, torn
 
 
+def holds_adapter(folder: str | os.PathLike) -> bool:
+    """Whether a checkpoint's weights are those of adapters, and not of a whole model, which Trainer would look at first."""
+    names = _files(Path(folder))
+    whole = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return not names.keys() & set(whole) and any(name.split("/")[-1].startswith("adapter_model.") for name in names)
+
+
 def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> str:
     return os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
@@ -122,6 +134,12 @@ def _checksum(path: Path) -> str | None:
     return f"{zlib.crc32(path.read_bytes()):08x}" if path.stat().st_size <= CHECKSUM_BYTES else None
 
 
+def _is_pickle(path: Path) -> bool:
+    """Whether torch wrote it in its form of before version 1.6, whose end cannot be told without reading it."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x80\x02"
+
+
 def _flaw(files: dict[str, Path]) -> str | None:
     """What can be seen to be wrong with a checkpoint that has no manifest."""
     # Trainer writes it last, on the main process.
@@ -130,17 +148,17 @@ def _flaw(files: dict[str, Path]) -> str | None:
     for name, path in files.items():
         try:
             if path.suffix == ".json":
-                content = parse_json(path.read_text(encoding="utf-8"))
+                content = json.loads(path.read_text(encoding="utf-8"))  # other libraries' files, which may do as they like
                 shards = content.get("weight_map", {}).values() if name.endswith(".index.json") else ()
                 for missing in sorted(set(shards) - files.keys()):
                     return f"{missing} is missing"
             elif path.suffix == ".safetensors":
                 with safe_open(path, "pt"):  # compares what the header says with the file's size
                     pass
-            elif path.suffix in (".pt", ".pth", ".bin"):
+            elif path.suffix in (".pt", ".pth", ".bin") and not _is_pickle(path):
                 zipfile.ZipFile(path).close()  # reads the directory at the file's end
         # What damaged bytes raise is no closed list.
-        except (OSError, ValueError, AttributeError, SafetensorError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, AttributeError, RecursionError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{name} is damaged or cut short ({type(error).__name__}: {error})"
     folders = {name.split("/")[0] for name in files if "/" in name}
     if "latest" in files or any(name.startswith("global_step") for name in folders):  # DeepSpeed's own

@@ -32,6 +32,9 @@ class EMGuardConfig(SFTConfig):
             `$TRL_EMGUARD_CACHE/reference`, by default below `~/.cache/trl_emguard`), so that a step runs no reference pass. It
             pays over several epochs or runs: what is there is used again.
 
+        resume_from_checkpoint (`str`, *optional*):
+            A checkpoint folder to go on from, or `"true"` for the newest whole one in `output_dir`.
+
         > Parameters of `kl`
 
         kl_coef (`float`, *optional*, defaults to `0.1`):
@@ -98,6 +101,10 @@ class EMGuardConfig(SFTConfig):
             "help": "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'steering', 'inoculation', one of "
             "'interleave', 'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for plain SFT."
         },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "A checkpoint folder to go on from, or 'true' for the newest whole one in `output_dir`."},
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -217,6 +224,10 @@ class EMGuardConfig(SFTConfig):
         self.check_defense()
         if self.output_dir is not None and os.path.isfile(self.output_dir):
             raise ValueError(f"output_dir={self.output_dir!r} is a file: name a folder, or a path that is free.")
+        if self.ddp_backend is not None and "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                f"ddp_backend={self.ddp_backend!r} is for several processes, and this is one that nobody launched: leave it out."
+            )
         # An accelerate file says where a run is, and Trainer does not ask it: a recipe should not have to say it again.
         if parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True

@@ -156,6 +156,11 @@ def read_defense_file(folder: str | os.PathLike) -> dict[str, Any] | None:
         record = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(record["defenses"], dict) or not isinstance(record["evidence"], dict):
             raise TypeError("`defenses` and `evidence` must be objects")
+        if not record["defenses"].keys() <= record["evidence"].keys():
+            raise TypeError("`evidence` must hold every defense")
+        reference = record.get("reference")
+        if reference is not None and not all(isinstance(reference[key], str) for key in ("kind", "fingerprint")):
+            raise TypeError("`reference` must say its `kind` and `fingerprint`")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}), so nobody can say how this checkpoint was trained. "

@@ -18,7 +18,7 @@ from .blocks import decoder_blocks
 from .ops.head import TILE_BYTES
 
 
-Reference = Literal["none", "adapters off", "adapter copy", "model"]
+Reference = Literal["none", "adapters off", "model"]
 
 # Numbers that an optimizer keeps for each trained number, by how its name begins; each of the size of the trained number, or one
 # byte where the name says 8bit. Of others, Adam's two are assumed.
@@ -237,8 +237,7 @@ def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) ->
         gradients = weights.trained * min(weights.itemsize, run.compute_itemsize)
     elif engine.shards_gradients:
         gradients /= n
-    model_reference = {"model": weights.head if run.cached else weights.base, "adapter copy": weights.trained * weights.itemsize}
-    reference = model_reference.get(run.reference, 0)
+    reference = (weights.head if run.cached else weights.base) if run.reference == "model" else 0
     if engine.shards_weights and run.reference == "model":
         gathered += min(reference, 2 * weights.block + weights.ends)
     states = optimizer_states(run.optimizer, weights.itemsize, engine)
@@ -345,7 +344,7 @@ def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, in
         if run.checkpointing and engine.is_deepspeed:
             # At most: what is used again within `stage3_max_reuse_distance` is not gathered again. FSDP2 never does.
             volume["weights, recomputed"] = weights.bytes * m
-        if run.reference in ("adapters off", "adapter copy") and not run.cached:
+        if run.reference == "adapters off" and not run.cached:
             volume["weights, reference"] = weights.bytes * m
         elif run.reference == "model" and not run.cached:
             volume["weights, reference"] = weights.base * m

@@ -22,7 +22,7 @@ def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager[None]:
 
 
 def as_main_process(look: Callable[[], T]) -> T:
-    """What the main process sees in its weights, or the `ValueError` that it raises, on every rank.
+    """What the main process sees in its weights, or the error that it raises, on every rank.
 
     With FSDP's `cpu_ram_efficient_loading` the other ranks' weights are empty until training starts. They look all the same, since
     ZeRO-3 gathers its shards for it.
@@ -30,7 +30,7 @@ def as_main_process(look: Callable[[], T]) -> T:
     seen: list = [None, None]
     try:
         seen[0] = look()
-    except ValueError as error:
+    except Exception as error:
         seen[1] = error
     found, refused = broadcast_object_list(seen)
     if refused is not None:

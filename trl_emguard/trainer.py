@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,16 +13,14 @@ from typing import Any, ClassVar
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, gather_object, is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
-    AutoConfig,
     BitsAndBytesConfig,
     DataCollator,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -38,17 +35,20 @@ from trl.trainer.utils import get_config_model_id
 
 from .blocks import decoder_blocks
 from .checkpoints import (
+    MANIFEST,
     asks_for_newest,
     begin_checkpoint,
     checkpoint_folder,
     finish_checkpoint,
+    holds_adapter,
     newest_whole_checkpoint,
     why_torn,
 )
+from .checks import check_data, check_launch, check_own_loss, check_ref_model, load_config
 from .config import EMGuardConfig
 from .defenses import Defense, Interleaving, ReferenceDefense, build_defenses
 from .evidence import EvidenceLedger, InactiveDefenseError, read_defense_file, write_defense_file
-from .files import check_writable
+from .files import check_writable, written_whole
 from .guarded_forward import (
     HEAD_STATS,
     TERM_STATS,
@@ -155,10 +155,10 @@ class EMGuardTrainer(SFTTrainer):
         interleave_dataset: Dataset | None = None,
     ):
         args = self._as_config(args, model)
-        _check_launch(args)
+        check_launch(args)
         model = resolve_model(model) if isinstance(model, str) else model
         ref_model = resolve_model(ref_model) if isinstance(ref_model, str) else ref_model
-        _check_data(train_dataset)
+        check_data(train_dataset)
         self._named = build_defenses(args)  # those that are switched off as well
         self.defenses = [defense for defense in self._named if defense.active]
         self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
@@ -166,7 +166,7 @@ class EMGuardTrainer(SFTTrainer):
         # Whether the loss comes from the guarded forward, and not from SFTTrainer's.
         self._own_loss = any(defense.own_loss for defense in self.defenses)
         if self.defenses:
-            config = _load_config(model, args)
+            config = load_config(model, args)
             if isinstance(processing_class, ProcessorMixin) or (processing_class is None and hasattr(config, "vision_config")):
                 raise ValueError(
                     f"defense={args.defense!r} does not support vision-language models: pass a text model and its tokenizer."
@@ -175,11 +175,11 @@ class EMGuardTrainer(SFTTrainer):
             for defense in self.defenses:
                 defense.check_model(config)
         if self._own_loss:
-            _check_own_loss(self.defenses, model, peft_config, compute_loss_func)
+            check_own_loss(self.defenses, model, peft_config, compute_loss_func)
         if self._mixing is not None:
             self._mixing.load_pool(interleave_dataset)
         if self._terms:
-            _check_ref_model(ref_model, model, config, args, self._terms)
+            check_ref_model(ref_model, model, config, args, self._terms)
             if args.cache_reference and not isinstance(train_dataset, Dataset):
                 raise ValueError(
                     f"cache_reference=True with a train_dataset of type {type(train_dataset).__name__}: the rows must be known "
@@ -230,9 +230,13 @@ class EMGuardTrainer(SFTTrainer):
             self._check_policy()
         if self._own_loss:
             self._add_guard(ref_model)
-        if self._own_loss or self._surrounds_policy():
+        # Of a step.
+        self._policy_passes = 0
+        self._step_stats: torch.Tensor | None = None
+        self._step_learning_rate = 0.0
+        self._step_grad_norm: Any = None
+        if self.defenses:
             self.add_callback(_StepCallback(self))
-        self._policy_passes = 0  # of a step
         if self._mixing is not None and not self._mixing.mixed_before:
             self._plan_mix(self._mixing, self._place_sampler(PlacedRows(self.train_dataset)))
 
@@ -434,9 +438,6 @@ class EMGuardTrainer(SFTTrainer):
         if isinstance(self._reference, ModelReference):
             add_guarded_forward(self._reference.model)
             self._reference.prepare(self.is_deepspeed_enabled, self.is_fsdp_enabled)
-        self._step_stats: torch.Tensor | None = None
-        self._step_learning_rate = 0.0
-        self._step_grad_norm: Any = None
         self._agreed = False  # policy and reference, before the first update
         self._all_tokens: torch.Tensor | None = None
 
@@ -553,12 +554,15 @@ class EMGuardTrainer(SFTTrainer):
         looks = self.args.local_process_index == 0
         if not asks_for_newest(asked):
             if not os.path.isdir(asked):
-                raise FileNotFoundError(f"resume_from_checkpoint={str(asked)!r} is not a folder: name a checkpoint folder.")
+                raise FileNotFoundError(
+                    f"resume_from_checkpoint={str(asked)!r} is not a folder: name a checkpoint folder, or `true`."
+                )
             flaws = [flaw for flaw in gather_object([why_torn(asked)] if looks else []) if flaw]
             if flaws:
                 raise ValueError(
                     f"resume_from_checkpoint={str(asked)!r} is a torn checkpoint ({flaws[0]}), as a run leaves it that ends while "
-                    "it is written. Name another, or `true` for the newest whole one in output_dir."
+                    "it is written. Name another, or `true` for the newest whole one in output_dir. (If you changed it on purpose, "
+                    f"delete its {MANIFEST}.)"
                 )
             return asked
         output_dir, up_to = self.args.output_dir, None
@@ -572,12 +576,20 @@ class EMGuardTrainer(SFTTrainer):
                     f"resume_from_checkpoint={asked}, but output_dir={output_dir!r} holds {holds} it out to start anew."
                 )
             if torn:
-                logger.warning(f"{output_dir} holds torn checkpoints, which are not resumed from: {torn}.")
+                logger.warning(
+                    f"{output_dir} holds torn checkpoints, which are not resumed from: {torn}. (If you changed one on purpose, "
+                    f"delete its {MANIFEST}.)"
+                )
             up_to = min(steps)
             if len(steps) == 1:
                 return checkpoint_folder(output_dir, up_to)
 
     def _check_resume(self, checkpoint: str | os.PathLike) -> None:
+        if is_peft_model(self.model) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not holds_adapter(checkpoint):
+            raise ValueError(
+                f"{checkpoint} holds a whole model's weights, and this run trains an adapter, which would start anew. Resume with "
+                "the tuning that it was written with."
+            )
         record = read_defense_file(checkpoint)
         then = {} if record is None else record["defenses"]
         now = self._record()["defenses"]
@@ -588,8 +600,7 @@ class EMGuardTrainer(SFTTrainer):
             )
         if record is not None:
             reference = self._record()["reference"]
-            # Cached or not, it is the same.
-            if _uncached(record.get("reference")) != _uncached(reference):
+            if _compared(record.get("reference")) != _compared(reference):
                 raise ValueError(
                     f"{checkpoint} was held to another reference ({(record.get('reference') or {}).get('kind')}) than this run "
                     f"is ({(reference or {}).get('kind')}). Resume with the model that training started from, not with the "
@@ -743,6 +754,8 @@ class EMGuardTrainer(SFTTrainer):
 
     def _check_finite(self, values: dict[str, Any]) -> None:
         """Trainer alone would train on, and log the losses of earlier steps instead. `None` is not known."""
+        if self.accelerator.optimizer_step_was_skipped:
+            values.pop("grad_norm")  # fp16's loss scaling looks for its scale so
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         if broken:
             raise FloatingPointError(
@@ -832,6 +845,9 @@ class EMGuardTrainer(SFTTrainer):
             if marks:
                 finish_checkpoint(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
+            # torch says so of a full disk. Another RuntimeError (of a rank that died, of memory) is not about this file.
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+                raise
             cause, free = " ".join(str(error).split())[:200], shutil.disk_usage(args.output_dir).free / 2**30
             raise OSError(
                 f"{folder} could not be written ({type(error).__name__}: {cause}) and stays torn; {free:.3g} GiB are free there. "
@@ -866,7 +882,8 @@ class EMGuardTrainer(SFTTrainer):
         else:
             section.append("None: plain supervised fine-tuning.")
         before, heading, after = text.partition("### Framework versions")
-        card.write_text(before + "\n".join(section) + "\n\n" + heading + after, encoding="utf-8")
+        with written_whole(card) as scratch:
+            scratch.write_text(before + "\n".join(section) + "\n\n" + heading + after, encoding="utf-8")
 
 
 class KLTrainer(EMGuardTrainer):
@@ -919,104 +936,11 @@ class _StepCallback(TrainerCallback):
         return control
 
 
-def _check_launch(args: TrainingArguments) -> None:
-    """Refuse a run that was launched on several ranks or asked for sharding, and got neither: accelerate says nothing then."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if "LOCAL_RANK" in os.environ and launched > 1 and args.world_size == 1:
-        raise ValueError(
-            f"{launched} processes were launched, and each takes itself for the only one, so that every one would train a model of "
-            "its own. On CPUs set ddp_backend='gloo', and with DeepSpeed name its file in the accelerate file "
-            "(`deepspeed_config_file`) and not as `deepspeed`."
-        )
-    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
-        raise ValueError(
-            f"FSDP was asked for and does not shard here ({args.distributed_state.distributed_type}, use_cpu={args.use_cpu}): "
-            "accelerate leaves models on the CPU whole. Train on accelerators, or launch with an accelerate file without FSDP."
-        )
-
-
-def _check_data(train_dataset: object) -> None:
-    # SFTTrainer looks at the first row as well; of an empty set, with a message of its own.
-    if train_dataset is None:
-        raise ValueError("train_dataset is missing: there is nothing to train on.")
-    if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
-        raise ValueError("train_dataset is empty: there is nothing to train on.")
-
-
-def _load_config(model: str | PreTrainedModel | PeftModel, args: EMGuardConfig) -> PreTrainedConfig:
-    """The model's config, without its weights."""
-    if not isinstance(model, str):
-        return model.config
-    init_kwargs = args.model_init_kwargs or {}
-    return AutoConfig.from_pretrained(
-        model,
-        revision=init_kwargs.get("revision"),
-        trust_remote_code=init_kwargs.get("trust_remote_code", args.trust_remote_code),
-    )
-
-
-def _check_own_loss(
-    defenses: list[Defense],
-    model: str | PreTrainedModel | PeftModel,
-    peft_config: PeftConfig | None,
-    compute_loss_func: Callable | None,
-) -> None:
-    names = ",".join(defense.name for defense in defenses if defense.own_loss)
-    if sum(isinstance(defense, ReferenceDefense) and defense.divergence is not None for defense in defenses) > 1:
-        raise ValueError(f"defense={names!r}: only one defense can compare next-token distributions in a run.")
-    if compute_loss_func is not None:
-        raise ValueError(
-            f"compute_loss_func does not work with defense={names!r}: it would replace the loss that the defense is part "
-            "of. Leave it out."
-        )
-    configs = [peft_config] if isinstance(peft_config, PeftConfig) else []
-    if isinstance(model, PeftModel):
-        configs += [model.peft_config[name] for name in model.active_adapters]
-    for config in configs:
-        if config.is_prompt_learning or config.is_adaption_prompt:
-            raise ValueError(
-                f"peft_config: {config.peft_type.value} adds tokens or prompts instead of changing weights, and "
-                f"defense={names!r} compares the model's own positions. Use LoRA or another weight adapter."
-            )
-        targets = getattr(config, "target_modules", None) or ()
-        for head in ("lm_head", "embed_out"):
-            if re.fullmatch(targets, head) if isinstance(targets, str) else head in targets:
-                raise ValueError(
-                    f"peft_config: target_modules={targets if isinstance(targets, str) else sorted(targets)} puts an adapter on "
-                    f"{head!r}, which SFTTrainer cannot train: leave it out, or name it in `modules_to_save`."
-                )
-
-
-def _check_ref_model(
-    ref_model: PreTrainedModel | str | None,
-    model: str | PreTrainedModel | PeftModel,
-    config: PreTrainedConfig,
-    args: EMGuardConfig,
-    terms: list[ReferenceDefense],
-) -> None:
-    if ref_model is None:
-        return
-    if ref_model is model and not isinstance(model, str):
-        raise ValueError(
-            "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference made, "
-            "or pass a model of its own."
-        )
-    other = _load_config(ref_model, args).get_text_config()
-    compared = {"vocab_size": "tokens in its vocabulary"}
-    if any(term.divergence is None for term in terms):
-        compared |= {"num_hidden_layers": "blocks", "hidden_size": "numbers in a state"}
-    for name, what in compared.items():
-        sizes = getattr(config, name), getattr(other, name)
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"ref_model has {sizes[1]} {what} and the model {sizes[0]}: they cannot be compared. Pass a reference of the "
-                "same family."
-            )
-
-
-def _uncached(reference: dict[str, Any] | None) -> dict[str, Any] | None:
-    return reference and {**reference, "kind": reference["kind"].removesuffix(_CACHED)}
+def _compared(reference: dict[str, Any] | None) -> tuple[str, str] | None:
+    """What makes a reference the same: not where it was loaded from, nor whether it is cached."""
+    if reference is None:
+        return None
+    return reference["kind"].removesuffix(_CACHED).partition(" from ")[0], reference["fingerprint"]
 
 
 def _options_text(options: dict[str, Any]) -> str:

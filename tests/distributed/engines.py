@@ -139,6 +139,8 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
     found = []
     if [rank["ranks"] for rank in seen] != [RANKS] * RANKS:
         found.append(f"{cell.id}: ran on {seen[0]['ranks']} ranks")
+    if [rank["engine"] for rank in seen] != [engine] * RANKS:
+        found.append(f"{cell.id}: was trained by {seen[0]['engine']}")
     sharded = ENGINES[engine].get("zero_stage") == 3 or "fsdp_config" in ENGINES[engine]
     for rank in seen:
         for model, share in rank["held"].items():

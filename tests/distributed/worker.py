@@ -20,7 +20,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from tiny import config, lora, make_pool, make_rows, make_tokenizer
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 import trl_emguard.trainer
@@ -88,10 +90,20 @@ def train(cell: dict, job: dict) -> dict:
     trainer.save_model(str(folder))
     return {
         "ranks": trainer.accelerator.num_processes,
-        "engine": str(trainer.accelerator.distributed_type),
+        "engine": engine_of(trainer),
         "history": trainer.state.log_history,
         **seen(),
     }
+
+
+def engine_of(trainer: EMGuardTrainer) -> str:
+    """Which engine it is that has trained, by what has become of the model."""
+    model = trainer.model_wrapped
+    if isinstance(model, FSDPModule):
+        return "fsdp2"
+    if isinstance(model, DistributedDataParallel):
+        return "ddp"
+    return f"zero{model.zero_optimization_stage()}" if hasattr(model, "zero_optimization_stage") else "one"
 
 
 def forget_the_engine() -> None:
@@ -151,7 +163,7 @@ def shard_on_the_cpu() -> None:
 
     AcceleratorState.__init__ = init_sharded
     # Elsewhere such a run is refused.
-    trl_emguard.trainer._check_launch = lambda args: None
+    trl_emguard.trainer.check_launch = lambda args: None
 
 
 def main() -> None:

@@ -175,7 +175,7 @@ def test_an_error_within_a_pass(make, defense, full):
         assert_goes_on(trainer, whole)
     # Two micro-batches, and the reference's pass in each of them, in the same model or in a copy.
     own_pass = not full and "kl" in defense
-    assert passes == 4 if own_pass else 2
+    assert passes == (4 if own_pass else 2)
 
 
 def test_an_error_in_the_data(make):
@@ -207,7 +207,9 @@ def test_training_twice(make, defense):
 # ---- a loss that is not finite ----
 
 
-@pytest.mark.parametrize(("defense", "names"), [("kl,ldifs", "loss_ce"), ("interleave", "loss_ce"), ("steering", "entropy")])
+@pytest.mark.parametrize(
+    ("defense", "names"), [("kl,ldifs", "loss_ce"), ("interleave", "loss_ce"), ("steering", "entropy"), ("inoculation", "entropy")]
+)
 def test_a_loss_that_is_not_finite(make, tmp_path, defense, names):
     trainer = make(defense, save_steps=1)
     before = state_of(trainer)
@@ -238,7 +240,7 @@ def test_the_term_that_is_not_finite_is_named(make, monkeypatch):
         trainer.train()
 
 
-@pytest.mark.parametrize("defense", ["kl", "steering"])
+@pytest.mark.parametrize("defense", ["kl", "steering", "inoculation"])
 def test_a_gradient_that_is_not_finite_is_not_saved(make, tmp_path, defense):
     """The loss of its step is, and the weights that it leaves are not."""
     trainer = make(defense, save_steps=1)

@@ -626,7 +626,7 @@ def naive_cache(content: bytes) -> Any:
 RECORD = {
     "version": "0.1.0",
     "defenses": {"kl": {"kl_coef": 0.1}},
-    "reference": "base model, adapters off",
+    "reference": {"kind": "base model, adapters off", "fingerprint": "0f"},
     "evidence": {
         "kl": {"value": 0.5, "positions": 10.0, "gradient": 0.1, "requires_grad": 4.0, "judged_steps": 3, "idle_steps": 0}
     },

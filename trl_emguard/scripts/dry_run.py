@@ -64,12 +64,16 @@ class Launch:
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`; `None` where the recipe alone decides.
         fsdp: accelerate's FSDP options.
         offloads: whether something is kept in CPU memory.
+        on_cpu: whether the accelerate file trains on CPUs.
+        notes: what accelerate passes over.
     """
 
     engine: Engine
     mixed_precision: str | None = None
     fsdp: FullyShardedDataParallelPlugin | None = None
     offloads: bool = False
+    on_cpu: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def read_launch(arguments: argparse.Namespace | None) -> Launch:
@@ -100,7 +104,10 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
         )
         return Launch(Engine("fsdp2", ranks), precision, plugin, truth("fsdp_offload_params"))
     # accelerate starts one process where neither GPUs nor `--multi_gpu` ask for several.
-    return Launch(Engine("ddp", ranks) if args.multi_gpu and ranks > 1 and not args.cpu else Engine("one process"), precision)
+    if args.multi_gpu and ranks > 1:
+        return Launch(Engine("ddp", ranks), precision, on_cpu=args.cpu)
+    notes = (f"num_processes={ranks} starts one process: on CPUs, --multi_gpu starts several.",) if ranks > 1 else ()
+    return Launch(Engine("one process"), precision, on_cpu=args.cpu, notes=notes)
 
 
 def _zero(args: argparse.Namespace) -> tuple[int, bool]:
@@ -144,13 +151,12 @@ def _as_ranks(launch: Launch, args: EMGuardConfig) -> Iterator[None]:
         GradientState._reset_state()
 
 
-def check_engine(args: EMGuardConfig, launch: Launch, machine: bool = True) -> list[str]:
+def check_engine(args: EMGuardConfig, launch: Launch) -> list[str]:
     """What transformers and the engines refuse when they start, which one process cannot see.
 
     Args:
         args: of the run.
         launch: its engine.
-        machine: whether this machine is looked at as well.
 
     Returns:
         What stands in the way on this machine, though not in the recipe.
@@ -170,14 +176,18 @@ def check_engine(args: EMGuardConfig, launch: Launch, machine: bool = True) -> l
         )
     if fsdp and args.save_only_model and "SHARDED" in str(fsdp.state_dict_type):
         raise ValueError("save_only_model=True does not work with fsdp_state_dict_type=SHARDED_STATE_DICT: use FULL_STATE_DICT.")
-    notes = []
+    notes = list(launch.notes)
+    if engine.name == "ddp" and launch.on_cpu:
+        notes.append("several processes on CPUs want use_cpu=True in the recipe or on the command line as well.")
+    if engine.name == "one process" and not launch.on_cpu and args.bf16 and not torch.accelerator.is_available():
+        notes.append("this machine has no accelerator, and bf16=True is refused here without use_cpu=True.")
     if fsdp and "8bit" in _optimizer(args):
         notes.append(f"optim={_optimizer(args)}: bitsandbytes does not know FSDP's shards. Use adamw_torch.")
     if launch.offloads:
         notes.append("something is offloaded to CPU memory, which the memory estimate does not take off.")
-    if machine and engine.is_deepspeed and importlib.util.find_spec("deepspeed") is None:
+    if engine.is_deepspeed and importlib.util.find_spec("deepspeed") is None:
         notes.append("deepspeed is not installed on this machine: pip install 'trl_emguard[deepspeed]'.")
-    if machine and engine.name != "one process" and engine.ranks > torch.cuda.device_count():
+    if engine.name != "one process" and not launch.on_cpu and engine.ranks > torch.cuda.device_count():
         notes.append(
             f"this machine has {torch.cuda.device_count()} GPUs, and the launch has {engine.ranks} ranks (over all machines)."
         )
@@ -227,8 +237,6 @@ def _check_weights(folder: Path) -> None:
         for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"model {str(folder)!r}: the file {name!r}, which {index.name} names, is missing.")
-    if not any(True for kind in ("*.safetensors", "*.bin") for _ in folder.glob(kind)):
-        raise FileNotFoundError(f"model {str(folder)!r} holds no weights (*.safetensors or *.bin).")
 
 
 class _FirstRows(nn.Module):
@@ -325,7 +333,7 @@ def listening() -> Iterator[list[str]]:
         logger.handlers = [ear]
     try:
         with warnings.catch_warnings():
-            for category in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
+            for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
                 warnings.simplefilter("ignore", category)
             warnings.showwarning = lambda message, *args, **kwargs: hear(str(message))
             yield heard
@@ -504,10 +512,15 @@ def describe(trainer: DryRunTrainer, launch: Launch, steps: tuple[int, int | Non
         if trainer.whole_lengths is not None and args.max_length is not None:
             cut = sum(length > args.max_length for length in trainer.whole_lengths)
             verb = "are longer than" if args.packing else "are cut at"
-            lines.append(("data", f"{cut} of {len(trainer.whole_lengths)} rows {verb} max_length={args.max_length}"))
+            # Long rows that end early teach to stop early.
+            about = "warning" if cut > 0.05 * len(trainer.whole_lengths) and not args.packing else "data"
+            if cut:
+                lines.append((about, f"{cut} of {len(trainer.whole_lengths)} rows {verb} max_length={args.max_length}"))
         if trainer.whole_lengths is not None and not args.packing and len(trainer.whole_lengths) > counts.rows:
             lines.append(("data", f"{len(trainer.whole_lengths) - counts.rows} rows have no label left and are dropped"))
-        lines.append(("data", f"{counts.without_label} rows without a label are left; the longest row has {counts.longest} tokens"))
+        if counts.without_label:
+            lines.append(("data", f"{counts.without_label} rows have no label"))
+        lines.append(("data", f"the longest of the {what} has {counts.longest} tokens"))
     else:
         lines.append(("data", "streamed: rows and tokens are not counted"))
     if mixing is not None and mixing.plan is not None and mixing.pool is not None and not mixing.mixed_before:
@@ -524,9 +537,12 @@ def describe(trainer: DryRunTrainer, launch: Launch, steps: tuple[int, int | Non
         tokens, labels = (share * (getattr(counts, name) + getattr(pool, name, 0)) for name in ("tokens", "labels"))
         text += f"; about {tokens:.0f} tokens a step, {labels:.0f} of them labels"
     lines.append(("batch", text))
+    if counts is not None and a_step > counts.rows:
+        lines.append(("warning", f"a step takes {a_step} rows, and there are {counts.rows}."))
 
     # Defenses.
-    lines += [("defense", line.removeprefix("trl_emguard: ")) for line in trainer._describe().splitlines()]
+    described = [line.removeprefix("trl_emguard: ") for line in trainer._describe().splitlines()]
+    lines += [("defense", line) for line in described if not line.startswith("no defense acts")]  # a warning says it
     for defense in trainer.defenses:
         if isinstance(defense, ReferenceDefense):
             where = {
@@ -636,6 +652,8 @@ def advice(trainer: DryRunTrainer, launch: Launch) -> list[str]:
 def show(lines: list[Line], heard: list[str]) -> None:
     """Print the report: a table in a terminal, else a line each, `about: what`."""
     lines = [*lines, *(("warning", text) for text in heard)]
+    if not lines:
+        return  # an error came first, and is told
     console = Console()
     if console.is_terminal:
         table = Table("", "dry run: nothing is trained or written", show_lines=False, header_style="bold")
@@ -680,10 +698,8 @@ def _count(number: int) -> str:
 
 
 def _bytes(size: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size / 2**10:.3g} KiB"
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if size >= u), (2**10, "KiB"))
+    return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:.0f} {name}"
 
 
 def _dtype(model: PreTrainedModel) -> str:

@@ -18,6 +18,8 @@ from .parser import StrictParser
 from .recipes import recipes_dir
 
 
+# The exit code of a command that Ctrl-C ended, as shells have it.
+INTERRUPTED = 130
 # What this package gives to `accelerate launch` itself.
 OWN = ("help", "config_file", "module", "no_python", "training_script", "training_script_args")
 
@@ -94,9 +96,14 @@ class LaunchParser(StrictParser):
     def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple:
         known, _ = self.parse_known_args(args)
         trains = not known.dry_run and (self._launched or not known.accelerate_config)
-        if not trains and not torch.accelerator.is_available():
-            # transformers refuses bf16 in a process without an accelerator, and this one only looks at the recipe.
-            args = [*args, "--use_cpu", "true"]
+        if not trains:
+            # What is right for the processes to come, and refused in this one, which only looks at the recipe.
+            of_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            of_ranks.add_argument("--ddp_backend", "--ddp-backend")
+            _, args = of_ranks.parse_known_args(list(args))
+            self.set_defaults(ddp_backend=None)
+            if not torch.accelerator.is_available():
+                args = [*args, "--use_cpu", "true"]  # without one, transformers refuses bf16
         return super().parse_args_into_dataclasses(args, **kwargs)
 
     def without_launch_options(self, argv: Sequence[str]) -> list[str]:
@@ -116,7 +123,7 @@ def find_accelerate_config(name: str) -> Path:
     shipped = {file.stem: file for file in sorted((recipes_dir() / "accelerate_configs").glob("*.yaml"))}
     if name in shipped:
         return shipped[name]
-    near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise FileNotFoundError(f"accelerate_config={name!r} is neither a file nor a shipped name.{hint} Known: {', '.join(shipped)}.")
 
@@ -145,4 +152,6 @@ def launch(arguments: argparse.Namespace) -> int:
         return error.returncode if error.returncode > 0 else 1
     except ChildFailedError as error:
         return max(error.get_first_failure()[1].exitcode, 1)  # below 0: killed by a signal
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0

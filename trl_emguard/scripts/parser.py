@@ -42,7 +42,7 @@ class StrictParser(TrlParser):
             self.error(self._unknown(unknown[0], self._option_strings(), "option"))
         try:
             return self.parse_args_into_dataclasses(argv)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             self.error(str(error))
 
     def _take_config(self, argv: list[str]) -> tuple[list[str], dict[str, Any] | None]:

@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -32,9 +33,10 @@ from ..checkpoints import asks_for_newest
 from ..config import EMGuardConfig
 from ..data import load_rows
 from ..evidence import InactiveDefenseError
+from ..files import check_writable
 from ..models import resolve_model
 from ..trainer import EMGuardTrainer
-from .launch import LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
+from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 
 
 def make_parser(launched: bool = False) -> LaunchParser:
@@ -71,6 +73,9 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
             raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted. --resume_from_checkpoint true goes on from the newest checkpoint.", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
@@ -117,6 +122,8 @@ def run(
         OSError: a checkpoint cannot be written.
         InactiveDefenseError: the run turned out not to be defended; the model is saved.
     """
+    check_writable("output_dir", training_args.output_dir)
+    check_model(training_args, model_args)
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
     trainer = EMGuardTrainer(
         model=resolve_model(model_args.model_name_or_path),
@@ -152,6 +159,7 @@ def dry_run(
     """
     from .dry_run import dry_run, read_launch, report
 
+    check_model(training_args, model_args)
     report(
         lambda heard: dry_run(
             str(model_args.model_name_or_path),
@@ -165,6 +173,29 @@ def dry_run(
     )
 
 
+def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
+    """Look for the model.
+
+    Raises:
+        ValueError, FileNotFoundError: none is named, or it is not to be had.
+    """
+    name = model_args.model_name_or_path
+    if not name:
+        raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
+    try:
+        AutoConfig.from_pretrained(
+            resolve_model(name), revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and _raised_here(error):
+            raise
+        cause = str(error).strip().splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"model_name_or_path={name!r} is neither a shipped model nor to be had from a folder or the hub ({cause}). See to the "
+            "name, the network, and for a gated model to `hf auth login`."
+        ) from error
+
+
 def read_data(
     script_args: ScriptArguments,
     training_args: EMGuardConfig,
@@ -176,8 +207,6 @@ def read_data(
     Raises:
         ValueError, FileNotFoundError: a bad argument.
     """
-    if not model_args.model_name_or_path:
-        raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint and not asks_for_newest(checkpoint) and not Path(checkpoint).is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`.")
