@@ -541,8 +541,7 @@ def describe(trainer: DryRunTrainer, launch: Launch, steps: tuple[int, int | Non
         lines.append(("warning", f"a step takes {a_step} rows, and there are {counts.rows}."))
 
     # Defenses.
-    described = [line.removeprefix("trl_emguard: ") for line in trainer._describe().splitlines()]
-    lines += [("defense", line) for line in described if not line.startswith("no defense acts")]  # a warning says it
+    lines += [("defense", line.removeprefix("trl_emguard: ")) for line in trainer._describe().splitlines()]
     for defense in trainer.defenses:
         if isinstance(defense, ReferenceDefense):
             where = {
