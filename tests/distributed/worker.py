@@ -5,6 +5,7 @@ tuning and a mode of checkpointing. Starting Python costs far more than a cell d
 """
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -170,6 +171,9 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     if job["engine"] == "fsdp2":
         shard_on_the_cpu()
+    if job["engine"].startswith("zero"):
+        # DeepSpeed's own collectives for CPUs want a compiler, which a machine may not have: gloo's are used.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     # DeepSpeed runs here as if the CPU were an accelerator, and transformers would look for a GPU that can do bf16.
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     rank = int(os.environ.get("RANK", "0"))
