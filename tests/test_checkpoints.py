@@ -69,6 +69,20 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path, tuning):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("defense", ["none", "kl", "inoculation"])
+def test_a_run_that_was_at_its_end_makes_no_step_more(tmp_path, defense):
+    """Its last checkpoint lies within an epoch: Trainer alone would go on to step 4."""
+    options = {"defense": defense, "max_steps": 3, "save_steps": 3, "gradient_accumulation_steps": 1}
+    whole = trainer_for(tmp_path, **options, lr_scheduler_type="constant")
+    whole.train()
+    again = trainer_for(tmp_path, **options, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert logged(again) == logged(whole)
+    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("defense", ["none", "kl", "kl,ldifs"])
 def test_defense_file(tmp_path, defense):
     trainer = trainer_for(tmp_path, defense=defense, kl_coef=0.25)

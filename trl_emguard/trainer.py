@@ -612,6 +612,14 @@ class EMGuardTrainer(SFTTrainer):
                 if defense not in self._terms:
                     defense.resume(record["evidence"][defense.name])
 
+    def _run_epoch(self, *args, **kwargs):
+        # A run that ended before its model was saved, or was killed there, has nothing left to train. Trainer would make one step
+        # more, unless the last checkpoint was at the end of an epoch.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # ---- a training step ----
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

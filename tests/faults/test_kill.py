@@ -71,9 +71,9 @@ def train(folder, run, ranks=1, rank=0, pause=0.0, fault=None, **more):
             raise
         trainer.train()
     if rank == 0:
-        history = [{key: entry[key] for key in entry.keys() & LOGGED} for entry in trainer.state.log_history]
+        history = [{key: entry[key] for key in entry.keys() & LOGGED} for entry in trainer.state.log_history if "loss" in entry]
         weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trainer.model.parameters())).hexdigest()
-        result = {"history": history[:STEPS], "weights": weights, "writes": writes}
+        result = {"history": history, "weights": weights, "writes": writes}
         (folder / "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
 
