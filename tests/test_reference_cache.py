@@ -334,10 +334,76 @@ def test_a_damaged_file_is_computed_again(tmp_path, cache, passes, monkeypatch, 
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH)
         trainer.train()
-    assert f"{names[1]} is damaged: the rows that were in it are computed again." in caplog.text
+    assert f"{names[1]} was damaged and is deleted" in caplog.text
     assert sum(passes) == 4
     assert cache.files == names
     assert logged(trainer, "kl")[0] < 1e-5
+
+
+# ---- without being asked ----
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "ref_model"])
+def test_what_is_there_is_used_unasked(tmp_path, cache, passes, capsys, kind):
+    """A sweep: one run keeps the states, and the others need not name the option."""
+    make_trainer(tmp_path, **policy(kind), cache_reference=True, **BOTH).train()
+    before = cache.files
+    for coef in (0.3, 3.0):
+        live, found = (step(tmp_path, cached, kind, kl_coef=coef) for cached in (False, None))
+        assert "all of them found" in capsys.readouterr().out
+        assert found[1]["kl"] == pytest.approx(live[1]["kl"], rel=1e-5)
+        assert relative_error(found[0], live[0]) < 1e-5
+    passes.clear()
+    trainer = make_trainer(tmp_path, **policy(kind), **{**BOTH, "kl_direction": "forward"})
+    trainer.train()
+    trainer.save_model()
+    assert not passes
+    assert read_defense_file(tmp_path)["reference"]["kind"].endswith(", cached")
+    assert cache.files == before
+
+
+SINCE = {
+    "damaged": {},
+    "one weight": {},
+    "one row more": {"rows": make_rows(17)},
+    "other states": {"defense": "kl"},
+    "switched off": {"cache_reference": False},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), SINCE.items(), ids=SINCE)
+def test_unasked_nothing_is_computed(tmp_path, cache, passes, capsys, name, options):
+    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    if name == "damaged":
+        cache.files[0].write_bytes(b"")
+    before = [] if name == "damaged" else cache.files
+    passes.clear()
+    capsys.readouterr()
+    trainer = make_trainer(tmp_path, changed_model(name), peft=lora(), **{**BOTH, "max_steps": 2, **options})
+    trainer.train()
+    assert passes == [4, 4]  # in the steps
+    assert cache.files == before
+    assert len(cache.folders) == 1
+    assert trainer._record()["reference"]["kind"] == "base model, adapters off"
+    assert "reference cache" not in capsys.readouterr().out
+
+
+def test_unasked_a_run_that_finds_nothing_leaves_no_trace(tmp_path, cache):
+    make_trainer(tmp_path, peft=lora(), max_steps=1, **BOTH).train()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_is_gone_before_a_second_training(tmp_path, cache, passes):
+    trainer = make_trainer(tmp_path, cache_reference=True, max_steps=1, **BOTH)
+    trainer.train()
+    trainer.args.cache_reference = None
+    passes.clear()
+    trainer.train()
+    assert not passes
+    for path in cache.files:
+        path.unlink()
+    trainer.train()
+    assert passes == [4]
 
 
 # ---- what cannot be ----
@@ -415,6 +481,24 @@ def test_collators_that_it_does_not_work_with(tmp_path, fault, words):
         trainer.train()
 
 
+@pytest.mark.parametrize("how", ["left", "random", "more", "packing", "stream"])
+def test_unasked_it_stops_no_run_that_it_does_not_work_with(tmp_path, passes, how):
+    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    passes.clear()
+    collator = Collator(pad_token_id=1)
+    collator.fault = how
+    trainer = EMGuardTrainer(
+        make_model(attn_implementation="eager"),
+        config(tmp_path, max_steps=2, **({"packing": True, "max_length": 64} if how == "packing" else {}), **BOTH),
+        data_collator=collator if how in ("left", "random", "more") else None,
+        train_dataset=make_rows().to_iterable_dataset() if how == "stream" else make_rows(),
+        processing_class=make_tokenizer(),
+        peft_config=lora(),
+    )
+    trainer.train()
+    assert len(passes) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -437,13 +521,13 @@ def test_a_stream_is_refused(tmp_path):
 
 @pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled"])
 def test_sharded_engines_are_refused(tmp_path, monkeypatch, engine):
-    check = EMGuardTrainer._check_cache_engine
+    ask = EMGuardTrainer._engine_without_cache
 
     def sharded(self):
         monkeypatch.setattr(self, engine, True)
-        check(self)
+        return ask(self)
 
-    monkeypatch.setattr(EMGuardTrainer, "_check_cache_engine", sharded)
+    monkeypatch.setattr(EMGuardTrainer, "_engine_without_cache", sharded)
     with pytest.raises(ValueError, match=r"cache_reference=True does not work with (DeepSpeed|FSDP)"):
         make_trainer(tmp_path, defense="kl", cache_reference=True)
 
@@ -473,5 +557,6 @@ def test_the_run_says_that_its_reference_is_cached(tmp_path, capsys):
     trainer = make_trainer(tmp_path, peft=lora(), defense="kl", cache_reference=True, max_steps=1)
     trainer.train()
     trainer.save_model()
-    assert "reference: base model, adapters off, cached; dropout is off." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.index("reference: base model, adapters off; dropout is off.") < out.index("reference cache: 16 rows")
     assert read_defense_file(tmp_path)["reference"]["kind"] == "base model, adapters off, cached"

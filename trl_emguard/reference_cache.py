@@ -1,7 +1,7 @@
 """The reference's states of every training row, computed once and kept on disk, so that a step runs no reference pass.
 
 A folder holds the states of one reference, and its name follows from all that the states depend on but the rows
-([`cache_folder`]). A row is found by its content, its tokens and the positions that a term looks at, wherever it comes from:
+([`describe_states`]). A row is found by its content, its tokens and the positions that a term looks at, wherever it comes from:
 another epoch, another order, another rank, a pool, a resumed run, another data set that shares rows with the first.
 
 The files are written whole and never changed. A file's name ends in the checksum of its bytes.
@@ -23,6 +23,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -57,6 +58,9 @@ KEY_BYTES = 16
 
 # Of a file: the final states, of which the head makes logits. Blocks go by their number.
 LAST = "last"
+
+Rows = Sequence[dict[str, Any]]
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 # What a row's states may depend on, and what they do not depend on.
 _INPUTS = {"input_ids", "attention_mask", "labels", INTERLEAVED, "use_cache", "output_router_logits"}
@@ -104,9 +108,18 @@ class ReferenceCache:
         self._names = [LAST] * any(term.divergence is not None for term in terms) + [str(layer) for layer in self._layers]
         with reference.swapped_in() if isinstance(reference, AdapterReference) else nullcontext():
             self._head = output_head(self._model)
-        self.folder = cache_folder(reference, self._model, self._names, accelerator.device.type, str(accelerator.mixed_precision))
         # key → the file's tensors, and from where to where in them.
         self._rows: dict[bytes, tuple[dict[str, torch.Tensor], int, int]] = {}
+
+    @functools.cached_property
+    def _about(self) -> str:
+        device, autocast = self._accelerator.device.type, str(self._accelerator.mixed_precision)
+        return describe_states(self._reference, self._model, self._names, device, autocast)
+
+    @property
+    def folder(self) -> Path:
+        """Where the states are kept."""
+        return reference_cache_dir() / hashlib.sha256(self._about.encode()).hexdigest()[:32]
 
     # ---- in a step ----
 
@@ -133,9 +146,9 @@ class ReferenceCache:
             if key not in self._rows:
                 ids = inputs["input_ids"][line][inputs["attention_mask"][line].bool()].tolist()
                 raise ValueError(
-                    f"a training row of {len(ids)} tokens (they begin {ids[:8]}) is not in the reference cache, which was filled "
-                    "before training: rows or labels have changed since, or the data collator makes other ones at each call. "
-                    "Leave `cache_reference` out, or change the data before the trainer gets it."
+                    f"a training row of {len(ids)} tokens (they begin {ids[:8]}) is not in the reference cache, which held every "
+                    "row before training: rows or labels have changed since, or the data collator makes other ones at each call. "
+                    "Set cache_reference=False, or change the data before the trainer gets it."
                 )
             found.append(self._rows[key])
         where = needed[kept].cpu()
@@ -161,14 +174,7 @@ class ReferenceCache:
 
     # ---- before training ----
 
-    def fill(
-        self,
-        rows: Sequence[dict[str, Any]],
-        pool: Sequence[dict[str, Any]],
-        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        batch_size: int,
-        quiet: bool,
-    ) -> str:
+    def fill(self, rows: Rows, pool: Rows, collator: Collator, batch_size: int, quiet: bool) -> str:
         """Compute and write what the cache lacks.
 
         Args:
@@ -185,34 +191,15 @@ class ReferenceCache:
             ValueError: the states do not fit on the disk, or are no function of a row alone: a batch without attention mask, with
                 pads on the left or with inputs beyond the mask, or positions that depend on the longest row of a batch.
         """
-
-        def collate(indices: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
-            batch = collator([rows[i] if i < len(rows) else pool[i - len(rows)] for i in indices])
-            mixed_in = torch.tensor([i >= len(rows) for i in indices])
-            batch[INTERLEAVED] = mixed_in[:, None].expand_as(batch["input_ids"])
-            scopes = [positions_in_scope(batch, term.tokens) for term in self._terms]
-            return batch, functools.reduce(torch.logical_or, scopes)
-
-        # Each distinct row that some term looks at, longest first: rows of like lengths pad little, and memory that does not
-        # suffice runs out at once.
-        distinct: dict[bytes, CachedRow] = {}
-        for index in range(len(rows) + len(pool)):
-            inputs, needed = collate([index])
-            key = row_keys(inputs, needed)[0]
-            if key is not None:
-                distinct[key] = CachedRow(index, key, inputs["input_ids"].shape[1], int(needed.sum()))
-        wanted = sorted(distinct.values(), key=lambda row: -row.length)
-        if not wanted:
-            raise ValueError("cache_reference=True, but no training row has a token that a defense looks at: see to its labels.")
-        _check_length(self._model, wanted[0].length)
+        collate = functools.partial(self._collate, rows, pool, collator)
+        wanted = self._distinct(collate, len(rows) + len(pool))
+        with written_whole(self.folder / "about.json") as scratch:
+            scratch.write_text(self._about, encoding="utf-8")
 
         rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
-        self._drop_damaged(slice(rank, None, ranks))
-        self._accelerator.wait_for_everyone()
-        self._read()
-        per_position = len(self._names) * self._model.config.get_text_config().hidden_size * self._model.dtype.itemsize
+        self._read_checked()
         missing = [row for row in wanted if row.key not in self._rows]
-        need, free = per_position * sum(row.positions for row in missing), shutil.disk_usage(self.folder).free
+        need, free = self._bytes(missing), shutil.disk_usage(self.folder).free
         if need > free:
             raise ValueError(
                 f"cache_reference=True needs {need / 2**30:.3g} GiB in {self.folder}, where {free / 2**30:.3g} GiB are free. Free "
@@ -237,15 +224,9 @@ class ReferenceCache:
                 )
             states.append(self._run(inputs, needed))
             waiting += batch
-            if per_position * sum(row.positions for row in waiting) >= FILE_BYTES or batch is batches[-1]:
+            if self._bytes(waiting) >= FILE_BYTES or batch is batches[-1]:
                 self._write(waiting, states)
                 waiting, states = [], []
-        if isinstance(self._reference, ModelReference) and self._reference.move_backbone("cpu"):
-            # Nothing runs it any more. Its head stays by the policy's, a tied one as a copy.
-            weight, bias = self._head
-            device = self._accelerator.device
-            self._head = weight.to(device), None if bias is None else bias.to(device)
-
         self._accelerator.wait_for_everyone()
         self._read()
         if any(row.key not in self._rows for row in wanted):
@@ -253,9 +234,73 @@ class ReferenceCache:
                 f"{self.folder} does not hold what the other ranks have written: every rank must see the same folder. Name one "
                 "that all machines share in the environment variable TRL_EMGUARD_CACHE, or leave `cache_reference` out."
             )
-        size = per_position * sum(row.positions for row in wanted) / 2**30
-        computed = f"{len(missing)} of them computed now" if missing else "all of them found"
-        return f"reference cache: {len(wanted)} rows ({size:.3g} GiB), {computed}, in {self.folder}."
+        self._free_backbone()
+        return self._summary(wanted, f"{len(missing)} of them computed now" if missing else "all of them found")
+
+    def find(self, rows: Rows, pool: Rows, collator: Collator) -> str | None:
+        """Use what is there, if it holds every row that can come in training, on every rank. Nothing is computed.
+
+        Args:
+            rows: the training rows.
+            pool: rows that can be mixed in.
+            collator: makes a batch of rows.
+
+        Returns:
+            What was found, in one line, or `None`.
+        """
+        wanted: list[CachedRow] = []
+        try:
+            # Where no run ever kept anything, this spares the hash over all weights that the folder is named by.
+            if reference_cache_dir().is_dir() and self.folder.is_dir():
+                wanted = self._distinct(functools.partial(self._collate, rows, pool, collator), len(rows) + len(pool))
+        except ValueError:
+            pass  # What a cache does not work with is no fault of a run that did not ask for one.
+        # Ranks may have disks of their own, and go the same way all the same.
+        if not all(gather_object([bool(wanted)])):
+            return None
+        self._read_checked()
+        if not all(gather_object([all(row.key in self._rows for row in wanted)])):
+            return None
+        self._free_backbone()
+        return self._summary(wanted, "all of them found") + " `cache_reference=False` runs the reference instead."
+
+    def _collate(self, rows: Rows, pool: Rows, collator: Collator, indices: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
+        """A batch, by places in the rows and then the pool, and `(B, T - 1)`, its positions that some term looks at."""
+        batch = collator([rows[i] if i < len(rows) else pool[i - len(rows)] for i in indices])
+        mixed_in = torch.tensor([i >= len(rows) for i in indices])
+        batch[INTERLEAVED] = mixed_in[:, None].expand_as(batch["input_ids"])
+        scopes = [positions_in_scope(batch, term.tokens) for term in self._terms]
+        return batch, functools.reduce(torch.logical_or, scopes)
+
+    def _distinct(self, collate: Callable[[Sequence[int]], tuple[dict[str, Any], torch.Tensor]], count: int) -> list[CachedRow]:
+        """Each distinct row that some term looks at, longest first: rows of like lengths pad little, and memory that does not
+        suffice runs out at once."""
+        distinct: dict[bytes, CachedRow] = {}
+        for index in range(count):
+            inputs, needed = collate([index])
+            key = row_keys(inputs, needed)[0]
+            if key is not None:
+                distinct[key] = CachedRow(index, key, inputs["input_ids"].shape[1], int(needed.sum()))
+        if not distinct:
+            raise ValueError("cache_reference=True, but no training row has a token that a defense looks at: see to its labels.")
+        wanted = sorted(distinct.values(), key=lambda row: -row.length)
+        _check_length(self._model, wanted[0].length)
+        return wanted
+
+    def _bytes(self, rows: Sequence[CachedRow]) -> int:
+        """What their states take."""
+        per_position = len(self._names) * self._model.config.get_text_config().hidden_size * self._model.dtype.itemsize
+        return per_position * sum(row.positions for row in rows)
+
+    def _summary(self, rows: Sequence[CachedRow], done: str) -> str:
+        return f"reference cache: {len(rows)} rows ({self._bytes(rows) / 2**30:.3g} GiB), {done}, in {self.folder}."
+
+    def _free_backbone(self) -> None:
+        """Nothing runs a reference of its own any more. Its head stays by the policy's, a tied one as a copy."""
+        if isinstance(self._reference, ModelReference) and self._reference.move_backbone("cpu"):
+            weight, bias = self._head
+            device = self._accelerator.device
+            self._head = weight.to(device), None if bias is None else bias.to(device)
 
     def _run(self, inputs: Mapping[str, Any], needed: torch.Tensor) -> dict[str, torch.Tensor]:
         """The states of a batch at the needed positions, as they are kept."""
@@ -277,13 +322,15 @@ class ReferenceCache:
 
     # ---- on disk ----
 
-    def _drop_damaged(self, share: slice) -> None:
-        """Delete the files whose bytes are not those that were written."""
-        for path in sorted(self.folder.glob("*.safetensors"))[share]:
+    def _read_checked(self) -> None:
+        """Delete the files whose bytes are not those that were written, each rank its share, and read the others."""
+        for path in sorted(self.folder.glob("*.safetensors"))[self._accelerator.process_index :: self._accelerator.num_processes]:
             as_named = path.stem.rpartition("-")[2] == f"{zlib.crc32(path.read_bytes()):08x}"
             if not as_named or self._load(path) is None:
-                logger.warning(f"{path} is damaged: the rows that were in it are computed again.", main_process_only=False)
+                logger.warning(f"{path} was damaged and is deleted: its rows have to be computed again.", main_process_only=False)
                 path.unlink(missing_ok=True)
+        self._accelerator.wait_for_everyone()
+        self._read()
 
     def _load(self, path: Path) -> dict[str, torch.Tensor] | None:
         """A file's tensors, mapped into memory; `None` if they are not of the kind that is written."""
@@ -371,15 +418,19 @@ def _check_length(model: PreTrainedModel, width: int) -> None:
         )
 
 
-def cache_folder(
+def reference_cache_dir() -> Path:
+    """The folder for the folders of all references."""
+    return cache_dir() / "reference"
+
+
+def describe_states(
     reference: AdapterReference | ModelReference,
     model: PreTrainedModel,
     states: Sequence[str],
     device: str,
     autocast: str,
-) -> Path:
-    """Where the states of a reference are kept. The name follows from all that they depend on but the rows; `about.json` inside
-    spells it out.
+) -> str:
+    """All that the states of a reference depend on but the rows, as JSON. Its hash names their folder, where it is `about.json`.
 
     Args:
         reference: whose they are.
@@ -406,11 +457,7 @@ def cache_folder(
         "states": list(states),
         "versions": {"trl_emguard": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
-    text = json.dumps(about, indent=2, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
-    folder = cache_dir() / "reference" / hashlib.sha256(text.encode()).hexdigest()[:32]
-    with written_whole(folder / "about.json") as scratch:
-        scratch.write_text(text + "\n", encoding="utf-8")
-    return folder
+    return json.dumps(about, indent=2, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)) + "\n"
 
 
 def _weights_digest(model: nn.Module, without: set[str]) -> str:
@@ -424,6 +471,8 @@ def _weights_digest(model: nn.Module, without: set[str]) -> str:
         parts = name.split(".")
         if not without.isdisjoint(parts):
             continue
+        if parameter.is_meta:
+            raise ValueError(f"cache_reference=True, and the weight {name!r} is offloaded: leave `cache_reference` out.")
         bits = parameter.detach().flatten().view(torch.uint8)
         bits = bits.clone() if bits.storage_offset() % 8 else bits
         whole = len(bits) // 8 * 8

@@ -430,8 +430,12 @@ class EMGuardTrainer(SFTTrainer):
             )
         if self._terms:
             self._check_layers_train()
-            if self.args.cache_reference:
-                self._check_cache_engine()
+            engine = self._engine_without_cache()
+            if self.args.cache_reference and engine:
+                raise ValueError(
+                    f"cache_reference=True does not work with {engine}, which makes another model of the policy when training "
+                    "starts, and the states are computed before. Leave `cache_reference` out, or train by DDP or on one device."
+                )
             self._reference, self._fingerprint = self._make_reference(ref_model)
             disable_dropout(self.model)
         add_guarded_forward(self._bare_model())
@@ -446,28 +450,34 @@ class EMGuardTrainer(SFTTrainer):
         reference = make_reference(self.model, ref_model, self.accelerator, self.args)
         return reference, as_main_process(lambda: fingerprint(reference, self.model))
 
-    def _check_cache_engine(self) -> None:
+    def _engine_without_cache(self) -> str | None:
         engines = {
             "DeepSpeed": self.is_deepspeed_enabled,
             "FSDP": self.is_fsdp_enabled,
             "tensor parallelism": self.get_tp_size() > 1,
         }
-        for engine in (name for name, acts in engines.items() if acts):
-            raise ValueError(
-                f"cache_reference=True does not work with {engine}, which makes another model of the policy when training starts, "
-                "and the states are computed before. Leave `cache_reference` out, or train by DDP or on one device."
-            )
+        return next((name for name, acts in engines.items() if acts), None)
 
-    def _open_cache(self, reference: AdapterReference | ModelReference) -> ReferenceCache:
-        """The reference's states of every row that can come in training, computed where they are not on disk yet."""
+    def _open_cache(self, reference: AdapterReference | ModelReference) -> ReferenceCache | None:
+        """The reference's states of every row that can come in training: computed where the user asks for them, and without being
+        asked used as they are if all of them are there."""
+        asked = self.args.cache_reference
+        if asked is False or not isinstance(self.train_dataset, Dataset) or self._engine_without_cache():
+            return None
+        cache = ReferenceCache(reference, self._bare_model(), self._terms, self.accelerator)
         rows: Any = self._remove_unused_columns(self.train_dataset, description="Training")
         pool: Any = []
         mixing = self._mixing
         if mixing is not None and mixing.pool is not None and mixing.plan is not None:
             plan = mixing.plan
             pool = mixing.pool.select(range(min(plan.pool, plan.rows * self._epochs) if plan.redraw else plan.rows))
-        cache = ReferenceCache(reference, self._bare_model(), self._terms, self.accelerator)
-        done = cache.fill(rows, pool, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
+        done: str | None
+        if asked:
+            done = cache.fill(rows, pool, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
+        else:
+            done = cache.find(rows, pool, self.data_collator)
+        if done is None:
+            return None
         self.accelerator.print(f"trl_emguard: {done}")
         return cache
 
@@ -500,7 +510,7 @@ class EMGuardTrainer(SFTTrainer):
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain SFT.")
         if self._reference is not None:
-            lines.append(f"reference: {self._reference_kind()}; dropout is off.")
+            lines.append(f"reference: {self._reference.kind}; dropout is off.")
         if self._mixing is not None:
             lines.append(self._mixing.describe())
         lines += [f"{name} was given and is not used." for name, unused in self._unused.items() if unused]
@@ -526,8 +536,10 @@ class EMGuardTrainer(SFTTrainer):
                     "move with the policy. Unfreeze it before, on the model that you pass, or pass `ref_model`."
                 )
         self.accelerator.print(self._describe())
-        if self.args.cache_reference and self._reference is not None:
-            self._cache = self._open_cache(self._reference)
+        if self._reference is not None:
+            before, self._cache = self._cache, self._open_cache(self._reference)
+            if before is not None and self._cache is None and isinstance(self._reference, ModelReference):
+                self._reference.move_backbone(self.accelerator.device)  # the cache had no need of it there
 
         with ExitStack() as surroundings:
             for defense in self.defenses:
@@ -821,7 +833,7 @@ class EMGuardTrainer(SFTTrainer):
 
     def _reference_kind(self) -> str:
         assert self._reference is not None
-        return self._reference.kind + (_CACHED if self.args.cache_reference else "")
+        return self._reference.kind + (_CACHED if self._cache is not None else "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
