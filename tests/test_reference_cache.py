@@ -481,19 +481,23 @@ def test_collators_that_it_does_not_work_with(tmp_path, fault, words):
         trainer.train()
 
 
-@pytest.mark.parametrize("how", ["left", "random", "more", "packing", "stream"])
+@pytest.mark.parametrize("how", ["left", "random", "more", "packing", "mixed and packed", "stream"])
 def test_unasked_it_stops_no_run_that_it_does_not_work_with(tmp_path, passes, how):
     make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
     passes.clear()
     collator = Collator(pad_token_id=1)
     collator.fault = how
+    options = {"packing": True, "max_length": 64} if "packed" in how or how == "packing" else {}
+    if "mixed" in how:
+        options |= {"defense": "interleave,kl,ldifs", "interleave_fraction": 0.2}
     trainer = EMGuardTrainer(
         make_model(attn_implementation="eager"),
-        config(tmp_path, max_steps=2, **({"packing": True, "max_length": 64} if how == "packing" else {}), **BOTH),
+        config(tmp_path, max_steps=2, **{**BOTH, **options}),
         data_collator=collator if how in ("left", "random", "more") else None,
         train_dataset=make_rows().to_iterable_dataset() if how == "stream" else make_rows(),
         processing_class=make_tokenizer(),
         peft_config=lora(),
+        interleave_dataset=make_pool() if "mixed" in how else None,
     )
     trainer.train()
     assert len(passes) == 2

@@ -60,7 +60,7 @@ from .guarded_forward import (
     run_model_reference,
     wanted_layers,
 )
-from .mixing import INTERLEAVED, PLACE, ROW_COUNTS, MixingCollator, MixPlan, PlacedRows, PlaceSampler, mix_rows
+from .mixing import INTERLEAVED, PLACE, ROW_COUNTS, MixingCollator, PlacedRows, PlaceSampler, mix_rows
 from .models import resolve_model
 from .reference import (
     GIVEN,
@@ -238,7 +238,8 @@ class EMGuardTrainer(SFTTrainer):
         if self.defenses:
             self.add_callback(_StepCallback(self))
         if self._mixing is not None and not self._mixing.mixed_before:
-            self._plan_mix(self._mixing, self._place_sampler(PlacedRows(self.train_dataset)))
+            # What it refuses, it refuses now.
+            self._mixing.plan_epochs(self._placed(self.train_dataset), self.args)
 
     # ---- before training ----
 
@@ -313,22 +314,12 @@ class EMGuardTrainer(SFTTrainer):
         """Mix the pool in, and then do what SFTTrainer does to rows that are packed or streamed."""
         if packing and args.max_length is None:
             raise ValueError("packing=True needs max_length, which is None: give the length of a pack.")
-        if isinstance(dataset, Dataset):
-            places = len(dataset)
-        elif mixing.redraw or args.max_steps <= 0:
-            raise ValueError(
-                f"interleave_redraw={mixing.redraw} and max_steps={args.max_steps} with a streamed train_dataset: it has no "
-                "epochs. Leave `interleave_redraw` out, and give `max_steps`."
-            )
-        else:
-            # Of all rows that the run takes, the pool's are a share.
-            rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-            places = round(rows * (1 - mixing.fraction))
+        plan = mixing.make_plan(len(dataset)) if isinstance(dataset, Dataset) else mixing.plan_stream(args)
         if not packing:
             unshuffled = copy.copy(args)
             unshuffled.shuffle_dataset = False
             dataset = super()._prepare_dataset(dataset, self._tokenizer, unshuffled, False, None, "train")  # cuts the rows
-        dataset = mix_rows(dataset, mixing.pool, mixing.make_plan(places))
+        dataset = mix_rows(dataset, mixing.pool, plan)
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         if packing:
@@ -349,33 +340,16 @@ class EMGuardTrainer(SFTTrainer):
             if mixing.mixed_before:
                 self.data_collator = MixingCollator(collator, None, None)
                 return super().get_train_dataloader()
-            rows = PlacedRows(self._remove_unused_columns(self.train_dataset, description="Training"))
-            sampler = self._place_sampler(rows)
-            self.data_collator = MixingCollator(collator, self._plan_mix(mixing, sampler), mixing.pool)
-            return self._get_dataloader(rows, "Training", self._train_batch_size, lambda _: sampler, is_training=True)
+            sampler = self._placed(self._remove_unused_columns(self.train_dataset, description="Training"))
+            self.data_collator = MixingCollator(collator, mixing.plan_epochs(sampler, self.args), mixing.pool)
+            return self._get_dataloader(sampler.rows, "Training", self._train_batch_size, lambda _: sampler, is_training=True)
         finally:
             # Evaluation is never mixed.
             self.data_collator = collator
 
-    def _plan_mix(self, mixing: Interleaving, sampler: PlaceSampler) -> MixPlan:
-        """The plan of an epoch, checked to be one that this run can keep."""
-        plan = mixing.make_plan(sampler.places)
-        args = self.args
-        if args.max_steps > 0:
-            length, reached = f"max_steps={args.max_steps}", args.max_steps * args.gradient_accumulation_steps * sampler.block
-        else:
-            length, reached = f"num_train_epochs={args.num_train_epochs}", int(args.num_train_epochs * plan.places)
-        self._epochs = math.ceil(reached / plan.places if args.max_steps > 0 else args.num_train_epochs)
-        if reached < plan.places and not plan.before(reached):
-            raise ValueError(
-                f"{length} ends training before the first of the {plan.rows} rows that interleave_fraction={mixing.fraction} mixes "
-                "into an epoch: train longer, or raise it."
-            )
-        return plan
-
-    def _place_sampler(self, rows: PlacedRows) -> PlaceSampler:
+    def _placed(self, rows: Dataset) -> PlaceSampler:
         """The order of plain training, with the places in it."""
-        order = self._get_train_sampler(rows.rows)
+        order = self._get_train_sampler(rows)
         if isinstance(order, RandomSampler):
             # What accelerate makes of it, too: an order that follows from seed and epoch.
             order = SeedableRandomSampler(
@@ -388,13 +362,9 @@ class EMGuardTrainer(SFTTrainer):
         ranks = self.accelerator.num_processes // self.get_tp_size()
         block = self._train_batch_size * (1 if self.accelerator.split_batches else ranks)
         drop_last = self.args.dataloader_drop_last
-        sampler = PlaceSampler(rows, order, block, drop_last, self.accelerator.even_batches and ranks > 1 and not drop_last)
-        if not sampler.places:
-            raise ValueError(
-                f"dataloader_drop_last=True drops all of the {len(rows)} training rows, which do not fill a batch of {block}: "
-                "give more rows, or a smaller per_device_train_batch_size."
-            )
-        return sampler
+        return PlaceSampler(
+            PlacedRows(rows), order, block, drop_last, self.accelerator.even_batches and ranks > 1 and not drop_last
+        )
 
     def _check_policy(self) -> None:
         parallelism = self.accelerator.parallelism_config
@@ -466,11 +436,7 @@ class EMGuardTrainer(SFTTrainer):
             return None
         cache = ReferenceCache(reference, self._bare_model(), self._terms, self.accelerator)
         rows: Any = self._remove_unused_columns(self.train_dataset, description="Training")
-        pool: Any = []
-        mixing = self._mixing
-        if mixing is not None and mixing.pool is not None and mixing.plan is not None:
-            plan = mixing.plan
-            pool = mixing.pool.select(range(min(plan.pool, plan.rows * self._epochs) if plan.redraw else plan.rows))
+        pool: Any = [] if self._mixing is None else self._mixing.rows_to_come()
         done: str | None
         if asked:
             done = cache.fill(rows, pool, self.data_collator, self._train_batch_size, self.args.disable_tqdm)

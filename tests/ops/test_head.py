@@ -1,15 +1,18 @@
 """The head against a plain float64 twin that builds the full logits."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_emguard.ops import ce_kl_head, head
 
 
 N, H, V = 13, 24, 97
+DEVICE = "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -42,18 +45,18 @@ def make_inputs(dtype, bias=False, reference="same_head", mask="some", tokens=N)
     g = torch.Generator().manual_seed(3)
 
     def random(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(DEVICE, dtype)
 
     hidden, weight = random(tokens, H), random(V, H) * 0.5
     b = random(V) if bias else None
-    labels = torch.randint(V, (tokens,), generator=g)
+    labels = torch.randint(V, (tokens,), generator=g).to(DEVICE)
     if mask == "some":
         labels[::3] = -100
     elif mask == "all":
         labels[:] = -100
     kept = (labels != -100).double()
     ce_weight = kept / kept.sum().clamp(min=1)
-    kl_weight = torch.rand(tokens, generator=g, dtype=torch.float64)
+    kl_weight = torch.rand(tokens, generator=g, dtype=torch.float64).to(DEVICE)
     ref_hidden = hidden + 0.3 * random(tokens, H)
     ref = None
     if reference == "same_head":
@@ -224,3 +227,117 @@ def test_no_tile_is_larger_than_the_budget(monkeypatch, with_reference):
     ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref if with_reference else None)
     assert max(rows) == 2
     assert sum(rows) == N
+
+
+class CudaProducts(TorchDispatchMode):
+    """Products of bf16 or fp16 that leave in fp32, which torch has on CUDA alone, with what it demands there
+    (`_mm_dtype_out_cuda` and `_addmm_dtype_out_cuda` in ATen's Blas.cpp)."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+        self.tiles = {}  # bytes of the largest tensor as wide as the vocabulary that each function made
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func in (aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dtype_out):
+            *total, a, b, dtype = args
+            out = kwargs.get("out", a.new_empty(len(a), b.shape[1], dtype=dtype))
+            assert a.dtype == b.dtype in (torch.bfloat16, torch.float16)
+            assert dtype == out.dtype == torch.float32
+            assert out.shape == (len(a), b.shape[1])
+            assert all(x.dtype == dtype and x.shape == out.shape for x in total)
+            self.products += 1
+            return out.copy_(a.float() @ b.float() + sum(total))
+        result = func(*args, **kwargs)
+        if func in (aten.new_empty.default, aten._to_copy.default) and result.dim() > 1 and result.shape[-1] == V:
+            self.tiles[func] = max(result.nbytes, self.tiles.get(func, 0))
+        return result
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("reference", [None, "other_head"])
+def test_products_of_low_precision_as_on_cuda(monkeypatch, reference, train_head):
+    monkeypatch.setattr(head, "_matmul_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(head, "TILE_BYTES", 5 * 2 * 4 * V)
+    with CudaProducts() as cuda:
+        compare(
+            torch.bfloat16,
+            bias=True,
+            reference=reference,
+            mask="some",
+            tokens=N,
+            direction="reverse",
+            softcap=None,
+            scale=1.0,
+            train_head=train_head,
+        )
+        assert cuda.products > 0
+        hidden, weight, b, labels, *_ = make_inputs(torch.bfloat16, bias=True)
+        labels = labels.clamp(min=0)
+        nll = head.token_nll(hidden, weight, b, labels)
+    expected = -(hidden.double() @ weight.double().T + b.double()).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    assert relative(nll, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_budget_holds_the_gradient_in_the_products_dtype(monkeypatch, with_reference):
+    monkeypatch.setattr(head, "_matmul_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(head, "BLOCK_BYTES", 1)  # the scratch of torch's own calls, which is not made on CUDA, is small
+    monkeypatch.setattr(head, "TILE_BYTES", 8 * 4 * V * (2 if with_reference else 1))
+    hidden, weight, b, labels, ce_weight, kl_weight, ref = make_inputs(torch.bfloat16)
+    with CudaProducts() as cuda:
+        ce_kl_head(hidden, weight, b, labels, ce_weight, kl_weight, ref if with_reference else None)
+    assert len(cuda.tiles) == 2
+    assert sum(cuda.tiles.values()) <= head.TILE_BYTES
+
+
+def test_autocast_leaves_fp64_alone(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    for dtype, expected in [(torch.float64, torch.float64), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]:
+        with FakeTensorMode():
+            assert head._matmul_dtype(torch.empty(2, H, dtype=dtype, device="cuda")) == expected
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_cuda_without_a_compiler_takes_torchs_own_calls(monkeypatch, starts):
+    driver = pytest.importorskip("triton", reason="Triton has no wheel for this platform").runtime.driver
+
+    class Driver:
+        @property
+        def utils(self):
+            if not starts:
+                raise RuntimeError("Failed to find C compiler.")
+            return SimpleNamespace()
+
+    monkeypatch.setattr(driver, "_active", Driver())
+    head._triton_starts.cache_clear()
+    with FakeTensorMode():
+        hidden = torch.empty(2, H, device="cuda")
+    if starts:
+        assert head._tile_pass(hidden, torch.float32) is not head.torch_tile_pass
+    else:
+        with pytest.warns(UserWarning, match="C compiler"):
+            assert head._tile_pass(hidden, torch.float32) is head.torch_tile_pass
+    assert head._tile_pass(hidden, torch.float64) is head.torch_tile_pass
+    head._triton_starts.cache_clear()
+
+
+def test_torchs_own_calls_take_many_rows_at_once_on_a_gpu(monkeypatch):
+    """Each block costs some twenty launches there."""
+    blocks = []
+    original = head._distribution_
+
+    def spy(z, *args):
+        blocks.append(len(z))
+        return original(z, *args)
+
+    monkeypatch.setattr(head, "_distribution_", spy)
+    for device, rows in [("cpu", 1), ("meta", 8)]:
+        products, weights = torch.empty(8, 300_000, device=device), torch.empty(8, device=device)
+        target = torch.zeros(8, dtype=torch.long, device=device)
+        head.torch_tile_pass(products, None, None, None, target, weights, None, "reverse", None, 1.0)
+        assert max(blocks) == rows
+        blocks.clear()

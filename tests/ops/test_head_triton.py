@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ops import test_head as plain
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trl_emguard.ops import ce_kl_head, head
 
@@ -23,7 +24,8 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: spy)
     monkeypatch.setattr(head_triton, "BLOCK", 32)
-    yield
+    monkeypatch.setattr(plain, "DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    yield calls
     assert calls
 
 
@@ -79,3 +81,51 @@ def test_top1_and_evidence_are_those_of_torchs_calls(monkeypatch):
     theirs = ce_kl_head(hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ref)
     assert torch.equal(ours.is_top1, theirs.is_top1)
     torch.testing.assert_close(ours.kl_evidence, theirs.kl_evidence)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_a_kl_that_is_no_number_stays_one(direction):
+    hidden, weight, _, labels, ce_weight, kl_weight, ref = plain.make_inputs(torch.float32)
+    ref[0][1, 0] = float("nan")
+    output = ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref, direction)
+    assert output.kl.isnan().tolist() == [i == 1 for i in range(plain.N)]
+    assert output.loss.isnan()
+
+
+def test_strides_are_minded(monkeypatch):
+    """Weights that are one number for all, a bias and labels out of a matrix."""
+    hidden, weight, b, labels, *_ = plain.make_inputs(torch.float32, bias=True)
+    b, labels = torch.stack([b, -b], 1)[:, 0], torch.stack([labels, -labels], 1)[:, 0]
+    same = hidden.new_tensor(0.1).expand(plain.N)
+    arguments = (hidden.requires_grad_(), weight, b, labels, same, same, (hidden.detach() + 0.1, weight, b))
+    ours = ce_kl_head(*arguments)
+    monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: head.torch_tile_pass)
+    theirs = ce_kl_head(*arguments)
+    torch.testing.assert_close(ours.kl, theirs.kl)
+    torch.testing.assert_close(*(torch.autograd.grad(output.loss, hidden)[0] for output in (ours, theirs)))
+
+
+def test_kernels_are_launched_on_the_tensors_device(monkeypatch, kernels):
+    """Triton launches on the current device, whatever the tensors are on."""
+    kernels.append("launched by the test itself")
+    current, launched = [0], []
+
+    def exchange(device):
+        current.append(device)
+        return current[-2]
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append(current[-1])
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    for name in ("_statistics", "_gradient"):
+        monkeypatch.setattr(head_triton, name, Kernel())
+    with FakeTensorMode():
+        products, weights = (torch.empty(*shape, device="cuda:1") for shape in ((plain.N, plain.V), (plain.N,)))
+        target = torch.empty(plain.N, dtype=torch.long, device="cuda:1")
+        head_triton.tile_pass(products, None, products, None, target, weights, weights, "reverse", None, 1.0)
+    assert launched == [1, 1]
+    assert current[-1] == 0

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from ..data import load_rows
 from ..evidence import InactiveDefenseError
-from ..mixing import MixPlan, planned_rows
+from ..mixing import MixPlan, PlaceSampler, planned_rows
 from ..selection.choose import rank_rows
 from ..selection.pool import conversation
 from .base import IN_TRAINING_DEFENSES, Defense
@@ -67,6 +67,7 @@ class Interleaving(Defense):
         self.pool: Dataset | None = None  # tokenised, best first
         self._checksum = ""
         self.plan: MixPlan | None = None  # of an epoch, where the data collator mixes
+        self._epochs = 1  # that the run begins
         self.mixed_before = False  # by the data collator, or before packing or streaming
         self._counts = [0, 0]  # rows that the policy has been trained on: of the training set, and of the pool
         self._resumed = [0, 0]
@@ -237,6 +238,52 @@ class Interleaving(Defense):
             )
         self.plan = MixPlan(places, rows, len(self.pool), self.redraw, self.seed)
         return self.plan
+
+    def plan_epochs(self, sampler: PlaceSampler, args: EMGuardConfig) -> MixPlan:
+        """The plan of an epoch that the data collator mixes.
+
+        Raises:
+            ValueError: as [`make_plan`], and if training ends before the first row is due.
+        """
+        if not sampler.places:
+            raise ValueError(
+                f"dataloader_drop_last=True drops all of the {len(sampler.rows)} training rows, which do not fill a batch of "
+                f"{sampler.block}: give more rows, or a smaller per_device_train_batch_size."
+            )
+        plan = self.make_plan(sampler.places)
+        if args.max_steps > 0:
+            length, places = f"max_steps={args.max_steps}", args.max_steps * args.gradient_accumulation_steps * sampler.block
+        else:
+            length, places = f"num_train_epochs={args.num_train_epochs}", int(args.num_train_epochs * plan.places)
+        if places < plan.places and not plan.before(places):
+            raise ValueError(
+                f"{length} ends training before the first of the {plan.rows} rows that interleave_fraction={self.fraction} mixes "
+                "into an epoch: train longer, or raise it."
+            )
+        self._epochs = math.ceil(places / plan.places)
+        return plan
+
+    def plan_stream(self, args: EMGuardConfig) -> MixPlan:
+        """The plan of all rows that a run takes from a stream.
+
+        Raises:
+            ValueError: as [`make_plan`], and if nobody says how many they are.
+        """
+        if self.redraw or args.max_steps <= 0:
+            raise ValueError(
+                f"interleave_redraw={self.redraw} and max_steps={args.max_steps} with a streamed train_dataset: it has no "
+                "epochs. Leave `interleave_redraw` out, and give `max_steps`."
+            )
+        # Of all rows that the run takes, the pool's are a share.
+        rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        return self.make_plan(round(rows * (1 - self.fraction)))
+
+    def rows_to_come(self) -> Dataset:
+        """The rows of the pool that the data collator mixes in during training, each once."""
+        assert self.pool is not None
+        assert self.plan is not None
+        taken = min(self.plan.pool, self.plan.rows * self._epochs) if self.plan.redraw else self.plan.rows
+        return self.pool.select(range(taken))
 
     # ---- what is said of it ----
 

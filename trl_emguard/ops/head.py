@@ -1,5 +1,7 @@
 """The language-model head of a defended step: CE and KL, with their gradient, in one pass over chunks of tokens."""
 
+import functools
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -9,10 +11,12 @@ import torch
 from .gradient import with_gradient
 
 
-# Bytes that the fp32 tiles (tokens × vocabulary) of one chunk may take: the products of policy and reference with the head.
+# Bytes that the tiles (tokens × vocabulary) of one chunk may take: the products of policy and reference with the head, and the
+# gradient in the dtype of the matrix products where that is another.
 TILE_BYTES = 256 * 2**20
-# Bytes of a tile that torch's own calls work on at once.
+# Bytes of a tile that torch's own calls work on at once: on a CPU what stays in its cache, on a GPU what is worth a launch.
 BLOCK_BYTES = 2**20
+GPU_BLOCK_BYTES = 2**24
 
 
 class HeadOutput(NamedTuple):
@@ -166,7 +170,8 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
     # arithmetic on it (on CPU, several times more).
     tile_pass = _tile_pass(hidden, accumulate)
     count = 1 if reference is None else 2
-    chunk = min(tokens, max(1, TILE_BYTES // (count * accumulate.itemsize * vocab)))
+    itemsize = count * accumulate.itemsize + (0 if matmul == accumulate else matmul.itemsize)
+    chunk = min(tokens, max(1, TILE_BYTES // (itemsize * vocab)))
     tiles = hidden.new_empty((count, chunk, vocab), dtype=accumulate)
     for start in range(0, tokens, chunk) if tokens else ():
         rows = slice(start, start + chunk)
@@ -216,7 +221,8 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
 def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
     """Autocast's or the states' own low precision where the device multiplies it into fp32 (CUDA), else the sums'."""
     device = hidden.device.type
-    if device == "cuda" and torch.is_autocast_enabled(device):
+    # Autocast leaves fp64 alone, and so does this: no device multiplies a lower precision into fp64.
+    if device == "cuda" and hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype if device == "cuda" else torch.promote_types(hidden.dtype, torch.float32)
 
@@ -249,11 +255,26 @@ class TileStatistics(NamedTuple):
 
 def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., TileStatistics]:
     """The function for a chunk: Triton's kernels on CUDA, else torch's own calls."""
-    if hidden.is_cuda and accumulate == torch.float32 and find_spec("triton") is not None:
+    if hidden.is_cuda and accumulate == torch.float32 and find_spec("triton") is not None and _triton_starts():
         from .head_triton import tile_pass
 
         return tile_pass
     return torch_tile_pass
+
+
+@functools.cache
+def _triton_starts() -> bool:
+    """Whether Triton finds what it needs at run time: it builds its launcher with a C compiler and Python's headers, which slim
+    images lack."""
+    from triton.runtime import driver
+
+    try:
+        return driver.active.utils is not None
+    except Exception as error:
+        warnings.warn(
+            f"Triton does not start: the head is computed by torch's own calls, which take longer. {error!r}", stacklevel=2
+        )
+        return False
 
 
 def torch_tile_pass(
@@ -282,7 +303,7 @@ def torch_tile_pass(
     count, vocab = products.shape
     statistics = TileStatistics(*products.new_zeros(5, count))
     # A few rows at a time go through all of the calls: they stay in the processor's cache meanwhile.
-    block = max(1, BLOCK_BYTES // (products.itemsize * vocab))
+    block = max(1, (BLOCK_BYTES if products.device.type == "cpu" else GPU_BLOCK_BYTES) // (products.itemsize * vocab))
     scratch = products.new_empty(2, min(block, count), vocab)
     for start in range(0, count, block):
         rows = slice(start, start + block)

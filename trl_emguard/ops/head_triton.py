@@ -42,7 +42,8 @@ def _normaliser(products, bias, V, softcap, scale, HAS_BIAS: tl.constexpr, HAS_C
     return top, tl.log(total)
 
 
-@triton.jit
+# Chunks differ in their number of rows and in where their weights begin, which is no reason to compile anew.
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target"])
 def _statistics(
     products, ref_products, bias, ref_bias, target, out, norms, V, C, softcap, scale,
     HAS_REF: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr,
@@ -82,7 +83,8 @@ def _statistics(
     tl.store(out + C + row, entropy)
     tl.store(out + 2 * C + row, tl.where(at_label == 0, 1.0, 0.0))
     # KL's own mean is what its gradient wants; the shift takes the rounding of the normalisers out of its value.
-    tl.store(out + 3 * C + row, tl.maximum(kl + shift, 0.0))
+    # A KL that is not a number stays one, as in torch's clamp: 0 would hide a reference that has diverged.
+    tl.store(out + 3 * C + row, tl.maximum(kl + shift, 0.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(norms + row, top)
     tl.store(norms + C + row, log_total)
     tl.store(norms + 2 * C + row, ref_top)
@@ -90,7 +92,7 @@ def _statistics(
     tl.store(norms + 4 * C + row, kl)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target", "ce_weight", "kl_weight"])
 def _gradient(
     products, ref_products, bias, ref_bias, target, ce_weight, kl_weight, norms, evidence, V, C, softcap, scale,
     HAS_REF: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr,
@@ -150,19 +152,29 @@ def tile_pass(
     norms = products.new_empty(5, count)
     evidence = products.new_empty(count)
     ref = products if ref_products is None else ref_products
+    block = min(BLOCK, triton.next_power_of_2(vocab))
     kinds = {
         "HAS_REF": ref_products is not None,
         "REVERSE": direction == "reverse",
         "HAS_BIAS": bias is not None,
         "HAS_REF_BIAS": ref_bias is not None,
         "HAS_CAP": softcap is not None,
-        "BLOCK": min(BLOCK, triton.next_power_of_2(vocab)),
-        "num_warps": WARPS,
+        "BLOCK": block,
+        # No column belongs to two threads, of which one could read what the other has already overwritten.
+        "num_warps": max(1, min(WARPS, block // 32)),
+        # The label's logit and the largest, p and q are compared for equality: all of them are rounded alike.
+        "enable_fp_fusion": False,
     }
-    # Where there is none, a pointer that is never read.
-    given = (products, ref, products if bias is None else bias, products if ref_bias is None else ref_bias, target)
-    numbers = (vocab, count, softcap or 1.0, logit_scale)
-    _statistics[(count,)](*given, out, norms, *numbers, **kinds)
-    _gradient[(count,)](*given, ce_weight, ce_weight if kl_weight is None else kl_weight, norms, evidence, *numbers, **kinds)
-    ce, entropy, is_top1, kl = out
+    # The kernels know no strides. Where there is no tensor, a pointer that is never read.
+    bias = products if bias is None else bias.contiguous()
+    ref_bias = products if ref_bias is None else ref_bias.contiguous()
+    given = (products, ref, bias, ref_bias, target.contiguous())
+    ce_weight = ce_weight.contiguous()
+    kl_weight = ce_weight if kl_weight is None else kl_weight.contiguous()
+    numbers = (vocab, count, float(softcap or 1.0), float(logit_scale))
+    # Triton launches on the current device, which is another where a model is spread over several.
+    with torch.cuda.device_of(products):
+        _statistics[(count,)](*given, out, norms, *numbers, **kinds)
+        _gradient[(count,)](*given, ce_weight, kl_weight, norms, evidence, *numbers, **kinds)
+    ce, entropy, is_top1, kl = out.unbind()
     return TileStatistics(ce, entropy, is_top1, kl, evidence)
