@@ -212,6 +212,10 @@ class PolicyGuard:
         kl_weight = None if kl is None else kl.scale.to(device) * kl.scope[kept].to(device)
         softcap, logit_scale = logit_transform(model.config.get_text_config())
         with gathered(weight, bias, *(reference.head if reference is not None else ())):
+            compared = None
+            if kl is not None and reference is not None:
+                ref_weight, ref_bias = reference.head
+                compared = reference.last.to(device), ref_weight.to(device), None if ref_bias is None else ref_bias.to(device)
             head = ce_kl_head(
                 policy.last.to(device),
                 weight,
@@ -219,7 +223,7 @@ class PolicyGuard:
                 labels,
                 self.ce_scale.to(device) * has_label,
                 kl_weight,
-                None if kl is None or reference is None else (reference.last.to(device), *reference.head),
+                compared,
                 (kl and kl.defense.divergence) or "reverse",
                 softcap,
                 logit_scale,

@@ -313,10 +313,10 @@ def working_bytes(weights: Weights, shape: Shape, run: Run) -> int:
 
 
 def head_bytes(shape: Shape, run: Run) -> int:
-    """Bytes of the head's work: the fp32 tiles of a chunk, and the gradient of the states."""
+    """Bytes of the head's work: a chunk's fp32 tiles, their gradient in bf16 where products are, and the gradient of the states."""
     if not run.guarded:
         return 0
-    row = 4 * shape.vocab * (2 if run.kl else 1)
+    row = shape.vocab * (4 * (2 if run.kl else 1) + (2 if run.compute_itemsize == 2 else 0))
     return min(run.kept * row, max(TILE_BYTES, row)) + run.kept * shape.hidden * run.compute_itemsize
 
 

@@ -1,0 +1,38 @@
+"""The head's kernels through Triton's compiler, without a GPU: its interpreter takes what the compiler does not."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+ARCHITECTURES = ("80", "90")
+
+
+def test_every_specialisation_compiles(tmp_path):
+    package = Path(find_spec("triton").origin).parent
+    if shutil.which("ptxas", path=package / "backends/nvidia/bin") is None:
+        pytest.skip("this build of Triton is without NVIDIA's ptxas")
+    # A process of its own: whether the kernels are interpreted is settled when Triton is first imported.
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run([sys.executable, script, *ARCHITECTURES], env=env, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(kernels) == 12 * 2 * len(ARCHITECTURES)
+    for kernel in kernels:
+        # Registers spill to local memory, which is as slow as the tiles.
+        assert kernel["stack"] == kernel["local"] == 0, kernel
+        # Equality of logits, and of p and q, wants every pass to round alike.
+        assert not kernel["fused"], kernel
+        aligned = kernel["case"][0] == "152064"
+        assert (kernel["wide_ld"] > 0) == aligned, kernel
+        assert (kernel["wide_st"] > 0) == (aligned and kernel["kernel"] == "_gradient"), kernel
+    assert "UserWarning" not in run.stderr
