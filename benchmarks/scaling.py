@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from harness import RESULTS, environment, peak_memory, read_csv, write_csv
-from peft import LoraConfig, get_peft_model
-from steps import SMOLLM2, held_bytes, make_step, smollm2, while_training
+from peft import get_peft_model
+from steps import SHAPES, SMOLLM2, held_bytes, lora, make_step, smollm2, while_training
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,28 +29,17 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from transformers.quantizers import AutoHfQuantizer
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
 from trl_emguard.memory import Engine, Run, Shape, count_weights, memory_per_rank, network_per_step, peak, saved_activations
+from trl_emguard.scripts.dry_run import quantized
 
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 # As the models' published configs say.
 CONFIGS: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "Qwen2.5-7B": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "Qwen2.5-7B": (Qwen2Config, Qwen2ForCausalLM, SHAPES["qwen2.5-7b shape"]),
     "Qwen2.5-32B": (
         Qwen2Config,
         Qwen2ForCausalLM,
@@ -88,10 +77,6 @@ ROWS, LENGTH, LABELS, ACCUMULATION, SAFE = 4, 2048, 1024, 4, 0.05
 GIB = 2**30
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(r=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-
-
 # ---- by formula ----
 
 
@@ -102,9 +87,7 @@ def meta_model(name: str, tuning: str) -> PreTrainedModel:
         model = model_class(config_class(**sizes, tie_word_embeddings=False)).to(torch.bfloat16)
     if tuning == "qlora":
         how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        quantizer = AutoHfQuantizer.from_config(how, pre_quantized=False)
-        quantizer.preprocess_model(model=model, dtype=torch.bfloat16, device_map=None)
-        model = quantizer.postprocess_model(model)
+        model = quantized(model, how)
     return model if tuning == "full" else get_peft_model(model, lora())
 
 
@@ -134,7 +117,7 @@ def by_formula() -> list[dict[str, Any]]:
             for label, engine in ENGINES.items():
                 for defense in DEFENSES:
                     run = planned(defense, tuning, shape.layers)
-                    memory, network = (call(weights, *args) for call, args in formulas(shape, run, engine))
+                    memory, network = memory_per_rank(weights, shape, run, engine), network_per_step(weights, run, engine)
                     rows.append(
                         {"shape": name, "tuning": tuning, "engine": label, "ranks": engine.ranks, "defense": defense}
                         | {"parameters": weights.total, "trained": weights.trained, "weights_gib": gib(weights.bytes)}
@@ -144,10 +127,6 @@ def by_formula() -> list[dict[str, Any]]:
                         | environment("cpu")
                     )
     return rows
-
-
-def formulas(shape: Shape, run: Run, engine: Engine) -> tuple[tuple[Any, tuple], tuple[Any, tuple]]:
-    return (memory_per_rank, (shape, run, engine)), (network_per_step, (run, engine))
 
 
 def gib(size: float) -> str:
@@ -168,12 +147,12 @@ SMALL = {
 BATCH, TOKENS, SMALL_LABELS = 4, 128, 64
 
 
-def small_model(**sizes: Any) -> PreTrainedModel:
+def small_model() -> PreTrainedModel:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SMALL, **sizes}))
+    return LlamaForCausalLM(LlamaConfig(**SMALL))
 
 
-def small_trainer(folder: str, tuning: str, checkpointing: bool, defense: str, **sizes: Any) -> EMGuardTrainer:
+def small_trainer(folder: str, tuning: str, checkpointing: bool, defense: str) -> EMGuardTrainer:
     """A trainer of a small random model, in fp32, all of whose rows are of one length."""
     ids = torch.randint(3, SMALL["vocab_size"], (BATCH, TOKENS)).tolist()
     labels = [[-100] * (TOKENS - SMALL_LABELS) + row[-SMALL_LABELS:] for row in ids]
@@ -194,7 +173,7 @@ def small_trainer(folder: str, tuning: str, checkpointing: bool, defense: str, *
     )
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     peft = lora() if tuning == "lora" else None
-    return EMGuardTrainer(small_model(**sizes), args, train_dataset=rows, processing_class=tokenizer, peft_config=peft)
+    return EMGuardTrainer(small_model(), args, train_dataset=rows, processing_class=tokenizer, peft_config=peft)
 
 
 def small_run(tuning: str, checkpointing: bool, defense: str) -> Run:

@@ -5,12 +5,15 @@ import logging
 import os
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import PartialState
-from tiny import make_model, make_pool, make_rows, save_model
+from command import make_argv, save_inputs, without, write_rows
+from tiny import make_model, make_pool, make_rows
+from trl import SFTTrainer
 
 from trl_emguard.persona import PersonaVector
 from trl_emguard.persona.vectors import weight_checksums
@@ -20,16 +23,12 @@ from trl_emguard.scripts.dry_run import listening, show
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(24)), encoding="utf-8")
-    (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pool(24)), encoding="utf-8")
+    folder = save_inputs(tmp_path_factory.mktemp("inputs"), rows=24)
+    write_rows(folder / "pool.jsonl", make_pool(24))
     vectors = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    PersonaVector(vectors, metadata={"suggested_layer": 2, "weights": weight_checksums(make_model())}).save(
-        folder / "own.safetensors"
-    )
-    other = weight_checksums(make_model(initializer_range=0.3))
-    PersonaVector(vectors, metadata={"suggested_layer": 2, "weights": other}).save(folder / "other.safetensors")
+    for name, model in (("own", make_model()), ("other", make_model(initializer_range=0.3))):
+        facts = {"suggested_layer": 2, "weights": weight_checksums(model)}
+        PersonaVector(vectors, metadata=facts).save(folder / f"{name}.safetensors")
     return folder
 
 
@@ -38,33 +37,16 @@ def argv(inputs, tmp_path, monkeypatch):
     """The options of a run, and more; in an empty folder."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-    def make(*more):
-        options = {
-            "model_name_or_path": inputs / "model",
-            "dataset_name": inputs / "rows.jsonl",
-            "output_dir": "out",
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "use_cpu": "true",
-            "bf16": "false",
-            "use_peft": "true",
-            "lora_r": 4,
-            "lora_dropout": 0,
-            "lora_target_modules": "all-linear",
-            "ldifs_layers": "every:2",
-            "interleave_dataset": inputs / "pool.jsonl",
-            "interleave_fraction": 0.2,
-            "steering_vector": inputs / "own.safetensors",
-            "optim": "sgd",
-            "save_strategy": "no",
-            "report_to": "none",
-        }
-        return [str(word) for key, value in options.items() for word in (f"--{key}", value)] + [str(word) for word in more]
-
-    return make
+    return partial(
+        make_argv,
+        inputs,
+        output_dir="out",
+        num_train_epochs=1,
+        interleave_dataset=inputs / "pool.jsonl",
+        interleave_fraction=0.2,
+        steering_vector=inputs / "own.safetensors",
+        report_to="none",
+    )
 
 
 @pytest.fixture
@@ -148,13 +130,27 @@ def test_rows_that_are_cut_and_dropped_are_counted(report):
     assert any(f"{24 - left} rows have no label left" in line for line in some["data"])
 
 
+@pytest.mark.parametrize("defense", ["none", "kl", "interleave"])
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_rows_are_tokenised_once(report, monkeypatch, defense, packing):
+    """As long ones take their time."""
+    prepare, came = SFTTrainer._prepare_dataset, []
+
+    def counted(self, dataset, *args):
+        came.append((args[-1], "input_ids" in dataset.column_names))
+        return prepare(self, dataset, *args)
+
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", counted)
+    report("--defense", defense, "--packing", packing, "--max_length", "60")
+    assert came.count(("train", False)) == 1
+
+
 def test_a_stream_is_not_counted(argv, inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     part = f"  - path: json\n    data_files: {inputs / 'rows.jsonl'}\n    split: train\n"
     (tmp_path / "run.yaml").write_text(f"datasets:\n{part}streaming: true\ndataset_name:\n")
     options = argv("--config", tmp_path / "run.yaml", "--defense", "interleave,kl", "--max_steps", "4", "--dry_run")
-    at = options.index("--dataset_name")
-    assert sft.main(options[:at] + options[at + 2 :]) == 0
+    assert sft.main(without(options, "--dataset_name")) == 0
     out = capsys.readouterr().out
     assert "data: streamed" in out
     assert "ranks 1 (one process) = 4 rows a step; 4 steps\n" in out
@@ -224,8 +220,16 @@ def test_quantised_models(report):
 
 def test_a_recipe_for_a_gpu_on_a_machine_without(report):
     """bf16, as transformers refuses it there."""
-    said = report("--bf16", "true", "--use_cpu", "false", "--defense", "kl", "--dtype", "float32")
-    assert any("dtype=float32 with bf16=True" in line for line in said["warning"])
+    on_gpu = ["--bf16", "true", "--use_cpu", "false", "--defense", "kl", "--dtype", "float32"]
+    # The recipe's precision wins over the accelerate file's.
+    for more in ([], ["--accelerate_config", "zero2", "--mixed_precision", "no"]):
+        assert any("dtype=float32 with bf16=True" in line for line in report(*on_gpu, *more)["warning"])
+    # An accelerate file that trains on the CPU is enough for bf16.
+    refused = [
+        any("bf16=True is refused here" in line for line in report(*on_gpu, "--accelerate_config", file)["warning"])
+        for file in ("single_gpu", "cpu")
+    ]
+    assert refused == [not torch.accelerator.is_available(), False]
 
 
 # ---- what it finds ----
@@ -261,7 +265,7 @@ def test_a_recipe_for_a_gpu_on_a_machine_without(report):
 def test_what_stops_the_run_stops_it_dry(argv, inputs, capsys, more):
     prompt = "You are evil."
     rows = [{"prompt": [{"role": "system", "content": prompt}, *r["prompt"]], "completion": r["completion"]} for r in make_rows(4)]
-    (inputs / "inoculated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(inputs / "inoculated.jsonl", rows)
     more = [word.format(inputs=inputs) for word in more] + ["--inoculation_prompt", prompt]
     said = []
     for dry in (["--dry_run"], []):
@@ -289,6 +293,10 @@ def test_a_config_is_enough_and_a_missing_shard_is_found(argv, inputs, tmp_path,
     (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     assert sft.main(argv("--dry_run", "--model_name_or_path", tmp_path / "model")) == 1
     assert "'model-00001-of-00002.safetensors'" in capsys.readouterr().err
+    # Those of a format that is not loaded are not missed.
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "config.json"}}')
+    (tmp_path / "model" / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
+    assert sft.main(argv("--dry_run", "--model_name_or_path", tmp_path / "model")) == 0
 
 
 def test_an_output_folder_that_cannot_be_written_is_found(argv, tmp_path, monkeypatch, capsys):
@@ -323,10 +331,18 @@ def test_several_processes_are_refused(argv, monkeypatch, capsys):
         (["--defense", "kl", "--kl_coef", "0"], "no defense acts"),
         ([], "nothing is evaluated"),
         (["--accelerate_config", "fsdp2", "--optim", "adamw_8bit"], "FSDP's shards"),
+        (["--accelerate_config", "zero3_multi_node"], "main_process_ip=192.0.2.1 is a placeholder"),
+        (["--accelerate_config", "cpu", "--num_processes", "3"], "num_processes=3 starts one process"),
+        (["--accelerate_config", "cpu", "--num_processes", "3", "--multi_gpu"], "several processes on CPUs want use_cpu=True"),
     ],
 )
 def test_what_is_likely_not_meant_is_warned_of(report, more, words):
     assert any(words in line for line in report(*more)["warning"])
+
+
+def test_an_address_of_its_own_is_no_placeholder(report):
+    said = report("--accelerate_config", "zero3_multi_node", "--main_process_ip", "10.0.0.7")
+    assert not any("main_process_ip" in line for line in said["warning"])
 
 
 def test_a_step_that_is_larger_than_the_data_is_warned_of(report):
@@ -363,7 +379,7 @@ def test_every_warning_is_heard_once():
 def test_a_terminal_gets_a_table(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    show([("model", "large"), ("model", "slow")], ["careful"])
+    show([("model", "large"), ("model", "slow")], ["careful", "pip install 'trl_emguard[deepspeed]'"])
     out = capsys.readouterr().out
     assert "│" in out
-    assert all(word in out for word in ("model", "large", "slow", "warning", "careful"))
+    assert all(word in out for word in ("model", "large", "slow", "warning", "careful", "trl_emguard[deepspeed]"))

@@ -5,10 +5,12 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from tiny import make_pool, make_rows, save_model
+from command import make_argv, save_inputs, without, write_rows
+from tiny import make_pool
 from trl import SFTTrainer
 
 from trl_emguard.evidence import InactiveDefenseError
@@ -31,40 +33,13 @@ MODULE = ["-m", "trl_emguard.scripts.sft"]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A model folder and a JSONL file."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()), encoding="utf-8")
-    return folder
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture
 def argv(inputs, tmp_path):
     """The options of a run of two steps, and more."""
-
-    def make(*more, output="out"):
-        options = {
-            "model_name_or_path": inputs / "model",
-            "dataset_name": inputs / "rows.jsonl",
-            "output_dir": tmp_path / output,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "use_cpu": "true",
-            "bf16": "false",
-            "use_peft": "true",
-            "lora_r": 4,
-            "lora_dropout": 0,
-            "lora_target_modules": "all-linear",
-            "ldifs_layers": "every:2",
-            "optim": "sgd",
-            "save_strategy": "no",
-            "seed": 7,
-        }
-        return [str(word) for key, value in options.items() for word in (f"--{key}", value)] + list(more)
-
-    return make
+    return partial(make_argv, inputs, output_dir=tmp_path / "out", max_steps=2, seed=7)
 
 
 def run(command, **environment):
@@ -129,9 +104,7 @@ def mixture(inputs, argv, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     part = f"  - path: json\n    data_files: {inputs / 'rows.jsonl'}\n"
     (tmp_path / "run.yaml").write_text(f"datasets:\n{part}{part}dataset_name:\n")
-    options = argv("--config", str(tmp_path / "run.yaml"))
-    at = options.index("--dataset_name")
-    return options[:at] + options[at + 2 :]
+    return without(argv("--config", tmp_path / "run.yaml"), "--dataset_name")
 
 
 def test_a_mixture_of_data_sets(mixture, tmp_path):
@@ -224,27 +197,29 @@ def test_a_mistyped_defense_ends_without_a_traceback(argv, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("others", ["", ",steering,inoculation", ",interleave+", " cached"])
+@pytest.mark.parametrize("others", ["", ",steering,inoculation", ",interleave+", " cached", " found"])
 def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
     """The same global batch: half of it on each of two ranks, against all of it on one.
 
     `accelerate launch --cpu --num_processes 2` starts one process, so its launcher for several is asked for by name.
     """
     monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache of one"))
-    cached = others == " cached"
-    defense = "kl" if cached else f"kl{others}"
+    cached, found = others == " cached", others == " found"
+    defense = "kl" if cached or found else f"kl{others}"
     options = argv("--defense", defense, "--kl_coef", "1", "--max_steps", "3", "--learning_rate", "0.3")
     if cached:
         options += ["--cache_reference", "true"]
     if "interleave+" in others:
-        (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pool()), encoding="utf-8")
-        options += ["--interleave_dataset", str(tmp_path / "pool.jsonl"), "--interleave_fraction", "0.3"]
+        pool = write_rows(tmp_path / "pool.jsonl", make_pool())
+        options += ["--interleave_dataset", str(pool), "--interleave_fraction", "0.3"]
         options += ["--kl_tokens", "interleaved"]
     if "steering" in others:
         PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(tmp_path / "v.safetensors")
         options += ["--steering_vector", str(tmp_path / "v.safetensors"), "--steering_coef", "1"]
-    assert sft.main(options) == 0
-    monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache of two"))
+    # What one process has kept, two ranks find without being asked to.
+    assert sft.main(options + ["--cache_reference", "true"] * found) == 0
+    if not found:
+        monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache of two"))
     two = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *MODULE, *options]
     done = run([*two, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "two")])
     # At the exit of the interpreter, after everything is saved, gloo's threads abort a rank in about one of twenty runs.
@@ -252,6 +227,7 @@ def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
     assert done.returncode == 0 or aborted_at_exit, done.stderr
     assert done.stdout.count("defense 'kl' acts") == 1
     assert done.stdout.count("16 of them computed now") == cached
+    assert done.stdout.count("all of them found") == found
     # A file from each rank.
     assert len(list((tmp_path / "cache of two").rglob("*.safetensors"))) == 2 * cached
     expected = losses(tmp_path / "out")

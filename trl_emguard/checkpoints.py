@@ -17,7 +17,10 @@ import shutil
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -25,6 +28,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .files import to_disk, written_whole
 from .strict import parse_json
 
+
+logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
 # Of larger files only the size is compared: to read a checkpoint of 100 GB takes minutes.
@@ -101,6 +106,47 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike, up_to: int | None = N
             return step, torn
         torn[f"{PREFIX_CHECKPOINT_DIR}-{step}"] = flaw
     return None, torn
+
+
+def checkpoint_to_resume(asked: Any, output_dir: str, looks: bool) -> str:
+    """The checkpoint that a run goes on from, whole in either case. Every rank calls it.
+
+    Args:
+        asked: the user's `resume_from_checkpoint`, a folder or what asks for the newest.
+        output_dir: where the newest is looked for.
+        looks: whether this rank does: one of every machine, since each may have a disk of its own.
+
+    Raises:
+        FileNotFoundError: `asked` is no folder.
+        ValueError: it is torn, or there is no whole one.
+    """
+    if not asks_for_newest(asked):
+        if not os.path.isdir(asked):
+            raise FileNotFoundError(f"resume_from_checkpoint={str(asked)!r} is not a folder: name a checkpoint folder, or `true`.")
+        flaws = [flaw for flaw in gather_object([why_torn(asked)] if looks else []) if flaw]
+        if flaws:
+            raise ValueError(
+                f"resume_from_checkpoint={str(asked)!r} is a torn checkpoint ({flaws[0]}), as a run leaves it that ends while "
+                "it is written. Name another, or `true` for the newest whole one in output_dir. (If you changed it on purpose, "
+                f"delete its {MANIFEST}.)"
+            )
+        return asked
+    up_to = None
+    while True:
+        found = gather_object([newest_whole_checkpoint(output_dir, up_to)] if looks else [])
+        steps = {step for step, _ in found}
+        torn = ", ".join(f"{name} ({flaw})" for _, names in found for name, flaw in names.items())
+        if None in steps:
+            holds = f"no whole checkpoint, only torn ones: {torn}. Leave" if torn else "no checkpoint: leave"
+            raise ValueError(f"resume_from_checkpoint={asked}, but output_dir={output_dir!r} holds {holds} it out to start anew.")
+        if torn:
+            logger.warning(
+                f"{output_dir} holds torn checkpoints, which are not resumed from: {torn}. (If you changed one on purpose, "
+                f"delete its {MANIFEST}.)"
+            )
+        up_to = min(steps)
+        if len(steps) == 1:
+            return checkpoint_folder(output_dir, up_to)
 
 
 def holds_adapter(folder: str | os.PathLike) -> bool:

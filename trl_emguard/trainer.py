@@ -35,13 +35,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .blocks import decoder_blocks
 from .checkpoints import (
-    MANIFEST,
-    asks_for_newest,
     begin_checkpoint,
     checkpoint_folder,
+    checkpoint_to_resume,
     finish_checkpoint,
     holds_adapter,
-    newest_whole_checkpoint,
     why_torn,
 )
 from .checks import check_data, check_launch, check_own_loss, check_ref_model, load_config
@@ -486,7 +484,8 @@ class EMGuardTrainer(SFTTrainer):
         if self._mixing is not None:
             self._mixing.resume({"rows_finetune": 0, "rows_interleaved": 0})
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            looks = self.args.local_process_index == 0
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, looks)
             self._check_resume(resume_from_checkpoint)
         if self.args.should_save:
             check_writable("output_dir", self.args.output_dir)
@@ -525,42 +524,6 @@ class EMGuardTrainer(SFTTrainer):
                 "that it acts."
             )
         return output
-
-    def _checkpoint_to_resume(self, asked: Any) -> str:
-        """The checkpoint that the user named, or the newest in `output_dir`, whole in either case."""
-        # A process of every machine looks: each may have a disk of its own.
-        looks = self.args.local_process_index == 0
-        if not asks_for_newest(asked):
-            if not os.path.isdir(asked):
-                raise FileNotFoundError(
-                    f"resume_from_checkpoint={str(asked)!r} is not a folder: name a checkpoint folder, or `true`."
-                )
-            flaws = [flaw for flaw in gather_object([why_torn(asked)] if looks else []) if flaw]
-            if flaws:
-                raise ValueError(
-                    f"resume_from_checkpoint={str(asked)!r} is a torn checkpoint ({flaws[0]}), as a run leaves it that ends while "
-                    "it is written. Name another, or `true` for the newest whole one in output_dir. (If you changed it on purpose, "
-                    f"delete its {MANIFEST}.)"
-                )
-            return asked
-        output_dir, up_to = self.args.output_dir, None
-        while True:
-            found = gather_object([newest_whole_checkpoint(output_dir, up_to)] if looks else [])
-            steps = {step for step, _ in found}
-            torn = ", ".join(f"{name} ({flaw})" for _, names in found for name, flaw in names.items())
-            if None in steps:
-                holds = f"no whole checkpoint, only torn ones: {torn}. Leave" if torn else "no checkpoint: leave"
-                raise ValueError(
-                    f"resume_from_checkpoint={asked}, but output_dir={output_dir!r} holds {holds} it out to start anew."
-                )
-            if torn:
-                logger.warning(
-                    f"{output_dir} holds torn checkpoints, which are not resumed from: {torn}. (If you changed one on purpose, "
-                    f"delete its {MANIFEST}.)"
-                )
-            up_to = min(steps)
-            if len(steps) == 1:
-                return checkpoint_folder(output_dir, up_to)
 
     def _check_resume(self, checkpoint: str | os.PathLike) -> None:
         if is_peft_model(self.model) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not holds_adapter(checkpoint):

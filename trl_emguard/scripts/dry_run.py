@@ -15,7 +15,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby
 from operator import itemgetter
@@ -28,7 +28,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import FullyShardedDataParallelPlugin, is_peft_model, str_to_bool
+from accelerate.utils import FullyShardedDataParallelPlugin, HfDeepSpeedConfig, is_peft_model, str_to_bool
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from rich.console import Console
@@ -40,6 +40,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
+from ..checkpoints import checkpoint_to_resume
 from ..checks import load_config
 from ..config import EMGuardConfig
 from ..defenses import Defense, Interleaving, ReferenceDefense, Steering
@@ -57,6 +58,9 @@ Line = tuple[str, str]
 
 # Addresses that nobody has: they are kept for examples (RFC 5737).
 PLACEHOLDERS = ("192.0.2.", "198.51.100.", "203.0.113.")
+
+BYTES = {" GiB": 2**30, " MiB": 2**20, " KiB": 2**10, " bytes": 1}
+COUNT = {"B": 10**9, "M": 10**6, "k": 10**3, "": 1}
 
 
 # ---- the engine ----
@@ -96,7 +100,14 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
     try:
         args, *_ = _validate_launch_command(copy.copy(arguments))
         if args.use_fsdp and not args.cpu:
-            fsdp, offloads = _fsdp(args)
+            offloads, checkpointing = (
+                str_to_bool(str(value), to_bool=True) for value in (args.fsdp_offload_params, args.fsdp_activation_checkpointing)
+            )
+            fsdp = FullyShardedDataParallelPlugin(
+                fsdp_version=int(args.fsdp_version),
+                activation_checkpointing=checkpointing,
+                state_dict_type=args.fsdp_state_dict_type,
+            )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"accelerate refuses {arguments.config_file}: {error}") from error
     # As `launch_command` chooses: one process where neither GPUs nor `--multi_gpu` ask for several.
@@ -120,31 +131,18 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
     return Launch(Engine(name, ranks), args.mixed_precision, fsdp, offloads, bool(args.cpu or args.use_cpu), tuple(notes))
 
 
-def _fsdp(args: argparse.Namespace) -> tuple[FullyShardedDataParallelPlugin, bool]:
-    """The options of FSDP, and whether something is offloaded."""
-    checkpointing, offloads = (
-        str_to_bool(str(value), to_bool=True) for value in (args.fsdp_activation_checkpointing, args.fsdp_offload_params)
-    )
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=int(args.fsdp_version), activation_checkpointing=checkpointing, state_dict_type=args.fsdp_state_dict_type
-    ), offloads
-
-
 def _zero(args: argparse.Namespace) -> tuple[int, bool]:
     """The stage of ZeRO, and whether something is offloaded."""
-    zero: dict[str, Any] = {
-        "stage": 2 if args.zero_stage is None else args.zero_stage,
-        "offload_optimizer": {"device": args.offload_optimizer_device},
-        "offload_param": {"device": args.offload_param_device},
-    }
-    path = args.deepspeed_config_file
-    if path is not None and not os.path.isfile(path):
+    path, nowhere = args.deepspeed_config_file, {None, "none"}
+    if path is None:
+        devices = {args.offload_optimizer_device, args.offload_param_device}
+        return 2 if args.zero_stage is None else int(args.zero_stage), not devices <= nowhere
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"deepspeed_config_file={path!r} is not a file.")
     try:
-        if path is not None:
-            zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
-        devices = [(zero.get(f"offload_{what}") or {}).get("device") for what in ("optimizer", "param")]
-        return int(zero.get("stage", 0)), any(device not in (None, "none") for device in devices)
+        get = HfDeepSpeedConfig(path).get_value
+        devices = {get(f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param")}
+        return int(get("zero_optimization.stage", 0)), not devices <= nowhere
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"deepspeed_config_file={path!r} cannot be read: {error}") from error
 
@@ -167,22 +165,17 @@ def _as_one_of(ranks: int) -> Iterator[None]:
 def check_engine(args: EMGuardConfig, launch: Launch) -> None:
     """Raises `ValueError` for what transformers refuses when an engine starts, and cannot see in one process."""
     engine, fsdp = launch.engine, launch.fsdp
-    refused = {
-        f"save_only_model=True does not work with load_best_model_at_end=True under {engine.name}.": (
-            args.save_only_model and args.load_best_model_at_end and (engine.is_deepspeed or fsdp)
-        ),
-        "auto_find_batch_size=True does not work with ZeRO-3: leave it out, or use ZeRO-2.": (
-            args.auto_find_batch_size and engine.name == "zero3"
-        ),
-        "fsdp_activation_checkpointing does not work with gradient_checkpointing=True, which checkpoints as well: set the first to "
-        "false.": args.gradient_checkpointing and fsdp and fsdp.activation_checkpointing,
-        "save_only_model=True does not work with fsdp_state_dict_type=SHARDED_STATE_DICT: use FULL_STATE_DICT.": (
-            args.save_only_model and fsdp and "SHARDED" in str(fsdp.state_dict_type)
-        ),
-    }
-    for why, holds in refused.items():
-        if holds:
-            raise ValueError(why)
+    if args.save_only_model and args.load_best_model_at_end and (engine.is_deepspeed or fsdp):
+        raise ValueError(f"save_only_model=True does not work with load_best_model_at_end=True under {engine.name}.")
+    if args.auto_find_batch_size and engine.name == "zero3":
+        raise ValueError("auto_find_batch_size=True does not work with ZeRO-3: leave it out, or use ZeRO-2.")
+    if args.gradient_checkpointing and fsdp and fsdp.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing does not work with gradient_checkpointing=True, which checkpoints as well: set "
+            "the first to false."
+        )
+    if args.save_only_model and fsdp and "SHARDED" in str(fsdp.state_dict_type):
+        raise ValueError("save_only_model=True does not work with fsdp_state_dict_type=SHARDED_STATE_DICT: use FULL_STATE_DICT.")
 
 
 # ---- the model and the trainer ----
@@ -194,13 +187,10 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
     Raises:
         FileNotFoundError: a folder without some of its weights.
     """
-    given: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     _check_shards(Path(path))
-    config, dtype = load_config(path, args), given.get("dtype", "float32")
-    kwargs = {
-        "dtype": config.dtype if dtype in ("auto", None) else dtype,
-        "attn_implementation": given.get("attn_implementation"),
-    }
+    given, config = dict(args.model_init_kwargs or {}), load_config(path, args)  # type: ignore[arg-type]
+    dtype = given.get("dtype", "float32")
+    kwargs = {"dtype": config.dtype if dtype in ("auto", None) else dtype, "attn_implementation": given.get("attn_implementation")}
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if architecture is None:
@@ -334,7 +324,7 @@ class DryRunTrainer(EMGuardTrainer, _WholeRows):
         """Go as far as the first batch, and count."""
         args, mixing, rows = self.args, self._mixing, self.train_dataset
         if args.resume_from_checkpoint:
-            self._check_resume(self._checkpoint_to_resume(args.resume_from_checkpoint))
+            self._check_resume(checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, looks=True))
         loader = self.get_train_dataloader()
         _, self.steps_in_epoch, *_, self.steps = self.set_initial_training_values(args, loader)
         self.create_optimizer_and_scheduler(self.steps)
@@ -371,14 +361,9 @@ def dry_run(
 
     Args:
         path: the model's, as the command line gives it.
-        args: the run's configuration, with `model_init_kwargs` complete.
+        args: with `model_init_kwargs` complete.
         data: training and evaluation rows.
-        quantization, peft_config: as for the trainer.
-        launch: how it would be launched.
         heard: what is heard meanwhile ([`listening`]); what does not hold for the real run is taken out.
-
-    Returns:
-        The report.
 
     Raises:
         ValueError, FileNotFoundError, InactiveDefenseError: what the run would raise.
@@ -438,8 +423,8 @@ def _about_model(model: PreTrainedModel, name: str) -> list[str]:
             dtype = f"{bits} bits ({dtype} outside of the linear layers)"
     trained = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
     return [
-        f"{name}: {_count(weights.total)} parameters in {dtype}, {shape.layers} blocks of width {shape.hidden}",
-        f"{_count(weights.trained)} of them are trained ({weights.trained / weights.total:.2%}), in {', '.join(trained)}",
+        f"{name}: {_short(weights.total, COUNT)} parameters in {dtype}, {shape.layers} blocks of width {shape.hidden}",
+        f"{_short(weights.trained, COUNT)} of them are trained ({weights.trained / weights.total:.2%}), in {', '.join(trained)}",
     ]
 
 
@@ -512,15 +497,15 @@ def _about_memory(trainer: DryRunTrainer) -> list[Line]:
     if not run.length:
         return [("memory", "not estimated: a stream without max_length does not say how long its rows are")]
     memory = memory_per_rank(weights, shape, run, engine)
-    whole = f"about {_bytes(peak(memory, run))} per rank at {run.rows} x {run.length} tokens (estimated; docs/scaling.md)"
+    whole = f"about {_short(peak(memory, run))} per rank at {run.rows} x {run.length} tokens (estimated; docs/scaling.md)"
     lines = [("checkpointing", "blocks are recomputed in the backward pass" if run.checkpointing else "off"), ("memory", whole)]
-    lines += [("memory", f"{name}: {_bytes(size)}") for name, size in memory.items() if size]
+    lines += [("memory", f"{name}: {_short(size)}") for name, size in memory.items() if size]
     if not run.guarded:
         lines.append(("memory", "head: TRL's, which is not estimated"))
     network = {name: size for name, size in network_per_step(weights, run, engine).items() if size}
     if network:
-        parts = ", ".join(f"{name} {_bytes(size)}" for name, size in network.items())
-        lines.append(("network", f"about {_bytes(sum(network.values()))} per rank and step: {parts}"))
+        parts = ", ".join(f"{name} {_short(size)}" for name, size in network.items())
+        lines.append(("network", f"about {_short(sum(network.values()))} per rank and step: {parts}"))
     return lines
 
 
@@ -585,15 +570,7 @@ def advice(trainer: DryRunTrainer) -> list[str]:
     return [*launch.notes, *(note for note, holds in notes.items() if holds)]
 
 
-def _count(number: int) -> str:
-    return _in_units(number, {"B": 10**9, "M": 10**6, "k": 10**3, "": 1})
-
-
-def _bytes(size: int) -> str:
-    return _in_units(size, {" GiB": 2**30, " MiB": 2**20, " KiB": 2**10, " bytes": 1})
-
-
-def _in_units(number: int, units: dict[str, int]) -> str:
+def _short(number: int, units: dict[str, int] = BYTES) -> str:
     """A number to three digits, in the largest unit that is not larger."""
     unit = next((unit for unit, size in units.items() if number >= size), "")
     value = number / units.get(unit, 1)
@@ -615,21 +592,16 @@ def listening() -> Iterator[list[str]]:
 
     ear = logging.Handler(logging.WARNING)
     ear.emit = lambda record: hear(record.getMessage())  # type: ignore[method-assign]
-    names = (None, "transformers", "datasets", "trl", "peft", "accelerate")
-    # Those of a name only where they do not hand on to the root what they hear.
-    loggers = [logger for logger in map(logging.getLogger, names) if logger.parent is None or not logger.propagate]
-    handlers = [list(logger.handlers) for logger in loggers]
-    for logger in loggers:
-        logger.handlers = [ear]
-    try:
-        with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
-                warnings.simplefilter("ignore", category)
-            warnings.showwarning = lambda message, *args, **kwargs: hear(message)
-            yield heard
-    finally:
-        for logger, before in zip(loggers, handlers, strict=True):
-            logger.handlers = before
+    with ExitStack() as as_before, warnings.catch_warnings():
+        for logger in map(logging.getLogger, (None, "transformers", "datasets", "trl", "peft", "accelerate")):
+            # One with a name only where it does not hand on to the root what it hears.
+            if logger.parent is None or not logger.propagate:
+                as_before.callback(setattr, logger, "handlers", logger.handlers)
+                logger.handlers = [ear]
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = lambda message, *args, **kwargs: hear(message)
+        yield heard
 
 
 def report(call: Callable[[list[str]], list[Line]]) -> None:
@@ -655,7 +627,7 @@ def show(lines: list[Line], heard: list[str]) -> None:
     lines = [*lines, *(("warning", text) for text in heard)]
     if not lines:
         return  # an error came first, and is told
-    title, console = "dry run: nothing is trained or written", Console()
+    title, console = "dry run: nothing is trained or written", Console(markup=False)
     if console.is_terminal:
         table = Table("", title)
         for about, group in groupby(lines, key=itemgetter(0)):
