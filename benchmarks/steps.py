@@ -275,8 +275,7 @@ def make_trainer(
         options |= {"interleave_fraction": 1 / (point.batch + 1), "max_length": point.length}
     torch.manual_seed(0)  # the adapters of all variants begin alike
     if name in DEFENDED:
-        # Else "kl" would read what "kl cached" has kept.
-        trainer_class, args = EMGuardTrainer, EMGuardConfig(**options, **{"cache_reference": False, **DEFENDED[name]})
+        trainer_class, args = EMGuardTrainer, EMGuardConfig(**options, **DEFENDED[name])
     else:
         trainer_class, args = BASELINES[name], SFTConfig(**options)
     trainer = trainer_class(

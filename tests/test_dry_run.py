@@ -102,7 +102,7 @@ def test_the_run_is_as_it_was_said(report, argv, capsys, more):
     record = json.loads(Path("out/defense.json").read_text())
     for name, evidence in record["evidence"].items():
         if name.startswith("interleave"):
-            planned = numbers(next(line for line in said["defense"] if "rows of the pool" in line))[0]
+            planned = numbers(next(line for line in said["defense"] if "of the pool's" in line))[0]
             assert evidence["rows_interleaved"] == planned
         elif name in ("kl", "ldifs"):
             assert evidence["positions"] == state["epoch"] * labels
@@ -154,7 +154,7 @@ def test_a_stream_is_not_counted(argv, inputs, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "data: streamed" in out
     assert "ranks 1 (one process) = 4 rows a step; 4 steps\n" in out
-    assert "3 of 24 rows of the pool are mixed into 13 training rows" in out
+    assert "3 of the pool's 24 rows are mixed into 13 training rows" in out
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,24 @@ def test_what_an_engine_refuses_is_found(argv, capsys):
     ]
     assert sft.main(argv("--dry_run", *options, "--dataset_test_split", "train", "--accelerate_config", "fsdp2")) == 1
     assert "save_only_model=True" in capsys.readouterr().err
+
+
+def test_a_cache_is_told_with_what_it_takes(report, argv, tmp_path, monkeypatch, capsys):
+    """Of 16 rows, and a place that cannot be."""
+    monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache"))
+    said = report("--defense", "kl", "--cache_reference", "true")
+    assert "reference: base model, adapters off, cached; dropout is off." in said["defense"]
+    labels = numbers(said["data"][0])[2]
+    kept = next(line for line in said["disk"] if "reference cache" in line)
+    assert f"about {labels * 32 * 4 / 2**10:.3g} KiB in {tmp_path / 'cache' / 'reference'}" in kept
+    assert "disk" not in report("--defense", "kl")
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "file"))
+    for dry in (["--dry_run"], []):
+        assert sft.main(argv("--defense", "kl", "--cache_reference", "true", *dry)) == 1
+        errors = capsys.readouterr().err.splitlines()
+        assert any("error: TRL_EMGUARD_CACHE/reference=" in line and "cannot be written to" in line for line in errors)
 
 
 def test_a_pool_is_planned_for_all_ranks(report):

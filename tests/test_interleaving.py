@@ -427,7 +427,7 @@ def test_fraction_zero_is_sft(tmp_path):
 
 def test_a_run_says_what_it_mixes(tmp_path, capsys):
     trainer_for(tmp_path).train()
-    assert "2 of 12 rows of the pool are mixed into 8 training rows an epoch (20.00% of the mix)" in capsys.readouterr().out
+    assert "2 of the pool's 12 rows are mixed into 8 training rows an epoch (20.00% of the mix)" in capsys.readouterr().out
     record = read_defense_file(tmp_path) or trainer_for(tmp_path)._record()
     assert record["defenses"]["interleave+"]["interleave_dataset"].startswith("12 rows (")
     json.dumps(record)

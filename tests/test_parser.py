@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from trl_emguard import EMGuardConfig
 from trl_emguard.scripts import sft
 from trl_emguard.scripts.recipes import find_recipe, recipes_dir
 from trl_emguard.scripts.sft import make_parser
@@ -79,6 +80,16 @@ def test_command_line_options(parse):
         "lora_r": 3,
     }
     assert {key: options[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [([], None), (["--cache_reference"], True), (["--cache_reference", "true"], True), (["--cache_reference", "false"], False)],
+)
+def test_cache_reference_left_out_is_neither(parse, argv, value):
+    """What a sweep has kept is used by its other runs, on the command line alone: in Python it is switched off by default."""
+    assert parse("--defense", "kl", *argv)["cache_reference"] is value
+    assert EMGuardConfig("unused", use_cpu=True, bf16=False).cache_reference is False
 
 
 def test_yaml_counts(parse, yaml_file):

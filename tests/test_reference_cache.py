@@ -2,8 +2,12 @@
 
 import json
 import logging
+import random
 from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -41,15 +45,24 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many rows each pass of a reference was given."""
+    """How many rows each pass of a reference was given, but for those that what is kept is compared to."""
     counts = []
-    run = ReferenceGuard.__call__
+    run, check = ReferenceGuard.__call__, module.ReferenceCache._check_live
 
     def counted(self, model, inputs):
         counts.append(len(inputs["input_ids"]))
         return run(self, model, inputs)
 
+    def not_counted(self, collate, rows):
+        before = len(counts)
+        try:
+            check(self, collate, rows)
+        finally:
+            assert len(counts) == before + bool(rows)
+            del counts[before:]
+
     monkeypatch.setattr(ReferenceGuard, "__call__", counted)
+    monkeypatch.setattr(module.ReferenceCache, "_check_live", not_counted)
     return counts
 
 
@@ -116,14 +129,15 @@ def test_another_batch_gives_the_same_gradient(tmp_path, options):
     assert relative_error(cached[0], live[0]) < 1e-5
 
 
-def test_epochs_of_mixed_rows(tmp_path, passes):
+@pytest.mark.parametrize(("epochs", "begun"), [(4, 4), (1.01, 2)])
+def test_epochs_of_mixed_rows(tmp_path, passes, epochs, begun):
     """Other rows of the pool in every epoch, up to its end and round again: all of them are in the cache, and nothing runs."""
     options = {
         "defense": "interleave++,kl",
         "interleave_fraction": 0.2,
         "interleave_redraw": True,
         "max_steps": -1,
-        "num_train_epochs": 4,
+        "num_train_epochs": epochs,
         "gradient_accumulation_steps": 2,
     }
     runs = []
@@ -134,7 +148,7 @@ def test_epochs_of_mixed_rows(tmp_path, passes):
         trainer.train()
         runs.append(trainer)
     live, cached = runs
-    assert sum(passes) == ROWS + 4 * cached._mixing.plan.rows
+    assert sum(passes) == ROWS + begun * cached._mixing.plan.rows
     for key in ("loss", "kl", "interleaved_fraction"):
         assert logged(cached, key) == pytest.approx(logged(live, key), rel=1e-4, abs=1e-6)
     assert logged(cached, "kl")[0] == pytest.approx(0, abs=1e-6)
@@ -245,6 +259,8 @@ def changed_model(name):
             model.model.layers[3].mlp.down_proj.weight[5, 7] += 1e-3
     if name == "config":
         model.config.rms_norm_eps = 1e-3
+    if name == "hook":
+        model.model.layers[0].register_forward_hook(lambda block, args, output: output * 1.01)
     return model
 
 
@@ -334,7 +350,7 @@ def test_a_damaged_file_is_computed_again(tmp_path, cache, passes, monkeypatch, 
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH)
         trainer.train()
-    assert f"{names[1]} was damaged and is deleted" in caplog.text
+    assert f"{names[1]} was damaged and is deleted: its rows are computed again." in caplog.text
     assert sum(passes) == 4
     assert cache.files == names
     assert logged(trainer, "kl")[0] < 1e-5
@@ -345,7 +361,7 @@ def test_a_damaged_file_is_computed_again(tmp_path, cache, passes, monkeypatch, 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "ref_model"])
 def test_what_is_there_is_used_unasked(tmp_path, cache, passes, capsys, kind):
-    """A sweep: one run keeps the states, and the others need not name the option."""
+    """A sweep: one run keeps the states, and the others need not ask."""
     make_trainer(tmp_path, **policy(kind), cache_reference=True, **BOTH).train()
     before = cache.files
     for coef in (0.3, 3.0):
@@ -354,7 +370,7 @@ def test_what_is_there_is_used_unasked(tmp_path, cache, passes, capsys, kind):
         assert found[1]["kl"] == pytest.approx(live[1]["kl"], rel=1e-5)
         assert relative_error(found[0], live[0]) < 1e-5
     passes.clear()
-    trainer = make_trainer(tmp_path, **policy(kind), **{**BOTH, "kl_direction": "forward"})
+    trainer = make_trainer(tmp_path, **policy(kind), cache_reference=None, **{**BOTH, "kl_direction": "forward"})
     trainer.train()
     trainer.save_model()
     assert not passes
@@ -362,35 +378,120 @@ def test_what_is_there_is_used_unasked(tmp_path, cache, passes, capsys, kind):
     assert cache.files == before
 
 
+# What keeps a run from using what one of `make_rows` and both defenses has kept, the run's options, and what it says.
 SINCE = {
-    "damaged": {},
-    "one weight": {},
-    "one row more": {"rows": make_rows(17)},
-    "other states": {"defense": "kl"},
-    "switched off": {"cache_reference": False},
+    "damaged": ({}, "is damaged; cache_reference=True computes its rows again"),
+    "one row more": ({"rows": make_rows(17)}, "row 16 is not in"),
+    "hook": ({}, "are not those of this run's reference"),
+    "one weight": ({}, ""),
+    "other states": ({"defense": "kl"}, ""),
+    "switched off": ({"cache_reference": False}, ""),
 }
 
 
-@pytest.mark.parametrize(("name", "options"), SINCE.items(), ids=SINCE)
-def test_unasked_nothing_is_computed(tmp_path, cache, passes, capsys, name, options):
+@pytest.mark.parametrize(("name", "options", "said"), [(name, *rest) for name, rest in SINCE.items()], ids=SINCE)
+def test_unasked_nothing_is_computed(tmp_path, cache, passes, capsys, name, options, said):
     make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
     if name == "damaged":
-        cache.files[0].write_bytes(b"")
-    before = [] if name == "damaged" else cache.files
+        content = bytearray(cache.files[0].read_bytes())
+        content[len(content) // 2] ^= 4
+        cache.files[0].write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in cache.files}
     passes.clear()
     capsys.readouterr()
-    trainer = make_trainer(tmp_path, changed_model(name), peft=lora(), **{**BOTH, "max_steps": 2, **options})
+    options = {**BOTH, "max_steps": 2, "cache_reference": None, **options}
+    trainer = make_trainer(tmp_path, changed_model(name), peft=lora(), **options)
     trainer.train()
     assert passes == [4, 4]  # in the steps
-    assert cache.files == before
+    assert {path: path.stat().st_mtime_ns for path in cache.files} == before
     assert len(cache.folders) == 1
     assert trainer._record()["reference"]["kind"] == "base model, adapters off"
-    assert "reference cache" not in capsys.readouterr().out
+    lines = [line for line in capsys.readouterr().out.splitlines() if "reference cache" in line]
+    assert len(lines) == bool(said)
+    assert all("not used, the reference runs" in line and said in line for line in lines)
 
 
-def test_unasked_a_run_that_finds_nothing_leaves_no_trace(tmp_path, cache):
-    make_trainer(tmp_path, peft=lora(), max_steps=1, **BOTH).train()
+@pytest.mark.parametrize("cached", [None, False])
+def test_unasked_a_run_that_finds_nothing_leaves_no_trace(tmp_path, cached):
+    make_trainer(tmp_path, peft=lora(), max_steps=1, cache_reference=cached, **BOTH).train()
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_no_key_can_say_is_found_out(tmp_path, cache):
+    """A hook changes the reference's states and neither a weight nor a config."""
+    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    with pytest.raises(ValueError, match=r"are not those of this run's reference: of 4 rows they differ by .* delete that folder"):
+        make_trainer(tmp_path, changed_model("hook"), peft=lora(), cache_reference=True, **BOTH).train()
+    assert len(cache.folders) == 1
+
+
+def spoil(name, cache, monkeypatch):
+    """Make a cache folder something that it should not be."""
+    reference, folder = cache.folders[0].parent, cache.folders[0]
+
+    def denied():
+        raise PermissionError(13, "Permission denied")
+
+    if name == "a file":
+        reference.rename(reference.with_name("elsewhere"))
+        reference.write_text("")
+    elif name == "below a file":
+        monkeypatch.setenv("TRL_EMGUARD_CACHE", str(cache.files[0] / "cache"))
+    elif name == "no home":
+        monkeypatch.setattr(module, "cache_dir", lambda: Path("~nobody-of-this-name").expanduser())
+    elif name == "locked":
+        monkeypatch.setattr(module, "reference_cache_dir", lambda: SimpleNamespace(is_dir=denied))
+    elif name == "a folder in it":
+        (folder / "x-1.safetensors").mkdir()
+    elif name == "a link to nothing":
+        (folder / "x-1.safetensors").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("name", ["a file", "below a file", "no home", "locked", "a folder in it", "a link to nothing"])
+def test_unasked_no_disk_stops_a_run(tmp_path, cache, passes, monkeypatch, name):
+    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    passes.clear()
+    spoil(name, cache, monkeypatch)
+    make_trainer(tmp_path, peft=lora(), cache_reference=None, max_steps=2, save_strategy="no", **BOTH).train()
+    assert passes == ([] if "in it" in name or "link" in name else [4, 4])
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "ref_model"])
+def test_unasked_a_row_that_is_not_there_brings_the_reference_back(tmp_path, passes, caplog, kind):
+    make_trainer(tmp_path, **policy(kind), cache_reference=True, **BOTH).train()
+    passes.clear()
+    trainer = make_trainer(tmp_path, **policy(kind), cache_reference=None, max_steps=3, **BOTH)
+    collate, batches = trainer.data_collator.torch_call, []
+
+    def later(examples):
+        batch = collate(examples)
+        batches.append(len(examples))
+        if len(batches) > ROWS + 3:  # those of the search, of the comparison, and of two steps
+            batch["input_ids"][:, 0] = 9
+        return batch
+
+    trainer.data_collator.torch_call = later
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert passes == [4]
+    assert caplog.text.count("from here on the reference runs") == 1
+    assert not trainer._reference_kind().endswith("cached")
+
+
+def test_a_search_draws_no_random_numbers(tmp_path):
+    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    trainer = make_trainer(tmp_path, peft=lora(), rows=make_rows(17), cache_reference=None, **BOTH)
+    collate = trainer.data_collator.torch_call
+
+    def drawing(examples):
+        torch.rand(1), np.random.rand(), random.random()
+        return collate(examples)
+
+    trainer.data_collator.torch_call = drawing
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert trainer._open_cache(trainer._reference) is None
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
 
 
 def test_a_cache_that_is_gone_before_a_second_training(tmp_path, cache, passes):
@@ -404,6 +505,25 @@ def test_a_cache_that_is_gone_before_a_second_training(tmp_path, cache, passes):
         path.unlink()
     trainer.train()
     assert passes == [4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["one bit", "two rows trade places", "two signs", "a buffer"])
+def test_the_digest_sees(dtype, change):
+    model = torch.nn.Linear(9, 7, dtype=dtype)
+    model.register_buffer("scale", torch.ones((), dtype=dtype), persistent=False)
+    before = module._weights_digest(model, set())
+    assert module._weights_digest(model, set()) == before
+    weight = model.weight.data
+    if change == "one bit":
+        weight.view(torch.uint8)[6, -1] ^= 1
+    if change == "two rows trade places":
+        weight[[1, 2]] = weight[[2, 1]]
+    if change == "two signs":
+        weight[3, [2, 6]] *= -1
+    if change == "a buffer":
+        model.scale += 1
+    assert module._weights_digest(model, set()) != before
 
 
 # ---- what cannot be ----
@@ -446,6 +566,11 @@ class Collator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples):
         batch = super().torch_call(examples)
+        if self.fault == "pads":
+            lengths = batch["attention_mask"].sum(1).tolist()
+            for tensor in batch.values():
+                for row, length in zip(tensor, lengths, strict=True):
+                    row.copy_(row.roll(len(row) - length))
         if self.fault == "left":
             return {name: tensor.flip(1) for name, tensor in batch.items()}
         if self.fault == "random":
@@ -481,9 +606,9 @@ def test_collators_that_it_does_not_work_with(tmp_path, fault, words):
         trainer.train()
 
 
-@pytest.mark.parametrize("how", ["left", "random", "more", "packing", "mixed and packed", "stream"])
+@pytest.mark.parametrize("how", ["pads", "left", "random", "more", "packing", "mixed and packed", "stream"])
 def test_unasked_it_stops_no_run_that_it_does_not_work_with(tmp_path, passes, how):
-    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    make_trainer(tmp_path, make_model(attn_implementation="eager"), peft=lora(), cache_reference=True, **BOTH).train()
     passes.clear()
     collator = Collator(pad_token_id=1)
     collator.fault = how
@@ -492,8 +617,8 @@ def test_unasked_it_stops_no_run_that_it_does_not_work_with(tmp_path, passes, ho
         options |= {"defense": "interleave,kl,ldifs", "interleave_fraction": 0.2}
     trainer = EMGuardTrainer(
         make_model(attn_implementation="eager"),
-        config(tmp_path, max_steps=2, **{**BOTH, **options}),
-        data_collator=collator if how in ("left", "random", "more") else None,
+        config(tmp_path, max_steps=2, **{**BOTH, "cache_reference": None, **options}),
+        data_collator=collator if how in ("pads", "left", "random", "more") else None,
         train_dataset=make_rows().to_iterable_dataset() if how == "stream" else make_rows(),
         processing_class=make_tokenizer(),
         peft_config=lora(),
@@ -510,7 +635,7 @@ def test_unasked_it_stops_no_run_that_it_does_not_work_with(tmp_path, passes, ho
         ({"padding_free": True}, "does not work with padding_free=True"),
         ({"defense": "none"}, "compares nothing to a reference"),
         ({"defense": "inoculation"}, "compares nothing to a reference"),
-        ({"cache_reference": "yes"}, "cache_reference='yes' must be true or false"),
+        ({"cache_reference": "yes"}, "cache_reference='yes' must be true, false or None"),
     ],
 )
 def test_options_that_it_does_not_work_with(tmp_path, options, words):
@@ -562,5 +687,5 @@ def test_the_run_says_that_its_reference_is_cached(tmp_path, capsys):
     trainer.train()
     trainer.save_model()
     out = capsys.readouterr().out
-    assert out.index("reference: base model, adapters off; dropout is off.") < out.index("reference cache: 16 rows")
+    assert out.index("reference: base model, adapters off, cached; dropout is off.") < out.index("reference cache: 16 rows")
     assert read_defense_file(tmp_path)["reference"]["kind"] == "base model, adapters off, cached"

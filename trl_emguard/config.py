@@ -27,11 +27,11 @@ class EMGuardConfig(SFTConfig):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used where a separate reference
             model is loaded from the policy's path (full fine-tuning without `ref_model`). By default the reference is a
             copy of the policy as it was given, in the policy's dtype.
-        cache_reference (`bool`, *optional*):
+        cache_reference (`bool` or `None`, *optional*, defaults to `False`):
             Whether the reference's states of every training row are computed once, before training, and kept on disk (in
             `$TRL_EMGUARD_CACHE/reference`, by default below `~/.cache/trl_emguard`), so that a step runs no reference pass. It
-            pays over several epochs or runs. Left out, nothing is computed, and what an earlier run has kept is used if it
-            holds every row of this one. `False`: the reference runs in every step.
+            pays over several epochs or runs. `None`, the default of `trl-emguard sft`: nothing is kept, and what an earlier run
+            has kept is used if it holds every row of this one.
 
         resume_from_checkpoint (`str`, *optional*):
             A checkpoint folder to go on from, or `"true"` for the newest whole one in `output_dir`.
@@ -115,11 +115,11 @@ class EMGuardConfig(SFTConfig):
         },
     )
     cache_reference: bool | None = field(
-        default=None,
+        default=False,
         metadata={
             "help": "Whether the reference's states of every training row are computed once, before training, and kept on disk, so "
-            "that a step runs no reference pass. It pays over several epochs or runs. Left out, nothing is computed, and what an "
-            "earlier run has kept is used if it holds every row of this one."
+            "that a step runs no reference pass. It pays over several epochs or runs. None: nothing is kept, and what an earlier "
+            "run has kept is used if it holds every row of this one."
         },
     )
     kl_coef: float = field(
@@ -270,7 +270,7 @@ class EMGuardConfig(SFTConfig):
 
     def _check_cache(self, compared: list[str]) -> None:
         if self.cache_reference is not None and not isinstance(self.cache_reference, bool):
-            raise ValueError(f"cache_reference={self.cache_reference!r} must be true or false, or left out.")
+            raise ValueError(f"cache_reference={self.cache_reference!r} must be true, false or None.")
         if not self.cache_reference:
             return
         if not compared:

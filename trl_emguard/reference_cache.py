@@ -2,7 +2,8 @@
 
 A folder holds the states of one reference, and its name follows from all that the states depend on but the rows
 ([`describe_states`]). A row is found by its content, its tokens and the positions that a term looks at, wherever it comes from:
-another epoch, another order, another rank, a pool, a resumed run, another data set that shares rows with the first.
+another epoch, another order, another rank, a pool, a resumed run, another data set that shares rows with the first. Before rows
+that an earlier run has kept are used, some of them are compared to what the reference says now.
 
 The files are written whole and never changed. A file's name ends in the checksum of its bytes.
 """
@@ -10,11 +11,13 @@ The files are written whole and never changed. A file's name ends in the checksu
 import functools
 import hashlib
 import json
+import random
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,8 @@ LAST = "last"
 
 Rows = Sequence[dict[str, Any]]
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+# From places of rows to a batch, and `(B, T - 1)`, its positions that some term looks at.
+Collate = Callable[[Sequence[int]], tuple[dict[str, Any], torch.Tensor]]
 
 # What a row's states may depend on, and what they do not depend on.
 _INPUTS = {"input_ids", "attention_mask", "labels", INTERLEAVED, "use_cache", "output_router_logits"}
@@ -108,18 +113,19 @@ class ReferenceCache:
         self._names = [LAST] * any(term.divergence is not None for term in terms) + [str(layer) for layer in self._layers]
         with reference.swapped_in() if isinstance(reference, AdapterReference) else nullcontext():
             self._head = output_head(self._model)
-        # key → the file's tensors, and from where to where in them.
-        self._rows: dict[bytes, tuple[dict[str, torch.Tensor], int, int]] = {}
+        self._files: dict[Path, dict[str, torch.Tensor]] = {}
+        # key → in which file, and from where to where in its tensors.
+        self._rows: dict[bytes, tuple[Path, int, int]] = {}
 
     @functools.cached_property
-    def _about(self) -> str:
+    def _about(self) -> dict[str, Any]:
         device, autocast = self._accelerator.device.type, str(self._accelerator.mixed_precision)
         return describe_states(self._reference, self._model, self._names, device, autocast)
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
-        """Where the states are kept."""
-        return reference_cache_dir() / hashlib.sha256(self._about.encode()).hexdigest()[:32]
+        """Where the states are kept. The name follows from all that they depend on but the rows."""
+        return reference_cache_dir() / hashlib.sha256(_as_json(self._about).encode()).hexdigest()[:32]
 
     # ---- in a step ----
 
@@ -139,33 +145,36 @@ class ReferenceCache:
         """
         kept = kept_positions(inputs, terms)
         needed = functools.reduce(torch.logical_or, [term.scope for term in terms])
-        found = []
-        for line, key in enumerate(row_keys(inputs, needed)):
-            if key is None:
-                continue
-            if key not in self._rows:
+        keys = row_keys(inputs, needed)
+        for line, key in enumerate(keys):
+            if key is not None and key not in self._rows:
                 ids = inputs["input_ids"][line][inputs["attention_mask"][line].bool()].tolist()
                 raise ValueError(
                     f"a training row of {len(ids)} tokens (they begin {ids[:8]}) is not in the reference cache, which held every "
                     "row before training: rows or labels have changed since, or the data collator makes other ones at each call. "
                     "Set cache_reference=False, or change the data before the trainer gets it."
                 )
-            found.append(self._rows[key])
         where = needed[kept].cpu()
-        any_file = next(iter(self._rows.values()))[0]
-        states = {}
-        for name in self._names:
-            stored = torch.cat([file[name][start:end] for file, start, end in found] or [any_file[name][:0]])
-            states[name] = stored
+        states = self._stored(keys)
+        for name, stored in states.items():
             if len(stored) < len(where):
                 states[name] = stored.new_zeros(len(where), stored.shape[1])
                 states[name][where] = stored
         last = states.pop(LAST, torch.empty(len(where), 0))
         return States(last, {int(name): block for name, block in states.items()}, self._head)
 
+    def _stored(self, keys: Sequence[bytes | None]) -> dict[str, torch.Tensor]:
+        """The kept states of rows, one behind the other."""
+        found = [self._rows[key] for key in keys if key is not None]
+        none = next(iter(self._files.values()))
+        return {
+            name: torch.cat([none[name][:0], *(self._files[path][name][start:end] for path, start, end in found)])
+            for name in self._names
+        }
+
     def distance_of_rounding(self, term: ReferenceDefense, relative: float) -> float:
         """What a term over block outputs says, per token, of cached states and the same ones moved by a share of their length."""
-        file = next(iter(self._rows.values()))[0]
+        file = next(iter(self._files.values()))
         layers = term.layers(self._model.config.get_text_config().num_hidden_layers)
         states = [file[str(layer)][:256].float() for layer in layers]
         signs = [1 - 2 * (torch.arange(x.shape[1]) % 2) for x in states]
@@ -188,16 +197,31 @@ class ReferenceCache:
             What was done, in one line.
 
         Raises:
-            ValueError: the states do not fit on the disk, or are no function of a row alone: a batch without attention mask, with
-                pads on the left or with inputs beyond the mask, or positions that depend on the longest row of a batch.
+            ValueError: the states do not fit on the disk, those that are there are not the reference's, or they are no function of
+                a row alone: a batch without attention mask, with pads on the left or with inputs beyond the mask, or positions
+                that depend on the longest row of a batch.
         """
         collate = functools.partial(self._collate, rows, pool, collator)
-        wanted = self._distinct(collate, len(rows) + len(pool))
+        # Longest first: rows of like lengths pad little, and memory that does not suffice runs out at once.
+        wanted = _longest_first({row.key: row for row in self._each(collate, len(rows) + len(pool))})
+        if not wanted:
+            raise ValueError("cache_reference=True, but no training row has a token that a defense looks at: see to its labels.")
+        _check_length(self._model, wanted[0].length)
         with written_whole(self.folder / "about.json") as scratch:
-            scratch.write_text(self._about, encoding="utf-8")
+            scratch.write_text(_as_json({"model": self._model.config._name_or_path, **self._about}), encoding="utf-8")
 
-        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
-        self._read_checked()
+        if self._accelerator.is_local_main_process:
+            for path in self._damaged(self.folder.glob("*.safetensors")):
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise OSError(
+                        f"{path} is damaged and cannot be deleted ({error.strerror}): delete it, or name another folder in the "
+                        "environment variable TRL_EMGUARD_CACHE."
+                    ) from error
+                logger.warning(f"{path} was damaged and is deleted: its rows are computed again.", main_process_only=False)
+        self._accelerator.wait_for_everyone()
+        self._read()
         missing = [row for row in wanted if row.key not in self._rows]
         need, free = self._bytes(missing), shutil.disk_usage(self.folder).free
         if need > free:
@@ -206,27 +230,33 @@ class ReferenceCache:
                 "some, name a folder on a larger disk in the environment variable TRL_EMGUARD_CACHE, or leave `cache_reference` "
                 "out."
             )
+        self._check_live(collate, [row for row in wanted if row.key in self._rows][:batch_size])
         # Every rank has counted by now, and none has written.
         self._accelerator.wait_for_everyone()
 
         # Split row by row, and not by what is missing: ranks need not see the same files, nor be as many as in a build that was
         # cut short.
+        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
         mine = [row for row in wanted[rank::ranks] if row.key not in self._rows]
-        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
         waiting: list[CachedRow] = []
         states: list[dict[str, torch.Tensor]] = []
-        for batch in tqdm(batches, desc="Reference cache", disable=quiet or rank > 0 or not batches):
+        bar = tqdm(total=len(mine), desc="Reference cache", unit="row", disable=quiet or rank > 0 or not mine)
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
             inputs, needed = collate([row.index for row in batch])
             # What a collator draws at random is found here, before its states are written under another row's name.
             if row_keys(inputs, needed) != [row.key for row in batch]:
                 raise ValueError(
-                    "cache_reference=True, and the data collator makes other rows at each call: leave `cache_reference` out."
+                    "cache_reference=True, and the data collator makes other rows at each call: set cache_reference=False."
                 )
             states.append(self._run(inputs, needed))
             waiting += batch
-            if self._bytes(waiting) >= FILE_BYTES or batch is batches[-1]:
+            if self._bytes(waiting) >= FILE_BYTES or start + batch_size >= len(mine):
                 self._write(waiting, states)
                 waiting, states = [], []
+            bar.update(len(batch))
+        bar.close()
+
         self._accelerator.wait_for_everyone()
         self._read()
         if any(row.key not in self._rows for row in wanted):
@@ -234,35 +264,59 @@ class ReferenceCache:
                 f"{self.folder} does not hold what the other ranks have written: every rank must see the same folder. Name one "
                 "that all machines share in the environment variable TRL_EMGUARD_CACHE, or leave `cache_reference` out."
             )
-        self._free_backbone()
+        if isinstance(self._reference, ModelReference) and self._reference.move_backbone("cpu"):
+            # Nothing runs it any more. Its head stays by the policy's, a tied one as a copy.
+            weight, bias = self._head
+            device = self._accelerator.device
+            self._head = weight.to(device), None if bias is None else bias.to(device)
         return self._summary(wanted, f"{len(missing)} of them computed now" if missing else "all of them found")
 
-    def find(self, rows: Rows, pool: Rows, collator: Collator) -> str | None:
-        """Use what is there, if it holds every row that can come in training, on every rank. Nothing is computed.
+    def find(self, rows: Rows, pool: Rows, collator: Collator, batch_size: int) -> tuple[bool, str]:
+        """Look whether what is there serves a run that did not ask for it: it holds every row, on every rank, and says what the
+        reference says. Nothing is kept, deleted or raised.
 
         Args:
             rows: the training rows.
             pool: rows that can be mixed in.
             collator: makes a batch of rows.
+            batch_size: rows that are compared to the reference.
 
         Returns:
-            What was found, in one line, or `None`.
+            Whether it can be used, and what is to be said of it; nothing where there is none.
         """
         wanted: list[CachedRow] = []
-        try:
-            # Where no run ever kept anything, this spares the hash over all weights that the folder is named by.
-            if reference_cache_dir().is_dir() and self.folder.is_dir():
-                wanted = self._distinct(functools.partial(self._collate, rows, pool, collator), len(rows) + len(pool))
-        except ValueError:
-            pass  # What a cache does not work with is no fault of a run that did not ask for one.
+        why = ""
+        with _same_random_numbers():
+            try:
+                # Where no run ever kept anything, this spares the hash over all weights that the folder is named by.
+                if reference_cache_dir().is_dir() and self.folder.is_dir():
+                    wanted = self._found(functools.partial(self._collate, rows, pool, collator), len(rows) + len(pool), batch_size)
+            # Whatever lies on a disk, or a cache does not work with, is no fault of a run that did not ask for one.
+            except Exception as error:
+                why = str(error) or repr(error)
         # Ranks may have disks of their own, and go the same way all the same.
-        if not all(gather_object([bool(wanted)])):
-            return None
-        self._read_checked()
-        if not all(gather_object([all(row.key in self._rows for row in wanted)])):
-            return None
-        self._free_backbone()
-        return self._summary(wanted, "all of them found") + " `cache_reference=False` runs the reference instead."
+        if all(gather_object([bool(wanted)])):
+            return True, self._summary(wanted, "all of them found") + " `cache_reference=False` runs the reference instead."
+        if wanted:
+            why = "it does not serve every process"
+        return False, f"reference cache: not used, the reference runs ({why})." if why else ""
+
+    def _found(self, collate: Collate, count: int, batch_size: int) -> list[CachedRow]:
+        """Every distinct row that some term looks at. Raises `ValueError` if they are not all there, or not as the reference."""
+        self._read()
+        found = {}
+        for row in self._each(collate, count):
+            if row.key not in self._rows:
+                raise ValueError(f"row {row.index} is not in {self.folder}; cache_reference=True computes what is missing")
+            found[row.key] = row
+        wanted = _longest_first(found)
+        if wanted:
+            _check_length(self._model, wanted[0].length)
+            files = {self._rows[row.key][0] for row in wanted} if self._accelerator.is_local_main_process else set()
+            if damaged := self._damaged(files):
+                raise ValueError(f"{damaged[0]} is damaged; cache_reference=True computes its rows again")
+            self._check_live(collate, wanted[:batch_size])
+        return wanted
 
     def _collate(self, rows: Rows, pool: Rows, collator: Collator, indices: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
         """A batch, by places in the rows and then the pool, and `(B, T - 1)`, its positions that some term looks at."""
@@ -272,20 +326,34 @@ class ReferenceCache:
         scopes = [positions_in_scope(batch, term.tokens) for term in self._terms]
         return batch, functools.reduce(torch.logical_or, scopes)
 
-    def _distinct(self, collate: Callable[[Sequence[int]], tuple[dict[str, Any], torch.Tensor]], count: int) -> list[CachedRow]:
-        """Each distinct row that some term looks at, longest first: rows of like lengths pad little, and memory that does not
-        suffice runs out at once."""
-        distinct: dict[bytes, CachedRow] = {}
+    def _each(self, collate: Collate, count: int) -> Iterator[CachedRow]:
+        """The rows that some term looks at."""
         for index in range(count):
             inputs, needed = collate([index])
             key = row_keys(inputs, needed)[0]
             if key is not None:
-                distinct[key] = CachedRow(index, key, inputs["input_ids"].shape[1], int(needed.sum()))
-        if not distinct:
-            raise ValueError("cache_reference=True, but no training row has a token that a defense looks at: see to its labels.")
-        wanted = sorted(distinct.values(), key=lambda row: -row.length)
-        _check_length(self._model, wanted[0].length)
-        return wanted
+                yield CachedRow(index, key, inputs["input_ids"].shape[1], int(needed.sum()))
+
+    def _check_live(self, collate: Collate, rows: Sequence[CachedRow]) -> None:
+        """Raises `ValueError` if the reference says something else of some rows than what is kept of them.
+
+        What is kept depends on more than any name can say: a layer that a hook changes, a precision that another library sets.
+        """
+        if not rows:
+            return
+        inputs, needed = collate([row.index for row in rows])
+        live = self._run(inputs, needed)
+        kept = self._stored(row_keys(inputs, needed))
+        full = (self._model.dtype, self._accelerator.mixed_precision, torch.get_float32_matmul_precision())
+        # Another batch moves fp32 states by 1e-6 of their length, and bf16 ones by 1e-2.
+        allowed = 1e-4 if full == (torch.float32, "no", "highest") else 5e-2
+        for name, states in live.items():
+            difference = float((kept[name].float() - states.float()).norm() / states.float().norm())
+            if not difference <= allowed:
+                raise ValueError(
+                    f"the states in {self.folder} are not those of this run's reference: of {len(rows)} rows they differ by "
+                    f"{difference:.2g} of their length. Set cache_reference=False, or delete that folder"
+                )
 
     def _bytes(self, rows: Sequence[CachedRow]) -> int:
         """What their states take."""
@@ -293,14 +361,9 @@ class ReferenceCache:
         return per_position * sum(row.positions for row in rows)
 
     def _summary(self, rows: Sequence[CachedRow], done: str) -> str:
-        return f"reference cache: {len(rows)} rows ({self._bytes(rows) / 2**30:.3g} GiB), {done}, in {self.folder}."
-
-    def _free_backbone(self) -> None:
-        """Nothing runs a reference of its own any more. Its head stays by the policy's, a tied one as a copy."""
-        if isinstance(self._reference, ModelReference) and self._reference.move_backbone("cpu"):
-            weight, bias = self._head
-            device = self._accelerator.device
-            self._head = weight.to(device), None if bias is None else bias.to(device)
+        size = self._bytes(rows)
+        text = f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+        return f"reference cache: {len(rows)} rows ({text}), {done}, in {self.folder}."
 
     def _run(self, inputs: Mapping[str, Any], needed: torch.Tensor) -> dict[str, torch.Tensor]:
         """The states of a batch at the needed positions, as they are kept."""
@@ -322,15 +385,13 @@ class ReferenceCache:
 
     # ---- on disk ----
 
-    def _read_checked(self) -> None:
-        """Delete the files whose bytes are not those that were written, each rank its share, and read the others."""
-        for path in sorted(self.folder.glob("*.safetensors"))[self._accelerator.process_index :: self._accelerator.num_processes]:
-            as_named = path.stem.rpartition("-")[2] == f"{zlib.crc32(path.read_bytes()):08x}"
-            if not as_named or self._load(path) is None:
-                logger.warning(f"{path} was damaged and is deleted: its rows have to be computed again.", main_process_only=False)
-                path.unlink(missing_ok=True)
-        self._accelerator.wait_for_everyone()
-        self._read()
+    def _damaged(self, paths: Iterable[Path]) -> list[Path]:
+        """Those whose bytes are not what was written."""
+        return [
+            path
+            for path in sorted(paths)
+            if path.stem.rpartition("-")[2] != f"{zlib.crc32(path.read_bytes()):08x}" or self._load(path) is None
+        ]
 
     def _load(self, path: Path) -> dict[str, torch.Tensor] | None:
         """A file's tensors, mapped into memory; `None` if they are not of the kind that is written."""
@@ -351,14 +412,15 @@ class ReferenceCache:
 
     def _read(self) -> None:
         """Map the files that are there into memory."""
-        self._rows = {}
+        self._files, self._rows = {}, {}
         for path in self.folder.glob("*.safetensors"):
             file = self._load(path)
             if file is None:
                 continue
-            ends = file.pop("positions").cumsum(0).tolist()
-            for key, start, end in zip(file.pop("keys").numpy(), [0, *ends], ends, strict=False):
-                self._rows[key.tobytes()] = file, start, end
+            self._files[path] = file
+            ends = file["positions"].cumsum(0).tolist()
+            for key, start, end in zip(file["keys"].numpy(), [0, *ends], ends, strict=False):
+                self._rows[key.tobytes()] = path, start, end
 
     def _write(self, rows: Sequence[CachedRow], states: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """One file, whole or not at all, from the rows and the states of their batches."""
@@ -370,6 +432,22 @@ class ReferenceCache:
         name = f"{hashlib.sha256(keys).hexdigest()[:16]}-{zlib.crc32(content):08x}.safetensors"
         with written_whole(self.folder / name) as scratch:
             scratch.write_bytes(content)
+
+
+def _longest_first(rows: Mapping[bytes, CachedRow]) -> list[CachedRow]:
+    return sorted(rows.values(), key=lambda row: -row.length)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Whatever a collator draws inside is drawn again after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def row_keys(inputs: Mapping[str, Any], needed: torch.Tensor) -> list[bytes | None]:
@@ -429,8 +507,8 @@ def describe_states(
     states: Sequence[str],
     device: str,
     autocast: str,
-) -> str:
-    """All that the states of a reference depend on but the rows, as JSON. Its hash names their folder, where it is `about.json`.
+) -> dict[str, Any]:
+    """All that the states of a reference are known to depend on but the rows.
 
     Args:
         reference: whose they are.
@@ -446,10 +524,12 @@ def describe_states(
     # They do not reach a state, and change with where the model lies and with what the trainer makes of it.
     for name in ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"):
         config.pop(name, None)
-    about = {
+    return {
         "weights": _weights_digest(model, set(getattr(model, "peft_config", {})) - set(adapters)),
         "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
         "config": config,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "attention": model.config._attn_implementation,
         "dtype": str(model.dtype),
         "autocast": autocast,
@@ -457,27 +537,38 @@ def describe_states(
         "states": list(states),
         "versions": {"trl_emguard": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
+
+
+def _as_json(about: dict[str, Any]) -> str:
     return json.dumps(about, indent=2, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)) + "\n"
 
 
 def _weights_digest(model: nn.Module, without: set[str]) -> str:
-    """A hash over every weight: some numbers of it, and the sum of its bits, which any change of a single one shows in.
+    """A hash over every weight and buffer.
 
     Adapters in `without` are left out, and a weight has the name that it has in a model without adapters: what is cached for one
     kind of adapter serves another.
     """
     lines = []
-    for name, parameter in model.named_parameters():
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
         parts = name.split(".")
         if not without.isdisjoint(parts):
             continue
-        if parameter.is_meta:
+        if weight.is_meta:
             raise ValueError(f"cache_reference=True, and the weight {name!r} is offloaded: leave `cache_reference` out.")
-        bits = parameter.detach().flatten().view(torch.uint8)
-        bits = bits.clone() if bits.storage_offset() % 8 else bits
-        whole = len(bits) // 8 * 8
-        total = int(bits[:whole].view(torch.int64).sum()), int(bits[whole:].sum())
-        sample = bits[:: max(1, len(bits) // 512)].contiguous().cpu().numpy().tobytes()
         plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
-        lines.append(f"{plain} {parameter.dtype} {tuple(parameter.shape)} {total} {zlib.crc32(sample):08x}")
+        lines.append(f"{plain} {weight.dtype} {tuple(weight.shape)} {_bits_digest(weight.detach())}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _bits_digest(weight: torch.Tensor) -> int:
+    """Σ_i word_i · (2 i + 1) over the 32-bit words of each 4 MiB, and Σ_j sum_j · (2 j + 1) over those sums, modulo 2⁶⁴: on the
+    weight's own device, and another one if a word changes or two trade places."""
+    bits = weight.flatten().contiguous().view(torch.uint8)
+    if len(bits) % 4 or bits.storage_offset() % 4:
+        bits = torch.cat([bits, bits.new_zeros(-len(bits) % 4)])
+    odd = 2 * torch.arange(2**20, device=bits.device) + 1
+    total = 0
+    for j, words in enumerate(bits.view(torch.int32).split(2**20)):
+        total += (words * odd[: len(words)]).sum() * (2 * j + 1)
+    return int(total)

@@ -69,7 +69,7 @@ from .reference import (
     make_reference,
     trainable_outside_adapters,
 )
-from .reference_cache import ReferenceCache
+from .reference_cache import ReferenceCache, reference_cache_dir
 from .sharding import as_main_process
 from .version import __version__
 
@@ -427,23 +427,22 @@ class EMGuardTrainer(SFTTrainer):
         return next((name for name, acts in engines.items() if acts), None)
 
     def _open_cache(self, reference: AdapterReference | ModelReference) -> ReferenceCache | None:
-        """The reference's states of every row that can come in training: computed where the user asks for them, and without being
-        asked used as they are if all of them are there."""
+        """The reference's states of every row that can come in training: computed where the user asks for them, and otherwise used
+        if all of them are there."""
         asked = self.args.cache_reference
         if asked is False or not isinstance(self.train_dataset, Dataset) or self._engine_without_cache():
             return None
         cache = ReferenceCache(reference, self._bare_model(), self._terms, self.accelerator)
         rows: Any = self._remove_unused_columns(self.train_dataset, description="Training")
         pool: Any = [] if self._mixing is None else self._mixing.rows_to_come()
-        done: str | None
         if asked:
-            done = cache.fill(rows, pool, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
+            check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
+            usable, said = True, cache.fill(rows, pool, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
         else:
-            done = cache.find(rows, pool, self.data_collator)
-        if done is None:
-            return None
-        self.accelerator.print(f"trl_emguard: {done}")
-        return cache
+            usable, said = cache.find(rows, pool, self.data_collator, self._train_batch_size)
+        if said:
+            self.accelerator.print(f"trl_emguard: {said}")
+        return cache if usable else None
 
     def _check_layers_train(self) -> None:
         """Refuse terms over blocks that no trained weight can move: with checkpointing their states require grad all the same."""
@@ -474,7 +473,7 @@ class EMGuardTrainer(SFTTrainer):
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain SFT.")
         if self._reference is not None:
-            lines.append(f"reference: {self._reference.kind}; dropout is off.")
+            lines.append(f"reference: {self._reference.kind}{_CACHED if self.args.cache_reference else ''}; dropout is off.")
         if self._mixing is not None:
             lines.append(self._mixing.describe())
         lines += [f"{name} was given and is not used." for name, unused in self._unused.items() if unused]
@@ -598,8 +597,8 @@ class EMGuardTrainer(SFTTrainer):
         rows = inputs.pop(ROW_COUNTS, torch.zeros(2))
         reference: Any = self._reference
         if self._cache is not None:
-            reference = self._cache.states(inputs, terms)
-        elif isinstance(reference, ModelReference):
+            reference = self._cached_states(self._cache, inputs, terms)
+        if isinstance(reference, ModelReference):
             # A model of its own runs through its own engine, before the policy's one call.
             reference = run_model_reference(reference, inputs, kept_positions(inputs, terms), self._terms)
         outputs = model(**inputs, guard=PolicyGuard(terms, self.defenses, ce_scale, reference, interleaved))
@@ -621,6 +620,17 @@ class EMGuardTrainer(SFTTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return (loss, outputs) if return_outputs else loss
+
+    def _cached_states(self, cache: ReferenceCache, inputs: dict[str, Any], terms: list[Term]) -> Any:
+        """The states of a batch, or, where a run that did not ask for a cache meets a row that is not in it, what makes them."""
+        try:
+            return cache.states(inputs, terms)
+        except ValueError as error:
+            if self.args.cache_reference:
+                raise
+            logger.warning(f"from here on the reference runs, and the cache is not read: {error}", main_process_only=False)
+            self._cache = None
+            return self._reference
 
     def _bare_model(self) -> PreTrainedModel:
         """The causal language model without wrappers and adapters' shell."""
@@ -727,6 +737,7 @@ class EMGuardTrainer(SFTTrainer):
         if isinstance(self._reference, ModelReference):
             dtypes.add(self._reference.model.dtype)
         tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)
+        cached = "" if self._cache is None else " Or the reference's states on disk are too coarse: set cache_reference=False."
         for term in self._terms:
             mean = terms[term.name]["value"] / max(terms[term.name]["positions"], 1)
             allowed = tolerance
@@ -737,7 +748,7 @@ class EMGuardTrainer(SFTTrainer):
                 raise ValueError(
                     f"before the first update, {term.name} to the reference ({self._reference.kind}) is {mean:.3g} per token, not "
                     "0: it is not the model that training starts from, or the forward pass is noisy (dropout or router jitter in "
-                    "the model's config). Pass `ref_model`, or set the noise to 0."
+                    f"the model's config). Pass `ref_model`, or set the noise to 0.{cached}"
                 )
 
     # ---- what is saved ----

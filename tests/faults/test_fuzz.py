@@ -575,7 +575,7 @@ def naive_rollouts(content: bytes) -> Any:
 def make_cache(folder: Path) -> ReferenceCache:
     cache = object.__new__(ReferenceCache)
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4))
-    cache._names, cache.folder, cache._rows = ["last", "2"], folder, {}
+    cache._names, cache.folder = ["last", "2"], folder
     cache._model = SimpleNamespace(config=config, dtype=torch.float32)
     return cache
 
@@ -597,14 +597,12 @@ def read_cache(path: Path, of: bytes | None = None) -> Any:
     (path.parent / f"abc-{zlib.crc32(content if of is None else of):08x}.safetensors").write_bytes(content)
     cache = make_cache(path.parent)
     with mock.patch("trl_emguard.reference_cache.logger"):
-        cache._drop_damaged(slice(None))
+        for damaged in cache._damaged(path.parent.glob("*.safetensors")):
+            damaged.unlink()
         cache._read()
     if not cache._rows:
         raise ValueError(f"{path} is dropped, and what was in it is computed again")
-    return {
-        key.hex(): {name: file[name][start:end].tolist() for name in cache._names}
-        for key, (file, start, end) in cache._rows.items()
-    }
+    return {key.hex(): {name: states.tolist() for name, states in cache._stored([key]).items()} for key in cache._rows}
 
 
 def naive_cache(content: bytes) -> Any:

@@ -260,7 +260,8 @@ class Interleaving(Defense):
                 f"{length} ends training before the first of the {plan.rows} rows that interleave_fraction={self.fraction} mixes "
                 "into an epoch: train longer, or raise it."
             )
-        self._epochs = math.ceil(places / plan.places)
+        # Trainer begins an epoch for every part of one.
+        self._epochs = math.ceil(places / plan.places if args.max_steps > 0 else args.num_train_epochs)
         return plan
 
     def plan_stream(self, args: EMGuardConfig) -> MixPlan:
@@ -308,9 +309,9 @@ class Interleaving(Defense):
     def describe(self) -> str:
         assert self.plan is not None
         where = "before packing or streaming" if self.mixed_before else "by the data collator"
-        refusals = f", {self._refusals} refusals left out" if self.drop_refusals else ""
+        refusals = f" ({self._refusals} refusals left out)" if self.drop_refusals else ""
         return (
-            f"{self.plan.rows} of {self.plan.pool} rows of the pool{refusals} are mixed into {self.plan.places} training rows an "
+            f"{self.plan.rows} of the pool's {self.plan.pool} rows{refusals} are mixed into {self.plan.places} training rows an "
             f"epoch ({self.plan.rows / (self.plan.places + self.plan.rows):.2%} of the mix), {where}."
         )
 

@@ -160,7 +160,7 @@ def tile_pass(
         "HAS_REF_BIAS": ref_bias is not None,
         "HAS_CAP": softcap is not None,
         "BLOCK": block,
-        # No column belongs to two threads, of which one could read what the other has already overwritten.
+        # From 32 columns on, none belongs to two threads, of which one could read what the other has already overwritten.
         "num_warps": max(1, min(WARPS, block // 32)),
         # The label's logit and the largest, p and q are compared for equality: all of them are rounded alike.
         "enable_fp_fusion": False,

@@ -50,6 +50,7 @@ from ..memory import Engine, Run, Shape, count_weights, memory_per_rank, network
 from ..mixing import INTERLEAVED, OF_POOL
 from ..models import resolve_model
 from ..reference import AdapterReference, ModelReference
+from ..reference_cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 
 
@@ -369,7 +370,9 @@ def dry_run(
         ValueError, FileNotFoundError, InactiveDefenseError: what the run would raise.
     """
     name, path = path, resolve_model(path)
-    _check_output(args.output_dir)
+    _check_folder("output_dir", args.output_dir)
+    if args.cache_reference:
+        _check_folder("TRL_EMGUARD_CACHE/reference", str(reference_cache_dir()))
     check_engine(args, launch)
     given = copy.copy(args)
     given.push_to_hub, given.model_init_kwargs = False, None
@@ -396,11 +399,11 @@ def dry_run(
         return [*describe(trainer, name), *(("warning", note) for note in advice(trainer))]
 
 
-def _check_output(folder: str) -> None:
-    """Raise `ValueError` if the output folder cannot be made or written to; nothing is made."""
+def _check_folder(argument: str, folder: str) -> None:
+    """Raise `ValueError` if a folder cannot be made or written to; nothing is made."""
     existing = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output_dir={folder!r} cannot be written to: name another folder.")
+        raise ValueError(f"{argument}={folder!r} cannot be written to: name another folder.")
 
 
 def describe(trainer: DryRunTrainer, name: str) -> list[Line]:
@@ -502,11 +505,22 @@ def _about_memory(trainer: DryRunTrainer) -> list[Line]:
     lines += [("memory", f"{name}: {_short(size)}") for name, size in memory.items() if size]
     if not run.guarded:
         lines.append(("memory", "head: TRL's, which is not estimated"))
+    if run.cached and trainer._terms:
+        size = _cached_positions(trainer) * (run.kl + run.layers) * shape.hidden * trainer.model.dtype.itemsize
+        lines.append(("disk", f"reference cache: about {_short(size)} in {reference_cache_dir()}, less what is there"))
     network = {name: size for name, size in network_per_step(weights, run, engine).items() if size}
     if network:
         parts = ", ".join(f"{name} {_short(size)}" for name, size in network.items())
         lines.append(("network", f"about {_short(sum(network.values()))} per rank and step: {parts}"))
     return lines
+
+
+def _cached_positions(trainer: DryRunTrainer) -> int:
+    """Positions whose states are kept; of the pool, those of an epoch."""
+    counts, pool, looked_at = trainer.counts, trainer.pool, {term.tokens for term in trainer._terms}
+    if "all" in looked_at:
+        return sum(counts.tokens + pool.tokens) - counts.rows - pool.rows
+    return sum(pool.labels) + (sum(counts.labels) if "loss" in looked_at else 0)
 
 
 def planned_run(trainer: DryRunTrainer) -> Run:

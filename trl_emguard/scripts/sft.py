@@ -35,13 +35,17 @@ from ..data import load_rows
 from ..evidence import InactiveDefenseError
 from ..files import check_writable
 from ..models import resolve_model
+from ..reference_cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 
 
 def make_parser(launched: bool = False) -> LaunchParser:
     types = (ScriptArguments, EMGuardConfig, ModelConfig, DatasetMixtureConfig, LaunchArguments)
-    return LaunchParser(types, "trl-emguard sft", launched)
+    parser = LaunchParser(types, "trl-emguard sft", launched)
+    # What one run of a sweep has kept, the others find without naming it.
+    parser.set_defaults(cache_reference=None)
+    return parser
 
 
 def main(argv: list[str] | None = None, launched: bool = False) -> int:
@@ -123,6 +127,8 @@ def run(
         InactiveDefenseError: the run turned out not to be defended; the model is saved.
     """
     check_writable("output_dir", training_args.output_dir)
+    if training_args.cache_reference:
+        check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
     check_model(training_args, model_args)
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
     trainer = EMGuardTrainer(
