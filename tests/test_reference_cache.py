@@ -507,6 +507,13 @@ def test_a_cache_that_is_gone_before_a_second_training(tmp_path, cache, passes):
     assert passes == [4]
 
 
+def test_another_precision_of_products_has_another_cache(tmp_path, cache, monkeypatch):
+    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as transformers' tf32=True
+    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    assert sorted(json.loads((folder / "about.json").read_text())["matmul"] for folder in cache.folders) == ["ieee", "tf32"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", ["one bit", "two rows trade places", "two signs", "a buffer"])
 def test_the_digest_sees(dtype, change):

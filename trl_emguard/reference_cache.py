@@ -344,9 +344,9 @@ class ReferenceCache:
         inputs, needed = collate([row.index for row in rows])
         live = self._run(inputs, needed)
         kept = self._stored(row_keys(inputs, needed))
-        full = (self._model.dtype, self._accelerator.mixed_precision, torch.get_float32_matmul_precision())
+        exact = [self._about[name] for name in ("dtype", "autocast", "matmul")] == ["torch.float32", "no", "ieee"]
         # Another batch moves fp32 states by 1e-6 of their length, and bf16 ones by 1e-2.
-        allowed = 1e-4 if full == (torch.float32, "no", "highest") else 5e-2
+        allowed = 1e-4 if exact else 5e-2
         for name, states in live.items():
             difference = float((kept[name].float() - states.float()).norm() / states.float().norm())
             if not difference <= allowed:
@@ -520,6 +520,8 @@ def describe_states(
     adapters = getattr(model, "peft_config", {})
     if isinstance(reference, AdapterReference):
         adapters = {name: config for name, config in adapters.items() if name == reference.adapter}
+    # `torch.get_float32_matmul_precision` raises where transformers' tf32=True has set it the new way.
+    products = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
     config = model.config.to_dict()
     # They do not reach a state, and change with where the model lies and with what the trainer makes of it.
     for name in ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"):
@@ -529,7 +531,9 @@ def describe_states(
         "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
         "config": config,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul": (torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul.fp32_precision.replace(
+            "none", "ieee"
+        ),
         "attention": model.config._attn_implementation,
         "dtype": str(model.dtype),
         "autocast": autocast,
