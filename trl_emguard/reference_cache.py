@@ -521,7 +521,7 @@ def describe_states(
     if isinstance(reference, AdapterReference):
         adapters = {name: config for name, config in adapters.items() if name == reference.adapter}
     # `torch.get_float32_matmul_precision` raises where transformers' tf32=True has set it the new way.
-    products = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
+    products: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     config = model.config.to_dict()
     # They do not reach a state, and change with where the model lies and with what the trainer makes of it.
     for name in ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"):
@@ -531,9 +531,7 @@ def describe_states(
         "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
         "config": config,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "matmul": (torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul.fp32_precision.replace(
-            "none", "ieee"
-        ),
+        "matmul": products.matmul.fp32_precision.replace("none", "ieee"),
         "attention": model.config._attn_implementation,
         "dtype": str(model.dtype),
         "autocast": autocast,
