@@ -244,7 +244,8 @@ def draw_ratios(rows: Sequence[Row], path: Path) -> None:
         values = [over(name, "stock")(point) for name in names]
         colors = ["#d1495b" if name in ("paper kl", "paper ldifs", "two kernels") else "#2e86ab" for name in names]
         bars = axis.barh(names, values, color=["#9aa0a6", *colors[1:]])
-        axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the line goes behind a number
+        axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3, bbox=white)
         floor = 1 + over("reference forward", "stock")(point)
         axis.axvline(floor, color="black", linewidth=0.8, linestyle="--", label=f"stock + reference forward: {floor:.2f}")
         axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
@@ -259,6 +260,8 @@ def draw_ratios(rows: Sequence[Row], path: Path) -> None:
 
 def draw_growth(rows: Sequence[Row], path: Path) -> None:
     """Seconds a step against length, batch and depth, both axes logarithmic: a slope is an exponent."""
+    from matplotlib.ticker import LogLocator
+
     plt = _pyplot()
     series = growth(rows)
     figure, axes = plt.subplots(
@@ -271,6 +274,8 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
             axis.loglog(x, y, "o-", color=colors[variant], label=variant)
         axis.set_xticks(x, [str(value) for value in x])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xlabel({"length": "tokens in a row", "batch": "rows in a batch", "layers": "blocks"}[name])
         axis.grid(which="both", linewidth=0.3)
     axes[0][0].set_ylabel("seconds a step")
