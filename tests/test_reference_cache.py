@@ -475,7 +475,78 @@ def test_unasked_a_row_that_is_not_there_brings_the_reference_back(tmp_path, pas
         trainer.train()
     assert passes == [4]
     assert caplog.text.count("from here on the reference runs") == 1
-    assert not trainer._reference_kind().endswith("cached")
+    assert trainer._reference_kind().endswith(", cached")  # as all but that step were
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_unasked_a_miss_in_the_first_step(tmp_path, passes, kind):
+    """In its second micro-batch: what came from the disk before may still be as coarse as a cache may be."""
+    shape = {"defense": "ldifs", "ldifs_normalize": False, "gradient_accumulation_steps": 2, "max_grad_norm": 0}
+    model = {"dtype": torch.bfloat16, "initializer_range": 1.0}
+    peft = lora() if kind == "lora" else None
+    make_trainer(tmp_path, make_model(**model), peft=peft, cache_reference=True, per_device_train_batch_size=1, **shape).train()
+    passes.clear()
+    trainer = make_trainer(tmp_path, make_model(**model), peft=peft, cache_reference=None, max_steps=2, **shape)
+    states = module.ReferenceCache.states
+    batches = []
+
+    def missing(self, inputs, terms):
+        batches.append(1)
+        if len(batches) == 2:
+            raise ValueError("not there")
+        return states(self, inputs, terms)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.ReferenceCache, "states", missing)
+        trainer.train()
+    assert logged(trainer, "ldifs")[0] > 1e-2
+    assert passes == [4, 4, 4]
+    assert trainer._reference_kind().endswith(", cached")
+
+
+@pytest.mark.parametrize("asked", [True, None])
+def test_a_cache_that_is_found_wrong_after_the_first_step(tmp_path, monkeypatch, caplog, asked):
+    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    monkeypatch.setattr(module.ReferenceCache, "_check_live", lambda *args: None)
+    trainer = make_trainer(tmp_path, changed_model("hook"), peft=lora(), cache_reference=asked, max_steps=3, **BOTH)
+    if asked:
+        with pytest.raises(ValueError, match=r"before the first update.*set cache_reference=False"):
+            trainer.train()
+        return
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "from here on the reference runs, and the cache is not read: before the first update" in caplog.text
+    assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_long_state_does_not_hide_the_others(tmp_path, cache, capsys, dtype):
+    """The first token's state is often a thousand times as long as the others."""
+
+    def change(by):
+        def hook(block, args, output):
+            output = output * by
+            output[:, :2] = 1e4
+            return output
+
+        model = make_model(dtype=dtype)
+        model.model.layers[0].register_forward_hook(hook)
+        return model
+
+    options = {"rows": labelled([1]), "defense": "ldifs", "ldifs_layers": "2", "per_device_train_batch_size": 2, "max_steps": 1}
+    for by, asked, said in ((1, True, "computed now"), (1, None, "all of them found"), (1.5, None, "are not those of this run's")):
+        make_trainer(tmp_path, change(by), peft=lora(), cache_reference=asked, **options).train()
+        assert said in capsys.readouterr().out
+    assert len(cache.folders) == 1
+
+
+def test_ranks_go_the_same_way(tmp_path, passes, monkeypatch, capsys):
+    make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
+    passes.clear()
+    monkeypatch.setattr(module, "gather_object", lambda mine: [*mine, False])
+    make_trainer(tmp_path, peft=lora(), cache_reference=None, max_steps=1, **BOTH).train()
+    assert passes == [4]
+    assert "not used, the reference runs (it does not serve every process)" in capsys.readouterr().out
 
 
 def test_a_search_draws_no_random_numbers(tmp_path):

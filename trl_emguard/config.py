@@ -118,8 +118,8 @@ class EMGuardConfig(SFTConfig):
         default=False,
         metadata={
             "help": "Whether the reference's states of every training row are computed once, before training, and kept on disk, so "
-            "that a step runs no reference pass. It pays over several epochs or runs. None: nothing is kept, and what an earlier "
-            "run has kept is used if it holds every row of this one."
+            "that a step runs no reference pass. It pays over several epochs or runs. Left out on the command line: nothing is "
+            "kept, and what an earlier run has kept is used if it holds every row of this one."
         },
     )
     kl_coef: float = field(

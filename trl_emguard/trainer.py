@@ -218,7 +218,8 @@ class EMGuardTrainer(SFTTrainer):
             )
         self._ledger = EvidenceLedger([term.name for term in self._terms])
         self._reference: AdapterReference | ModelReference | None = None
-        self._cache: ReferenceCache | None = None
+        self._cache: ReferenceCache | None = None  # the same on every rank, and all through training
+        self._reads_cache = False  # this rank, from here on
         self._unused = {
             "cache_reference": args.cache_reference and not self._terms,
             "ref_model": ref_model is not None and not self._terms,
@@ -433,13 +434,16 @@ class EMGuardTrainer(SFTTrainer):
         if asked is False or not isinstance(self.train_dataset, Dataset) or self._engine_without_cache():
             return None
         cache = ReferenceCache(reference, self._bare_model(), self._terms, self.accelerator)
-        rows: Any = self._remove_unused_columns(self.train_dataset, description="Training")
-        pool: Any = [] if self._mixing is None else self._mixing.rows_to_come()
+
+        def data() -> tuple[Any, Any]:
+            rows = self._remove_unused_columns(self.train_dataset, description="Training")
+            return rows, [] if self._mixing is None else self._mixing.rows_to_come()
+
         if asked:
             check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
-            usable, said = True, cache.fill(rows, pool, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
+            usable, said = True, cache.fill(*data(), self.data_collator, self._train_batch_size, self.args.disable_tqdm)
         else:
-            usable, said = cache.find(rows, pool, self.data_collator, self._train_batch_size)
+            usable, said = cache.find(data, self.data_collator, self._train_batch_size)
         if said:
             self.accelerator.print(f"trl_emguard: {said}")
         return cache if usable else None
@@ -502,6 +506,7 @@ class EMGuardTrainer(SFTTrainer):
         self.accelerator.print(self._describe())
         if self._reference is not None:
             before, self._cache = self._cache, self._open_cache(self._reference)
+            self._reads_cache = self._cache is not None
             if before is not None and self._cache is None and isinstance(self._reference, ModelReference):
                 self._reference.move_backbone(self.accelerator.device)  # the cache had no need of it there
 
@@ -596,7 +601,7 @@ class EMGuardTrainer(SFTTrainer):
         inputs.pop(INTERLEAVED, None)
         rows = inputs.pop(ROW_COUNTS, torch.zeros(2))
         reference: Any = self._reference
-        if self._cache is not None:
+        if self._cache is not None and self._reads_cache:
             reference = self._cached_states(self._cache, inputs, terms)
         if isinstance(reference, ModelReference):
             # A model of its own runs through its own engine, before the policy's one call.
@@ -628,9 +633,12 @@ class EMGuardTrainer(SFTTrainer):
         except ValueError as error:
             if self.args.cache_reference:
                 raise
-            logger.warning(f"from here on the reference runs, and the cache is not read: {error}", main_process_only=False)
-            self._cache = None
+            self._leave_cache(str(error))
             return self._reference
+
+    def _leave_cache(self, why: str) -> None:
+        logger.warning(f"from here on the reference runs, and the cache is not read: {why}", main_process_only=False)
+        self._reads_cache = False
 
     def _bare_model(self) -> PreTrainedModel:
         """The causal language model without wrappers and adapters' shell."""
@@ -744,6 +752,9 @@ class EMGuardTrainer(SFTTrainer):
             if self._cache is not None and term.divergence is None:
                 # Its states come from a pass over another batch, and a distance may be in the states' own units.
                 allowed = max(tolerance, self._cache.distance_of_rounding(term, rounding))
+            if not mean <= allowed and self._cache is not None and not self.args.cache_reference:
+                self._leave_cache(f"before the first update, {term.name} to its states is {mean:.3g} per token.")
+                return
             if not mean <= allowed:
                 raise ValueError(
                     f"before the first update, {term.name} to the reference ({self._reference.kind}) is {mean:.3g} per token, not "
