@@ -601,7 +601,8 @@ class EMGuardTrainer(SFTTrainer):
         inputs.pop(INTERLEAVED, None)
         rows = inputs.pop(ROW_COUNTS, torch.zeros(2))
         reference: Any = self._reference
-        if self._cache is not None and self._reads_cache:
+        # A run that did not ask for a cache is held to the live reference before its first update, where the two must agree.
+        if self._cache is not None and self._reads_cache and (self.args.cache_reference or self.state.global_step):
             reference = self._cached_states(self._cache, inputs, terms)
         if isinstance(reference, ModelReference):
             # A model of its own runs through its own engine, before the policy's one call.
@@ -633,12 +634,9 @@ class EMGuardTrainer(SFTTrainer):
         except ValueError as error:
             if self.args.cache_reference:
                 raise
-            self._leave_cache(str(error))
+            logger.warning(f"from here on the reference runs, and the cache is not read: {error}", main_process_only=False)
+            self._reads_cache = False
             return self._reference
-
-    def _leave_cache(self, why: str) -> None:
-        logger.warning(f"from here on the reference runs, and the cache is not read: {why}", main_process_only=False)
-        self._reads_cache = False
 
     def _bare_model(self) -> PreTrainedModel:
         """The causal language model without wrappers and adapters' shell."""
@@ -745,21 +743,19 @@ class EMGuardTrainer(SFTTrainer):
         if isinstance(self._reference, ModelReference):
             dtypes.add(self._reference.model.dtype)
         tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)
-        cached = "" if self._cache is None else " Or the reference's states on disk are too coarse: set cache_reference=False."
+        cache = self._cache if self.args.cache_reference else None
+        coarse = "" if cache is None else " Or the reference's states on disk are too coarse: set cache_reference=False."
         for term in self._terms:
             mean = terms[term.name]["value"] / max(terms[term.name]["positions"], 1)
             allowed = tolerance
-            if self._cache is not None and term.divergence is None:
+            if cache is not None and term.divergence is None:
                 # Its states come from a pass over another batch, and a distance may be in the states' own units.
-                allowed = max(tolerance, self._cache.distance_of_rounding(term, rounding))
-            if not mean <= allowed and self._cache is not None and not self.args.cache_reference:
-                self._leave_cache(f"before the first update, {term.name} to its states is {mean:.3g} per token.")
-                return
+                allowed = max(tolerance, cache.distance_of_rounding(term, rounding))
             if not mean <= allowed:
                 raise ValueError(
                     f"before the first update, {term.name} to the reference ({self._reference.kind}) is {mean:.3g} per token, not "
                     "0: it is not the model that training starts from, or the forward pass is noisy (dropout or router jitter in "
-                    f"the model's config). Pass `ref_model`, or set the noise to 0.{cached}"
+                    f"the model's config). Pass `ref_model`, or set the noise to 0.{coarse}"
                 )
 
     # ---- what is saved ----
