@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trl_emguard.ops import ce_kl_head, head
 
 
-# Part of the test extra on Linux and x86-64; elsewhere the package takes torch's own calls.
-pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+if not plain.HAS_TRITON:
+    pytest.skip(plain.NO_TRITON, allow_module_level=True)
 from trl_emguard.ops import head_triton
 
 
