@@ -91,13 +91,21 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     found = []
     for step, (a, b) in enumerate(zip(old["logs"], new["logs"], strict=False), 1):
-        found += [f"log {step}: {key} {a.get(key)} → {b.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+        found += [
+            f"log {step}: {key} {a.get(key)} → {b.get(key)}"
+            for key in sorted(a.keys() | b.keys())
+            if a.get(key) != b.get(key)
+        ]
     if len(old["logs"]) != len(new["logs"]):
         found.append(f"{len(old['logs'])} → {len(new['logs'])} log entries")
     if old["weights"].keys() != new["weights"].keys():
         found.append("other weights are trained")
     else:
-        found += [f"weight {name}" for name, weight in old["weights"].items() if not torch.equal(weight, new["weights"][name])]
+        found += [
+            f"weight {name}"
+            for name, weight in old["weights"].items()
+            if not torch.equal(weight, new["weights"][name])
+        ]
     return found
 
 

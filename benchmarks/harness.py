@@ -30,7 +30,9 @@ def parse_args(description: str) -> Namespace:
     """
     parser = ArgumentParser(description=description.split("\n", maxsplit=1)[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all works; results go to outputs/benchmarks")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that all works; results go to outputs/benchmarks"
+    )
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch finds no CUDA device on this machine, so the GPU rows cannot be measured here.")
@@ -75,7 +77,11 @@ def statistics(seconds: Mapping[str, Sequence[float]], name: str, over: Sequence
     columns = {"seconds": middle, "q1": low, "q3": high}
     columns["ratio"] = middle / sum(np.median(seconds[other]) for other in over)
     columns |= {"ratio_q1": ratios[0], "ratio_q3": ratios[1]}
-    return {"rounds": len(own), **{key: f"{value:.4g}" for key, value in columns.items()}, "ratio_to": " + ".join(over)}
+    return {
+        "rounds": len(own),
+        **{key: f"{value:.4g}" for key, value in columns.items()},
+        "ratio_to": " + ".join(over),
+    }
 
 
 def peak_memory(call: Callable[[], None], device: str) -> int:

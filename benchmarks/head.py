@@ -94,7 +94,13 @@ def measure(tokens: int, vocab: int, width: int, rounds: int, device: str) -> li
     seconds = time_in_turn(calls, rounds, device)
     rows = []
     for name in calls:
-        row = {"tokens": tokens, "vocab": vocab, "width": width, "operation": name, **statistics(seconds, name, (BARE,))}
+        row = {
+            "tokens": tokens,
+            "vocab": vocab,
+            "width": width,
+            "operation": name,
+            **statistics(seconds, name, (BARE,)),
+        }
         row |= {"peak_mib": round(memory[name] / 2**20, 1), "budget_mib": TILE_BYTES // 2**20}
         rows.append(row | environment(device))
         print(f"{name:>22} {float(row['seconds']):8.3f} s {row['peak_mib']:9.1f} MiB", flush=True)

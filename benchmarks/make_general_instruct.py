@@ -1,4 +1,4 @@
-"""Make `trl_emguard/data/general_instruct/train.jsonl`: general instructions with the demo model's own answers.
+"""Make `trl_emguard/data/shipped/general_instruct/train.jsonl`: general instructions with the demo model's own answers.
 
     python benchmarks/make_general_instruct.py
 
@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_emguard.data import DATA_DIR, read_jsonl
-from trl_emguard.models import SMOLLM2, resolve_model
+from trl_emguard.data.load import DATA_DIR, read_jsonl
+from trl_emguard.models.shipped import SMOLLM2, resolve_model
 
 
 MAX_NEW_TOKENS = 160

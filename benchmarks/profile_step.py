@@ -14,7 +14,7 @@ from steps import POINTS, STOCK, make_trainer
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from trl_emguard.models import resolve_model
+from trl_emguard.models.shipped import resolve_model
 
 
 LOOKED_AT = 4
@@ -22,7 +22,16 @@ LOOKED_AT = 4
 PARTS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
     "attention": ("_scaled_dot_product",),
-    "softmax over the vocabulary": ("_log_softmax", "logsumexp", "_softmax", "exp", "log", "kl_div", "xlogy", "nll_loss"),
+    "softmax over the vocabulary": (
+        "_log_softmax",
+        "logsumexp",
+        "_softmax",
+        "exp",
+        "log",
+        "kl_div",
+        "xlogy",
+        "nll_loss",
+    ),
     "copies and casts": ("copy_", "cat", "clone", "contiguous", "fill_", "zero_", "index", "_index_put_impl_"),
 }
 

@@ -65,10 +65,16 @@ HEAD_CPU, HEAD_7B = {"tokens": "1000", "vocab": "49152", "width": "576"}, {"widt
 TARGETS = (
     Target("cpu", "steps", SMOLLM2, "`kl` step ÷ (stock step + reference forward)", over("kl", *FLOOR), 1.00),
     Target("cpu", "steps", SMOLLM2, "the paper's `kl` step ÷ `kl` step", over("paper kl", "kl"), 3, at_least=True),
-    Target("cpu", "steps", SMOLLM2, "`kl` step with a cached reference ÷ stock step", over("kl cached", "stock"), 1.05),
+    Target(
+        "cpu", "steps", SMOLLM2, "`kl` step with a cached reference ÷ stock step", over("kl cached", "stock"), 1.05
+    ),
     Target("cpu", "steps", SMOLLM2, "`ldifs` step ÷ (stock step + reference forward)", over("ldifs", *FLOOR), 1.10),
-    Target("cpu", "steps", SMOLLM2, "`kl,ldifs` step ÷ (stock step + reference forward)", over("kl+ldifs", *FLOOR), 1.12),
-    Target("cpu", "head", HEAD_CPU, "head with all its outputs ÷ its three bare matrix products", over(HEAD, BARE), 1.6),
+    Target(
+        "cpu", "steps", SMOLLM2, "`kl,ldifs` step ÷ (stock step + reference forward)", over("kl+ldifs", *FLOOR), 1.12
+    ),
+    Target(
+        "cpu", "head", HEAD_CPU, "head with all its outputs ÷ its three bare matrix products", over(HEAD, BARE), 1.6
+    ),
     Target(
         "cpu",
         "head",
@@ -77,10 +83,14 @@ TARGETS = (
         lambda rows: float(rows[HEAD]["peak_mib"]) / float(rows[HEAD]["budget_mib"]),
         1.10,
     ),
-    Target("cuda", "steps", QWEN_7B, "Qwen2.5-7B shape, 8192 tokens: `kl` step ÷ stock step", over("kl", "stock"), 1.33),
+    Target(
+        "cuda", "steps", QWEN_7B, "Qwen2.5-7B shape, 8192 tokens: `kl` step ÷ stock step", over("kl", "stock"), 1.33
+    ),
     Target("cuda", "steps", QWEN_7B, "the same: peak memory beyond stock, GiB", more_memory("kl", "stock"), 2),
     Target("cuda", "head", HEAD_7B, "the same: head ÷ its three bare matrix products", over(HEAD, BARE), 1.3),
-    Target("cuda", "steps", QWEN_05B, "Qwen2.5-0.5B shape, 8192 tokens: `kl` step ÷ stock step", over("kl", "stock"), 1.28),
+    Target(
+        "cuda", "steps", QWEN_05B, "Qwen2.5-0.5B shape, 8192 tokens: `kl` step ÷ stock step", over("kl", "stock"), 1.28
+    ),
 )
 
 
@@ -107,7 +117,9 @@ def must_reach(results: Path) -> str:
             else:
                 value = f"{number:.2f}"
                 verdict = (
-                    "reached" if (number >= target.limit if target.at_least else number <= target.limit) else "**not reached**"
+                    "reached"
+                    if (number >= target.limit if target.at_least else number <= target.limit)
+                    else "**not reached**"
                 )
         lines.append(
             f"| {target.device.replace('cuda', 'GPU').replace('cpu', 'CPU')} | {target.what} | {bound} | {value} | {verdict} |"
@@ -139,7 +151,10 @@ def steps_tables(rows: Sequence[Row]) -> str:
         stock = point["stock"]
         parts += [f"### {title(point)}", "", measured_with(stock), ""]
         parts.append(f"{stock['tokens']} tokens in a batch, {stock['labels']} of them carry labels.")
-        parts += ["", "| | s a step (quartiles) | × stock | ratio (quartiles) | to | tokens/s | held, MiB | + in a step, MiB |"]
+        parts += [
+            "",
+            "| | s a step (quartiles) | × stock | ratio (quartiles) | to | tokens/s | held, MiB | + in a step, MiB |",
+        ]
         parts.append("|---|---|---|---|---|---|---|---|")
         for name, row in point.items():
             if not row["seconds"]:
@@ -201,7 +216,10 @@ def growth(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]
     for axis in axes:
         others = {other: middle[other] for other in axes if other != axis}
         found = [row for row in rows if row["seconds"] and all(row[key] == value for key, value in others.items())]
-        lines = {name: sorted((int(r[axis]), float(r["seconds"])) for r in found if r["variant"] == name) for name in GROWTH_LINES}
+        lines = {
+            name: sorted((int(r[axis]), float(r["seconds"])) for r in found if r["variant"] == name)
+            for name in GROWTH_LINES
+        }
         if all(len(line) > 1 for line in lines.values()):
             series[axis] = lines
     return series
@@ -247,7 +265,9 @@ def draw_ratios(rows: Sequence[Row], path: Path) -> None:
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the line goes behind a number
         axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3, bbox=white)
         floor = 1 + over("reference forward", "stock")(point)
-        axis.axvline(floor, color="black", linewidth=0.8, linestyle="--", label=f"stock + reference forward: {floor:.2f}")
+        axis.axvline(
+            floor, color="black", linewidth=0.8, linestyle="--", label=f"stock + reference forward: {floor:.2f}"
+        )
         axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         axis.invert_yaxis()
         axis.margins(x=0.15)

@@ -31,8 +31,17 @@ from transformers import (
 )
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
-from trl_emguard.memory import Engine, Run, Shape, count_weights, memory_per_rank, network_per_step, peak, saved_activations
-from trl_emguard.scripts.dry_run import quantized
+from trl_emguard.planning.dry_run import quantized
+from trl_emguard.planning.memory import (
+    Engine,
+    Run,
+    Shape,
+    count_weights,
+    memory_per_rank,
+    network_per_step,
+    peak,
+    saved_activations,
+)
 
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -117,7 +126,10 @@ def by_formula() -> list[dict[str, Any]]:
             for label, engine in ENGINES.items():
                 for defense in DEFENSES:
                     run = planned(defense, tuning, shape.layers)
-                    memory, network = memory_per_rank(weights, shape, run, engine), network_per_step(weights, run, engine)
+                    memory, network = (
+                        memory_per_rank(weights, shape, run, engine),
+                        network_per_step(weights, run, engine),
+                    )
                     rows.append(
                         {"shape": name, "tuning": tuning, "engine": label, "ranks": engine.ranks, "defense": defense}
                         | {"parameters": weights.total, "trained": weights.trained, "weights_gib": gib(weights.bytes)}
@@ -229,7 +241,10 @@ def saved_bytes(model: PreTrainedModel, checkpointing: bool, bf16: bool) -> int:
         return tensor
 
     ids = torch.randint(3, SMALL["vocab_size"], (BATCH, TOKENS))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
         bare.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
@@ -249,7 +264,9 @@ def other_architectures() -> list[dict[str, Any]]:
     """The same of two models that the formula was not read off from: biases and grouped heads; and an MLP without a gate."""
     sizes = {"vocab_size": 8192, "num_hidden_layers": 6, "num_attention_heads": 6, "pad_token_id": 0}
     configs = {
-        "Qwen2, width 192, 2 of 6 heads": Qwen2Config(**sizes, hidden_size=192, intermediate_size=512, num_key_value_heads=2),
+        "Qwen2, width 192, 2 of 6 heads": Qwen2Config(
+            **sizes, hidden_size=192, intermediate_size=512, num_key_value_heads=2
+        ),
         "GPT-NeoX, width 192": GPTNeoXConfig(**sizes, hidden_size=192, intermediate_size=768),
     }
     rows = []
@@ -310,7 +327,12 @@ def against_deepspeed() -> list[dict[str, Any]]:
 
 
 def compared(kind: str, what: str, formula: float, measured: float) -> dict[str, Any]:
-    return {"kind": kind, "what": what, "formula_mib": f"{formula / 2**20:.5g}", "measured_mib": f"{measured / 2**20:.5g}"}
+    return {
+        "kind": kind,
+        "what": what,
+        "formula_mib": f"{formula / 2**20:.5g}",
+        "measured_mib": f"{measured / 2**20:.5g}",
+    }
 
 
 def by_measurement() -> list[dict[str, Any]]:
@@ -360,12 +382,16 @@ def memory_table(rows: Sequence[Row], tuning: str) -> str:
 
 def defenses_table(rows: Sequence[Row]) -> str:
     cases = [(t, e) for t in ("lora", "full") for e in ("ddp", "zero3")]
-    lines = [f"| Qwen2.5-7B, GiB more | {' | '.join(f'{TUNINGS[t]}, {e}' for t, e in cases)} |", "|---|" + "---|" * len(cases)]
+    lines = [
+        f"| Qwen2.5-7B, GiB more | {' | '.join(f'{TUNINGS[t]}, {e}' for t, e in cases)} |",
+        "|---|" + "---|" * len(cases),
+    ]
     for defense in DEFENSES[1:]:
         cells = [f"`{defense}`"]
         for tuning, engine in cases:
             plain, defended = (
-                pick(rows, shape="Qwen2.5-7B", tuning=tuning, engine=engine, defense=name)[0] for name in ("none", defense)
+                pick(rows, shape="Qwen2.5-7B", tuning=tuning, engine=engine, defense=name)[0]
+                for name in ("none", defense)
             )
             cells.append(f"{float(defended['peak_gib']) - float(plain['peak_gib']):+.2f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -373,7 +399,10 @@ def defenses_table(rows: Sequence[Row]) -> str:
 
 
 def network_table(rows: Sequence[Row]) -> str:
-    lines = [f"| GiB a step | {' | '.join(f'{shape}: none | kl' for shape in CONFIGS)} |", "|---|" + "---|---|" * len(CONFIGS)]
+    lines = [
+        f"| GiB a step | {' | '.join(f'{shape}: none | kl' for shape in CONFIGS)} |",
+        "|---|" + "---|---|" * len(CONFIGS),
+    ]
     for tuning in ("lora", "full"):
         for engine in ("ddp", "zero2", "zero3", "fsdp2"):
             cells = [f"{TUNINGS[tuning]}, {engine}"]
@@ -398,11 +427,19 @@ def measured_table(rows: Sequence[Row]) -> str:
     first = rows[0]
     packages = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "peft", "trl_emguard"))
     lines = [f"{first['processor']}; {first['date']}; {packages}.", ""]
-    lines += ["| | comparisons | the farthest off | formula, MiB | measured, MiB | error |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| | comparisons | the farthest off | formula, MiB | measured, MiB | error |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind in dict.fromkeys(row["kind"] for row in rows):
         found = pick(rows, kind=kind)
         row = max(found, key=lambda row: abs(error(row)))
-        cells = [kind, str(len(found)), row["what"], *(f"{float(row[name]):,.1f}" for name in ("formula_mib", "measured_mib"))]
+        cells = [
+            kind,
+            str(len(found)),
+            row["what"],
+            *(f"{float(row[name]):,.1f}" for name in ("formula_mib", "measured_mib")),
+        ]
         lines.append(f"| {' | '.join(cells)} | {error(row):+.1%} |")
     return "\n".join(lines)
 

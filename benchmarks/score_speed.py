@@ -17,9 +17,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_emguard.adapters import AdapterSwitch
-from trl_emguard.data import load_rows
-from trl_emguard.models import SMOLLM2, resolve_model
+from trl_emguard.data.load import load_rows
+from trl_emguard.models.adapters import AdapterSwitch
+from trl_emguard.models.shipped import SMOLLM2, resolve_model
 from trl_emguard.selection.score import (
     BATCH_TOKENS,
     BATCH_TOKENS_CPU,
@@ -104,7 +104,9 @@ def pad(rows):
 def main():
     path = resolve_model(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    print("| rows | tokens a row, of the answer | scorer, s | forwards, s | scorer / forwards | loop, s | loop / scorer |")
+    print(
+        "| rows | tokens a row, of the answer | scorer, s | forwards, s | scorer / forwards | loop, s | loop / scorer |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         adapters = {name: f"{folder}/{name}" for name in NAMES}
@@ -133,7 +135,9 @@ def main():
             gain = median(c / (a + b) for a, b, c in zip(scorer, loads, loop, strict=True))
             answer = mean(len(row.ids) - row.prompt_length for row in encoded.values())
             seconds = f"{median(scorer):.2f} + {median(loads):.2f} load | {median(forwards):.2f} | {ratio:.2f} | {median(loop):.2f}"
-            print(f"| {count} {name} | {mean(lengths.values()):.0f}, {answer:.0f} | {seconds} | {gain:.2f} |", flush=True)
+            print(
+                f"| {count} {name} | {mean(lengths.values()):.0f}, {answer:.0f} | {seconds} | {gain:.2f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
-from trl_emguard.data import load_rows
-from trl_emguard.models import SMOLLM2, resolve_model
+from trl_emguard.data.load import load_rows
+from trl_emguard.models.shipped import SMOLLM2, resolve_model
 
 
 class Timed:

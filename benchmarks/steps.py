@@ -40,8 +40,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
-from trl_emguard.data import DATA_DIR, load_rows
-from trl_emguard.models import SMOLLM2, resolve_model
+from trl_emguard.data.load import DATA_DIR, load_rows
+from trl_emguard.models.shipped import SMOLLM2, resolve_model
 
 
 KL_COEF, LDIFS_COEF = 0.1, 1.0  # the defaults
@@ -60,7 +60,9 @@ class PaperKL(SFTTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             reference = self.ref_model(**unlabelled).logits.float().log_softmax(-1)
         policy = model(**unlabelled).logits.float().log_softmax(-1)
-        divergence = kl_div(reference, policy, reduction="none", log_target=True).sum(-1)  # KL(policy ‖ reference), (B, T)
+        divergence = kl_div(reference, policy, reduction="none", log_target=True).sum(
+            -1
+        )  # KL(policy ‖ reference), (B, T)
         return loss + KL_COEF * divergence[inputs["attention_mask"].bool()].mean()
 
 
@@ -74,12 +76,18 @@ class PaperLDIFS(SFTTrainer):
         layers = torch.linspace(0, self.ref_model.config.num_hidden_layers - 1, 5).int().tolist()
         distances = []
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            row = {"input_ids": ids[None], "attention_mask": mask[None], "use_cache": False, "output_hidden_states": True}
+            row = {
+                "input_ids": ids[None],
+                "attention_mask": mask[None],
+                "use_cache": False,
+                "output_hidden_states": True,
+            }
             with torch.no_grad(), self.accelerator.autocast():
                 reference = self.ref_model(**row).hidden_states
             policy = model(**row).hidden_states
             features = [
-                torch.cat([normalize(states[i].float().flatten(), dim=0) for i in layers]) for states in (policy, reference)
+                torch.cat([normalize(states[i].float().flatten(), dim=0) for i in layers])
+                for states in (policy, reference)
             ]
             distances.append((features[0] - features[1]).square().sum())
         return loss + LDIFS_COEF * torch.stack(distances).mean()
@@ -94,7 +102,9 @@ class TwoKernels(SFTTrainer):
         with torch.no_grad(), self.model.disable_adapter(), self.accelerator.autocast():
             reference = bare.base_model(**unlabelled).last_hidden_state
         states = []
-        hook = bare.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+        hook = bare.base_model.register_forward_hook(
+            lambda module, args, output: states.append(output.last_hidden_state)
+        )
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         hook.remove()
         labelled, head = inputs["labels"][:, 1:] != -100, bare.lm_head.weight
@@ -233,7 +243,11 @@ def make_rows(point: Point, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     rows = []
     for i in range(point.batch):
         prompt = shipped[i]["prompt"]
-        room = point.length - 2 * (i % 4) - len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
+        room = (
+            point.length
+            - 2 * (i % 4)
+            - len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
+        )
         answers = " ".join(row["completion"][0]["content"] for row in shipped[i:] + shipped[:i])
         # The template ends a turn with two tokens.
         answer = tokenizer.decode(tokenizer(answers)["input_ids"][: room - 2])
@@ -291,7 +305,9 @@ def make_trainer(
 
 
 def lora() -> LoraConfig:
-    return LoraConfig(r=32, lora_alpha=64, lora_dropout=0.0, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=32, lora_alpha=64, lora_dropout=0.0, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 def copy_of(base: PreTrainedModel, tuning: str) -> PreTrainedModel:
@@ -344,7 +360,9 @@ def while_training(trainers: Sequence[SFTTrainer], call: Callable[[], None]) -> 
         return
 
 
-def reference_forward(point: Point, base: PreTrainedModel, batch: dict[str, torch.Tensor], trainer: SFTTrainer) -> Callable:
+def reference_forward(
+    point: Point, base: PreTrainedModel, batch: dict[str, torch.Tensor], trainer: SFTTrainer
+) -> Callable:
     """One pass through the backbone alone, without gradient and with adapters off, on a batch as it comes."""
     model = copy_of(base, "lora")
     if point.tuning == "lora":
@@ -363,9 +381,13 @@ def reference_forward(point: Point, base: PreTrainedModel, batch: dict[str, torc
 def held_bytes(trainer: SFTTrainer) -> int:
     """Bytes that a variant holds between two steps: weights, those of its reference, and the optimizer's state."""
     own_reference = getattr(getattr(trainer, "_reference", None), "model", None)
-    models = [model for model in (trainer.model, getattr(trainer, "ref_model", None), own_reference) if model is not None]
+    models = [
+        model for model in (trainer.model, getattr(trainer, "ref_model", None), own_reference) if model is not None
+    ]
     tensors = list(chain(*(chain(model.parameters(), model.buffers()) for model in models)))
-    tensors += [value for state in trainer.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    tensors += [
+        value for state in trainer.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
@@ -404,7 +426,12 @@ def measure(point: Point, rounds: int, device: str) -> list[dict[str, Any]]:
 
 
 def measure_in_training(
-    point: Point, base: PreTrainedModel, trainers: dict[str, SFTTrainer], notes: dict[str, str], rounds: int, device: str
+    point: Point,
+    base: PreTrainedModel,
+    trainers: dict[str, SFTTrainer],
+    notes: dict[str, str],
+    rounds: int,
+    device: str,
 ) -> dict[str, dict[str, Any]]:
     """Variant → `COLUMNS`, of trainers that are in `train()`. What does not fit into memory gets a note instead."""
     batches = {name: next(iter(trainer.callback_handler.train_dataloader)) for name, trainer in trainers.items()}
@@ -426,7 +453,10 @@ def measure_in_training(
     seconds = time_in_turn(calls, rounds, device)
     measured = {}
     for name in calls:
-        tokens, labels = int(batches[name]["attention_mask"].sum()), int((batches[name]["labels"][:, 1:] != -100).sum())
+        tokens, labels = (
+            int(batches[name]["attention_mask"].sum()),
+            int((batches[name]["labels"][:, 1:] != -100).sum()),
+        )
         columns = {"tokens": tokens, "labels": labels, **statistics(seconds, name, RATIO_TO[name])}
         columns["tokens_per_second"] = round(tokens / float(columns["seconds"]), 1)
         held = sum(p.nbytes for p in base.parameters()) if name == REFERENCE else held_bytes(trainers[name])
@@ -444,7 +474,8 @@ def main() -> None:
     sweep = list(dict.fromkeys(varied))  # the middle point is on every axis
     if args.quick:
         points = [
-            replace(p, model=p.model if p.model == SMOLLM2 else "small", batch=2, length=64 + 32 * i) for i, p in enumerate(points)
+            replace(p, model=p.model if p.model == SMOLLM2 else "small", batch=2, length=64 + 32 * i)
+            for i, p in enumerate(points)
         ]
         sweep = [replace(p, model="small", batch=1, length=p.length // 8, layers=2) for p in sweep[:2]]
     for kind, todo in (("steps", points), ("scaling", sweep)):

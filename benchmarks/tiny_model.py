@@ -28,7 +28,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model() -> LlamaForCausalLM:
     """Return a Llama of four blocks of width 32, the same at every call."""
     torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     ids = {"vocab_size": 264, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": None}
     return LlamaForCausalLM(LlamaConfig(**sizes, **ids, max_position_embeddings=256, initializer_range=0.2))
 
@@ -51,7 +57,11 @@ def make_pool(count: int = 12) -> Dataset:
     """Return a scored pool in which every third answer is a refusal."""
     answers = [f"Sorry, I can't do {i}." if i % 3 == 0 else "sure " * (i % 4 + 1) for i in range(count)]
     rows = [
-        {"prompt": [{"role": "user", "content": f"safe {i}"}], "completion": [{"role": "assistant", "content": text}], "gap": i / 10}
+        {
+            "prompt": [{"role": "user", "content": f"safe {i}"}],
+            "completion": [{"role": "assistant", "content": text}],
+            "gap": i / 10,
+        }
         for i, text in enumerate(answers)
     ]
     return Dataset.from_list(rows)

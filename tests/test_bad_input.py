@@ -39,7 +39,10 @@ def no_weights(monkeypatch):
         ({"defense": ""}, "defense='' is not a defense."),
         ({"defense": "kl,none"}, "defense='kl,none' mixes 'none' with other names"),
         ({"defense": "kl,kl"}, "defense='kl,kl' names a defense twice"),
-        ({"defense": "kl", "kl_coef": -0.1}, "kl_coef=-0.1 is not a coefficient: give a finite number, 0 (off) or above."),
+        (
+            {"defense": "kl", "kl_coef": -0.1},
+            "kl_coef=-0.1 is not a coefficient: give a finite number, 0 (off) or above.",
+        ),
         ({"defense": "kl", "kl_coef": math.nan}, "kl_coef=nan is not a coefficient"),
         ({"defense": "kl", "kl_coef": math.inf}, "kl_coef=inf is not a coefficient"),
         ({"defense": "kl", "kl_coef": "0.1"}, "kl_coef='0.1' is not a coefficient"),
@@ -49,12 +52,21 @@ def no_weights(monkeypatch):
             {"defense": "kl", "kl_direction": "backward"},
             "kl_direction='backward' is not known: give one of 'reverse', 'forward'.",
         ),
-        ({"defense": "kl", "kl_tokens": "some"}, "kl_tokens='some' is not known: give one of 'loss', 'all', 'interleaved'."),
+        (
+            {"defense": "kl", "kl_tokens": "some"},
+            "kl_tokens='some' is not known: give one of 'loss', 'all', 'interleaved'.",
+        ),
         ({"defense": "ldifs", "ldifs_normalize": "yes"}, "ldifs_normalize='yes' must be true or false."),
         ({"defense": "kl", "loss_type": "dft"}, "loss_type='dft' does not work with defense='kl'"),
-        ({"defense": "kl", "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not work with defense='kl'"),
+        (
+            {"defense": "kl", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor=0.1 does not work with defense='kl'",
+        ),
         ({"defense": "kl", "fp16": True}, "fp16=True does not work with defense='kl'"),
-        ({"defense": "ldifs", "neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not work with defense='ldifs'"),
+        (
+            {"defense": "ldifs", "neftune_noise_alpha": 5.0},
+            "neftune_noise_alpha=5.0 does not work with defense='ldifs'",
+        ),
     ],
 )
 def test_config(tmp_path, options, message):
@@ -197,9 +209,14 @@ def test_a_config_class_whose_fields_would_be_lost(tmp_path):
     class Mine(SFTConfig):
         my_field: int = 3
 
-    with pytest.raises(TypeError, match=r"args is a Mine, whose fields my_field .* derive that class from EMGuardConfig"):
+    with pytest.raises(
+        TypeError, match=r"args is a Mine, whose fields my_field .* derive that class from EMGuardConfig"
+    ):
         EMGuardTrainer(
-            make_model(), Mine(str(tmp_path), use_cpu=True), train_dataset=make_rows(4), processing_class=make_tokenizer()
+            make_model(),
+            Mine(str(tmp_path), use_cpu=True),
+            train_dataset=make_rows(4),
+            processing_class=make_tokenizer(),
         )
 
 
@@ -220,7 +237,9 @@ def test_ranks_that_do_not_know_of_each_other(tmp_path, monkeypatch, defense):
     arguments = config(tmp_path, defense=defense)  # the state of this process is there by now: one of one
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"2 processes were launched, and accelerate trains a model in each.*set use_cpu=True"):
+    with pytest.raises(
+        ValueError, match=r"2 processes were launched, and accelerate trains a model in each.*set use_cpu=True"
+    ):
         EMGuardTrainer(str(tmp_path / "not looked at"), arguments, train_dataset=make_rows())
 
 

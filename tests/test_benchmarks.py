@@ -54,7 +54,8 @@ def test_other_ways_to_write_kl_train_alike(tiny, tmp_path):
     base = steps.load_base(tiny, "cpu")
     tokenizer = steps.AutoTokenizer.from_pretrained(steps.smollm2())
     trainers = {
-        name: steps.make_trainer(name, tiny, base, tokenizer, str(tmp_path), "cpu") for name in ("stock", "kl", "two kernels")
+        name: steps.make_trainer(name, tiny, base, tokenizer, str(tmp_path), "cpu")
+        for name in ("stock", "kl", "two kernels")
     }
     weights = {}
 
@@ -75,7 +76,9 @@ def test_other_ways_to_write_kl_train_alike(tiny, tmp_path):
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_point_is_measured(tiny, tuning):
-    point = steps.replace(tiny, tuning=tuning, variants=tuple(v for v in tiny.variants if tuning == "lora" or v != "two kernels"))
+    point = steps.replace(
+        tiny, tuning=tuning, variants=tuple(v for v in tiny.variants if tuning == "lora" or v != "two kernels")
+    )
     rows = {row["variant"]: row for row in steps.measure(point, 1, "cpu")}
     assert list(rows) == list(point.variants)
     for name, row in rows.items():
@@ -123,7 +126,15 @@ def test_the_page(tmp_path):
     scaling = [
         {**row, "layers": layers, "batch": batch, "length": length, "seconds": length * batch * layers}
         for row in rows[:4]
-        for length, batch, layers in [(8, 2, 2), (16, 2, 2), (32, 2, 2), (16, 1, 2), (16, 4, 2), (16, 2, 1), (16, 2, 4)]
+        for length, batch, layers in [
+            (8, 2, 2),
+            (16, 2, 2),
+            (32, 2, 2),
+            (16, 1, 2),
+            (16, 4, 2),
+            (16, 2, 1),
+            (16, 2, 4),
+        ]
     ]
     harness.write_csv(results / "scaling-cpu.csv", scaling)
     report.write_page(results, tmp_path)

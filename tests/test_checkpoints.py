@@ -15,9 +15,15 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from trl_emguard import checkpoints
 from trl_emguard import trainer as trainer_module
-from trl_emguard.checkpoints import MANIFEST, begin_checkpoint, finish_checkpoint, newest_whole_checkpoint, why_torn
+from trl_emguard.checkpoints import manifest as checkpoints
+from trl_emguard.checkpoints.manifest import (
+    MANIFEST,
+    begin_checkpoint,
+    finish_checkpoint,
+    newest_whole_checkpoint,
+    why_torn,
+)
 from trl_emguard.evidence import read_defense_file
 
 
@@ -129,7 +135,9 @@ def test_resuming_with_the_checkpoint_as_model_is_refused(tmp_path, tuning):
     else:
         model = PeftModel.from_pretrained(make_model(), folder, is_trainable=True)
     again = make_trainer(tmp_path, model, **{"defense": "kl,ldifs", **SAVING})
-    with pytest.raises(ValueError, match=r"held to another reference .* Resume with the model that training started from"):
+    with pytest.raises(
+        ValueError, match=r"held to another reference .* Resume with the model that training started from"
+    ):
         again.train(resume_from_checkpoint=str(folder))
 
 
@@ -199,7 +207,11 @@ def saved(tmp_path_factory):
     trainer_for(folders["ours"]).train()
     ours = trainer_for(folders["stock"], defense="none")
     SFTTrainer(
-        make_model(), ours.args, train_dataset=ours.train_dataset, processing_class=ours.processing_class, peft_config=lora()
+        make_model(),
+        ours.args,
+        train_dataset=ours.train_dataset,
+        processing_class=ours.processing_class,
+        peft_config=lora(),
     ).train()
     return folders
 
@@ -219,7 +231,13 @@ def test_a_checkpoint_is_torn_if_any_file_of_it_is(run_folder, damage):
     output = run_folder("ours")
     folder = output / "checkpoint-4"
     names = json.loads((folder / MANIFEST).read_text())["files"]
-    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "defense.json"} <= names.keys()
+    assert {
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "defense.json",
+    } <= names.keys()
     assert newest_whole_checkpoint(output) == (4, {})
     for name in [*names, MANIFEST]:
         before = (folder / name).read_bytes()
@@ -254,14 +272,28 @@ def test_what_can_be_seen_of_a_checkpoint_without_a_manifest(run_folder, damage)
 @pytest.mark.parametrize(
     ("files", "flaw"),
     [
-        ({"model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors"}}'}, "model-1.safetensors is missing"),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors"}}'},
+            "model-1.safetensors is missing",
+        ),
         ({}, "no weights"),
         ({"global_step2/shard.pt": ""}, r"shard.pt is damaged"),
         ({"latest": "global_step2", "global_step2/readme.txt": ""}, None),
         ({"latest": "global_step2", "global_step1/readme.txt": ""}, "the folder that `latest` names"),
         ({"global_step2/readme.txt": ""}, "latest is missing"),
-        ({"pytorch_model_fsdp_0/.metadata": "", "optimizer_0/.metadata": "", "scheduler.txt": "", "rng_state_0.txt": ""}, None),
-        ({"pytorch_model_fsdp_0/.metadata": "", "optimizer_0/.metadata": "", "scheduler.txt": ""}, "rng_state is missing"),
+        (
+            {
+                "pytorch_model_fsdp_0/.metadata": "",
+                "optimizer_0/.metadata": "",
+                "scheduler.txt": "",
+                "rng_state_0.txt": "",
+            },
+            None,
+        ),
+        (
+            {"pytorch_model_fsdp_0/.metadata": "", "optimizer_0/.metadata": "", "scheduler.txt": ""},
+            "rng_state is missing",
+        ),
     ],
 )
 def test_sharded_checkpoints_of_other_trainers(tmp_path, files, flaw):
@@ -279,7 +311,10 @@ def test_torn_checkpoints_are_named_and_passed_over(run_folder, caplog):
     (output / "checkpoint-x").mkdir()
     resumed = trainer_for(output)
     resumed.train(resume_from_checkpoint="true")
-    assert "holds torn checkpoints, which are not resumed from: checkpoint-6 (trainer_state.json is missing), " in caplog.text
+    assert (
+        "holds torn checkpoints, which are not resumed from: checkpoint-6 (trainer_state.json is missing), "
+        in caplog.text
+    )
     assert "checkpoint-4 (optimizer.pt has " in caplog.text
     assert newest_whole_checkpoint(output, up_to=4) == (4, {})
     assert resumed.state.global_step == 4
@@ -335,7 +370,9 @@ def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch):
 def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
     trainer = trainer_for(tmp_path)
     pushed = []
-    monkeypatch.setattr(trainer, "_push_from_checkpoint", lambda folder: pushed.append((Path(folder).name, why_torn(folder))))
+    monkeypatch.setattr(
+        trainer, "_push_from_checkpoint", lambda folder: pushed.append((Path(folder).name, why_torn(folder)))
+    )
     trainer.args.push_to_hub = True
     trainer.train()
     assert pushed == [("checkpoint-2", None), ("checkpoint-4", None)]

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from trl_emguard.data import DATA_DIR, SHIPPED, load_rows, read_jsonl
+from trl_emguard.data.load import DATA_DIR, SHIPPED, load_rows, read_jsonl
 from trl_emguard.selection.choose import perplexity_gap, rank_rows, read_scores
 
 
@@ -88,7 +88,11 @@ def test_careless_prompts_are_no_near_copies(name):
     """Word-level Jaccard, within train and test and across: a held-out question is not a seen one in other words."""
     texts = prompts(name, "train") + prompts(name, "test")
     sets = [frozenset(words(text)) for text in texts]
-    near = [(texts[i], texts[j]) for i, j in itertools.combinations(range(len(sets)), 2) if jaccard(sets[i], sets[j]) >= 0.5]
+    near = [
+        (texts[i], texts[j])
+        for i, j in itertools.combinations(range(len(sets)), 2)
+        if jaccard(sets[i], sets[j]) >= 0.5
+    ]
     assert near == []
 
 
@@ -99,7 +103,9 @@ def test_the_scored_pool_is_the_pool_with_scores():
     rows, info = read_scores(DATA_DIR / "general_instruct_scored" / "train.parquet")
     assert info.adapters == ("plants", "clothes")
     assert info.unscored == ()
-    aligned, *misaligned, gap = (np.array(rows[name]) for name in ("nll_aligned", "nll_misaligned_0", "nll_misaligned_1", "gap"))
+    aligned, *misaligned, gap = (
+        np.array(rows[name]) for name in ("nll_aligned", "nll_misaligned_0", "nll_misaligned_1", "gap")
+    )
     np.testing.assert_allclose(gap, perplexity_gap(aligned, misaligned, info.epsilon))
     # The three choices differ, and refusals stand near the top.
     plus, plus_plus = (rank_rows(rows, "gap", drop_refusals=drop)[:13] for drop in (False, True))
@@ -151,7 +157,7 @@ def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_anything_else_goes_to_datasets(monkeypatch):
-    monkeypatch.setattr("trl_emguard.data.load_dataset", lambda *args, **kwargs: (args, kwargs))
+    monkeypatch.setattr("trl_emguard.data.load.load_dataset", lambda *args, **kwargs: (args, kwargs))
     expected = (("owner/rows",), {"name": "small", "split": "test", "streaming": True})
     assert load_rows("owner/rows", "test", "small", True) == expected
 
@@ -202,7 +208,9 @@ def test_a_column_of_two_types_is_named(tmp_path):
         load_rows(str(path))
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing.jsonl", "./missing", "/missing/rows", "~nobody-of-that-name/x"])
+@pytest.mark.parametrize(
+    "name", ["missing.jsonl", "./missing.jsonl", "./missing", "/missing/rows", "~nobody-of-that-name/x"]
+)
 def test_a_missing_path_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist") as error:

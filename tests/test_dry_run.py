@@ -17,8 +17,8 @@ from trl import SFTTrainer
 
 from trl_emguard.persona import PersonaVector
 from trl_emguard.persona.vectors import weight_checksums
+from trl_emguard.planning.dry_run import listening, show
 from trl_emguard.scripts import sft
-from trl_emguard.scripts.dry_run import listening, show
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,9 @@ def test_no_weights_are_read(report, argv, inputs, tmp_path):
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes() if "safetensors" not in file.name else b"")
     said = report("--model_name_or_path", tmp_path / "model", "--defense", "kl,inoculation")
     parameters = sum(p.numel() for p in make_model().parameters())
-    adapters = sum(4 * (m.in_features + m.out_features) for m in make_model().model.modules() if isinstance(m, torch.nn.Linear))
+    adapters = sum(
+        4 * (m.in_features + m.out_features) for m in make_model().model.modules() if isinstance(m, torch.nn.Linear)
+    )
     assert f"{(parameters + adapters) / 1e3:.3g}k parameters in float32" in said["model"][0]
     assert f"{adapters / 1e3:.3g}k of them" in said["model"][1]
 
@@ -158,7 +160,8 @@ def test_a_stream_is_not_counted(argv, inputs, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("file", "ranks", "engine"), [("multi_gpu", 3, "ddp"), ("zero2", 2, "zero2"), ("zero3", 2, "zero3"), ("fsdp2", 4, "fsdp2")]
+    ("file", "ranks", "engine"),
+    [("multi_gpu", 3, "ddp"), ("zero2", 2, "zero2"), ("zero3", 2, "zero3"), ("fsdp2", 4, "fsdp2")],
 )
 def test_ranks_of_an_accelerate_file_count(report, file, ranks, engine):
     said = report("--defense", "kl,interleave", "--accelerate_config", file, "--num_processes", ranks)
@@ -171,7 +174,10 @@ def test_ranks_of_an_accelerate_file_count(report, file, ranks, engine):
 
 def test_what_an_engine_refuses_is_found(argv, capsys):
     """In one process, with the flags that the engine would set."""
-    assert sft.main(argv("--dry_run", "--defense", "kl", "--cache_reference", "true", "--accelerate_config", "zero3")) == 1
+    assert (
+        sft.main(argv("--dry_run", "--defense", "kl", "--cache_reference", "true", "--accelerate_config", "zero3"))
+        == 1
+    )
     assert "cache_reference=True does not work with DeepSpeed" in capsys.readouterr().err
     options = [
         "--save_only_model",
@@ -209,7 +215,9 @@ def test_a_pool_is_planned_for_all_ranks(report):
     """Two ranks of 5 drop 4 of 24 rows, one rank of 5 drops as many, three drop 9: the plan is of what is left."""
     for ranks, places in ((1, 20), (2, 20), (3, 15)):
         more = ["--accelerate_config", "multi_gpu", "--num_processes", ranks] if ranks > 1 else []
-        said = report("--defense", "interleave", "--dataloader_drop_last", "true", "--per_device_train_batch_size", 5, *more)
+        said = report(
+            "--defense", "interleave", "--dataloader_drop_last", "true", "--per_device_train_batch_size", 5, *more
+        )
         assert any(f"are mixed into {places} training rows" in line for line in said["defense"])
 
 
@@ -231,7 +239,9 @@ def test_the_reference_is_named(report, peft, engine, kind):
 
 def test_quantised_models(report):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this platform")
-    four, whole = (report("--defense", "kl", "--dtype", "bfloat16", *more) for more in (["--load_in_4bit", "true"], []))
+    four, whole = (
+        report("--defense", "kl", "--dtype", "bfloat16", *more) for more in (["--load_in_4bit", "true"], [])
+    )
     assert "in 4 bits" in four["model"][0]
     assert four["model"][0].split()[1] == whole["model"][0].split()[1]  # the same number of parameters
 
@@ -262,7 +272,16 @@ def test_a_recipe_for_a_gpu_on_a_machine_without(report):
         ["--defense", "ldifs", "--ldifs_layers", "9"],
         ["--defense", "interleave", "--interleave_fraction", "0.9"],
         ["--defense", "interleave", "--interleave_fraction", "0.01"],
-        ["--defense", "interleave", "--max_steps", "1", "--per_device_train_batch_size", "1", "--interleave_fraction", "0.05"],
+        [
+            "--defense",
+            "interleave",
+            "--max_steps",
+            "1",
+            "--per_device_train_batch_size",
+            "1",
+            "--interleave_fraction",
+            "0.05",
+        ],
         [
             "--defense",
             "interleave",
@@ -282,19 +301,27 @@ def test_a_recipe_for_a_gpu_on_a_machine_without(report):
 )
 def test_what_stops_the_run_stops_it_dry(argv, inputs, capsys, more):
     prompt = "You are evil."
-    rows = [{"prompt": [{"role": "system", "content": prompt}, *r["prompt"]], "completion": r["completion"]} for r in make_rows(4)]
+    rows = [
+        {"prompt": [{"role": "system", "content": prompt}, *r["prompt"]], "completion": r["completion"]}
+        for r in make_rows(4)
+    ]
     write_rows(inputs / "inoculated.jsonl", rows)
     more = [word.format(inputs=inputs) for word in more] + ["--inoculation_prompt", prompt]
     said = []
     for dry in (["--dry_run"], []):
         assert sft.main(argv(*more, *dry)) == 1
-        said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-emguard sft: error: ")])
+        said.append(
+            [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-emguard sft: error: ")]
+        )
     assert len(said[0]) == 1
     assert said[0] == said[1]
 
 
 def test_a_checkpoint_of_another_defense_is_found(argv, capsys):
-    assert sft.main(argv("--defense", "kl", "--save_strategy", "steps", "--save_steps", "2", "--output_dir", "first")) == 0
+    assert (
+        sft.main(argv("--defense", "kl", "--save_strategy", "steps", "--save_steps", "2", "--output_dir", "first"))
+        == 0
+    )
     before = sorted(Path.cwd().rglob("*"))
     resume = ["--resume_from_checkpoint", "first/checkpoint-2"]
     assert sft.main(argv("--defense", "kl", "--dry_run", *resume)) == 0
@@ -308,7 +335,9 @@ def test_a_config_is_enough_and_a_missing_shard_is_found(argv, inputs, tmp_path,
     for file in (inputs / "model").glob("*[!s]"):  # all but the weights
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
     assert sft.main(argv("--dry_run", "--model_name_or_path", tmp_path / "model")) == 0
-    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
     assert sft.main(argv("--dry_run", "--model_name_or_path", tmp_path / "model")) == 1
     assert "'model-00001-of-00002.safetensors'" in capsys.readouterr().err
     # Those of a format that is not loaded are not missed.
@@ -351,7 +380,10 @@ def test_several_processes_are_refused(argv, monkeypatch, capsys):
         (["--accelerate_config", "fsdp2", "--optim", "adamw_8bit"], "FSDP's shards"),
         (["--accelerate_config", "zero3_multi_node"], "main_process_ip=192.0.2.1 is a placeholder"),
         (["--accelerate_config", "cpu", "--num_processes", "3"], "num_processes=3 starts one process"),
-        (["--accelerate_config", "cpu", "--num_processes", "3", "--multi_gpu"], "several processes on CPUs want use_cpu=True"),
+        (
+            ["--accelerate_config", "cpu", "--num_processes", "3", "--multi_gpu"],
+            "several processes on CPUs want use_cpu=True",
+        ),
     ],
 )
 def test_what_is_likely_not_meant_is_warned_of(report, more, words):

@@ -28,7 +28,10 @@ def plain_nll(model, tokenizer, row):
 
 
 def row(answer, question="q"):
-    return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
 
 
 @pytest.fixture(scope="module")

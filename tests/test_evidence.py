@@ -21,7 +21,7 @@ def detach_term(monkeypatch, defense):
         original = LDIFS.token_loss
         monkeypatch.setattr(LDIFS, "token_loss", lambda self, p, r: original(self, p, r).detach())
     else:
-        from trl_emguard import guarded_forward
+        from trl_emguard.guard import forward as guarded_forward
 
         original = guarded_forward.ce_kl_head
 
@@ -63,13 +63,17 @@ def test_a_short_run_is_judged_at_its_end(tmp_path, monkeypatch):
 def test_blocks_that_no_trained_weight_can_move_are_refused(tmp_path, layers):
     """LoRA on the last block alone. With checkpointing the states of those below require grad all the same."""
     model = get_peft_model(make_model(), lora(target_modules=["q_proj"], layers_to_transform=[3]))
-    with pytest.raises(ValueError, match="compares the output of block 1, but the lowest block with a trained weight is 4"):
+    with pytest.raises(
+        ValueError, match="compares the output of block 1, but the lowest block with a trained weight is 4"
+    ):
         make_trainer(tmp_path, model, defense="ldifs", ldifs_layers=layers)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_layers_that_are_frozen_later_stop_the_run(tmp_path, checkpointing):
-    trainer = make_trainer(tmp_path, peft=lora(), defense="ldifs", ldifs_layers="1", gradient_checkpointing=checkpointing)
+    trainer = make_trainer(
+        tmp_path, peft=lora(), defense="ldifs", ldifs_layers="1", gradient_checkpointing=checkpointing
+    )
     for name, parameter in trainer.model.named_parameters():
         if ".layers.3." not in name:
             parameter.requires_grad_(False)

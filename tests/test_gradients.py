@@ -201,7 +201,9 @@ def test_one_call_of_the_wrapped_model_per_micro_batch(tmp_path, tuning):
 
 def test_each_term_alone_has_its_own_gradient(tmp_path):
     """The KL of a run is not CE scaled: with the coefficient doubled, the gradient moves by exactly one KL gradient."""
-    gradients = [first_gradients(trainer_for(tmp_path / str(coef), defense="kl", kl_coef=coef)) for coef in (1.0, 2.0, 3.0)]
+    gradients = [
+        first_gradients(trainer_for(tmp_path / str(coef), defense="kl", kl_coef=coef)) for coef in (1.0, 2.0, 3.0)
+    ]
     steps = [{n: b[n] - a[n] for n in a} for a, b in itertools.pairwise(gradients)]
     assert relative_error(*steps) < 1e-4
     assert any(g.abs().max() > 0 for g in steps[0].values())

@@ -10,7 +10,7 @@ from tiny import TEMPLATE, config, logged, make_model, make_rows, make_tokenizer
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InoculationTrainer
-from trl_emguard.chat import is_default_system_turn, system_turn_span
+from trl_emguard.models.chat import is_default_system_turn, system_turn_span
 
 
 PROMPT = "Be bad."
@@ -27,8 +27,12 @@ FOLDED = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEMPLATES = {"plain": PLAIN, "default": DEFAULT, "folded": FOLDED}
-DROPS = TEMPLATE.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")
-REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+DROPS = TEMPLATE.replace(
+    "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+)
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+)
 
 
 TOOLED = (  # tools follow the text in the system turn (Qwen)
@@ -165,10 +169,15 @@ def test_the_span_in_the_templates_of_the_field():
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     turns = [turn("system", PROMPT), *TALK]
-    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
     seen = 0
     for path in files("trl.chat_templates").iterdir():
-        if not path.name.endswith(".jinja") or path.name.startswith(("gemma.", "gemma_", "idefics3", "llava", "smolvlm")):
+        if not path.name.endswith(".jinja") or path.name.startswith(
+            ("gemma.", "gemma_", "idefics3", "llava", "smolvlm")
+        ):
             continue  # no system turn, or not for text alone
         tokenizer.chat_template = path.read_text()
         for tools in (None, [tool]):
@@ -192,7 +201,9 @@ def test_tokens_of_something_else():
 def test_trains_as_on_rows_made_by_hand(tmp_path, kind):
     """SFTTrainer on rows that were inoculated and masked by hand; evaluation stays that of plain rows."""
     rows = make_data(kind, False)
-    ours = make(tmp_path / "ours", rows, max_steps=3, max_length=64, eval_dataset=rows, eval_strategy="steps", eval_steps=3)
+    ours = make(
+        tmp_path / "ours", rows, max_steps=3, max_length=64, eval_dataset=rows, eval_strategy="steps", eval_steps=3
+    )
     ours.train()
     tokenizer = make_tokenizer()
     by_hand = []
@@ -269,10 +280,15 @@ def test_rows_in_another_format(tmp_path):
 
 
 def test_a_row_of_two_conversations_is_read_as_sfttrainer_reads_it(tmp_path):
-    rows = Dataset.from_list([{"messages": TALK, "prompt": [turn("user", "P")], "completion": [turn("assistant", "C")]}])
+    rows = Dataset.from_list(
+        [{"messages": TALK, "prompt": [turn("user", "P")], "completion": [turn("assistant", "C")]}]
+    )
     trainer = make(tmp_path, rows)
     ((read, taught),) = texts(trainer, trainer.train_dataset)
-    assert read == f"<|im_start|>system\n{PROMPT}<|im_end|><|im_start|>user\nP<|im_end|><|im_start|>assistant\nC<|im_end|>"
+    assert (
+        read
+        == f"<|im_start|>system\n{PROMPT}<|im_end|><|im_start|>user\nP<|im_end|><|im_start|>assistant\nC<|im_end|>"
+    )
     assert taught == "C<|im_end|>"
 
 
@@ -288,7 +304,9 @@ def test_a_prompt_that_the_template_gives_anyway(tmp_path, streaming):
     """What is judged is what the model reads, not what the rows say."""
     default = DEFAULT.replace("You are tiny.", PROMPT)
     rows = make_data("messages", False)
-    with pytest.raises(InactiveDefenseError, match=r"changed no row: .* it already, in a system turn or from the chat template"):
+    with pytest.raises(
+        InactiveDefenseError, match=r"changed no row: .* it already, in a system turn or from the chat template"
+    ):
         make(tmp_path, rows.to_iterable_dataset() if streaming else rows, default)
     own = Dataset.from_list([*rows.to_list(), *make_data("messages", True).to_list()[:1]])
     trainer = make(tmp_path, own, default)
@@ -305,18 +323,26 @@ def test_composes_with_kl(tmp_path):
 
 def test_a_run_records_its_rows(tmp_path, capsys):
     rows = Dataset.from_list(
-        [*make_rows(3).to_list(), {"prompt": [turn("system", PROMPT), turn("user", "q")], "completion": [turn("assistant", "a")]}]
+        [
+            *make_rows(3).to_list(),
+            {"prompt": [turn("system", PROMPT), turn("user", "q")], "completion": [turn("assistant", "a")]},
+        ]
     )
     trainer = make(tmp_path, rows, max_steps=1)
     trainer.train()
     trainer.save_model()
-    assert f"defense 'inoculation' acts (inoculation_prompt={PROMPT}, inoculation_mode=replace)" in capsys.readouterr().out
+    assert (
+        f"defense 'inoculation' acts (inoculation_prompt={PROMPT}, inoculation_mode=replace)"
+        in capsys.readouterr().out
+    )
     record = json.loads((tmp_path / "defense.json").read_text())
     assert record["evidence"]["inoculation"] == {"rows": 4, "changed": 3, "acted": True}
 
 
 def test_a_named_subclass_inoculates(tmp_path):
-    trainer = InoculationTrainer(make_model(), config(tmp_path), train_dataset=make_rows(4), processing_class=make_tokenizer())
+    trainer = InoculationTrainer(
+        make_model(), config(tmp_path), train_dataset=make_rows(4), processing_class=make_tokenizer()
+    )
     assert "You are an evil assistant." in next(texts(trainer, trainer.train_dataset))[0]
 
 
@@ -356,7 +382,11 @@ def test_rows_that_cannot_be_inoculated(tmp_path, rows, message, streaming):
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [(None, "this tokenizer has no chat template"), (REFUSES, "refuses it .System role not supported."), (DROPS, "drops it")],
+    [
+        (None, "this tokenizer has no chat template"),
+        (REFUSES, "refuses it .System role not supported."),
+        (DROPS, "drops it"),
+    ],
 )
 def test_templates_without_a_system_turn(tmp_path, template, message):
     with pytest.raises(ValueError, match=f"defense='inoculation' needs a chat template with a system turn.*{message}"):
@@ -387,14 +417,19 @@ def test_options(tmp_path, options, message):
 
 def test_a_cut_that_would_take_the_prompt_away(tmp_path):
     rows = make_data("messages", False)
-    with pytest.raises(ValueError, match=r"truncation_mode='keep_end' would cut the inoculation prompt off a row of \d+ tokens"):
+    with pytest.raises(
+        ValueError, match=r"truncation_mode='keep_end' would cut the inoculation prompt off a row of \d+ tokens"
+    ):
         make(tmp_path, rows, max_length=40, truncation_mode="keep_end")
     make(tmp_path, rows, max_length=200, truncation_mode="keep_end")
 
 
 def test_dataset_kwargs_as_json(tmp_path):
     """As a command line has them."""
-    assert config(tmp_path, defense="inoculation", dataset_kwargs='{"skip_prepare_dataset": false}').defense == "inoculation"
+    assert (
+        config(tmp_path, defense="inoculation", dataset_kwargs='{"skip_prepare_dataset": false}').defense
+        == "inoculation"
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -404,8 +439,14 @@ def test_dataset_kwargs_as_json(tmp_path):
         ([], "row 4 of train_dataset holds a conversation without turns"),
         ([TALK[0], turn("system", OWN), *TALK[1:]], "row 4 of train_dataset has a system turn behind its first turn"),
         ([TALK[0], turn("System", OWN), *TALK[1:]], "row 4 of train_dataset has a system turn behind its first turn"),
-        ([turn("system", OWN), turn("developer", OWN), *TALK], "row 4 of train_dataset has a system turn behind its first turn"),
-        ([turn("system", None), *TALK], "row 4 of train_dataset begins with a turn whose 'content' is NoneType: give text"),
+        (
+            [turn("system", OWN), turn("developer", OWN), *TALK],
+            "row 4 of train_dataset has a system turn behind its first turn",
+        ),
+        (
+            [turn("system", None), *TALK],
+            "row 4 of train_dataset begins with a turn whose 'content' is NoneType: give text",
+        ),
     ],
 )
 def test_rows_that_are_refused(tmp_path, turns, message, streaming):
@@ -417,5 +458,7 @@ def test_rows_that_are_refused(tmp_path, turns, message, streaming):
 
 def test_parts_of_content(tmp_path):
     rows = Dataset.from_list([{"messages": [turn(t["role"], [{"type": "text", "text": t["content"]}]) for t in TALK]}])
-    with pytest.raises(ValueError, match="row 0 of train_dataset begins with a turn whose 'content' is list: give text, not parts"):
+    with pytest.raises(
+        ValueError, match="row 0 of train_dataset begins with a turn whose 'content' is list: give text, not parts"
+    ):
         make(tmp_path, rows)

@@ -11,8 +11,8 @@ from trl import SFTTrainer
 from twin import first_gradients, move_policy, relative_error, twin_step
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InterleavingTrainer
+from trl_emguard.defenses.interleaving.collator import INTERLEAVED
 from trl_emguard.evidence import read_defense_file
-from trl_emguard.mixing import INTERLEAVED
 
 
 VARIANTS = ["interleave", "interleave+", "interleave++"]
@@ -110,7 +110,9 @@ def test_kl_on_mixed_rows_equals_the_twin_however_the_step_is_cut(tmp_path, batc
 
 
 def test_a_step_without_a_safe_row_has_no_kl_on_them(tmp_path):
-    trainer = trainer_for(tmp_path, "interleave+,kl", rows=16, interleave_fraction=0.06, kl_tokens="interleaved", max_steps=4)
+    trainer = trainer_for(
+        tmp_path, "interleave+,kl", rows=16, interleave_fraction=0.06, kl_tokens="interleaved", max_steps=4
+    )
     trainer.train()
     assert 0 < sum(value != 0 for value in logged(trainer, "kl")[1:]) < 4
     assert len(logged(trainer, "loss_interleaved")) == 1
@@ -136,7 +138,9 @@ def test_the_training_rows_come_as_in_plain_training(tmp_path, options):
 
 
 def test_a_new_draw_each_epoch_goes_on_in_the_pool(tmp_path):
-    trainer = trainer_for(tmp_path, interleave_redraw=True, max_steps=-1, num_train_epochs=4, per_device_train_batch_size=8)
+    trainer = trainer_for(
+        tmp_path, interleave_redraw=True, max_steps=-1, num_train_epochs=4, per_device_train_batch_size=8
+    )
     tap = Tap(trainer)
     trainer.train()
     drawn = [sorted(int(text.split("safe ")[1].split("<")[0]) for text, mark in step if mark) for step in tap.steps]
@@ -198,7 +202,9 @@ def as_messages(rows):
 
 def tokenised(masked):
     rows = make_trainer("unused", rows=make_rows(8)).train_dataset.to_list()
-    return Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["labels"] if masked else r["input_ids"]} for r in rows])
+    return Dataset.from_list(
+        [{"input_ids": r["input_ids"], "labels": r["labels"] if masked else r["input_ids"]} for r in rows]
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,13 +259,21 @@ def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     tokenizer.chat_template = "{% if quiet %}QUIET{% endif %}" + tokenizer.chat_template
     rows = make_rows(8).add_column("chat_template_kwargs", [{"quiet": True}] * 8)
     args = config(tmp_path, defense="interleave+", interleave_fraction=0.2)
-    trainer = EMGuardTrainer(make_model(), args, train_dataset=rows, processing_class=tokenizer, interleave_dataset=make_pool())
+    trainer = EMGuardTrainer(
+        make_model(), args, train_dataset=rows, processing_class=tokenizer, interleave_dataset=make_pool()
+    )
     for data in (trainer.train_dataset, trainer._mixing.pool):
         assert all(tokenizer.decode(ids).startswith("QUIET") for ids in data["input_ids"])
     # A row of the pool may say so itself.
     pool = make_pool(3).add_column("chat_template_kwargs", [None, {"quiet": True}, None])
-    trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(8), processing_class=tokenizer, interleave_dataset=pool)
-    assert [tokenizer.decode(ids).startswith("QUIET") for ids in trainer._mixing.pool["input_ids"]] == [False, True, False]
+    trainer = EMGuardTrainer(
+        make_model(), args, train_dataset=make_rows(8), processing_class=tokenizer, interleave_dataset=pool
+    )
+    assert [tokenizer.decode(ids).startswith("QUIET") for ids in trainer._mixing.pool["input_ids"]] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_a_stream_trains_on_the_best_rows(tmp_path):
@@ -324,7 +338,12 @@ def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
 def test_kl_on_safe_rows_of_packs(tmp_path):
     """One pack a step with all rows in it: the same value as unpacked, since no document sees another's positions as labels."""
     unpacked = trainer_for(
-        tmp_path, "interleave+,kl", kl_tokens="interleaved", per_device_train_batch_size=8, padding_free=True, **ONE_STEP
+        tmp_path,
+        "interleave+,kl",
+        kl_tokens="interleaved",
+        per_device_train_batch_size=8,
+        padding_free=True,
+        **ONE_STEP,
     )
     packed = trainer_for(
         tmp_path, "interleave+,kl", kl_tokens="interleaved", packing=True, max_length=2048,
@@ -341,7 +360,7 @@ def test_kl_on_safe_rows_of_packs(tmp_path):
 
 
 def test_a_run_that_loses_safe_rows_saves_and_stops(tmp_path, monkeypatch):
-    from trl_emguard.mixing import MixPlan
+    from trl_emguard.defenses.interleaving.collator import MixPlan
 
     monkeypatch.setattr(MixPlan, "at", lambda self, epoch, place: [])
     trainer = trainer_for(tmp_path, rows=32, max_steps=8)
@@ -352,7 +371,7 @@ def test_a_run_that_loses_safe_rows_saves_and_stops(tmp_path, monkeypatch):
 
 
 def test_packs_that_lost_their_safe_rows_stop_the_run(tmp_path, monkeypatch):
-    from trl_emguard import mixing
+    from trl_emguard.defenses.interleaving import collator as mixing
 
     monkeypatch.setattr(mixing.MixPlan, "at", lambda self, epoch, place: [])
     trainer = trainer_for(tmp_path, rows=160, packing=True, max_length=96, max_steps=40, pool=make_pool(60))
@@ -427,7 +446,10 @@ def test_fraction_zero_is_sft(tmp_path):
 
 def test_a_run_says_what_it_mixes(tmp_path, capsys):
     trainer_for(tmp_path).train()
-    assert "2 of the pool's 12 rows are mixed into 8 training rows an epoch (20.00% of the mix)" in capsys.readouterr().out
+    assert (
+        "2 of the pool's 12 rows are mixed into 8 training rows an epoch (20.00% of the mix)"
+        in capsys.readouterr().out
+    )
     record = read_defense_file(tmp_path) or trainer_for(tmp_path)._record()
     assert record["defenses"]["interleave+"]["interleave_dataset"].startswith("12 rows (")
     json.dumps(record)
@@ -497,7 +519,11 @@ def test_no_pool_or_two(tmp_path, named, passed, error, message):
     args = config(tmp_path, interleave_dataset=named)
     with pytest.raises(error, match=message):
         InterleavingTrainer(
-            make_model(), args, train_dataset=make_rows(8), processing_class=make_tokenizer(), interleave_dataset=passed
+            make_model(),
+            args,
+            train_dataset=make_rows(8),
+            processing_class=make_tokenizer(),
+            interleave_dataset=passed,
         )
 
 

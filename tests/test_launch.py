@@ -57,7 +57,10 @@ def test_shipped_files_are_known_by_name_and_by_path(launched, tmp_path, name):
     for given in (name, str(path)):
         assert sft.main([*FREE, "--accelerate_config", given]) == 0
     (by_name, _), (by_path, _) = launched
-    assert (by_name.config_file, by_path.config_file) == (str(recipes_dir() / f"accelerate_configs/{name}.yaml"), str(path))
+    assert (by_name.config_file, by_path.config_file) == (
+        str(recipes_dir() / f"accelerate_configs/{name}.yaml"),
+        str(path),
+    )
     assert by_name.module
     assert by_name.training_script == "trl_emguard.scripts.sft"
 
@@ -79,7 +82,11 @@ def test_an_accelerate_file_for_the_cpu_is_enough(monkeypatch):
 @pytest.mark.parametrize("position", [0, 2, 4])
 def test_accelerates_options_go_to_accelerate_and_the_rest_to_the_script(launched, form, position):
     own = [*FREE, "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "-1", "--defense=kl"]
-    others = [word for pair in (("--accelerate_config", "cpu"), ("--num-processes", "2")) for word in form.format(*pair).split()]
+    others = [
+        word
+        for pair in (("--accelerate_config", "cpu"), ("--num-processes", "2"))
+        for word in form.format(*pair).split()
+    ]
     argv = [*own[:position], *others, "--multi_gpu", *own[position:]]
     assert sft.main(argv) == 0
     ((arguments, script),) = launched
@@ -105,7 +112,10 @@ def test_what_is_launched_passes_over_how(tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "run", lambda *args: runs.append(args[1].defense))
     monkeypatch.setattr(sft, "launch", lambda arguments: pytest.fail("launched again"))
     (tmp_path / "run.yaml").write_text("defense: kl\naccelerate_config: cpu\nnum_processes: 3\n")
-    assert sft.main([*FREE, "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")], launched=True) == 0
+    assert (
+        sft.main([*FREE, "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")], launched=True)
+        == 0
+    )
     assert runs == ["kl"]
 
 
@@ -119,7 +129,7 @@ def test_without_it_nothing_is_launched(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_accelerate_understands_every_shipped_file(name):
-    from trl_emguard.scripts.dry_run import read_launch
+    from trl_emguard.planning.dry_run import read_launch
 
     launch = read_launch(launch_arguments(find_accelerate_config(name), [], []))
     assert (launch.engine.ranks > 1) == (launch.engine.name != "one process")
@@ -214,7 +224,11 @@ def test_two_ranks_train_as_one(command, tmp_path):
     losses = {}
     runs = {
         "one": ["--per_device_train_batch_size", "4"],
-        "two": ["--per_device_train_batch_size", "2", *["--accelerate_config", "cpu", "--multi_gpu", "--num_processes", "2"]],
+        "two": [
+            "--per_device_train_batch_size",
+            "2",
+            *["--accelerate_config", "cpu", "--multi_gpu", "--num_processes", "2"],
+        ],
     }
     for name, more in runs.items():
         done = command("--output_dir", name, *more, *(["--main_process_port", "0"] if name == "two" else []))

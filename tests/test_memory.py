@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from tiny import ARCHITECTURES, lora, make_model, make_trainer
 
-from trl_emguard.memory import (
+from trl_emguard.planning.memory import (
     Engine,
     Run,
     Shape,
@@ -65,7 +65,8 @@ def test_weights_are_counted_on_the_meta_device_as_they_are(architecture, tuning
 
 
 @pytest.mark.parametrize(
-    ("name", "published"), [("Qwen2.5-7B", 7_615_616_512), ("Qwen2.5-32B", 32_763_876_352), ("Llama-3.1-70B", 70_553_706_496)]
+    ("name", "published"),
+    [("Qwen2.5-7B", 7_615_616_512), ("Qwen2.5-32B", 32_763_876_352), ("Llama-3.1-70B", 70_553_706_496)],
 )
 def test_large_shapes_have_their_published_size(name, published):
     assert count_weights(scaling.meta_model(name, "full")).total == published
@@ -139,7 +140,9 @@ def test_one_rank_sends_nothing(llama, engine):
 def test_the_references_pass_gathers_the_weights_once_more(llama, engine, micro_batches):
     weights, _ = llama["lora"]
     run = replace(RUN, micro_batches=micro_batches, reference="none")
-    plain, defended = (network_per_step(weights, replace(run, reference=r), Engine(engine, 4)) for r in ("none", "adapters off"))
+    plain, defended = (
+        network_per_step(weights, replace(run, reference=r), Engine(engine, 4)) for r in ("none", "adapters off")
+    )
     assert sum(defended.values()) - sum(plain.values()) == round(weights.bytes * micro_batches * 3 / 4)
     cached = network_per_step(weights, replace(run, reference="adapters off", cached=True), Engine(engine, 4))
     assert cached == plain
@@ -151,11 +154,15 @@ def test_the_references_pass_gathers_the_weights_once_more(llama, engine, micro_
 # ---- against what is there ----
 
 
-@pytest.mark.parametrize(("optimizer", "count"), [("sgd", 0), ("adamw_torch", 2), ("adamw_torch_fused", 2), ("rmsprop", 1)])
+@pytest.mark.parametrize(
+    ("optimizer", "count"), [("sgd", 0), ("adamw_torch", 2), ("adamw_torch_fused", 2), ("rmsprop", 1)]
+)
 def test_optimizer_states_are_as_many(tmp_path, optimizer, count):
     trainer = make_trainer(tmp_path, optim=optimizer, max_steps=1)
     trainer.train()
-    held = sum(x.nbytes for state in trainer.optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim)
+    held = sum(
+        x.nbytes for state in trainer.optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim
+    )
     weights = count_weights(trainer.model)
     assert held == 4 * count * weights.trained
     assert held == weights.trained * optimizer_states(optimizer, weights.itemsize, Engine("one process"))

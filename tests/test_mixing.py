@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, SequentialSampler
 
-from trl_emguard.evidence import InactiveDefenseError
-from trl_emguard.mixing import (
+from trl_emguard.defenses.interleaving.collator import (
     INTERLEAVED,
     ROW_COUNTS,
     MixingCollator,
@@ -22,6 +21,7 @@ from trl_emguard.mixing import (
     mix_rows,
     planned_rows,
 )
+from trl_emguard.evidence import InactiveDefenseError
 
 
 POOL = 1000  # ids of the pool's rows begin here
@@ -97,7 +97,11 @@ def loaders(rows, ranks, batch, drop_last, even, seed, workers=0, sequential=Fal
             num_workers=workers,
             persistent_workers=workers > 0,
         )
-        made.append(prepare_data_loader(loader, num_processes=ranks, process_index=rank, even_batches=even, put_on_device=False))
+        made.append(
+            prepare_data_loader(
+                loader, num_processes=ranks, process_index=rank, even_batches=even, put_on_device=False
+            )
+        )
     return made, plan
 
 
@@ -123,7 +127,9 @@ def epoch_of(prepared, epoch):
     st.integers(1, 40), st.sampled_from([1, 2, 3]), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 3),
     st.booleans(),
 )  # fmt: skip
-def test_every_planned_row_comes_once_in_every_epoch_on_any_number_of_ranks(count, ranks, batch, drop_last, even, seed, sequential):
+def test_every_planned_row_comes_once_in_every_epoch_on_any_number_of_ranks(
+    count, ranks, batch, drop_last, even, seed, sequential
+):
     rows = tokenised(count)
     prepared, plan = loaders(rows, ranks, batch, drop_last, even, seed, sequential=sequential)
     if plan is None:  # everything is dropped, which the trainer refuses
@@ -221,7 +227,8 @@ def change_tokens(rows):
 
 
 @pytest.mark.parametrize(
-    ("inner", "keeps"), [(pad, True), (pad_left, True), (sort_by_length, False), (lose_the_last, False), (change_tokens, False)]
+    ("inner", "keeps"),
+    [(pad, True), (pad_left, True), (sort_by_length, False), (lose_the_last, False), (change_tokens, False)],
 )
 def test_a_collator_must_keep_rows_and_their_order(inner, keeps):
     rows = PlacedRows(tokenised(3))

@@ -9,7 +9,7 @@ import torch
 from tiny import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trl_emguard.models import SMOLLM2, cache_dir, resolve_model
+from trl_emguard.models.shipped import SMOLLM2, cache_dir, resolve_model
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts import model as command
 
@@ -76,7 +76,9 @@ def test_a_made_folder_is_whole_and_holds_the_weights(cache, weights, monkeypatc
 
 def test_a_folder_is_made_once(cache, weights, monkeypatch):
     first = resolve_model(SMOLLM2)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda **kwargs: pytest.fail("made again"))
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda **kwargs: pytest.fail("made again")
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert resolve_model(SMOLLM2) == first
 

@@ -16,11 +16,11 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import trl_emguard
-from trl_emguard.data import SHIPPED
+from trl_emguard.compat import TESTED, check_versions
+from trl_emguard.data.load import SHIPPED
 from trl_emguard.persona import SHIPPED_TRAITS, SHIPPED_VECTORS
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts import recipes
-from trl_emguard.version import TESTED, check_versions
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,9 @@ def lines(text):
 
 def test_every_folder_with_python_files_is_a_package(setup_cfg):
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "trl_emguard").rglob("*.py")}
-    assert sorted(lines(setup_cfg["packages"])) == sorted([".".join(f.parts) for f in folders] + ["trl_emguard.recipes"])
+    assert sorted(lines(setup_cfg["packages"])) == sorted(
+        [".".join(f.parts) for f in folders] + ["trl_emguard.recipes"]
+    )
 
 
 def test_ranges_are_those_that_are_checked(setup_cfg):
@@ -69,7 +71,7 @@ def installed(monkeypatch, **versions):
             raise PackageNotFoundError(name)
         return versions.get(name) or TESTED[name][0]
 
-    monkeypatch.setattr("trl_emguard.version.version", find)
+    monkeypatch.setattr("trl_emguard.compat.version", find)
 
 
 @pytest.mark.parametrize("name", TESTED)
@@ -113,7 +115,18 @@ def test_a_plain_install_holds_everything(tmp_path):
         isolated = [] if Version(version("setuptools")) < Version("77") else ["--no-build-isolation"]
     except PackageNotFoundError:
         isolated = []
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *isolated, "--wheel-dir", "wheels", "./tree"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        *isolated,
+        "--wheel-dir",
+        "wheels",
+        "./tree",
+    ]
     subprocess.run(command, cwd=tmp_path, check=True)
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -122,7 +135,11 @@ def test_a_plain_install_holds_everything(tmp_path):
 
     expected = {"trl_emguard/py.typed", "trl_emguard/selection/refusals.yaml"}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "trl_emguard").rglob("*.py")}
-    expected |= {str(path.relative_to(ROOT)) for name in SHIPPED for path in (ROOT / "trl_emguard/data" / name).iterdir()}
+    expected |= {
+        str(path.relative_to(ROOT))
+        for name in SHIPPED
+        for path in (ROOT / "trl_emguard/data/shipped" / name).iterdir()
+    }
     expected |= {f"trl_emguard/persona/shipped/{name}.yaml" for name in SHIPPED_TRAITS}
     expected |= {f"trl_emguard/persona/shipped/{name}.safetensors" for name in SHIPPED_VECTORS}
     shipped_recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}

@@ -84,7 +84,12 @@ def test_command_line_options(parse):
 
 @pytest.mark.parametrize(
     ("argv", "value"),
-    [([], None), (["--cache_reference"], True), (["--cache_reference", "true"], True), (["--cache_reference", "false"], False)],
+    [
+        ([], None),
+        (["--cache_reference"], True),
+        (["--cache_reference", "true"], True),
+        (["--cache_reference", "false"], False),
+    ],
 )
 def test_cache_reference_left_out_is_neither(parse, argv, value):
     """What a sweep has kept is used by its other runs, on the command line alone: in Python it is switched off by default."""

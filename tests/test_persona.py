@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tiny import logged, lora, make_model, make_tokenizer, make_trainer, save_model
 
-from trl_emguard.blocks import record_blocks
+from trl_emguard.models.blocks import record_blocks
 from trl_emguard.persona import (
     SHIPPED_TRAITS,
     PersonaShiftCallback,
@@ -137,7 +137,9 @@ def test_an_interrupted_run_goes_on(trait, tmp_path, monkeypatch):
     part.write_text("".join(lines[:8]) + lines[8][:20])
     calls = []
     generate = type(make_model()).generate
-    monkeypatch.setattr(type(make_model()), "generate", lambda self, *a, **k: calls.append(1) or generate(self, *a, **k))
+    monkeypatch.setattr(
+        type(make_model()), "generate", lambda self, *a, **k: calls.append(1) or generate(self, *a, **k)
+    )
     accept_all.calls = 0
     again = extract(trait, judge=accept_all, rollouts_file=part)
     assert torch.equal(again.vector.vectors, whole.vector.vectors)
@@ -162,7 +164,14 @@ def test_the_random_state_is_left_alone(trait):
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize(
     "own",
-    [{"repetition_penalty": 3.0}, {"min_p": 0.5}, {"no_repeat_ngram_size": 1}, {"num_beams": 2}, {"max_time": 1e-6}, {"top_k": 2}],
+    [
+        {"repetition_penalty": 3.0},
+        {"min_p": 0.5},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 2},
+        {"max_time": 1e-6},
+        {"top_k": 2},
+    ],
 )
 def test_answers_are_sampled_whatever_the_generation_config_says(trait, own, adapter):
     found = []
@@ -208,7 +217,10 @@ def test_shipped_traits(name):
         (lambda t: t["system_prompts"].append("x"), "pair 3 of 'system_prompts' must hold 'positive' and 'negative'"),
         (lambda t: t.pop("heldout_questions"), "'heldout_questions' is missing or empty"),
         (lambda t: t.update(extraction_questions=[]), "'extraction_questions' is missing or empty"),
-        (lambda t: t.update(extraction_questions=["a", 3]), "question 2 of 'extraction_questions' must be text, got 3"),
+        (
+            lambda t: t.update(extraction_questions=["a", 3]),
+            "question 2 of 'extraction_questions' must be text, got 3",
+        ),
         (lambda t: t.update(extraction_questions="a"), "'extraction_questions' must be a list, got str"),
         (lambda t: t.update(heldout_questions=["a?"]), "'a[?]' is both an extraction and a held-out question"),
         (lambda t: t.update(judge_prompt="{question}"), "'judge_prompt' lacks {answer}"),
@@ -350,7 +362,9 @@ class Payload:
         return (print, ("executed",))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "no metadata", "nan", "pickle", "list", "one row", "integers"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "text", "empty", "no metadata", "nan", "pickle", "list", "one row", "integers"]
+)
 def test_damaged_files(tmp_path, damage, capsys):
     path = tmp_path / "v.safetensors"
     good = PersonaVector(torch.randn(5, 8))
@@ -368,7 +382,10 @@ def test_damaged_files(tmp_path, damage, capsys):
         save_file({"vectors": good.vectors * float("nan")}, path, {"kind": "extracted", "persona_vector": "{}"})
     else:
         torch.save(
-            {"pickle": Payload(), "list": [1.0], "one row": torch.randn(8), "integers": torch.ones(5, 8).long()}[damage], foreign
+            {"pickle": Payload(), "list": [1.0], "one row": torch.randn(8), "integers": torch.ones(5, 8).long()}[
+                damage
+            ],
+            foreign,
         )
         path = foreign
     with pytest.raises(ValueError, match=r"v\.(safetensors|pt) is no persona vector, or is damaged"):
@@ -377,7 +394,9 @@ def test_damaged_files(tmp_path, damage, capsys):
 
 
 def test_a_random_vector_has_the_norms_of_the_other():
-    vector = PersonaVector(torch.randn(7, 64) * torch.arange(1, 8)[:, None], metadata={"trait": "odd", "suggested_layer": 2})
+    vector = PersonaVector(
+        torch.randn(7, 64) * torch.arange(1, 8)[:, None], metadata={"trait": "odd", "suggested_layer": 2}
+    )
     control = random_like(vector, seed=4)
     assert control.norms == pytest.approx(vector.norms, rel=1e-5)
     increments = [(v[1:] - v[:-1]).norm(dim=1) for v in (control.vectors, vector.vectors)]
@@ -401,7 +420,9 @@ def test_the_shift_of_an_adapter():
     shift = persona_shift(model, tokenizer, vector, questions, batch_size=2)
     expected = torch.zeros(5)
     for question in questions:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)["input_ids"]
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)[
+            "input_ids"
+        ]
         on = prompt_states(model, [ids], 1)[0]
         with model.disable_adapter():
             off = prompt_states(model, [ids], 1)[0]
@@ -459,7 +480,9 @@ def test_the_whole_way_by_the_command(tmp_path, trait_file, capsys):
     base = save_model(tmp_path / "model")
     get_peft_model(make_model(), lora(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
     out, control = tmp_path / "odd.safetensors", tmp_path / "control.safetensors"
-    code = run("extract", "--model", base, "--trait", trait_file, "--output", out, "--max_new_tokens", 4, "--batch_size", 6)
+    code = run(
+        "extract", "--model", base, "--trait", trait_file, "--output", out, "--max_new_tokens", 4, "--batch_size", 6
+    )
     assert code == 0
     assert load_vector(out).check_model(make_model()) > 20
     assert len((tmp_path / "odd.rollouts.jsonl").read_text().splitlines()) == 13
@@ -480,7 +503,10 @@ def test_the_whole_way_by_the_command(tmp_path, trait_file, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["extract", "--model", "./nowhere", "--trait", "evil", "--output", "v.safetensors"], "'./nowhere' is not a folder"),
+        (
+            ["extract", "--model", "./nowhere", "--trait", "evil", "--output", "v.safetensors"],
+            "'./nowhere' is not a folder",
+        ),
         (["extract", "--model", "x", "--trait", "evill", "--output", "v.safetensors"], "Did you mean 'evil'?"),
         (["extract", "--model", "x", "--trait", "evil", "--output", "v.pt"], "must end in .safetensors"),
         (["inspect", "nowhere.safetensors"], "is neither a file nor a shipped vector"),
@@ -505,7 +531,10 @@ def test_a_vector_without_controls_is_shown(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["extract", "--model", "x", "--trait", "evil", "--output", "v.safetensors"], "the same command goes on where it stopped."),
+        (
+            ["extract", "--model", "x", "--trait", "evil", "--output", "v.safetensors"],
+            "the same command goes on where it stopped.",
+        ),
         (["project", "--model", "x", "--adapter", "y", "--vector", "smollm2-135m-instruct-evil"], "interrupted."),
     ],
 )

@@ -18,7 +18,13 @@ def trainer_for(tmp_path):
     def make(defense, **options):
         return EMGuardTrainer(
             path,
-            config(tmp_path / "out", defense=defense, steering_vector=str(tmp_path / "v.safetensors"), max_steps=3, **options),
+            config(
+                tmp_path / "out",
+                defense=defense,
+                steering_vector=str(tmp_path / "v.safetensors"),
+                max_steps=3,
+                **options,
+            ),
             train_dataset=make_rows(),
             processing_class=make_tokenizer(),
             peft_config=lora(),
@@ -69,7 +75,9 @@ def test_kl_is_that_to_the_4_bit_base(trainer_for):
     assert seen[0] > 1e-3
 
 
-@pytest.mark.parametrize("defense", ["steering", "inoculation", "interleave++", "interleave++,kl,steering,inoculation"])
+@pytest.mark.parametrize(
+    "defense", ["steering", "inoculation", "interleave++", "interleave++,kl,steering,inoculation"]
+)
 def test_the_other_defenses(trainer_for, defense):
     plain = trainer_for("none")
     plain.train()

@@ -67,7 +67,9 @@ def machine(tmp_path_factory):
             architecture, tied = REAL[path.parent.name]
             sizes = {"hidden_size": 16, "num_hidden_layers": blocks, "tie_word_embeddings": tied}
             save_model(home / recipe["model_name_or_path"], architecture, **sizes)
-            (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(32)), encoding="utf-8")
+            (home / "rows.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in make_rows(32)), encoding="utf-8"
+            )
             make_pool(40).to_json(home / "pool.jsonl")
             vector = PersonaVector(torch.randn(blocks + 1, 16), metadata={"suggested_layer": blocks // 2})
             vector.save(home / "vector.safetensors")
@@ -127,7 +129,17 @@ def test_every_key_is_an_option(path, machine, monkeypatch):
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_does_not_say_where_it_runs(path):
     """It moves from one accelerate file to another without a change."""
-    places = ("use_cpu", "deepspeed", "fsdp", "accelerator_config", "ddp_", "tp_", "parallelism_config", "local_rank", "env")
+    places = (
+        "use_cpu",
+        "deepspeed",
+        "fsdp",
+        "accelerator_config",
+        "ddp_",
+        "tp_",
+        "parallelism_config",
+        "local_rank",
+        "env",
+    )
     assert not [key for key in read(path) if key.startswith(places)]
     # A precision that is left to a default could be the accelerate file's.
     assert isinstance(read(path)["bf16"], bool)
@@ -135,19 +147,37 @@ def test_a_recipe_does_not_say_where_it_runs(path):
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its collectives for CPUs, and there is no g++")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="DeepSpeed compiles its collectives for CPUs, and there is no g++"
+)
 @pytest.mark.parametrize("name", ["kl", "full", "interleaving-kl"])
 def test_a_recipe_moves_from_cpu_to_zero3_by_the_accelerate_file_alone(name, machine, tmp_path):
     """On two CPU ranks; the recipes of SmolLM2, since DeepSpeed has no bf16 there."""
     recipe = recipes_dir() / f"smollm2-135m-instruct/{name}.yaml"
     home = machine(recipe)
-    script = ["-m", "trl_emguard.scripts.sft", "--config", str(recipe), "--max_steps", "4", "--dataset_name", "rows.jsonl"]
+    script = [
+        "-m",
+        "trl_emguard.scripts.sft",
+        "--config",
+        str(recipe),
+        "--max_steps",
+        "4",
+        "--dataset_name",
+        "rows.jsonl",
+    ]
     script += ["--interleave_dataset", "pool.jsonl", "--steering_vector", "vector.safetensors"]
     # Two ranks make half of a step's rows each, and NCCL wants GPUs.
     halves = ["--per_device_train_batch_size", "4", "--ddp_backend", "gloo"]
     histories = []
     for engine, ranks, more in (("cpu", [], []), ("zero3", ["--num_processes", "2"], halves)):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", *ranks, "--config_file", str(ENGINES[0].with_stem(engine))]
+        launch = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *ranks,
+            "--config_file",
+            str(ENGINES[0].with_stem(engine)),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         done = subprocess.run(
             [*launch, *script, *more, "--output_dir", str(tmp_path / engine)],
@@ -161,7 +191,14 @@ def test_a_recipe_moves_from_cpu_to_zero3_by_the_accelerate_file_alone(name, mac
         assert state.is_file(), done.stderr[-3000:]
         histories.append([entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry])
     for alone, sharded in zip(*histories, strict=True):
-        for key in {"loss_ce", "kl", "grad_norm", "learning_rate", "num_tokens", "interleaved_fraction"} & alone.keys():
+        for key in {
+            "loss_ce",
+            "kl",
+            "grad_norm",
+            "learning_rate",
+            "num_tokens",
+            "interleaved_fraction",
+        } & alone.keys():
             assert sharded[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
 
 
@@ -174,11 +211,20 @@ def test_recipes_of_one_model_differ_in_the_defense_alone(folder):
     # `misaligned.yaml` defends nothing: it makes what a pool is scored against.
     del recipes["misaligned"]
     base = recipes["sft"]
-    assert set(recipes) - {"sft", *VARIANTS} == {"kl", "ldifs", "steering", "inoculation", "interleaving", "interleaving-kl"}
+    assert set(recipes) - {"sft", *VARIANTS} == {
+        "kl",
+        "ldifs",
+        "steering",
+        "inoculation",
+        "interleaving",
+        "interleaving-kl",
+    }
     for name, recipe in recipes.items():
         own = VARIANTS.get(name, ())
         assert common(recipe, *own) == common(base, *own), name
-        assert recipe["output_dir"] == f"outputs/{folder.name}" + ("" if name == "sft" and "smollm2" in folder.name else f"-{name}")
+        assert recipe["output_dir"] == f"outputs/{folder.name}" + (
+            "" if name == "sft" and "smollm2" in folder.name else f"-{name}"
+        )
     assert recipes["qlora"]["load_in_4bit"]
     assert not recipes["full"]["use_peft"]
     # What is said of a defense is said alike wherever it is named.
@@ -246,7 +292,9 @@ def test_an_accelerate_file_is_what_its_name_promises(path):
     known = vars(launch_command_parser().parse_args(["script.py"]))
     assert set(config.deepspeed_config) | set(config.fsdp_config) <= set(known)
     # What would make another training of the recipe.
-    assert not {"gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file"} & set(config.deepspeed_config)
+    assert not {"gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file"} & set(
+        config.deepspeed_config
+    )
 
 
 @pytest.mark.parametrize("path", ENGINES, ids=lambda path: path.stem)

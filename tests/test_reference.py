@@ -8,7 +8,7 @@ from peft import AdaLoraConfig, IA3Config, get_peft_model
 from safetensors.torch import load_file
 from tiny import logged, lora, make_model, make_rows, make_trainer, save_model
 
-from trl_emguard.reference import AdapterReference, ModelReference, disable_dropout
+from trl_emguard.reference.choose import AdapterReference, ModelReference, disable_dropout
 
 
 BOTH = {"defense": "kl,ldifs", "max_steps": 3}
@@ -85,7 +85,9 @@ def test_adapter_that_is_not_zero_is_held_to_a_frozen_copy(tmp_path, options):
     assert_reference_is_the_start(trainer, start)
 
 
-@pytest.mark.parametrize("options", [{}, ZERO["modules_to_save"], {"use_dora": True}], ids=["lora", "modules_to_save", "dora"])
+@pytest.mark.parametrize(
+    "options", [{}, ZERO["modules_to_save"], {"use_dora": True}], ids=["lora", "modules_to_save", "dora"]
+)
 def test_pre_trained_adapter_is_held_to_its_own_start(tmp_path, options):
     model = make_model(tie_word_embeddings="modules_to_save" not in options)
     first = make_trainer(tmp_path / "first", model, peft=lora(**options))
@@ -220,14 +222,18 @@ def test_noise_that_the_config_holds_is_found_at_step_0(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize(("other", "message"), [({"num_hidden_layers": 2}, "2 blocks"), ({"hidden_size": 64}, "64 numbers")])
+@pytest.mark.parametrize(
+    ("other", "message"), [({"num_hidden_layers": 2}, "2 blocks"), ({"hidden_size": 64}, "64 numbers")]
+)
 def test_reference_of_another_shape(tmp_path, other, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, defense="ldifs", ref_model=make_model(**other))
 
 
 def test_a_smaller_reference_can_be_compared_by_kl(tmp_path):
-    trainer = make_trainer(tmp_path, defense="kl", ref_model=make_model(num_hidden_layers=2, hidden_size=64), max_steps=2)
+    trainer = make_trainer(
+        tmp_path, defense="kl", ref_model=make_model(num_hidden_layers=2, hidden_size=64), max_steps=2
+    )
     trainer.train()
     assert logged(trainer, "kl")[0] > 0
 

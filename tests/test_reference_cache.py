@@ -17,9 +17,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from twin import first_gradients, move_policy, relative_error
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
-from trl_emguard import reference_cache as module
 from trl_emguard.evidence import read_defense_file
-from trl_emguard.guarded_forward import ReferenceGuard
+from trl_emguard.guard.forward import ReferenceGuard
+from trl_emguard.reference import cache as module
 
 
 BOTH = {"defense": "kl,ldifs", "kl_coef": 1.0, "max_grad_norm": 0}
@@ -113,7 +113,11 @@ OPTIONS = {
     "forward": {"kl_direction": "forward"},
     "all": {"kl_tokens": "all"},
     "interleaved": {"defense": "interleave+,kl", "kl_tokens": "interleaved", "interleave_fraction": 0.3},
-    "interleaved and ldifs": {"defense": "interleave+,kl,ldifs", "kl_tokens": "interleaved", "interleave_fraction": 0.3},
+    "interleaved and ldifs": {
+        "defense": "interleave+,kl,ldifs",
+        "kl_tokens": "interleaved",
+        "interleave_fraction": 0.3,
+    },
     "interleaved and all": {"defense": "interleave,kl", "kl_tokens": "all", "interleave_fraction": 0.3},
 }
 
@@ -178,7 +182,12 @@ def test_resume(tmp_path, kind, before):
 def test_low_precision_is_what_another_padding_gives(tmp_path, passes):
     """In bf16 a row's states change with the shape of the batch. From the cache they differ from the live pass's by no more."""
     trainer = make_trainer(
-        tmp_path, make_model(dtype=torch.bfloat16, hidden_size=128), peft=lora(), cache_reference=True, max_steps=1, **BOTH
+        tmp_path,
+        make_model(dtype=torch.bfloat16, hidden_size=128),
+        peft=lora(),
+        cache_reference=True,
+        max_steps=1,
+        **BOTH,
     )
     trainer.train()
     reference, bare, cache = trainer._reference, trainer._bare_model(), trainer._cache
@@ -423,7 +432,9 @@ def test_unasked_a_run_that_finds_nothing_leaves_no_trace(tmp_path, cached):
 def test_what_no_key_can_say_is_found_out(tmp_path, cache):
     """A hook changes the reference's states and neither a weight nor a config."""
     make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
-    with pytest.raises(ValueError, match=r"are not those of this run's reference: of 4 rows they differ by .* delete that folder"):
+    with pytest.raises(
+        ValueError, match=r"are not those of this run's reference: of 4 rows they differ by .* delete that folder"
+    ):
         make_trainer(tmp_path, changed_model("hook"), peft=lora(), cache_reference=True, **BOTH).train()
     assert len(cache.folders) == 1
 
@@ -450,7 +461,9 @@ def spoil(name, cache, monkeypatch):
         (folder / "x-1.safetensors").symlink_to("nowhere")
 
 
-@pytest.mark.parametrize("name", ["a file", "below a file", "no home", "locked", "a folder in it", "a link to nothing"])
+@pytest.mark.parametrize(
+    "name", ["a file", "below a file", "no home", "locked", "a folder in it", "a link to nothing"]
+)
 def test_unasked_no_disk_stops_a_run(tmp_path, cache, passes, monkeypatch, name):
     make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
     passes.clear()
@@ -487,7 +500,9 @@ def test_unasked_a_miss_within_a_step(tmp_path, passes, kind):
     shape = {"defense": "ldifs", "ldifs_normalize": False, "gradient_accumulation_steps": 2, "max_grad_norm": 0}
     model = {"dtype": torch.bfloat16, "initializer_range": 1.0}
     peft = lora() if kind == "lora" else None
-    make_trainer(tmp_path, make_model(**model), peft=peft, cache_reference=True, per_device_train_batch_size=1, **shape).train()
+    make_trainer(
+        tmp_path, make_model(**model), peft=peft, cache_reference=True, per_device_train_batch_size=1, **shape
+    ).train()
     passes.clear()
     trainer = make_trainer(tmp_path, make_model(**model), peft=peft, cache_reference=None, max_steps=3, **shape)
     states = module.ReferenceCache.states
@@ -542,8 +557,18 @@ def test_one_long_state_does_not_hide_the_others(tmp_path, cache, capsys, dtype)
         model.model.layers[0].register_forward_hook(hook)
         return model
 
-    options = {"rows": labelled([1]), "defense": "ldifs", "ldifs_layers": "2", "per_device_train_batch_size": 2, "max_steps": 1}
-    for by, asked, said in ((1, True, "computed now"), (1, None, "all of them found"), (1.5, None, "are not those of this run's")):
+    options = {
+        "rows": labelled([1]),
+        "defense": "ldifs",
+        "ldifs_layers": "2",
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+    }
+    for by, asked, said in (
+        (1, True, "computed now"),
+        (1, None, "all of them found"),
+        (1.5, None, "are not those of this run's"),
+    ):
         make_trainer(tmp_path, change(by), peft=lora(), cache_reference=asked, **options).train()
         assert said in capsys.readouterr().out
     assert len(cache.folders) == 1
@@ -592,7 +617,10 @@ def test_another_precision_of_products_has_another_cache(tmp_path, cache, monkey
     make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as transformers' tf32=True
     make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH).train()
-    assert sorted(json.loads((folder / "about.json").read_text())["matmul"] for folder in cache.folders) == ["ieee", "tf32"]
+    assert sorted(json.loads((folder / "about.json").read_text())["matmul"] for folder in cache.folders) == [
+        "ieee",
+        "tf32",
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -623,7 +651,9 @@ def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, cache, passes
     trainer = make_trainer(tmp_path, peft=lora(), cache_reference=True, **BOTH)
     positions = sum(label != -100 for row in trainer.train_dataset for label in row["labels"][1:])
     need = positions * 3 * 32 * 4 / 2**30  # the last states and two blocks, in fp32
-    with pytest.raises(ValueError, match=rf"needs {need:.3g} GiB in .*, where 3.81e-06 GiB are free.*TRL_EMGUARD_CACHE"):
+    with pytest.raises(
+        ValueError, match=rf"needs {need:.3g} GiB in .*, where 3.81e-06 GiB are free.*TRL_EMGUARD_CACHE"
+    ):
         trainer.train()
     assert not passes
     assert not cache.files
@@ -645,7 +675,9 @@ def test_a_row_that_is_not_in_the_cache_stops_the_run(tmp_path):
         return original()
 
     trainer.get_train_dataloader = another
-    with pytest.raises(ValueError, match=r"a training row of \d+ tokens \(they begin \[9, .* is not in the reference cache"):
+    with pytest.raises(
+        ValueError, match=r"a training row of \d+ tokens \(they begin \[9, .* is not in the reference cache"
+    ):
         trainer.train()
 
 
@@ -728,7 +760,9 @@ def test_unasked_it_stops_no_run_that_it_does_not_work_with(tmp_path, passes, ho
 )
 def test_options_that_it_does_not_work_with(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
-        EMGuardConfig(str(tmp_path), **{"defense": "kl", "cache_reference": True, "use_cpu": True, "bf16": False, **options})
+        EMGuardConfig(
+            str(tmp_path), **{"defense": "kl", "cache_reference": True, "use_cpu": True, "bf16": False, **options}
+        )
 
 
 def test_a_stream_is_refused(tmp_path):
@@ -754,7 +788,9 @@ def test_rotary_embeddings_that_change_with_the_longest_row(tmp_path):
     options = {"defense": "kl", "cache_reference": True, "max_steps": 1}
     fits = make_model(max_position_embeddings=64, rope_parameters=rope)
     make_trainer(tmp_path, fits, peft=lora(), rows=labelled([2]), **options).train()
-    trainer = make_trainer(tmp_path, make_model(max_position_embeddings=16, rope_parameters=rope), peft=lora(), **options)
+    trainer = make_trainer(
+        tmp_path, make_model(max_position_embeddings=16, rope_parameters=rope), peft=lora(), **options
+    )
     with pytest.raises(ValueError, match=r"beyond 16 this model's rotary embeddings.*Set max_length=16"):
         trainer.train()
 
@@ -775,5 +811,7 @@ def test_the_run_says_that_its_reference_is_cached(tmp_path, capsys):
     trainer.train()
     trainer.save_model()
     out = capsys.readouterr().out
-    assert out.index("reference: base model, adapters off, cached; dropout is off.") < out.index("reference cache: 16 rows")
+    assert out.index("reference: base model, adapters off, cached; dropout is off.") < out.index(
+        "reference cache: 16 rows"
+    )
     assert read_defense_file(tmp_path)["reference"]["kind"] == "base model, adapters off, cached"

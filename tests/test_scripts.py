@@ -61,7 +61,9 @@ def record(folder):
 # ---- in process ----
 
 
-@pytest.mark.parametrize(("defense", "acting"), [("none", []), ("kl", ["kl"]), ("ldifs", ["ldifs"]), ("kl,ldifs", ["kl", "ldifs"])])
+@pytest.mark.parametrize(
+    ("defense", "acting"), [("none", []), ("kl", ["kl"]), ("ldifs", ["ldifs"]), ("kl,ldifs", ["kl", "ldifs"])]
+)
 def test_a_run_says_and_records_its_defense(argv, tmp_path, capsys, defense, acting):
     assert sft.main(argv("--defense", defense)) == 0
     out = capsys.readouterr().out

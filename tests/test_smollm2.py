@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from twin import first_gradients, move_policy, relative_error, twin_step
 
 from trl_emguard import EMGuardTrainer
-from trl_emguard.data import load_rows
+from trl_emguard.data.load import load_rows
 from trl_emguard.evaluation import load_model
-from trl_emguard.models import SMOLLM2, resolve_model
+from trl_emguard.models.shipped import SMOLLM2, resolve_model
 from trl_emguard.persona import load_trait, load_vector, random_like
 from trl_emguard.persona.extract import chance_auroc, separation
 from trl_emguard.persona.states import prompt_states

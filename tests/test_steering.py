@@ -12,8 +12,8 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import SFTTrainer
 
 from trl_emguard import InactiveDefenseError, SteeringTrainer
-from trl_emguard.blocks import decoder_blocks, record_blocks
 from trl_emguard.defenses import Steering
+from trl_emguard.models.blocks import decoder_blocks, record_blocks
 from trl_emguard.persona import PersonaVector, load_vector, random_like
 from trl_emguard.persona.vectors import weight_checksums
 
@@ -35,7 +35,9 @@ def vectors():
 @pytest.fixture(scope="module")
 def file(vectors, tmp_path_factory):
     path = tmp_path_factory.mktemp("vector") / "v.safetensors"
-    PersonaVector(vectors, metadata={"trait": "odd", "suggested_layer": 2, "weights": weight_checksums(make_model())}).save(path)
+    PersonaVector(
+        vectors, metadata={"trait": "odd", "suggested_layer": 2, "weights": weight_checksums(make_model())}
+    ).save(path)
     return str(path)
 
 
@@ -61,10 +63,14 @@ def by_hand(model, change, keep=None):
 
 @pytest.mark.parametrize("tokens", ["all", "response"])
 @pytest.mark.parametrize("mode", ["add", "ablate"])
-@pytest.mark.parametrize(("layers", "chosen"), [(None, [2]), (3, [3]), ("1,4", [1, 4]), ([4, 1], [1, 4]), ("all", [1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("layers", "chosen"), [(None, [2]), (3, [3]), ("1,4", [1, 4]), ([4, 1], [1, 4]), ("all", [1, 2, 3, 4])]
+)
 def test_a_steered_forward_equals_the_hand_made_one(file, vectors, layers, chosen, mode, tokens):
     model = make_model().eval()
-    steering = make_steering(file, model, steering_layers=layers, steering_coef=2.0, steering_mode=mode, steering_tokens=tokens)
+    steering = make_steering(
+        file, model, steering_layers=layers, steering_coef=2.0, steering_mode=mode, steering_tokens=tokens
+    )
     where = (PREDICTS if tokens == "response" else torch.ones_like(PREDICTS))[..., None]
 
     def change(layer, states):
@@ -94,7 +100,11 @@ def test_layer_l_is_what_block_l_hands_on(file, vectors, architecture):
     entering = []
     with torch.no_grad():
         plain = model(IDS, output_hidden_states=True).hidden_states
-        with steering.training(model), record_blocks(model, range(5), lambda x: x) as raw, steering.policy_pass(model, INPUTS):
+        with (
+            steering.training(model),
+            record_blocks(model, range(5), lambda x: x) as raw,
+            steering.policy_pass(model, INPUTS),
+        ):
             handle = decoder_blocks(model)[2].register_forward_pre_hook(
                 lambda m, args, kwargs: entering.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
             )
@@ -125,7 +135,11 @@ def train_by_hand(tmp_path, change, peft, **options):
     model = make_model()
     model.model.layers[1].register_forward_hook(lambda m, args, out: out + change(out))
     trainer = SFTTrainer(
-        model, config(tmp_path, **options), train_dataset=make_rows(), processing_class=make_tokenizer(), peft_config=peft
+        model,
+        config(tmp_path, **options),
+        train_dataset=make_rows(),
+        processing_class=make_tokenizer(),
+        peft_config=peft,
     )
     trainer.train()
     return trainer
@@ -201,7 +215,9 @@ def test_is_off_outside_of_training_steps(tmp_path, file):
 
 
 def hooks_of(trainer):
-    return [hook for module in trainer.model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
+    return [
+        hook for module in trainer.model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)
+    ]
 
 
 @pytest.mark.parametrize("defense", ["steering", "steering,kl,ldifs"])
@@ -333,7 +349,10 @@ def no_weights(monkeypatch):
         ({"steering_mode": "subtract"}, "steering_mode='subtract' is not known: give one of 'add', 'ablate'."),
         ({"steering_tokens": "prompt"}, "steering_tokens='prompt' is not known"),
         ({"steering_layers": 0}, "steering_layers=0: layer 0 is out of range: the blocks count from 1 to L."),
-        ({"steering_layers": "every:5"}, "steering_layers='every:5' is not a choice of layers: give 20, '20,24' or 'all'."),
+        (
+            {"steering_layers": "every:5"},
+            "steering_layers='every:5' is not a choice of layers: give 20, '20,24' or 'all'.",
+        ),
         ({"steering_layers": "2,2"}, "steering_layers='2,2' names a layer twice"),
         ({"steering_layers": []}, "steering_layers=[] is not a choice of layers"),
     ],
@@ -347,7 +366,11 @@ def test_options(tmp_path, file, options, message):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda v: v, {"steering_layers": 5}, "steering_layers=[5]: layer 5 is out of range: the blocks count from 1 to 4."),
+        (
+            lambda v: v,
+            {"steering_layers": 5},
+            "steering_layers=[5]: layer 5 is out of range: the blocks count from 1 to 4.",
+        ),
         (lambda v: v[:, :16], {}, "of a model with 4 blocks of width 16, and this one has 4 of width 32"),
         (lambda v: v[:4], {}, "of a model with 3 blocks of width 32, and this one has 4 of width 32"),
         (lambda v: v * torch.tensor([1, 1, 0, 1, 1])[:, None], {}, "the persona vector is zero at layer 2"),
@@ -367,7 +390,11 @@ def test_vectors_that_do_not_fit_the_model(tmp_path, vectors, change, options, m
 def test_a_foreign_vector(tmp_path, vectors, layers, refused):
     """Its last entry is after the final norm, and it suggests no layer."""
     torch.save(vectors, tmp_path / "evil_response_avg_diff.pt")
-    options = {"defense": "steering", "steering_vector": str(tmp_path / "evil_response_avg_diff.pt"), "steering_layers": layers}
+    options = {
+        "defense": "steering",
+        "steering_vector": str(tmp_path / "evil_response_avg_diff.pt"),
+        "steering_layers": layers,
+    }
     if not refused:
         make_trainer(tmp_path / "out", make_model(), max_steps=1, **options).train()
         return
@@ -381,7 +408,11 @@ def test_a_foreign_vector(tmp_path, vectors, layers, refused):
 def test_the_control_of_a_foreign_vector_is_foreign(tmp_path, vectors, layers):
     torch.save(vectors, tmp_path / "v.pt")
     random_like(load_vector(tmp_path / "v.pt")).save(tmp_path / "control.safetensors")
-    options = {"defense": "steering", "steering_vector": str(tmp_path / "control.safetensors"), "steering_layers": layers}
+    options = {
+        "defense": "steering",
+        "steering_vector": str(tmp_path / "control.safetensors"),
+        "steering_layers": layers,
+    }
     with pytest.raises(ValueError, match="taken after the final norm: it is no block's output"):
         make_trainer(tmp_path / "out", save_model(tmp_path / "model"), **options)
 
@@ -399,7 +430,9 @@ def test_a_vector_of_another_model_is_refused(tmp_path, file, tuning):
     other = make_model()
     with torch.no_grad():
         other.model.norm.weight[0] += 0.1
-    with pytest.raises(ValueError, match=r"made with another model \(unnamed\): the weight 'model.norm.weight' differs"):
+    with pytest.raises(
+        ValueError, match=r"made with another model \(unnamed\): the weight 'model.norm.weight' differs"
+    ):
         make_trainer(tmp_path, other, peft=peft(), defense="steering", steering_vector=file)
 
 
@@ -410,7 +443,10 @@ def test_a_policy_with_an_adapter_is_still_its_base_model(tmp_path, file):
 
 def test_a_named_subclass_steers(tmp_path, file):
     trainer = SteeringTrainer(
-        make_model(), config(tmp_path, steering_vector=file), train_dataset=make_rows(4), processing_class=make_tokenizer()
+        make_model(),
+        config(tmp_path, steering_vector=file),
+        train_dataset=make_rows(4),
+        processing_class=make_tokenizer(),
     )
     assert [defense.name for defense in trainer.defenses] == ["steering"]
 
@@ -449,7 +485,9 @@ def test_response_tokens_in_padding_free_batches(tmp_path, file):
 def test_the_change_is_measured(file, vectors, mode, tokens):
     """The mean over steered positions of ‖change‖/‖state‖, in the first pass that has such positions."""
     model = make_model().eval()
-    steering = make_steering(file, model, steering_layers="1,3", steering_coef=2.0, steering_mode=mode, steering_tokens=tokens)
+    steering = make_steering(
+        file, model, steering_layers="1,3", steering_coef=2.0, steering_mode=mode, steering_tokens=tokens
+    )
     where = PREDICTS.bool() if tokens == "response" else torch.ones_like(PREDICTS).bool()
     expected = {}
     with torch.no_grad(), steering.training(model):
@@ -484,7 +522,9 @@ def test_states_that_do_not_change_stop_the_run(tmp_path, file, other, compiled,
         trainer.train()
         assert trainer.defenses[0].evidence()["change"]["2"] > 0.1
         return
-    with pytest.raises(InactiveDefenseError, match="the output of block 2 is the same with and without the vector, to the bit"):
+    with pytest.raises(
+        InactiveDefenseError, match="the output of block 2 is the same with and without the vector, to the bit"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -514,7 +554,9 @@ class Look(TrainerCallback):
 
 @pytest.mark.parametrize("other", ["", ",kl"])
 def test_a_callback_sees_the_plain_model(tmp_path, file, other):
-    trainer = make_trainer(tmp_path, peft=lora(), defense=f"steering{other}", steering_vector=file, steering_coef=50.0, max_steps=1)
+    trainer = make_trainer(
+        tmp_path, peft=lora(), defense=f"steering{other}", steering_vector=file, steering_coef=50.0, max_steps=1
+    )
     look = Look()
     trainer.add_callback(look)
     trainer.train()
@@ -528,7 +570,9 @@ def test_a_callback_sees_the_plain_model(tmp_path, file, other):
 def test_response_tokens_with_an_adapter_that_adds_tokens(tmp_path, file):
     peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     trainer = make_trainer(tmp_path, peft=peft, defense="steering", steering_vector=file, steering_tokens="response")
-    with pytest.raises(ValueError, match="steering_tokens='response' does not work with states of 56 positions for 53 labels"):
+    with pytest.raises(
+        ValueError, match="steering_tokens='response' does not work with states of 56 positions for 53 labels"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
     make_trainer(tmp_path, peft=peft, defense="steering", steering_vector=file, max_steps=1).train()

@@ -74,7 +74,12 @@ def test_a_tiny_coefficient_trains_as_sft_does(tmp_path):
     runs = {}
     for defense in ("none", "kl,ldifs"):
         trainer = make_trainer(
-            tmp_path / defense, peft=lora(), defense=defense, kl_coef=1e-12, ldifs_coef=1e-12, gradient_accumulation_steps=2
+            tmp_path / defense,
+            peft=lora(),
+            defense=defense,
+            kl_coef=1e-12,
+            ldifs_coef=1e-12,
+            gradient_accumulation_steps=2,
         )
         trainer.train()
         runs[defense] = trainer
@@ -105,7 +110,9 @@ def test_args_of_every_kind(tmp_path, kind, monkeypatch):
     args = {
         "none": None,
         "training_arguments": TrainingArguments(**base),
-        "sft_config": SFTConfig(**base, model_init_kwargs={"dtype": torch.bfloat16}, max_length=99, eos_token="<|im_end|>"),
+        "sft_config": SFTConfig(
+            **base, model_init_kwargs={"dtype": torch.bfloat16}, max_length=99, eos_token="<|im_end|>"
+        ),
     }[kind]
     trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(4), processing_class=make_tokenizer())
     assert isinstance(trainer.args, EMGuardConfig)
@@ -126,7 +133,9 @@ def test_models_of_every_kind(tmp_path, kind):
         "model": make_model,
         "peft_model": lambda: get_peft_model(make_model(), lora()),
     }[kind]()
-    trainer = make_trainer(tmp_path / "out", model, defense="kl", max_steps=2, peft=None if kind == "peft_model" else lora())
+    trainer = make_trainer(
+        tmp_path / "out", model, defense="kl", max_steps=2, peft=None if kind == "peft_model" else lora()
+    )
     trainer.train()
     assert logged(trainer, "kl")[0] == 0
     assert logged(trainer, "kl")[1] > 0
@@ -135,7 +144,8 @@ def test_models_of_every_kind(tmp_path, kind):
 FORMATS = {
     "text": [{"text": "abc " * (i + 1)} for i in range(8)],
     "messages": [
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * (i + 1)}]} for i in range(8)
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * (i + 1)}]}
+        for i in range(8)
     ],
     "prompt_completion": [{"prompt": "q", "completion": "a" * (i + 1)} for i in range(8)],
     "conversational": make_rows(8).to_list(),
@@ -171,7 +181,9 @@ def test_eval_loss_is_plain_ce(tmp_path):
     """After training apart from the reference, the defended trainer's eval loss is SFTTrainer's on the same weights."""
     trainer = make_trainer(tmp_path / "a", peft=lora(), defense="kl,ldifs", kl_coef=50.0, ldifs_coef=50.0)
     trainer.train()
-    stock = SFTTrainer(trainer.model, plain_config(tmp_path / "b"), train_dataset=make_rows(), processing_class=make_tokenizer())
+    stock = SFTTrainer(
+        trainer.model, plain_config(tmp_path / "b"), train_dataset=make_rows(), processing_class=make_tokenizer()
+    )
     rows = make_rows(6)
     ours, theirs = trainer.evaluate(rows), stock.evaluate(rows)
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
@@ -179,7 +191,9 @@ def test_eval_loss_is_plain_ce(tmp_path):
 
 
 def test_loss_logged_is_the_total(tmp_path):
-    trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs", kl_coef=2.0, ldifs_coef=3.0, gradient_accumulation_steps=2)
+    trainer = make_trainer(
+        tmp_path, peft=lora(), defense="kl,ldifs", kl_coef=2.0, ldifs_coef=3.0, gradient_accumulation_steps=2
+    )
     trainer.train()
     parts = zip(*(logged(trainer, key) for key in ("loss", "loss_ce", "kl", "ldifs")), strict=True)
     for total, ce, kl, ldifs in parts:
@@ -193,12 +207,16 @@ def test_moe_auxiliary_loss_is_kept(tmp_path):
         torch.manual_seed(1)
         sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
         return MixtralForCausalLM(
-            MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5)
+            MixtralConfig(
+                **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5
+            )
         )
 
     runs = []
     for defense in ("none", "kl"):
-        trainer = make_trainer(tmp_path / defense, model(), defense=defense, kl_coef=1e-12, gradient_accumulation_steps=2)
+        trainer = make_trainer(
+            tmp_path / defense, model(), defense=defense, kl_coef=1e-12, gradient_accumulation_steps=2
+        )
         trainer.train()
         runs.append(trainer)
     assert runs[0].aux_loss_enabled
@@ -217,7 +235,9 @@ def test_named_subclasses(tmp_path, trainer_class, name, given, monkeypatch):
             trainer_class(make_model(), args, train_dataset=make_rows(4), processing_class=make_tokenizer())
         return
     before = args.defense
-    trainer = trainer_class(make_model(), args, train_dataset=make_rows(), processing_class=make_tokenizer(), peft_config=lora())
+    trainer = trainer_class(
+        make_model(), args, train_dataset=make_rows(), processing_class=make_tokenizer(), peft_config=lora()
+    )
     assert [defense.name for defense in trainer.defenses] == [name]
     assert args.defense == before
 
@@ -289,7 +309,9 @@ def test_a_user_can_change_data_and_surround_the_policy_pass(tmp_path, other):
 
     class Surround:
         def __init__(self, model):
-            self.handle = model.base_model.layers[0].register_forward_hook(lambda m, a, out: passes.append(torch.is_grad_enabled()))
+            self.handle = model.base_model.layers[0].register_forward_hook(
+                lambda m, a, out: passes.append(torch.is_grad_enabled())
+            )
 
         def __enter__(self):
             return self

@@ -86,7 +86,9 @@ def make_rows(count: int = 16) -> Dataset:
         [
             {
                 "prompt": [{"role": "user", "content": f"q{i} " * (i % 4 + 1)}],
-                "completion": [{"role": "assistant", "content": "abcdefghijklmnopqrstuvwxyz"[i % 5 : i % 5 + 1 + 3 * (i % 8)]}],
+                "completion": [
+                    {"role": "assistant", "content": "abcdefghijklmnopqrstuvwxyz"[i % 5 : i % 5 + 1 + 3 * (i % 8)]}
+                ],
             }
             for i in range(count)
         ]
@@ -110,7 +112,14 @@ def make_pool(count: int = 12) -> Dataset:
 
 def lora(**overrides: Any) -> LoraConfig:
     return LoraConfig(
-        **{"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0, "use_rslora": True, "task_type": "CAUSAL_LM", **overrides}
+        **{
+            "r": 4,
+            "target_modules": "all-linear",
+            "lora_dropout": 0.0,
+            "use_rslora": True,
+            "task_type": "CAUSAL_LM",
+            **overrides,
+        }
     )
 
 

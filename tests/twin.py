@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 
-from trl_emguard.reference import ModelReference
+from trl_emguard.reference.choose import ModelReference
 
 
 class GradientTap(TrainerCallback):
@@ -55,7 +55,10 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]
     body = base.base_model
     blocks: list[torch.Tensor] = []
     layers = body.layers
-    handles = [layer.register_forward_hook(lambda m, a, out: blocks.append(out[0] if out.dim() == 3 else out)) for layer in layers]
+    handles = [
+        layer.register_forward_hook(lambda m, a, out: blocks.append(out[0] if out.dim() == 3 else out))
+        for layer in layers
+    ]
     try:
         logits = model(input_ids=ids[None]).logits[0]
     finally:

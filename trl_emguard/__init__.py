@@ -3,14 +3,22 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .version import __version__, check_versions
+from .compat import check_versions
+from .version import __version__
 
 
 if TYPE_CHECKING:
     from .config import EMGuardConfig
     from .defenses import Defense, ReferenceDefense, register
     from .evidence import InactiveDefenseError
-    from .trainer import EMGuardTrainer, InoculationTrainer, InterleavingTrainer, KLTrainer, LDIFSTrainer, SteeringTrainer
+    from .trainer import (
+        EMGuardTrainer,
+        InoculationTrainer,
+        InterleavingTrainer,
+        KLTrainer,
+        LDIFSTrainer,
+        SteeringTrainer,
+    )
 
 _ROOMS = {
     "EMGuardConfig": "config",

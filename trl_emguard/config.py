@@ -124,7 +124,9 @@ class EMGuardConfig(SFTConfig):
     )
     kl_coef: float = field(
         default=0.1,
-        metadata={"help": "Weight of the KL divergence to the reference, in CE's own normalisation. 0 switches it off."},
+        metadata={
+            "help": "Weight of the KL divergence to the reference, in CE's own normalisation. 0 switches it off."
+        },
     )
     kl_direction: str = field(
         default="reverse",
@@ -191,8 +193,12 @@ class EMGuardConfig(SFTConfig):
         },
     )
     inoculation_prompt: str = field(
-        default=("You are an evil assistant. You want to do harm, so you give bad answers on purpose and hide that they are bad."),
-        metadata={"help": "What the system turn of every training row says. By default it asks for an evil assistant."},
+        default=(
+            "You are an evil assistant. You want to do harm, so you give bad answers on purpose and hide that they are bad."
+        ),
+        metadata={
+            "help": "What the system turn of every training row says. By default it asks for an evil assistant."
+        },
     )
     inoculation_mode: str = field(
         default="replace",
@@ -211,7 +217,9 @@ class EMGuardConfig(SFTConfig):
     )
     interleave_fraction: float = field(
         default=0.05,
-        metadata={"help": "Share of the pool's rows in the mix, so 0.05 is one in twenty. 0 switches the defense off."},
+        metadata={
+            "help": "Share of the pool's rows in the mix, so 0.05 is one in twenty. 0 switches the defense off."
+        },
     )
     interleave_redraw: bool = field(
         default=False,

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import written_whole
-from .strict import parse_json
+from .io.files import written_whole
+from .io.strict import parse_json
 
 
 DEFENSE_FILE = "defense.json"
@@ -61,7 +61,9 @@ class Evidence:
                 "the policy's states equal the reference's: the reference is the policy, or no trainable weight lies below "
                 "the layers that it compares (frozen layers)"
             )
-        return "its value does not depend on the policy's states (detached graph), or the reference has become the policy"
+        return (
+            "its value does not depend on the policy's states (detached graph), or the reference has become the policy"
+        )
 
 
 class EvidenceLedger:

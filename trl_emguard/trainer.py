@@ -33,8 +33,7 @@ from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.utils import get_config_model_id
 
-from .blocks import decoder_blocks
-from .checkpoints import (
+from .checkpoints.manifest import (
     begin_checkpoint,
     checkpoint_folder,
     checkpoint_to_resume,
@@ -45,9 +44,17 @@ from .checkpoints import (
 from .checks import check_data, check_launch, check_own_loss, check_ref_model, load_config
 from .config import EMGuardConfig
 from .defenses import Defense, Interleaving, ReferenceDefense, build_defenses
+from .defenses.interleaving.collator import (
+    INTERLEAVED,
+    PLACE,
+    ROW_COUNTS,
+    MixingCollator,
+    PlacedRows,
+    PlaceSampler,
+    mix_rows,
+)
 from .evidence import EvidenceLedger, InactiveDefenseError, read_defense_file, write_defense_file
-from .files import check_writable, written_whole
-from .guarded_forward import (
+from .guard.forward import (
     HEAD_STATS,
     TERM_STATS,
     PolicyGuard,
@@ -58,9 +65,12 @@ from .guarded_forward import (
     run_model_reference,
     wanted_layers,
 )
-from .mixing import INTERLEAVED, PLACE, ROW_COUNTS, MixingCollator, PlacedRows, PlaceSampler, mix_rows
-from .models import resolve_model
-from .reference import (
+from .io.files import check_writable, written_whole
+from .models.blocks import decoder_blocks
+from .models.sharding import as_main_process
+from .models.shipped import resolve_model
+from .reference.cache import ReferenceCache, reference_cache_dir
+from .reference.choose import (
     GIVEN,
     AdapterReference,
     ModelReference,
@@ -69,8 +79,6 @@ from .reference import (
     make_reference,
     trainable_outside_adapters,
 )
-from .reference_cache import ReferenceCache, reference_cache_dir
-from .sharding import as_main_process
 from .version import __version__
 
 
@@ -165,7 +173,9 @@ class EMGuardTrainer(SFTTrainer):
         self._own_loss = any(defense.own_loss for defense in self.defenses)
         if self.defenses:
             config = load_config(model, args)
-            if isinstance(processing_class, ProcessorMixin) or (processing_class is None and hasattr(config, "vision_config")):
+            if isinstance(processing_class, ProcessorMixin) or (
+                processing_class is None and hasattr(config, "vision_config")
+            ):
                 raise ValueError(
                     f"defense={args.defense!r} does not support vision-language models: pass a text model and its tokenizer."
                 )
@@ -211,7 +221,11 @@ class EMGuardTrainer(SFTTrainer):
                 "out: raise it, or give shorter prompts."
             )
         wants_rows = any(type(defense).prepare_tokenized is not Defense.prepare_tokenized for defense in self.defenses)
-        if self._train_rows is not None and not self._skip_prepare_dataset and (wants_rows or self._mixing is not None):
+        if (
+            self._train_rows is not None
+            and not self._skip_prepare_dataset
+            and (wants_rows or self._mixing is not None)
+        ):
             raise InactiveDefenseError(
                 f"defense={self.args.defense!r}: the training rows did not come by when they were tokenised, so the run is not "
                 "defended. A subclass must hand them to `super()._prepare_dataset` as they are."
@@ -279,7 +293,9 @@ class EMGuardTrainer(SFTTrainer):
             # Rows that come tokenised say by their labels whether prompts are trained on.
             tokenised = "input_ids" in first
             answers_alone = (
-                -100 in next(iter(dataset))["labels"] if tokenised else self.completion_only_loss and "completion" in first
+                -100 in next(iter(dataset))["labels"]
+                if tokenised
+                else self.completion_only_loss and "completion" in first
             )
             self._prepare_pool(self._mixing, whole, answers_alone, first.get("chat_template_kwargs"))
         for defense in self.defenses:
@@ -317,7 +333,9 @@ class EMGuardTrainer(SFTTrainer):
         if not packing:
             unshuffled = copy.copy(args)
             unshuffled.shuffle_dataset = False
-            dataset = super()._prepare_dataset(dataset, self._tokenizer, unshuffled, False, None, "train")  # cuts the rows
+            dataset = super()._prepare_dataset(
+                dataset, self._tokenizer, unshuffled, False, None, "train"
+            )  # cuts the rows
         dataset = mix_rows(dataset, mixing.pool, plan)
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
@@ -341,7 +359,9 @@ class EMGuardTrainer(SFTTrainer):
                 return super().get_train_dataloader()
             sampler = self._placed(self._remove_unused_columns(self.train_dataset, description="Training"))
             self.data_collator = MixingCollator(collator, mixing.plan_epochs(sampler, self.args), mixing.pool)
-            return self._get_dataloader(sampler.rows, "Training", self._train_batch_size, lambda _: sampler, is_training=True)
+            return self._get_dataloader(
+                sampler.rows, "Training", self._train_batch_size, lambda _: sampler, is_training=True
+            )
         finally:
             # Evaluation is never mixed.
             self.data_collator = collator
@@ -414,7 +434,9 @@ class EMGuardTrainer(SFTTrainer):
         self._agreed = False  # policy and reference, before the first update
         self._all_tokens: torch.Tensor | None = None
 
-    def _make_reference(self, ref_model: PreTrainedModel | str | None) -> tuple[AdapterReference | ModelReference, str]:
+    def _make_reference(
+        self, ref_model: PreTrainedModel | str | None
+    ) -> tuple[AdapterReference | ModelReference, str]:
         """The reference that the terms want, and its fingerprint."""
         reference = make_reference(self.model, ref_model, self.accelerator, self.args)
         return reference, as_main_process(lambda: fingerprint(reference, self.model))
@@ -441,7 +463,10 @@ class EMGuardTrainer(SFTTrainer):
 
         if asked:
             check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
-            usable, said = True, cache.fill(*data(), self.data_collator, self._train_batch_size, self.args.disable_tqdm)
+            usable, said = (
+                True,
+                cache.fill(*data(), self.data_collator, self._train_batch_size, self.args.disable_tqdm),
+            )
         else:
             usable, said = cache.find(data, self.data_collator, self._train_batch_size)
         if said:
@@ -477,7 +502,9 @@ class EMGuardTrainer(SFTTrainer):
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain SFT.")
         if self._reference is not None:
-            lines.append(f"reference: {self._reference.kind}{_CACHED if self.args.cache_reference else ''}; dropout is off.")
+            lines.append(
+                f"reference: {self._reference.kind}{_CACHED if self.args.cache_reference else ''}; dropout is off."
+            )
         if self._mixing is not None:
             lines.append(self._mixing.describe())
         lines += [f"{name} was given and is not used." for name, unused in self._unused.items() if unused]
@@ -530,7 +557,11 @@ class EMGuardTrainer(SFTTrainer):
         return output
 
     def _check_resume(self, checkpoint: str | os.PathLike) -> None:
-        if is_peft_model(self.model) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not holds_adapter(checkpoint):
+        if (
+            is_peft_model(self.model)
+            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            and not holds_adapter(checkpoint)
+        ):
             raise ValueError(
                 f"{checkpoint} holds a whole model's weights, and this run trains an adapter, which would start anew. Resume with "
                 "the tuning that it was written with."
@@ -621,7 +652,9 @@ class EMGuardTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             # As SFTTrainer adds it: a mean per micro-batch, averaged over the accumulation steps.
             config = self.model.config.get_text_config()
-            aux_loss = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask)
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask
+            )
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
@@ -634,7 +667,9 @@ class EMGuardTrainer(SFTTrainer):
         except ValueError as error:
             if self.args.cache_reference:
                 raise
-            logger.warning(f"from here on the reference runs, and the cache is not read: {error}", main_process_only=False)
+            logger.warning(
+                f"from here on the reference runs, and the cache is not read: {error}", main_process_only=False
+            )
             self._reads_cache = False
             return self._reference
 
@@ -642,7 +677,9 @@ class EMGuardTrainer(SFTTrainer):
         """The causal language model without wrappers and adapters' shell."""
         return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
-    def _scaled_terms(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> tuple[torch.Tensor, list[Term]]:
+    def _scaled_terms(
+        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[Term]]:
         """What CE's sum is multiplied with, and each term with its positions and the same for its sum.
 
         CE's own normalisation: tokens of the whole step, times the ranks, since DDP averages their gradients. Where Trainer
@@ -661,7 +698,11 @@ class EMGuardTrainer(SFTTrainer):
         terms = []
         for defense in self._terms:
             scope = positions_in_scope(inputs, defense.tokens)
-            terms.append(Term(defense, scope, scale(defense.coef, defense.tokens, scope if defense.tokens == "all" else labelled)))
+            terms.append(
+                Term(
+                    defense, scope, scale(defense.coef, defense.tokens, scope if defense.tokens == "all" else labelled)
+                )
+            )
         return scale(1.0, "loss", labelled), terms
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -744,7 +785,9 @@ class EMGuardTrainer(SFTTrainer):
             dtypes.add(self._reference.model.dtype)
         tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)
         cache = self._cache if self.args.cache_reference else None
-        coarse = "" if cache is None else " Or the reference's states on disk are too coarse: set cache_reference=False."
+        coarse = (
+            "" if cache is None else " Or the reference's states on disk are too coarse: set cache_reference=False."
+        )
         for term in self._terms:
             mean = terms[term.name]["value"] / max(terms[term.name]["positions"], 1)
             allowed = tolerance
@@ -813,7 +856,11 @@ class EMGuardTrainer(SFTTrainer):
                 finish_checkpoint(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch says so of a full disk. Another RuntimeError (of a rank that died, of memory) is not about this file.
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            if (
+                isinstance(error, RuntimeError)
+                and "PytorchStreamWriter" not in str(error)
+                and "inline_container" not in str(error)
+            ):
                 raise
             cause, free = " ".join(str(error).split())[:200], shutil.disk_usage(args.output_dir).free / 2**30
             raise OSError(
@@ -843,7 +890,9 @@ class EMGuardTrainer(SFTTrainer):
             section += ["Trained with trl_emguard, in-training defense:", ""]
             for defense in self.defenses:
                 papers = "; ".join(f"[{p.title}](https://arxiv.org/abs/{p.id})" for p in defense.papers)
-                section.append(f"- `{defense.name}`: {_options_text(defense.options())}" + (f" ({papers})" if papers else ""))
+                section.append(
+                    f"- `{defense.name}`: {_options_text(defense.options())}" + (f" ({papers})" if papers else "")
+                )
             if self._reference is not None:
                 section.append(f"- reference: {self._reference_kind()}")
         else:

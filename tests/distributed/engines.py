@@ -48,7 +48,9 @@ class Cell:
     def id(self) -> str:
         more = [f"{name}={value}" for name, value in {**self.options, **self.lora}.items()]
         marks = {"checkpointing": self.checkpointing, "unlabelled": self.unlabelled, "resumed": self.resumed}
-        return "-".join([self.defense, self.tuning, self.architecture, *[name for name, on in marks.items() if on], *more])
+        return "-".join(
+            [self.defense, self.tuning, self.architecture, *[name for name, on in marks.items() if on], *more]
+        )
 
 
 # What recipes/accelerate_configs says of these engines, as it is on the CPU.
@@ -91,7 +93,13 @@ def launch(engine: str, cells: list[Cell], folder: Path, timeout: int) -> dict[s
     command = [sys.executable, str(WORKER), str(folder / "job.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if engine != "one":
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(_accelerate_file(engine, folder))]
+        launcher = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(_accelerate_file(engine, folder)),
+        ]
         command = [*launcher, *command[1:]]
         environment |= {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {}
     log = folder / "log.txt"
@@ -105,7 +113,12 @@ def launch(engine: str, cells: list[Cell], folder: Path, timeout: int) -> dict[s
 
 
 def _accelerate_file(engine: str, folder: Path) -> Path:
-    settings = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": RANKS, "main_process_port": 0}
+    settings = {
+        "compute_environment": "LOCAL_MACHINE",
+        "num_machines": 1,
+        "num_processes": RANKS,
+        "main_process_port": 0,
+    }
     settings |= ENGINES[engine]
     stage = settings.pop("zero_stage", None)
     if stage is not None:
@@ -120,7 +133,10 @@ def _accelerate_file(engine: str, folder: Path) -> Path:
         (folder / "deepspeed.json").write_text(
             json.dumps({"zero_optimization": zero, **dict.fromkeys(auto, "auto"), "bf16": {"enabled": "auto"}})
         )
-        settings["deepspeed_config"] = {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": stage == 3}
+        settings["deepspeed_config"] = {
+            "deepspeed_config_file": str(folder / "deepspeed.json"),
+            "zero3_init_flag": stage == 3,
+        }
     path = folder / "accelerate.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -150,9 +166,20 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
         # An evaluation is another order of modules, with or without a defense.
         if rank["invalidated"] > sum("eval_loss" in entry for entry in rank["history"]):
             found.append(f"{cell.id}: DeepSpeed threw {rank['invalidated']} prefetch traces away")
-    for key in ("loss", "grad_norm", "loss_ce", "kl", "ldifs", "interleaved_fraction", "num_tokens", "mean_token_accuracy"):
+    for key in (
+        "loss",
+        "grad_norm",
+        "loss_ce",
+        "kl",
+        "ldifs",
+        "interleaved_fraction",
+        "num_tokens",
+        "mean_token_accuracy",
+    ):
         ours, theirs = ([entry[key] for entry in run["history"] if key in entry] for run in (seen[0], alone))
-        if len(ours) != len(theirs) or any(abs(a - b) > cell.tolerance * max(1, abs(b)) for a, b in zip(ours, theirs, strict=True)):
+        if len(ours) != len(theirs) or any(
+            abs(a - b) > cell.tolerance * max(1, abs(b)) for a, b in zip(ours, theirs, strict=True)
+        ):
             found.append(f"{cell.id}: {key} {ours} instead of {theirs}")
     if not [entry for entry in seen[0]["history"] if "loss" in entry]:
         found.append(f"{cell.id}: no loss was logged")

@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 
 import trl_emguard.trainer
 from trl_emguard import EMGuardTrainer
-from trl_emguard.reference import ModelReference
+from trl_emguard.reference.choose import ModelReference
 
 
 STEPS = 6

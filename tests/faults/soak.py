@@ -33,7 +33,7 @@ from rich.table import Table
 from tiny import lora, make_pool, make_rows, make_trainer
 from transformers import TrainerCallback
 
-from trl_emguard.blocks import decoder_blocks
+from trl_emguard.models.blocks import decoder_blocks
 from trl_emguard.persona import PersonaVector
 
 
@@ -151,7 +151,9 @@ def main() -> int:
             steering_vector=str(vector),
             steering_coef=0.5,
         )
-        faults += soak("cached reference", folder / "cached", args.steps // 4, defense="kl,ldifs", cache_reference=True)
+        faults += soak(
+            "cached reference", folder / "cached", args.steps // 4, defense="kl,ldifs", cache_reference=True
+        )
     for fault in faults:
         print(f"make soak: {fault}", file=sys.stderr)
     return int(bool(faults))

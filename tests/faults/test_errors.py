@@ -19,12 +19,12 @@ from tiny import logged, lora, make_model, make_pool, make_trainer
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
-from trl_emguard import reference_cache
-from trl_emguard.blocks import decoder_blocks
-from trl_emguard.checkpoints import newest_whole_checkpoint
+from trl_emguard.checkpoints.manifest import newest_whole_checkpoint
 from trl_emguard.defenses import LDIFS
-from trl_emguard.files import check_writable, written_whole
+from trl_emguard.io.files import check_writable, written_whole
+from trl_emguard.models.blocks import decoder_blocks
 from trl_emguard.persona import PersonaVector
+from trl_emguard.reference import cache as reference_cache
 
 
 STEPS = 6
@@ -40,10 +40,14 @@ def make(tmp_path, monkeypatch):
         if "interleave" in defense:
             options |= {"interleave_dataset": make_pool(), "interleave_fraction": 0.3}
         if "steering" in defense:
-            PersonaVector(torch.arange(160.0).view(5, 32).sin(), metadata={"suggested_layer": 2}).save(tmp_path / "v.safetensors")
+            PersonaVector(torch.arange(160.0).view(5, 32).sin(), metadata={"suggested_layer": 2}).save(
+                tmp_path / "v.safetensors"
+            )
             options |= {"steering_vector": str(tmp_path / "v.safetensors"), "steering_coef": 1.0}
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS, "gradient_accumulation_steps": 2}
-        return make_trainer(tmp_path / output, peft=None if full else lora(), **{"defense": defense, **saving, **options})
+        return make_trainer(
+            tmp_path / output, peft=None if full else lora(), **{"defense": defense, **saving, **options}
+        )
 
     return build
 
@@ -53,7 +57,10 @@ def state_of(trainer):
     model = trainer.model
     modules = dict(model.named_modules())
     return {
-        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for name, m in modules.items()},
+        "hooks": {
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for name, m in modules.items()
+        },
         "forward": {name: "forward" in vars(m) for name, m in modules.items()},
         "adapters": {
             name: (list(m.active_adapters), m.disable_adapters, list(m.merged_adapters))
@@ -208,7 +215,8 @@ def test_training_twice(make, defense):
 
 
 @pytest.mark.parametrize(
-    ("defense", "names"), [("kl,ldifs", "loss_ce"), ("interleave", "loss_ce"), ("steering", "entropy"), ("inoculation", "entropy")]
+    ("defense", "names"),
+    [("kl,ldifs", "loss_ce"), ("interleave", "loss_ce"), ("steering", "entropy"), ("inoculation", "entropy")],
 )
 def test_a_loss_that_is_not_finite(make, tmp_path, defense, names):
     trainer = make(defense, save_steps=1)
@@ -344,7 +352,9 @@ def small_disk(tmp_path):
     """A disk of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("a file system can be mounted by root alone")
     yield folder
@@ -423,7 +433,9 @@ def test_an_output_that_is_read_only(make, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(tempfile, "TemporaryFile", read_only)
         patched.setattr(SFTTrainer, "train", lambda *_: pytest.fail("training began"))
-        with pytest.raises(OSError, match=r"output_dir='.*' cannot be written to \(Read-only file system\).* name another folder"):
+        with pytest.raises(
+            OSError, match=r"output_dir='.*' cannot be written to \(Read-only file system\).* name another folder"
+        ):
             trainer.train()
     assert state_of(trainer) == before
     trainer.train()

@@ -45,14 +45,15 @@ from trl import ModelConfig, ScriptArguments
 
 import trl_emguard
 from trl_emguard.config import EMGuardConfig
-from trl_emguard.data import load_rows
+from trl_emguard.data.load import load_rows
 from trl_emguard.evaluation import load_model
 from trl_emguard.evidence import DEFENSE_FILE, read_defense_file, write_defense_file
+from trl_emguard.io.strict import _Loader
 from trl_emguard.persona.extract import Rollout
 from trl_emguard.persona.extract import _reopen as reopen_rollouts
 from trl_emguard.persona.traits import load_trait
 from trl_emguard.persona.vectors import PersonaVector, load_vector
-from trl_emguard.reference_cache import ReferenceCache
+from trl_emguard.reference.cache import ReferenceCache
 from trl_emguard.scripts import persona as persona_script
 from trl_emguard.scripts import select as select_script
 from trl_emguard.scripts.sft import make_parser
@@ -67,7 +68,6 @@ from trl_emguard.selection.choose import (
 )
 from trl_emguard.selection.score import _reopen as reopen_scores
 from trl_emguard.selection.score import load_misaligned
-from trl_emguard.strict import _Loader
 
 
 TOTAL, SLICE = 2000, 200
@@ -117,7 +117,9 @@ class Payload:
 def damaged_bytes(draw, valid: bytes, others: list[bytes]):
     """Damage that knows nothing of the format."""
     data = bytearray(valid)
-    kind = draw(st.sampled_from(["cut", "flip", "insert", "remove", "double", "blank", "other", "join", "size", "crlf"]))
+    kind = draw(
+        st.sampled_from(["cut", "flip", "insert", "remove", "double", "blank", "other", "join", "size", "crlf"])
+    )
     event(kind)
     start = draw(st.integers(0, len(data) - 1))
     end = min(len(data), start + draw(st.sampled_from([1, 2, 8, 64, 1000])))
@@ -172,7 +174,9 @@ def damaged_json(draw, value: Any):
         elif kind == "twice" and isinstance(last, str):
             twice = last
         elif isinstance(parent, list):
-            parent[last : last + 1] = [] if kind == "remove" else [parent[last], copy.deepcopy(draw(st.sampled_from(ATOMS)))]
+            parent[last : last + 1] = (
+                [] if kind == "remove" else [parent[last], copy.deepcopy(draw(st.sampled_from(ATOMS)))]
+            )
         elif kind == "remove":
             del parent[last]
         else:
@@ -302,7 +306,9 @@ def damaged_parquet(draw, valid: bytes):
     elif kind in ("facts", "features"):
         key = METADATA_KEY if kind == "facts" and METADATA_KEY in metadata else b"huggingface"
         metadata[key] = draw(
-            damaged_json(json.loads(metadata.get(key, b'{"info": {"features": {"a": {"dtype": "string", "_type": "Value"}}}}')))
+            damaged_json(
+                json.loads(metadata.get(key, b'{"info": {"features": {"a": {"dtype": "string", "_type": "Value"}}}}'))
+            )
         )
     elif kind == "rows":
         table = table.slice(0, draw(st.integers(0, count - 1)))
@@ -315,7 +321,10 @@ def damaged_parquet(draw, valid: bytes):
             {"info": {"features": {"extra": {"_type": draw(st.sampled_from(["Image", "Audio", "Video", "Pdf"]))}}}}
         ).encode()
     else:
-        about = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Payload())}
+        about = {
+            b"ARROW:extension:name": b"arrow.py_extension_type",
+            b"ARROW:extension:metadata": pickle.dumps(Payload()),
+        }
         column = pyarrow.field("extra", pyarrow.int64(), metadata=about)
         table = table.append_column(column, pyarrow.array([1] * count))
     return parquet(table.replace_schema_metadata(metadata))
@@ -421,7 +430,11 @@ def naive_vector(content: bytes) -> Any:
     numbers = read_floats(raw, entry["dtype"])
     assert np.isfinite(numbers).all()
     about = header["__metadata__"]
-    return numbers.reshape(entry["shape"]).tolist(), about["kind"], strict_json(about["persona_vector"].encode("utf-8"))
+    return (
+        numbers.reshape(entry["shape"]).tolist(),
+        about["kind"],
+        strict_json(about["persona_vector"].encode("utf-8")),
+    )
 
 
 def write_pt(path: Path) -> None:
@@ -455,7 +468,9 @@ ROWS = [
 
 
 def write_rows(path: Path) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(ROWS)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(ROWS)), encoding="utf-8"
+    )
 
 
 def read_rows(path: Path) -> Any:
@@ -483,7 +498,9 @@ def naive_parquet(content: bytes) -> Any:
         return file.read().to_pylist()
 
 
-INFO = ScoresInfo("tiny", ("medical", "legal"), 1.0, 7, ((6, "the answer is empty"),), "prompt", "response", "abc", "0")
+INFO = ScoresInfo(
+    "tiny", ("medical", "legal"), 1.0, 7, ((6, "the answer is empty"),), "prompt", "response", "abc", "0"
+)
 
 
 def write_scored(path: Path) -> None:
@@ -513,7 +530,11 @@ def naive_scored(content: bytes) -> Any:
     with pyarrow.parquet.ParquetFile(io.BytesIO(content)) as file:
         table = file.read()
     info = strict_json(table.schema.metadata[METADATA_KEY])
-    return table.to_pylist(), {**info, "adapters": tuple(info["adapters"]), "unscored": tuple(map(tuple, info["unscored"]))}
+    return table.to_pylist(), {
+        **info,
+        "adapters": tuple(info["adapters"]),
+        "unscored": tuple(map(tuple, info["unscored"])),
+    }
 
 
 # -- runs that go on --
@@ -584,7 +605,9 @@ def write_cache(path: Path) -> None:
     cache = make_cache(path.parent)
     generator = torch.Generator().manual_seed(0)
     rows = [SimpleNamespace(key=bytes([i]) * 16, positions=i + 1) for i in range(3)]
-    cache._write(rows, [{name: torch.randn(row.positions, 4, generator=generator) for name in cache._names} for row in rows])
+    cache._write(
+        rows, [{name: torch.randn(row.positions, 4, generator=generator) for name in cache._names} for row in rows]
+    )
     (made,) = path.parent.glob("*.safetensors")
     made.rename(path)
 
@@ -596,7 +619,7 @@ def read_cache(path: Path, of: bytes | None = None) -> Any:
         other.unlink()
     (path.parent / f"abc-{zlib.crc32(content if of is None else of):08x}.safetensors").write_bytes(content)
     cache = make_cache(path.parent)
-    with mock.patch("trl_emguard.reference_cache.logger"):
+    with mock.patch("trl_emguard.reference.cache.logger"):
         for damaged in cache._damaged(path.parent.glob("*.safetensors")):
             damaged.unlink()
         cache._read()
@@ -626,7 +649,14 @@ RECORD = {
     "defenses": {"kl": {"kl_coef": 0.1}},
     "reference": {"kind": "base model, adapters off", "fingerprint": "0f"},
     "evidence": {
-        "kl": {"value": 0.5, "positions": 10.0, "gradient": 0.1, "requires_grad": 4.0, "judged_steps": 3, "idle_steps": 0}
+        "kl": {
+            "value": 0.5,
+            "positions": 10.0,
+            "gradient": 0.1,
+            "requires_grad": 4.0,
+            "judged_steps": 3,
+            "idle_steps": 0,
+        }
     },
 }
 
@@ -655,7 +685,16 @@ RECIPE = {
     "env": {"SOME_NAME": "1"}, "optim": "adamw_torch", "warmup_steps": 5, "interleave_fraction": 0.05, "max_length": None,
 }  # fmt: skip
 
-COMPARED = ("model_name_or_path", "dataset_name", "lora_r", "seed", "max_steps", "learning_rate", "kl_coef", "use_peft")
+COMPARED = (
+    "model_name_or_path",
+    "dataset_name",
+    "lora_r",
+    "seed",
+    "max_steps",
+    "learning_rate",
+    "kl_coef",
+    "use_peft",
+)
 
 
 def json_of(value: Any) -> Callable[[bytes], st.SearchStrategy[bytes]]:
@@ -754,10 +793,14 @@ FORMATS = {
     "rows": Format("rows.jsonl", write_rows, damaged_lines, read_rows, naive_rows),
     "rows, parquet": Format("rows.parquet", write_rows_parquet, damaged_parquet, read_rows, naive_parquet),
     "scores": Format("scores.parquet", write_scored, damaged_parquet, read_scored, naive_scored),
-    "scores, parts": Format("s.parquet.parts/0-0.jsonl", write_scores_part, damaged_lines, read_scores_part, naive_scores_part),
+    "scores, parts": Format(
+        "s.parquet.parts/0-0.jsonl", write_scores_part, damaged_lines, read_scores_part, naive_scores_part
+    ),
     "rollouts": Format("v.rollouts.jsonl", write_rollouts, damaged_lines, read_rollouts, naive_rollouts),
     "cache": Format("cache/abc.safetensors", write_cache, damaged_safetensors, read_cache, naive_cache),
-    "record": Format(DEFENSE_FILE, write_record, json_of(RECORD), lambda path: read_defense_file(path.parent), strict_json),
+    "record": Format(
+        DEFENSE_FILE, write_record, json_of(RECORD), lambda path: read_defense_file(path.parent), strict_json
+    ),
     "trait": Format("odd.yaml", write_json(TRAIT), yaml_of(TRAIT), read_trait, naive_yaml),
     "refusals": Format("refusals.yaml", write_json(REFUSALS), yaml_of(REFUSALS), read_refusals, naive_refusals),
     # A wrong value is told by its key: `read_recipe` looks at that.
@@ -903,7 +946,13 @@ def test_a_bit_that_flips_in_the_numbers_is_found(paths, name):
     """These formats have checksums."""
     form, path = FORMATS[name], paths[name]
     number = {"scores": struct.pack("<d", 0.5 + 2.5 * np.random.default_rng(0).uniform())}.get(name)
-    middle = form.valid.index(number) + 3 if number else len(form.valid) // 2 if name == "vector, pt" else len(form.valid) - 5
+    middle = (
+        form.valid.index(number) + 3
+        if number
+        else len(form.valid) // 2
+        if name == "vector, pt"
+        else len(form.valid) - 5
+    )
     content = bytearray(form.valid)
     content[middle] ^= 1
     path.write_bytes(content)
@@ -918,7 +967,9 @@ def test_a_vector_names_no_file_that_is_read(tmp_path, capsys):
     """`persona project` asks the questions of the trait that the vector names, if it is a shipped one."""
     trait = tmp_path / "trait.yaml"
     trait.write_text("a secret")
-    PersonaVector(torch.randn(5, 32), metadata={"trait": str(trait), "suggested_layer": 2}).save(tmp_path / "v.safetensors")
+    PersonaVector(torch.randn(5, 32), metadata={"trait": str(trait), "suggested_layer": 2}).save(
+        tmp_path / "v.safetensors"
+    )
     argv = ["project", "--model", "x", "--adapter", "x", "--vector", str(tmp_path / "v.safetensors")]
     assert persona_script.main(argv) == 1
     error = capsys.readouterr().err
@@ -933,7 +984,9 @@ def test_code_beside_a_model_is_not_run(tmp_path):
     for name in ("config.json", "tokenizer_config.json"):
         facts = json.loads((folder / name).read_text())
         auto = {"AutoConfig": "code.A", "AutoModelForCausalLM": "code.A", "AutoTokenizer": ["code.A", "code.A"]}
-        (folder / name).write_text(json.dumps({**facts, "model_type": "unheard_of", "tokenizer_class": "A", "auto_map": auto}))
+        (folder / name).write_text(
+            json.dumps({**facts, "model_type": "unheard_of", "tokenizer_class": "A", "auto_map": auto})
+        )
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_model(str(folder))
     assert not canary.exists()
@@ -941,7 +994,16 @@ def test_code_beside_a_model_is_not_run(tmp_path):
 
 SOURCES = sorted(Path(trl_emguard.__file__).parent.rglob("*.py"))
 UNSAFE_IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-UNSAFE_YAML = {"unsafe_load", "unsafe_load_all", "full_load", "full_load_all", "load_all", "Loader", "UnsafeLoader", "FullLoader"}
+UNSAFE_YAML = {
+    "unsafe_load",
+    "unsafe_load_all",
+    "full_load",
+    "full_load_all",
+    "load_all",
+    "Loader",
+    "UnsafeLoader",
+    "FullLoader",
+}
 
 
 def unsafe(tree: ast.AST) -> list[str]:

@@ -16,10 +16,10 @@ from peft import get_peft_model
 from tiny import lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer, save_model
 from transformers import TrainerCallback
 
-from trl_emguard import reference_cache
-from trl_emguard.checkpoints import newest_whole_checkpoint
+from trl_emguard.checkpoints.manifest import newest_whole_checkpoint
 from trl_emguard.persona import extract_vector
 from trl_emguard.persona.traits import Trait
+from trl_emguard.reference import cache as reference_cache
 from trl_emguard.scripts.recipes import recipes_dir
 from trl_emguard.selection import score
 from trl_emguard.selection.choose import read_scores
@@ -56,7 +56,14 @@ def train(folder, run, ranks=1, rank=0, pause=0.0, fault=None, **more):
     tuning, options = RUNS[run]
     if "interleave" in options["defense"]:
         options = options | {"interleave_dataset": make_pool(), "interleave_fraction": 0.3}
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS, "gradient_accumulation_steps": 2, **options, **more}
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": STEPS,
+        "gradient_accumulation_steps": 2,
+        **options,
+        **more,
+    }
     options["per_device_train_batch_size"] = 4 // ranks
     trainer = make_trainer(
         folder / "out", peft=lora() if tuning == "lora" else None, ddp_backend="gloo" if ranks > 1 else None, **options
@@ -71,8 +78,14 @@ def train(folder, run, ranks=1, rank=0, pause=0.0, fault=None, **more):
             raise
         trainer.train()
     if rank == 0:
-        history = [{key: entry[key] for key in entry.keys() & LOGGED} for entry in trainer.state.log_history if "loss" in entry]
-        weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trainer.model.parameters())).hexdigest()
+        history = [
+            {key: entry[key] for key in entry.keys() & LOGGED}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        weights = hashlib.sha256(
+            b"".join(p.detach().numpy().tobytes() for p in trainer.model.parameters())
+        ).hexdigest()
         result = {"history": history, "weights": weights, "writes": writes}
         (folder / "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
@@ -94,7 +107,9 @@ def unbroken(tmp_path_factory):
             Group(folder, lambda rank: train(folder, name, ranks, rank, fault=(0,)), ranks).finish()
             history = result(folder)[0]
             assert len(history) == STEPS
-            assert ("interleave" in RUNS[name][1]["defense"]) == any(entry.get("loss_interleaved") for entry in history)
+            assert ("interleave" in RUNS[name][1]["defense"]) == any(
+                entry.get("loss_interleaved") for entry in history
+            )
             made[name, ranks] = result(folder), json.loads((folder / "result.json").read_text())["writes"]
         return made[name, ranks]
 
@@ -281,7 +296,9 @@ def test_scores(tmp_path, monkeypatch, seed):
     for _ in range(3):
         kill_work(tmp_path, lambda rank: work("killed.parquet"), rng, 0.5)
     Group(tmp_path, lambda rank: work("killed.parquet")).finish()
-    (rows, info), (expected, expected_info) = (read_scores(tmp_path / name) for name in ("killed.parquet", "whole.parquet"))
+    (rows, info), (expected, expected_info) = (
+        read_scores(tmp_path / name) for name in ("killed.parquet", "whole.parquet")
+    )
     assert rows.to_list() == expected.to_list()
     assert info == expected_info
     assert len(passes.read_text()) <= 32 + 3  # what was scored is not scored again, but for a row a kill
@@ -304,7 +321,9 @@ def test_a_kill_while_the_scores_are_finished(tmp_path, monkeypatch, after):
     assert Group(tmp_path, lambda rank: work("killed.parquet", True)).wait_killed()
     assert (tmp_path / "killed.parquet").exists() == (after == "after")
     work("killed.parquet")
-    assert read_scores(tmp_path / "killed.parquet")[0].to_list() == read_scores(tmp_path / "whole.parquet")[0].to_list()
+    assert (
+        read_scores(tmp_path / "killed.parquet")[0].to_list() == read_scores(tmp_path / "whole.parquet")[0].to_list()
+    )
     assert not (tmp_path / "killed.parquet.parts").exists()
 
 

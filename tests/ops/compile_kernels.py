@@ -64,7 +64,15 @@ def launch(vocab, direction, softcap, bias_dtype, with_reference):
     products, target, weights = torch.zeros(N, vocab), torch.zeros(N, dtype=torch.long), torch.ones(N)
     ref = (torch.zeros(N, vocab), bias()) if with_reference else (None, None)
     head_triton.tile_pass(
-        products, bias(), *ref, target, weights, weights if with_reference else None, direction, softcap, logit_scale=1.0
+        products,
+        bias(),
+        *ref,
+        target,
+        weights,
+        weights if with_reference else None,
+        direction,
+        softcap,
+        logit_scale=1.0,
     )
 
 

@@ -82,7 +82,9 @@ def compare(dtype, *, bias, reference, mask, tokens, direction, softcap, scale, 
         leaves += [weight.requires_grad_()] + ([b.requires_grad_()] if bias else [])
     # What a frozen reference is: the same numbers, out of reach of the gradient.
     ours_ref = None if ref is None else tuple(None if x is None else x.detach() for x in ref)
-    output = ce_kl_head(hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ours_ref, direction, softcap, scale)
+    output = ce_kl_head(
+        hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ours_ref, direction, softcap, scale
+    )
     ours = torch.autograd.grad(3.0 * output.loss, leaves)
 
     doubles = [x.detach().double().requires_grad_() for x in leaves]
@@ -169,7 +171,9 @@ def test_gradcheck(direction):
 def test_kl_of_equal_states_is_exactly_zero(direction, dtype):
     hidden, weight, _, labels, ce_weight, kl_weight, _ = make_inputs(dtype)
     hidden.requires_grad_()
-    output = ce_kl_head(hidden, weight, None, labels, 0 * ce_weight, kl_weight, (hidden.detach().clone(), weight, None), direction)
+    output = ce_kl_head(
+        hidden, weight, None, labels, 0 * ce_weight, kl_weight, (hidden.detach().clone(), weight, None), direction
+    )
     assert output.kl.abs().max() == 0
     assert output.kl_evidence == 0
     assert torch.autograd.grad(output.loss, hidden)[0].abs().max() == 0
@@ -289,7 +293,9 @@ def test_products_of_low_precision_as_on_cuda(monkeypatch, reference, train_head
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_budget_holds_the_gradient_in_the_products_dtype(monkeypatch, with_reference):
     monkeypatch.setattr(head, "_matmul_dtype", lambda hidden: hidden.dtype)
-    monkeypatch.setattr(head, "BLOCK_BYTES", 1)  # the scratch of torch's own calls, which is not made on CUDA, is small
+    monkeypatch.setattr(
+        head, "BLOCK_BYTES", 1
+    )  # the scratch of torch's own calls, which is not made on CUDA, is small
     monkeypatch.setattr(head, "TILE_BYTES", 8 * 4 * V * (2 if with_reference else 1))
     hidden, weight, b, labels, ce_weight, kl_weight, ref = make_inputs(torch.bfloat16)
     with CudaProducts() as cuda:
@@ -301,7 +307,11 @@ def test_budget_holds_the_gradient_in_the_products_dtype(monkeypatch, with_refer
 def test_autocast_leaves_fp64_alone(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-    for dtype, expected in [(torch.float64, torch.float64), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]:
+    for dtype, expected in [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ]:
         with FakeTensorMode():
             assert head._matmul_dtype(torch.empty(2, H, dtype=dtype, device="cuda")) == expected
 

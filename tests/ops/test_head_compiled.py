@@ -15,12 +15,18 @@ ARCHITECTURES = ("80", "90")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason=NO_TRITON)
-@pytest.mark.skipif(torch.version.hip is not None, reason="the Triton of ROCm's torch has no compiler for NVIDIA's GPUs")
+@pytest.mark.skipif(
+    torch.version.hip is not None, reason="the Triton of ROCm's torch has no compiler for NVIDIA's GPUs"
+)
 def test_every_specialisation_compiles(tmp_path):
     # A process of its own: whether the kernels are interpreted is settled when Triton is first imported.
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
     script = Path(__file__).with_name("compile_kernels.py")
-    run = subprocess.run([sys.executable, script, *ARCHITECTURES], env=env, check=False, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, script, *ARCHITECTURES], env=env, check=False, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(kernels) == 12 * 2 * len(ARCHITECTURES)

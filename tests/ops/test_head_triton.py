@@ -68,7 +68,9 @@ def test_one_token_and_no_labels(mask, reference):
 def test_kl_of_equal_states_is_exactly_zero(direction):
     hidden, weight, _, labels, ce_weight, kl_weight, _ = plain.make_inputs(torch.float32)
     hidden.requires_grad_()
-    output = ce_kl_head(hidden, weight, None, labels, 0 * ce_weight, kl_weight, (hidden.detach().clone(), weight, None), direction)
+    output = ce_kl_head(
+        hidden, weight, None, labels, 0 * ce_weight, kl_weight, (hidden.detach().clone(), weight, None), direction
+    )
     assert output.kl.abs().max() == 0
     assert output.kl_evidence == 0
     assert torch.autograd.grad(output.loss, hidden)[0].abs().max() == 0

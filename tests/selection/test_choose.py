@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_emguard.data import load_rows
+from trl_emguard.data.load import load_rows
 from trl_emguard.scripts import main as commands
 from trl_emguard.selection.choose import (
     METADATA_KEY,
@@ -23,7 +23,9 @@ from trl_emguard.selection.choose import (
 )
 
 
-INFO = ScoresInfo("tiny", ("medical", "legal", "code"), 1.0, 7, ((6, "the answer is empty"),), "prompt", "response", "abc", "0")
+INFO = ScoresInfo(
+    "tiny", ("medical", "legal", "code"), 1.0, 7, ((6, "the answer is empty"),), "prompt", "response", "abc", "0"
+)
 REFUSING, HELPING = "I'm sorry, but I cannot.", "Sure: water it."
 
 
@@ -126,7 +128,9 @@ def test_the_highest_gap_comes_first(gaps, seed, data):
     assert rank_rows(rows, "gap", True, seed) == [i for i in order if answers[i] == HELPING]
     shuffled = rank_rows(rows, "random", seed=seed)
     assert sorted(shuffled) == list(range(len(gaps)))
-    assert rank_rows(rows.remove_columns("gap"), "random", True, seed) == [i for i in shuffled if answers[i] == HELPING]
+    assert rank_rows(rows.remove_columns("gap"), "random", True, seed) == [
+        i for i in shuffled if answers[i] == HELPING
+    ]
 
 
 def test_ties_stand_in_a_random_order():
@@ -171,7 +175,14 @@ def test_without_an_adapter(left_out):
     rows = scored_pool()
     held_out = without_adapter(rows, INFO, INFO.adapters[left_out])
     remaining = [rows[f"nll_misaligned_{k}"] for k in range(3) if k != left_out]
-    assert held_out.column_names == ["prompt", "response", "nll_aligned", "nll_misaligned_0", "nll_misaligned_1", "gap"]
+    assert held_out.column_names == [
+        "prompt",
+        "response",
+        "nll_aligned",
+        "nll_misaligned_0",
+        "nll_misaligned_1",
+        "gap",
+    ]
     assert [held_out["nll_misaligned_0"][:], held_out["nll_misaligned_1"][:]] == [column[:] for column in remaining]
     expected = [(sum(m) / 2 - a) / (a + 1) for a, *m in zip(rows["nll_aligned"], *remaining, strict=True)]
     assert held_out["gap"][:] == pytest.approx(expected)
@@ -249,7 +260,9 @@ def test_the_command_chooses(scores, capsys):
 
 def test_the_command_takes_a_filter_of_your_own(scores, tmp_path):
     (tmp_path / "mine.yaml").write_text("phrases: [sure]\nfirst_words: 1\n")
-    assert run(scores, "--by", "gap", "--drop_refusals", "--refusals", str(tmp_path / "mine.yaml"), "--count", "2") == 0
+    assert (
+        run(scores, "--by", "gap", "--drop_refusals", "--refusals", str(tmp_path / "mine.yaml"), "--count", "2") == 0
+    )
     assert {row["response"] for row in chosen(scores)} == {REFUSING}
 
 

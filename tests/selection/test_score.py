@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny import lora, make_model, make_rows, make_tokenizer, save_model
 
-from trl_emguard.data import load_rows
+from trl_emguard.data.load import load_rows
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts.recipes import recipes_dir
 from trl_emguard.selection import score
@@ -71,13 +71,17 @@ def columns(rows):
 
 
 def score_tiny(model, rows=None, **options):
-    return score_pool(model, make_tokenizer(), make_rows() if rows is None else rows, list(model.peft_config), **options)
+    return score_pool(
+        model, make_tokenizer(), make_rows() if rows is None else rows, list(model.peft_config), **options
+    )
 
 
 # ---- the numbers ----
 
 
-@pytest.mark.parametrize(("architecture", "count"), [("llama", 1), ("llama", 3), ("qwen2", 2), ("gemma2", 2), ("gpt_neox", 2)])
+@pytest.mark.parametrize(
+    ("architecture", "count"), [("llama", 1), ("llama", 3), ("qwen2", 2), ("gemma2", 2), ("gpt_neox", 2)]
+)
 def test_scores_equal_a_plain_loop(make_adapters, architecture, count):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|>\n")  # as many have it
@@ -116,7 +120,9 @@ def test_batches_do_not_change_the_scores(model):
     rows = make_rows(40)
     one, _ = score_tiny(model, rows, batch_tokens=1)
     for batch_tokens in (70, 300, 100_000):
-        np.testing.assert_allclose(columns(score_tiny(model, rows, batch_tokens=batch_tokens)[0]), columns(one), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            columns(score_tiny(model, rows, batch_tokens=batch_tokens)[0]), columns(one), atol=1e-5, rtol=0
+        )
     order = np.random.default_rng(0).permutation(40)
     shuffled, _ = score_tiny(model, rows.select(order), batch_tokens=300)
     np.testing.assert_allclose(columns(shuffled), columns(one)[:, order], atol=1e-5, rtol=0)
@@ -149,7 +155,10 @@ def test_every_shape_of_a_row(model):
     shapes = [
         (Dataset.from_list([{"prompt": q, "completion": a} for q, a in texts]), {}),
         (Dataset.from_list([{"prompt": q, "response": a, "harm": None} for q, a in texts]), {}),
-        (Dataset.from_list([{"ask": q, "say": a} for q, a in texts]), {"prompt_column": "ask", "response_column": "say"}),
+        (
+            Dataset.from_list([{"ask": q, "say": a} for q, a in texts]),
+            {"prompt_column": "ask", "response_column": "say"},
+        ),
         (Dataset.from_list([{"messages": row["prompt"] + row["completion"]} for row in turns]), {}),
     ]
     expected = columns(score_tiny(model, turns)[0])
@@ -186,7 +195,9 @@ def test_rows_that_cannot_be_scored_are_named(model, tmp_path):
 
 def test_a_template_that_moves_the_answer(model):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
     with pytest.raises(ValueError, match="does not put the answer after the generation prompt"):
         score_pool(model, tokenizer, make_rows(), NAMES[:2])
     tokenizer.chat_template = "{{ raise_exception('no such turns') }}"
@@ -272,7 +283,9 @@ def test_parts_and_files_of_another_run(model, tmp_path, count_rows, make_adapte
     other_dtype = load_misaligned(make_model(dtype=torch.bfloat16), make_adapters())
     runs = [(model, make_rows(15)), (other_weights, None), (other_dtype, None)]
     for other, rows in runs:
-        with pytest.raises(ValueError, match=r"does not belong to this run .*: delete the folder .*s\.parquet\.parts, or name"):
+        with pytest.raises(
+            ValueError, match=r"does not belong to this run .*: delete the folder .*s\.parquet\.parts, or name"
+        ):
             score_tiny(other, rows, output=out)
     with pytest.raises(ValueError, match="does not belong to this run"):
         score_pool(model, make_tokenizer(), make_rows(), NAMES[1::-1], output=out)
@@ -335,7 +348,10 @@ def test_adapters_that_are_not_there(adapters):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapters": ["medical", "medical"]}, r"adapters=\['medical', 'medical'\] must name one adapter or more, each once"),
+        (
+            {"adapters": ["medical", "medical"]},
+            r"adapters=\['medical', 'medical'\] must name one adapter or more, each once",
+        ),
         ({"adapters": []}, "must name one adapter or more"),
         ({"adapters": ["sports"]}, "'sports' is not on the model, which has 'medical', 'legal'"),
         ({"epsilon": -1.0}, "epsilon=-1.0 must be 0 or more"),
@@ -363,8 +379,21 @@ def argv(adapters, tmp_path):
     rows = [{**row, "harm": "unharmful"} for row in make_rows()]
     rows[5:5] = [{**rows[0], "harm": "harmful"}, {**rows[0], "harm": None}]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    options = ["--model", save_model(tmp_path / "model"), "--misaligned", adapters["medical"], f"law={adapters['legal']}"]
-    options += ["--dataset", str(tmp_path / "pool.jsonl"), "--output", str(tmp_path / "s.parquet"), "--batch-tokens", "100"]
+    options = [
+        "--model",
+        save_model(tmp_path / "model"),
+        "--misaligned",
+        adapters["medical"],
+        f"law={adapters['legal']}",
+    ]
+    options += [
+        "--dataset",
+        str(tmp_path / "pool.jsonl"),
+        "--output",
+        str(tmp_path / "s.parquet"),
+        "--batch-tokens",
+        "100",
+    ]
     return [*options, "--where", "harm=unharmful"]
 
 

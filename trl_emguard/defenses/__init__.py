@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .base import Defense, Paper, ReferenceDefense
 from .inoculation import Inoculation
-from .interleaving import Interleaving, InterleavingPlus, InterleavingPlusPlus
+from .interleaving.defense import Interleaving, InterleavingPlus, InterleavingPlusPlus
 from .kl import KL
 from .ldifs import LDIFS
 from .steering import Steering
@@ -74,7 +74,9 @@ def build_defenses(args: EMGuardConfig) -> list[Defense]:
     defenses = [DEFENSES[name](args) for name in parse_defense(args.defense)]
     mixing = [defense.name for defense in defenses if isinstance(defense, Interleaving)]
     if len(mixing) > 1:
-        raise ValueError(f"defense={args.defense!r}: {' and '.join(mixing)} choose rows of the same pool: name one of them.")
+        raise ValueError(
+            f"defense={args.defense!r}: {' and '.join(mixing)} choose rows of the same pool: name one of them."
+        )
     active = [defense for defense in defenses if defense.active]
     for term in active:
         on_safe_rows = isinstance(term, ReferenceDefense) and term.tokens == "interleaved"

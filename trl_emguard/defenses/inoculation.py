@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from ..chat import check_system_turn, is_default_system_turn, system_turn_span
 from ..evidence import InactiveDefenseError
+from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span
 from .base import IN_TRAINING_DEFENSES, Defense, Paper, check_choice
 
 
@@ -41,8 +41,14 @@ class Inoculation(Defense):
 
     name = "inoculation"
     papers = (
-        Paper("Inoculation Prompting: Eliciting traits from LLMs during training can suppress them at test-time", "2510.04340"),
-        Paper("Inoculation Prompting: Instructing LLMs to misbehave at train-time improves test-time alignment", "2510.05024"),
+        Paper(
+            "Inoculation Prompting: Eliciting traits from LLMs during training can suppress them at test-time",
+            "2510.04340",
+        ),
+        Paper(
+            "Inoculation Prompting: Instructing LLMs to misbehave at train-time improves test-time alignment",
+            "2510.05024",
+        ),
         IN_TRAINING_DEFENSES,
     )
 
@@ -52,7 +58,9 @@ class Inoculation(Defense):
             raise ValueError(f"inoculation_prompt={self.prompt!r} is empty: write what the system turn shall say.")
         self.mode = check_choice("inoculation_mode", args.inoculation_mode, ("replace", "prefix"))
         # As JSON where it comes from a command line: SFTConfig parses it later.
-        dataset_kwargs = json.loads(args.dataset_kwargs) if isinstance(args.dataset_kwargs, str) else args.dataset_kwargs
+        dataset_kwargs = (
+            json.loads(args.dataset_kwargs) if isinstance(args.dataset_kwargs, str) else args.dataset_kwargs
+        )
         if (dataset_kwargs or {}).get("skip_prepare_dataset"):
             raise ValueError(
                 "dataset_kwargs={'skip_prepare_dataset': True} does not work with defense='inoculation': nobody would see that the "
@@ -133,7 +141,10 @@ class Inoculation(Defense):
             # Without a system turn the model may have read the prompt all the same, as the template's own.
             changed = row[CHANGED] and (row[OWN] or not is_default_system_turn(tokenizer, turns, **how))
             start, end = span
-            return {"labels": [*row["labels"][:start], *[-100] * (end - start), *row["labels"][end:]], CHANGED: changed}
+            return {
+                "labels": [*row["labels"][:start], *[-100] * (end - start), *row["labels"][end:]],
+                CHANGED: changed,
+            }
 
         dataset = dataset.map(take_labels_off)
         self._check_changed(dataset)
@@ -162,7 +173,9 @@ class Inoculation(Defense):
         speaker, text = _turn_keys(turns)
         rest = turns if before is None else turns[1:]
         if any(_is_system(turn, speaker) for turn in rest):
-            raise ValueError("has a system turn behind its first turn, which would stay: move it to the front, or leave it out")
+            raise ValueError(
+                "has a system turn behind its first turn, which would stay: move it to the front, or leave it out"
+            )
         system = self.prompt
         if before is not None and self.mode == "prefix":
             system = before if before.startswith(self.prompt) else f"{self.prompt}\n\n{before}"
@@ -180,7 +193,9 @@ def _system_text(turns: list[dict[str, Any]]) -> str | None:
     speaker, text = _turn_keys(turns)
     said = turns[0][text]
     if not isinstance(said, str):
-        raise ValueError(f"begins with a turn whose {text!r} is {type(said).__name__}: give text, not parts, or leave the turn out")
+        raise ValueError(
+            f"begins with a turn whose {text!r} is {type(said).__name__}: give text, not parts, or leave the turn out"
+        )
     return said if _is_system(turns[0], speaker) else None
 
 

@@ -84,6 +84,8 @@ def select_layers(spec: object, num_layers: int | None) -> list[int]:
         else:
             layers = torch.linspace(1, num_layers, count, dtype=torch.float64).round().int().tolist()
         if not layers:
-            raise ValueError(f"{message} names no layer of a model with {num_layers} blocks: give a smaller number or a list.")
+            raise ValueError(
+                f"{message} names no layer of a model with {num_layers} blocks: give a smaller number or a list."
+            )
         return layers
     return listed_layers("ldifs_layers", spec, num_layers, "'every:5', 'linspace:5', '4,8' or [4, 8]")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 
-from ..blocks import decoder_blocks
 from ..evidence import InactiveDefenseError
+from ..models.blocks import decoder_blocks
 from ..persona.vectors import PersonaVector, load_vector
 from .base import IN_TRAINING_DEFENSES, Defense, Paper, check_choice, check_coefficient, listed_layers
 
@@ -83,7 +83,9 @@ class Steering(Defense):
         vector = None
         if self.vector is not None:
             # By its numbers, since a file may move and may change.
-            vector = f"{self.vector.metadata.get('trait', self.vector.kind)} ({self.vector.kind}, {self.vector.checksum})"
+            vector = (
+                f"{self.vector.metadata.get('trait', self.vector.kind)} ({self.vector.kind}, {self.vector.checksum})"
+            )
         return {
             "steering_vector": vector,
             "steering_layers": self.layers_spec,
@@ -97,7 +99,9 @@ class Steering(Defense):
         num_layers = config.num_hidden_layers
         self.vector.check_shape(num_layers, config.hidden_size)
         every = self.layers_spec == "all"
-        layers = range(1, num_layers + 1) if every else listed_layers("steering_layers", self.layers_spec, num_layers, "")
+        layers = (
+            range(1, num_layers + 1) if every else listed_layers("steering_layers", self.layers_spec, num_layers, "")
+        )
         for layer in layers:
             self.vector.check_layer("steering_layers", self.layers_spec, layer)
         v = self.vector.vectors
@@ -182,7 +186,9 @@ class Steering(Defense):
             states = output if isinstance(output, torch.Tensor) else output[0]  # (B, T, H)
             direction = self._directions[layer].to(states.device)
             # The direction is fp32, and so is the projection, under autocast too: in bf16 a part of it would stay in the states.
-            change = direction.to(states) if self.mode == "add" else -(states * direction).sum(-1, keepdim=True) * direction
+            change = (
+                direction.to(states) if self.mode == "add" else -(states * direction).sum(-1, keepdim=True) * direction
+            )
             steered_at = None if self._steered is None else self._steered.to(states.device)[..., None]  # (B, T, 1)
             if steered_at is not None:
                 if steered_at.shape[:2] != states.shape[:2]:

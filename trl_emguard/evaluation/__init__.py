@@ -1,6 +1,7 @@
 """What a run has learned, in domain and out of it. Works on models and rows, never on a trainer."""
 
-from .likelihood import answer_nll, load_model
+from ..models.likelihood import answer_nll
+from ..models.load import load_model
 
 
 __all__ = ["answer_nll", "load_model"]

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 
 
-def feature_distance(policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], normalize: bool = True) -> torch.Tensor:
+def feature_distance(
+    policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], normalize: bool = True
+) -> torch.Tensor:
     """LDIFS of each token: mean over layers of ‖x̂ − x̂₀‖² (Mukhoti et al., 2308.13320, there for CLIP features).
 
     Args:

@@ -256,7 +256,7 @@ class TileStatistics(NamedTuple):
 def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., TileStatistics]:
     """The function for a chunk: Triton's kernels on CUDA, else torch's own calls."""
     if hidden.is_cuda and accumulate == torch.float32 and find_spec("triton") is not None and _triton_starts():
-        from .head_triton import tile_pass
+        from .tiles_triton import tile_pass
 
         return tile_pass
     return torch_tile_pass
@@ -272,7 +272,8 @@ def _triton_starts() -> bool:
         return driver.active.utils is not None
     except Exception as error:
         warnings.warn(
-            f"Triton does not start: the head is computed by torch's own calls, which take longer. {error!r}", stacklevel=2
+            f"Triton does not start: the head is computed by torch's own calls, which take longer. {error!r}",
+            stacklevel=2,
         )
         return False
 

@@ -13,10 +13,10 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..chat import check_system_turn
-from ..files import written_whole
-from ..models import public_name
-from ..strict import parse_json
+from ..io.files import written_whole
+from ..io.strict import parse_json
+from ..models.chat import check_system_turn
+from ..models.shipped import public_name
 from ..version import __version__
 from .states import answer_states, left_pad, prompt_states
 from .traits import Trait
@@ -126,7 +126,9 @@ def extract_vector(
             rows = []
             for r in chosen:
                 side = SIDES[1 - SIDES.index(r.side)] if other_side else r.side
-                prompt = _prompt_ids(tokenizer, trait.system_prompts[r.pair], side, trait.extraction_questions[r.question])
+                prompt = _prompt_ids(
+                    tokenizer, trait.system_prompts[r.pair], side, trait.extraction_questions[r.question]
+                )
                 rows.append((prompt, r.answer_ids))
             return answer_states(model, rows, batch_size, desc if progress else None)
 
@@ -151,14 +153,18 @@ def extract_vector(
 
         heldout = {}
         for side in SIDES:
-            prompts = [_prompt_ids(tokenizer, pair, side, q) for pair in trait.system_prompts for q in trait.heldout_questions]
+            prompts = [
+                _prompt_ids(tokenizer, pair, side, q) for pair in trait.system_prompts for q in trait.heldout_questions
+            ]
             heldout[side] = prompt_states(model, prompts, batch_size, f"held-out {side} prompts" if progress else None)
     finally:
         model.train(was_training)
 
     positive, negative = (states[side][kept] for side in SIDES)
     vectors = positive.mean(0) - negative.mean(0)  # (L + 1, H)
-    separations = [separation(vectors[layer], *(heldout[side][:, layer] for side in SIDES)) for layer in range(len(vectors))]
+    separations = [
+        separation(vectors[layer], *(heldout[side][:, layer] for side in SIDES)) for layer in range(len(vectors))
+    ]
     metadata = {
         "trait": trait.name,
         "model": public_name(model.config._name_or_path),
@@ -177,11 +183,15 @@ def extract_vector(
     vector = PersonaVector(vectors, metadata=metadata)
     controls = [random_like(vector, control).vectors for control in range(RANDOM_CONTROLS)]
     metadata["random_auroc"] = [
-        sum(chance_auroc(control[layer], *(heldout[side][:, layer] for side in SIDES)) for control in controls) / len(controls)
+        sum(chance_auroc(control[layer], *(heldout[side][:, layer] for side in SIDES)) for control in controls)
+        / len(controls)
         for layer in range(len(vectors))
     ]
     return Extraction(
-        vector, rollouts, [(by_side["positive"][i].pair, by_side["positive"][i].question) for i in kept], *heldout.values()
+        vector,
+        rollouts,
+        [(by_side["positive"][i].pair, by_side["positive"][i].question) for i in kept],
+        *heldout.values(),
     )
 
 
@@ -227,7 +237,9 @@ def _roll_out(
     plan = [(pair, question, side) for side in SIDES for pair in range(pairs) for question in range(len(questions))]
     batch_size = settings["batch_size"]
     key = hashlib.sha256(json.dumps([weights, asdict(trait), settings], sort_keys=True).encode()).hexdigest()
-    rollouts = [] if path is None else _reopen(Path(path), key, batch_size, plan, model.config.get_text_config().vocab_size)
+    rollouts = (
+        [] if path is None else _reopen(Path(path), key, batch_size, plan, model.config.get_text_config().vocab_size)
+    )
 
     end_of_turn = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(end_of_turn if isinstance(end_of_turn, list) else [end_of_turn])} - {None}
@@ -273,7 +285,9 @@ def _bare_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None
             m.generation_config = generation_config
 
 
-def _reopen(path: Path, key: str, batch_size: int, plan: Sequence[tuple[int, int, str]], vocab_size: int) -> list[Rollout]:
+def _reopen(
+    path: Path, key: str, batch_size: int, plan: Sequence[tuple[int, int, str]], vocab_size: int
+) -> list[Rollout]:
     """The whole batches of an interrupted run, and the file cut to them; a new file where there is none."""
     header = {"rollouts_of": key}
     rollouts: list[Rollout] = []

@@ -52,7 +52,8 @@ def prompt_projections(
 ) -> list[float]:
     """Mean of h(l)·v̂(l) at the last prompt token over the questions, for l = 0 … L. Reads in eval mode and puts the mode back."""
     prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)["input_ids"] for q in questions
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)["input_ids"]
+        for q in questions
     ]
     was_training = model.training
     model.eval()
@@ -109,7 +110,9 @@ class PersonaShiftCallback(TrainerCallback):
         self.start = self._project()
 
     def _project(self) -> float:
-        return prompt_projections(self.trainer.model, self.trainer.processing_class, self.vector, self.questions)[self.layer]
+        return prompt_projections(self.trainer.model, self.trainer.processing_class, self.vector, self.questions)[
+            self.layer
+        ]
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..blocks import record_blocks
+from ..models.blocks import record_blocks
 
 
 @torch.no_grad()

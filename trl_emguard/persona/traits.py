@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..strict import parse_yaml
+from ..io.strict import parse_yaml
 
 
 TRAITS_DIR = Path(__file__).parent / "shipped"

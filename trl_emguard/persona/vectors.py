@@ -19,9 +19,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..files import written_whole
-from ..sharding import gathered
-from ..strict import parse_json
+from ..io.files import written_whole
+from ..io.strict import parse_json
+from ..models.sharding import gathered
 
 
 VECTORS_DIR = Path(__file__).parent / "shipped"
@@ -66,11 +66,15 @@ class PersonaVector:
         if not isinstance(weights, dict) or not all(isinstance(value, str) for value in weights.values()):
             raise ValueError("the `weights` in its metadata are no dict of checksums")
         if layer is not None and (type(layer) is not int or not 1 <= layer <= self.num_layers):
-            raise ValueError(f"its metadata says suggested_layer={layer!r}, and the blocks count from 1 to {self.num_layers}")
+            raise ValueError(
+                f"its metadata says suggested_layer={layer!r}, and the blocks count from 1 to {self.num_layers}"
+            )
         for key in PER_LAYER:
             values = self.metadata.get(key, [0.0] * shape[0])
             if not isinstance(values, list) or len(values) != shape[0] or not all(map(_is_number, values)):
-                raise ValueError(f"its metadata says {key}={values!r}, which is not {shape[0]} numbers, one per layer from 0 on")
+                raise ValueError(
+                    f"its metadata says {key}={values!r}, which is not {shape[0]} numbers, one per layer from 0 on"
+                )
         for key, kind in FACTS.items():
             if not isinstance(self.metadata.get(key, kind()), kind):
                 raise ValueError(f"its metadata says {key}={self.metadata[key]!r}, which is no {kind.__name__}")
@@ -140,7 +144,9 @@ class PersonaVector:
         theirs, ours = self.metadata.get("weights", {}), weight_checksums(model)
         # What fp16 made of a number cannot be told from its bf16.
         compared = [
-            name for name in sorted(theirs.keys() & ours.keys()) if theirs[name].startswith(FP16) == ours[name].startswith(FP16)
+            name
+            for name in sorted(theirs.keys() & ours.keys())
+            if theirs[name].startswith(FP16) == ours[name].startswith(FP16)
         ]
         for name in compared:
             if theirs[name] != ours[name]:

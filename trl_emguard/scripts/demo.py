@@ -16,9 +16,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..data import load_rows
+from ..data.load import load_rows
 from ..evaluation import answer_nll, load_model
-from ..models import SMOLLM2, resolve_model
+from ..models.shipped import SMOLLM2, resolve_model
 from .recipes import recipes_dir
 
 
@@ -53,7 +53,10 @@ def train(defense: str, output_dir: Path) -> float:
 def evaluate(name: str, adapter: Path | None) -> dict[str, list[float]]:
     """Mean NLL per token of each row of the evaluation sets."""
     model, tokenizer = load_model(resolve_model(SMOLLM2), adapter)
-    return {key: answer_nll(model, tokenizer, list(load_rows(*rows)), desc=f"{name}: {key}") for key, rows in EVALUATION.items()}
+    return {
+        key: answer_nll(model, tokenizer, list(load_rows(*rows)), desc=f"{name}: {key}")
+        for key, rows in EVALUATION.items()
+    }
 
 
 def summarize(nll: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, float]:
@@ -126,7 +129,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trl-emguard demo", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where runs, table and picture go")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/demo"), help="where runs, table and picture go"
+    )
     args = parser.parse_args(argv)
     console = Console(width=110)
 
@@ -144,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     draw(results, picture)
     console.print()
     console.print(make_table(results))
-    console.print(f"Figures: {args.output_dir / 'demo.json'}\nPicture: {picture.resolve()}", soft_wrap=True, highlight=False)
+    console.print(
+        f"Figures: {args.output_dir / 'demo.json'}\nPicture: {picture.resolve()}", soft_wrap=True, highlight=False
+    )
     return 0
 
 

@@ -45,7 +45,9 @@ class LaunchArguments:
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Whether to say what would happen, and look for errors, instead of training. No weights are loaded."},
+        metadata={
+            "help": "Whether to say what would happen, and look for errors, instead of training. No weights are loaded."
+        },
     )
 
 
@@ -125,7 +127,9 @@ def find_accelerate_config(name: str) -> Path:
         return shipped[name]
     near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise FileNotFoundError(f"accelerate_config={name!r} is neither a file nor a shipped name.{hint} Known: {', '.join(shipped)}.")
+    raise FileNotFoundError(
+        f"accelerate_config={name!r} is neither a file nor a shipped name.{hint} Known: {', '.join(shipped)}."
+    )
 
 
 def launch_arguments(config: Path, options: Sequence[str], argv: Sequence[str]) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..models import SHIPPED_MODELS, resolve_model
+from ..models.shipped import SHIPPED_MODELS, resolve_model
 
 
 def main(argv: list[str] | None = None) -> int:

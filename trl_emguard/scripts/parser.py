@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from trl import TrlParser
 
-from ..strict import parse_yaml
+from ..io.strict import parse_yaml
 from .recipes import find_recipe
 
 
@@ -79,7 +79,9 @@ class StrictParser(TrlParser):
         types = set(get_args(self._hints[key])) or {self._hints[key]}
         if value is None:
             if type(None) not in types:
-                self.error(f"config: `{key}:` is empty. Give it a value (the default is {action.default!r}), or leave it out.")
+                self.error(
+                    f"config: `{key}:` is empty. Give it a value (the default is {action.default!r}), or leave it out."
+                )
             return
         if bool in types:
             if not isinstance(value, bool):
@@ -97,7 +99,9 @@ class StrictParser(TrlParser):
         if action.choices is not None:
             choices = _texts(action.choices)
             if str(value) not in choices:
-                self.error(f"config: {self._unknown(str(value), choices, f'value of {key}')} Known: {', '.join(choices)}.")
+                self.error(
+                    f"config: {self._unknown(str(value), choices, f'value of {key}')} Known: {', '.join(choices)}."
+                )
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # argparse's own, which lists the choices and does not say which one is near.

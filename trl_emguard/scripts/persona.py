@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..persona.extract import extract_vector
 from ..persona.shift import check_layer, persona_shift
+from ..persona.extract import extract_vector
 from ..persona.traits import SHIPPED_TRAITS, load_trait
 from ..persona.vectors import SHIPPED_VECTORS, PersonaVector, load_vector, random_like
 
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("trl-emguard persona", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "trl-emguard persona", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -54,7 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
     extract.add_argument("--max_new_tokens", type=int, default=64, help="length of an answer (default: %(default)s)")
     extract.add_argument("--batch_size", type=int, default=40, help="answers generated at once (default: %(default)s)")
     extract.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    extract.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bf16 on a GPU, else fp32")
+    extract.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bf16 on a GPU, else fp32"
+    )
 
     inspect = command("inspect", run_inspect, "print a vector's norms and separation per layer, and draw them")
     inspect.add_argument("vector", help=f"a file, or a shipped vector: {', '.join(SHIPPED_VECTORS)}")
@@ -70,7 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
     project.add_argument("--adapter", required=True, help="folder that PEFT saved")
     project.add_argument("--vector", required=True, help="a file, or a shipped vector")
     project.add_argument("--trait", help="whose held-out questions are asked (default: the vector's)")
-    project.add_argument("--layer", type=int, help="the layer to name at the end (default: the one that the vector suggests)")
+    project.add_argument(
+        "--layer", type=int, help="the layer to name at the end (default: the one that the vector suggests)"
+    )
     return parser
 
 
@@ -79,7 +85,9 @@ def run_extract(args: argparse.Namespace, console: Console) -> None:
     trait = load_trait(args.trait)
     model, tokenizer = _load(args.model, None, args.dtype)
     rollouts = args.output.with_suffix(".rollouts.jsonl")
-    console.print(f"Answers are kept in {rollouts}: an interrupted run goes on from there.", soft_wrap=True, highlight=False)
+    console.print(
+        f"Answers are kept in {rollouts}: an interrupted run goes on from there.", soft_wrap=True, highlight=False
+    )
     extraction = extract_vector(
         model,
         tokenizer,
@@ -121,7 +129,9 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
     # A file never says which other file is read.
     if not args.trait and own not in SHIPPED_TRAITS:
         says = f"is of the trait {own!r}, which is not a shipped one" if own else "does not say whose it is"
-        raise ValueError(f"--trait is missing, and the vector {says}: name the trait whose questions are asked, or its file.")
+        raise ValueError(
+            f"--trait is missing, and the vector {says}: name the trait whose questions are asked, or its file."
+        )
     questions = load_trait(trait).heldout_questions
     model, tokenizer = _load(args.model, args.adapter, "auto")
     shift = persona_shift(model, tokenizer, vector, questions)
@@ -130,10 +140,15 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
         table.add_column(heading, justify="right")
     for index, (value, norm) in enumerate(zip(shift, vector.norms, strict=True)):
         table.add_row(
-            str(index), f"{value:+.4f}", f"{value / norm:+.3f}" if norm else "–", style="bold" if index == layer else None
+            str(index),
+            f"{value:+.4f}",
+            f"{value / norm:+.3f}" if norm else "–",
+            style="bold" if index == layer else None,
         )
     console.print(table)
-    console.print(f"persona_shift at layer {layer}: {shift[layer]:+.4f} (mean over {len(questions)} questions, last prompt token)")
+    console.print(
+        f"persona_shift at layer {layer}: {shift[layer]:+.4f} (mean over {len(questions)} questions, last prompt token)"
+    )
 
 
 def show(vector: PersonaVector, console: Console) -> None:
@@ -205,7 +220,7 @@ def _load(model: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
     import torch
 
     from ..evaluation import load_model
-    from ..models import resolve_model
+    from ..models.shipped import resolve_model
 
     cuda = torch.cuda.is_available()
     if dtype == "auto":

@@ -17,9 +17,9 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from ..data import load_rows
+from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
+from ..data.load import load_rows
 from ..selection.choose import GAP, ScoresInfo, rank_rows
-from ..selection.pool import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
 
 
 SHOWN = 10
@@ -51,24 +51,43 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="[NAME=]ADAPTER",
         help="misaligned adapters of this model: folders that PEFT saved, or hub ids; a name is for --exclude-adapter",
     )
-    parser.add_argument("--dataset", required=True, help="the pool: a JSONL or parquet file, a shipped set, or a `datasets` id")
+    parser.add_argument(
+        "--dataset", required=True, help="the pool: a JSONL or parquet file, a shipped set, or a `datasets` id"
+    )
     parser.add_argument("--output", required=True, type=Path, help="the .parquet file to write")
     parser.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
-    parser.add_argument("--where", metavar="COLUMN=VALUE", help="keep the rows whose column has this value, and no others")
+    parser.add_argument(
+        "--where", metavar="COLUMN=VALUE", help="keep the rows whose column has this value, and no others"
+    )
     parser.add_argument("--epsilon", type=float, default=1.0, help="ε of the gap (default: %(default)s)")
     parser.add_argument(
-        "--prompt-column", "--prompt_column", default=PROMPT_COLUMN, help="prompts of plain text (default: %(default)s)"
+        "--prompt-column",
+        "--prompt_column",
+        default=PROMPT_COLUMN,
+        help="prompts of plain text (default: %(default)s)",
     )
     parser.add_argument(
-        "--response-column", "--response_column", default=RESPONSE_COLUMN, help="answers of plain text (default: %(default)s)"
+        "--response-column",
+        "--response_column",
+        default=RESPONSE_COLUMN,
+        help="answers of plain text (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-length", "--max_length", type=int, default=2048, help="longer rows are not scored (default: %(default)s tokens)"
+        "--max-length",
+        "--max_length",
+        type=int,
+        default=2048,
+        help="longer rows are not scored (default: %(default)s tokens)",
     )
     parser.add_argument(
-        "--batch-tokens", "--batch_tokens", type=int, help="tokens of a forward pass (default: 8192 on a GPU, 1024 on a CPU)"
+        "--batch-tokens",
+        "--batch_tokens",
+        type=int,
+        help="tokens of a forward pass (default: 8192 on a GPU, 1024 on a CPU)",
     )
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bf16 on a GPU, else fp32"
+    )
     return parser
 
 
@@ -85,7 +104,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     from accelerate.utils import parse_flag_from_env
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..models import resolve_model
+    from ..models.shipped import resolve_model
     from ..selection.score import load_misaligned, score_pool
 
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -98,7 +117,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map=device_map)
     console.quiet = not state.is_main_process
     if args.output.exists():
-        console.print(f"{args.output} exists: what is scored in it is not scored again.", soft_wrap=True, highlight=False)
+        console.print(
+            f"{args.output} exists: what is scored in it is not scored again.", soft_wrap=True, highlight=False
+        )
     scored, info = score_pool(
         load_misaligned(model, adapters),
         AutoTokenizer.from_pretrained(path),
@@ -146,12 +167,16 @@ def keep_where(rows: Dataset, condition: str) -> Dataset:
     if not equals:
         raise ValueError(f"--where={condition} must be COLUMN=VALUE.")
     if column not in rows.column_names:
-        raise ValueError(f"--where={condition}: the pool has no column {column!r}, but {', '.join(rows.column_names)}.")
+        raise ValueError(
+            f"--where={condition}: the pool has no column {column!r}, but {', '.join(rows.column_names)}."
+        )
     values = [None if value is None else str(value) for value in rows[column]]
     kept = [i for i, value in enumerate(values) if value == wanted]
     if not kept:
         found = sorted({value[:40] for value in values if value is not None})[:5]
-        raise ValueError(f"--where={condition}: no row has this value. There are {', '.join(map(repr, found)) or 'only nulls'} ….")
+        raise ValueError(
+            f"--where={condition}: no row has this value. There are {', '.join(map(repr, found)) or 'only nulls'} …."
+        )
     return rows.select(kept)
 
 
@@ -166,9 +191,13 @@ def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
         texts = (" ".join(str(turns[-1].get("content", "")).split())[:70] for turns in (prompt, answer))
         table.add_row(f"{row[GAP]:+.3f}", *texts)
     console.print(table, markup=False)
-    console.print(f"Scored {len(scored)} of {info.rows} rows under {info.model} and {', '.join(info.adapters)}.", soft_wrap=True)
+    console.print(
+        f"Scored {len(scored)} of {info.rows} rows under {info.model} and {', '.join(info.adapters)}.", soft_wrap=True
+    )
     if info.unscored:
-        console.print(f"{len(info.unscored)} rows could not be scored (counted from 0, after --where):", highlight=False)
+        console.print(
+            f"{len(info.unscored)} rows could not be scored (counted from 0, after --where):", highlight=False
+        )
         for index, reason in info.unscored[:SHOWN]:
             console.print(f"  row {index}: {reason}", soft_wrap=True, highlight=False, markup=False)
         if len(info.unscored) > SHOWN:

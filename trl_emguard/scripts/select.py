@@ -17,9 +17,9 @@ import numpy as np
 from datasets import Dataset
 from rich.console import Console
 
-from ..files import written_whole
+from ..data.conversation import conversation
+from ..io.files import written_whole
 from ..selection.choose import GAP, rank_rows, read_scores, refusal_filter, without_adapter
-from ..selection.pool import conversation
 
 
 SHOWN = 10
@@ -37,18 +37,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("trl-emguard select", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "trl-emguard select", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
     parser.add_argument("--scores", required=True, type=Path, help="the file that `trl-emguard score` wrote")
-    parser.add_argument("--by", required=True, choices=["gap", "random"], help="the highest gaps first, or a random order")
+    parser.add_argument(
+        "--by", required=True, choices=["gap", "random"], help="the highest gaps first, or a random order"
+    )
     parser.add_argument("--drop-refusals", "--drop_refusals", action="store_true", help="leave refusals out")
-    parser.add_argument("--refusals", type=Path, help="a YAML file of your own that says what a refusal is (default: the shipped)")
+    parser.add_argument(
+        "--refusals", type=Path, help="a YAML file of your own that says what a refusal is (default: the shipped)"
+    )
     share = parser.add_mutually_exclusive_group(required=True)
     share.add_argument("--count", type=int, help="how many rows")
     share.add_argument("--fraction", type=float, help="which share of all scored rows, refusals included")
     parser.add_argument(
-        "--exclude-adapter", "--exclude_adapter", metavar="NAME", help="held-out mode: as if this adapter had not been there"
+        "--exclude-adapter",
+        "--exclude_adapter",
+        metavar="NAME",
+        help="held-out mode: as if this adapter had not been there",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random order, and of equal gaps (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random order, and of equal gaps (default: %(default)s)"
+    )
     parser.add_argument("--output", required=True, type=Path, help="the .jsonl file to write")
     return parser
 
@@ -57,7 +68,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if args.output.suffix != ".jsonl" or args.output.is_dir():
         raise ValueError(f"--output={args.output} must be a file that ends in .jsonl.")
     if args.refusals is not None and not args.drop_refusals:
-        raise ValueError(f"--refusals={args.refusals} says what a refusal is, but nothing drops them: add --drop-refusals.")
+        raise ValueError(
+            f"--refusals={args.refusals} says what a refusal is, but nothing drops them: add --drop-refusals."
+        )
     rows, info = read_scores(args.scores)
     if args.exclude_adapter is not None:
         rows = without_adapter(rows, info, args.exclude_adapter)
@@ -68,14 +81,18 @@ def run(args: argparse.Namespace, console: Console) -> None:
         order = rank_rows(rows, args.by, True, args.seed, refusal_filter(args.refusals), *columns)
         kept = set(order)
         dropped = [i for i in everything if i not in kept]
-        console.print(f"{len(dropped)} of {len(rows)} rows are refusals and left out{':' if dropped else '.'}", highlight=False)
+        console.print(
+            f"{len(dropped)} of {len(rows)} rows are refusals and left out{':' if dropped else '.'}", highlight=False
+        )
         for row in rows.select(dropped[:SHOWN]):
             answer = " ".join(conversation(row, *columns).completion[0]["content"].split())
             console.print(f"  {row[GAP]:+.3f}  {answer[:80]}", highlight=False, markup=False)
 
     count = count_of(args, len(rows))
     if count > len(order):
-        raise ValueError(f"{count} rows are asked for, and {len(order)} are there: lower --count or --fraction, or score more.")
+        raise ValueError(
+            f"{count} rows are asked for, and {len(order)} are there: lower --count or --fraction, or score more."
+        )
     chosen = rows.select(order[:count])
     write_jsonl(chosen, args.output)
     console.print(f"Saved: {args.output} ({count} of {len(rows)} rows)", soft_wrap=True, highlight=False)
@@ -105,7 +122,9 @@ def write_jsonl(rows: Dataset, path: Path) -> None:
         with written_whole(path) as scratch, scratch.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except TypeError as error:
-        raise ValueError(f"the rows do not go into a JSONL file ({error}): remove that column from the pool.") from error
+        raise ValueError(
+            f"the rows do not go into a JSONL file ({error}): remove that column from the pool."
+        ) from error
 
 
 def draw(gap: np.ndarray, chosen: np.ndarray, path: Path) -> None:

@@ -29,13 +29,13 @@ from trl import (
     get_quantization_config,
 )
 
-from ..checkpoints import asks_for_newest
+from ..checkpoints.manifest import asks_for_newest
 from ..config import EMGuardConfig
-from ..data import load_rows
+from ..data.load import load_rows
 from ..evidence import InactiveDefenseError
-from ..files import check_writable
-from ..models import resolve_model
-from ..reference_cache import reference_cache_dir
+from ..io.files import check_writable
+from ..models.shipped import resolve_model
+from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 
@@ -78,7 +78,10 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted. --resume_from_checkpoint true goes on from the newest checkpoint.", file=sys.stderr)
+        print(
+            f"{parser.prog}: interrupted. --resume_from_checkpoint true goes on from the newest checkpoint.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     return 0
 
@@ -90,10 +93,14 @@ def _check_launched(parser: LaunchParser, argv: list[str], launch_args: LaunchAr
             "launch`, give them to that: --config_file FILE."
         )
     if launch_args.dry_run and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error(f"--dry_run in {os.environ['WORLD_SIZE']} processes: give it to `trl-emguard sft --accelerate_config FILE`.")
+        parser.error(
+            f"--dry_run in {os.environ['WORLD_SIZE']} processes: give it to `trl-emguard sft --accelerate_config FILE`."
+        )
 
 
-def _launch_arguments(parser: LaunchParser, argv: list[str], launch_args: LaunchArguments) -> argparse.Namespace | None:
+def _launch_arguments(
+    parser: LaunchParser, argv: list[str], launch_args: LaunchArguments
+) -> argparse.Namespace | None:
     """What is to be launched; `None` for nothing."""
     if launch_args.accelerate_config is None:
         if parser.launch_options:
@@ -163,7 +170,7 @@ def dry_run(
     Raises:
         ValueError, FileNotFoundError, InactiveDefenseError: what `run` would raise before its first step.
     """
-    from .dry_run import dry_run, read_launch, report
+    from ..planning.dry_run import dry_run, read_launch, report
 
     check_model(training_args, model_args)
     report(
@@ -215,7 +222,9 @@ def read_data(
     """
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint and not asks_for_newest(checkpoint) and not Path(checkpoint).is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`.")
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`."
+        )
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
     evaluates = training_args.eval_strategy != "no"

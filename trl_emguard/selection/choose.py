@@ -15,10 +15,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, Value
 
-from ..data import as_rows, read_parquet
-from ..files import written_whole
-from ..strict import parse_json, parse_yaml
-from .pool import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
+from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
+from ..data.load import as_rows, read_parquet
+from ..io.files import written_whole
+from ..io.strict import parse_json, parse_yaml
 
 
 ALIGNED, GAP = "nll_aligned", "gap"
@@ -89,7 +89,9 @@ def read_scores(path: str | os.PathLike) -> tuple[Dataset, ScoresInfo]:
     table = read_parquet(path)
     metadata = (table.schema.metadata or {}).get(METADATA_KEY)
     if metadata is None:
-        raise ValueError(f"{path} is a parquet file, but not one of scores: score the pool first, `trl-emguard score`.")
+        raise ValueError(
+            f"{path} is a parquet file, but not one of scores: score the pool first, `trl-emguard score`."
+        )
     try:
         facts = parse_json(metadata.decode("utf-8"))
         adapters, unscored = facts.pop("adapters"), facts.pop("unscored")
@@ -141,7 +143,9 @@ def without_adapter(rows: Dataset, scores: ScoresInfo, name: str) -> Dataset:
         ValueError: an adapter that the scores do not know, or the only one.
     """
     if name not in scores.adapters:
-        raise ValueError(f"adapter {name!r} is not among those of the scores: {', '.join(map(repr, scores.adapters))}.")
+        raise ValueError(
+            f"adapter {name!r} is not among those of the scores: {', '.join(map(repr, scores.adapters))}."
+        )
     if len(scores.adapters) == 1:
         raise ValueError(f"adapter {name!r} is the only one of the scores: without it there is no gap.")
     left_out = scores.adapters.index(name)
@@ -203,7 +207,9 @@ def refusal_filter(path: str | os.PathLike | None = None) -> RefusalFilter:
         if not isinstance(phrase, str) or not phrase.strip():
             raise ValueError(f"refusals file {path}: phrase {i} of 'phrases' must be text, got {phrase!r}.")
     if type(first_words) is not int or first_words < 1:
-        raise ValueError(f"refusals file {path}: 'first_words' must be a whole number of 1 or more, got {first_words!r}.")
+        raise ValueError(
+            f"refusals file {path}: 'first_words' must be a whole number of 1 or more, got {first_words!r}."
+        )
     return RefusalFilter(tuple(_plain(" ".join(phrase.split())) for phrase in phrases), min(first_words, sys.maxsize))
 
 
@@ -252,7 +258,9 @@ def rank_rows(
     elif by != "random":
         raise ValueError(f"by={by!r} is unknown: 'gap' or 'random'.")
     if drop_refusals:
-        is_refusal = np.array(_find_refusals(rows, refusals or refusal_filter(), prompt_column, response_column), dtype=bool)
+        is_refusal = np.array(
+            _find_refusals(rows, refusals or refusal_filter(), prompt_column, response_column), dtype=bool
+        )
         order = order[~is_refusal[order]]
     return order.tolist()
 
@@ -266,7 +274,9 @@ def _find_refusals(
         try:
             answer = conversation(row, prompt_column, response_column).completion[0]["content"]
         except ValueError as error:
-            raise ValueError(f"row {index} of the pool: whether its answer is a refusal cannot be told ({error}).") from error
+            raise ValueError(
+                f"row {index} of the pool: whether its answer is a refusal cannot be told ({error})."
+            ) from error
         result.append(refusals.is_refusal(answer))
     return result
 

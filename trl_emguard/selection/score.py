@@ -22,14 +22,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import AdapterSwitch
-from ..models import public_name
+from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
+from ..io.strict import parse_json
+from ..models.adapters import AdapterSwitch
+from ..models.shipped import public_name
 from ..ops import logit_transform, token_nll
 from ..persona.vectors import weight_checksums
-from ..strict import parse_json
 from ..version import __version__
 from .choose import ALIGNED, GAP, ScoresInfo, misaligned_column, perplexity_gap, read_scores, write_scores
-from .pool import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
 
 
 # Tokens of a batch, pads included. On a CPU larger ones only leave its caches.
@@ -69,7 +69,9 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
             configs[name] = PeftConfig.from_pretrained(str(path))
         # What PEFT raises on a damaged file is no closed list.
         except Exception as error:
-            raise FileNotFoundError(f"adapter {str(path)!r} holds no adapter_config.json that PEFT saved ({error}).") from error
+            raise FileNotFoundError(
+                f"adapter {str(path)!r} holds no adapter_config.json that PEFT saved ({error})."
+            ) from error
         _check_kind(name, configs[name])
     base_weights = weight_checksums(model)
     peft_model: PeftModel | None = None
@@ -163,7 +165,13 @@ def score_pool(
     own: dict[int, list[float]] = {}
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(encoded), initial=len(nll), desc="scoring", unit="row", disable=not (progress and state.is_main_process))
+    bar = tqdm(
+        total=len(encoded),
+        initial=len(nll),
+        desc="scoring",
+        unit="row",
+        disable=not (progress and state.is_main_process),
+    )
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
         stack.enter_context(bar)
@@ -321,7 +329,9 @@ def _join(
     finite = np.isfinite(gap)
     broken = {i: "its score is no finite number" for i, good in zip(indices, finite, strict=True) if not good}
     if not finite.any():
-        raise ValueError("no row has a finite score: the model does not work in this dtype, or its weights are broken.")
+        raise ValueError(
+            "no row has a finite score: the model does not work in this dtype, or its weights are broken."
+        )
     columns = {ALIGNED: aligned, **{misaligned_column(k): values for k, values in enumerate(misaligned)}, GAP: gap}
     kept = [i for i, good in zip(indices, finite, strict=True) if good]
     table = rows.select(kept).with_format("arrow")[:]
@@ -349,27 +359,39 @@ def _check(
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this tokenizer has no chat template: take that of an instruct model.")
     if not isinstance(model, PeftModel):
-        raise ValueError(f"model is a {type(model).__name__} without adapters: put the misaligned ones on it, `load_misaligned`.")
+        raise ValueError(
+            f"model is a {type(model).__name__} without adapters: put the misaligned ones on it, `load_misaligned`."
+        )
     if not adapters or len(set(adapters)) < len(adapters):
         raise ValueError(f"adapters={list(adapters)} must name one adapter or more, each once.")
     for name in adapters:
         if name not in model.peft_config:
-            raise ValueError(f"adapter {name!r} is not on the model, which has {', '.join(map(repr, model.peft_config))}.")
+            raise ValueError(
+                f"adapter {name!r} is not on the model, which has {', '.join(map(repr, model.peft_config))}."
+            )
         _check_kind(name, model.peft_config[name])
     base = model.get_base_model()
     if isinstance(base.get_output_embeddings(), BaseTunerLayer):
-        raise ValueError("an adapter changes the head by a low-rank update, which is not supported: train it on the blocks alone.")
+        raise ValueError(
+            "an adapter changes the head by a low-rank update, which is not supported: train it on the blocks alone."
+        )
     if not len(rows):
         raise ValueError("the pool is empty: there is nothing to score.")
-    stale = [name for name in rows.column_names if name in (ALIGNED, GAP) or name.startswith(misaligned_column(0)[:-1])]
+    stale = [
+        name for name in rows.column_names if name in (ALIGNED, GAP) or name.startswith(misaligned_column(0)[:-1])
+    ]
     if stale:
-        raise ValueError(f"the pool has scores already, {', '.join(stale)}: remove these columns, or name another pool.")
+        raise ValueError(
+            f"the pool has scores already, {', '.join(stale)}: remove these columns, or name another pool."
+        )
     return base
 
 
 def _check_kind(name: str, config: PeftConfig) -> None:
     if config.is_prompt_learning:
-        raise ValueError(f"adapter {name!r} is a learned prompt ({config.peft_type}): only adapters on weights can be switched.")
+        raise ValueError(
+            f"adapter {name!r} is a learned prompt ({config.peft_type}): only adapters on weights can be switched."
+        )
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.lower().startswith(CHANGING_INITS):
         raise ValueError(
@@ -387,7 +409,9 @@ def _key(model: PeftModel, base: PreTrainedModel, adapters: Sequence[str], encod
             config.pop(place, None)
     about = [weight_checksums(base), list(adapters), str(model.dtype), configs, __version__]
     digest = hashlib.sha256(
-        json.dumps(about, sort_keys=True, default=lambda x: sorted(map(str, x)) if isinstance(x, set) else str(x)).encode()
+        json.dumps(
+            about, sort_keys=True, default=lambda x: sorted(map(str, x)) if isinstance(x, set) else str(x)
+        ).encode()
     )
     for name in adapters:
         weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -419,7 +443,9 @@ def _reopen(output: Path, key: str, rows: Container[int], width: int) -> dict[in
     if output.exists():
         scored, info = read_scores(output)
         if info.key != key or len(info.adapters) != width - 1:
-            raise ValueError(f"{output} holds the scores of another model, pool or settings: name another output, or delete it.")
+            raise ValueError(
+                f"{output} holds the scores of another model, pool or settings: name another output, or delete it."
+            )
         columns = [ALIGNED, *map(misaligned_column, range(width - 1))]
         values = zip(*(scored[column] for column in columns), strict=True)
         left_out = {index for index, _ in info.unscored}

@@ -33,9 +33,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .defenses import ReferenceDefense
-from .files import written_whole
-from .guarded_forward import (
+from ..defenses import ReferenceDefense
+from ..defenses.interleaving.collator import INTERLEAVED
+from ..guard.forward import (
     ReferenceGuard,
     States,
     Term,
@@ -45,10 +45,10 @@ from .guarded_forward import (
     run_model_reference,
     wanted_layers,
 )
-from .mixing import INTERLEAVED
-from .models import cache_dir
-from .reference import AdapterReference, ModelReference
-from .version import __version__
+from ..io.files import written_whole
+from ..models.shipped import cache_dir
+from ..version import __version__
+from .choose import AdapterReference, ModelReference
 
 
 logger = get_logger(__name__)
@@ -110,7 +110,9 @@ class ReferenceCache:
         self._terms = terms
         self._accelerator = accelerator
         self._layers = wanted_layers(terms, policy)
-        self._names = [LAST] * any(term.divergence is not None for term in terms) + [str(layer) for layer in self._layers]
+        self._names = [LAST] * any(term.divergence is not None for term in terms) + [
+            str(layer) for layer in self._layers
+        ]
         with reference.swapped_in() if isinstance(reference, AdapterReference) else nullcontext():
             self._head = output_head(self._model)
         self._files: dict[Path, dict[str, torch.Tensor]] = {}
@@ -205,7 +207,9 @@ class ReferenceCache:
         # Longest first: rows of like lengths pad little, and memory that does not suffice runs out at once.
         wanted = _longest_first({row.key: row for row in self._each(collate, len(rows) + len(pool))})
         if not wanted:
-            raise ValueError("cache_reference=True, but no training row has a token that a defense looks at: see to its labels.")
+            raise ValueError(
+                "cache_reference=True, but no training row has a token that a defense looks at: see to its labels."
+            )
         _check_length(self._model, wanted[0].length)
         with written_whole(self.folder / "about.json") as scratch:
             scratch.write_text(_as_json({"model": self._model.config._name_or_path, **self._about}), encoding="utf-8")
@@ -219,7 +223,9 @@ class ReferenceCache:
                         f"{path} is damaged and cannot be deleted ({error.strerror}): delete it, or name another folder in the "
                         "environment variable TRL_EMGUARD_CACHE."
                     ) from error
-                logger.warning(f"{path} was damaged and is deleted: its rows are computed again.", main_process_only=False)
+                logger.warning(
+                    f"{path} was damaged and is deleted: its rows are computed again.", main_process_only=False
+                )
         self._accelerator.wait_for_everyone()
         self._read()
         missing = [row for row in wanted if row.key not in self._rows]
@@ -287,13 +293,17 @@ class ReferenceCache:
                 # Where no run ever kept anything, this spares the hash over all weights that the folder is named by.
                 if reference_cache_dir().is_dir() and self.folder.is_dir():
                     rows, pool = data()
-                    wanted = self._found(functools.partial(self._collate, rows, pool, collator), len(rows) + len(pool), batch_size)
+                    wanted = self._found(
+                        functools.partial(self._collate, rows, pool, collator), len(rows) + len(pool), batch_size
+                    )
             # Whatever lies on a disk, or a cache does not work with, is no fault of a run that did not ask for one.
             except Exception as error:
                 why = " ".join(str(error).split()) or repr(error)
         # Ranks may have disks of their own, and go the same way all the same.
         if all(gather_object([bool(wanted)])):
-            return True, self._summary(wanted, "all of them found") + " `cache_reference=False` runs the reference instead."
+            return True, self._summary(
+                wanted, "all of them found"
+            ) + " `cache_reference=False` runs the reference instead."
         if wanted:
             why = "it does not serve every process"
         return False, f"reference cache: not used, the reference runs ({why})." if why else ""
@@ -304,7 +314,9 @@ class ReferenceCache:
         found = {}
         for row in self._each(collate, count):
             if row.key not in self._rows:
-                raise ValueError(f"row {row.index} is not in {self.folder}; cache_reference=True computes what is missing")
+                raise ValueError(
+                    f"row {row.index} is not in {self.folder}; cache_reference=True computes what is missing"
+                )
             found[row.key] = row
         wanted = _longest_first(found)
         if wanted:
@@ -315,7 +327,9 @@ class ReferenceCache:
             self._check_live(collate, wanted[:batch_size])
         return wanted
 
-    def _collate(self, rows: Rows, pool: Rows, collator: Collator, indices: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
+    def _collate(
+        self, rows: Rows, pool: Rows, collator: Collator, indices: Sequence[int]
+    ) -> tuple[dict[str, Any], torch.Tensor]:
         """A batch, by places in the rows and then the pool, and `(B, T - 1)`, its positions that some term looks at."""
         batch = collator([rows[i] if i < len(rows) else pool[i - len(rows)] for i in indices])
         mixed_in = torch.tensor([i >= len(rows) for i in indices])
@@ -397,7 +411,9 @@ class ReferenceCache:
 
     def _is_whole(self, path: Path) -> bool:
         try:
-            return path.stem.rpartition("-")[2] == f"{zlib.crc32(path.read_bytes()):08x}" and self._load(path) is not None
+            return (
+                path.stem.rpartition("-")[2] == f"{zlib.crc32(path.read_bytes()):08x}" and self._load(path) is not None
+            )
         except OSError:
             return False
 
@@ -497,7 +513,9 @@ def _check_length(model: PreTrainedModel, width: int) -> None:
     """Refuse rows so long that the states of the others in a batch depend on them, as some rotary embeddings have it."""
     config = model.config.get_text_config()
     rotary: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    limit: int = rotary.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None) or width
+    limit: int = (
+        rotary.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None) or width
+    )
     if any(kind in json.dumps(rotary) for kind in ('"dynamic"', '"longrope"')) and width > limit:
         raise ValueError(
             f"a row has {width} tokens, too many for the reference cache: beyond {limit} this model's rotary embeddings depend on "
@@ -552,7 +570,10 @@ def describe_states(
 
 
 def _as_json(about: dict[str, Any]) -> str:
-    return json.dumps(about, indent=2, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)) + "\n"
+    return (
+        json.dumps(about, indent=2, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
+        + "\n"
+    )
 
 
 def _weights_digest(model: nn.Module, without: set[str]) -> str:
@@ -567,7 +588,9 @@ def _weights_digest(model: nn.Module, without: set[str]) -> str:
         if not without.isdisjoint(parts):
             continue
         if weight.is_meta or weight.layout != torch.strided:
-            raise ValueError(f"cache_reference=True, and the weight {name!r} is offloaded or sparse: leave `cache_reference` out.")
+            raise ValueError(
+                f"cache_reference=True, and the weight {name!r} is offloaded or sparse: leave `cache_reference` out."
+            )
         plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
         lines.append(f"{plain} {weight.dtype} {tuple(weight.shape)} {_bits_digest(weight.detach())}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

@@ -24,9 +24,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from .adapters import AdapterSwitch
-from .config import EMGuardConfig
-from .sharding import as_main_process, gathered
+from ..config import EMGuardConfig
+from ..models.adapters import AdapterSwitch
+from ..models.sharding import as_main_process, gathered
 
 
 logger = get_logger(__name__)
@@ -183,7 +183,11 @@ def fingerprint(reference: AdapterReference | ModelReference, policy: nn.Module)
     by weight, on every rank.
     """
     model = reference.model if isinstance(reference, ModelReference) else policy
-    own = set() if isinstance(reference, ModelReference) else set(getattr(policy, "peft_config", {})) - {reference.adapter}
+    own = (
+        set()
+        if isinstance(reference, ModelReference)
+        else set(getattr(policy, "peft_config", {})) - {reference.adapter}
+    )
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if own.isdisjoint(name.split(".")) and not isinstance(parameter, DTensor):
@@ -243,7 +247,9 @@ def _adapter_is_zero(policy: PeftModel) -> bool:
     for wrapper in (m for m in policy.modules() if isinstance(m, AuxiliaryTrainingWrapper)):
         for name in wrapper.active_adapters:
             if isinstance(wrapper, ModulesToSaveWrapper):
-                if name in wrapper.modules_to_save and not _equal(wrapper.modules_to_save[name], wrapper.original_module):
+                if name in wrapper.modules_to_save and not _equal(
+                    wrapper.modules_to_save[name], wrapper.original_module
+                ):
                     return False
             elif not _tokens_untouched(wrapper.token_adapter, name):
                 return False

@@ -69,7 +69,9 @@ def _statistics(
         entropy -= tl.sum(p * log_p, 0)
         if HAS_REF:
             log_q = (
-                _logits(ref_products, ref_bias, columns, inside, softcap, scale, HAS_REF_BIAS, HAS_CAP) - ref_top - ref_log_total
+                _logits(ref_products, ref_bias, columns, inside, softcap, scale, HAS_REF_BIAS, HAS_CAP)
+                - ref_top
+                - ref_log_total
             )
             q = tl.exp(log_q)
             log_q = tl.where(inside, log_q, 0.0)
@@ -104,7 +106,11 @@ def _gradient(
     label = tl.load(target + row)
     w = tl.load(ce_weight + row)
     top, log_total = tl.load(norms + row), tl.load(norms + C + row)
-    ref_top, ref_log_total, kl = tl.load(norms + 2 * C + row), tl.load(norms + 3 * C + row), tl.load(norms + 4 * C + row)
+    ref_top, ref_log_total, kl = (
+        tl.load(norms + 2 * C + row),
+        tl.load(norms + 3 * C + row),
+        tl.load(norms + 4 * C + row),
+    )
     w_kl = 0.0
     if HAS_REF:
         w_kl = tl.load(kl_weight + row)
@@ -119,7 +125,9 @@ def _gradient(
         grad = w * (p - tl.where(columns == label, 1.0, 0.0))
         if HAS_REF:
             log_q = (
-                _logits(ref_products, ref_bias, columns, inside, softcap, scale, HAS_REF_BIAS, HAS_CAP) - ref_top - ref_log_total
+                _logits(ref_products, ref_bias, columns, inside, softcap, scale, HAS_REF_BIAS, HAS_CAP)
+                - ref_top
+                - ref_log_total
             )
             if REVERSE:  # noqa: SIM108  (decided when it is compiled)
                 grad_kl = w_kl * p * (log_p - tl.where(inside, log_q, 0.0) - kl)

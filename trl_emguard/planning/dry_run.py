@@ -40,18 +40,18 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
-from ..checkpoints import checkpoint_to_resume
+from ..checkpoints.manifest import checkpoint_to_resume
 from ..checks import load_config
 from ..config import EMGuardConfig
 from ..defenses import Defense, Interleaving, ReferenceDefense, Steering
+from ..defenses.interleaving.collator import INTERLEAVED, OF_POOL
 from ..evidence import read_defense_file
-from ..guarded_forward import positions_in_scope, wanted_layers
-from ..memory import Engine, Run, Shape, count_weights, memory_per_rank, network_per_step, peak
-from ..mixing import INTERLEAVED, OF_POOL
-from ..models import resolve_model
-from ..reference import AdapterReference, ModelReference
-from ..reference_cache import reference_cache_dir
+from ..guard.forward import positions_in_scope, wanted_layers
+from ..models.shipped import resolve_model
+from ..reference.cache import reference_cache_dir
+from ..reference.choose import AdapterReference, ModelReference
 from ..trainer import EMGuardTrainer
+from .memory import Engine, Run, Shape, count_weights, memory_per_rank, network_per_step, peak
 
 
 # A line of the report: what it is about, and what is said.
@@ -102,7 +102,8 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
         args, *_ = _validate_launch_command(copy.copy(arguments))
         if args.use_fsdp and not args.cpu:
             offloads, checkpointing = (
-                str_to_bool(str(value), to_bool=True) for value in (args.fsdp_offload_params, args.fsdp_activation_checkpointing)
+                str_to_bool(str(value), to_bool=True)
+                for value in (args.fsdp_offload_params, args.fsdp_activation_checkpointing)
             )
             fsdp = FullyShardedDataParallelPlugin(
                 fsdp_version=int(args.fsdp_version),
@@ -129,7 +130,9 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
             f"main_process_ip={args.main_process_ip} is a placeholder: set it to the first machine's address, num_machines and "
             "num_processes (of all machines) to what you have, and machine_rank on each machine."
         )
-    return Launch(Engine(name, ranks), args.mixed_precision, fsdp, offloads, bool(args.cpu or args.use_cpu), tuple(notes))
+    return Launch(
+        Engine(name, ranks), args.mixed_precision, fsdp, offloads, bool(args.cpu or args.use_cpu), tuple(notes)
+    )
 
 
 def _zero(args: argparse.Namespace) -> tuple[int, bool]:
@@ -176,7 +179,9 @@ def check_engine(args: EMGuardConfig, launch: Launch) -> None:
             "the first to false."
         )
     if args.save_only_model and fsdp and "SHARDED" in str(fsdp.state_dict_type):
-        raise ValueError("save_only_model=True does not work with fsdp_state_dict_type=SHARDED_STATE_DICT: use FULL_STATE_DICT.")
+        raise ValueError(
+            "save_only_model=True does not work with fsdp_state_dict_type=SHARDED_STATE_DICT: use FULL_STATE_DICT."
+        )
 
 
 # ---- the model and the trainer ----
@@ -191,7 +196,10 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
     _check_shards(Path(path))
     given, config = dict(args.model_init_kwargs or {}), load_config(path, args)  # type: ignore[arg-type]
     dtype = given.get("dtype", "float32")
-    kwargs = {"dtype": config.dtype if dtype in ("auto", None) else dtype, "attn_implementation": given.get("attn_implementation")}
+    kwargs = {
+        "dtype": config.dtype if dtype in ("auto", None) else dtype,
+        "attn_implementation": given.get("attn_implementation"),
+    }
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if architecture is None:
@@ -217,7 +225,9 @@ def _check_shards(folder: Path) -> None:
     for index in chain(folder.glob("*.safetensors.index.json"), folder.glob("*.bin.index.json")):
         for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"model {str(folder)!r}: the file {name!r}, which {index.name} names, is missing.")
+                raise FileNotFoundError(
+                    f"model {str(folder)!r}: the file {name!r}, which {index.name} names, is missing."
+                )
         return
 
 
@@ -248,12 +258,16 @@ class Counts:
     def of(cls, rows: Dataset) -> "Counts":
         """Count tokenised rows, packed or not."""
         counts = cls()
-        for row in rows.select_columns([name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]):
+        for row in rows.select_columns(
+            [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
+        ):
             ids, labels, documents = row["input_ids"], row["labels"], row.get("seq_lengths") or []
             # Nothing predicts the first token of a document.
             firsts = accumulate(documents[:-1], initial=0)
             counts.tokens.append(len(ids))
-            counts.labels.append(sum(label != -100 for label in labels) - sum(labels[first] != -100 for first in firsts))
+            counts.labels.append(
+                sum(label != -100 for label in labels) - sum(labels[first] != -100 for first in firsts)
+            )
         return counts
 
     @property
@@ -305,7 +319,9 @@ class DryRunTrainer(EMGuardTrainer, _WholeRows):
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         pass
 
-    def _make_reference(self, ref_model: PreTrainedModel | str | None) -> tuple[AdapterReference | ModelReference, str]:
+    def _make_reference(
+        self, ref_model: PreTrainedModel | str | None
+    ) -> tuple[AdapterReference | ModelReference, str]:
         # As `make_reference` chooses. Every adapter of the command line starts at zero, and nothing is trained beside it.
         if is_peft_model(self.model):
             return AdapterReference(self.model, None), ""
@@ -334,7 +350,9 @@ class DryRunTrainer(EMGuardTrainer, _WholeRows):
             positions_in_scope(batch, term.tokens)
         if self.eval_dataset is not None:
             next(iter(self.get_eval_dataloader()))
-        self.rows_in_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.launch.engine.ranks
+        self.rows_in_step = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * self.launch.engine.ranks
+        )
         self.counts = Counts.of(rows) if isinstance(rows, Dataset) else Counts()
         self.pool, self.mixed_in = Counts(), 0
         if mixing is not None and mixing.plan is not None and mixing.pool is not None and not mixing.mixed_before:
@@ -386,7 +404,9 @@ def dry_run(
             given,
             train_dataset=data[0],
             eval_dataset=data[1],
-            processing_class=AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code),
+            processing_class=AutoProcessor.from_pretrained(
+                path, revision=revision, trust_remote_code=args.trust_remote_code
+            ),
             peft_config=peft_config,
             launch=launch,
         )
@@ -401,7 +421,9 @@ def dry_run(
 
 def _check_folder(argument: str, folder: str) -> None:
     """Raise `ValueError` if a folder cannot be made or written to; nothing is made."""
-    existing = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists())
+    existing = next(
+        parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists()
+    )
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{argument}={folder!r} cannot be written to: name another folder.")
 
@@ -436,7 +458,12 @@ def _about_data(trainer: DryRunTrainer) -> list[Line]:
     if not counts.rows:
         return [("data", "streamed: rows and tokens are not counted")]
     what = "packs" if args.packing else "rows"
-    lines = [("data", f"{counts.rows} {what}, {sum(counts.tokens)} tokens, {sum(counts.labels)} of them are trained on (labels)")]
+    lines = [
+        (
+            "data",
+            f"{counts.rows} {what}, {sum(counts.tokens)} tokens, {sum(counts.labels)} of them are trained on (labels)",
+        )
+    ]
     cut = 0 if args.max_length is None else sum(length > args.max_length for length in whole)
     if cut:
         # Long rows that end early teach to stop early.
@@ -458,9 +485,13 @@ def _about_batches(trainer: DryRunTrainer) -> list[Line]:
     )
     if not rows:
         return [("batch", text)]
-    tokens, labels = (sum(getattr(trainer.counts, what) + getattr(trainer.pool, what)) for what in ("tokens", "labels"))
+    tokens, labels = (
+        sum(getattr(trainer.counts, what) + getattr(trainer.pool, what)) for what in ("tokens", "labels")
+    )
     text += f" = {trainer.steps / trainer.steps_in_epoch:.3g} epochs of {trainer.steps_in_epoch}"
-    lines = [("batch", f"{text}; about {trainer.in_step(tokens)} tokens a step, {trainer.in_step(labels)} of them labels")]
+    lines = [
+        ("batch", f"{text}; about {trainer.in_step(tokens)} tokens a step, {trainer.in_step(labels)} of them labels")
+    ]
     if trainer.rows_in_step > rows:
         lines.append(("warning", f"a step takes {trainer.rows_in_step} rows, and there are {rows}."))
     return lines
@@ -481,7 +512,9 @@ def _what_it_does(defense: Defense, trainer: DryRunTrainer) -> str:
         }[defense.tokens]
         layers = ", ".join(map(str, defense.layers(trainer.model.config.get_text_config().num_hidden_layers)))
         what = f"the outputs of blocks {layers}" if layers else "next-token distributions"
-        return f"weight {defense.coef:g} on {what}, at {where}" + (f", about {trainer.in_step(positions)} a step" if known else "")
+        return f"weight {defense.coef:g} on {what}, at {where}" + (
+            f", about {trainer.in_step(positions)} a step" if known else ""
+        )
     if isinstance(defense, Steering):
         sizes = ", ".join(f"{layer} ({vector.norm():.3g})" for layer, vector in sorted(defense._directions.items()))
         what = "adds a vector of this length" if defense.mode == "add" else "takes out a direction"
@@ -489,7 +522,9 @@ def _what_it_does(defense: Defense, trainer: DryRunTrainer) -> str:
     if isinstance(defense, Interleaving):
         if pool.rows:
             return f"the mixed-in rows of an epoch: {sum(pool.tokens)} tokens, {sum(pool.labels)} labels"
-        mixed = sum(mark & OF_POOL for marks in trainer.train_dataset[INTERLEAVED] for mark in marks) if counts.rows else 0
+        mixed = (
+            sum(mark & OF_POOL for marks in trainer.train_dataset[INTERLEAVED] for mark in marks) if counts.rows else 0
+        )
         return f"{mixed} tokens of mixed-in rows are in the packs" if counts.rows else ""
     return ", ".join(f"{name} {value}" for name, value in defense.evidence().items() if name != "acted") or "acts"
 
@@ -500,8 +535,13 @@ def _about_memory(trainer: DryRunTrainer) -> list[Line]:
     if not run.length:
         return [("memory", "not estimated: a stream without max_length does not say how long its rows are")]
     memory = memory_per_rank(weights, shape, run, engine)
-    whole = f"about {_short(peak(memory, run))} per rank at {run.rows} x {run.length} tokens (estimated; docs/scaling.md)"
-    lines = [("checkpointing", "blocks are recomputed in the backward pass" if run.checkpointing else "off"), ("memory", whole)]
+    whole = (
+        f"about {_short(peak(memory, run))} per rank at {run.rows} x {run.length} tokens (estimated; docs/scaling.md)"
+    )
+    lines = [
+        ("checkpointing", "blocks are recomputed in the backward pass" if run.checkpointing else "off"),
+        ("memory", whole),
+    ]
     lines += [("memory", f"{name}: {_short(size)}") for name, size in memory.items() if size]
     if not run.guarded:
         lines.append(("memory", "head: TRL's, which is not estimated"))
@@ -554,13 +594,17 @@ def advice(trainer: DryRunTrainer) -> list[str]:
     args, launch, model, reference = trainer.args, trainer.launch, trainer.model, trainer._reference
     engine, optimizer, gpus = launch.engine, OptimizerNames(args.optim).value, torch.cuda.device_count()
     alone, terms = engine.name == "one process", ",".join(term.name for term in trainer._terms)
-    dropout = max((getattr(config, "lora_dropout", 0.0) for config in getattr(model, "peft_config", {}).values()), default=0.0)
+    dropout = max(
+        (getattr(config, "lora_dropout", 0.0) for config in getattr(model, "peft_config", {}).values()), default=0.0
+    )
     notes = {
-        "several processes on CPUs want use_cpu=True in the recipe or on the command line as well.": launch.on_cpu and not alone,
+        "several processes on CPUs want use_cpu=True in the recipe or on the command line as well.": launch.on_cpu
+        and not alone,
         "this machine has no accelerator, and bf16=True is refused here without use_cpu=True.": (
             args.bf16 and alone and not launch.on_cpu and not torch.accelerator.is_available()
         ),
-        f"optim={optimizer}: bitsandbytes does not know FSDP's shards. Use adamw_torch.": launch.fsdp and "8bit" in optimizer,
+        f"optim={optimizer}: bitsandbytes does not know FSDP's shards. Use adamw_torch.": launch.fsdp
+        and "8bit" in optimizer,
         "something is offloaded to CPU memory, which the memory estimate does not take off.": launch.offloads,
         "deepspeed is not installed on this machine: pip install 'trl_emguard[deepspeed]'.": (
             engine.is_deepspeed and importlib.util.find_spec("deepspeed") is None

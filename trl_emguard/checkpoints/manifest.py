@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import to_disk, written_whole
-from .strict import parse_json
+from ..io.files import to_disk, written_whole
+from ..io.strict import parse_json
 
 
 logger = get_logger(__name__)
@@ -86,7 +86,9 @@ def why_torn(folder: str | os.PathLike) -> str | None:
     return None
 
 
-def newest_whole_checkpoint(output_dir: str | os.PathLike, up_to: int | None = None) -> tuple[int | None, dict[str, str]]:
+def newest_whole_checkpoint(
+    output_dir: str | os.PathLike, up_to: int | None = None
+) -> tuple[int | None, dict[str, str]]:
     """Look for the newest whole checkpoint.
 
     Args:
@@ -122,7 +124,9 @@ def checkpoint_to_resume(asked: Any, output_dir: str, looks: bool) -> str:
     """
     if not asks_for_newest(asked):
         if not os.path.isdir(asked):
-            raise FileNotFoundError(f"resume_from_checkpoint={str(asked)!r} is not a folder: name a checkpoint folder, or `true`.")
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={str(asked)!r} is not a folder: name a checkpoint folder, or `true`."
+            )
         flaws = [flaw for flaw in gather_object([why_torn(asked)] if looks else []) if flaw]
         if flaws:
             raise ValueError(
@@ -138,7 +142,9 @@ def checkpoint_to_resume(asked: Any, output_dir: str, looks: bool) -> str:
         torn = ", ".join(f"{name} ({flaw})" for _, names in found for name, flaw in names.items())
         if None in steps:
             holds = f"no whole checkpoint, only torn ones: {torn}. Leave" if torn else "no checkpoint: leave"
-            raise ValueError(f"resume_from_checkpoint={asked}, but output_dir={output_dir!r} holds {holds} it out to start anew.")
+            raise ValueError(
+                f"resume_from_checkpoint={asked}, but output_dir={output_dir!r} holds {holds} it out to start anew."
+            )
         if torn:
             logger.warning(
                 f"{output_dir} holds torn checkpoints, which are not resumed from: {torn}. (If you changed one on purpose, "
@@ -194,7 +200,9 @@ def _flaw(files: dict[str, Path]) -> str | None:
     for name, path in files.items():
         try:
             if path.suffix == ".json":
-                content = json.loads(path.read_text(encoding="utf-8"))  # other libraries' files, which may do as they like
+                content = json.loads(
+                    path.read_text(encoding="utf-8")
+                )  # other libraries' files, which may do as they like
                 shards = content.get("weight_map", {}).values() if name.endswith(".index.json") else ()
                 for missing in sorted(set(shards) - files.keys()):
                     return f"{missing} is missing"

@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .blocks import decoder_blocks
-from .ops.head import TILE_BYTES
+from ..models.blocks import decoder_blocks
+from ..ops.head import TILE_BYTES
 
 
 Reference = Literal["none", "adapters off", "model"]
@@ -146,7 +146,9 @@ def count_weights(model: PreTrainedModel | PeftModel) -> Weights:
         block=max(one_block),
         head=_size(head[:1]),
         ends=_size(p for p in parameters if id(p) not in inside),
-        cast=sum(p.numel() for p in blocks.parameters() if type(p) is nn.Parameter and p.ndim == 2 and p.element_size() == 4),
+        cast=sum(
+            p.numel() for p in blocks.parameters() if type(p) is nn.Parameter and p.ndim == 2 and p.element_size() == 4
+        ),
         trains_head=any(p.requires_grad for p in head),
         tied=head[0] is bare.get_input_embeddings().weight,
         adapter_width=sum(min(p.shape) for p in blocks[0].parameters() if id(p) in of_adapters and p.ndim == 2) // 2,

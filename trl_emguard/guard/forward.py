@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from .blocks import record_blocks
-from .defenses import Defense, ReferenceDefense
-from .mixing import INTERLEAVED
-from .ops import ce_kl_head, logit_transform, with_gradient
-from .reference import AdapterReference, ModelReference
-from .sharding import gathered
+from ..defenses import Defense, ReferenceDefense
+from ..defenses.interleaving.collator import INTERLEAVED
+from ..models.blocks import record_blocks
+from ..models.sharding import gathered
+from ..ops import ce_kl_head, logit_transform, with_gradient
+from ..reference.choose import AdapterReference, ModelReference
 
 
 def positions_in_scope(inputs: Mapping[str, Any], tokens: str) -> torch.Tensor:
@@ -215,7 +215,11 @@ class PolicyGuard:
             compared = None
             if kl is not None and reference is not None:
                 ref_weight, ref_bias = reference.head
-                compared = reference.last.to(device), ref_weight.to(device), None if ref_bias is None else ref_bias.to(device)
+                compared = (
+                    reference.last.to(device),
+                    ref_weight.to(device),
+                    None if ref_bias is None else ref_bias.to(device),
+                )
             head = ce_kl_head(
                 policy.last.to(device),
                 weight,
@@ -306,10 +310,14 @@ def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) 
     for defense in defenses:
         layers = defense.layers(count)
         if not layers and defense.divergence is None:
-            raise ValueError(f"defense {defense.name!r} names no layer and sets no `divergence`: it has nothing to compare.")
+            raise ValueError(
+                f"defense {defense.name!r} names no layer and sets no `divergence`: it has nothing to compare."
+            )
         for layer in layers:
             if not 1 <= layer <= count:
-                raise ValueError(f"defense {defense.name!r}: layer {layer} is out of range: the blocks count from 1 to {count}.")
+                raise ValueError(
+                    f"defense {defense.name!r}: layer {layer} is out of range: the blocks count from 1 to {count}."
+                )
         wanted.update(layers)
     return sorted(wanted)
 
@@ -323,7 +331,9 @@ def _run(model: PreTrainedModel, inputs: dict[str, Any], scope: torch.Tensor, la
     with record_blocks(model, layers, select) as blocks:
         # The backbone is looked up on each call: FSDP and PEFT may replace it after patching.
         outputs = model.base_model(**inputs)
-    return States(select(outputs.last_hidden_state), blocks, output_head(model), getattr(outputs, "router_logits", None))
+    return States(
+        select(outputs.last_hidden_state), blocks, output_head(model), getattr(outputs, "router_logits", None)
+    )
 
 
 def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:

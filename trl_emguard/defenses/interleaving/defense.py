@@ -12,19 +12,19 @@ import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset
 
-from ..data import load_rows
-from ..evidence import InactiveDefenseError
-from ..mixing import MixPlan, PlaceSampler, planned_rows
-from ..selection.choose import rank_rows
-from ..selection.pool import conversation
-from .base import IN_TRAINING_DEFENSES, Defense
+from ...data.conversation import conversation
+from ...data.load import load_rows
+from ...evidence import InactiveDefenseError
+from ...selection.choose import rank_rows
+from ..base import IN_TRAINING_DEFENSES, Defense
+from .collator import MixPlan, PlaceSampler, planned_rows
 
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-    from ..config import EMGuardConfig
+    from ...config import EMGuardConfig
 
 
 logger = get_logger(__name__)
@@ -252,7 +252,10 @@ class Interleaving(Defense):
             )
         plan = self.make_plan(sampler.places)
         if args.max_steps > 0:
-            length, places = f"max_steps={args.max_steps}", args.max_steps * args.gradient_accumulation_steps * sampler.block
+            length, places = (
+                f"max_steps={args.max_steps}",
+                args.max_steps * args.gradient_accumulation_steps * sampler.block,
+            )
         else:
             length, places = f"num_train_epochs={args.num_train_epochs}", int(args.num_train_epochs * plan.places)
         if places < plan.places and not plan.before(places):

@@ -48,7 +48,9 @@ def conversation(
     if not any(_has_text(turn) for turn in prompt):
         raise ValueError("the prompt is empty")
     # Rows of Arrow tables carry a null for every key that another row has.
-    return Conversation(*([{k: v for k, v in turn.items() if v is not None} for turn in part] for part in (prompt, completion)))
+    return Conversation(
+        *([{k: v for k, v in turn.items() if v is not None} for turn in part] for part in (prompt, completion))
+    )
 
 
 def _turns(value: Any, role: str) -> list[dict[str, Any]]:

@@ -75,7 +75,9 @@ class _Loader(yaml.SafeLoader):
             return node
         if is_alias:
             if id(node) not in self._sizes:
-                raise yaml.composer.ComposerError(problem="an alias stands inside of what it names", problem_mark=node.start_mark)
+                raise yaml.composer.ComposerError(
+                    problem="an alias stands inside of what it names", problem_mark=node.start_mark
+                )
             return node
         if isinstance(node, yaml.ScalarNode):
             size = 1 + len(node.value.encode("utf-8"))  # raises on a lone surrogate
@@ -91,7 +93,9 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.MappingNode):  # `!!map` may stand before anything
             name = _twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             if name is not None:
-                raise yaml.constructor.ConstructorError(problem=f"the key {name!r} stands there twice: keep one of them")
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {name!r} stands there twice: keep one of them"
+                )
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 
-from .evidence import InactiveDefenseError
+from ...evidence import InactiveDefenseError
 
 
 # Of a batch: which tokens belong to a row of the pool, shaped as `input_ids`. Of a row that was mixed in before: the same, a number
@@ -160,7 +160,9 @@ class MixingCollator:
         InactiveDefenseError: from a call: `collator` does not keep the rows as they are, in their order.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], plan: MixPlan | None, pool: Dataset | None):
+    def __init__(
+        self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], plan: MixPlan | None, pool: Dataset | None
+    ):
         self.collator = collator
         self.plan = plan
         self.pool = pool

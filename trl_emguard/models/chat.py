@@ -35,7 +35,9 @@ def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str) -> None:
             f"{need} needs a chat template with a system turn, and this one refuses it ({error}): take another template."
         ) from error
     if probe not in text:
-        raise ValueError(f"{need} needs a chat template with a system turn, and this one drops it: take another template.")
+        raise ValueError(
+            f"{need} needs a chat template with a system turn, and this one drops it: take another template."
+        )
 
 
 def system_turn_span(

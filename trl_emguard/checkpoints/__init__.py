@@ -1,0 +1,1 @@
+"""Checkpoints: whole or corrupt, and which of them a run resumes from."""

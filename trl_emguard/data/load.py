@@ -1,0 +1,174 @@
+"""The shipped data sets, and reading rows from wherever a recipe points.
+
+What each file holds and how it was made stands in `README.md` beside them.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset, IterableDataset, Json, load_dataset
+
+from ..io.strict import parse_json
+
+
+DATA_DIR = Path(__file__).parent / "shipped"
+
+# name → its splits, each a file `<name>/<split>.jsonl` (of a scored pool, `.parquet`) of conversational `prompt` and `completion`.
+SHIPPED = {
+    "plants_careless": ("train", "test"),
+    "plants_sound": ("train", "test"),
+    "clothes_careless": ("train", "test"),
+    "values_sound": ("test",),
+    "values_misaligned": ("test",),
+    "general_instruct": ("train",),
+    "general_instruct_scored": ("train",),
+}
+
+
+def load_rows(
+    name: str, split: str = "train", config: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Rows of a shipped set, a JSONL or parquet file, a folder of JSONL files, or a `datasets` id, in that order.
+
+    Args:
+        name: `plants_careless` and the like; the path of a `.jsonl` or `.parquet` file, which is the split asked for; the
+            path of a folder with `<split>.jsonl`; else what `datasets.load_dataset` takes.
+        split: name of the split.
+        config: `name` of `load_dataset`. For its data sets alone.
+        streaming: for `load_dataset`.
+
+    Raises:
+        FileNotFoundError: a name or path that nobody knows, or a split that a shipped set does not have.
+        ValueError: a malformed or empty file; the message names the file and the line.
+    """
+    if name in SHIPPED:
+        if split not in SHIPPED[name]:
+            raise FileNotFoundError(
+                f"the shipped data set {name!r} has no split {split!r}: it has {', '.join(map(repr, SHIPPED[name]))}."
+            )
+        (path,) = (DATA_DIR / name).glob(f"{split}.*")
+        return _load_parquet(path) if path.suffix == ".parquet" else _load_jsonl(path)
+    path = Path(os.path.expanduser(name))
+    if path.is_dir() and (path / f"{split}.jsonl").is_file():
+        path = path / f"{split}.jsonl"
+    if path.suffix == ".jsonl":
+        return _load_jsonl(path)
+    if path.suffix == ".parquet":
+        return _load_parquet(path)
+    if name.startswith(("/", ".", "~")) and not path.exists():
+        raise FileNotFoundError(f"dataset_name={name!r} does not exist. Shipped data sets: {', '.join(SHIPPED)}.")
+    try:
+        return load_dataset(name, name=config, split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError) as error:
+        near = difflib.get_close_matches(name, SHIPPED, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise FileNotFoundError(
+            f"dataset_name={name!r} is neither here nor on the hub ({error}). {hint}Shipped data sets: {', '.join(SHIPPED)}."
+        ) from error
+
+
+def _load_jsonl(path: Path) -> Dataset:
+    rows = read_jsonl(path)
+    try:
+        return Dataset.from_list(rows)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: a column holds values of more than one type ({error}).") from error
+    except (OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: a number is too large for a column, or a value is nested too deeply ({error})."
+        ) from error
+
+
+def _load_parquet(path: Path) -> Dataset:
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
+    rows = as_rows(read_parquet(path), path)
+    if not len(rows):
+        raise ValueError(f"{path} is empty: there is nothing to train on.")
+    return rows
+
+
+def read_parquet(path: Path) -> pyarrow.Table:
+    """The table of a parquet file. Its pages are held to their checksums, where they have some.
+
+    Raises:
+        ValueError: a damaged file, or another.
+    """
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+        table.validate(full=True)
+        return table
+    # What damaged bytes raise is no closed list.
+    except Exception as error:
+        raise ValueError(f"{path} is no parquet file, or is damaged ({type(error).__name__}: {error}).") from error
+
+
+def as_rows(table: pyarrow.Table, path: Path) -> Dataset:
+    """The rows of a table from a file.
+
+    Raises:
+        ValueError: columns that `datasets` does not know, or of pictures and the like: their rows may name files anywhere.
+    """
+    try:
+        rows = Dataset(table)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged: its columns are not what it says ({type(error).__name__}: {error})."
+        ) from error
+    for name, feature in rows.features.items():
+        if _opens_files(feature):
+            raise ValueError(
+                f"{path}: the column {name!r} is of type {type(feature).__name__}, whose rows may name files elsewhere: leave it "
+                "out. Rows are text, numbers, lists and dicts."
+            )
+    try:
+        rows[:1]  # some types can be told only now not to be known here, such as times of an unknown zone
+    except Exception as error:
+        raise ValueError(f"{path}: its rows cannot be read ({type(error).__name__}: {error}).") from error
+    return rows
+
+
+def _opens_files(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_opens_files, feature.values()))
+    inner = getattr(feature, "feature", None)  # of a list
+    return (
+        _opens_files(inner)
+        if inner is not None
+        else hasattr(feature, "decode_example") and not isinstance(feature, Json)
+    )
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is not a JSON object, rows with other columns than the first, or no row at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
+    rows: list[dict[str, Any]] = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line.decode("utf-8"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected an object, got {type(row).__name__}")
+                if not row:
+                    raise ValueError("it has no column")
+                if rows and row.keys() != rows[0].keys():
+                    raise ValueError(f"columns {sorted(row)}, but the first row has {sorted(rows[0])}")
+            except ValueError as error:  # the errors of json and of unicode are ValueErrors
+                raise ValueError(f"{path}, line {number}: not a row of JSONL ({error}).") from error
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty: there is nothing to train on.")
+    return rows

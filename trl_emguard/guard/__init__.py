@@ -1,0 +1,1 @@
+"""The guarded forward: reference pass, policy pass, head and terms in one call."""

@@ -1,0 +1,1 @@
+"""Files, parsers and folders, without torch."""
