@@ -124,15 +124,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         before = Path(scratch) / "before"
         subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", before, args.against], check=True)
-        results = {}
+        runs = {}
         try:
             for tree in (before, ROOT):
                 output = Path(scratch) / f"{tree.name}.pt"
                 paths = os.pathsep.join([str(tree), str(ROOT / "benchmarks")])
                 environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
                 command = [sys.executable, __file__, "--only", args.only, "--output", output]
-                subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, cwd=scratch)
-                results[tree] = torch.load(output)
+                run = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=scratch)
+                runs[tree] = run, output
+            if any([run.wait() for run, _ in runs.values()]):
+                return 1
+            results = {tree: torch.load(output) for tree, (_, output) in runs.items()}
         finally:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", before], check=True)
     failed = 0

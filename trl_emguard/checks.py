@@ -1,47 +1,108 @@
-"""What a trainer refuses before any weight is loaded. Each message names the argument, its value and the mend."""
+"""Refusals that no single defense can make: of options, before a model is loaded, and of the loaded policy."""
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
 
-from .config import EMGuardConfig
-from .defenses import Defense, ReferenceDefense
+from .defenses.base import Defense, ReferenceDefense
+from .defenses.registry import DEFENSES
+
+
+# ---- options: when a config is made ----
+
+
+def check_arguments(args: Any, active: Sequence[type[Defense]]) -> None:
+    """Refuse options of TRL and of this package that do not go with the active defenses.
+
+    Raises:
+        ValueError: the message names the argument, its value and the fix.
+    """
+    _check_cache(args, active)
+    names = ",".join(defense.name for defense in active if defense.own_loss)
+    if not names:
+        return
+    if args.loss_type == "dft":
+        raise ValueError(
+            f"loss_type='dft' does not work with defense={names!r}: its weights are not CE's, so the terms would have "
+            "another price than their coefficients say. Use loss_type='nll'."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} does not work with defense={names!r}: set it to 0."
+        )
+    if args.fp16:
+        raise ValueError(
+            f"fp16=True does not work with defense={names!r}: the terms form their gradient before fp16's loss scaling, "
+            "and small ones would vanish. Use bf16=True, or neither."
+        )
+    if args.neftune_noise_alpha is not None and any(issubclass(d, ReferenceDefense) for d in active):
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} does not work with defense={names!r}: the noise in the "
+            "policy's embeddings would count as distance to the reference. Leave it unset."
+        )
+
+
+def _check_cache(args: Any, active: Sequence[type[Defense]]) -> None:
+    if not isinstance(args.cache_reference, bool):
+        raise ValueError(f"cache_reference={args.cache_reference!r} must be true or false.")
+    if not args.cache_reference:
+        return
+    if not any(issubclass(defense, ReferenceDefense) for defense in active):
+        known = " or ".join(repr(name) for name, d in DEFENSES.items() if issubclass(d, ReferenceDefense))
+        raise ValueError(
+            f"cache_reference=True with defense={args.defense!r}, which compares nothing to a reference: leave it out, "
+            f"or add {known}."
+        )
+    for name in ("packing", "padding_free"):
+        if getattr(args, name):
+            raise ValueError(
+                f"cache_reference=True does not work with {name}=True: rows that share a sequence may see each other, "
+                f"and then the reference says something else of a row in every batch. Set {name}=False, or leave "
+                "`cache_reference` out."
+            )
+
+
+# ---- before weights are loaded ----
 
 
 def check_launch(args: TrainingArguments) -> None:
-    """Refuse a run that was launched on several ranks or asked for sharding, and got neither: accelerate says nothing then."""
+    """Refuse a run that was launched on several ranks or asked for sharding, and got neither: accelerate is silent."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     alone = args.world_size == 1 or args.distributed_state.distributed_type == DistributedType.NO
     if "LOCAL_RANK" in os.environ and launched > 1 and alone:
         raise ValueError(
             f"{launched} processes were launched, and accelerate trains a model in each, apart from the others "
-            f"(use_cpu={args.use_cpu}). On CPUs set use_cpu=True; on GPUs, see that each process has one; with DeepSpeed on CPUs "
-            "set ddp_backend='gloo', and name its config in the accelerate file (`deepspeed_config_file`), not as `deepspeed`."
+            f"(use_cpu={args.use_cpu}). On CPUs set use_cpu=True; on GPUs, check that each process has one; with "
+            "DeepSpeed on CPUs set ddp_backend='gloo', and name its config in the accelerate file "
+            "(`deepspeed_config_file`), not as `deepspeed`."
         )
     asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
-            f"FSDP was asked for and does not shard here ({args.distributed_state.distributed_type}, use_cpu={args.use_cpu}): "
-            "accelerate leaves models on the CPU whole. Train on accelerators, or launch with an accelerate file without FSDP."
+            f"FSDP was asked for and does not shard here ({args.distributed_state.distributed_type}, use_cpu="
+            f"{args.use_cpu}): accelerate leaves models on the CPU whole. Train on accelerators, or launch with an "
+            "accelerate file without FSDP."
         )
 
 
 def check_data(train_dataset: object) -> None:
-    """Refuse data that is missing or empty."""
-    # SFTTrainer looks at the first row as well; of an empty set, with a message of its own.
+    """Refuse training rows that are missing or empty."""
+    # SFTTrainer looks at the first row as well, and has a message of its own for an empty set.
     if train_dataset is None:
         raise ValueError("train_dataset is missing: there is nothing to train on.")
     if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
 
 
-def load_config(model: str | PreTrainedModel | PeftModel, args: EMGuardConfig) -> PreTrainedConfig:
-    """The model's config, without its weights."""
+def load_config(model: str | PreTrainedModel | PeftModel, args: Any) -> PreTrainedConfig:
+    """Return the model's config, without loading its weights."""
     if not isinstance(model, str):
         return model.config
     init_kwargs = args.model_init_kwargs or {}
@@ -52,20 +113,54 @@ def load_config(model: str | PreTrainedModel | PeftModel, args: EMGuardConfig) -
     )
 
 
-def check_own_loss(
-    defenses: list[Defense],
+def check_before_loading(
+    defenses: Sequence[Defense],
+    args: Any,
+    model: str | PreTrainedModel | PeftModel,
+    processing_class: Any,
+    train_dataset: Any,
+    ref_model: str | PreTrainedModel | None,
+    peft_config: PeftConfig | None,
+    compute_loss_func: Callable | None,
+) -> None:
+    """Refuse arguments of the trainer that do not go with the active defenses, before any weight is loaded.
+
+    Raises:
+        ValueError: the message names the argument, its value and the fix.
+    """
+    config = load_config(model, args)
+    if isinstance(processing_class, ProcessorMixin) or (processing_class is None and hasattr(config, "vision_config")):
+        raise ValueError(
+            f"defense={args.defense!r} does not support vision-language models: pass a text model and its tokenizer."
+        )
+    config = config.get_text_config()
+    for defense in defenses:
+        defense.check_model(config)
+    if any(defense.own_loss for defense in defenses):
+        _check_own_loss(defenses, model, peft_config, compute_loss_func)
+    terms = [defense for defense in defenses if isinstance(defense, ReferenceDefense)]
+    if terms and ref_model is not None:
+        _check_ref_model(ref_model, model, config, args, terms)
+    if terms and args.cache_reference and not isinstance(train_dataset, Dataset):
+        raise ValueError(
+            f"cache_reference=True with a train_dataset of type {type(train_dataset).__name__}: the rows must be known "
+            "before training. Pass a `Dataset`, or leave `cache_reference` out."
+        )
+
+
+def _check_own_loss(
+    defenses: Sequence[Defense],
     model: str | PreTrainedModel | PeftModel,
     peft_config: PeftConfig | None,
     compute_loss_func: Callable | None,
 ) -> None:
-    """Refuse what a loss of this package's own does not work with."""
     names = ",".join(defense.name for defense in defenses if defense.own_loss)
     if sum(isinstance(defense, ReferenceDefense) and defense.divergence is not None for defense in defenses) > 1:
         raise ValueError(f"defense={names!r}: only one defense can compare next-token distributions in a run.")
     if compute_loss_func is not None:
         raise ValueError(
-            f"compute_loss_func does not work with defense={names!r}: it would replace the loss that the defense is part "
-            "of. Leave it out."
+            f"compute_loss_func does not work with defense={names!r}: it would replace the loss that the defense is "
+            "part of. Leave it out."
         )
     configs = [peft_config] if isinstance(peft_config, PeftConfig) else []
     if isinstance(model, PeftModel):
@@ -80,34 +175,91 @@ def check_own_loss(
         for head in ("lm_head", "embed_out"):
             if re.fullmatch(targets, head) if isinstance(targets, str) else head in targets:
                 raise ValueError(
-                    f"peft_config: target_modules={targets if isinstance(targets, str) else sorted(targets)} puts an adapter on "
-                    f"{head!r}, which SFTTrainer cannot train: leave it out, or name it in `modules_to_save`."
+                    f"peft_config: target_modules={targets if isinstance(targets, str) else sorted(targets)} puts an "
+                    f"adapter on {head!r}, which SFTTrainer cannot train: leave it out, or name it in "
+                    "`modules_to_save`."
                 )
 
 
-def check_ref_model(
-    ref_model: PreTrainedModel | str | None,
+def _check_ref_model(
+    ref_model: PreTrainedModel | str,
     model: str | PreTrainedModel | PeftModel,
     config: PreTrainedConfig,
-    args: EMGuardConfig,
-    terms: list[ReferenceDefense],
+    args: Any,
+    terms: Sequence[ReferenceDefense],
 ) -> None:
-    """Refuse a reference that is the model itself, or that cannot be compared with it."""
-    if ref_model is None:
-        return
     if ref_model is model and not isinstance(model, str):
         raise ValueError(
-            "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference made, "
-            "or pass a model of its own."
+            "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference "
+            "made, or pass a model of its own."
         )
     other = load_config(ref_model, args).get_text_config()
     compared = {"vocab_size": "tokens in its vocabulary"}
     if any(term.divergence is None for term in terms):
         compared |= {"num_hidden_layers": "blocks", "hidden_size": "numbers in a state"}
-    for name, what in compared.items():
+    for name, unit in compared.items():
         sizes = getattr(config, name), getattr(other, name)
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"ref_model has {sizes[1]} {what} and the model {sizes[0]}: they cannot be compared. Pass a reference of the "
-                "same family."
+                f"ref_model has {sizes[1]} {unit} and the model {sizes[0]}: they cannot be compared. Pass a reference "
+                "of the same family."
             )
+
+
+# ---- once the engine is known ----
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Facts of the engine that a run trains with.
+
+    Attributes:
+        sharding: name of an engine that makes another model of the policy when training starts, or `None`.
+        fsdp_version: 1 or 2; `None` without FSDP.
+        fsdp_checkpointing: whether FSDP's own activation checkpointing is on.
+        splits_sequences: whether context or sequence parallelism is on.
+        is_fp16: whether passes run in fp16.
+    """
+
+    sharding: str | None = None
+    fsdp_version: int | None = None
+    fsdp_checkpointing: bool = False
+    splits_sequences: bool = False
+    is_fp16: bool = False
+
+
+def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None:
+    """Refuse engines that do not go with the active defenses.
+
+    Raises:
+        ValueError: the message names the setting and the fix.
+    """
+    if not defenses:
+        return
+    own_loss = any(defense.own_loss for defense in defenses)
+    if engine.splits_sequences:
+        raise ValueError(
+            f"defense={args.defense!r} does not support context or sequence parallelism: labels arrive shifted and "
+            "sharded. Set cp_size and sp_size to 1."
+        )
+    if own_loss and engine.fsdp_version == 1:
+        raise ValueError(
+            f"fsdp_version=1 does not work with defense={args.defense!r}, which reads the head's weights by itself: set "
+            "fsdp_version: 2 in the accelerate file."
+        )
+    if engine.fsdp_checkpointing and any(defense.surrounds_policy() for defense in defenses):
+        raise ValueError(
+            f"fsdp_activation_checkpointing does not work with defense={args.defense!r}: it runs a block's hooks a "
+            "second time in the backward pass. Use gradient_checkpointing=True instead."
+        )
+    if own_loss and engine.is_fp16:
+        raise ValueError(
+            f"defense={args.defense!r} does not work in fp16: its gradient is formed before fp16's loss scaling, and "
+            "small ones would vanish. Use bf16 or fp32."
+        )
+    if getattr(args, "cache_reference", False) and engine.sharding:
+        raise ValueError(
+            f"cache_reference=True does not work with {engine.sharding}, which makes another model of the policy when "
+            "training starts, and the states are computed before. Leave `cache_reference` out, or train by DDP or on "
+            "one device."
+        )

@@ -1,9 +1,8 @@
-"""A defense proves that it acts: what is counted, when it is judged, and `defense.json`."""
+"""Evidence that a defense acts: counts, the verdict on them, and the file `defense.json`."""
 
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,31 +13,32 @@ from .io.strict import parse_json
 
 DEFENSE_FILE = "defense.json"
 
-# Steps with positions in scope, after the policy has moved, that a term may spend without any gradient. One step can be
-# too small to show: in bf16 its change may vanish in the rounding of the states.
+# A term may spend this many steps with positions in scope, after the policy has moved, without any gradient. One step
+# can be too small to show: in bf16 its change may vanish in the rounding of the states.
 PATIENCE = 3
 
 
 class InactiveDefenseError(RuntimeError):
-    """The run is not defended.
+    """Error of a run that is not defended.
 
-    A term formed no gradient although the policy had moved, or rows to mix in did not come (then the model was saved); a steering
-    hook did not fire or changed nothing; or an inoculation prompt changed no row (then training had not begun).
+    Causes: a term formed no gradient although the policy had moved, or rows to mix in did not come (the model is saved
+    then); a steering hook did not fire or changed nothing; an inoculation prompt changed no row (training has not begun
+    then).
     """
 
 
 @dataclass
 class Evidence:
-    """What one term has shown so far, summed over micro-batches and ranks.
+    """Evidence that a term acts, summed over steps, micro-batches and ranks.
 
     Attributes:
         value: Σ of the distance over positions.
-        positions: positions in scope.
+        positions: number of positions in scope.
         gradient: Σ |∂ weighted term / ∂ what it compares| (logits, or block outputs). Above 0 once the term has taught
             anything.
-        requires_grad: micro-batches in which the policy's states required grad at all.
-        judged_steps: steps with positions in scope after the policy had moved.
-        idle_steps: how many of them, up to now and without a break, formed no gradient.
+        requires_grad: number of micro-batches in which the policy's states required grad at all.
+        judged_steps: number of steps with positions in scope after the policy had moved.
+        idle_steps: number of them without any gradient, counted back from now without a break.
     """
 
     value: float = 0.0
@@ -48,105 +48,92 @@ class Evidence:
     judged_steps: int = 0
     idle_steps: int = 0
 
+    @classmethod
+    def read(cls, name: str, record: dict[str, Any]) -> "Evidence":
+        """Return the evidence of a term from [`as_json`]'s record; none where the record is empty.
+
+        Raises:
+            ValueError: the record is of another form.
+        """
+        if not isinstance(record, dict) or not all(isinstance(value, int | float) for value in record.values()):
+            raise ValueError(f"the evidence of {name!r} must hold numbers, and is {record!r}.")
+        try:
+            return cls(**{key: value for key, value in record.items() if key != "acted"})
+        except TypeError as error:
+            raise ValueError(f"the evidence of {name!r} is of another form: {error}.") from error
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for `defense.json`."""
+        return {**asdict(self), "acted": self.has_acted}
+
     @property
-    def acted(self) -> bool:
+    def has_acted(self) -> bool:
         return self.gradient > 0 and self.requires_grad > 0
 
-    def cause(self) -> str:
-        """The likely reason for a gradient of exactly zero."""
+    @property
+    def is_unjudged(self) -> bool:
+        """Whether nothing can be said, because no step came after the policy had moved."""
+        return not self.has_acted and self.judged_steps == 0
+
+    def end_step(
+        self, value: float, positions: float, evidence: float, requires_grad: float, *, has_moved: bool
+    ) -> None:
+        """Take in a step's sums over all micro-batches and ranks, which every rank passes alike.
+
+        Args:
+            value: Σ of the distance.
+            positions: number of positions in scope.
+            evidence: Σ |gradient|.
+            requires_grad: number of micro-batches whose states required grad.
+            has_moved: whether the policy had been updated before this step.
+        """
+        # A run that diverged stops for that reason, which is not the defense's fault.
+        if not all(math.isfinite(number) for number in (value, positions, evidence, requires_grad)):
+            return
+        self.value += value
+        self.positions += positions
+        self.gradient += evidence
+        self.requires_grad += requires_grad
+        if evidence > 0 and requires_grad > 0:
+            self.idle_steps = 0
+        elif has_moved and positions > 0:
+            self.idle_steps += 1
+        self.judged_steps += int(has_moved and positions > 0)
+
+    def verdict(self, name: str, final: bool = False) -> str | None:
+        """Return why the run is not defended, or `None`.
+
+        Args:
+            name: name of the defense.
+            final: whether training ends here, so that one judged step is enough for a term that has never acted.
+        """
+        if self.idle_steps < PATIENCE and not (final and self.idle_steps and not self.has_acted):
+            return None
+        return (
+            f"defense {name!r} has formed no gradient in the last {self.idle_steps} step(s) although the policy had "
+            f"moved, so the run is not defended. Likely cause: {self._cause()}."
+        )
+
+    def _cause(self) -> str:
+        """Return the likely reason for a gradient of exactly zero."""
         if self.requires_grad == 0:
             return "no trainable weight reaches the states that it compares (frozen layers)"
         if self.value == 0:
             return (
-                "the policy's states equal the reference's: the reference is the policy, or no trainable weight lies below "
-                "the layers that it compares (frozen layers)"
+                "the policy's states equal the reference's: the reference is the policy, or no trainable weight lies "
+                "below the layers that it compares (frozen layers)"
             )
-        return (
-            "its value does not depend on the policy's states (detached graph), or the reference has become the policy"
-        )
-
-
-class EvidenceLedger:
-    """Counts the evidence of each term and judges it.
-
-    Args:
-        names: the active terms.
-    """
-
-    def __init__(self, names: Sequence[str]):
-        self.terms = {name: Evidence() for name in names}
-        self.moved = False
-
-    def end_step(self, step: dict[str, dict[str, float]], learning_rate: float, label_tokens: float) -> None:
-        """Take in a step's sums over all micro-batches and ranks, which every rank passes alike.
-
-        Args:
-            step: per term, the step's `value`, `positions`, `evidence` and `requires_grad`.
-            learning_rate: of the update that was made, as a share of the peak rate; 0 where the update was skipped. The
-                policy has moved once a step with labels made an update at a tenth of the peak rate or more: the first
-                steps of a long warm-up are too small to show in bf16.
-            label_tokens: of the step.
-        """
-        for name, sums in step.items():
-            term = self.terms[name]
-            # Training that diverged is another matter, and is not blamed on the defense.
-            if not all(math.isfinite(value) for value in sums.values()):
-                continue
-            term.value += sums["value"]
-            term.positions += sums["positions"]
-            term.gradient += sums["evidence"]
-            term.requires_grad += sums["requires_grad"]
-            if sums["evidence"] > 0 and sums["requires_grad"] > 0:
-                term.idle_steps = 0
-            elif self.moved and sums["positions"] > 0:
-                term.idle_steps += 1
-            term.judged_steps += int(self.moved and sums["positions"] > 0)
-        self.moved = self.moved or (learning_rate >= 0.1 and label_tokens > 0)
-
-    def verdict(self, final: bool = False) -> str | None:
-        """Why the run is not defended, or `None`.
-
-        Args:
-            final: whether training ends here, so that one judged step is enough for a term that has never acted.
-        """
-        for name, term in self.terms.items():
-            if term.idle_steps >= PATIENCE or (final and term.idle_steps and not term.acted):
-                return (
-                    f"defense {name!r} has formed no gradient in the last {term.idle_steps} step(s) although the policy had "
-                    f"moved, so the run is not defended. Likely cause: {term.cause()}."
-                )
-        return None
-
-    def unjudged(self) -> list[str]:
-        """Terms of which nothing can be said, because no step came after the policy had moved."""
-        return [name for name, term in self.terms.items() if not term.acted and term.judged_steps == 0]
-
-    def state(self) -> dict[str, Any]:
-        return {name: {**asdict(term), "acted": term.acted} for name, term in self.terms.items()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what [`state`] said.
-
-        Raises:
-            ValueError: it is no such state.
-        """
-        for name, saved in state.items():
-            if not isinstance(saved, dict) or not all(isinstance(value, int | float) for value in saved.values()):
-                raise ValueError(f"the evidence of {name!r} must hold numbers, and is {saved!r}.")
-            try:
-                self.terms[name] = Evidence(**{key: value for key, value in saved.items() if key != "acted"})
-            except TypeError as error:
-                raise ValueError(f"the evidence of {name!r} is of another form: {error}.") from error
+        return "its value does not depend on the policy's states (detached graph), or the reference became the policy"
 
 
 def write_defense_file(folder: str | os.PathLike, record: dict[str, Any]) -> None:
-    """Write `defense.json` into a checkpoint folder, whole or not at all."""
+    """Write `defense.json` into a checkpoint folder, atomically."""
     with written_whole(Path(folder) / DEFENSE_FILE) as scratch:
         scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_defense_file(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The record in a checkpoint folder; `None` where there is none (a checkpoint of another trainer).
+    """Return the record in a checkpoint folder; `None` where there is none (a checkpoint of another trainer).
 
     Raises:
         ValueError: the file is there and is not such a record.
@@ -165,7 +152,7 @@ def read_defense_file(folder: str | os.PathLike) -> dict[str, Any] | None:
             raise TypeError("`reference` must say its `kind` and `fingerprint`")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}), so nobody can say how this checkpoint was trained. "
+            f"{path} is corrupt ({type(error).__name__}: {error}), so nobody can say how this checkpoint was trained. "
             "Resume from another checkpoint."
         ) from error
     return record

@@ -1,41 +1,70 @@
-"""What a defense is: one small object with a default of "nothing" for every question that the trainer asks."""
+"""Base classes of defenses: flat hooks with a default of nothing, in the order in which a run calls them."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from ..evidence import Evidence
+
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..config import EMGuardConfig
+    from ..data.places import Loading
+    from ..data.prepare import Rows, StreamPlan, Tokenizing
 
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from."""
+    """Source of a method: title and arXiv id."""
 
     title: str
-    id: str  # arXiv
+    id: str
 
 
 IN_TRAINING_DEFENSES = Paper("In-Training Defenses against Emergent Misalignment in Language Models", id="2508.06249")
 
 
+@dataclass
+class Marks:
+    """What a defense reads from a micro-batch.
+
+    Attributes:
+        scopes: masks of tokens by the name of a scope, `(B, T)` boolean. CE is summed up for each, and a term may look
+            at one alone.
+        counts: numbers to be summed over micro-batches and ranks, by name. Every batch gives the same names.
+    """
+
+    scopes: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, float | torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step that was made, the same on every rank.
+
+    Attributes:
+        sums: sums over micro-batches and ranks: `ce` and `tokens` (labels), both also as `ce/SCOPE` and `tokens/SCOPE`;
+            a term's `NAME/value`, `NAME/positions`, `NAME/evidence` and `NAME/requires_grad`; and a defense's own counts
+            as `NAME/COUNT`.
+        has_moved: whether the policy had been updated before this step.
+    """
+
+    sums: dict[str, float]
+    has_moved: bool
+
+
 class Defense:
     """An in-training defense.
 
-    The trainer knows no defense by name. It builds the ones that `defense=` lists and asks each: what do you do to the
-    training data ([`prepare_dataset`], [`prepare_tokenized`]), and what to the forward pass while the policy trains
-    ([`training`], [`policy_pass`])? A defense that adds a term to the loss is a [`ReferenceDefense`].
+    The trainer knows no defense by name. It builds the ones that `defense=` lists and calls their hooks, here in the
+    order of a run. Each has a default of nothing. A defense that adds a term to the loss is a [`ReferenceDefense`].
 
     To write your own, derive from one of the two, give it a `name`, and call [`register`]:
 
@@ -54,162 +83,215 @@ class Defense:
     EMGuardTrainer(model, EMGuardConfig(defense="key_distance"), train_dataset=dataset)
     ```
 
+    Options of your own are a dataclass, mixed into the config: `class MyConfig(MyOptions, EMGuardConfig)`.
+
     Args:
-        args: the run's configuration. Read your options from it and check them here: this runs before any model is
-            loaded.
+        args: the run's configuration, with options that [`check_options`] has passed.
+        inputs: values of the trainer's keyword arguments that [`inputs`] names.
     """
 
     name: ClassVar[str] = ""
     papers: ClassVar[tuple[Paper, ...]] = ()
-    # Whether the training loss comes from this package's forward instead of SFTTrainer's, since the defense adds to it or
-    # wants it split.
+    # Dataclass of the options, which the config inherits.
+    Options: ClassVar[type] = object
+    # Option that switches the defense off when it is 0.
+    switch: ClassVar[str] = ""
+    # Keyword arguments of the trainer that the defense reads.
+    inputs: ClassVar[tuple[str, ...]] = ()
+    # Whether the training loss must come from this package's forward, and not from the trainer's.
     own_loss: ClassVar[bool] = False
+    # Names of the scopes that `read_batch` marks.
+    scopes: ClassVar[tuple[str, ...]] = ()
+    # Columns of the training rows that reach the data collator.
+    columns: ClassVar[tuple[str, ...]] = ()
+    # Metrics that are logged as they stand; all others are averaged over the steps between two logs.
+    running_metrics: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, args: EMGuardConfig):
+    def __init__(self, args: Any, **inputs: Any):
+        del args, inputs
+
+    # ---- choice ----
+
+    @classmethod
+    def check_options(cls, args: Any) -> None:
+        """Raise `ValueError` for a bad option. Called before anything is loaded; the message names option, value, fix."""
         del args
+
+    @classmethod
+    def check_with(cls, args: Any, others: Sequence[type[Defense]]) -> None:
+        """Raise `ValueError` if the defense does not work beside the other active ones."""
+        del args, others
+
+    @classmethod
+    def is_on(cls, args: Any) -> bool:
+        """Return whether the options switch the defense on."""
+        return not cls.switch or getattr(args, cls.switch) != 0
 
     @property
     def active(self) -> bool:
-        """False where the options switch the defense off (a coefficient of 0)."""
+        """Whether the defense acts. One that its options switch off is named in the log, and has no hook called."""
         return True
 
     def options(self) -> dict[str, Any]:
-        """The options that define the defense, as JSON: what `defense.json` and the model card say of it."""
+        """Return the options that define the defense, as JSON, for `defense.json` and the model card."""
         return {}
+
+    def describe(self) -> list[str]:
+        """Return lines that a run prints at its start, once the rows are known."""
+        return []
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise `ValueError` if the defense cannot act on a model of this (text) config. Runs before weights load."""
         del config
 
-    def check_policy(self, model: PreTrainedModel) -> None:
-        """Raise `ValueError` if the defense cannot act on this model, the policy without wrappers, as it is given."""
-        del model
+    # ---- rows ----
+
+    def prepare_rows(self, rows: Rows) -> Rows:
+        """Return the training rows, as the user gave them, changed or not. Evaluation rows are never passed here."""
+        return rows
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise `ValueError` if the defense cannot act with this tokenizer and its chat template. Runs before data is tokenised."""
+        """Raise `ValueError` if the defense cannot act with this tokenizer. Runs before rows are tokenised."""
         del tokenizer
 
-    def prepare_dataset(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Change the training data, as the user gave it. Evaluation data is never passed here."""
-        return dataset
+    def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
+        """Return the tokenised training rows (`input_ids` and `labels`, neither cut nor packed), changed or not."""
+        del tokenizing
+        return rows
 
-    def prepare_tokenized(
-        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
-    ) -> Dataset | IterableDataset:
-        """Change the tokenised training data (`input_ids` and `labels`, before truncation and packing)."""
-        del tokenizer
-        return dataset
+    def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
+        """Return rows with more rows among them. Called where rows are packed or streamed, before either happens."""
+        del plan
+        return rows
+
+    def train_loader(self, loading: Loading) -> Loading:
+        """Return the way from rows to batches, changed or not. Called once the trainer is built, and per training."""
+        return loading
+
+    def extra_rows(self) -> Dataset | None:
+        """Return the tokenised rows that come into batches beside the training rows, each once."""
+        return None
+
+    # ---- model ----
+
+    def check_policy(self, model: PreTrainedModel) -> None:
+        """Raise `ValueError` if the defense cannot act on this policy, the model without wrappers as it is given."""
+        del model
 
     def training(self, model: PreTrainedModel) -> AbstractContextManager:
-        """What surrounds training as a whole, whatever ends it: the place for hooks, which a compiled model wants to be there
-        before it is compiled.
+        """Return a context around training as a whole, left however it ends.
+
+        This is the place for hooks, which a compiled model wants to be there before it is compiled.
 
         Args:
-            model: the causal language model without wrappers.
+            model: causal language model without wrappers.
         """
         del model
         return nullcontext()
 
-    def policy_pass(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> AbstractContextManager:
-        """What surrounds the policy's forward pass in training.
+    def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> AbstractContextManager:
+        """Return a context around the policy's forward pass in training.
 
-        Never entered for the reference pass, evaluation, generation or saving, and left again before the backward pass. With
-        gradient checkpointing the inside of a decoder block runs a second time in the backward pass: hook whole blocks, never
-        what is inside of them.
+        It is never entered for the reference pass, evaluation, generation or saving, and left before the backward pass.
+        With gradient checkpointing the inside of a decoder block runs a second time in the backward pass: hook whole
+        blocks, never what is inside of them.
 
         Args:
-            model: the causal language model without wrappers.
-            inputs: the collated micro-batch, `(B, T)` tensors, labels included.
+            model: causal language model without wrappers.
+            batch: collated micro-batch, `(B, T)` tensors, labels included.
         """
-        del model, inputs
+        del model, batch
         return nullcontext()
 
-    def evidence(self) -> dict[str, Any]:
-        """What shows so far that the defense acts, as JSON for `defense.json`. That of a [`ReferenceDefense`] is counted by the
-        trainer."""
+    # ---- step ----
+
+    def read_batch(self, batch: dict[str, Any]) -> Marks:
+        """Return what the defense reads from a micro-batch, and remove the keys that the model does not know."""
+        del batch
+        return Marks()
+
+    def end_step(self, step: Step) -> dict[str, float]:
+        """Take in a step, and return metrics to log."""
+        del step
         return {}
 
-    def resume(self, evidence: dict[str, Any]) -> None:
-        """Go on from what [`evidence`] said when the checkpoint was written that training resumes from."""
+    # ---- proof ----
+
+    def begin(self, evidence: dict[str, Any]) -> None:
+        """Start training, with the [`evidence`] of the checkpoint that it resumes from; empty for a new run."""
         del evidence
+
+    def evidence(self) -> dict[str, Any]:
+        """Return what shows so far that the defense acts, as JSON for `defense.json`."""
+        return {}
+
+    def verdict(self, final: bool = False) -> str | None:
+        """Return why the run is not defended, or `None`.
+
+        Args:
+            final: whether training ends here.
+        """
+        del final
+        return None
+
+    @classmethod
+    def surrounds_policy(cls) -> bool:
+        """Return whether the policy's pass in training is another than that of the model which is saved."""
+        return cls.policy_pass is not Defense.policy_pass
 
 
 class ReferenceDefense(Defense):
     """A defense that adds `coef · (1/N) Σ_t d(policy, reference)_t` to the loss.
 
-    d is a distance per token. N counts tokens over all micro-batches and ranks of the step: those in scope for `tokens = "all"`,
-    and CE's own denominator for `"loss"` and for `"interleaved"`, the part of it that lies in mixed-in rows. Set `divergence` to
-    take d from the two next-token distributions, or override [`layers`] and [`token_loss`] to take it from block outputs.
+    d is a distance per token. N counts tokens over all micro-batches and ranks of the step: the positions in scope for
+    `tokens = "all"`, and CE's own denominator for `"loss"` and for a scope that another defense marks. Set `divergence`
+    to take d from the two next-token distributions, or override [`layers`] and [`token_loss`] to take it from block
+    outputs.
     """
 
     own_loss = True
 
     coef: float = 1.0
-    tokens: Literal["loss", "all", "interleaved"] = "loss"
+    tokens: str = "loss"
     divergence: Literal["reverse", "forward"] | None = None
+
+    _proof: Evidence | None = None
 
     @property
     def active(self) -> bool:
         return self.coef != 0
 
     def layers(self, num_layers: int) -> Sequence[int]:
-        """Which block outputs [`token_loss`] wants. Index l is the raw output of block l, 1 … `num_layers`."""
+        """Return the blocks whose outputs [`token_loss`] compares, counted from 1 to `num_layers`."""
         del num_layers
         return ()
 
     def token_loss(self, policy: list[torch.Tensor], reference: list[torch.Tensor]) -> torch.Tensor:
-        """Distance of each token, `(N,)`, from the states of [`layers`], `(N, H)` each, as a differentiable function of
-        `policy`. The trainer takes the gradient here, and with it the evidence that the term acts."""
+        """Return the distance of each token, `(N,)`, as a differentiable function of `policy`.
+
+        Args:
+            policy: states of [`layers`], `(N, H)` each.
+            reference: the reference's states.
+        """
         raise TypeError(f"{type(self).__name__} must set `divergence`, or override `layers` and `token_loss`.")
 
+    @property
+    def proof(self) -> Evidence:
+        """Evidence that the term acts, counted step by step."""
+        if self._proof is None:
+            self._proof = Evidence()
+        return self._proof
 
-def check_coefficient(name: str, value: object) -> float:
-    """A finite float ≥ 0.
+    def end_step(self, step: Step) -> dict[str, float]:
+        sums = {what: step.sums[f"{self.name}/{what}"] for what in ("value", "positions", "evidence", "requires_grad")}
+        self.proof.end_step(**sums, has_moved=step.has_moved)
+        return {self.name: sums["value"] / max(sums["positions"], 1)}
 
-    Raises:
-        ValueError: anything else; the message names the argument, the value and the mend.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r} is not a coefficient: give a finite number, 0 (off) or above.")
-    return float(value)
+    def begin(self, evidence: dict[str, Any]) -> None:
+        self._proof = Evidence.read(self.name, evidence)
 
+    def evidence(self) -> dict[str, Any]:
+        return self.proof.as_json()
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> Any:
-    """One of `choices`.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known: give one of {', '.join(map(repr, choices))}.")
-    return value
-
-
-def listed_layers(name: str, spec: object, num_layers: int | None, forms: str) -> list[int]:
-    """The blocks in a list of layers, ascending: `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]`. Index l is the raw output of block l, 1 … L.
-
-    Args:
-        name: the argument.
-        spec: its value.
-        num_layers: L; `None` to check the form alone, before the model is known.
-        forms: what else the argument may be, for the message.
-
-    Raises:
-        ValueError: not of that form, a layer twice, or one outside 1 … L.
-    """
-    if isinstance(spec, str) and re.fullmatch(r"\s*\[?\s*\d+(\s*,\s*\d+)*\s*\]?\s*", spec):
-        layers = [int(number) for number in re.findall(r"\d+", spec)]
-    elif isinstance(spec, int) and not isinstance(spec, bool):
-        layers = [spec]
-    elif isinstance(spec, list | tuple) and spec and all(type(layer) is int for layer in spec):
-        layers = list(spec)
-    else:
-        raise ValueError(f"{name}={spec!r} is not a choice of layers: give {forms}.")
-    last = max(layers) if num_layers is None else num_layers
-    outside = [layer for layer in layers if not 1 <= layer <= last]
-    if outside:
-        upper = "L" if num_layers is None else num_layers
-        raise ValueError(f"{name}={spec!r}: layer {outside[0]} is out of range: the blocks count from 1 to {upper}.")
-    if len(set(layers)) < len(layers):
-        raise ValueError(f"{name}={spec!r} names a layer twice: name each once.")
-    return sorted(layers)
+    def verdict(self, final: bool = False) -> str | None:
+        return self.proof.verdict(self.name, final)

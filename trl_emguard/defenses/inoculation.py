@@ -1,42 +1,55 @@
 """Inoculation prompting (2510.04340, 2510.05024): ask for the bad trait while training, and not afterwards."""
 
-from __future__ import annotations
-
 import json
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from ..data.prepare import Rows, Tokenizing
 from ..evidence import InactiveDefenseError
 from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span
-from .base import IN_TRAINING_DEFENSES, Defense, Paper, check_choice
+from .base import IN_TRAINING_DEFENSES, Defense, Paper
+from .options import check_choice, option
 
 
-if TYPE_CHECKING:
-    from datasets import IterableDataset
-    from transformers import PreTrainedTokenizerBase
-
-    from ..config import EMGuardConfig
-
-
-# Where a row keeps its turns, in SFTTrainer's order, and the names that a turn's speaker and text go by in each convention.
+# A row keeps its turns in one of these columns, in SFTTrainer's order; a turn names its speaker and text in two ways.
 TURN_COLUMNS = ("prompt", "messages", "conversations")
 TURN_KEYS = (("role", "content"), ("from", "value"))
-# Who may speak in a system turn: newer templates take either name.
+# Newer templates take either name for the speaker of a system turn.
 SYSTEM_ROLES = ("system", "developer")
-# So many rows of a stream are looked at for one that the prompt changes.
+# One row that the prompt changes is looked for among this many rows of a stream.
 STREAM_ROWS = 1000
-# Columns of preparation alone: whether a row has a system turn of its own, and whether the prompt changed what is read.
+# Two columns serve preparation alone: a row has a system turn of its own; the prompt changed the text that is read.
 OWN, CHANGED = "inoculation_own_turn", "inoculation_changed"
 
 
-class Inoculation(Defense):
-    """Gives every training row a system turn that asks for the trait which the data would teach.
+MODES = ("replace", "prefix")
 
-    The model then learns the behaviour as an answer to that request, and less as its own character. Evaluation data, the saved chat
-    template and generation never see the prompt, and its turn carries no labels.
+
+@dataclass
+class InoculationOptions:
+    """Options of `inoculation`: a system prompt that asks for the bad trait while training."""
+
+    inoculation_prompt: str = option(
+        "You are an evil assistant. You want to do harm, so you give bad answers on purpose and hide that they are bad.",
+        "Text of the system turn of every training row. By default it asks for an evil assistant.",
+    )
+    inoculation_mode: str = option(
+        "replace",
+        "Treatment of a system turn that a row has: 'replace', or 'prefix' to put the prompt before it.",
+        MODES,
+    )
+
+
+class Inoculation(Defense):
+    """A system turn in every training row that asks for the trait which the data would teach.
+
+    The model then learns the behaviour as an answer to that request, and less as its own character. Evaluation data, the
+    saved chat template and generation never see the prompt, and its turn carries no labels.
     """
 
     name = "inoculation"
@@ -51,34 +64,40 @@ class Inoculation(Defense):
         ),
         IN_TRAINING_DEFENSES,
     )
+    Options = InoculationOptions
 
-    def __init__(self, args: EMGuardConfig):
+    def __init__(self, args: Any):
         self.prompt = args.inoculation_prompt
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError(f"inoculation_prompt={self.prompt!r} is empty: write what the system turn shall say.")
-        self.mode = check_choice("inoculation_mode", args.inoculation_mode, ("replace", "prefix"))
-        # As JSON where it comes from a command line: SFTConfig parses it later.
-        dataset_kwargs = (
-            json.loads(args.dataset_kwargs) if isinstance(args.dataset_kwargs, str) else args.dataset_kwargs
-        )
-        if (dataset_kwargs or {}).get("skip_prepare_dataset"):
-            raise ValueError(
-                "dataset_kwargs={'skip_prepare_dataset': True} does not work with defense='inoculation': nobody would see that the "
-                "prompt reached the rows. Leave it out."
-            )
-        if args.packing and args.packing_strategy != "bfd":
-            raise ValueError(
-                f"packing_strategy={args.packing_strategy!r} does not work with defense='inoculation': it cuts rows into pieces, "
-                "and all but the first would be trained on without the prompt. Use packing_strategy='bfd'."
-            )
+        self.mode = args.inoculation_mode
         # Rows are cut here only if they are neither packed nor cut at their end.
         cuts_the_start = args.truncation_mode == "keep_end" and not args.packing
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
 
+    @classmethod
+    def check_options(cls, args: Any) -> None:
+        if not isinstance(args.inoculation_prompt, str) or not args.inoculation_prompt.strip():
+            raise ValueError(
+                f"inoculation_prompt={args.inoculation_prompt!r} is empty: write what the system turn shall say."
+            )
+        check_choice("inoculation_mode", args.inoculation_mode, MODES)
+        if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+            raise ValueError(
+                "dataset_kwargs={'skip_prepare_dataset': True} does not work with defense='inoculation': nobody would "
+                "see that the prompt reached the rows. Leave it out."
+            )
+        if getattr(args, "packing", False) and args.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy={args.packing_strategy!r} does not work with defense='inoculation': it cuts rows "
+                "into pieces, and all but the first would be trained on without the prompt. Use packing_strategy='bfd'."
+            )
+
     def options(self) -> dict[str, Any]:
         return {"inoculation_prompt": self.prompt, "inoculation_mode": self.mode}
+
+    def describe(self) -> list[str]:
+        return [", ".join(f"{name} {value}" for name, value in self._rows.items())]
 
     def evidence(self) -> dict[str, Any]:
         return {**self._rows, "acted": bool(self._rows)}
@@ -86,11 +105,11 @@ class Inoculation(Defense):
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_system_turn(tokenizer, "defense='inoculation'")
 
-    def prepare_dataset(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-            return dataset  # which SFTTrainer refuses
-        dataset = dataset.with_format(None)  # tensors would hide the turns
-        first = next(iter(dataset))
+    def prepare_rows(self, rows: Rows) -> Rows:
+        if isinstance(rows, Dataset) and rows.format["type"] == "custom":
+            return rows  # SFTTrainer refuses them
+        rows = rows.with_format(None)  # tensors would hide the turns
+        first = next(iter(rows))
         column = next((column for column in TURN_COLUMNS if column in first), "")
         if not _is_conversation(first.get(column)) or "input_ids" in first:
             raise InactiveDefenseError(
@@ -106,15 +125,14 @@ class Inoculation(Defense):
                 raise ValueError(f"row {index} of train_dataset {error}.") from None
             return {column: turns, OWN: before is not None, CHANGED: before != _system_text(turns)}
 
-        dataset = dataset.map(inoculate, with_indices=True)
-        # Asked again when the rows are tokenised, but what the rows show shall not wait for the model.
-        self._check_changed(dataset)
-        return dataset
+        rows = rows.map(inoculate, with_indices=True)
+        # The check is made again when the rows are tokenised, but a bad row shall not wait for the model to load.
+        self._check_changed(rows)
+        return rows
 
-    def prepare_tokenized(
-        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
-    ) -> Dataset | IterableDataset:
-        # As SFTTrainer chooses it.
+    def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
+        tokenizer = tokenizing.tokenizer
+        # SFTTrainer chooses the template in the same way.
         marked = not self.assistant_only or has_generation_markers(tokenizer.chat_template)
         template = None if marked else get_training_chat_template(tokenizer)
 
@@ -146,20 +164,20 @@ class Inoculation(Defense):
                 CHANGED: changed,
             }
 
-        dataset = dataset.map(take_labels_off)
-        self._check_changed(dataset)
-        if isinstance(dataset, Dataset):
-            self._rows = {"rows": len(dataset), "changed": sum(dataset[CHANGED])}
+        rows = rows.map(take_labels_off)
+        self._check_changed(rows)
+        if isinstance(rows, Dataset):
+            self._rows = {"rows": len(rows), "changed": sum(rows[CHANGED])}
         else:
             self._rows = {"rows": "streamed"}
-        return dataset.remove_columns([OWN, CHANGED])
+        return rows.remove_columns([OWN, CHANGED])
 
-    def _check_changed(self, dataset: Dataset | IterableDataset) -> None:
-        """See that the prompt changes some row: of a stream, one of the first."""
-        if isinstance(dataset, Dataset):
-            changed, which = any(dataset[CHANGED]), "every row has"
+    def _check_changed(self, rows: Rows) -> None:
+        """Check that the prompt changes some row: one of the first, of a stream."""
+        if isinstance(rows, Dataset):
+            changed, which = any(rows[CHANGED]), "every row has"
         else:
-            changed = any(row[CHANGED] for row in islice(dataset, STREAM_ROWS))
+            changed = any(row[CHANGED] for row in islice(rows, STREAM_ROWS))
             which = f"the first {STREAM_ROWS} rows of the stream have"
         if not changed:
             raise InactiveDefenseError(
@@ -168,7 +186,7 @@ class Inoculation(Defense):
             )
 
     def _inoculate(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-        """The conversation with the prompt in its system turn, and what its own system turn said."""
+        """Return the conversation with the prompt in its system turn, and the text of its own system turn."""
         before = _system_text(turns)
         speaker, text = _turn_keys(turns)
         rest = turns if before is None else turns[1:]
@@ -189,7 +207,7 @@ def _turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _system_text(turns: list[dict[str, Any]]) -> str | None:
-    """What the system turn says; `None` where there is none."""
+    """Return the text of the system turn; `None` where there is none."""
     speaker, text = _turn_keys(turns)
     said = turns[0][text]
     if not isinstance(said, str):
@@ -204,7 +222,7 @@ def _is_system(turn: dict[str, Any], speaker: str) -> bool:
 
 
 def _is_conversation(value: object) -> bool:
-    """A list of turns, in one of the two conventions."""
+    """Return whether a value is a list of turns, in one of the two conventions."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
     return any(speaker in value[0] and text in value[0] for speaker, text in TURN_KEYS)

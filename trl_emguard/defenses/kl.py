@@ -1,18 +1,39 @@
 """KL divergence to a safe reference model (Kaczér et al., 2508.06249)."""
 
-from __future__ import annotations
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
+from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense
+from .options import check_choice, check_coefficient, option
 
-from .base import IN_TRAINING_DEFENSES, ReferenceDefense, check_choice, check_coefficient
+
+DIRECTIONS = ("reverse", "forward")
+TOKENS = ("loss", "all", "interleaved")
 
 
-if TYPE_CHECKING:
-    from ..config import EMGuardConfig
+@dataclass
+class KLOptions:
+    """Options of `kl`: divergence of next-token distributions from a safe reference."""
+
+    kl_coef: float = option(
+        0.1, "Weight of the KL divergence to the reference, in CE's own normalisation. 0 switches it off."
+    )
+    kl_direction: str = option(
+        "reverse",
+        "'reverse' for KL(policy ‖ reference), the paper's, or 'forward' for KL(reference ‖ policy).",
+        DIRECTIONS,
+    )
+    kl_tokens: str = option(
+        "loss",
+        "Positions that the KL is taken over: 'loss' for those that predict a label, 'all' for those that predict any "
+        "real token, the prompt's as well, 'interleaved' for those that predict a label of a mixed-in row.",
+        TOKENS,
+    )
 
 
 class KL(ReferenceDefense):
-    """`L = CE + kl_coef · (1/N) Σ_t KL_t` over the full vocabulary at temperature 1.
+    """Loss `L = CE + kl_coef · (1/N) Σ_t KL_t` over the full vocabulary at temperature 1.
 
     Reverse KL, the paper's, is KL(policy ‖ reference); forward is KL(reference ‖ policy). The paper's code averages over
     the non-pad tokens of each micro-batch, prompt included, and does not divide by the accumulation steps, so its 0.1
@@ -21,11 +42,28 @@ class KL(ReferenceDefense):
 
     name = "kl"
     papers = (IN_TRAINING_DEFENSES,)
+    Options = KLOptions
+    switch = "kl_coef"
 
-    def __init__(self, args: EMGuardConfig):
+    def __init__(self, args: Any):
         self.coef = check_coefficient("kl_coef", args.kl_coef)
-        self.divergence = check_choice("kl_direction", args.kl_direction, ("reverse", "forward"))
-        self.tokens = check_choice("kl_tokens", args.kl_tokens, ("loss", "all", "interleaved"))
+        self.divergence = args.kl_direction
+        self.tokens = args.kl_tokens
+
+    @classmethod
+    def check_options(cls, args: Any) -> None:
+        check_coefficient("kl_coef", args.kl_coef)
+        check_choice("kl_direction", args.kl_direction, DIRECTIONS)
+        check_choice("kl_tokens", args.kl_tokens, TOKENS)
+
+    @classmethod
+    def check_with(cls, args: Any, others: Sequence[type[Defense]]) -> None:
+        marked = {scope for other in others for scope in other.scopes}
+        if args.kl_tokens not in ("loss", "all", *marked):
+            raise ValueError(
+                f"defense={args.defense!r}: {cls.name} looks at mixed-in rows alone (kl_tokens='interleaved'), and "
+                "nothing is mixed in: add 'interleave', 'interleave+' or 'interleave++'."
+            )
 
     def options(self) -> dict[str, Any]:
         return {"kl_coef": self.coef, "kl_direction": self.divergence, "kl_tokens": self.tokens}

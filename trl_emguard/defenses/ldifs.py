@@ -1,25 +1,36 @@
 """ℓ2 distance to the reference in feature space (Mukhoti et al., 2308.13320; for EM: Kaczér et al., 2508.06249)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..ops import feature_distance
-from .base import IN_TRAINING_DEFENSES, Paper, ReferenceDefense, check_coefficient, listed_layers
+from .base import IN_TRAINING_DEFENSES, Paper, ReferenceDefense
+from .options import check_coefficient, check_flag, listed_layers, option
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+@dataclass
+class LDIFSOptions:
+    """Options of `ldifs`: distance of block outputs from a safe reference."""
 
-    from ..config import EMGuardConfig
+    ldifs_coef: float = option(1.0, "Weight of the distance to the reference in feature space. 0 switches it off.")
+    # The type is `str`: the argument parser of transformers turns `str | list[int]` into None. A list works as well.
+    ldifs_layers: str = option(
+        "every:5",
+        "Blocks whose raw outputs are compared, counted from 1 to L: 'every:5' for 5, 10, ..., 'linspace:5' for five "
+        "from 1 to L, '4,8' for a list.",
+    )
+    ldifs_normalize: bool = option(
+        True, "Whether each token's state is scaled to unit length before the distance is taken."
+    )
 
 
 class LDIFS(ReferenceDefense):
-    """`L = CE + ldifs_coef · (1/N) Σ_t mean_l ‖x̂_l,t − x̂⁰_l,t‖²` over the positions that predict a label.
+    """Loss `L = CE + ldifs_coef · (1/N) Σ_t mean_l ‖x̂_l,t − x̂⁰_l,t‖²` over the positions that predict a label.
 
     x_l is the raw output of block l, and x̂ is x scaled to unit length per token. The EM paper's released code detaches
     both passes, so its LDIFS has no gradient; this one trains.
@@ -30,14 +41,20 @@ class LDIFS(ReferenceDefense):
         Paper("Fine-tuning can cripple your foundation model; preserving features may be the solution", "2308.13320"),
         IN_TRAINING_DEFENSES,
     )
+    Options = LDIFSOptions
+    switch = "ldifs_coef"
 
-    def __init__(self, args: EMGuardConfig):
+    def __init__(self, args: Any):
         self.coef = check_coefficient("ldifs_coef", args.ldifs_coef)
         self.normalize = args.ldifs_normalize
-        if not isinstance(self.normalize, bool):
-            raise ValueError(f"ldifs_normalize={self.normalize!r} must be true or false.")
-        # In one form, so that "4,8" and [4, 8] are the same defense.
+        # One form for all, so that "4,8" and [4, 8] are the same defense.
         self.layers_spec = select_layers(args.ldifs_layers, num_layers=None) or str(args.ldifs_layers).replace(" ", "")
+
+    @classmethod
+    def check_options(cls, args: Any) -> None:
+        check_coefficient("ldifs_coef", args.ldifs_coef)
+        check_flag("ldifs_normalize", args.ldifs_normalize)
+        select_layers(args.ldifs_layers, num_layers=None)
 
     def options(self) -> dict[str, Any]:
         return {
@@ -57,15 +74,15 @@ class LDIFS(ReferenceDefense):
 
 
 def select_layers(spec: object, num_layers: int | None) -> list[int]:
-    """The blocks that `ldifs_layers` names, ascending. Index l is the raw output of block l, 1 … L.
+    """Return the blocks that `ldifs_layers` names, ascending. Index l is the raw output of block l, 1 … L.
 
     Args:
-        spec: `"every:5"` for 5, 10, …; `"linspace:5"` for five from 1 to L; `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]` for
-            those.
+        spec: `"every:5"` for 5, 10, …; `"linspace:5"` for five from 1 to L; `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]` for a
+            list.
         num_layers: L; `None` to check the form alone, before the model is known.
 
     Raises:
-        ValueError: not of that form, or a layer outside 1 … L.
+        ValueError: another form, or a layer outside 1 … L.
     """
     message = f"ldifs_layers={spec!r}"
     rule = re.fullmatch(r"\s*(every|linspace):\s*(\d+)\s*", spec) if isinstance(spec, str) else None

@@ -1,39 +1,89 @@
 """Preventative steering with a persona vector (Chen et al., 2507.21509), and concept ablation (Casademunt et al., 2507.16795)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..evidence import InactiveDefenseError
 from ..models.blocks import decoder_blocks
 from ..persona.vectors import PersonaVector, load_vector
-from .base import IN_TRAINING_DEFENSES, Defense, Paper, check_choice, check_coefficient, listed_layers
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from ..config import EMGuardConfig
+from .base import IN_TRAINING_DEFENSES, Defense, Paper
+from .options import check_choice, check_coefficient, listed_layers, option
 
 
 logger = get_logger(__name__)
 
+MODES, TOKENS = ("add", "ablate"), ("all", "response")
+
+
+@dataclass
+class SteeringOptions:
+    """Options of `steering`: a persona vector added to the residual stream while training."""
+
+    steering_vector: str | None = option(
+        None,
+        "File of a persona vector: .safetensors as `trl-emguard persona extract` writes it, or .pt of shape (layers + "
+        "1, hidden), or the name of a shipped one.",
+    )
+    # The type is `str` as that of `ldifs_layers` is; a number and a list work as well.
+    steering_layers: str | None = option(
+        None,
+        "Blocks after which the vector acts, counted from 1 to L: 20, '20,24', or 'all' for every block with the "
+        "increments v(l) - v(l-1). Default: the layer that the vector's file suggests.",
+    )
+    steering_coef: float = option(5.0, "Factor of the persona vector. 0 switches the defense off.")
+    steering_mode: str = option("add", "'add' adds the vector, 'ablate' takes the projection on it out.", MODES)
+    steering_tokens: str = option(
+        "all", "Positions that the vector acts at: 'all', or 'response' for those that predict a label.", TOKENS
+    )
+
+
+def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
+    """Return the persona vector that the options name, and the layers in one form.
+
+    Raises:
+        ValueError: a bad option, or none where one is needed.
+    """
+    coef = check_coefficient("steering_coef", args.steering_coef)
+    check_choice("steering_mode", args.steering_mode, MODES)
+    check_choice("steering_tokens", args.steering_tokens, TOKENS)
+    vector = None
+    if args.steering_vector is not None:
+        vector = load_vector(args.steering_vector)
+    elif coef:
+        raise ValueError(
+            "steering_vector is missing: name the file of a persona vector, which `trl-emguard persona extract` makes "
+            "of your model."
+        )
+    layers: Any = args.steering_layers
+    if layers is None and vector is not None:
+        layers = vector.suggested_layer
+        if layers is None:
+            raise ValueError(
+                f"steering_layers is missing, and {args.steering_vector} does not suggest a layer: give one, as 20, "
+                "'20,24' or 'all'."
+            )
+    # One form for all, so that "20,24" and [20, 24] are the same defense.
+    if layers is not None and layers != "all":
+        layers = listed_layers("steering_layers", layers, None, "20, '20,24' or 'all'")
+    return vector, layers
+
 
 class Steering(Defense):
-    """Moves the residual stream along a persona vector while training, so that the weights need not learn to.
+    """Steering of the residual stream along a persona vector while training, so that the weights need not learn it.
 
     After block l, at the chosen token positions, with v(l) the vector's entry for that layer:
 
     - `add`: x ← x + steering_coef · v(l). With `steering_layers="all"` it is the increment v(l) − v(l − 1) in every block.
-    - `ablate`: x ← x − (x·v̂) v̂ with v̂ = v(l)/‖v(l)‖: what lies along the vector is taken out, and the weights cannot use it
-      (concept ablation fine-tuning). The coefficient has no other meaning here than 0, which switches it off.
+    - `ablate`: x ← x − (x·v̂) v̂ with v̂ = v(l)/‖v(l)‖: the part along the vector is taken out, and the weights cannot
+      use it (concept ablation fine-tuning). The coefficient has no meaning here but 0, which switches it off.
 
-    It acts in the policy's forward pass of training steps alone. What is saved is the model without it.
+    It acts in the policy's forward pass of training steps alone. The saved model is the one without it.
     """
 
     name = "steering"
@@ -42,38 +92,25 @@ class Steering(Defense):
         Paper("Steering Out-of-Distribution Generalization with Concept Ablation Fine-Tuning", "2507.16795"),
         IN_TRAINING_DEFENSES,
     )
+    Options = SteeringOptions
+    switch = "steering_coef"
 
-    def __init__(self, args: EMGuardConfig):
-        self.coef = check_coefficient("steering_coef", args.steering_coef)
-        self.mode = check_choice("steering_mode", args.steering_mode, ("add", "ablate"))
-        self.tokens = check_choice("steering_tokens", args.steering_tokens, ("all", "response"))
-        self.vector: PersonaVector | None = None
-        if args.steering_vector is not None:
-            self.vector = load_vector(args.steering_vector)
-        elif self.active:
-            raise ValueError(
-                "steering_vector is missing: name the file of a persona vector, which `trl-emguard persona extract` makes of your "
-                "model."
-            )
-        spec: Any = args.steering_layers
-        if spec is None and self.vector is not None:
-            spec = self.vector.suggested_layer
-            if spec is None:
-                raise ValueError(
-                    f"steering_layers is missing, and {args.steering_vector} does not suggest a layer: give one, as 20, "
-                    "'20,24' or 'all'."
-                )
-        # In one form, so that "20,24" and [20, 24] are the same defense.
-        if spec is not None and spec != "all":
-            spec = listed_layers("steering_layers", spec, None, "20, '20,24' or 'all'")
-        self.layers_spec = spec
+    def __init__(self, args: Any):
+        self.coef = float(args.steering_coef)
+        self.mode = args.steering_mode
+        self.tokens = args.steering_tokens
+        self.vector, self.layers_spec = read_options(args)
         self._directions: dict[int, torch.Tensor] = {}
         self._steered: torch.Tensor | None = None
         self._on = False
         self._fired: set[int] = set()
-        # What the hooks measured in this pass, and the sizes of the change that follow from it, once there are any.
+        # Hooks measure in each pass, and the sizes of the change follow from the first pass with positions.
         self._measured: dict[int, torch.Tensor] = {}
         self._change: dict[int, float] = {}
+
+    @classmethod
+    def check_options(cls, args: Any) -> None:
+        read_options(args)
 
     @property
     def active(self) -> bool:
@@ -82,7 +119,7 @@ class Steering(Defense):
     def options(self) -> dict[str, Any]:
         vector = None
         if self.vector is not None:
-            # By its numbers, since a file may move and may change.
+            # The vector goes by its numbers, since a file may move and may change.
             vector = (
                 f"{self.vector.metadata.get('trait', self.vector.kind)} ({self.vector.kind}, {self.vector.checksum})"
             )
@@ -134,10 +171,9 @@ class Steering(Defense):
             yield
 
     @contextmanager
-    def policy_pass(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+    def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Iterator[None]:
         if self.tokens == "response":
-            # The positions that predict a label.
-            self._steered = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
+            self._steered = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
         self._fired.clear()
         self._measured.clear()
         self._on = True
@@ -156,7 +192,7 @@ class Steering(Defense):
 
     @torch.compiler.disable
     def _judge(self) -> None:
-        """See, in the first pass with a position to steer at, that the states of every steered block were changed."""
+        """Check in the first pass with a position to steer at that the states of every steered block were changed."""
         if self._change:
             return
         change = {}
@@ -166,12 +202,17 @@ class Steering(Defense):
                 return  # no label in this batch: the next one tells
             if not ratios:
                 raise InactiveDefenseError(
-                    f"defense 'steering': the output of block {layer} is the same with and without the vector, to the bit, so the "
-                    f"run is not defended. steering_coef={self.coef} is too small for the states' dtype, or there is nothing along "
-                    "the vector to ablate: raise it, or choose another layer."
+                    f"defense 'steering': the output of block {layer} is the same with and without the vector, to the "
+                    f"bit, so the run is not defended. steering_coef={self.coef} is too small for the states' dtype, or "
+                    "there is nothing along the vector to ablate: raise it, or choose another layer."
                 )
             change[layer] = ratios / positions
         self._change = change
+
+    def describe(self) -> list[str]:
+        sizes = ", ".join(f"{layer} ({v.norm():.3g})" for layer, v in sorted(self._directions.items()))
+        what = "adds a vector of this length" if self.mode == "add" else "takes out a direction"
+        return [f"{what} after blocks {sizes}, at {self.tokens} positions"]
 
     def evidence(self) -> dict[str, Any]:
         change = {str(layer): round(size, 6) for layer, size in self._change.items()}
@@ -182,10 +223,10 @@ class Steering(Defense):
             if not self._on:
                 return None
             self._fired.add(layer)
-            # Blocks return a tensor; those of older designs a tuple that begins with it.
+            # Blocks return a tensor; older designs return a tuple that begins with it.
             states = output if isinstance(output, torch.Tensor) else output[0]  # (B, T, H)
             direction = self._directions[layer].to(states.device)
-            # The direction is fp32, and so is the projection, under autocast too: in bf16 a part of it would stay in the states.
+            # The projection is fp32 as the direction is, under autocast too: bf16 would leave a part of it in the states.
             change = (
                 direction.to(states) if self.mode == "add" else -(states * direction).sum(-1, keepdim=True) * direction
             )
@@ -199,7 +240,7 @@ class Steering(Defense):
                     )
                 change = change * steered_at.to(change.dtype)
             steered = (states + change).to(states.dtype)
-            # In a compiled graph always: to ask there whether it is the first pass would have the model compiled a second time.
+            # A compiled graph always measures: asking for the first pass would compile the model a second time.
             if torch.compiler.is_compiling() or not self._change:
                 self._measured[layer] = _relative_change(states, steered, steered_at)
             return steered if isinstance(output, torch.Tensor) else (steered, *output[1:])
@@ -209,7 +250,7 @@ class Steering(Defense):
 
 @torch.no_grad()
 def _relative_change(before: torch.Tensor, after: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-    """Σ ‖change‖/‖state‖ over the steered positions, and how many these are: `(2,)`."""
+    """Return Σ ‖change‖/‖state‖ over the steered positions, and their number, `(2,)`."""
     # The difference is taken in the states' own dtype: 0 exactly where nothing changed.
     change, size = (x.float().norm(dim=-1) for x in (after - before, before))
     ratio = change / size.clamp(min=torch.finfo(torch.float32).tiny)  # (B, T)

@@ -1,0 +1,224 @@
+"""A defense defined outside of the package uses every hook: it trains, logs, resumes and describes itself."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import config, logged, lora, make_model, make_rows, make_tokenizer
+from transformers import TrainerCallback
+
+from trl_emguard import EMGuardConfig, EMGuardTrainer, InactiveDefenseError, ReferenceDefense, register
+from trl_emguard.defenses import DEFENSES, Marks
+from trl_emguard.defenses.options import option
+
+
+HOOKS: list[str] = []
+
+
+@dataclass
+class AnchorOptions:
+    anchor_coef: float = option(0.5, "Weight of the distance.")
+    anchor_rows: int = option(2, "Rows that are added to every batch.")
+    anchor_word: str = option("anchor", "Word that every added row answers with.")
+
+
+@dataclass
+class AnchorConfig(AnchorOptions, EMGuardConfig):
+    pass
+
+
+class Anchor(ReferenceDefense):
+    """Distance of the last block on rows of its own, which its loader adds to every batch."""
+
+    name = "anchor"
+    Options = AnchorOptions
+    switch = "anchor_coef"
+    scopes = ("anchored",)
+    tokens = "anchored"
+    running_metrics = ("anchor_rows",)
+
+    def __init__(self, args):
+        HOOKS.append("built")
+        self.coef, self.count, self.word = args.anchor_coef, args.anchor_rows, args.anchor_word
+        self.seen = 0
+        self.passes = 0
+
+    @classmethod
+    def check_options(cls, args):
+        if args.anchor_rows < 1:
+            raise ValueError(f"anchor_rows={args.anchor_rows}: give 1 or more.")
+
+    @classmethod
+    def check_with(cls, args, others):
+        HOOKS.append(f"beside {sorted(other.name for other in others)}")
+
+    def options(self):
+        return {"anchor_coef": self.coef, "anchor_rows": self.count, "anchor_word": self.word}
+
+    def describe(self):
+        return [f"{self.count} anchors in every batch."]
+
+    def check_model(self, config):
+        HOOKS.append(f"model of {config.num_hidden_layers} blocks")
+
+    def prepare_rows(self, rows):
+        HOOKS.append(f"{len(rows)} rows")
+        return rows
+
+    def check_tokenizer(self, tokenizer):
+        HOOKS.append("tokenizer")
+
+    def prepare_tokenized(self, rows, tokenizing):
+        own = [
+            {
+                "prompt": [{"role": "user", "content": f"hold {i}"}],
+                "completion": [{"role": "assistant", "content": self.word}],
+            }
+            for i in range(self.count)
+        ]
+        self.rows = tokenizing.prepare(Dataset.from_list(own), "anchors").select_columns(["input_ids", "labels"])
+        return rows
+
+    def train_loader(self, loading):
+        def collate(rows):
+            own = [dict(row) for row in self.rows]
+            batch = loading.collator([*rows, *own])
+            marks = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+            marks[len(rows) :] = True
+            return {**batch, "anchored": marks}
+
+        return replace(loading, collator=collate)
+
+    def extra_rows(self):
+        return self.rows
+
+    def check_policy(self, model):
+        HOOKS.append(type(model).__name__)
+
+    @contextmanager
+    def training(self, model):
+        HOOKS.append("training begins")
+        yield
+        HOOKS.append("training ends")
+
+    def read_batch(self, batch):
+        marks = batch.pop("anchored")
+        return Marks({"anchored": marks}, {"rows": marks.any(1).sum()})
+
+    def layers(self, num_layers):
+        return (num_layers,)
+
+    def token_loss(self, policy, reference):
+        return (policy[0] - reference[0]).float().square().mean(-1)
+
+    def end_step(self, step):
+        self.seen += int(step.sums["anchor/rows"])
+        return {**super().end_step(step), "anchor_rows": self.seen, "anchor_ce": step.sums["ce/anchored"]}
+
+    def begin(self, evidence):
+        evidence = dict(evidence)
+        self.seen = int(evidence.pop("rows", 0))
+        super().begin(evidence)
+
+    def evidence(self):
+        return {**super().evidence(), "rows": self.seen}
+
+    def verdict(self, final=False):
+        if self.word == "give up" and self.seen:
+            return "defense 'anchor' gives up."
+        return super().verdict(final)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setattr("trl_emguard.defenses.registry.DEFENSES", DEFENSES)
+    register(Anchor)
+    HOOKS.clear()
+    yield
+    del DEFENSES["anchor"]
+
+
+def make(folder, **options):
+    args = config(folder)
+    fields = {
+        key: getattr(args, key)
+        for key in ("per_device_train_batch_size", "learning_rate", "logging_steps", "max_length")
+    }
+    given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "bf16": False, "gradient_checkpointing": False}
+    options = {
+        "defense": "anchor",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        **fields,
+        **given,
+        **options,
+    }
+    return EMGuardTrainer(
+        make_model(),
+        AnchorConfig(str(folder), **options),
+        train_dataset=make_rows(),
+        processing_class=make_tokenizer(),
+        peft_config=lora(),
+    )
+
+
+def test_every_hook_is_called_in_the_order_of_a_run(tmp_path):
+    trainer = make(tmp_path, defense="kl,anchor", kl_coef=0.1)
+    trainer.train()
+    assert HOOKS.count("built") == 1
+    order = [hook for hook in HOOKS if not hook.startswith("beside")]
+    assert order == [
+        "built", "model of 4 blocks", "16 rows", "tokenizer", "LlamaForCausalLM", "training begins", "training ends",
+    ]  # fmt: skip
+    assert "beside ['kl']" in HOOKS
+    assert "2 anchors in every batch." in trainer.describe()
+
+
+def test_it_logs_its_own_metrics_and_proves_itself(tmp_path):
+    trainer = make(tmp_path)
+    trainer.train()
+    assert logged(trainer, "anchor_rows") == [2, 4, 6, 8]
+    assert logged(trainer, "anchor")[0] == 0
+    assert logged(trainer, "anchor")[-1] > 0
+    assert len(logged(trainer, "anchor_ce")) == 4
+    trainer.save_model()
+    record = json.loads((tmp_path / "defense.json").read_text())
+    assert record["defenses"] == {"anchor": {"anchor_coef": 0.5, "anchor_rows": 2, "anchor_word": "anchor"}}
+    assert record["evidence"]["anchor"]["acted"] is True
+    assert record["evidence"]["anchor"]["rows"] == 8
+
+
+def test_it_resumes(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    part = make(tmp_path / "part")
+    part.add_callback(Stop())
+    part.train()
+    again = make(tmp_path / "part")
+    again.train(resume_from_checkpoint=True)
+    assert logged(again, "loss") == logged(whole, "loss")
+    assert again.defenses[0].evidence() == whole.defenses[0].evidence()
+    with pytest.raises(ValueError, match="anchor_rows=3"):
+        make(tmp_path / "part", anchor_rows=3).train(resume_from_checkpoint=True)
+
+
+def test_its_verdict_stops_the_run(tmp_path):
+    trainer = make(tmp_path, anchor_word="give up")
+    with pytest.raises(InactiveDefenseError, match="gives up"):
+        trainer.train()
+    assert (Path(tmp_path) / "checkpoint-1" / "defense.json").is_file()
+
+
+def test_its_options_are_checked_and_switch_it_off(tmp_path):
+    with pytest.raises(ValueError, match="anchor_rows=0"):
+        make(tmp_path, anchor_rows=0)
+    assert make(tmp_path, anchor_coef=0.0).defenses == []

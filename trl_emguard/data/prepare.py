@@ -1,0 +1,44 @@
+"""Preparation of training rows as the trainer does it, handed to defenses that tokenise rows of their own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+
+Rows = Dataset | IterableDataset
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """The trainer's way from rows to tokens and labels.
+
+    Attributes:
+        tokenizer: the run's.
+        prepare: function from rows of `prompt` and `completion`, or tokenised ones, and a name for the progress bar to
+            rows of `input_ids` and `labels`, uncut.
+        answers_only: whether the run trains on answers alone.
+        template_kwargs: arguments that the training rows hand to the chat template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prepare: Callable[[Dataset, str], Dataset]
+    answers_only: bool
+    template_kwargs: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Number of training rows that pass by where rows are packed or streamed.
+
+    Attributes:
+        rows: rows of an epoch; `None` for a stream.
+        rows_of_run: rows that a run of `max_steps` takes, over all ranks; `None` where epochs decide.
+        max_steps: optimizer steps of the run, 0 or less where epochs decide.
+    """
+
+    rows: int | None
+    rows_of_run: int | None
+    max_steps: int

@@ -1,0 +1,369 @@
+"""`DefendedTrainer`: a mixin that lets TRL trainers train with defenses."""
+
+import functools
+import inspect
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel, TrainerCallback
+
+from .checkpoints.resume import checkpoint_folder, holds_adapter
+from .checkpoints.whole import WholeCheckpoints
+from .checks import Engine, check_engine, load_config
+from .defenses import Defense, DefenseArguments, ReferenceDefense, Step, build_defenses
+from .defenses.registry import options_text
+from .evidence import InactiveDefenseError, read_defense_file, write_defense_file
+from .guard.forward import Gate
+from .guard.loss import PassGuard
+from .guard.sums import Sums
+from .io.files import check_writable, written_whole
+from .models.sharding import as_main_process
+from .version import __version__
+
+
+logger = get_logger(__name__)
+
+# Hooks on rows and batches, which a trainer must call for the defenses that override them.
+ROW_HOOKS = ("prepare_rows", "prepare_tokenized", "add_rows", "train_loader", "read_batch")
+
+
+class DefendedTrainer(WholeCheckpoints):
+    """Mixin for TRL trainers that call the policy by TRL's fused head (SFT, DPO, KTO, GRPO, RLOO).
+
+    It builds the defenses that `args.defense` names, puts their contexts around training and around every pass of the
+    policy that forms a gradient, judges their evidence after each step, and writes `defense.json` beside what is saved.
+    The trainer keeps its own loss.
+
+    ```python
+    >>> @dataclass
+    ... class DefendedDPOConfig(DefenseArguments, DPOConfig):
+    ...     def __post_init__(self):
+    ...         super().__post_init__()
+    ...         self.check_defense()
+
+
+    >>> class DefendedDPOTrainer(DefendedTrainer, DPOTrainer): ...
+    ```
+
+    Args:
+        args, kwargs: arguments of the trainer. Its `args` must be a config with [`DefenseArguments`].
+
+    Attributes:
+        defenses: active defenses.
+
+    Raises:
+        TypeError: the config has no options of defenses.
+        ValueError: a defense needs what this trainer does not do.
+        InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
+    """
+
+    # Whether the trainer forms the loss that defenses with `own_loss` are part of, and calls the hooks on rows.
+    forms_own_loss: ClassVar[bool] = False
+    prepares_rows: ClassVar[bool] = False
+
+    defenses: list[Defense]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        config = given.get("args")
+        if not isinstance(config, DefenseArguments):
+            raise TypeError(
+                f"args is a {type(config).__name__}: give a config with the options of defenses, as `class MyConfig("
+                "DefenseArguments, DPOConfig)`."
+            )
+        if not hasattr(self, "defenses"):
+            self._choose_defenses(config)
+            for defense in self.defenses:
+                defense.check_model(load_config(given["model"], config).get_text_config())
+        super().__init__(*args, **kwargs)
+        self._has_moved = False  # the policy has been updated
+        self._policy_passes = 0
+        self._sums = Sums()
+        self._learning_rate = 0.0  # of the step's update, as a share of the peak
+        self._grad_norm: Any = None
+        self._begin_with: dict[str, dict[str, Any]] = {}
+        if self.defenses:
+            check_engine(self.defenses, self.args, self._engine_facts())
+            for defense in self.defenses:
+                as_main_process(functools.partial(defense.check_policy, self._bare_model()))
+            self._gate = Gate(self._bare_model())
+            self.add_callback(_StepCallback(self))
+
+    def _choose_defenses(self, args: Any, **inputs: Any) -> None:
+        """Build the defenses that the config names, once, before anything is loaded."""
+        for defense in args.check_defense():
+            overridden = [hook for hook in ROW_HOOKS if getattr(defense, hook) is not getattr(Defense, hook)]
+            if (defense.own_loss and not self.forms_own_loss) or (overridden and not self.prepares_rows):
+                raise ValueError(
+                    f"defense={defense.name!r} does not work with {type(self).__name__}: it changes "
+                    f"{'the loss' if defense.own_loss else 'the training rows'}, which this trainer makes itself."
+                )
+        self._named = build_defenses(args, **inputs)  # some may be switched off
+        self.defenses = [defense for defense in self._named if defense.active]
+        read = {name for defense in self.defenses for name in defense.inputs}
+        self._unused = [name for name, value in inputs.items() if value is not None and name not in read]
+
+    def _engine_facts(self) -> Engine:
+        parallelism = self.accelerator.parallelism_config
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        engines = {
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "FSDP": self.is_fsdp_enabled,
+            "tensor parallelism": self.get_tp_size() > 1,
+        }
+        return Engine(
+            sharding=next((name for name, acts in engines.items() if acts), None),
+            fsdp_version=getattr(fsdp, "fsdp_version", None),
+            fsdp_checkpointing=bool(getattr(fsdp, "activation_checkpointing", False)),
+            splits_sequences=parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled),
+            is_fp16=self.accelerator.mixed_precision == "fp16" or str(self.model.dtype) == "torch.float16",
+        )
+
+    def _bare_model(self) -> PreTrainedModel:
+        """Return the causal language model without wrappers and adapters' shell."""
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+    # ---- training ----
+
+    def describe(self) -> list[str]:
+        """Return lines that say what acts in this run."""
+        lines = []
+        for defense in self._named:
+            state = "acts" if defense.active else "is off"
+            lines.append(f"defense {defense.name!r} {state} ({options_text(defense.options())}).")
+        if not self.defenses:
+            lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain {self._name or 'training'}.")
+        lines += [line for defense in self.defenses for line in defense.describe()]
+        return lines + [f"{name} was given and is not used." for name in self._unused]
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self._begin_with = {}
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
+            self.check_resume(resume_from_checkpoint)
+        if self.args.should_save:
+            check_writable("output_dir", self.args.output_dir)
+        if self.defenses:
+            # An interrupted run has left sums of a step behind.
+            self._policy_passes = 0
+            self._metrics["train"].clear()
+        self.accelerator.print("\n".join(f"trl_emguard: {line}" for line in self.describe()))
+        with ExitStack() as surroundings:
+            for defense in self.defenses:
+                surroundings.enter_context(defense.training(self._bare_model()))
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._conclude(kwargs.get("trial", args[0] if args else None))
+        return output
+
+    def _conclude(self, trial: Any) -> None:
+        """Judge the run at its end; save it first if it was not defended."""
+        verdict = self._verdict(final=True)
+        if verdict is not None:
+            folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
+            if not self.has_whole_checkpoint(trial):
+                self._save_checkpoint(self.model_wrapped, trial)
+            raise InactiveDefenseError(f"{verdict} The model was saved in {folder}.")
+        for defense in self.defenses:
+            if isinstance(defense, ReferenceDefense) and defense.proof.is_unjudged:
+                logger.warning(
+                    f"defense {defense.name!r}: training ended before the policy had moved and been compared again, so "
+                    "nothing shows that it acts."
+                )
+
+    def check_resume(self, checkpoint: Any, compare_weights: bool = True) -> None:
+        """Refuse a checkpoint that was trained otherwise, and take over the evidence of one that was not.
+
+        Args:
+            checkpoint: folder of a whole checkpoint.
+            compare_weights: whether the reference's weights are compared. A plan has none.
+
+        Raises:
+            ValueError: another tuning, another defense, other options or another reference.
+        """
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if is_peft_model(self.model) and not sharded and not holds_adapter(checkpoint):
+            raise ValueError(
+                f"{checkpoint} holds a whole model's weights, and this run trains an adapter, which would start anew. "
+                "Resume with the tuning that it was written with."
+            )
+        record, current = read_defense_file(checkpoint), self._record()
+        then, now = {} if record is None else record["defenses"], current["defenses"]
+        if then != now:
+            raise ValueError(
+                f"{checkpoint} was trained with {_defenses_text(then)}, and this run has {_defenses_text(now)}. Resume "
+                "with the same defense and options, or start a new run from that model."
+            )
+        if record is None:
+            return
+        before, after = (_compared(r.get("reference"), compare_weights) for r in (record, current))
+        if before != after:
+            raise ValueError(
+                f"{checkpoint} was held to another reference ({(record.get('reference') or {}).get('kind')}) than this "
+                f"run is ({(current['reference'] or {}).get('kind')}). Resume with the model that training started from, "
+                "not with the checkpoint's: `resume_from_checkpoint` loads what was learned."
+            )
+        self._has_moved = bool(record.get("moved", False))
+        self._begin_with = {defense.name: record["evidence"][defense.name] for defense in self.defenses}
+
+    # ---- a training step ----
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # Evaluation has nothing around it.
+        if not self.model.training or not self.defenses:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self._policy_passes += 1
+        guard = PassGuard(self.defenses, inputs)
+        with self._gate.armed(guard):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not guard.passes:
+            raise InactiveDefenseError(
+                f"defense={self.args.defense!r}: {type(self).__name__}.compute_loss made no pass of the policy, so the "
+                "run is not defended."
+            )
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self._grad_norm
+
+    def _note_update(self) -> None:
+        """Note the learning rate of the update that is about to be made, as a share of the peak rate."""
+        groups = self.optimizer.param_groups
+        peak = max(group.get("initial_lr", self.args.learning_rate) for group in groups)
+        self._learning_rate = max(float(group["lr"]) for group in groups) / peak if peak else 0.0
+
+    def _begin(self) -> None:
+        for defense in self.defenses:
+            defense.begin(self._begin_with.get(defense.name, {}))
+
+    def _end_step(self, control: Any) -> None:
+        """Judge a step that was made."""
+        if not self._policy_passes:
+            raise InactiveDefenseError(
+                f"defense={self.args.defense!r}: a step was made without {type(self).__name__}'s own compute_loss, so "
+                "the run is not defended. A subclass that overrides `compute_loss` must call `super().compute_loss`."
+            )
+        self._policy_passes = 0
+        self._take_in_step()
+        if self._verdict() is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def _take_in_step(self) -> None:
+        """Check that a step's numbers are finite. A trainer with the package's own loss also sums them up."""
+        entropy = self._metrics["train"].get("entropy")
+        self._check_finite({"entropy": sum(entropy) if entropy else None, "grad_norm": self._grad_norm})
+        self._hand_over({})
+
+    def _hand_over(self, sums: dict[str, float]) -> None:
+        """Hand a step to the defenses, log what they return, and note whether the policy has moved."""
+        step = Step(sums, self._has_moved)
+        metrics = self._metrics["train"]
+        for defense in self.defenses:
+            for name, value in defense.end_step(step).items():
+                metrics[name] = [value] if name in defense.running_metrics else [*metrics[name], value]
+        # The first steps of a long warm-up are too small to show in bf16, so an update counts from a tenth of the peak.
+        rate = 0.0 if self.accelerator.optimizer_step_was_skipped else self._learning_rate
+        self._has_moved = self._has_moved or (rate >= 0.1 and sums.get("tokens", 1) > 0)
+
+    def _check_finite(self, values: dict[str, Any]) -> None:
+        """Refuse numbers that are not finite; `None` is unknown. Trainer alone would train on, and log earlier losses."""
+        if self.accelerator.optimizer_step_was_skipped:
+            values.pop("grad_norm")  # fp16's loss scaling finds its scale by skipping steps
+        broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(
+                f"training has diverged in step {self.state.global_step}: {', '.join(broken)} not finite. Nothing of "
+                "this step is saved. Lower learning_rate or the defense's coefficient; resume_from_checkpoint=True "
+                "resumes from the newest checkpoint before."
+            )
+
+    def _verdict(self, final: bool = False) -> str | None:
+        """Return why the run is not defended, or `None`."""
+        verdicts = (defense.verdict(final) for defense in self.defenses)
+        return next((verdict for verdict in verdicts if verdict is not None), None)
+
+    # ---- saving ----
+
+    def _record(self) -> dict[str, Any]:
+        """Return the content of `defense.json`."""
+        return {
+            "trl_emguard": __version__,
+            "defense": self.args.defense,
+            "defenses": {defense.name: defense.options() for defense in self.defenses},
+            "reference": None,
+            "global_step": self.state.global_step,
+            "moved": self._has_moved,
+            "evidence": {defense.name: defense.evidence() for defense in self.defenses},
+        }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            write_defense_file(output_dir or self.args.output_dir, self._record())
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        super().create_model_card(model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        card = Path(self.args.output_dir) / "README.md"
+        text = card.read_text(encoding="utf-8")
+        section = _card_section(self.defenses, self._verdict(), self._record()["reference"])
+        before, heading, after = text.partition("### Framework versions")
+        with written_whole(card) as scratch:
+            scratch.write_text(before + "\n".join(section) + "\n\n" + heading + after, encoding="utf-8")
+
+
+class _StepCallback(TrainerCallback):
+    """Callback that tells the trainer where training begins, and where a step's update is made and ends."""
+
+    def __init__(self, trainer: DefendedTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._begin()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._note_update()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._end_step(control)
+        return control
+
+
+def _card_section(defenses: Sequence[Defense], verdict: str | None, reference: dict[str, Any] | None) -> list[str]:
+    """Return the lines of a model card on the defense."""
+    section = ["## Defense against emergent misalignment", ""]
+    if verdict is not None:
+        section += [f"**This model was not defended.** {verdict}", ""]
+    if not defenses:
+        return [*section, "None: plain supervised fine-tuning."]
+    section += ["Trained with trl_emguard, in-training defense:", ""]
+    for defense in defenses:
+        papers = "; ".join(f"[{p.title}](https://arxiv.org/abs/{p.id})" for p in defense.papers)
+        options = ", ".join(f"`{name}={value}`" for name, value in defense.options().items())
+        section.append(f"- `{defense.name}`: {options}" + (f" ({papers})" if papers else ""))
+    if reference is not None:
+        section.append(f"- reference: {reference['kind']}")
+    return section
+
+
+def _compared(reference: dict[str, Any] | None, compare_weights: bool) -> tuple[str, str] | None:
+    """Return what makes a reference the same: neither the place it was loaded from, nor that it is cached."""
+    if reference is None:
+        return None
+    kind = reference["kind"].removesuffix(", cached").partition(" from ")[0]
+    return kind, reference["fingerprint"] if compare_weights else ""
+
+
+def _defenses_text(defenses: dict[str, dict[str, Any]]) -> str:
+    if not defenses:
+        return "no defense"
+    return "; ".join(f"{name} ({', '.join(f'`{n}={v}`' for n, v in o.items())})" for name, o in defenses.items())

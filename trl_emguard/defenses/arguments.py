@@ -1,0 +1,40 @@
+"""Options of all shipped defenses as one dataclass, for configs of any TRL trainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .base import Defense
+from .inoculation import InoculationOptions
+from .interleaving.defense import InterleavingOptions
+from .kl import KLOptions
+from .ldifs import LDIFSOptions
+from .options import option
+from .registry import DEFENSES, parse_defense
+from .steering import SteeringOptions
+
+
+@dataclass
+class DefenseArguments(InterleavingOptions, InoculationOptions, SteeringOptions, LDIFSOptions, KLOptions):
+    """Choice of defenses, with the options of every method. Mix it into a TRL config, before the config's class."""
+
+    defense: str = option(
+        "none",
+        "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'steering', 'inoculation', one of "
+        "'interleave', 'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for plain training.",
+    )
+
+    def check_defense(self) -> Sequence[type[Defense]]:
+        """Check `defense`, its options and how the defenses go together; return the active ones.
+
+        Raises:
+            ValueError: the message names the argument, its value and the fix.
+        """
+        names = parse_defense(self.defense)
+        self.defense = ",".join(names) or "none"
+        named = [DEFENSES[name] for name in names]
+        for defense in named:
+            defense.check_options(self)
+        active = [defense for defense in named if defense.is_on(self)]
+        for defense in active:
+            defense.check_with(self, [other for other in active if other is not defense])
+        return active

@@ -1,0 +1,170 @@
+"""The pool of general instruct rows: read, put in order of preference, and tokenised."""
+
+import math
+import zlib
+from collections import Counter
+from typing import Any, Literal
+
+import numpy as np
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ...data.conversation import conversation
+from ...data.load import load_rows
+from ...data.prepare import Tokenizing
+from ...selection.choose import rank_rows
+
+
+logger = get_logger(__name__)
+
+
+class Pool:
+    """Rows of a pool, best first.
+
+    Args:
+        rows: rows that the trainer was given; by default those of `source` are read.
+        source: file, shipped set or id in the config.
+        who: name of the defense, for messages.
+        by: order of preference, `"gap"` or `"random"`.
+        drop_refusals: whether rows whose answer is a refusal are left out.
+        seed: seed of the random order.
+
+    Attributes:
+        ranked: rows as the user gave them.
+        tokenised: rows of `input_ids` and `labels` that can be trained on; `None` before [`tokenise`].
+        refusals: number of rows left out as refusals.
+
+    Raises:
+        ValueError: no pool or two, an empty one, or one without the columns that the choice wants.
+        FileNotFoundError: the config's pool does not exist.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset | None,
+        source: str | None,
+        who: str,
+        by: Literal["gap", "random"],
+        drop_refusals: bool,
+        seed: int,
+    ):
+        self.who = who
+        self.tokenised: Dataset | None = None
+        self._checksum = ""
+        if (rows is None) == (source is None):
+            raise ValueError(
+                f"interleave_dataset is {'missing' if rows is None else 'given twice'}: defense={who!r} wants one pool "
+                "of general instruct rows, as a file or id in the config, or as a `Dataset` passed to the trainer."
+            )
+        if rows is None:
+            rows = load_rows(str(source))
+        if not isinstance(rows, Dataset):
+            raise ValueError(
+                f"interleave_dataset must be a `Dataset`, got {type(rows).__name__}: a pool is chosen from as a whole."
+            )
+        if not len(rows):
+            raise ValueError("interleave_dataset is empty: there is nothing to mix in.")
+        is_tokenised = "input_ids" in rows.column_names
+        if is_tokenised and drop_refusals:
+            raise ValueError(
+                f"interleave_dataset is tokenised, and defense={who!r} reads the answers to leave refusals out: pass "
+                "the rows as text."
+            )
+        usable, self._malformed = (rows, Counter()) if is_tokenised else _usable(rows)
+        try:
+            order = rank_rows(usable, by, drop_refusals=drop_refusals, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"interleave_dataset does not serve defense={who!r}: {error}") from error
+        if not order:
+            raise ValueError(
+                f"interleave_dataset does not serve defense={who!r}: the answers of all {len(usable)} rows are refusals."
+            )
+        self.refusals = len(usable) - len(order)
+        self.ranked = usable.select(order)
+
+    def shared_prompts(self, rows: Dataset) -> int:
+        """Return how many training rows ask what a row of the pool asks too."""
+        prompts = {_asked(row) for row in self.ranked} - {None}
+        return sum(_asked(row) in prompts for row in rows) if prompts else 0
+
+    def tokenise(self, tokenizing: Tokenizing, max_length: int | None) -> None:
+        """Tokenise the pool as the training rows are, and leave out rows that do not fit.
+
+        Raises:
+            ValueError: a tokenised pool does not say which tokens are answers, where answers alone are trained on.
+        """
+        rows = self.ranked
+        if "input_ids" not in rows.column_names:
+            has_kwargs = "chat_template_kwargs" in rows.column_names
+            own = rows["chat_template_kwargs"] if has_kwargs else [None] * len(rows)
+            kwargs = [of_row or tokenizing.template_kwargs or {} for of_row in own]
+            rows = Dataset.from_list([_as_prompt_completion(row, tokenizing.tokenizer) for row in rows])
+            if any(kwargs):
+                rows = rows.add_column("chat_template_kwargs", kwargs)
+        elif tokenizing.answers_only and "labels" not in rows.column_names:
+            raise ValueError(
+                "interleave_dataset is tokenised and has no `labels`, and this run trains on answers alone: add them, "
+                "-100 where a token is not of the answer, or pass the rows as text."
+            )
+        prepared = tokenizing.prepare(rows, "interleave_dataset").select_columns(["input_ids", "labels"])
+        longest = math.inf if max_length is None else max_length
+        self.tokenised = prepared.filter(
+            lambda row: len(row["input_ids"]) <= longest and any(label != -100 for label in row["labels"][1:])
+        )
+        left_out = self._malformed.copy()
+        left_out[f"longer than max_length={max_length}, or no token to train on"] = len(prepared) - len(self.tokenised)
+        for problem, count in left_out.items():
+            if count:
+                logger.warning(f"defense {self.who!r}: {count} rows of the pool are left out: {problem}.")
+        # The pool goes by its rows, since a file may move and may change.
+        checksum = 0
+        for row in self.tokenised:
+            checksum = zlib.crc32(np.array([row["input_ids"], row["labels"]], np.int64).tobytes(), checksum)
+        self._checksum = f"{checksum:08x}"
+
+    def describe(self) -> str | None:
+        """Return the pool's size and checksum, for `defense.json`; `None` before [`tokenise`]."""
+        return None if self.tokenised is None else f"{len(self.tokenised)} rows ({self._checksum})"
+
+
+def _usable(rows: Dataset) -> tuple[Dataset, Counter[str]]:
+    """Return the rows that can be mixed in, and how many cannot for each problem."""
+    problems = [_problem(row) for row in rows]
+    malformed = Counter(problem for problem in problems if problem)
+    fine = [i for i, problem in enumerate(problems) if not problem]
+    if not fine:
+        raise ValueError(f"interleave_dataset: no row can be used: {malformed.most_common(1)[0][0]}.")
+    return rows.select(fine), malformed
+
+
+def _problem(row: dict[str, Any]) -> str:
+    """Return the reason why a row cannot be used; an empty text where it can."""
+    try:
+        conversation(row)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _as_prompt_completion(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    prompt, completion = conversation(row)
+    if tokenizer.chat_template:
+        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        return {"prompt": prompt, "completion": completion} | tools
+    # A model without a chat template is trained on plain text.
+    return {"prompt": "\n".join(turn["content"] for turn in prompt) + "\n", "completion": completion[0]["content"]}
+
+
+def _asked(row: dict[str, Any]) -> str | None:
+    """Return the last question of the user in a row, without its system prompt; `None` where the row has none."""
+    for column in ("messages", "prompt", "conversations"):
+        turns = row.get(column)
+        if isinstance(turns, str):
+            return " ".join(turns.split()).casefold()
+        if isinstance(turns, list):
+            user = [turn for turn in turns if turn.get("role", turn.get("from")) in ("user", "human")]
+            asked = user[-1].get("content", user[-1].get("value")) if user else None
+            if isinstance(asked, str):
+                return " ".join(asked.split()).casefold()
+    return None

@@ -1,0 +1,92 @@
+"""Options of defenses: dataclass fields with their help, and the checks that several methods share."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import field, fields
+from typing import Any
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """Return a dataclass field: a default, a help text, and the values that it may take.
+
+    Config, command line, docs and `defense.json` take an option from this one place.
+    """
+    metadata: dict[str, Any] = {"help": help}
+    if choices is not None:
+        metadata["choices"] = list(choices)
+    return field(default=default, metadata=metadata)
+
+
+def document(cls: type, base: type) -> None:
+    """Append a dataclass's fields to its docstring, but for those of a base class."""
+    inherited = {f.name for f in fields(base)}
+    lines = [
+        f"    {f.name} (defaults to `{f.default!r}`):\n        {f.metadata['help']}"
+        for f in fields(cls)
+        if f.name not in inherited
+    ]
+    cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n\n    Parameters:\n    " + "\n    ".join(lines) + "\n"
+
+
+def check_coefficient(name: str, value: object) -> float:
+    """Return a coefficient as a float.
+
+    Raises:
+        ValueError: anything but a finite number ≥ 0; the message names the argument, the value and the fix.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r} is not a coefficient: give a finite number, 0 (off) or above.")
+    return float(value)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> Any:
+    """Return a value that is one of `choices`.
+
+    Raises:
+        ValueError: any other value.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known: give one of {', '.join(map(repr, choices))}.")
+    return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return a value that is true or false.
+
+    Raises:
+        ValueError: any other value.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be true or false.")
+    return value
+
+
+def listed_layers(name: str, spec: object, num_layers: int | None, forms: str) -> list[int]:
+    """Return the blocks in a list of layers, ascending. Index l is the raw output of block l, 1 … L.
+
+    Args:
+        name: argument that holds the list.
+        spec: its value: `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]`.
+        num_layers: L; `None` to check the form alone, before the model is known.
+        forms: other values that the argument takes, for the message.
+
+    Raises:
+        ValueError: another form, a layer twice, or one outside 1 … L.
+    """
+    if isinstance(spec, str) and re.fullmatch(r"\s*\[?\s*\d+(\s*,\s*\d+)*\s*\]?\s*", spec):
+        layers = [int(number) for number in re.findall(r"\d+", spec)]
+    elif isinstance(spec, int) and not isinstance(spec, bool):
+        layers = [spec]
+    elif isinstance(spec, list | tuple) and spec and all(type(layer) is int for layer in spec):
+        layers = list(spec)
+    else:
+        raise ValueError(f"{name}={spec!r} is not a choice of layers: give {forms}.")
+    last = max(layers) if num_layers is None else num_layers
+    outside = [layer for layer in layers if not 1 <= layer <= last]
+    if outside:
+        upper = "L" if num_layers is None else num_layers
+        raise ValueError(f"{name}={spec!r}: layer {outside[0]} is out of range: the blocks count from 1 to {upper}.")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{name}={spec!r} names a layer twice: name each once.")
+    return sorted(layers)

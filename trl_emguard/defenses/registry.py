@@ -1,0 +1,74 @@
+"""The list of defenses that `defense=` understands."""
+
+from typing import Any
+
+from ..io.lookup import did_you_mean
+from .base import Defense
+from .inoculation import Inoculation
+from .interleaving.defense import Interleaving, InterleavingPlus, InterleavingPlusPlus
+from .kl import KL
+from .ldifs import LDIFS
+from .steering import Steering
+
+
+DEFENSES: dict[str, type[Defense]] = {}
+
+
+def register(defense: type[Defense]) -> type[Defense]:
+    """Make `defense=<name>` find a [`Defense`] of your own. Usable as a class decorator.
+
+    Raises:
+        ValueError: the class has no `name`, or the name is taken.
+    """
+    name = defense.name
+    if not name or name == "none" or "," in name:
+        raise ValueError(f"a defense needs a `name` of its own to be registered, got {name!r} on {defense.__name__}.")
+    if name in DEFENSES:
+        raise ValueError(f"the defense name {name!r} is taken by {DEFENSES[name].__name__}: choose another.")
+    DEFENSES[name] = defense
+    return defense
+
+
+for _defense in (KL, LDIFS, Steering, Inoculation, Interleaving, InterleavingPlus, InterleavingPlusPlus):
+    register(_defense)
+
+
+def parse_defense(value: object) -> list[str]:
+    """Return the names in a `defense` argument: `"none"` → `[]`, `"kl,ldifs"` → `["kl", "ldifs"]`.
+
+    Raises:
+        ValueError: anything but a comma-separated list of known names, each at most once. YAML reads `defense: no` as
+            False and an empty `defense:` as None; both are refused.
+    """
+    known = ", ".join(["none", *DEFENSES])
+    if not isinstance(value, str) or not value.strip():
+        hint = " (YAML reads no, off and an empty value so)" if value in (False, None) else ""
+        raise ValueError(f"defense={value!r} is not a defense{hint}. Write 'none' for no defense; known: {known}.")
+    names = [name.strip() for name in value.split(",")]
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name == "none":
+            raise ValueError(f"defense={value!r} mixes 'none' with other names: leave 'none' out, or everything else.")
+        if name not in DEFENSES:
+            hint = did_you_mean(name, ["none", *DEFENSES], cutoff=0.4)
+            raise ValueError(f"defense={value!r}: {name!r} is not a known defense.{hint} Known: {known}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"defense={value!r} names a defense twice: name each once.")
+    return names
+
+
+def build_defenses(args: Any, **inputs: Any) -> list[Defense]:
+    """Build the defenses that `args.defense` names, in that order, once per run.
+
+    Args:
+        args: config whose options have been checked.
+        inputs: keyword arguments of the trainer that defenses may read.
+    """
+    named = [DEFENSES[name] for name in parse_defense(args.defense)]
+    return [defense(args, **{name: inputs.get(name) for name in defense.inputs}) for defense in named]
+
+
+def options_text(options: dict[str, Any]) -> str:
+    """Return options as `name=value`, in one line."""
+    return ", ".join(f"{name}={value}" for name, value in options.items())

@@ -1,0 +1,181 @@
+"""The guarded loss of a micro-batch: reference pass, policy pass, head and terms, from top to bottom."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from ..defenses.base import Defense
+from ..models.sharding import gathered
+from ..ops import ce_kl_head, logit_transform
+from .forward import States, run_backbone
+from .scopes import positions_in_scope
+from .terms import Term, kept_positions, state_term, wanted_layers
+
+
+@dataclass
+class GuardOutput(ModelOutput):
+    """Output of a guarded forward.
+
+    Attributes:
+        total: `()`, CE + Σ coef · term, scaled for the step; the only entry with a gradient.
+        stats: `(len(names),)`, sums over this micro-batch's positions, detached; [`LossGuard.names`] names them.
+        router_logits: the backbone's, of mixture-of-experts models.
+    """
+
+    # The name is not `loss`: AdaLoRA adds a regulariser to an output of that name, which SFTTrainer's does not have.
+    total: torch.Tensor | None = None
+    stats: torch.Tensor | None = None
+    router_logits: Any = None
+
+
+class InsideReference(Protocol):
+    """Reference that may run inside the policy's forward."""
+
+    def inside(
+        self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
+    ) -> States | None: ...
+
+
+class PassGuard:
+    """Guard for trainers with a loss of their own: the stock forward, inside of what defenses put around it.
+
+    Args:
+        defenses: active defenses.
+        batch: the trainer's micro-batch. A trainer may leave labels out of the call.
+    """
+
+    def __init__(self, defenses: Sequence[Defense], batch: Mapping[str, Any]):
+        self.defenses = defenses
+        self.batch = batch
+        self.passes = 0
+
+    def __call__(self, model: PreTrainedModel, stock_forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        self.passes += 1
+        with ExitStack() as surroundings:
+            for defense in self.defenses:
+                surroundings.enter_context(defense.policy_pass(model, {**self.batch, **inputs}))
+            return stock_forward(**inputs)
+
+
+class LossGuard:
+    """Guard for one training micro-batch with the package's own loss.
+
+    Args:
+        terms: terms of the loss; at most one of them compares distributions.
+        defenses: active defenses; those that surround the policy's pass act here.
+        ce_scale: `()`, factor of Σ CE: ranks / label tokens of the step.
+        marks: masks of tokens by the name of a scope, `(B, T)`. CE is summed up for each of them as well.
+        reference: the reference; `None` without terms.
+        states: the reference's states, if it ran before the policy or they were read from disk.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        defenses: Sequence[Defense],
+        ce_scale: torch.Tensor,
+        marks: Mapping[str, torch.Tensor],
+        reference: InsideReference | None = None,
+        states: States | None = None,
+    ):
+        self.terms = terms
+        self.defenses = defenses
+        self.ce_scale = ce_scale
+        self.marks = marks
+        self.reference = reference
+        self.states = states
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sums in [`GuardOutput.stats`]."""
+        names = ["ce", "tokens", "entropy", "top1"]
+        names += [f"{what}/{scope}" for scope in self.marks for what in ("ce", "tokens")]
+        for term in self.terms:
+            names += [f"{term.defense.name}/{what}" for what in ("value", "positions", "evidence", "requires_grad")]
+        return names
+
+    def __call__(
+        self, model: PreTrainedModel, stock_forward: Callable[..., Any], inputs: dict[str, Any]
+    ) -> GuardOutput:
+        kept = kept_positions(inputs, self.terms)  # (B, T - 1), P of them
+        batch = dict(inputs)
+        labels = inputs.pop("labels")[:, 1:][kept]  # (P,)
+        layers = wanted_layers([term.defense for term in self.terms], model)
+
+        # The reference runs first, without gradient and with nothing around it.
+        reference = self.states
+        if reference is None and self.reference is not None:
+            reference = self.reference.inside(model, inputs, kept, layers)
+
+        # The policy's pass.
+        with ExitStack() as surroundings:
+            for defense in self.defenses:
+                surroundings.enter_context(defense.policy_pass(model, batch))
+            policy = run_backbone(model, inputs, kept, layers)
+
+        # The head: CE and divergence in one pass, with their gradient.
+        divergence = next((term for term in self.terms if term.defense.divergence is not None), None)
+        head = self._run_head(model, policy, reference, divergence, labels, kept)
+        loss, device = head.loss, policy.head[0].device
+        has_label = labels.to(device) != -100
+        stats = [head.ce.sum(), has_label.sum(), head.entropy[has_label].sum(), head.is_top1.sum()]
+        for scope in self.marks:
+            marked = positions_in_scope(batch, scope, self.marks)[kept].to(device)
+            stats += [head.ce[marked].sum(), marked.sum()]
+
+        # The terms: the head has formed its own, and those over block outputs form their gradient here.
+        for term in self.terms:
+            if term is divergence:
+                value, evidence = head.kl[term.positions[kept].to(device)].sum(), head.kl_evidence
+                connected = policy.last.requires_grad
+            else:
+                assert reference is not None  # where there are terms, there is one
+                own = wanted_layers([term.defense], model)
+                weighted, value, evidence, connected = state_term(term, own, policy.blocks, reference.blocks, kept)
+                loss = loss + weighted.to(loss.device)
+            stats += [value, term.positions.sum(), evidence, torch.tensor(connected)]
+        return GuardOutput(
+            total=loss,
+            stats=torch.stack([s.detach().to(loss.device, torch.float32) for s in stats]),
+            router_logits=policy.router_logits,
+        )
+
+    def _run_head(
+        self,
+        model: PreTrainedModel,
+        policy: States,
+        reference: States | None,
+        divergence: Term | None,
+        labels: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> Any:
+        weight, bias = policy.head
+        device = weight.device
+        labels = labels.to(device)
+        term_weight = (
+            None if divergence is None else divergence.scale.to(device) * divergence.positions[kept].to(device)
+        )
+        softcap, logit_scale = logit_transform(model.config.get_text_config())
+        with gathered(weight, bias, *(reference.head if reference is not None else ())):
+            compared = None
+            if divergence is not None and reference is not None:
+                ref_weight, ref_bias = reference.head
+                ref_bias = None if ref_bias is None else ref_bias.to(device)
+                compared = reference.last.to(device), ref_weight.to(device), ref_bias
+            return ce_kl_head(
+                policy.last.to(device),
+                weight,
+                bias,
+                labels,
+                self.ce_scale.to(device) * (labels != -100),
+                term_weight,
+                compared,
+                (divergence and divergence.defense.divergence) or "reverse",
+                softcap,
+                logit_scale,
+            )

@@ -1,0 +1,44 @@
+"""Scopes: the positions that a term looks at, and the names they go by."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+# Positions that predict a label, and positions that predict any real token. Defenses mark further scopes by name.
+LABELS, ALL = "loss", "all"
+
+
+def positions_in_scope(
+    batch: Mapping[str, Any], scope: str, marks: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Return the positions of a scope. Position t is about the prediction of token t + 1.
+
+    Args:
+        batch: collated batch of `(B, T)` tensors.
+        scope: `"loss"` for positions that predict a label; `"all"` for positions that predict a real token; the name
+            of a mark for positions that predict a label of a marked token.
+        marks: masks of tokens by name, `(B, T)` boolean.
+
+    Returns:
+        Boolean, `(B, T - 1)`.
+
+    Raises:
+        ValueError: the scope is `"all"`, and the batch does not say which tokens are real.
+    """
+    if scope == LABELS:
+        return batch["labels"][:, 1:] != -100
+    if scope != ALL:
+        return (batch["labels"][:, 1:] != -100) & (marks or {})[scope][:, 1:]
+    # The attention mask tells real tokens from pads. A pad's id may equal the end of turn, so ids cannot tell.
+    if batch.get("attention_mask") is not None:
+        mask = batch["attention_mask"].bool()
+        return mask[:, 1:] & mask[:, :-1]
+    if batch.get("position_ids") is not None:
+        # Rows without padding: position 0 starts a document, or pads the end.
+        return batch["position_ids"][:, 1:] != 0
+    raise ValueError(
+        "tokens='all' needs to know which tokens are real, and this batch has neither 'attention_mask' nor "
+        "'position_ids': let the data collator return one of them."
+    )

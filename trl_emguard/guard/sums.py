@@ -1,0 +1,49 @@
+"""Named sums of a training step: added over micro-batches on the device, and over ranks in one collective."""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+
+
+class Sums:
+    """Sums of one step.
+
+    Every rank adds the same names in the same order, whatever its rows are, so that one vector holds them all.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Discard what an interrupted step has left."""
+        self._names: tuple[str, ...] = ()
+        self._values: torch.Tensor | None = None
+
+    def add(self, names: Sequence[str], values: torch.Tensor) -> None:
+        """Add a micro-batch's values, `(len(names),)`.
+
+        Raises:
+            ValueError: the names are not those of the step's first micro-batch.
+        """
+        if self._values is None:
+            self._names, self._values = tuple(names), values
+        elif tuple(names) != self._names:
+            raise ValueError(
+                f"a micro-batch sums up {sorted(names)}, and the first one of its step {sorted(self._names)}."
+            )
+        else:
+            self._values = self._values + values
+
+    def reduce(self, accelerator: Accelerator, copies: int = 1) -> dict[str, float]:
+        """Return the sums over all ranks, and start anew.
+
+        Args:
+            accelerator: the run's.
+            copies: number of ranks that hold the same rows (tensor parallelism), whose sums count once.
+        """
+        assert self._values is not None
+        values = accelerator.reduce(self._values, "sum").tolist()
+        named = {name: value / copies for name, value in zip(self._names, values, strict=True)}
+        self.clear()
+        return named

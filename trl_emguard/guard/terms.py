@@ -1,0 +1,172 @@
+"""Terms: what reference defenses add to the loss of a micro-batch."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..defenses.base import ReferenceDefense
+from ..models.blocks import decoder_blocks
+from ..ops import with_gradient
+from .scopes import ALL, LABELS, positions_in_scope
+
+
+@dataclass
+class Term:
+    """A reference defense in one micro-batch.
+
+    Attributes:
+        defense: defense whose distance it is.
+        positions: `(B, T - 1)`, positions it looks at.
+        scale: `()`, factor of the sum over them: coefficient · ranks / positions of the step.
+    """
+
+    defense: ReferenceDefense
+    positions: torch.Tensor
+    scale: torch.Tensor
+
+
+def scaled_terms(
+    defenses: Sequence[ReferenceDefense],
+    batch: Mapping[str, Any],
+    marks: Mapping[str, torch.Tensor],
+    label_tokens: torch.Tensor | None,
+    all_tokens: torch.Tensor | None,
+    ranks: int,
+) -> tuple[torch.Tensor, list[Term]]:
+    """Return the factor of CE's sum, `()`, and the terms with their positions and factors.
+
+    CE's own normalisation counts the tokens of the whole step, times the ranks, since DDP averages their gradients.
+
+    Args:
+        defenses: reference defenses that act.
+        batch: collated micro-batch.
+        marks: masks of tokens by the name of a scope.
+        label_tokens: labels of the step over all ranks. Where Trainer counts none, the mean is the micro-batch's, which
+            Trainer divides by the accumulation steps.
+        all_tokens: the same for positions of the scope `"all"`.
+        ranks: ranks over which gradients are averaged.
+    """
+
+    def scale(coef: float, scope: str, counted: torch.Tensor) -> torch.Tensor:
+        count = all_tokens if scope == ALL else label_tokens
+        count = torch.as_tensor(counted.sum() if count is None else count, device=counted.device)
+        return coef * ranks / count.to(torch.float32).clamp(min=1)
+
+    labelled = positions_in_scope(batch, LABELS)
+    terms = []
+    for defense in defenses:
+        positions = positions_in_scope(batch, defense.tokens, marks)
+        counted = positions if defense.tokens == ALL else labelled
+        terms.append(Term(defense, positions, scale(defense.coef, defense.tokens, counted)))
+    return scale(1.0, LABELS, labelled), terms
+
+
+def compared_positions(terms: Sequence[Term]) -> torch.Tensor:
+    """Return the positions that any term looks at, `(B, T - 1)`."""
+    return functools.reduce(torch.logical_or, [term.positions for term in terms])
+
+
+def kept_positions(batch: Mapping[str, Any], terms: Sequence[Term]) -> torch.Tensor:
+    """Return the positions whose states CE or any term needs, `(B, T - 1)`."""
+    return functools.reduce(torch.logical_or, [term.positions for term in terms], positions_in_scope(batch, LABELS))
+
+
+def state_term(
+    term: Term,
+    layers: Sequence[int],
+    policy: dict[int, torch.Tensor],
+    reference: dict[int, torch.Tensor],
+    kept: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+    """Form a term over block outputs, with its gradient.
+
+    Args:
+        term: term whose [`~ReferenceDefense.token_loss`] is taken.
+        layers: blocks it looks at.
+        policy: layer → the policy's states, `(P, H)`.
+        reference: layer → the reference's states.
+        kept: `(B, T - 1)`, the P positions of these states.
+
+    Returns:
+        scale · Σ distance, `()`, connected to `policy`; the plain sum, `()`; the evidence Σ |∂ scale · Σ distance / ∂
+        states|, `()`, exactly 0 where the term teaches nothing; and whether any of the policy's states requires grad.
+    """
+    rows = term.positions[kept]
+    states = [policy[layer][rows.to(policy[layer].device)] for layer in layers]
+    leaves = [x.detach().requires_grad_() for x in states]
+    targets = [reference[layer].to(x.device)[rows.to(x.device)] for layer, x in zip(layers, leaves, strict=True)]
+    with torch.enable_grad():
+        distance = term.defense.token_loss(leaves, targets)
+        if distance.shape != leaves[0].shape[:1]:
+            raise ValueError(
+                f"{type(term.defense).__name__}.token_loss returned shape {tuple(distance.shape)}: it must be one "
+                f"distance per token, ({len(leaves[0])},)."
+            )
+        weighted = distance.sum() * term.scale.to(distance)
+    gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
+    # A detached term has a value and no gradient, and the evidence says so.
+    if weighted.requires_grad:
+        gradients = torch.autograd.grad(weighted, leaves, allow_unused=True)
+    evidence = torch.zeros((), device=weighted.device)
+    for gradient in gradients:
+        if gradient is not None:
+            evidence += gradient.abs().sum(dtype=torch.float32).to(evidence.device)
+    connected = any(x.requires_grad for x in states)
+    return with_gradient(weighted, states, gradients), distance.detach().sum(), evidence, connected
+
+
+def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) -> list[int]:
+    """Return the blocks that any of the defenses looks at, ascending.
+
+    Raises:
+        ValueError: a layer outside 1 … L, or a defense that compares neither distributions nor blocks.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    wanted: set[int] = set()
+    for defense in defenses:
+        layers = defense.layers(count)
+        if not layers and defense.divergence is None:
+            raise ValueError(
+                f"defense {defense.name!r} names no layer and sets no `divergence`: it has nothing to compare."
+            )
+        for layer in layers:
+            if not 1 <= layer <= count:
+                raise ValueError(
+                    f"defense {defense.name!r}: layer {layer} is out of range: the blocks count from 1 to {count}."
+                )
+        wanted.update(layers)
+    return sorted(wanted)
+
+
+def check_layers_train(defenses: Sequence[ReferenceDefense], policy: nn.Module, bare: PreTrainedModel) -> None:
+    """Refuse terms over blocks that no trained weight can move. With checkpointing their states require grad anyway.
+
+    Args:
+        defenses: reference defenses that act.
+        policy: the model with its adapters.
+        bare: the causal language model inside of it.
+
+    Raises:
+        ValueError: a defense compares a block below the lowest trained weight.
+    """
+    layers_of = {defense.name: wanted_layers([defense], bare) for defense in defenses}
+    if not any(layers_of.values()):
+        return
+    # Blocks count from 1. A head is above all of them, and any other weight outside counts as below.
+    blocks = decoder_blocks(bare)
+    place = {id(p): len(blocks) + 1 for p in bare.get_output_embeddings().parameters()}
+    place |= {id(p): 0 for p in bare.get_input_embeddings().parameters()}
+    place |= {id(p): i for i, block in enumerate(blocks, 1) for p in block.parameters()}
+    lowest = min((place.get(id(p), 0) for p in policy.parameters() if p.requires_grad), default=0)
+    for name, layers in layers_of.items():
+        below = [layer for layer in layers if layer < lowest]
+        if below:
+            raise ValueError(
+                f"defense {name!r} compares the output of block {below[0]}, but the lowest block with a trained weight "
+                f"is {lowest}: nothing could move it. Compare higher blocks, or train lower ones."
+            )

@@ -1,0 +1,155 @@
+"""References that share the policy's base weights: adapters off, or a frozen copy of the adapter."""
+
+import copy
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..guard.forward import ReferenceGuard, States
+from ..models.adapters import AdapterSwitch
+from ..models.identity import fingerprint
+from ..models.sharding import gathered
+from .kinds import Kind, Reference
+
+
+REF_ADAPTER = "ref"
+
+
+class AdapterReference(Reference):
+    """The policy's own base weights, with other adapters: none, or a frozen copy of the one it started with.
+
+    The pass runs inside the policy's forward.
+
+    Args:
+        policy: model with all its adapters.
+        adapter: name of the frozen adapter; `None` for the base model.
+    """
+
+    def __init__(self, policy: PeftModel, adapter: str | None):
+        self.adapter = adapter
+        self.kind = Kind.ADAPTERS_OFF if adapter is None else Kind.ADAPTER_COPY
+        self.model = policy.get_base_model()
+        self.switch = AdapterSwitch(policy)
+
+    def inside(
+        self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
+    ) -> States:
+        with self.switch.only(self.adapter), torch.no_grad():
+            return ReferenceGuard(positions, layers)(model, model.forward, inputs)
+
+    def fingerprint(self, policy: nn.Module) -> str:
+        return fingerprint(policy, set(getattr(policy, "peft_config", {})) - {self.adapter})
+
+
+def trained_outside_adapters(policy: PeftModel) -> list[str]:
+    """Return trained parameters that stay in the forward pass when adapters are off. PEFT keys adapters by name."""
+    adapters = set(policy.peft_config)
+    return [name for name, p in policy.named_parameters() if p.requires_grad and adapters.isdisjoint(name.split("."))]
+
+
+def adapter_is_zero(policy: PeftModel) -> bool:
+    """Return whether the active adapters leave the model as it is.
+
+    They do if B of every LoRA (A of an embedding's) is 0 and every copy of a module or token is untouched.
+    """
+    zeros: list[torch.Tensor] = []
+    for layer in (m for m in policy.modules() if isinstance(m, BaseTunerLayer)):
+        if isinstance(layer, TrainableTokensLayer):
+            continue  # its wrapper is looked at below
+        if not isinstance(layer, LoraLayer) or isinstance(layer, AdaLoraLayer):
+            return False
+        for name in layer.active_adapters:
+            if name in layer.lora_B:
+                zeros += layer.lora_B[name].parameters()
+            if name in layer.lora_embedding_A:
+                zeros.append(layer.lora_embedding_A[name])
+    with gathered(*zeros):
+        if any(bool(weight.detach().any()) for weight in zeros):
+            return False
+    wrappers = [m for m in policy.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    return all(_is_untouched(wrapper, name) for wrapper in wrappers for name in wrapper.active_adapters)
+
+
+def _is_untouched(wrapper: AuxiliaryTrainingWrapper, adapter: str) -> bool:
+    """Return whether a copied module, or trainable tokens, still are what they replace."""
+    if not isinstance(wrapper, ModulesToSaveWrapper):
+        layer = wrapper.token_adapter
+        rows = layer.get_base_layer().weight[layer.token_indices[adapter]]
+        return torch.equal(layer.trainable_tokens_delta[adapter].to(rows.dtype), rows)
+    if adapter not in wrapper.modules_to_save:
+        return True
+    copied, original = wrapper.modules_to_save[adapter].parameters(), wrapper.original_module.parameters()
+    pairs = list(zip(copied, original, strict=True))
+    with gathered(*(p for pair in pairs for p in pair)):
+        return all(torch.equal(p, q.to(p.dtype)) for p, q in pairs)
+
+
+def add_ref_adapter(policy: PeftModel) -> str:
+    """Add a frozen copy of the active adapter, which no checkpoint holds, and return its name.
+
+    Raises:
+        ValueError: several adapters are active, the name is taken, or this type of adapter cannot be copied.
+    """
+    active = policy.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"the model has {len(active)} active adapters ({', '.join(active)}): a frozen copy is made of one. Activate "
+            "one, or pass `ref_model`."
+        )
+    if getattr(policy, "_emguard_ref", False):
+        policy.delete_adapter(REF_ADAPTER)  # an earlier trainer on the same model has left it
+    if REF_ADAPTER in policy.peft_config:
+        raise ValueError(
+            f"the model already has an adapter named {REF_ADAPTER!r}, the name that the frozen copy takes: rename it, "
+            "or pass `ref_model`."
+        )
+    config = copy.deepcopy(policy.peft_config[active[0]])
+    if hasattr(config, "init_lora_weights"):
+        # The copy's weights are written below. A second PiSSA, OLoRA or LoftQ init would change the base weights again.
+        config.init_lora_weights = True
+    config.inference_mode = True
+    # The data order must not depend on how many random numbers the copy's initialisation drew.
+    with torch.random.fork_rng():
+        policy.add_adapter(REF_ADAPTER, config)
+    parameters = dict(policy.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if REF_ADAPTER not in parts:
+            continue
+        source = ".".join(active[0] if part == REF_ADAPTER else part for part in parts)
+        if source not in parameters:
+            raise ValueError(
+                f"the weight {name!r} of the frozen adapter copy has no counterpart in the policy: this adapter type "
+                f"({config.peft_type}) cannot be copied. Pass `ref_model`."
+            )
+        parameter.data = parameters[source].detach().clone()
+        parameter.requires_grad_(False)
+
+    # PEFT saves every adapter it holds, and a checkpoint is the policy alone.
+    policy.save_pretrained = types.MethodType(_save_policy, policy)
+    policy._emguard_ref = True
+    return REF_ADAPTER
+
+
+def _save_policy(policy: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    kwargs.setdefault("selected_adapters", [name for name in policy.peft_config if name != REF_ADAPTER])
+    return type(policy).save_pretrained(policy, *args, **kwargs)
+
+
+def frozen_copy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """Return a deep copy of a model with the stock forward."""
+    copied = copy.deepcopy(policy)
+    # The patched forward of an instance holds on to the policy.
+    (copied.get_base_model() if is_peft_model(copied) else copied).__dict__.pop("forward", None)
+    return copied

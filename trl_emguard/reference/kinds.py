@@ -1,0 +1,149 @@
+"""References: what every kind of them can be asked, and the kind that is a model of its own."""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model, is_peft_model
+from peft import PeftModel
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from trl.models.utils import prepare_deepspeed
+
+from ..guard.forward import Gate, ReferenceGuard, States
+from ..models.head import output_head
+from ..models.identity import fingerprint
+
+
+class Kind(Enum):
+    """Origin of a reference, in the words that `defense.json` holds."""
+
+    ADAPTERS_OFF = "base model, adapters off"
+    ADAPTER_COPY = "frozen copy of the adapter ('ref')"
+    MODEL_COPY = "frozen copy of the model"
+    LOADED_AGAIN = "loaded again"
+    GIVEN = "separate model (ref_model)"
+
+
+class Reference:
+    """A model that the policy is held to.
+
+    Attributes:
+        kind: its origin.
+        text: the same in words, for logs and `defense.json`.
+        model: causal language model without wrappers that the states come from.
+    """
+
+    kind: Kind
+    model: PreTrainedModel
+
+    @property
+    def text(self) -> str:
+        return self.kind.value
+
+    def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States | None:
+        """Return the states of a batch before the policy's pass, or `None` if they are made inside of it.
+
+        Args:
+            batch: collated batch without keys that a model does not know.
+            positions: `(B, T - 1)`, positions to keep.
+            layers: blocks to keep.
+        """
+        del batch, positions, layers
+        return None
+
+    def inside(
+        self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
+    ) -> States | None:
+        """Return the states of a batch from inside the policy's forward, or `None` if they were made before.
+
+        Args:
+            model: the policy without wrappers.
+            inputs: keyword arguments of its backbone.
+            positions: `(B, T - 1)`, positions to keep.
+            layers: blocks to keep.
+        """
+        del model, inputs, positions, layers
+        return None
+
+    def after(self) -> None:
+        """Release what a pass has left."""
+
+    def fingerprint(self, policy: nn.Module) -> str:
+        """Return a hash of the weights that the reference uses."""
+        raise NotImplementedError
+
+
+class ModelReference(Reference):
+    """A frozen model of its own, run through its own prepared engine before the policy's forward.
+
+    Args:
+        model: model, with or without adapters. It is frozen.
+        accelerator: the run's.
+        kind: origin of the model.
+        source: path that it was loaded from, for [`Kind.LOADED_AGAIN`].
+
+    Attributes:
+        model: causal language model without wrappers.
+        engine: callable that runs the model.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, accelerator: Accelerator, kind: Kind, source: str | None = None
+    ):
+        self.kind = kind
+        self.source = source
+        model.requires_grad_(False)
+        model.eval()
+        self.model = model.get_base_model() if is_peft_model(model) else model
+        self._gate = Gate(self.model)
+        self._unprepared = model
+        self._accelerator = accelerator
+        self.engine = model
+
+    @property
+    def text(self) -> str:
+        return self.kind.value if self.source is None else f"{self.kind.value} from {self.source}"
+
+    def prepare(self, is_deepspeed: bool, is_fsdp: bool) -> None:
+        """Place the model as the policy is placed."""
+        if is_deepspeed:
+            self.engine = prepare_deepspeed(self._unprepared, self._accelerator)
+        elif is_fsdp:
+            # Block by block, as the policy. TRL's `prepare_fsdp` makes one unit of a model, which a pass gathers whole.
+            self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
+        else:
+            self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
+
+    def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States:
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "output_router_logits")}
+        with self._gate.armed(ReferenceGuard(positions, layers), only_with_gradient=False):
+            states = self.engine(**inputs)
+        # FSDP2 takes a head apart again when the pass ends, so it is read anew.
+        states.head = output_head(self.model)
+        return states
+
+    def after(self) -> None:
+        """Take apart what FSDP2 keeps whole until a backward pass, which this model never has: its head."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def fingerprint(self, policy: nn.Module) -> str:
+        del policy
+        return fingerprint(self.model)
+
+    def move_backbone(self, device: torch.device | str) -> bool:
+        """Move all but the head to a device: off the accelerator while every state is cached, and back.
+
+        Returns:
+            False where it stays: a model that the user passed, or one that is quantised or split over devices.
+        """
+        fixed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "hf_quantizer", None)
+        if self.kind is Kind.GIVEN or fixed:
+            return False
+        self.model.base_model.to(device)
+        return True

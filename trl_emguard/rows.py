@@ -1,0 +1,160 @@
+"""Training rows of supervised fine-tuning on their way to batches, through the hooks of defenses."""
+
+import copy
+from typing import Any
+
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import DataCollator
+from trl import SFTTrainer, pack_dataset
+
+from .config import EMGuardConfig
+from .data.places import Loading
+from .data.prepare import StreamPlan, Tokenizing
+from .defenses import Defense
+from .evidence import InactiveDefenseError
+
+
+class DefendedRows(SFTTrainer):
+    """Part of an SFTTrainer that shows the training rows to its defenses.
+
+    Rows pass the hooks `prepare_rows`, `check_tokenizer`, `prepare_tokenized`, `add_rows` and `train_loader`. Evaluation
+    rows pass none.
+    """
+
+    # SFTTrainer sets them.
+    completion_only_loss: bool
+    data_collator: DataCollator
+
+    defenses: list[Defense]
+
+    def overrides(self, *hooks: str) -> bool:
+        """Return whether any active defense overrides one of the hooks."""
+        return any(getattr(type(d), hook) is not getattr(Defense, hook) for d in self.defenses for hook in hooks)
+
+    def _prepare_rows(self, rows: Any) -> Any:
+        for defense in self.defenses:
+            rows = defense.prepare_rows(rows)
+        self._rows_to_prepare: Any = rows if self.defenses else None
+        return rows
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        prepare = super()._prepare_dataset
+        # Evaluation rows come through here as well, under any name.
+        if dataset is not self._rows_to_prepare:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self._rows_to_prepare = None
+        for defense in self.defenses:
+            defense.check_tokenizer(self._tokenizer)
+        # Rows are tokenised whole, shown to the defenses, and then cut, packed and shuffled as the user says.
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        first = next(iter(dataset))
+        dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        tokenizing = self._tokenizing(first, dataset, whole)
+        for defense in self.defenses:
+            dataset = defense.prepare_tokenized(dataset, tokenizing)
+        if not (packing or isinstance(dataset, IterableDataset)) or not self.overrides("add_rows"):
+            return prepare(dataset, processing_class, args, packing, None, dataset_name)
+        return self._add_rows(dataset, args, packing, dataset_name)
+
+    def _tokenizing(self, first: dict[str, Any], tokenised: Any, whole: EMGuardConfig) -> Tokenizing:
+        """Return the way in which the training rows were tokenised, for other rows."""
+        prepare = super()._prepare_dataset
+        # Rows that come tokenised say by their labels whether prompts are trained on.
+        if "input_ids" in first:
+            answers_only = -100 in next(iter(tokenised))["labels"]
+        else:
+            answers_only = self.completion_only_loss and "completion" in first
+
+        def tokenize(rows: Dataset, name: str) -> Dataset:
+            before, self.completion_only_loss = self.completion_only_loss, answers_only
+            try:
+                return prepare(rows, self._tokenizer, whole, False, None, name)
+            finally:
+                self.completion_only_loss = before
+
+        return Tokenizing(self._tokenizer, tokenize, answers_only, first.get("chat_template_kwargs"))
+
+    def _add_rows(self, dataset: Any, args: EMGuardConfig, packing: bool, dataset_name: str) -> Any:
+        """Let defenses add rows, and then do what SFTTrainer does to rows that are packed or streamed."""
+        if packing and args.max_length is None:
+            raise ValueError("packing=True needs max_length, which is None: give the length of a pack.")
+        of_run = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        rows = len(dataset) if isinstance(dataset, Dataset) else None
+        plan = StreamPlan(rows, of_run if args.max_steps > 0 else None, args.max_steps)
+        if not packing:
+            unshuffled = copy.copy(args)
+            unshuffled.shuffle_dataset = False
+            # This cuts the rows.
+            dataset = super()._prepare_dataset(dataset, self._tokenizer, unshuffled, False, None, dataset_name)
+        for defense in self.defenses:
+            dataset = defense.add_rows(dataset, plan)
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        if packing:
+            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+        return dataset
+
+    def _check_rows_came_by(self) -> None:
+        if isinstance(self.train_dataset, Dataset) and not len(self.train_dataset):
+            raise ValueError(
+                f"max_length={self.args.max_length} cuts every label off all of the training rows, and SFTTrainer leaves "
+                "such rows out: raise it, or give shorter prompts."
+            )
+        missed = self._rows_to_prepare is not None and not self._skip_prepare_dataset
+        if missed and self.overrides("prepare_tokenized", "add_rows"):
+            raise InactiveDefenseError(
+                f"defense={self.args.defense!r}: the training rows did not come by when they were tokenised, so the run "
+                "is not defended. A subclass must hand them to `super()._prepare_dataset` as they are."
+            )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        columns = [column for defense in self.defenses for column in defense.columns]
+        self._signature_columns += [column for column in columns if column not in self._signature_columns]
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not self.overrides("train_loader"):
+            return super().get_train_dataloader()
+        collator = self.data_collator
+        loading = self.loading(self._remove_unused_columns(self.train_dataset, description="Training"))
+        try:
+            self.data_collator = loading.collator
+            # A stream has no order.
+            return self._get_dataloader(
+                loading.rows, "Training", self._train_batch_size, lambda _: loading.order, is_training=True
+            )
+        finally:
+            # Evaluation keeps the stock collator.
+            self.data_collator = collator
+
+    def loading(self, rows: Any) -> Loading:
+        """Return the way from training rows to batches, as the defenses have it."""
+        args, drop_last = self.args, self.args.dataloader_drop_last
+        order: Any = None if isinstance(rows, IterableDataset) else self._get_train_sampler(rows)
+        if isinstance(order, RandomSampler):
+            # accelerate makes the same of it: an order that follows from seed and epoch.
+            order = SeedableRandomSampler(
+                order.data_source,
+                replacement=order.replacement,
+                num_samples=order._num_samples,
+                generator=order.generator,
+                data_seed=args.data_seed,
+            )
+        ranks = self.accelerator.num_processes // self.get_tp_size()
+        loading = Loading(
+            rows=rows,
+            order=order,
+            collator=self.data_collator,
+            block=self._train_batch_size * (1 if self.accelerator.split_batches else ranks),
+            drop_last=drop_last,
+            even=self.accelerator.even_batches and ranks > 1 and not drop_last,
+            max_steps=args.max_steps,
+            epochs=args.num_train_epochs,
+            accumulation=args.gradient_accumulation_steps,
+        )
+        for defense in self.defenses:
+            loading = defense.train_loader(loading)
+        return loading
