@@ -20,7 +20,7 @@ from ..defenses import Defense, ReferenceDefense
 from ..defenses.interleaving.collator import INTERLEAVED
 from ..models.blocks import record_blocks
 from ..models.sharding import gathered
-from ..ops import ce_kl_head, logit_transform, with_gradient
+from ..ops import ce_divergence_head, logit_transform, with_gradient
 from ..reference.choose import AdapterReference, ModelReference
 
 
@@ -220,7 +220,7 @@ class PolicyGuard:
                     ref_weight.to(device),
                     None if ref_bias is None else ref_bias.to(device),
                 )
-            head = ce_kl_head(
+            head = ce_divergence_head(
                 policy.last.to(device),
                 weight,
                 bias,
@@ -240,7 +240,7 @@ class PolicyGuard:
         # The terms: the head's is done, those over block outputs form their gradient here.
         for term in self.terms:
             if term is kl:
-                value, evidence = head.kl[term.scope[kept].to(device)].sum(), head.kl_evidence
+                value, evidence = head.divergence[term.scope[kept].to(device)].sum(), head.divergence_evidence
                 connected = policy.last.requires_grad
             else:
                 assert reference is not None  # where there are terms, there is one
