@@ -143,8 +143,8 @@ def _forward(hidden, weight, bias, labels, weights, reference, direction, logits
     tokens = len(hidden)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     head = weight.to(matmul)
-    ref_head: Any = None
-    ref_hidden, ref_weight, ref_bias = (None, None, None) if reference is None else reference
+    given: Any = reference or (None, None, None)
+    ref_hidden, ref_weight, ref_bias = given
     if reference is not None:
         ref_head = head if ref_weight is weight else ref_weight.to(matmul)
 
