@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from trl_emguard.ops import ce_kl_head
+from trl_emguard.ops import ce_divergence_head
 from trl_emguard.ops.head import TILE_BYTES
 
 
@@ -56,10 +56,12 @@ def make_calls(tokens: int, vocab: int, width: int, device: str) -> dict[str, Ca
 
     def head(direction: str) -> None:
         frozen = (reference, weight, None)
-        backward(ce_kl_head(hidden, weight, None, labels, ce_weight, KL_COEF * ce_weight, frozen, direction).loss)
+        backward(
+            ce_divergence_head(hidden, weight, None, labels, ce_weight, KL_COEF * ce_weight, frozen, direction).loss
+        )
 
     def ce_alone() -> None:
-        backward(ce_kl_head(hidden, weight, None, labels, ce_weight).loss)
+        backward(ce_divergence_head(hidden, weight, None, labels, ce_weight).loss)
 
     def two_kernels() -> None:
         outputs = ("log_probs", "entropy", "is_top1")

@@ -111,7 +111,7 @@ def planned(defense: str, tuning: str, layers: int) -> Run:
         micro_batches=ACCUMULATION,
         guarded=defense != "none",
         reference=("model" if tuning == "full" else "adapters off") if compared else "none",
-        kl="kl" in defense,
+        has_divergence="kl" in defense,
         layers=layers // 5 if "ldifs" in defense else 0,
     )
 

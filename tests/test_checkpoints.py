@@ -1,4 +1,4 @@
-"""What is saved, and going on from it."""
+"""Test checkpoints: their files, resuming from them, and the model card."""
 
 import json
 import os
@@ -15,15 +15,14 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from trl_emguard import trainer as trainer_module
-from trl_emguard.checkpoints import manifest as checkpoints
+from trl_emguard.checkpoints import manifest, whole
 from trl_emguard.checkpoints.manifest import (
     MANIFEST,
     begin_checkpoint,
+    find_flaw,
     finish_checkpoint,
-    newest_whole_checkpoint,
-    why_torn,
 )
+from trl_emguard.checkpoints.resume import newest_whole_checkpoint
 from trl_emguard.evidence import read_defense_file
 
 
@@ -63,7 +62,7 @@ def test_a_checkpoint_is_the_policy_alone_and_loads_in_plain_libraries(tmp_path,
 
 
 @pytest.mark.parametrize("tuning", ["lora", "pissa", "full"])
-def test_resume_equals_the_run_that_never_stopped(tmp_path, tuning):
+def test_resume_equals_an_uninterrupted_run(tmp_path, tuning):
     whole = trainer_for(tmp_path / "whole", tuning)
     whole.train()
     resumed = trainer_for(tmp_path / "resumed", tuning)
@@ -76,8 +75,8 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path, tuning):
 
 
 @pytest.mark.parametrize("defense", ["none", "kl", "inoculation"])
-def test_a_run_that_was_at_its_end_makes_no_step_more(tmp_path, defense):
-    """Its last checkpoint lies within an epoch: Trainer alone would go on to step 4."""
+def test_a_finished_run_makes_no_further_step(tmp_path, defense):
+    """Its last checkpoint is within an epoch: Trainer alone would continue to step 4."""
     options = {"defense": defense, "max_steps": 3, "save_steps": 3, "gradient_accumulation_steps": 1}
     whole = trainer_for(tmp_path, **options, lr_scheduler_type="constant")
     whole.train()
@@ -157,7 +156,7 @@ def test_coefficient_zero_resumes_a_plain_run(tmp_path):
     trainer_for(tmp_path, defense="kl", kl_coef=0.0).train(resume_from_checkpoint=True)
 
 
-def test_a_plain_trainers_checkpoint_is_no_defended_one(tmp_path):
+def test_a_plain_trainers_checkpoint_is_not_defended(tmp_path):
     stock = SFTTrainer(
         make_model(),
         trainer_for(tmp_path, defense="none").args,
@@ -173,18 +172,18 @@ def test_a_plain_trainers_checkpoint_is_no_defended_one(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"defenses": 3}', '{"defenses": {}}', "\x00"])
 def test_a_damaged_defense_file_is_refused(tmp_path, content):
-    """By its checksum, and where there is none, by what it says."""
+    """The checksum reveals the damage; without a manifest, the content does."""
     trainer_for(tmp_path).train()
     folder = tmp_path / "checkpoint-4"
     (folder / "defense.json").write_text(content)
-    with pytest.raises(ValueError, match=r"is a torn checkpoint \(defense.json has"):
+    with pytest.raises(ValueError, match=r"is a corrupt checkpoint \(defense.json has"):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
     (folder / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"defense.json is damaged"):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
 
 
-# ---- whole and torn ----
+# ---- whole and corrupt ----
 
 
 def flip(path):
@@ -202,7 +201,7 @@ DAMAGES = {"deleted": Path.unlink, "cut": cut, "emptied": lambda path: path.writ
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of runs with a checkpoint at steps 2 and 4: of this trainer, and of the stock one."""
+    """Train with this trainer and the stock one; return the folders, with checkpoints at steps 2 and 4."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("ours", "stock")}
     trainer_for(folders["ours"]).train()
     ours = trainer_for(folders["stock"], defense="none")
@@ -218,7 +217,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run_folder(saved, tmp_path):
-    """A copy of one of them."""
+    """Return a function that copies one of the folders."""
 
     def copy(name):
         return Path(shutil.copytree(saved[name], tmp_path / name))
@@ -227,7 +226,7 @@ def run_folder(saved, tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_is_torn_if_any_file_of_it_is(run_folder, damage):
+def test_a_checkpoint_is_corrupt_if_any_of_its_files_is(run_folder, damage):
     output = run_folder("ours")
     folder = output / "checkpoint-4"
     names = json.loads((folder / MANIFEST).read_text())["files"]
@@ -243,30 +242,30 @@ def test_a_checkpoint_is_torn_if_any_file_of_it_is(run_folder, damage):
         before = (folder / name).read_bytes()
         DAMAGES[damage](folder / name)
         if (name, damage) == (MANIFEST, "deleted"):
-            assert why_torn(folder) is None  # as a stock checkpoint, which all of its files are there for
+            assert find_flaw(folder) is None  # judged like a stock checkpoint, and all files are there
         else:
-            assert name in why_torn(folder) or name == MANIFEST
-            assert newest_whole_checkpoint(output) == (2, {"checkpoint-4": why_torn(folder)})
+            assert name in find_flaw(folder) or name == MANIFEST
+            assert newest_whole_checkpoint(output) == (2, {"checkpoint-4": find_flaw(folder)})
         (folder / name).write_bytes(before)
-    assert why_torn(folder) is None
+    assert find_flaw(folder) is None
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut", "emptied"])
-def test_what_can_be_seen_of_a_checkpoint_without_a_manifest(run_folder, damage):
+def test_damage_of_a_checkpoint_without_a_manifest(run_folder, damage):
     folder = run_folder("stock") / "checkpoint-4"
     assert not (folder / MANIFEST).exists()
     for path in sorted(folder.iterdir()):
         before = path.read_bytes()
         DAMAGES[damage](path)
-        # What no run is resumed from.
+        # Resuming does not need these files.
         harmless = {"README.md", "chat_template.jinja"} | (
             {"training_args.bin", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"}
             if damage == "deleted"
             else set()
         )
-        assert (why_torn(folder) is None) == (path.name in harmless), (path.name, why_torn(folder))
+        assert (find_flaw(folder) is None) == (path.name in harmless), (path.name, find_flaw(folder))
         path.write_bytes(before)
-    assert why_torn(folder) is None
+    assert find_flaw(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -300,11 +299,11 @@ def test_sharded_checkpoints_of_other_trainers(tmp_path, files, flaw):
     for name, content in {"trainer_state.json": "{}", **files}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    found = why_torn(tmp_path)
+    found = find_flaw(tmp_path)
     assert found is None if flaw is None else re.search(flaw, found)
 
 
-def test_torn_checkpoints_are_named_and_passed_over(run_folder, caplog):
+def test_corrupt_checkpoints_are_named_and_skipped(run_folder, caplog):
     output = run_folder("ours")
     cut(output / "checkpoint-4" / "optimizer.pt")
     (output / "checkpoint-6").mkdir()
@@ -312,7 +311,7 @@ def test_torn_checkpoints_are_named_and_passed_over(run_folder, caplog):
     resumed = trainer_for(output)
     resumed.train(resume_from_checkpoint="true")
     assert (
-        "holds torn checkpoints, which are not resumed from: checkpoint-6 (trainer_state.json is missing), "
+        "holds corrupt checkpoints, which are not resumed from: checkpoint-6 (trainer_state.json is missing), "
         in caplog.text
     )
     assert "checkpoint-4 (optimizer.pt has " in caplog.text
@@ -320,48 +319,49 @@ def test_torn_checkpoints_are_named_and_passed_over(run_folder, caplog):
     assert resumed.state.global_step == 4
 
 
-def test_there_are_none_but_torn_checkpoints(run_folder):
+def test_all_checkpoints_are_corrupt(run_folder):
     output = run_folder("ours")
     for step in (2, 4):
         begin_checkpoint(output / f"checkpoint-{step}")
     with pytest.raises(
-        ValueError, match=r"no whole checkpoint, only torn ones: checkpoint-4 \(it was never finished\), checkpoint-2"
+        ValueError,
+        match=r"no whole checkpoint, only corrupt ones: checkpoint-4 \(it was never finished\), checkpoint-2",
     ):
         trainer_for(output).train(resume_from_checkpoint=True)
 
 
 def test_a_large_file_is_known_by_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "CHECKSUM_BYTES", 8)
+    monkeypatch.setattr(manifest, "CHECKSUM_BYTES", 8)
     for name, size in (("large", 9), ("small", 8)):
         (tmp_path / name).write_bytes(bytes(size))
     finish_checkpoint(tmp_path)
     flip(tmp_path / "large")
-    assert why_torn(tmp_path) is None
+    assert find_flaw(tmp_path) is None
     cut(tmp_path / "large")
-    assert why_torn(tmp_path) == "large has 6 bytes instead of 9"
+    assert find_flaw(tmp_path) == "large has 6 bytes instead of 9"
     finish_checkpoint(tmp_path)
     flip(tmp_path / "small")
-    assert why_torn(tmp_path) == "small has changed"
+    assert find_flaw(tmp_path) == "small has changed"
 
 
-def test_what_else_lies_in_a_checkpoint_does_not_tear_it(run_folder):
+def test_other_files_do_not_make_a_checkpoint_corrupt(run_folder):
     folder = run_folder("ours") / "checkpoint-4"
     (folder / "README.md").write_text("edited")
     (folder / "notes.txt").write_text("added")
-    assert why_torn(folder) is None
+    assert find_flaw(folder) is None
 
 
 def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch):
-    whole = []
+    found = []
 
     def rotate(output_dir, *args, **kwargs):
-        whole.append(newest_whole_checkpoint(output_dir))
+        found.append(newest_whole_checkpoint(output_dir))
         rotate_checkpoints(output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "rotate_checkpoints", rotate)
+    monkeypatch.setattr(whole, "rotate_checkpoints", rotate)
     trainer = trainer_for(tmp_path, save_total_limit=1, push_to_hub=False)
     trainer.train()
-    assert whole == [(2, {}), (4, {})]
+    assert found == [(2, {}), (4, {})]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     stored = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
     assert stored.save_total_limit == trainer.args.save_total_limit == 1
@@ -371,7 +371,7 @@ def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
     trainer = trainer_for(tmp_path)
     pushed = []
     monkeypatch.setattr(
-        trainer, "_push_from_checkpoint", lambda folder: pushed.append((Path(folder).name, why_torn(folder)))
+        trainer, "_push_from_checkpoint", lambda folder: pushed.append((Path(folder).name, find_flaw(folder)))
     )
     trainer.args.push_to_hub = True
     trainer.train()

@@ -23,13 +23,13 @@ def detach_term(monkeypatch, defense):
     else:
         from trl_emguard.guard import forward as guarded_forward
 
-        original = guarded_forward.ce_kl_head
+        original = guarded_forward.ce_divergence_head
 
         def detached(*args):
             output = original(*args)
-            return output._replace(kl_evidence=torch.zeros_like(output.kl_evidence))
+            return output._replace(divergence_evidence=torch.zeros_like(output.divergence_evidence))
 
-        monkeypatch.setattr(guarded_forward, "ce_kl_head", detached)
+        monkeypatch.setattr(guarded_forward, "ce_divergence_head", detached)
 
 
 @pytest.mark.parametrize("defense", ["kl", "ldifs"])

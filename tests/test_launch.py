@@ -1,4 +1,4 @@
-"""`--accelerate_config`: what is launched, and what is refused before anything is."""
+"""Test `--accelerate_config`: arguments of a launch, and refusals before it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ FREE = ["--use_cpu", "true", "--bf16", "false"]
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What `accelerate launch` was given instead of launching it, as (its namespace, the training script's command line)."""
+    """Record launches instead of starting them: (accelerate's arguments, the training script's command line)."""
     calls = []
 
     def launch(arguments):
@@ -33,7 +33,7 @@ def launched(monkeypatch):
 
 @pytest.fixture
 def refused(capsys, launched):
-    """Runs a bad command line and returns its one line on stderr."""
+    """Return a function that runs a bad command line and returns its one line on stderr."""
 
     def run(*argv, **how):
         with pytest.raises(SystemExit) as stop:
@@ -47,7 +47,7 @@ def refused(capsys, launched):
     return run
 
 
-# ---- what is launched ----
+# ---- launching ----
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -67,7 +67,7 @@ def test_shipped_files_are_known_by_name_and_by_path(launched, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["cpu", "zero3"])
 def test_precision_is_judged_where_it_runs(launched, name):
-    """And not in the process that launches, which may have no accelerator."""
+    """The launching process does not judge the precision, since it may have no accelerator."""
     assert sft.main(["--accelerate_config", name, "--bf16", "true"]) == 0
     assert launched[0][1] == ["--bf16", "true"]
 
@@ -106,8 +106,8 @@ def test_a_yaml_file_may_say_how_to_launch(launched, tmp_path):
     assert (second.num_processes, second.config_file.endswith("single_gpu.yaml"), again) == (2, True, argv)
 
 
-def test_what_is_launched_passes_over_how(tmp_path, monkeypatch):
-    """A rank reads the same file, and trains."""
+def test_a_launched_process_ignores_the_launch_options(tmp_path, monkeypatch):
+    """A launched rank reads the same file, and trains."""
     runs = []
     monkeypatch.setattr(sft, "run", lambda *args: runs.append(args[1].defense))
     monkeypatch.setattr(sft, "launch", lambda arguments: pytest.fail("launched again"))
@@ -129,13 +129,13 @@ def test_without_it_nothing_is_launched(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_accelerate_understands_every_shipped_file(name):
-    from trl_emguard.planning.dry_run import read_launch
+    from trl_emguard.planning.engine import read_launch
 
     launch = read_launch(launch_arguments(find_accelerate_config(name), [], []))
     assert (launch.engine.ranks > 1) == (launch.engine.name != "one process")
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
 @pytest.mark.parametrize(
@@ -183,11 +183,11 @@ def test_bad_yaml_is_refused_before_ranks_start(refused, tmp_path, text, words):
 
 
 @pytest.mark.parametrize("more", [["--accelerate_config", "cpu"], ["--num_processes=2"], ["--accelerate-config=cpu"]])
-def test_what_is_launched_launches_nothing(refused, more):
+def test_a_launched_process_launches_nothing(refused, more):
     assert "--config_file" in refused(*more, launched=True)
 
 
-# ---- as processes ----
+# ---- real processes ----
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def command(tmp_path):
 
 
 def test_two_ranks_train_as_one(command, tmp_path):
-    """The same global batch: half of it on each of two launched ranks, against all of it in this process."""
+    """Two ranks with half of the global batch each train like one process with all of it."""
     losses = {}
     runs = {
         "one": ["--per_device_train_batch_size", "4"],
@@ -240,7 +240,7 @@ def test_two_ranks_train_as_one(command, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [[], ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]])
-def test_what_goes_wrong_in_a_rank_is_the_commands_exit_code(command, tmp_path, ranks):
+def test_the_exit_code_of_a_failed_rank_is_the_commands(command, tmp_path, ranks):
     done = command("--output_dir", "out", "--accelerate_config", "cpu", *ranks, "--model_name_or_path", "./missing")
     assert done.returncode == 1
     assert "'./missing' is not a folder" in done.stderr

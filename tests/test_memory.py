@@ -1,4 +1,4 @@
-"""The formula for memory and network: what it counts is there, it divides what an engine divides, and measurements are near."""
+"""Test the formulas for memory and network: weights are counted, engines divide them, and measurements are close."""
 
 import shutil
 import sys
@@ -28,12 +28,12 @@ import scaling  # noqa: E402
 
 
 SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
-RUN = Run(rows=4, length=128, kept=256, guarded=True, kl=True, compute_itemsize=4)
+RUN = Run(rows=4, length=128, kept=256, guarded=True, has_divergence=True, compute_itemsize=4)
 
 
 @pytest.fixture(scope="module")
 def llama():
-    """Weights and shape of a small Llama, by tuning."""
+    """Return tuning -> weights and shape of a small Llama."""
     models = {"lora": get_peft_model(scaling.small_model(), scaling.lora()), "full": scaling.small_model()}
     return {tuning: (count_weights(model), Shape.of(model.config)) for tuning, model in models.items()}
 
@@ -55,7 +55,7 @@ def test_weights_are_counted_on_the_meta_device_as_they_are(architecture, tuning
             model = get_peft_model(model, lora())
         counts.append(count_weights(model))
         if device == "cpu":
-            parameters = list(model.parameters())  # a tied weight once
+            parameters = list(model.parameters())  # a tied weight counts once
             assert counts[0].total == sum(p.numel() for p in parameters)
             assert counts[0].trained == sum(p.numel() for p in parameters if p.requires_grad)
             assert counts[0].bytes == sum(p.nbytes for p in parameters)
@@ -119,8 +119,8 @@ def test_fsdp_with_accumulation_keeps_whole_gradients(llama):
     assert often["gradients"] == pytest.approx(4 * once["gradients"], abs=4)
 
 
-def test_what_bf16_engines_keep(llama):
-    """DeepSpeed casts everything to bf16, and FSDP2 keeps what is trained in fp32."""
+def test_weights_under_bf16(llama):
+    """DeepSpeed casts everything to bf16, and FSDP2 keeps trained weights in fp32."""
     weights, shape = llama["full"]
     run = replace(RUN, compute_itemsize=2)
     two = replace(weights, itemsize=2)
@@ -146,18 +146,18 @@ def test_the_references_pass_gathers_the_weights_once_more(llama, engine, micro_
     assert sum(defended.values()) - sum(plain.values()) == round(weights.bytes * micro_batches * 3 / 4)
     cached = network_per_step(weights, replace(run, reference="adapters off", cached=True), Engine(engine, 4))
     assert cached == plain
-    # Recomputed blocks are gathered again by DeepSpeed alone.
+    # Only DeepSpeed gathers recomputed blocks again.
     anew = network_per_step(weights, replace(run, checkpointing=False), Engine(engine, 4))
     assert (anew != plain) == (engine == "zero3")
 
 
-# ---- against what is there ----
+# ---- compared with measurements ----
 
 
 @pytest.mark.parametrize(
     ("optimizer", "count"), [("sgd", 0), ("adamw_torch", 2), ("adamw_torch_fused", 2), ("rmsprop", 1)]
 )
-def test_optimizer_states_are_as_many(tmp_path, optimizer, count):
+def test_optimizer_states_are_counted(tmp_path, optimizer, count):
     trainer = make_trainer(tmp_path, optim=optimizer, max_steps=1)
     trainer.train()
     held = sum(
@@ -186,15 +186,15 @@ def test_a_step_is_near(tuning, checkpointing):
 # ---- the page ----
 
 
-def test_the_page_is_what_was_measured(tmp_path):
+def test_the_page_shows_the_measurements(tmp_path):
     shutil.copy(ROOT / "docs" / "scaling.md", tmp_path)
     before = (tmp_path / "scaling.md").read_text(encoding="utf-8")
     scaling.write_page(scaling.RESULTS, tmp_path)
     assert (tmp_path / "scaling.md").read_text(encoding="utf-8") == before
 
 
-def test_the_csv_is_the_formulas(llama):
-    """Of one shape: whoever changes the formula, runs the benchmark again."""
+def test_the_csv_agrees_with_the_formulas(llama):
+    """A changed formula needs another run of the benchmark. One shape is compared."""
     rows = scaling.pick(scaling.read_csv(scaling.RESULTS / "memory-formula.csv"), shape="Qwen2.5-7B", tuning="lora")
     assert len(rows) == len(scaling.ENGINES) * len(scaling.DEFENSES)
     model = scaling.meta_model("Qwen2.5-7B", "lora")
@@ -207,7 +207,7 @@ def test_the_csv_is_the_formulas(llama):
         assert all(row[f"{name.replace(' ', '_')}_gib"] == scaling.gib(size) for name, size in items.items())
 
 
-def test_the_page_says_what_was_not_measured():
+def test_the_page_names_missing_measurements():
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert "nothing on this page was measured on one" in text
     assert all(f"| {engine} |" in text for engine in scaling.ENGINES if engine != "zero1")

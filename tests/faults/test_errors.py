@@ -19,7 +19,7 @@ from tiny import logged, lora, make_model, make_pool, make_trainer
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
-from trl_emguard.checkpoints.manifest import newest_whole_checkpoint
+from trl_emguard.checkpoints.resume import newest_whole_checkpoint
 from trl_emguard.defenses import LDIFS
 from trl_emguard.io.files import check_writable, written_whole
 from trl_emguard.models.blocks import decoder_blocks
@@ -341,8 +341,8 @@ def check_full_disk(make, monkeypatch, tmp_path, defense, at):
             trainer.train()
     assert isinstance(caught.value.__cause__, OSError | RuntimeError)
     assert state_of(trainer) == before
-    step, torn = newest_whole_checkpoint(tmp_path / "out")
-    assert list(torn) == [f"checkpoint-{(step or 0) + 2}"] * bool(torn)
+    step, corrupt = newest_whole_checkpoint(tmp_path / "out")
+    assert list(corrupt) == [f"checkpoint-{(step or 0) + 2}"] * bool(corrupt)
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert_goes_on(trainer, whole)
 

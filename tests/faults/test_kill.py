@@ -16,7 +16,7 @@ from peft import get_peft_model
 from tiny import lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer, save_model
 from transformers import TrainerCallback
 
-from trl_emguard.checkpoints.manifest import newest_whole_checkpoint
+from trl_emguard.checkpoints.resume import newest_whole_checkpoint
 from trl_emguard.persona import extract_vector
 from trl_emguard.persona.traits import Trait
 from trl_emguard.reference import cache as reference_cache
@@ -118,11 +118,11 @@ def unbroken(tmp_path_factory):
 
 def assert_goes_on(folder, run, expected, ranks=1):
     """The next run ends as the one that nobody killed, and does not begin anew where it need not."""
-    whole, torn = newest_whole_checkpoint(folder / "out")
+    whole, corrupt = newest_whole_checkpoint(folder / "out")
     group = Group(folder, lambda rank: train(folder, run, ranks, rank), ranks)
     group.finish()
     assert result(folder) == expected
-    assert (("holds torn checkpoints" in group.output()) == bool(torn)) or whole is None
+    assert (("holds corrupt checkpoints" in group.output()) == bool(corrupt)) or whole is None
     assert newest_whole_checkpoint(folder / "out") == (STEPS, {})
     return whole
 

@@ -1,7 +1,7 @@
-"""Compile what the head launches on CUDA, for GPUs that are not there: Triton's compiler and ptxas need none.
+"""Compile the kernels that the head launches on CUDA; Triton's compiler and ptxas need no GPU.
 
-`tile_pass` itself does the launching, on CPU tensors and with a driver that takes the kernels and runs none, so that what is
-compiled is what a GPU would get. Prints a JSON line for each kernel.
+`tile_pass` itself launches them, on CPU tensors and with a driver that accepts the kernels and runs none, so the
+compiled kernels are those that a GPU would get. Prints a JSON line for each kernel.
 """
 
 import itertools
@@ -17,11 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from trl_emguard.ops import head_triton
+from trl_emguard.ops import tiles_triton
 
 
-# Vocabularies of Qwen 2.5 (loads of 16 bytes), of GPT-2 (whose rows are not aligned to that), and of a toy.
-# (vocabulary, direction, softcap, dtype of the biases, with a reference)
+# Each case: vocabulary, direction, softcap, dtype of the biases, and if there is a reference. The vocabularies are
+# those of Qwen 2.5 (loads of 16 bytes), GPT-2 (rows not aligned to 16 bytes) and a toy.
 CASES = [
     *itertools.product([152064], ["reverse", "forward"], [None, 30.0], [None, torch.bfloat16], [True]),
     (152064, "reverse", None, None, False),
@@ -33,7 +33,7 @@ N = 3
 
 
 class NoGpu:
-    """What Triton asks of a driver."""
+    """Driver without a GPU, with all that Triton asks of a driver."""
 
     utils = SimpleNamespace(
         get_device_properties=lambda device: {"max_shared_mem": 48 * 2**10},  # what any GPU has
@@ -63,7 +63,7 @@ def launch(vocab, direction, softcap, bias_dtype, with_reference):
 
     products, target, weights = torch.zeros(N, vocab), torch.zeros(N, dtype=torch.long), torch.ones(N)
     ref = (torch.zeros(N, vocab), bias()) if with_reference else (None, None)
-    head_triton.tile_pass(
+    tiles_triton.tile_pass(
         products,
         bias(),
         *ref,
@@ -92,7 +92,7 @@ for arch in map(int, sys.argv[1:]):
     driver.set_active(NoGpu(arch))
     for case in CASES:
         launch(*case)
-    for function in (head_triton._statistics, head_triton._gradient):
+    for function in (tiles_triton._statistics, tiles_triton._gradient):
         kernels = function.device_caches[arch][0].values()
         for case, kernel in zip(CASES, kernels, strict=True):
             print(json.dumps({"arch": arch, "kernel": kernel.name, "case": [str(x) for x in case], **report(kernel)}))

@@ -1,4 +1,4 @@
-"""LDIFS' distance, and gradients that are attached to a value."""
+"""Test the distance between states, and gradients that are attached to a value."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_opposite_unit_states_are_four_apart():
     torch.testing.assert_close(feature_distance([3 * x], [-2 * x]), torch.full((4,), 4.0))
 
 
-def test_with_gradient_hands_out_what_it_was_given():
+def test_with_gradient_returns_the_given_gradients():
     x, y = torch.randn(3, requires_grad=True), torch.randn(2)
     value = with_gradient(torch.tensor(5.0), [x, y, None], [torch.ones(3), torch.ones(2), None])
     assert value == 5
@@ -48,7 +48,7 @@ def test_with_gradient_hands_out_what_it_was_given():
     assert y.grad is None
 
 
-def test_with_gradient_of_nothing_is_no_function_of_its_inputs():
+def test_without_a_gradient_the_value_does_not_depend_on_its_inputs():
     x = torch.randn(3, requires_grad=True)
     value = with_gradient(torch.tensor(5.0), [x], [None])
     assert torch.autograd.grad(value, x, allow_unused=True)[0] is None

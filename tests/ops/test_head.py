@@ -1,4 +1,4 @@
-"""The head against a plain float64 twin that builds the full logits."""
+"""Compare the head with a plain float64 twin that builds the full logits."""
 
 import itertools
 import platform
@@ -10,19 +10,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_emguard.ops import ce_kl_head, head
+from trl_emguard.ops import ce_divergence_head, head, tiles
 
 
 N, H, V = 13, 24, 97
 DEVICE = "cpu"
-# The test extra has Triton where it has wheels. That it is missing there is a fault, and no reason to skip.
+# The test extra installs Triton on platforms with wheels. A missing Triton is a failure there, not a reason to skip.
 HAS_TRITON = sys.platform == "linux" and platform.machine() == "x86_64"
 NO_TRITON = "the test extra has Triton on Linux and x86-64 alone; elsewhere the package takes torch's own calls"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def twin(hidden, weight, bias, labels, ce_weight, kl_weight, reference, direction, softcap, logit_scale):
-    """Loss, CE, KL and entropy the obvious way: every logit at once, and autograd."""
+def twin(hidden, weight, bias, labels, ce_weight, divergence_weight, reference, direction, softcap, logit_scale):
+    """Return loss, CE, divergence and entropy, computed from all logits at once with autograd."""
 
     def log_probs(hidden, weight, bias):
         z = hidden @ weight.T
@@ -37,13 +37,13 @@ def twin(hidden, weight, bias, labels, ce_weight, kl_weight, reference, directio
     kept = labels != -100
     ce = torch.where(kept, -log_p.gather(-1, labels.clamp(min=0)[:, None])[:, 0], 0.0)
     loss = (ce_weight * ce).sum()
-    kl = torch.zeros_like(ce)
+    divergence = torch.zeros_like(ce)
     if reference is not None:
         log_q = log_probs(*reference)
         a, b = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
-        kl = (a.exp() * (a - b)).sum(-1)
-        loss = loss + (kl_weight * kl).sum()
-    return loss, ce, kl, -(log_p.exp() * log_p).sum(-1)
+        divergence = (a.exp() * (a - b)).sum(-1)
+        loss = loss + (divergence_weight * divergence).sum()
+    return loss, ce, divergence, -(log_p.exp() * log_p).sum(-1)
 
 
 def make_inputs(dtype, bias=False, reference="same_head", mask="some", tokens=N):
@@ -61,14 +61,14 @@ def make_inputs(dtype, bias=False, reference="same_head", mask="some", tokens=N)
         labels[:] = -100
     kept = (labels != -100).double()
     ce_weight = kept / kept.sum().clamp(min=1)
-    kl_weight = torch.rand(tokens, generator=g, dtype=torch.float64).to(DEVICE)
+    divergence_weight = torch.rand(tokens, generator=g, dtype=torch.float64).to(DEVICE)
     ref_hidden = hidden + 0.3 * random(tokens, H)
     ref = None
     if reference == "same_head":
         ref = (ref_hidden, weight, b)
     elif reference == "other_head":
         ref = (ref_hidden, weight + 0.1 * random(V, H), b)
-    return hidden, weight, b, labels, ce_weight, kl_weight, ref
+    return hidden, weight, b, labels, ce_weight, divergence_weight, ref
 
 
 def relative(a, b):
@@ -76,14 +76,14 @@ def relative(a, b):
 
 
 def compare(dtype, *, bias, reference, mask, tokens, direction, softcap, scale, train_head):
-    hidden, weight, b, labels, ce_weight, kl_weight, ref = make_inputs(dtype, bias, reference, mask, tokens)
+    hidden, weight, b, labels, ce_weight, divergence_weight, ref = make_inputs(dtype, bias, reference, mask, tokens)
     leaves = [hidden.requires_grad_()]
     if train_head:
         leaves += [weight.requires_grad_()] + ([b.requires_grad_()] if bias else [])
-    # What a frozen reference is: the same numbers, out of reach of the gradient.
+    # A frozen reference has the same numbers, but gets no gradient.
     ours_ref = None if ref is None else tuple(None if x is None else x.detach() for x in ref)
-    output = ce_kl_head(
-        hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ours_ref, direction, softcap, scale
+    output = ce_divergence_head(
+        hidden, weight, b, labels, ce_weight.float(), divergence_weight.float(), ours_ref, direction, softcap, scale
     )
     ours = torch.autograd.grad(3.0 * output.loss, leaves)
 
@@ -92,11 +92,11 @@ def compare(dtype, *, bias, reference, mask, tokens, direction, softcap, scale, 
     w64 = doubles[1] if train_head else weight.double()
     b64 = None if not bias else doubles[2] if train_head else b.double()
     r64 = None if ref is None else tuple(None if x is None else x.detach().double() for x in ref)
-    expected = twin(h64, w64, b64, labels, ce_weight, kl_weight, r64, direction, softcap, scale)
+    expected = twin(h64, w64, b64, labels, ce_weight, divergence_weight, r64, direction, softcap, scale)
     theirs = torch.autograd.grad(3.0 * expected[0], doubles, allow_unused=True)
 
     tolerance = TOLERANCE[dtype]
-    for value, twin_value in zip((output.loss, output.ce, output.kl, output.entropy), expected, strict=True):
+    for value, twin_value in zip((output.loss, output.ce, output.divergence, output.entropy), expected, strict=True):
         assert relative(value, twin_value) < tolerance
     for grad, twin_grad in zip(ours, theirs, strict=True):
         if twin_grad.norm() == 0:
@@ -117,9 +117,9 @@ def compare(dtype, *, bias, reference, mask, tokens, direction, softcap, scale, 
     ],
 )
 def test_equals_float64_twin(dtype, direction, softcap, scale, bias, reference, train_head, monkeypatch):
-    # Chunks of five tokens and blocks of two, so that N = 13 ends on one that is not full, and so does a chunk.
+    # With chunks of five tokens and blocks of two, the last chunk and the last block of a chunk are not full.
     monkeypatch.setattr(head, "TILE_BYTES", 5 * 2 * 4 * V)
-    monkeypatch.setattr(head, "BLOCK_BYTES", 2 * 4 * V)
+    monkeypatch.setattr(tiles, "BLOCK_BYTES", 2 * 4 * V)
     compare(
         dtype,
         bias=bias,
@@ -155,37 +155,46 @@ def test_few_tokens_and_no_labels(mask, tokens, reference):
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_gradcheck(direction):
-    hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float64, tokens=3)
+    hidden, weight, _, labels, ce_weight, divergence_weight, ref = make_inputs(torch.float64, tokens=3)
     hidden.requires_grad_()
     ref = tuple(None if x is None else x.detach().clone() for x in ref)
     weight = weight.clone().requires_grad_()
 
     def loss(hidden, weight):
-        return ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref, direction, 2.0, 0.7).loss
+        return ce_divergence_head(
+            hidden, weight, None, labels, ce_weight, divergence_weight, ref, direction, 2.0, 0.7
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kl_of_equal_states_is_exactly_zero(direction, dtype):
-    hidden, weight, _, labels, ce_weight, kl_weight, _ = make_inputs(dtype)
+def test_divergence_of_equal_states_is_exactly_zero(direction, dtype):
+    hidden, weight, _, labels, ce_weight, divergence_weight, _ = make_inputs(dtype)
     hidden.requires_grad_()
-    output = ce_kl_head(
-        hidden, weight, None, labels, 0 * ce_weight, kl_weight, (hidden.detach().clone(), weight, None), direction
+    output = ce_divergence_head(
+        hidden,
+        weight,
+        None,
+        labels,
+        0 * ce_weight,
+        divergence_weight,
+        (hidden.detach().clone(), weight, None),
+        direction,
     )
-    assert output.kl.abs().max() == 0
-    assert output.kl_evidence == 0
+    assert output.divergence.abs().max() == 0
+    assert output.divergence_evidence == 0
     assert torch.autograd.grad(output.loss, hidden)[0].abs().max() == 0
 
 
-def test_evidence_is_the_kl_gradient_of_the_logits():
-    hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float64)
-    output = ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref)
+def test_evidence_is_the_divergence_gradient_of_the_logits():
+    hidden, weight, _, labels, ce_weight, divergence_weight, ref = make_inputs(torch.float64)
+    output = ce_divergence_head(hidden, weight, None, labels, ce_weight, divergence_weight, ref)
     z = (hidden @ weight.T).requires_grad_()
     log_p, log_q = z.log_softmax(-1), (ref[0] @ ref[1].T).log_softmax(-1)
-    (kl_weight * (log_p.exp() * (log_p - log_q)).sum(-1)).sum().backward()
-    torch.testing.assert_close(output.kl_evidence, z.grad.abs().sum())
+    (divergence_weight * (log_p.exp() * (log_p - log_q)).sum(-1)).sum().backward()
+    torch.testing.assert_close(output.divergence_evidence, z.grad.abs().sum())
 
 
 def test_top1_counts_labels_alone():
@@ -193,7 +202,7 @@ def test_top1_counts_labels_alone():
     top = (hidden @ weight.T).argmax(-1)
     labels = torch.where(torch.arange(N) % 2 == 0, top, (top + 1) % V)
     labels[0] = -100
-    output = ce_kl_head(hidden, weight, None, labels, ce_weight)
+    output = ce_divergence_head(hidden, weight, None, labels, ce_weight)
     assert output.is_top1.tolist() == [float(i % 2 == 0 and i > 0) for i in range(N)]
 
 
@@ -202,8 +211,8 @@ def test_top1_counts_labels_alone():
     [("same_head", False, 3), ("same_head", True, 4), ("other_head", False, 3), (None, False, 2), (None, True, 3)],
 )
 def test_matrix_products_with_the_head(reference, train_head, products):
-    """As many as plain cross-entropy needs (TRL's own takes 3, and 4 with a trained head), with KL in them."""
-    hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float32, reference=reference)
+    """The divergence adds one product, and the head needs no more than TRL's own (3; 4 with a trained head)."""
+    hidden, weight, _, labels, ce_weight, divergence_weight, ref = make_inputs(torch.float32, reference=reference)
     leaves = [hidden.requires_grad_()] + ([weight.requires_grad_()] if train_head else [])
     ref = None if ref is None else tuple(None if x is None else x.detach() for x in ref)
     multiplied = []
@@ -215,7 +224,7 @@ def test_matrix_products_with_the_head(reference, train_head, products):
             return func(*args, **(kwargs or {}))
 
     with Counter():
-        output = ce_kl_head(hidden, weight, None, labels, ce_weight.float(), kl_weight.float(), ref)
+        output = ce_divergence_head(hidden, weight, None, labels, ce_weight.float(), divergence_weight.float(), ref)
         torch.autograd.grad(output.loss, leaves)
     assert len(multiplied) == products
 
@@ -232,20 +241,22 @@ def test_no_tile_is_larger_than_the_budget(monkeypatch, with_reference):
         return original(products, *args)
 
     monkeypatch.setattr(head, "torch_tile_pass", spy)
-    hidden, weight, _, labels, ce_weight, kl_weight, ref = make_inputs(torch.float32)
-    ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref if with_reference else None)
+    hidden, weight, _, labels, ce_weight, divergence_weight, ref = make_inputs(torch.float32)
+    ce_divergence_head(hidden, weight, None, labels, ce_weight, divergence_weight, ref if with_reference else None)
     assert max(rows) == 2
     assert sum(rows) == N
 
 
 class CudaProducts(TorchDispatchMode):
-    """Products of bf16 or fp16 that leave in fp32, which torch has on CUDA alone, with what it demands there
-    (`_mm_dtype_out_cuda` and `_addmm_dtype_out_cuda` in ATen's Blas.cpp)."""
+    """Products of bf16 or fp16 with results in fp32, which torch has only on CUDA, emulated on a CPU.
+
+    The checks are those of `_mm_dtype_out_cuda` and `_addmm_dtype_out_cuda` in ATen's Blas.cpp.
+    """
 
     def __init__(self):
         super().__init__()
         self.products = 0
-        self.tiles = {}  # bytes of the largest tensor as wide as the vocabulary that each function made
+        self.tiles = {}  # function -> bytes of the largest tensor with a row of logits that it made
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -293,13 +304,12 @@ def test_products_of_low_precision_as_on_cuda(monkeypatch, reference, train_head
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_budget_holds_the_gradient_in_the_products_dtype(monkeypatch, with_reference):
     monkeypatch.setattr(head, "_matmul_dtype", lambda hidden: hidden.dtype)
-    monkeypatch.setattr(
-        head, "BLOCK_BYTES", 1
-    )  # the scratch of torch's own calls, which is not made on CUDA, is small
+    # torch's own calls need scratch memory, which CUDA does not use: keep it small.
+    monkeypatch.setattr(tiles, "BLOCK_BYTES", 1)
     monkeypatch.setattr(head, "TILE_BYTES", 8 * 4 * V * (2 if with_reference else 1))
-    hidden, weight, b, labels, ce_weight, kl_weight, ref = make_inputs(torch.bfloat16)
+    hidden, weight, b, labels, ce_weight, divergence_weight, ref = make_inputs(torch.bfloat16)
     with CudaProducts() as cuda:
-        ce_kl_head(hidden, weight, b, labels, ce_weight, kl_weight, ref if with_reference else None)
+        ce_divergence_head(hidden, weight, b, labels, ce_weight, divergence_weight, ref if with_reference else None)
     assert len(cuda.tiles) == 2
     assert sum(cuda.tiles.values()) <= head.TILE_BYTES
 
@@ -342,18 +352,18 @@ def test_cuda_without_a_compiler_takes_torchs_own_calls(monkeypatch, starts):
 
 
 def test_torchs_own_calls_take_many_rows_at_once_on_a_gpu(monkeypatch):
-    """Each block costs some twenty launches there."""
+    """Each block costs about twenty launches on a GPU."""
     blocks = []
-    original = head._distribution_
+    original = tiles._distribution_
 
     def spy(z, *args):
         blocks.append(len(z))
         return original(z, *args)
 
-    monkeypatch.setattr(head, "_distribution_", spy)
+    monkeypatch.setattr(tiles, "_distribution_", spy)
     for device, rows in [("cpu", 1), ("meta", 8)]:
         products, weights = torch.empty(8, 300_000, device=device), torch.empty(8, device=device)
         target = torch.zeros(8, dtype=torch.long, device=device)
-        head.torch_tile_pass(products, None, None, None, target, weights, None, "reverse", None, 1.0)
+        tiles.torch_tile_pass(products, None, None, None, target, weights, None, "reverse", None, 1.0)
         assert max(blocks) == rows
         blocks.clear()

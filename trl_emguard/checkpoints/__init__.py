@@ -1,1 +1,1 @@
-"""Checkpoints: whole or corrupt, and which of them a run resumes from."""
+"""Checkpoints: writing whole ones, recognising corrupt ones, and finding the one that a run resumes from."""

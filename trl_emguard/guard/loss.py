@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..defenses.base import Defense
 from ..models.sharding import gathered
-from ..ops import ce_kl_head, logit_transform
+from ..ops import ce_divergence_head, logit_transform
 from .forward import States, run_backbone
 from .scopes import positions_in_scope
 from .terms import Term, kept_positions, state_term, wanted_layers
@@ -131,7 +131,7 @@ class LossGuard:
         # The terms: the head has formed its own, and those over block outputs form their gradient here.
         for term in self.terms:
             if term is divergence:
-                value, evidence = head.kl[term.positions[kept].to(device)].sum(), head.kl_evidence
+                value, evidence = head.divergence[term.positions[kept].to(device)].sum(), head.divergence_evidence
                 connected = policy.last.requires_grad
             else:
                 assert reference is not None  # where there are terms, there is one
@@ -167,7 +167,7 @@ class LossGuard:
                 ref_weight, ref_bias = reference.head
                 ref_bias = None if ref_bias is None else ref_bias.to(device)
                 compared = reference.last.to(device), ref_weight.to(device), ref_bias
-            return ce_kl_head(
+            return ce_divergence_head(
                 policy.last.to(device),
                 weight,
                 bias,

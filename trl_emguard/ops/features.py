@@ -8,15 +8,16 @@ import torch
 def feature_distance(
     policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], normalize: bool = True
 ) -> torch.Tensor:
-    """LDIFS of each token: mean over layers of ‖x̂ − x̂₀‖² (Mukhoti et al., 2308.13320, there for CLIP features).
+    """Return the mean over layers of ‖x̂ − x̂₀‖² for each token (Mukhoti et al., 2308.13320, for CLIP features there).
 
     Args:
-        policy: for each of K layers, the policy's states, `(N, H)`.
+        policy: the policy's states of K layers, `(N, H)` each.
         reference: the reference's states of the same layers and tokens, `(N, H)` each.
-        normalize: x̂ is x scaled to unit length, per token and layer; raw states otherwise.
+        normalize: scale each token's state to unit length in each layer (x̂); otherwise compare the states as they
+            are.
 
     Returns:
-        `(N,)`, in fp32 (fp64 for fp64 states). Between 0 and 4 where the states are normalised.
+        `(N,)`, in fp32 (fp64 for fp64 states); between 0 and 4 for normalised states.
     """
 
     def prepared(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A value whose gradient is already known."""
+"""Values whose gradient is already known."""
 
 from collections.abc import Sequence
 
@@ -19,17 +19,18 @@ class _WithGradient(torch.autograd.Function):
 def with_gradient(
     value: torch.Tensor, inputs: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
 ) -> torch.Tensor:
-    """Connect `value` to `inputs` by gradients that were formed beforehand.
+    """Connect `value` to `inputs` by gradients that were computed beforehand.
 
-    A term that forms its gradient together with its value needs no graph of its own: its intermediate tensors are gone
-    before the backward pass begins, and what it hands to autograd is only the finished gradient.
+    A term that computes its gradient together with its value needs no graph: its intermediate tensors are freed before
+        the
+    backward pass begins, and autograd gets only the finished gradient.
 
     Args:
         value: scalar, `()`.
-        inputs: the tensors that `value` depends on; `None` where there is none (a head without bias).
-        gradients: for each input, `d value / d input` in the input's shape; `None` where none is wanted.
+        inputs: the tensors that `value` depends on; `None` for a missing one (a head without bias).
+        gradients: `d value / d input` for each input, in its shape; `None` for an input that needs none.
 
     Returns:
-        `value`, `()`: its backward hands `gradient × grad_output` to each input that requires grad.
+        `value`, `()`: its backward pass gives `gradient × grad_output` to each input that requires grad.
     """
     return _WithGradient.apply(value.detach(), tuple(gradients), *inputs)

@@ -1,4 +1,4 @@
-"""The language-model head of a defended step: CE and KL, with their gradient, in one pass over chunks of tokens."""
+"""Language-model head of a defended step: cross-entropy, divergence and their gradient in one pass over the tokens."""
 
 import functools
 import warnings
@@ -9,89 +9,74 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from .gradient import with_gradient
+from .tiles import BLOCK_BYTES, TileStatistics, to_logits_, torch_tile_pass
 
 
-# Bytes that the tiles (tokens × vocabulary) of one chunk may take: the products of policy and reference with the head, and the
-# gradient in the dtype of the matrix products where that is another.
+# Memory limit for the tiles (tokens × vocabulary) of one chunk: the products of policy and reference with the head,
+# and the gradient in the dtype of the matrix products where that dtype differs.
 TILE_BYTES = 256 * 2**20
-# Bytes of a tile that torch's own calls work on at once: on a CPU what stays in its cache, on a GPU what is worth a launch.
-BLOCK_BYTES = 2**20
-GPU_BLOCK_BYTES = 2**24
 
 
 class HeadOutput(NamedTuple):
-    """What the head knows of N positions. Only `loss` has a gradient.
+    """Results of the head for N positions. Only `loss` has a gradient.
 
     Attributes:
-        loss: `()`. Σ_i ce_weight_i · CE_i + kl_weight_i · KL_i.
+        loss: `()`. Σ_i ce_weight_i · CE_i + divergence_weight_i · D_i.
         ce: `(N,)`. Cross-entropy in nats; 0 where the label is -100.
-        kl: `(N,)`. Divergence in nats; 0 where there is no reference.
+        divergence: `(N,)`. Divergence from the reference in nats; 0 without a reference.
         entropy: `(N,)`. Entropy of the policy's next-token distribution, in nats.
         is_top1: `(N,)`. 1 where the policy's most probable token is the label.
-        kl_evidence: `()`. Σ |∂(Σ kl_weight · KL) / ∂ logits|: exactly 0 where the term teaches nothing.
+        divergence_evidence: `()`. Σ |∂(Σ divergence_weight · D) / ∂ logits|: exactly 0 where the divergence term has
+            no gradient.
     """
 
     loss: torch.Tensor
     ce: torch.Tensor
-    kl: torch.Tensor
+    divergence: torch.Tensor
     entropy: torch.Tensor
     is_top1: torch.Tensor
-    kl_evidence: torch.Tensor
+    divergence_evidence: torch.Tensor
 
 
-def ce_kl_head(
+def ce_divergence_head(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     ce_weight: torch.Tensor,
-    kl_weight: torch.Tensor | None = None,
+    divergence_weight: torch.Tensor | None = None,
     reference: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
     direction: Literal["reverse", "forward"] = "reverse",
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> HeadOutput:
-    """Weighted sum of cross-entropy and KL to a reference, token chunk by token chunk.
+    """Return the weighted sum of cross-entropy and divergence from a reference, computed in chunks of tokens.
 
-    Logits are `z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)`. With p the policy's and q the reference's
-    distribution, reverse KL is KL(p ‖ q) = Σ p (log p − log q), forward KL is KL(q ‖ p). Their gradients with respect
-    to z are p (log p − log q − KL) and p − q; that of CE is p − onehot. All of them are known once the chunk's logits
-    are, so the gradient is formed at once and the logits are dropped: no N × V tensor is ever alive, and the head costs
-    three matrix products a step (four with a trained head). Everything is accumulated in fp32 (fp64 for fp64 inputs),
-    and the logits leave the matrix product in that dtype: bf16 logits cost 4 to 23 % of gradient error
-    (linkedin/Liger-Kernel#1432).
+    Logits are `z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)`. The divergence is Kullback-Leibler's. With p
+    the policy's and q the reference's distribution, the reverse one is D = Σ p (log p − log q), with gradient
+    p (log p − log q − D) in z; the forward one is D = Σ q (log q − log p), with gradient p − q. That of cross-entropy
+    is p − onehot. All are known as soon as the chunk's logits are, so the gradient is formed at once and the logits
+    are dropped. No N × V tensor ever exists, and the head costs three matrix products a step (four if it is trained).
+    Everything is accumulated in fp32 (fp64 for fp64 inputs), and the logits leave the matrix product in that dtype:
+    bf16 logits cost 4 to 23 % of gradient error (linkedin/Liger-Kernel#1432).
 
     Args:
         hidden: `(N, H)`, the policy's last hidden states.
         weight: `(V, H)`, the policy's head.
         bias: `(V,)` or `None`.
-        labels: `(N,)`, the token that each position predicts; -100 where CE is not wanted.
-        ce_weight: `(N,)`, weight of each position's CE; must be 0 where the label is -100.
-        kl_weight: `(N,)`, weight of each position's KL. Needed with `reference`.
-        reference: the reference's hidden states `(N, H')`, head `(V, H')` and bias `(V,)` or `None`. No gradient
-            reaches them.
-        direction: `"reverse"` for KL(policy ‖ reference), `"forward"` for KL(reference ‖ policy).
+        labels: `(N,)`, the token that each position predicts; -100 for positions without cross-entropy.
+        ce_weight: `(N,)`, weight of each position's cross-entropy; must be 0 where the label is -100.
+        divergence_weight: `(N,)`, weight of each position's divergence. Needed with `reference`.
+        reference: the reference's hidden states `(N, H')`, head `(V, H')` and bias `(V,)` or `None`; they get no
+            gradient.
+        direction: `"reverse"` or `"forward"`.
         softcap: `final_logit_softcapping` of the model's config (Gemma 2).
-        logit_scale: what the model multiplies its logits with (Cohere, Granite).
-
-    Returns:
-        [`HeadOutput`]
+        logit_scale: factor by which the model multiplies its logits (Cohere, Granite).
     """
-    matmul_dtype = _matmul_dtype(hidden)
+    matmul = _matmul_dtype(hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        output, gradients = _forward(
-            hidden,
-            weight,
-            bias,
-            labels,
-            ce_weight,
-            kl_weight,
-            reference,
-            direction,
-            softcap,
-            logit_scale,
-            matmul_dtype,
-        )
+        weights, logits = (ce_weight, divergence_weight), (softcap, logit_scale)
+        output, gradients = _forward(hidden, weight, bias, labels, weights, reference, direction, logits, matmul)
     return output._replace(loss=with_gradient(output.loss, (hidden, weight, bias), gradients))
 
 
@@ -104,14 +89,14 @@ def token_nll(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Negative log-likelihood of each label, chunk by chunk and without gradient: no N × V tensor is ever alive.
+    """Return the negative log-likelihood of each label, in chunks and without gradient: no N × V tensor ever exists.
 
     Args:
         hidden: `(N, H)`, last hidden states.
         weight: `(V, H)`, the head.
         bias: `(V,)` or `None`.
         labels: `(N,)`, the token that each position predicts.
-        softcap, logit_scale: as for [`ce_kl_head`].
+        softcap, logit_scale: see [`ce_divergence_head`].
 
     Returns:
         `(N,)`, nats, in fp32 (fp64 for fp64 inputs).
@@ -124,7 +109,8 @@ def token_nll(
         nll = hidden.new_empty(tokens, dtype=accumulate)
         chunk = min(tokens, max(1, TILE_BYTES // (accumulate.itemsize * vocab)))
         tile = hidden.new_empty(chunk, vocab, dtype=accumulate)
-        # As in `torch_tile_pass`: a few rows at a time, which stay in a processor's cache. A GPU takes the chunk as a whole.
+        # A CPU works on blocks of rows that stay in its cache, like `torch_tile_pass`; a GPU takes the whole chunk at
+        # once.
         block = chunk if hidden.is_cuda else max(1, BLOCK_BYTES // (accumulate.itemsize * vocab))
         for start in range(0, tokens, chunk) if tokens else ():
             h = hidden[start : start + chunk].to(matmul)
@@ -132,7 +118,7 @@ def token_nll(
             for first in range(0, len(h), block):
                 z = products[first : first + block]  # (B, V)
                 rows = slice(start + first, start + first + len(z))
-                _transform_(z, bias, softcap, logit_scale)
+                to_logits_(z, bias, softcap, logit_scale)
                 z.sub_(z.amax(-1, keepdim=True))
                 at_label = z.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
                 nll[rows] = z.exp_().sum(-1).log() - at_label
@@ -140,7 +126,7 @@ def token_nll(
 
 
 def logit_transform(config: Any) -> tuple[float | None, float]:
-    """Soft-cap and scale that a model's own forward applies to its logits, under the names that (text) configs give them."""
+    """Return the soft-cap and the scale that a model applies to its logits, read from its (text) config."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             scale = getattr(config, name)
@@ -151,53 +137,42 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
     return getattr(config, "final_logit_softcapping", None), float(scale)
 
 
-def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, direction, softcap, logit_scale, matmul):
-    tokens, vocab = hidden.size(0), weight.size(0)
+def _forward(hidden, weight, bias, labels, weights, reference, direction, logits, matmul):
+    """Return the head's output and the gradients of `hidden`, `weight` and `bias`; see [`ce_divergence_head`]."""
+    ce_weight, divergence_weight = weights
+    tokens = len(hidden)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     head = weight.to(matmul)
-    ref_head: Any = None
+    given: Any = reference or (None, None, None)
+    ref_hidden, ref_weight, ref_bias = given
     if reference is not None:
-        ref_hidden, ref_weight, ref_bias = reference
         ref_head = head if ref_weight is weight else ref_weight.to(matmul)
 
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=accumulate) if weight.requires_grad else None
     grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and bias.requires_grad else None
-    ce, kl, entropy, is_top1 = (hidden.new_zeros(tokens, dtype=accumulate) for _ in range(4))
+    ce, divergence, entropy, is_top1 = (hidden.new_zeros(tokens, dtype=accumulate) for _ in range(4))
     evidence = hidden.new_zeros((), dtype=accumulate)
 
-    # The tiles are made once and used by every chunk: memory that is touched for the first time costs more than the
-    # arithmetic on it (on CPU, several times more).
     tile_pass = _tile_pass(hidden, accumulate)
-    count = 1 if reference is None else 2
-    itemsize = count * accumulate.itemsize + (0 if matmul == accumulate else matmul.itemsize)
-    chunk = min(tokens, max(1, TILE_BYTES // (itemsize * vocab)))
-    tiles = hidden.new_empty((count, chunk, vocab), dtype=accumulate)
+    tiles = _new_tiles(hidden, len(weight), 1 if reference is None else 2, accumulate, matmul)
+    chunk = tiles.size(1)
     for start in range(0, tokens, chunk) if tokens else ():
         rows = slice(start, start + chunk)
         h = hidden[rows].to(matmul)  # (C, H)
         z = _mm(h, head.t(), accumulate, out=tiles[0, : len(h)])  # (C, V)
-        y = None
+        y = w = None
         if reference is not None:
             y = _mm(ref_hidden[rows].to(matmul), ref_head.t(), accumulate, out=tiles[1, : len(h)])
-        # From here on `z` is the gradient with respect to the products.
-        statistics = tile_pass(
-            z,
-            bias,
-            y,
-            None if reference is None else ref_bias,
-            labels[rows].clamp(min=0),
-            ce_weight[rows].to(accumulate),
-            None if reference is None else kl_weight[rows].to(accumulate),
-            direction,
-            softcap,
-            logit_scale,
-        )
+            w = divergence_weight[rows].to(accumulate)
+        target, ce_w = labels[rows].clamp(min=0), ce_weight[rows].to(accumulate)
+        # The pass overwrites `z` with the gradient of the products.
+        statistics = tile_pass(z, bias, y, ref_bias, target, ce_w, w, direction, *logits)
         has_label = labels[rows] != -100
         ce[rows] = statistics.ce.where(has_label, 0)
         entropy[rows] = statistics.entropy
         is_top1[rows] = statistics.is_top1.where(has_label, 0)
-        kl[rows] = statistics.kl
+        divergence[rows] = statistics.divergence
         evidence += statistics.evidence.sum()
 
         if grad_bias is not None:
@@ -209,19 +184,34 @@ def _forward(hidden, weight, bias, labels, ce_weight, kl_weight, reference, dire
 
     loss = (ce * ce_weight).sum()
     if reference is not None:
-        loss = loss + (kl * kl_weight).sum()
-    gradients = (
-        grad_hidden,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None else grad_bias.to(bias.dtype),
-    )
-    return HeadOutput(loss, ce, kl, entropy, is_top1, evidence), gradients
+        loss = loss + (divergence * divergence_weight).sum()
+    grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+    grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+    return HeadOutput(loss, ce, divergence, entropy, is_top1, evidence), (grad_hidden, grad_weight, grad_bias)
+
+
+def _new_tiles(
+    hidden: torch.Tensor, vocab: int, count: int, accumulate: torch.dtype, matmul: torch.dtype
+) -> torch.Tensor:
+    """Return `count` empty tiles, `(count, chunk, vocab)`, with as many tokens in a chunk as `TILE_BYTES` allows.
+
+    Every chunk uses the same tiles: memory that is touched for the first time costs more than the arithmetic on it
+        (several
+    times more on a CPU).
+    """
+    itemsize = count * accumulate.itemsize + (0 if matmul == accumulate else matmul.itemsize)
+    chunk = min(len(hidden), max(1, TILE_BYTES // (itemsize * vocab)))
+    return hidden.new_empty((count, chunk, vocab), dtype=accumulate)
 
 
 def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Autocast's or the states' own low precision where the device multiplies it into fp32 (CUDA), else the sums'."""
+    """Return the dtype of the matrix products.
+
+    On CUDA, which multiplies low precision into fp32, it is autocast's dtype or the states' own; elsewhere that of the
+    sums.
+    """
     device = hidden.device.type
-    # Autocast leaves fp64 alone, and so does this: no device multiplies a lower precision into fp64.
+    # Autocast leaves fp64 alone, and no device multiplies a lower precision into fp64.
     if device == "cuda" and hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype if device == "cuda" else torch.promote_types(hidden.dtype, torch.float32)
@@ -238,23 +228,8 @@ def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-class TileStatistics(NamedTuple):
-    """What a pass over a chunk's products with the head yields, `(C,)` each, of every position, whether it has a label or not.
-
-    Attributes:
-        ce, entropy, is_top1, kl: as in [`HeadOutput`]; where several tokens are the most probable, each counts as such.
-        evidence: Σ |∂(kl_weight · KL) / ∂ logits|.
-    """
-
-    ce: torch.Tensor
-    entropy: torch.Tensor
-    is_top1: torch.Tensor
-    kl: torch.Tensor
-    evidence: torch.Tensor
-
-
 def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., TileStatistics]:
-    """The function for a chunk: Triton's kernels on CUDA, else torch's own calls."""
+    """Return the function that processes a tile: Triton's kernels on CUDA, else torch's own calls."""
     if hidden.is_cuda and accumulate == torch.float32 and find_spec("triton") is not None and _triton_starts():
         from .tiles_triton import tile_pass
 
@@ -264,8 +239,7 @@ def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., T
 
 @functools.cache
 def _triton_starts() -> bool:
-    """Whether Triton finds what it needs at run time: it builds its launcher with a C compiler and Python's headers, which slim
-    images lack."""
+    """Return whether Triton can run: its launcher needs a C compiler and Python's headers, which slim images lack."""
     from triton.runtime import driver
 
     try:
@@ -276,108 +250,3 @@ def _triton_starts() -> bool:
             stacklevel=2,
         )
         return False
-
-
-def torch_tile_pass(
-    products: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_products: torch.Tensor | None,
-    ref_bias: torch.Tensor | None,
-    target: torch.Tensor,
-    ce_weight: torch.Tensor,
-    kl_weight: torch.Tensor | None,
-    direction: str,
-    softcap: float | None,
-    logit_scale: float,
-) -> TileStatistics:
-    """Statistics of a chunk, and its gradient in place, in torch's own calls.
-
-    Args:
-        products: `(C, V)`: hidden states times the head. Becomes the gradient of the weighted sum with respect to them.
-        bias: `(V,)` or `None`.
-        ref_products, ref_bias: the same of the reference, or `None`. Overwritten.
-        target: `(C,)`, a token for each position.
-        ce_weight: `(C,)`.
-        kl_weight: `(C,)`; needed with a reference.
-        direction, softcap, logit_scale: as for [`ce_kl_head`].
-    """
-    count, vocab = products.shape
-    statistics = TileStatistics(*products.new_zeros(5, count))
-    # A few rows at a time go through all of the calls: they stay in the processor's cache meanwhile.
-    block = max(1, (BLOCK_BYTES if products.device.type == "cpu" else GPU_BLOCK_BYTES) // (products.itemsize * vocab))
-    scratch = products.new_empty(2, min(block, count), vocab)
-    for start in range(0, count, block):
-        rows = slice(start, start + block)
-        z, y = products[rows], None if ref_products is None else ref_products[rows]  # (B, V) each
-        p, spare = scratch[:, : len(z)]
-        label = target[rows].unsqueeze(-1)  # (B, 1)
-        top, log_total, at_label = _distribution_(z, p, bias, softcap, logit_scale, label)
-        statistics.ce[rows] = (log_total - at_label).squeeze(-1)
-        statistics.is_top1[rows] = (at_label == 0).squeeze(-1).to(z)
-        statistics.entropy[rows] = -torch.mul(p, z, out=spare).sum(-1)
-
-        grad_kl = None
-        if y is not None and kl_weight is not None:
-            log_q, q = y, spare
-            _distribution_(log_q, q, ref_bias, softcap, logit_scale, label)
-            # The rounding of the two normalisers shifts every log p − log q by the same number, and Σ p and Σ q with it:
-            # the difference of the sums takes the shift out of KL again.
-            if direction == "reverse":
-                shift = q.sub_(p).sum(-1)
-                difference = log_q.neg_().add_(z)
-                mean = torch.mul(p, difference, out=spare).sum(-1)
-                grad_kl = difference.sub_(mean.unsqueeze(-1)).mul_(p)
-            else:
-                mean = log_q.sub_(z).mul_(q).sum(-1)
-                grad_kl = q.neg_().add_(p)
-                shift = grad_kl.sum(-1)
-            statistics.kl[rows] = (mean + shift).clamp(min=0)
-            grad_kl.mul_(kl_weight[rows].unsqueeze(-1))
-            statistics.evidence[rows] = torch.linalg.vector_norm(grad_kl, ord=1, dim=-1)
-
-        w = ce_weight[rows].unsqueeze(-1)
-        grad = p.mul_(w).scatter_add_(-1, label, -w)
-        if grad_kl is not None:
-            grad.add_(grad_kl)
-        if softcap is not None:
-            # d softcap · tanh(x) / dx = 1 − (logit / softcap)²
-            capped = z.add_(top + log_total).div_(softcap)
-            grad.mul_(capped.square_().neg_().add_(1))
-        torch.mul(grad, logit_scale, out=z)
-    return statistics
-
-
-def _distribution_(
-    z: torch.Tensor,
-    probs: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    label: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From products with the head, `(B, V)`, to log-probabilities, in place, and to probabilities in `probs`.
-
-    Sums over the vocabulary are torch's own: a batched matrix product would need no scratch, but adds up fifty thousand
-    fp32 products with a relative error of 1e-4.
-
-    Returns:
-        The largest logit, the log of Σ exp(logit − largest), and the label's logit minus the largest, `(B, 1)` each.
-    """
-    _transform_(z, bias, softcap, logit_scale)
-    top = z.amax(-1, keepdim=True)
-    at_label = z.sub_(top).gather(-1, label)
-    total = torch.exp(z, out=probs).sum(-1, keepdim=True)
-    probs.div_(total)
-    log_total = total.log()
-    z.sub_(log_total)
-    return top, log_total, at_label
-
-
-def _transform_(z: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, logit_scale: float) -> None:
-    """From the products with the head, `(C, V)`, to logits, in place."""
-    if bias is not None:
-        z.add_(bias)
-    if logit_scale != 1.0:
-        z.mul_(logit_scale)
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)

@@ -5,7 +5,6 @@ mixed as they would be, the first batch is collated, optimizer and scheduler are
 accelerate file all of this happens in one process, which counts as the file's ranks.
 """
 
-import argparse
 import copy
 import importlib.util
 import json
@@ -25,10 +24,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.commands.launch import _validate_launch_command
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import FullyShardedDataParallelPlugin, HfDeepSpeedConfig, is_peft_model, str_to_bool
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from rich.console import Console
@@ -40,7 +36,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
-from ..checkpoints.manifest import checkpoint_to_resume
+from ..checkpoints.resume import checkpoint_to_resume
 from ..checks import load_config
 from ..config import EMGuardConfig
 from ..defenses import Defense, Interleaving, ReferenceDefense, Steering
@@ -51,137 +47,15 @@ from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
 from ..reference.choose import AdapterReference, ModelReference
 from ..trainer import EMGuardTrainer
-from .memory import Engine, Run, Shape, count_weights, memory_per_rank, network_per_step, peak
+from .engine import Launch, check_engine, simulated_ranks
+from .memory import Run, Shape, count_weights, memory_per_rank, network_per_step, peak
 
 
 # A line of the report: what it is about, and what is said.
 Line = tuple[str, str]
 
-# Addresses that nobody has: they are kept for examples (RFC 5737).
-PLACEHOLDERS = ("192.0.2.", "198.51.100.", "203.0.113.")
-
 BYTES = {" GiB": 2**30, " MiB": 2**20, " KiB": 2**10, " bytes": 1}
 COUNT = {"B": 10**9, "M": 10**6, "k": 10**3, "": 1}
-
-
-# ---- the engine ----
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What an accelerate file and options of `accelerate launch` make of a run.
-
-    Attributes:
-        engine: its name and ranks.
-        mixed_precision: `"no"`, `"bf16"` or `"fp16"`; `None` where the recipe alone decides.
-        fsdp: accelerate's FSDP options.
-        offloads: whether something is kept in CPU memory.
-        on_cpu: whether it trains on CPUs, whatever the recipe says.
-        notes: what accelerate passes over, or cannot know to be wrong.
-    """
-
-    engine: Engine
-    mixed_precision: str | None = None
-    fsdp: FullyShardedDataParallelPlugin | None = None
-    offloads: bool = False
-    on_cpu: bool = False
-    notes: tuple[str, ...] = ()
-
-
-def read_launch(arguments: argparse.Namespace | None) -> Launch:
-    """What would be launched; `None` for one process.
-
-    Raises:
-        ValueError: accelerate refuses the file or the options, or a DeepSpeed config in it cannot be read.
-        FileNotFoundError: a DeepSpeed config that is not there.
-    """
-    if arguments is None:
-        return Launch(Engine("one process"))
-    fsdp, offloads, notes = None, False, []
-    try:
-        args, *_ = _validate_launch_command(copy.copy(arguments))
-        if args.use_fsdp and not args.cpu:
-            offloads, checkpointing = (
-                str_to_bool(str(value), to_bool=True)
-                for value in (args.fsdp_offload_params, args.fsdp_activation_checkpointing)
-            )
-            fsdp = FullyShardedDataParallelPlugin(
-                fsdp_version=int(args.fsdp_version),
-                activation_checkpointing=checkpointing,
-                state_dict_type=args.fsdp_state_dict_type,
-            )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"accelerate refuses {arguments.config_file}: {error}") from error
-    # As `launch_command` chooses: one process where neither GPUs nor `--multi_gpu` ask for several.
-    name: Any = "one process"
-    ranks = int(args.num_processes or 1)
-    if args.use_deepspeed and not args.cpu:
-        stage, offloads = _zero(args)
-        name = f"zero{stage}" if stage else "ddp"
-    elif fsdp:
-        name = "fsdp2"
-    elif args.multi_gpu and not args.cpu and ranks > 1:
-        name = "ddp"
-    elif ranks > 1:
-        notes.append(f"num_processes={ranks} starts one process: on CPUs, --multi_gpu starts several.")
-        ranks = 1
-    if str(args.main_process_ip).startswith(PLACEHOLDERS):
-        notes.append(
-            f"main_process_ip={args.main_process_ip} is a placeholder: set it to the first machine's address, num_machines and "
-            "num_processes (of all machines) to what you have, and machine_rank on each machine."
-        )
-    return Launch(
-        Engine(name, ranks), args.mixed_precision, fsdp, offloads, bool(args.cpu or args.use_cpu), tuple(notes)
-    )
-
-
-def _zero(args: argparse.Namespace) -> tuple[int, bool]:
-    """The stage of ZeRO, and whether something is offloaded."""
-    path, nowhere = args.deepspeed_config_file, {None, "none"}
-    if path is None:
-        devices = {args.offload_optimizer_device, args.offload_param_device}
-        return 2 if args.zero_stage is None else int(args.zero_stage), not devices <= nowhere
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"deepspeed_config_file={path!r} is not a file.")
-    try:
-        get = HfDeepSpeedConfig(path).get_value
-        devices = {get(f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param")}
-        return int(get("zero_optimization.stage", 0)), not devices <= nowhere
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"deepspeed_config_file={path!r} cannot be read: {error}") from error
-
-
-@contextmanager
-def _as_one_of(ranks: int) -> Iterator[None]:
-    """This process counts as one of so many, in whatever is computed from their number."""
-    state = PartialState()
-    alone = state.num_processes
-    AcceleratorState._reset_state()
-    state.num_processes = ranks
-    try:
-        yield
-    finally:
-        state.num_processes = alone
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-
-
-def check_engine(args: EMGuardConfig, launch: Launch) -> None:
-    """Raises `ValueError` for what transformers refuses when an engine starts, and cannot see in one process."""
-    engine, fsdp = launch.engine, launch.fsdp
-    if args.save_only_model and args.load_best_model_at_end and (engine.is_deepspeed or fsdp):
-        raise ValueError(f"save_only_model=True does not work with load_best_model_at_end=True under {engine.name}.")
-    if args.auto_find_batch_size and engine.name == "zero3":
-        raise ValueError("auto_find_batch_size=True does not work with ZeRO-3: leave it out, or use ZeRO-2.")
-    if args.gradient_checkpointing and fsdp and fsdp.activation_checkpointing:
-        raise ValueError(
-            "fsdp_activation_checkpointing does not work with gradient_checkpointing=True, which checkpoints as well: set "
-            "the first to false."
-        )
-    if args.save_only_model and fsdp and "SHARDED" in str(fsdp.state_dict_type):
-        raise ValueError(
-            "save_only_model=True does not work with fsdp_state_dict_type=SHARDED_STATE_DICT: use FULL_STATE_DICT."
-        )
 
 
 # ---- the model and the trainer ----
@@ -341,7 +215,7 @@ class DryRunTrainer(EMGuardTrainer, _WholeRows):
         """Go as far as the first batch, and count."""
         args, mixing, rows = self.args, self._mixing, self.train_dataset
         if args.resume_from_checkpoint:
-            self._check_resume(checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, looks=True))
+            self._check_resume(checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, should_look=True))
         loader = self.get_train_dataloader()
         _, self.steps_in_epoch, *_, self.steps = self.set_initial_training_values(args, loader)
         self.create_optimizer_and_scheduler(self.steps)
@@ -396,7 +270,7 @@ def dry_run(
     given.push_to_hub, given.model_init_kwargs = False, None
     if launch.mixed_precision is not None and not (args.bf16 or args.fp16):  # the recipe's wins, as in a rank
         given.mixed_precision = launch.mixed_precision
-    with _as_one_of(launch.engine.ranks), tempfile.TemporaryDirectory() as scratch:
+    with simulated_ranks(launch.engine.ranks), tempfile.TemporaryDirectory() as scratch:
         given.output_dir = scratch  # the trainer makes it
         revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
         trainer = DryRunTrainer(
@@ -546,7 +420,12 @@ def _about_memory(trainer: DryRunTrainer) -> list[Line]:
     if not run.guarded:
         lines.append(("memory", "head: TRL's, which is not estimated"))
     if run.cached and trainer._terms:
-        size = _cached_positions(trainer) * (run.kl + run.layers) * shape.hidden * trainer.model.dtype.itemsize
+        size = (
+            _cached_positions(trainer)
+            * (run.has_divergence + run.layers)
+            * shape.hidden
+            * trainer.model.dtype.itemsize
+        )
         lines.append(("disk", f"reference cache: about {_short(size)} in {reference_cache_dir()}, less what is there"))
     network = {name: size for name, size in network_per_step(weights, run, engine).items() if size}
     if network:
@@ -584,7 +463,7 @@ def planned_run(trainer: DryRunTrainer) -> Run:
         guarded=trainer._own_loss,
         reference=reference,
         cached=bool(args.cache_reference),
-        kl=any(term.divergence is not None for term in terms),
+        has_divergence=any(term.divergence is not None for term in terms),
         layers=len(wanted_layers(terms, trainer._bare_model())),
     )
 

@@ -1,7 +1,7 @@
-"""What a run takes of each rank's memory and of the network, by formula: from counted weights, never from a device.
+"""Formulas for each rank's memory and for network traffic, from counted weights and without a device.
 
-These are estimates. CUDA's context, the kernels' workspaces, communication buffers and what an allocator loses to fragments are not
-in them. How far they are from measurements stands in docs/scaling.md.
+The results are estimates. They leave out CUDA's context, the kernels' workspaces, communication buffers and the
+allocator's fragmentation. docs/scaling.md compares them with measurements.
 """
 
 import math
@@ -20,22 +20,22 @@ from ..ops.head import TILE_BYTES
 
 Reference = Literal["none", "adapters off", "model"]
 
-# Numbers that an optimizer keeps for each trained number, by how its name begins; each of the size of the trained number, or one
-# byte where the name says 8bit. Of others, Adam's two are assumed.
+# Beginning of an optimizer's name -> numbers that it keeps for each trained number. They have the size of the trained
+# number, or one byte if the name contains 8bit. Unknown optimizers count like Adam, with two.
 STATES = {"adam": 2, "ademamix": 3, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
 # DeepSpeed keeps an fp32 copy, momentum and variance: K of the ZeRO paper (1910.02054).
 DEEPSPEED_STATES = 12
-# A number in 4 bits with one scale for 64 of them, in fp32, or in 8 bits where the scales are quantised as well.
+# Numbers in 4 bits that share one scale, which has 32 bits, or 8 if the scales are quantised as well.
 BLOCK_4BIT = 64
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How a run is spread over ranks.
+    """Distribution of a run over ranks.
 
     Attributes:
-        name: `"fsdp2"` also stands for FSDP1 with full sharding.
-        ranks: n.
+        name: kind of data parallelism; `"fsdp2"` includes FSDP1 with full sharding.
+        ranks: number of processes, over all machines.
     """
 
     name: Literal["one process", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -60,7 +60,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder: L blocks of width H, an MLP of width I, attention heads of size d, a vocabulary of V."""
+    """Sizes of a decoder, under the names of its config; `layers` counts its blocks."""
 
     layers: int
     hidden: int
@@ -72,7 +72,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Shape":
-        """The sizes in a model's config, where missing ones have their usual values."""
+        """Read the sizes from a model's config; missing ones get their usual values."""
         config = config.get_text_config()
         heads = config.num_attention_heads
         return cls(
@@ -88,22 +88,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's weights, counted.
+    """Counts of a model's weights.
 
     Attributes:
-        total: numbers in the model, adapters included, a tied weight once.
+        total: numbers in the model, including adapters; a tied weight counts once.
         trained: numbers that are trained.
         itemsize: bytes of a trained number.
-        base_itemsize: bytes of a number outside of adapters that is not quantised.
+        base_itemsize: bytes of a number that is neither quantised nor part of an adapter.
         frozen: bytes of the weights that are not trained.
-        base: bytes of the model without adapters: of a reference model like it.
-        block: bytes of the largest decoder block, adapters included.
+        base: bytes of the model without adapters, which is also the size of a reference model.
+        block: bytes of the largest decoder block, including adapters.
         head: bytes of the output head.
         ends: bytes outside of the blocks: embedding, norm, head.
-        cast: numbers in matrices of the blocks that a pass in bf16 has to cast, since they are kept in fp32.
-        trains_head: whether the head is among the trained weights.
-        tied: whether it is the embedding as well.
-        adapter_width: ranks of the adapters of a block, added up; 0 without adapters.
+        cast: numbers in matrices of the blocks that are kept in fp32, so that a pass in bf16 has to cast them.
+        trains_head: the head is among the trained weights.
+        is_tied: the head is also the embedding.
+        adapter_width: sum of the ranks of a block's adapters; 0 without adapters.
     """
 
     total: int
@@ -117,7 +117,7 @@ class Weights:
     ends: int
     cast: int
     trains_head: bool
-    tied: bool
+    is_tied: bool
     adapter_width: int
 
     @property
@@ -126,7 +126,7 @@ class Weights:
 
 
 def count_weights(model: PreTrainedModel | PeftModel) -> Weights:
-    """Count a model's weights, with or without adapters, on any device, the meta device too."""
+    """Count a model's weights, with or without adapters, on any device including the meta device."""
     bare = model.get_base_model() if is_peft_model(model) else model
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -150,19 +150,19 @@ def count_weights(model: PreTrainedModel | PeftModel) -> Weights:
             p.numel() for p in blocks.parameters() if type(p) is nn.Parameter and p.ndim == 2 and p.element_size() == 4
         ),
         trains_head=any(p.requires_grad for p in head),
-        tied=head[0] is bare.get_input_embeddings().weight,
+        is_tied=head[0] is bare.get_input_embeddings().weight,
         adapter_width=sum(min(p.shape) for p in blocks[0].parameters() if id(p) in of_adapters and p.ndim == 2) // 2,
     )
 
 
 def _numbers(parameter: nn.Parameter) -> int:
-    # Packed 4-bit weights hold two numbers in a byte; on the meta device they have not been packed yet.
+    # Packed 4-bit weights hold two numbers in a byte. On the meta device they are not packed yet.
     packed = type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point()
     return parameter.numel() * (2 if packed else 1)
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes, a shared weight once."""
+    """Return the bytes of parameters; a shared one counts once."""
     sizes = {}
     for p in parameters:
         kind = type(p).__name__
@@ -178,21 +178,22 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What else memory and network depend on.
+    """Sizes of a run's batches, and its settings that affect memory and network.
 
     Attributes:
-        rows: of a micro-batch of one rank, mixed-in rows included.
-        length: tokens in each of them, pads included.
-        kept: positions of the micro-batch whose states CE and the terms need.
-        micro_batches: of a rank, in a step.
+        rows: rows in a micro-batch of one rank, including mixed-in rows.
+        length: tokens in each row, including padding.
+        kept: positions of the micro-batch whose states are needed by the loss and by terms that compare with a
+            reference.
+        micro_batches: micro-batches of a rank in a step.
         compute_itemsize: bytes of a number in a pass: 2 under bf16, else 4.
-        optimizer: its name in the training arguments.
-        checkpointing: whether only the inputs of blocks are kept for the backward pass.
-        guarded: whether the loss comes from this package's head (`kl`, `ldifs`, interleaving), and not from TRL's.
-        reference: what `kl` and `ldifs` compare with.
-        cached: whether its states come from disk, so that of a model of its own the head alone is needed.
-        kl: whether a term compares distributions.
-        layers: how many blocks' outputs a term compares.
+        optimizer: name in the training arguments.
+        checkpointing: only the inputs of blocks are kept for the backward pass.
+        guarded: the loss is computed by this package's head and not by TRL's.
+        reference: model that terms compare the policy with.
+        cached: the reference's states come from disk; a reference model then needs only its head in memory.
+        has_divergence: a term compares next-token distributions.
+        layers: number of blocks whose outputs a term compares.
     """
 
     rows: int
@@ -205,13 +206,15 @@ class Run:
     guarded: bool = False
     reference: Reference = "none"
     cached: bool = False
-    kl: bool = False
+    has_divergence: bool = False
     layers: int = 0
 
 
 def placed(weights: Weights, run: Run, engine: Engine) -> Weights:
-    """The weights in the sizes in which an engine keeps them under bf16: DeepSpeed casts all of them; FSDP2 keeps what is trained
-    in fp32, and gathers in bf16."""
+    """Return the weights in the sizes in which an engine keeps them.
+
+    Under bf16, DeepSpeed casts all weights; FSDP2 keeps trained weights in fp32 and gathers in bf16.
+    """
     if run.compute_itemsize == 4 or not (engine.is_deepspeed or engine.name == "fsdp2"):
         return weights
     names = ("block", "head", "ends") if engine.name == "fsdp2" else ("frozen", "base", "block", "head", "ends")
@@ -222,20 +225,23 @@ def placed(weights: Weights, run: Run, engine: Engine) -> Weights:
 
 
 def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) -> dict[str, int]:
-    """Bytes of each rank in a step, by what they are for; not all are held at the same time ([`peak`]). TRL's head, which an
-    undefended run has, is not in them."""
+    """Return the bytes that each rank uses in a step: purpose -> bytes.
+
+    Not all are held at the same time ([`peak`]). TRL's head, which an undefended run uses, is left out.
+    """
     weights = placed(weights, run, engine)
     n = engine.ranks
     weight_ranks = n if engine.shards_weights else 1
     gathered = 0
     if engine.shards_weights:
-        # The block at work and the one fetched ahead; embedding, last norm and head.
+        # Two blocks are gathered, the current one and the next; embedding, last norm and head stay gathered.
         gathered = min(weights.bytes, 2 * weights.block + weights.ends)
     gradients = float(weights.trained * weights.itemsize)
     if engine.name == "ddp":
-        gradients *= 2  # the buckets that are reduced are copies
+        gradients *= 2  # the buckets for the all-reduce are copies
     elif engine.name == "fsdp2" and run.micro_batches > 1:
-        # accelerate has FSDP2 reduce in the last micro-batch alone, and keep whole gradients until then, as the passes form them.
+        # With accelerate, FSDP2 reduces only in the last micro-batch and keeps whole gradients until then, in the
+        # passes' dtype.
         gradients = weights.trained * min(weights.itemsize, run.compute_itemsize)
     elif engine.shards_gradients:
         gradients /= n
@@ -243,6 +249,7 @@ def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) ->
     if engine.shards_weights and run.reference == "model":
         gathered += min(reference, 2 * weights.block + weights.ends)
     states = optimizer_states(run.optimizer, weights.itemsize, engine)
+    has_tied_gradient = weights.trains_head and weights.is_tied
     return {
         "weights": round(weights.bytes / weight_ranks),
         "gathered weights": gathered,
@@ -252,30 +259,33 @@ def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) ->
         "activations": saved_activations(weights, shape, run),
         "compared states": compared_states(shape, run),
         "head": head_bytes(shape, run),
-        # Its gradient is summed up in fp32, and stays until the backward pass is over.
+        # The head's gradient is summed in fp32 and kept until the backward pass ends.
         "trained head": 4 * shape.vocab * shape.hidden if weights.trains_head and run.guarded else 0,
         "backward pass of a block": working_bytes(weights, shape, run),
-        "tied embedding": shape.vocab * shape.hidden * weights.itemsize if weights.trains_head and weights.tied else 0,
-        # DeepSpeed's update wants the gradients in fp32.
+        "tied embedding": shape.vocab * shape.hidden * weights.itemsize if has_tied_gradient else 0,
+        # DeepSpeed needs fp32 gradients for its update.
         "update": round(4 * weights.trained / (n if engine.shards_states else 1)) if engine.is_deepspeed else 0,
     }
 
 
 def peak(items: dict[str, int], run: Run) -> int:
-    """The most bytes at once, of the items of [`memory_per_rank`]: where the head works, where the backward pass begins or ends, or
-    in the update. Gradients are there from the beginning if those of an earlier micro-batch are."""
+    """Return the largest number of bytes at one moment, from the items of [`memory_per_rank`].
+
+    The peak is in the head, at the beginning or the end of the backward pass, or in the update. After the first
+    micro-batch, gradients exist from the beginning.
+    """
     always = sum(items[name] for name in ("weights", "gathered weights", "optimizer states", "reference"))
     gradients, backward, trained_head = items["gradients"], items["backward pass of a block"], items["trained head"]
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # While the first block works, the embedding has no gradient yet. Then it gets one, and a tied one is added to the head's.
+    # The embedding gets its gradient after the first block is done; that of a tied one is added to the head's.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 
 
 def optimizer_states(optimizer: str, itemsize: int, engine: Engine) -> float:
-    """Bytes of state for each trained number."""
+    """Return the bytes of optimizer state for each trained number."""
     name = optimizer.removeprefix("paged_")
     if engine.is_deepspeed:
         return DEEPSPEED_STATES
@@ -284,27 +294,32 @@ def optimizer_states(optimizer: str, itemsize: int, engine: Engine) -> float:
 
 
 def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
-    """Bytes for each token that one block keeps for its backward pass: attention without a T × T matrix, a gated MLP, RMS norms
-    in fp32. As counted by torch's hooks on saved tensors in Llama."""
+    """Return the bytes that one block keeps for its backward pass, for each token.
+
+    The block has attention without a T × T matrix, a gated MLP and RMS norms in fp32. The counts were made in Llama
+    with torch's hooks on saved tensors.
+    """
     c, h, attention = run.compute_itemsize, shape.hidden, shape.heads * shape.head_dim
     saved = c * (4 * shape.intermediate + 2 * h + 2 * attention + 2 * shape.kv_heads * shape.head_dim) + 2 * 4 * h
     if not weights.adapter_width:
-        return saved + c * 2 * h  # the norms' own weights are trained
+        return saved + c * 2 * h  # weights of the norms are trained
     if c < weights.itemsize:
-        saved += c * (3 * h + attention)  # each adapter casts its input anew
+        saved += c * (3 * h + attention)  # each adapter casts its own input
     return saved + c * weights.adapter_width
 
 
 def saved_activations(weights: Weights, shape: Shape, run: Run) -> int:
-    """Bytes that a micro-batch's forward pass keeps for the backward pass: of each block, with checkpointing its input alone, and
-    of the last norm."""
+    """Return the bytes that the forward pass of a micro-batch keeps for the backward pass.
+
+    They belong to the blocks (with checkpointing, only to their inputs) and to the last norm.
+    """
     tokens, c = run.rows * run.length, run.compute_itemsize
     block = c * shape.hidden if run.checkpointing else block_activations(weights, shape, run)
     return tokens * (block * shape.layers + shape.hidden * (4 if weights.adapter_width else 4 + c))
 
 
 def working_bytes(weights: Weights, shape: Shape, run: Run) -> int:
-    """Bytes that the backward pass of a block works with: gradients of its states, what is recomputed, and weights cast to bf16."""
+    """Return the bytes that a block's backward pass needs: gradients, recomputed states, weights cast to bf16."""
     tokens, c = run.rows * run.length, run.compute_itemsize
     working = tokens * c * (3 * shape.intermediate + shape.hidden)
     if run.checkpointing:
@@ -315,26 +330,31 @@ def working_bytes(weights: Weights, shape: Shape, run: Run) -> int:
 
 
 def head_bytes(shape: Shape, run: Run) -> int:
-    """Bytes of the head's work: a chunk's fp32 tiles, their gradient in bf16 where products are, and the gradient of the states."""
+    """Return the bytes that the head needs: a chunk's fp32 tiles, their gradient in bf16, the states' gradient."""
     if not run.guarded:
         return 0
-    row = shape.vocab * (4 * (2 if run.kl else 1) + (2 if run.compute_itemsize == 2 else 0))
+    row = shape.vocab * (4 * (2 if run.has_divergence else 1) + (2 if run.compute_itemsize == 2 else 0))
     return min(run.kept * row, max(TILE_BYTES, row)) + run.kept * shape.hidden * run.compute_itemsize
 
 
 def compared_states(shape: Shape, run: Run) -> int:
-    """Bytes of the states that terms compare, at the positions they look at: of each block the reference's, the policy's and the
-    gradient; of the head the reference's and the policy's."""
+    """Return the bytes of the states that terms compare, at the compared positions.
+
+    Each block needs the reference's states, the policy's and their gradient; the head needs the first two.
+    """
     return run.kept * shape.hidden * run.compute_itemsize * (3 * run.layers + 2 * run.guarded)
 
 
 def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, int]:
-    """Bytes that each rank sends (and receives) in a step, by what they are for, as the ZeRO paper (1910.02054) counts them: an
-    all-gather or reduce-scatter moves (n − 1)/n of the data, an all-reduce twice that."""
+    """Return the bytes that each rank sends (and receives) in a step: purpose -> bytes.
+
+    They are counted like in the ZeRO paper (1910.02054): an all-gather or reduce-scatter moves (n − 1)/n of the data,
+    an all-reduce twice that.
+    """
     share = (engine.ranks - 1) / engine.ranks
     weights = placed(weights, run, engine)
     if engine.name == "fsdp2":
-        # What is moved is cast before.
+        # Weights and gradients are cast before they are sent.
         shrink = weights.base_itemsize // min(weights.base_itemsize, run.compute_itemsize)
         weights = replace(weights, frozen=weights.frozen // shrink, base=weights.base // shrink)
         weights = replace(weights, itemsize=min(weights.itemsize, run.compute_itemsize))
@@ -344,7 +364,8 @@ def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, in
     if engine.shards_weights:
         volume["weights, forward"] = volume["weights, backward"] = weights.bytes * m
         if run.checkpointing and engine.is_deepspeed:
-            # At most: what is used again within `stage3_max_reuse_distance` is not gathered again. FSDP2 never does.
+            # This is an upper bound: DeepSpeed keeps weights that it needs again within `stage3_max_reuse_distance`.
+            # FSDP2 never gathers again.
             volume["weights, recomputed"] = weights.bytes * m
         if run.reference == "adapters off" and not run.cached:
             volume["weights, reference"] = weights.bytes * m

@@ -1,4 +1,4 @@
-"""`--accelerate_config NAME`: the training script as several processes, launched by accelerate, as `trl sft` launches its own."""
+"""`--accelerate_config NAME`: launch the training script with accelerate, as `trl sft` does."""
 
 import argparse
 import difflib
@@ -18,46 +18,46 @@ from .parser import StrictParser
 from .recipes import recipes_dir
 
 
-# The exit code of a command that Ctrl-C ended, as shells have it.
+# Exit code of a command that Ctrl-C ended, by the convention of shells.
 INTERRUPTED = 130
-# What this package gives to `accelerate launch` itself.
+# Options of `accelerate launch` that this package sets itself.
 OWN = ("help", "config_file", "module", "no_python", "training_script", "training_script_args")
 
 
 @dataclass
 class LaunchArguments:
-    """How `trl-emguard sft` starts.
+    """Arguments of `trl-emguard sft` that say how it starts.
 
     Parameters:
         accelerate_config (`str`, *optional*):
-            A file for `accelerate launch --config_file`, or the name of a shipped one (`zero3`). Options of `accelerate launch`
-            may stand beside it (`--num_processes 4`). Without it, training runs in this process.
+            File for `accelerate launch --config_file`, or the name of a shipped one (`zero3`). Options of `accelerate
+            launch` may be added (`--num_processes 4`). Without it, training runs in this process.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Whether to say what would happen, and look for errors, instead of training. No weights are loaded.
+            Report what the run would do and look for errors instead of training. No weights are loaded.
     """
 
     accelerate_config: str | None = field(
         default=None,
         metadata={
-            "help": "A file for `accelerate launch --config_file`, or the name of a shipped one (zero3). Options of `accelerate "
-            "launch` may stand beside it (--num_processes 4). Without it, training runs in this process."
+            "help": "File for `accelerate launch --config_file`, or the name of a shipped one (zero3). Options of "
+            "`accelerate launch` may be added (--num_processes 4). Without it, training runs in this process."
         },
     )
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Whether to say what would happen, and look for errors, instead of training. No weights are loaded."
+            "help": "Report what the run would do and look for errors instead of training. No weights are loaded."
         },
     )
 
 
 class LaunchParser(StrictParser):
-    """[`StrictParser`] that knows the options of `accelerate launch` as well, on the command line and in the YAML file.
+    """[`StrictParser`] that also accepts the options of `accelerate launch`, on the command line and in the YAML file.
 
-    Where a name is both, it is the training script's, as for `trl sft`. The help does not list accelerate's.
+    A name that both have belongs to the training script, as in `trl sft`. The help does not list accelerate's options.
 
     Args:
-        launched: whether this process trains what it parses, whatever is said of a launch.
+        launched: this process is one of the launched ones: it trains, even if a launch is asked for.
     """
 
     def __init__(self, dataclass_types: Any, prog: str | None = None, launched: bool = False):
@@ -82,7 +82,7 @@ class LaunchParser(StrictParser):
             self._hints[action.dest] = (bool if action.nargs == 0 else kinds.get(action.type, str)) | None
 
     def parse(self, argv: list[str] | None = None) -> tuple:
-        """As [`StrictParser.parse`], without what is accelerate's, which [`launch_options`] then holds."""
+        """Parse like [`StrictParser.parse`], and keep accelerate's options in `launch_options`, not in the result."""
         *parsed, last = super().parse(argv)
         self.launch_options: list[str] = []
         if not isinstance(last, argparse.Namespace):
@@ -99,25 +99,26 @@ class LaunchParser(StrictParser):
         known, _ = self.parse_known_args(args)
         trains = not known.dry_run and (self._launched or not known.accelerate_config)
         if not trains:
-            # What is right for the processes to come, and refused in this one, which only looks at the recipe.
-            of_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            of_ranks.add_argument("--ddp_backend", "--ddp-backend")
-            _, args = of_ranks.parse_known_args(list(args))
+            # The launched processes accept these settings, and this one, which only reads the recipe, would refuse
+            # them.
+            for_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            for_ranks.add_argument("--ddp_backend", "--ddp-backend")
+            _, args = for_ranks.parse_known_args(list(args))
             self.set_defaults(ddp_backend=None)
             if not torch.accelerator.is_available():
                 args = [*args, "--use_cpu", "true"]  # without one, transformers refuses bf16
         return super().parse_args_into_dataclasses(args, **kwargs)
 
     def without_launch_options(self, argv: Sequence[str]) -> list[str]:
-        """A command line without `--accelerate_config` and what is accelerate's."""
+        """Return a command line without `--accelerate_config` and accelerate's options."""
         return self._launch.parse_known_args(list(argv))[1]
 
 
 def find_accelerate_config(name: str) -> Path:
-    """An accelerate file by its path, or by its name among the shipped ones.
+    """Find an accelerate file by its path, or a shipped one by its name.
 
     Raises:
-        FileNotFoundError: neither exists; the message names the known ones and the nearest.
+        FileNotFoundError: neither exists; the message lists the shipped names and the closest.
     """
     path = Path(os.path.expanduser(name))
     if path.is_file():
@@ -133,10 +134,15 @@ def find_accelerate_config(name: str) -> Path:
 
 
 def launch_arguments(config: Path, options: Sequence[str], argv: Sequence[str]) -> argparse.Namespace:
-    """What `accelerate launch` makes of a file, of options of its own, and of the training script's command line.
+    """Return the parsed arguments of `accelerate launch`.
+
+    Args:
+        config: accelerate file.
+        options: options of `accelerate launch`.
+        argv: command line of the training script.
 
     Raises:
-        ValueError: accelerate knows an option, but not its value.
+        ValueError: accelerate knows an option, but refuses its value.
     """
     parser = launch_command_parser()
 
@@ -148,14 +154,14 @@ def launch_arguments(config: Path, options: Sequence[str], argv: Sequence[str]) 
 
 
 def launch(arguments: argparse.Namespace) -> int:
-    """Launch the training script, wait for it, and return its exit code: what went wrong, its processes have said."""
+    """Launch the training script, wait for it, and return its exit code. Its processes report their own errors."""
     sys.stdout.flush()
     try:
         launch_command(arguments)
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode > 0 else 1
     except ChildFailedError as error:
-        return max(error.get_first_failure()[1].exitcode, 1)  # below 0: killed by a signal
+        return max(error.get_first_failure()[1].exitcode, 1)  # negative if a signal killed it
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

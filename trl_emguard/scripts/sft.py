@@ -29,7 +29,7 @@ from trl import (
     get_quantization_config,
 )
 
-from ..checkpoints.manifest import asks_for_newest
+from ..checkpoints.resume import asks_for_newest
 from ..config import EMGuardConfig
 from ..data.load import load_rows
 from ..evidence import InactiveDefenseError
@@ -170,7 +170,8 @@ def dry_run(
     Raises:
         ValueError, FileNotFoundError, InactiveDefenseError: what `run` would raise before its first step.
     """
-    from ..planning.dry_run import dry_run, read_launch, report
+    from ..planning.dry_run import dry_run, report
+    from ..planning.engine import read_launch
 
     check_model(training_args, model_args)
     report(

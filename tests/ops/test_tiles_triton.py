@@ -1,29 +1,29 @@
-"""The head with Triton's kernels against the same float64 twin: on a GPU as they are, elsewhere in Triton's interpreter."""
+"""Compare the head with Triton's kernels with the same float64 twin, on a GPU or else in Triton's interpreter."""
 
 import pytest
 import torch
 from ops import test_head as plain
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trl_emguard.ops import ce_kl_head, head
+from trl_emguard.ops import ce_divergence_head, head
 
 
 if not plain.HAS_TRITON:
     pytest.skip(plain.NO_TRITON, allow_module_level=True)
-from trl_emguard.ops import head_triton
+from trl_emguard.ops import tiles_triton
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """Every chunk goes through the kernels, in blocks that do not divide the vocabulary."""
+    """Send every chunk through the kernels, in blocks that do not divide the vocabulary."""
     calls = []
 
     def spy(*args):
         calls.append(len(args[0]))
-        return head_triton.tile_pass(*args)
+        return tiles_triton.tile_pass(*args)
 
     monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: spy)
-    monkeypatch.setattr(head_triton, "BLOCK", 32)
+    monkeypatch.setattr(tiles_triton, "BLOCK", 32)
     monkeypatch.setattr(plain, "DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     yield calls
     assert calls
@@ -65,51 +65,58 @@ def test_one_token_and_no_labels(mask, reference):
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_kl_of_equal_states_is_exactly_zero(direction):
-    hidden, weight, _, labels, ce_weight, kl_weight, _ = plain.make_inputs(torch.float32)
+def test_divergence_of_equal_states_is_exactly_zero(direction):
+    hidden, weight, _, labels, ce_weight, divergence_weight, _ = plain.make_inputs(torch.float32)
     hidden.requires_grad_()
-    output = ce_kl_head(
-        hidden, weight, None, labels, 0 * ce_weight, kl_weight, (hidden.detach().clone(), weight, None), direction
+    output = ce_divergence_head(
+        hidden,
+        weight,
+        None,
+        labels,
+        0 * ce_weight,
+        divergence_weight,
+        (hidden.detach().clone(), weight, None),
+        direction,
     )
-    assert output.kl.abs().max() == 0
-    assert output.kl_evidence == 0
+    assert output.divergence.abs().max() == 0
+    assert output.divergence_evidence == 0
     assert torch.autograd.grad(output.loss, hidden)[0].abs().max() == 0
 
 
 def test_top1_and_evidence_are_those_of_torchs_calls(monkeypatch):
-    hidden, weight, b, labels, ce_weight, kl_weight, ref = plain.make_inputs(torch.float32, bias=True)
-    ours = ce_kl_head(hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ref)
+    hidden, weight, b, labels, ce_weight, divergence_weight, ref = plain.make_inputs(torch.float32, bias=True)
+    ours = ce_divergence_head(hidden, weight, b, labels, ce_weight.float(), divergence_weight.float(), ref)
     monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: head.torch_tile_pass)
-    theirs = ce_kl_head(hidden, weight, b, labels, ce_weight.float(), kl_weight.float(), ref)
+    theirs = ce_divergence_head(hidden, weight, b, labels, ce_weight.float(), divergence_weight.float(), ref)
     assert torch.equal(ours.is_top1, theirs.is_top1)
-    torch.testing.assert_close(ours.kl_evidence, theirs.kl_evidence)
+    torch.testing.assert_close(ours.divergence_evidence, theirs.divergence_evidence)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy, in the interpreter
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_a_kl_that_is_no_number_stays_one(direction):
-    hidden, weight, _, labels, ce_weight, kl_weight, ref = plain.make_inputs(torch.float32)
+def test_nan_is_kept(direction):
+    hidden, weight, _, labels, ce_weight, divergence_weight, ref = plain.make_inputs(torch.float32)
     ref[0][1, 0] = float("nan")
-    output = ce_kl_head(hidden, weight, None, labels, ce_weight, kl_weight, ref, direction)
-    assert output.kl.isnan().tolist() == [i == 1 for i in range(plain.N)]
+    output = ce_divergence_head(hidden, weight, None, labels, ce_weight, divergence_weight, ref, direction)
+    assert output.divergence.isnan().tolist() == [i == 1 for i in range(plain.N)]
     assert output.loss.isnan()
 
 
-def test_strides_are_minded(monkeypatch):
-    """Weights that are one number for all, a bias and labels out of a matrix."""
+def test_strided_arguments(monkeypatch):
+    """The weights are one expanded number; bias and labels are columns of a matrix."""
     hidden, weight, b, labels, *_ = plain.make_inputs(torch.float32, bias=True)
     b, labels = torch.stack([b, -b], 1)[:, 0], torch.stack([labels, -labels], 1)[:, 0]
     same = hidden.new_tensor(0.1).expand(plain.N)
     arguments = (hidden.requires_grad_(), weight, b, labels, same, same, (hidden.detach() + 0.1, weight, b))
-    ours = ce_kl_head(*arguments)
+    ours = ce_divergence_head(*arguments)
     monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: head.torch_tile_pass)
-    theirs = ce_kl_head(*arguments)
-    torch.testing.assert_close(ours.kl, theirs.kl)
+    theirs = ce_divergence_head(*arguments)
+    torch.testing.assert_close(ours.divergence, theirs.divergence)
     torch.testing.assert_close(*(torch.autograd.grad(output.loss, hidden)[0] for output in (ours, theirs)))
 
 
 def test_kernels_are_launched_on_the_tensors_device(monkeypatch, kernels):
-    """Triton launches on the current device, whatever the tensors are on."""
+    """Triton launches on the current device, even if the tensors are on another."""
     kernels.append("launched by the test itself")
     current, launched = [0], []
 
@@ -124,10 +131,10 @@ def test_kernels_are_launched_on_the_tensors_device(monkeypatch, kernels):
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, exchange)
     for name in ("_statistics", "_gradient"):
-        monkeypatch.setattr(head_triton, name, Kernel())
+        monkeypatch.setattr(tiles_triton, name, Kernel())
     with FakeTensorMode():
         products, weights = (torch.empty(*shape, device="cuda:1") for shape in ((plain.N, plain.V), (plain.N,)))
         target = torch.empty(plain.N, dtype=torch.long, device="cuda:1")
-        head_triton.tile_pass(products, None, products, None, target, weights, weights, "reverse", None, 1.0)
+        tiles_triton.tile_pass(products, None, products, None, target, weights, weights, "reverse", None, 1.0)
     assert launched == [1, 1]
     assert current[-1] == 0

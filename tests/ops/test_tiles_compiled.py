@@ -1,4 +1,4 @@
-"""The head's kernels through Triton's compiler, without a GPU: its interpreter takes what the compiler does not."""
+"""Compile the head's kernels without a GPU: Triton's interpreter accepts code that its compiler refuses."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ARCHITECTURES = ("80", "90")
     torch.version.hip is not None, reason="the Triton of ROCm's torch has no compiler for NVIDIA's GPUs"
 )
 def test_every_specialisation_compiles(tmp_path):
-    # A process of its own: whether the kernels are interpreted is settled when Triton is first imported.
+    # A separate process is needed: Triton decides at its first import if kernels are interpreted.
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path)
     }
@@ -31,9 +31,9 @@ def test_every_specialisation_compiles(tmp_path):
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(kernels) == 12 * 2 * len(ARCHITECTURES)
     for kernel in kernels:
-        # Registers spill to local memory, which is as slow as the tiles.
+        # No register may spill to local memory, which is as slow as the tiles.
         assert kernel["stack"] == kernel["local"] == 0, kernel
-        # Equality of logits, and of p and q, wants every pass to round alike.
+        # Logits, and p and q, are compared for equality, so every pass must round alike.
         assert not kernel["fused"], kernel
         aligned = kernel["case"][0] == "152064"
         assert (kernel["wide_ld"] > 0) == aligned, kernel

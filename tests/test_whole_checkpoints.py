@@ -1,0 +1,107 @@
+"""Test `WholeCheckpoints` with trainers that know nothing of this package."""
+
+import os
+
+import pytest
+import torch
+from tiny import config, logged, make_model, make_rows, make_tokenizer
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+
+from trl_emguard.checkpoints import whole
+from trl_emguard.checkpoints.manifest import find_flaw
+from trl_emguard.checkpoints.resume import newest_whole_checkpoint
+from trl_emguard.checkpoints.whole import WholeCheckpoints
+
+
+class PlainTrainer(WholeCheckpoints, Trainer):
+    pass
+
+
+class PlainSFTTrainer(WholeCheckpoints, SFTTrainer):
+    pass
+
+
+def arguments(output_dir, **options):
+    """Return TRL's own arguments, with the values of the other tests."""
+    ours = config(output_dir, **{"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **options})
+    names = ("output_dir", "save_strategy", "save_steps", "max_steps", "save_total_limit", "learning_rate", "bf16")
+    more = ("per_device_train_batch_size", "logging_steps", "gradient_checkpointing", "use_cpu", "report_to")
+    return SFTConfig(**{name: getattr(ours, name) for name in (*names, *more, "disable_tqdm", "max_length")})
+
+
+def make_plain(trainer_class, output_dir, **options):
+    args = arguments(output_dir, lr_scheduler_type="constant", **options)
+    if trainer_class is PlainSFTTrainer:
+        return PlainSFTTrainer(make_model(), args, train_dataset=make_rows(), processing_class=make_tokenizer())
+    rows = [{"input_ids": torch.arange(3, 9) + i, "labels": torch.arange(3, 9) + i} for i in range(16)]
+    return PlainTrainer(make_model(), args, train_dataset=rows)
+
+
+trainers = pytest.mark.parametrize("trainer_class", [PlainTrainer, PlainSFTTrainer])
+
+
+@trainers
+def test_an_interrupted_run_resumes_from_the_newest_whole_checkpoint(tmp_path, trainer_class):
+    first = make_plain(trainer_class, tmp_path)
+    first.train()
+    assert newest_whole_checkpoint(tmp_path) == (4, {})
+    assert first.has_whole_checkpoint()
+    weights = tmp_path / "checkpoint-4" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert not first.has_whole_checkpoint()
+
+    again = make_plain(trainer_class, tmp_path)
+    folder = again.find_checkpoint(True)
+    assert folder == str(tmp_path / "checkpoint-2")
+    again.train(resume_from_checkpoint=folder)
+    assert find_flaw(tmp_path / "checkpoint-4") is None
+    assert logged(again) == logged(first)
+    for a, b in zip(again.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@trainers
+def test_a_finished_run_makes_no_further_step(tmp_path, trainer_class):
+    make_plain(trainer_class, tmp_path, max_steps=3, save_steps=3).train()
+    again = make_plain(trainer_class, tmp_path, max_steps=3, save_steps=3)
+    again.train(resume_from_checkpoint=again.find_checkpoint("true"))
+    assert again.state.global_step == 3
+
+
+def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path):
+    trainer = make_plain(PlainTrainer, tmp_path)
+    trainer.train()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"is a corrupt checkpoint \(optimizer.pt is missing\)"):
+        trainer.find_checkpoint(str(tmp_path / "checkpoint-4"))
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        trainer.find_checkpoint(str(tmp_path / "checkpoint-9"))
+
+
+def test_older_checkpoints_are_deleted_and_the_limit_is_saved(tmp_path):
+    trainer = make_plain(PlainTrainer, tmp_path, save_total_limit=1)
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    stored = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert stored.save_total_limit == trainer.args.save_total_limit == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), OSError),
+        (RuntimeError("[enforce fail at inline_container.cc:664] unexpected pos"), OSError),
+        (RuntimeError("out of memory"), RuntimeError),
+    ],
+)
+def test_a_full_disk_is_named(tmp_path, monkeypatch, error, expected):
+    def fail(folder):
+        raise error
+
+    monkeypatch.setattr(whole, "finish_checkpoint", fail)
+    trainer = make_plain(PlainTrainer, tmp_path, save_total_limit=1)
+    with pytest.raises(expected, match="GiB are free there" if expected is OSError else "out of memory"):
+        trainer.train()
+    assert trainer.args.save_total_limit == 1
+    assert find_flaw(tmp_path / "checkpoint-2") == "it was never finished"

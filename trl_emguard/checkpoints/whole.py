@@ -1,0 +1,113 @@
+"""Mixin that makes any Trainer write whole checkpoints."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from .manifest import begin_checkpoint, finish_checkpoint
+from .resume import checkpoint_folder, checkpoint_to_resume, find_flaw_on_all
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object
+
+
+class WholeCheckpoints(Trainer):
+    """
+    Checkpoints that a run resumes from only if they were written to their end, for any [`~transformers.Trainer`].
+
+    ```python
+    >>> class MyTrainer(WholeCheckpoints, Trainer): ...
+
+    >>> trainer = MyTrainer(model, args, train_dataset=rows)
+    >>> trainer.train(resume_from_checkpoint=trainer.find_checkpoint(True))
+    ```
+
+    The mixin stands before the trainer. A checkpoint is marked as whole when every rank has written its files. Only
+    then is it pushed to the hub, and only then are older ones deleted. A run that resumes at its last step trains no
+    further.
+    """
+
+    def find_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool) -> str:
+        """Return the checkpoint to resume from: the named folder, or the newest whole one. Every rank calls it.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+            ValueError: it is corrupt, or there is no whole one.
+        """
+        return checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._is_first_on_machine())
+
+    def has_whole_checkpoint(self, trial: Any = None) -> bool:
+        """Return whether the current step has a checkpoint that is whole on every machine. Every rank calls it."""
+        folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
+        return find_flaw_on_all(folder, self._is_first_on_machine()) is None
+
+    def _is_first_on_machine(self) -> bool:
+        # One process of every machine marks and checks folders, because each machine may have its own disk.
+        return self.args.local_process_index == 0
+
+    def _save_checkpoint(self, model, trial):
+        """Save a checkpoint like Trainer, mark it as whole, and then push it and delete older ones.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        args, run_dir = self.args, self._get_output_dir(trial)
+        folder = checkpoint_folder(run_dir, self.state.global_step)
+        limit, pushes = args.save_total_limit, args.push_to_hub
+        try:
+            # Trainer would push and delete before the checkpoint is whole.
+            args.save_total_limit, args.push_to_hub = None, False
+            with _write_errors(folder, args.output_dir):
+                if self._is_first_on_machine():
+                    begin_checkpoint(folder)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                args.save_total_limit, args.push_to_hub = limit, pushes
+                settings = os.path.join(folder, TRAINING_ARGS_NAME)
+                if args.should_save and os.path.isfile(settings):
+                    torch.save(args, settings)  # again, with the user's limit and hub
+                self.accelerator.wait_for_everyone()
+                if self._is_first_on_machine():
+                    finish_checkpoint(folder)
+        finally:
+            args.save_total_limit, args.push_to_hub = limit, pushes
+        if pushes:
+            self._push_from_checkpoint(folder)
+        if args.should_save:
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _run_epoch(self, *args, **kwargs):
+        # A run that was interrupted after its last step has nothing left to train. Trainer would make another step,
+        # unless the last checkpoint was at the end of an epoch.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+
+@contextmanager
+def _write_errors(folder: str, output_dir: str) -> Iterator[None]:
+    """Turn errors of a disk into an `OSError` that says how to continue."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Torch raises RuntimeError for a full disk. Others (of memory, or a rank that died) have nothing to do with
+        # it.
+        of_disk = any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
+        if isinstance(error, RuntimeError) and not of_disk:
+            raise
+        cause, free = " ".join(str(error).split())[:200], shutil.disk_usage(output_dir).free / 2**30
+        raise OSError(
+            f"{folder} could not be written ({type(error).__name__}: {cause}) and stays corrupt; {free:.3g} GiB are "
+            "free there. When this is fixed, resume_from_checkpoint=True resumes from the newest whole checkpoint."
+        ) from error

@@ -1,0 +1,150 @@
+"""Engine of a launched run: how an accelerate file and options of `accelerate launch` spread it over ranks."""
+
+import argparse
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import FullyShardedDataParallelPlugin, HfDeepSpeedConfig, str_to_bool
+from transformers import TrainingArguments
+
+from .memory import Engine
+
+
+# Documentation addresses (RFC 5737), which belong to no machine. The shipped files use them as placeholders.
+PLACEHOLDERS = ("192.0.2.", "198.51.100.", "203.0.113.")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Facts about a launch, read from an accelerate file and options of `accelerate launch`.
+
+    Attributes:
+        engine: name and number of ranks.
+        mixed_precision: `"no"`, `"bf16"` or `"fp16"`; `None` if only the recipe sets it.
+        fsdp: accelerate's FSDP options; `None` without FSDP.
+        offloads: weights or states are kept in CPU memory.
+        on_cpu: training runs on CPUs, even if the recipe does not say so.
+        notes: settings that accelerate ignores, or whose error it cannot detect.
+    """
+
+    engine: Engine
+    mixed_precision: str | None = None
+    fsdp: FullyShardedDataParallelPlugin | None = None
+    offloads: bool = False
+    on_cpu: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def read_launch(arguments: argparse.Namespace | None) -> Launch:
+    """Return what `accelerate launch` would start.
+
+    Args:
+        arguments: parsed arguments of `accelerate launch`; `None` for a run in this process.
+
+    Raises:
+        ValueError: accelerate refuses the file or the options, or a DeepSpeed config cannot be read.
+        FileNotFoundError: a DeepSpeed config does not exist.
+    """
+    if arguments is None:
+        return Launch(Engine("one process"))
+    try:
+        args, *_ = _validate_launch_command(copy.copy(arguments))
+        fsdp, offloads = _read_fsdp(args)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"accelerate refuses {arguments.config_file}: {error}") from error
+    # The order is that of `launch_command`, which starts one process unless GPUs or `--multi_gpu` ask for several.
+    name: Any = "one process"
+    ranks, notes = int(args.num_processes or 1), []
+    if args.use_deepspeed and not args.cpu:
+        stage, offloads = _read_deepspeed(args)
+        name = f"zero{stage}" if stage else "ddp"
+    elif fsdp:
+        name = "fsdp2"
+    elif args.multi_gpu and not args.cpu and ranks > 1:
+        name = "ddp"
+    elif ranks > 1:
+        notes.append(f"num_processes={ranks} starts one process: on CPUs, --multi_gpu starts several.")
+        ranks = 1
+    if str(args.main_process_ip).startswith(PLACEHOLDERS):
+        notes.append(
+            f"main_process_ip={args.main_process_ip} is a placeholder: set it to the first machine's address, "
+            "num_machines and num_processes (of all machines) to what you have, and machine_rank on each machine."
+        )
+    on_cpu = bool(args.cpu or args.use_cpu)
+    return Launch(Engine(name, ranks), args.mixed_precision, fsdp, offloads, on_cpu, tuple(notes))
+
+
+def _read_fsdp(args: argparse.Namespace) -> tuple[FullyShardedDataParallelPlugin | None, bool]:
+    """Return the FSDP options, or `None`, and whether FSDP offloads weights to CPU memory."""
+    if not args.use_fsdp or args.cpu:
+        return None, False
+    offloads, checkpointing = (
+        str_to_bool(str(value), to_bool=True)
+        for value in (args.fsdp_offload_params, args.fsdp_activation_checkpointing)
+    )
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=int(args.fsdp_version),
+        activation_checkpointing=checkpointing,
+        state_dict_type=args.fsdp_state_dict_type,
+    )
+    return plugin, bool(offloads)
+
+
+def _read_deepspeed(args: argparse.Namespace) -> tuple[int, bool]:
+    """Return the stage of ZeRO, and whether weights or states are offloaded."""
+    path, nowhere = args.deepspeed_config_file, {None, "none"}
+    if path is None:
+        devices = {args.offload_optimizer_device, args.offload_param_device}
+        return 2 if args.zero_stage is None else int(args.zero_stage), not devices <= nowhere
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"deepspeed_config_file={path!r} is not a file.")
+    try:
+        get = HfDeepSpeedConfig(path).get_value
+        devices = {get(f"zero_optimization.offload_{part}.device") for part in ("optimizer", "param")}
+        return int(get("zero_optimization.stage", 0)), not devices <= nowhere
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"deepspeed_config_file={path!r} cannot be read: {error}") from error
+
+
+@contextmanager
+def simulated_ranks(ranks: int) -> Iterator[None]:
+    """Make this process count as one of several ranks in everything that is computed from their number."""
+    state = PartialState()
+    alone = state.num_processes
+    AcceleratorState._reset_state()
+    state.num_processes = ranks
+    try:
+        yield
+    finally:
+        state.num_processes = alone
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+
+
+def check_engine(args: TrainingArguments, launch: Launch) -> None:
+    """Refuse arguments that transformers would refuse only after the engine has started.
+
+    Raises:
+        ValueError: two settings do not work together.
+    """
+    engine, fsdp = launch.engine, launch.fsdp
+    if args.save_only_model and args.load_best_model_at_end and (engine.is_deepspeed or fsdp):
+        raise ValueError(f"save_only_model=True does not work with load_best_model_at_end=True under {engine.name}.")
+    if args.auto_find_batch_size and engine.name == "zero3":
+        raise ValueError("auto_find_batch_size=True does not work with ZeRO-3: leave it out, or use ZeRO-2.")
+    if args.gradient_checkpointing and fsdp and fsdp.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing does not work with gradient_checkpointing=True, which checkpoints as well: "
+            "set the first to false."
+        )
+    if args.save_only_model and fsdp and "SHARDED" in str(fsdp.state_dict_type):
+        raise ValueError(
+            "save_only_model=True does not work with fsdp_state_dict_type=SHARDED_STATE_DICT: use FULL_STATE_DICT."
+        )
