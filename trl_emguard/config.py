@@ -27,11 +27,10 @@ class EMGuardConfig(SFTConfig):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used where a separate reference
             model is loaded from the policy's path (full fine-tuning without `ref_model`). By default the reference is a
             copy of the policy as it was given, in the policy's dtype.
-        cache_reference (`bool` or `None`, *optional*, defaults to `False`):
+        cache_reference (`bool`, *optional*, defaults to `False`):
             Whether the reference's states of every training row are computed once, before training, and kept on disk (in
             `$TRL_EMGUARD_CACHE/reference`, by default below `~/.cache/trl_emguard`), so that a step runs no reference pass. It
-            pays over several epochs or runs. `None`, the default of `trl-emguard sft`: nothing is kept, and what an earlier run
-            has kept is used if it holds every row of this one.
+            pays over several epochs or runs: a later run that sets it as well computes only the rows that are missing.
 
         resume_from_checkpoint (`str`, *optional*):
             A checkpoint folder to go on from, or `"true"` for the newest whole one in `output_dir`.
@@ -114,12 +113,11 @@ class EMGuardConfig(SFTConfig):
             "is loaded from the policy's path (full fine-tuning without `ref_model`)."
         },
     )
-    cache_reference: bool | None = field(
+    cache_reference: bool = field(
         default=False,
         metadata={
             "help": "Whether the reference's states of every training row are computed once, before training, and kept on disk, so "
-            "that a step runs no reference pass. It pays over several epochs or runs. Left out on the command line: nothing is "
-            "kept, and what an earlier run has kept is used if it holds every row of this one."
+            "that a step runs no reference pass. It pays over several epochs or runs."
         },
     )
     kl_coef: float = field(
@@ -277,8 +275,8 @@ class EMGuardConfig(SFTConfig):
             )
 
     def _check_cache(self, compared: list[str]) -> None:
-        if self.cache_reference is not None and not isinstance(self.cache_reference, bool):
-            raise ValueError(f"cache_reference={self.cache_reference!r} must be true, false or None.")
+        if not isinstance(self.cache_reference, bool):
+            raise ValueError(f"cache_reference={self.cache_reference!r} must be true or false.")
         if not self.cache_reference:
             return
         if not compared:

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,9 +58,12 @@ from .guard.forward import (
     HEAD_STATS,
     TERM_STATS,
     PolicyGuard,
+    ReferenceGuard,
+    States,
     Term,
     add_guarded_forward,
     kept_positions,
+    output_head,
     positions_in_scope,
     run_model_reference,
     wanted_layers,
@@ -232,8 +235,7 @@ class EMGuardTrainer(SFTTrainer):
             )
         self._ledger = EvidenceLedger([term.name for term in self._terms])
         self._reference: AdapterReference | ModelReference | None = None
-        self._cache: ReferenceCache | None = None  # the same on every rank, and all through training
-        self._reads_cache = False  # this rank, from here on
+        self._cache: ReferenceCache | None = None
         self._unused = {
             "cache_reference": args.cache_reference and not self._terms,
             "ref_model": ref_model is not None and not self._terms,
@@ -449,29 +451,49 @@ class EMGuardTrainer(SFTTrainer):
         }
         return next((name for name, acts in engines.items() if acts), None)
 
-    def _open_cache(self, reference: AdapterReference | ModelReference) -> ReferenceCache | None:
-        """The reference's states of every row that can come in training: computed where the user asks for them, and otherwise used
-        if all of them are there."""
-        asked = self.args.cache_reference
-        if asked is False or not isinstance(self.train_dataset, Dataset) or self._engine_without_cache():
-            return None
-        cache = ReferenceCache(reference, self._bare_model(), self._terms, self.accelerator)
+    def _open_cache(self, reference: AdapterReference | ModelReference) -> ReferenceCache:
+        """Keep the reference's states of every row that can come in training."""
+        policy = self._bare_model()
+        layers = wanted_layers(self._terms, policy)
+        rows: Any = self._remove_unused_columns(self.train_dataset, description="Training")
+        pool: Any = [] if self._mixing is None else self._mixing.rows_to_come()
 
-        def data() -> tuple[Any, Any]:
-            rows = self._remove_unused_columns(self.train_dataset, description="Training")
-            return rows, [] if self._mixing is None else self._mixing.rows_to_come()
+        def collate(indices: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
+            batch = self.data_collator([rows[i] if i < len(rows) else pool[i - len(rows)] for i in indices])
+            mixed_in = torch.tensor([i >= len(rows) for i in indices])[:, None].expand_as(batch["input_ids"])
+            marked = {**batch, INTERLEAVED: mixed_in}
+            scopes = [positions_in_scope(marked, term.tokens) for term in self._terms]
+            return batch, functools.reduce(torch.logical_or, scopes)
 
-        if asked:
-            check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
-            usable, said = (
-                True,
-                cache.fill(*data(), self.data_collator, self._train_batch_size, self.args.disable_tqdm),
-            )
+        def run(inputs: dict[str, Any], positions: torch.Tensor) -> States:
+            if isinstance(reference, ModelReference):
+                reference.move_backbone(self.accelerator.device)
+                return run_model_reference(reference, inputs, positions, self._terms)
+            training = policy.training
+            policy.eval()
+            try:
+                with reference.swapped_in(), self.accelerator.autocast():
+                    return ReferenceGuard(positions, layers)(policy, inputs)
+            finally:
+                policy.train(training)
+
+        check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
+        if isinstance(reference, ModelReference):
+            model, without, head = reference.model, set(), output_head(reference.model)
         else:
-            usable, said = cache.find(data, self.data_collator, self._train_batch_size)
-        if said:
-            self.accelerator.print(f"trl_emguard: {said}")
-        return cache if usable else None
+            model, without = policy, set(getattr(policy, "peft_config", {})) - {reference.adapter}
+            with reference.swapped_in():
+                head = output_head(policy)
+        keeps_last = any(term.divergence is not None for term in self._terms)
+        cache = ReferenceCache(model, run, head, layers, keeps_last, self.accelerator, without)
+        said = cache.fill(collate, len(rows) + len(pool), self._train_batch_size, self.args.disable_tqdm)
+        if isinstance(reference, ModelReference) and reference.move_backbone("cpu"):
+            # Nothing runs it any more. Its head stays on the policy's device, a tied one as a copy.
+            device = self.accelerator.device
+            weight, bias = head
+            cache.head = weight.to(device), None if bias is None else bias.to(device)
+        self.accelerator.print(f"trl_emguard: {said}")
+        return cache
 
     def _check_layers_train(self) -> None:
         """Refuse terms over blocks that no trained weight can move: with checkpointing their states require grad all the same."""
@@ -532,8 +554,8 @@ class EMGuardTrainer(SFTTrainer):
                 )
         self.accelerator.print(self._describe())
         if self._reference is not None:
-            before, self._cache = self._cache, self._open_cache(self._reference)
-            self._reads_cache = self._cache is not None
+            before = self._cache
+            self._cache = self._open_cache(self._reference) if self.args.cache_reference else None
             if before is not None and self._cache is None and isinstance(self._reference, ModelReference):
                 self._reference.move_backbone(self.accelerator.device)  # the cache had no need of it there
 
@@ -632,9 +654,9 @@ class EMGuardTrainer(SFTTrainer):
         inputs.pop(INTERLEAVED, None)
         rows = inputs.pop(ROW_COUNTS, torch.zeros(2))
         reference: Any = self._reference
-        # A run that did not ask for a cache is held to the live reference before its first update, where the two must agree.
-        if self._cache is not None and self._reads_cache and (self.args.cache_reference or self.state.global_step):
-            reference = self._cached_states(self._cache, inputs, terms)
+        if self._cache is not None:
+            compared = functools.reduce(torch.logical_or, [term.scope for term in terms])
+            reference = self._cache.states(inputs, compared, kept_positions(inputs, terms))
         if isinstance(reference, ModelReference):
             # A model of its own runs through its own engine, before the policy's one call.
             reference = run_model_reference(reference, inputs, kept_positions(inputs, terms), self._terms)
@@ -659,19 +681,6 @@ class EMGuardTrainer(SFTTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return (loss, outputs) if return_outputs else loss
-
-    def _cached_states(self, cache: ReferenceCache, inputs: dict[str, Any], terms: list[Term]) -> Any:
-        """The states of a batch, or, where a run that did not ask for a cache meets a row that is not in it, what makes them."""
-        try:
-            return cache.states(inputs, terms)
-        except ValueError as error:
-            if self.args.cache_reference:
-                raise
-            logger.warning(
-                f"from here on the reference runs, and the cache is not read: {error}", main_process_only=False
-            )
-            self._reads_cache = False
-            return self._reference
 
     def _bare_model(self) -> PreTrainedModel:
         """The causal language model without wrappers and adapters' shell."""
@@ -784,16 +793,18 @@ class EMGuardTrainer(SFTTrainer):
         if isinstance(self._reference, ModelReference):
             dtypes.add(self._reference.model.dtype)
         tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)
-        cache = self._cache if self.args.cache_reference else None
         coarse = (
-            "" if cache is None else " Or the reference's states on disk are too coarse: set cache_reference=False."
+            ""
+            if self._cache is None
+            else " Or the reference's states on disk are too coarse: set cache_reference=False."
         )
         for term in self._terms:
             mean = terms[term.name]["value"] / max(terms[term.name]["positions"], 1)
             allowed = tolerance
-            if cache is not None and term.divergence is None:
+            if self._cache is not None and term.divergence is None:
                 # Its states come from a pass over another batch, and a distance may be in the states' own units.
-                allowed = max(tolerance, cache.distance_of_rounding(term, rounding))
+                layers = wanted_layers([term], self._bare_model())
+                allowed = max(tolerance, self._cache.distance_of_rounding(term.token_loss, layers, rounding))
             if not mean <= allowed:
                 raise ValueError(
                     f"before the first update, {term.name} to the reference ({self._reference.kind}) is {mean:.3g} per token, not "

@@ -583,7 +583,7 @@ def planned_run(trainer: DryRunTrainer) -> Run:
         checkpointing=args.gradient_checkpointing,
         guarded=trainer._own_loss,
         reference=reference,
-        cached=bool(args.cache_reference),
+        cached=args.cache_reference,
         kl=any(term.divergence is not None for term in terms),
         layers=len(wanted_layers(terms, trainer._bare_model())),
     )

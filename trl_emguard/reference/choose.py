@@ -1,7 +1,6 @@
 """Where the reference comes from: adapters off, a frozen `ref` adapter, or a frozen model of its own."""
 
 import copy
-import hashlib
 import types
 from contextlib import AbstractContextManager
 from typing import cast
@@ -18,13 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..config import EMGuardConfig
+from ..models import identity
 from ..models.adapters import AdapterSwitch
 from ..models.sharding import as_main_process, gathered
 
@@ -182,20 +181,9 @@ def fingerprint(reference: AdapterReference | ModelReference, policy: nn.Module)
     Called before an engine takes the model: FSDP2 has not sharded it yet, and what ZeRO-3 loaded in shards is gathered here weight
     by weight, on every rank.
     """
-    model = reference.model if isinstance(reference, ModelReference) else policy
-    own = (
-        set()
-        if isinstance(reference, ModelReference)
-        else set(getattr(policy, "peft_config", {})) - {reference.adapter}
-    )
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if own.isdisjoint(name.split(".")) and not isinstance(parameter, DTensor):
-            with gathered(parameter):
-                flat = parameter.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
-            digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    if isinstance(reference, ModelReference):
+        return identity.fingerprint(reference.model)
+    return identity.fingerprint(policy, set(getattr(policy, "peft_config", {})) - {reference.adapter})
 
 
 def _load(path: str, policy: PreTrainedModel | PeftModel, args: EMGuardConfig) -> PreTrainedModel:
