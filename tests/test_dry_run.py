@@ -174,11 +174,10 @@ def test_ranks_of_an_accelerate_file_count(report, file, ranks, engine):
 
 def test_what_an_engine_refuses_is_found(argv, capsys):
     """In one process, with the flags that the engine would set."""
-    assert (
-        sft.main(argv("--dry_run", "--defense", "kl", "--cache_reference", "true", "--accelerate_config", "zero3"))
-        == 1
-    )
-    assert "cache_reference=True does not work with DeepSpeed" in capsys.readouterr().err
+    for engine, name in (("zero3", "DeepSpeed"), ("fsdp2", "FSDP")):
+        cached = argv("--dry_run", "--defense", "kl", "--cache_reference", "true", "--accelerate_config", engine)
+        assert sft.main(cached) == 1
+        assert f"cache_reference=True does not work with {name}" in capsys.readouterr().err
     options = [
         "--save_only_model",
         "true",

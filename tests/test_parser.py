@@ -85,14 +85,13 @@ def test_command_line_options(parse):
 @pytest.mark.parametrize(
     ("argv", "value"),
     [
-        ([], None),
+        ([], False),
         (["--cache_reference"], True),
         (["--cache_reference", "true"], True),
         (["--cache_reference", "false"], False),
     ],
 )
-def test_cache_reference_left_out_is_neither(parse, argv, value):
-    """What a sweep has kept is used by its other runs, on the command line alone: in Python it is switched off by default."""
+def test_cache_reference_is_off_by_default(parse, argv, value):
     assert parse("--defense", "kl", *argv)["cache_reference"] is value
     assert EMGuardConfig("unused", use_cpu=True, bf16=False).cache_reference is False
 

@@ -153,12 +153,16 @@ class DefendedTrainer(WholeCheckpoints):
             self._policy_passes = 0
             self._metrics["train"].clear()
         self.accelerator.print("\n".join(f"trl_emguard: {line}" for line in self.describe()))
+        self._before_training()
         with ExitStack() as surroundings:
             for defense in self.defenses:
                 surroundings.enter_context(defense.training(self._bare_model()))
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._conclude(kwargs.get("trial", args[0] if args else None))
         return output
+
+    def _before_training(self) -> None:
+        """Do what has to be done before the first step, once it is said what acts."""
 
     def _conclude(self, trial: Any) -> None:
         """Judge the run at its end; save it first if it was not defended."""

@@ -27,11 +27,12 @@ from .defended import DefendedTrainer
 from .defenses import Marks, ReferenceDefense
 from .guard.loss import LossGuard
 from .guard.scopes import ALL, positions_in_scope
-from .guard.terms import check_layers_train, kept_positions, scaled_terms, wanted_layers
+from .guard.terms import check_layers_train, compared_positions, kept_positions, scaled_terms, wanted_layers
 from .models.sharding import as_main_process
 from .models.shipped import resolve_model
-from .reference.adapter import AdapterReference, trained_outside_adapters
+from .reference.adapter import trained_outside_adapters
 from .reference.agreement import check_agreement
+from .reference.cached import CachedReference
 from .reference.choose import disable_dropout, make_reference
 from .reference.kinds import ModelReference, Reference
 from .rows import DefendedRows
@@ -178,22 +179,16 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         disable_dropout(self.model)
         if isinstance(reference, ModelReference):
             reference.prepare(self.is_deepspeed_enabled, self.is_fsdp_enabled)
-        return reference
+        return CachedReference(reference, self.defenses, self.accelerator) if self.args.cache_reference else reference
 
     def describe(self) -> list[str]:
-        lines = super().describe()
-        if self.reference is None:
-            return lines
-        at = len(self._named)
-        cached = ", cached" if self.args.cache_reference else ""
-        return [
-            *lines[:at],
-            f"reference: {self.reference.text.removesuffix(', cached')}{cached}; dropout is off.",
-            *lines[at:],
-        ]
+        lines, at = super().describe(), len(self._named)
+        if self.reference is not None:
+            lines.insert(at, f"reference: {self.reference.text}; dropout is off.")
+        return lines
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        if isinstance(self.reference, AdapterReference):
+        if self.reference is not None and self.reference.shares_weights:
             outside = trained_outside_adapters(self.model)
             if outside:
                 raise ValueError(
@@ -201,6 +196,12 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
                     "it would move with the policy. Unfreeze it before, on the model that you pass, or pass `ref_model`."
                 )
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _before_training(self) -> None:
+        if isinstance(self.reference, CachedReference):
+            rows = self._remove_unused_columns(self.train_dataset, description="Training")
+            said = self.reference.fill(rows, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
+            self.accelerator.print(f"trl_emguard: {said}")
 
     def _record(self) -> dict[str, Any]:
         record = super()._record()
@@ -238,7 +239,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         states = None
         if self.reference is not None:
             layers = wanted_layers(self._terms, self._bare_model())
-            states = self.reference.before(inputs, kept_positions(inputs, terms), layers)
+            states = self.reference.before(inputs, kept_positions(inputs, terms), compared_positions(terms), layers)
         guard = LossGuard(terms, self.defenses, ce_scale, marks.scopes, self.reference, states)
         with self._gate.armed(guard):
             outputs = model(**inputs)

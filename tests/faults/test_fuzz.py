@@ -25,7 +25,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -53,7 +52,7 @@ from trl_emguard.persona.extract import Rollout
 from trl_emguard.persona.extract import _reopen as reopen_rollouts
 from trl_emguard.persona.traits import load_trait
 from trl_emguard.persona.vectors import PersonaVector, load_vector
-from trl_emguard.reference.cache import ReferenceCache
+from trl_emguard.reference.state_files import StateFiles
 from trl_emguard.scripts import persona as persona_script
 from trl_emguard.scripts import select as select_script
 from trl_emguard.scripts.sft import make_parser
@@ -593,21 +592,15 @@ def naive_rollouts(content: bytes) -> Any:
     return rows if len(rows) == len(PLAN) else rows[: len(rows) // 2 * 2]
 
 
-def make_cache(folder: Path) -> ReferenceCache:
-    cache = object.__new__(ReferenceCache)
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4))
-    cache._names, cache.folder = ["last", "2"], folder
-    cache._model = SimpleNamespace(config=config, dtype=torch.float32)
-    return cache
+def make_cache(folder: Path) -> StateFiles:
+    return StateFiles(folder, ["last", "2"], 4, torch.float32)
 
 
 def write_cache(path: Path) -> None:
     cache = make_cache(path.parent)
     generator = torch.Generator().manual_seed(0)
-    rows = [SimpleNamespace(key=bytes([i]) * 16, positions=i + 1) for i in range(3)]
-    cache._write(
-        rows, [{name: torch.randn(row.positions, 4, generator=generator) for name in cache._names} for row in rows]
-    )
+    states = {name: torch.randn(1 + 2 + 3, 4, generator=generator) for name in cache.names}
+    cache.write([bytes([i]) * 16 for i in range(3)], [1, 2, 3], states)
     (made,) = path.parent.glob("*.safetensors")
     made.rename(path)
 
@@ -619,13 +612,12 @@ def read_cache(path: Path, of: bytes | None = None) -> Any:
         other.unlink()
     (path.parent / f"abc-{zlib.crc32(content if of is None else of):08x}.safetensors").write_bytes(content)
     cache = make_cache(path.parent)
-    with mock.patch("trl_emguard.reference.cache.logger"):
-        for damaged in cache._damaged(path.parent.glob("*.safetensors")):
-            damaged.unlink()
-        cache._read()
-    if not cache._rows:
+    with mock.patch("trl_emguard.reference.state_files.logger"):
+        cache.delete_damaged()
+    cache.read()
+    if not cache.keys:
         raise ValueError(f"{path} is dropped, and what was in it is computed again")
-    return {key.hex(): {name: states.tolist() for name, states in cache._stored([key]).items()} for key in cache._rows}
+    return {key.hex(): {name: states.tolist() for name, states in cache.states([key]).items()} for key in cache.keys}
 
 
 def naive_cache(content: bytes) -> Any:

@@ -17,6 +17,7 @@ from tiny import lora, make_model, make_pool, make_rows, make_tokenizer, make_tr
 from transformers import TrainerCallback
 
 from trl_emguard.checkpoints.resume import newest_whole_checkpoint
+from trl_emguard.guard.forward import ReferenceGuard
 from trl_emguard.persona import extract_vector
 from trl_emguard.persona.traits import Trait
 from trl_emguard.reference import cache as reference_cache
@@ -362,14 +363,14 @@ def test_rollouts(tmp_path, seed):
 def test_the_reference_cache(tmp_path, monkeypatch, unbroken, seed):
     monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(reference_cache, "FILE_BYTES", 1)
-    run = reference_cache.ReferenceCache._run
+    run = ReferenceGuard.__call__
 
     def slow(*args):
         (tmp_path / BEGUN).touch()
         time.sleep(0.05)
         return run(*args)
 
-    monkeypatch.setattr(reference_cache.ReferenceCache, "_run", slow)
+    monkeypatch.setattr(ReferenceGuard, "__call__", slow)
     rng = random.Random(seed)
 
     def work(rank):

@@ -10,21 +10,29 @@ from torch.distributed.tensor import DTensor
 from .sharding import gathered
 
 
-def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
-    """Return a hash of up to 64 numbers of every weight.
+# Parts of names that PEFT adds to weights of the model below.
+ORIGINALS = ("base_layer", "original_module")
 
-    FSDP2 must not have sharded the model yet; weights that ZeRO-3 loaded in shards are gathered one by one, on every
-    rank.
+
+def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool = False) -> str:
+    """Return a hash over a sample of every weight.
+
+    Call it before an engine takes the model: FSDP2's shards are left out. Weights that ZeRO-3 loaded in shards are
+    gathered one by one, on every rank.
 
     Args:
-        model: model whose weights are hashed.
-        without: names of adapters that are left out.
+        model: any model.
+        without: names of adapters whose weights are left out.
+        is_plain: whether a weight has the name that it has in a model without adapters.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if set(without).isdisjoint(name.split(".")) and not isinstance(parameter, DTensor):
-            with gathered(parameter):
-                flat = parameter.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
-            digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+        parts = name.split(".")
+        if not set(without).isdisjoint(parts) or isinstance(parameter, DTensor):
+            continue
+        with gathered(parameter):
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
+        plain = ".".join(part for part in parts if part not in ORIGINALS)
+        digest.update((plain if is_plain else name).encode() + sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

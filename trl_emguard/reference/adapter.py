@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..guard.forward import ReferenceGuard, States
 from ..models.adapters import AdapterSwitch
+from ..models.head import output_head
 from ..models.identity import fingerprint
 from ..models.sharding import gathered
 from .kinds import Kind, Reference
@@ -40,6 +42,7 @@ class AdapterReference(Reference):
         self.adapter = adapter
         self.kind = Kind.ADAPTERS_OFF if adapter is None else Kind.ADAPTER_COPY
         self.model = policy.get_base_model()
+        self.unused_adapters = frozenset(policy.peft_config) - {adapter}
         self.switch = AdapterSwitch(policy)
 
     def inside(
@@ -49,7 +52,22 @@ class AdapterReference(Reference):
             return ReferenceGuard(positions, layers)(model, model.forward, inputs)
 
     def fingerprint(self, policy: nn.Module) -> str:
-        return fingerprint(policy, set(getattr(policy, "peft_config", {})) - {self.adapter})
+        return fingerprint(policy, self.unused_adapters)
+
+    def run(
+        self, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int], accelerator: Accelerator
+    ) -> States:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with accelerator.autocast():
+                return self.inside(self.model, dict(inputs), positions, layers)
+        finally:
+            self.model.train(was_training)
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with self.switch.only(self.adapter):
+            return output_head(self.model)
 
 
 def trained_outside_adapters(policy: PeftModel) -> list[str]:

@@ -1,12 +1,12 @@
 """Agreement of policy and reference before the first update."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ..defenses.base import ReferenceDefense
-from .kinds import Kind, ModelReference, Reference
+from .cached import CachedReference
+from .kinds import Kind, Reference
 
 
 def check_agreement(
@@ -15,7 +15,6 @@ def check_agreement(
     sums: Mapping[str, float],
     dtype: torch.dtype,
     is_bf16: bool,
-    distance_of_rounding: Any = None,
 ) -> None:
     """Refuse a reference that is not the model which training starts from: every distance must be 0 in the first step.
 
@@ -27,8 +26,6 @@ def check_agreement(
         sums: sums of the first step.
         dtype: dtype of the policy.
         is_bf16: whether passes run in bf16.
-        distance_of_rounding: for states that were read from disk, a function from a defense and a share of a state's
-            length to the distance that such a difference makes.
 
     Raises:
         ValueError: a distance is above what rounding explains.
@@ -36,20 +33,21 @@ def check_agreement(
     if reference.kind is Kind.GIVEN:
         return
     dtypes = {dtype, torch.bfloat16 if is_bf16 else torch.float32}
-    if isinstance(reference, ModelReference):
+    if not reference.shares_weights:
         dtypes.add(reference.model.dtype)
+    cached = reference if isinstance(reference, CachedReference) else None
     tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)
     hint = (
         ""
-        if distance_of_rounding is None
+        if cached is None
         else " Or the reference's states on disk are too coarse: set cache_reference=False."
     )
     for term in defenses:
         mean = sums[f"{term.name}/value"] / max(sums[f"{term.name}/positions"], 1)
         allowed = tolerance
-        if distance_of_rounding is not None and term.divergence is None:
+        if cached is not None and term.divergence is None:
             # Cached states come from a pass over another batch, and a distance may be in the states' own units.
-            allowed = max(tolerance, distance_of_rounding(term, rounding))
+            allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(
                 f"before the first update, {term.name} to the reference ({reference.text}) is {mean:.3g} per token, not "

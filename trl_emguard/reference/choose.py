@@ -81,6 +81,8 @@ def make_reference(
     if kind is Kind.MODEL_COPY:
         return ModelReference(frozen_copy(policy), accelerator, kind)
     path = get_config_model_id(policy.config)
+    if next(policy.parameters()).is_meta:
+        return ModelReference(frozen_copy(policy), accelerator, kind, path)  # a plan loads nothing
     if not path:
         raise ValueError(
             "the reference has to be loaded again, since the model is sharded or `ref_model_init_kwargs` is given, but "

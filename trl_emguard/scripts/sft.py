@@ -42,10 +42,7 @@ from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_
 
 def make_parser(launched: bool = False) -> LaunchParser:
     types = (ScriptArguments, EMGuardConfig, ModelConfig, DatasetMixtureConfig, LaunchArguments)
-    parser = LaunchParser(types, "trl-emguard sft", launched)
-    # What one run of a sweep has kept, the others find without naming it.
-    parser.set_defaults(cache_reference=None)
-    return parser
+    return LaunchParser(types, "trl-emguard sft", launched)
 
 
 def main(argv: list[str] | None = None, launched: bool = False) -> int:

@@ -1,0 +1,109 @@
+"""A reference whose states are read from disk, where they were written before training."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+
+from ..data.places import Collator
+from ..defenses.base import Defense, ReferenceDefense
+from ..guard.forward import States
+from ..guard.scopes import positions_in_scope
+from ..guard.terms import wanted_layers
+from ..io.files import check_writable
+from .cache import Collate, ReferenceCache, reference_cache_dir
+from .kinds import Reference
+
+
+class CachedReference(Reference):
+    """States of another reference, computed for every row that can come in training.
+
+    Args:
+        reference: reference whose states are kept.
+        defenses: active defenses. Their extra rows are kept as well.
+        accelerator: the run's.
+    """
+
+    def __init__(self, reference: Reference, defenses: Sequence[Defense], accelerator: Accelerator):
+        self.kind = reference.kind
+        self.model = reference.model
+        self._live = reference
+        self._defenses = defenses
+        self._accelerator = accelerator
+        self._terms = [defense for defense in defenses if isinstance(defense, ReferenceDefense)]
+        self._cache: ReferenceCache | None = None
+
+    @property
+    def text(self) -> str:
+        return f"{self._live.text}, cached"
+
+    def fill(self, rows: Dataset, collator: Collator, batch_size: int, is_quiet: bool) -> str:
+        """Compute and write the states that are not on disk yet.
+
+        Args:
+            rows: tokenised training rows.
+            collator: the run's data collator.
+            batch_size: number of rows in a pass.
+            is_quiet: whether no progress bar is shown.
+
+        Returns:
+            A line that says what was done.
+        """
+        check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
+        layers = wanted_layers(self._terms, self.model)
+        collate, count = self._collate(rows, collator)
+        head = self._live.head()
+        cache = ReferenceCache(
+            model=self.model,
+            run=lambda inputs, positions: self._live.run(inputs, positions, layers, self._accelerator),
+            head=head,
+            layers=layers,
+            keeps_last=any(term.divergence is not None for term in self._terms),
+            accelerator=self._accelerator,
+            without=self._live.unused_adapters,
+        )
+        said = cache.fill(collate, count, batch_size, is_quiet)
+        cache.head = self._live.park(self._accelerator, head)
+        self._cache = cache
+        return said
+
+    def _collate(self, rows: Dataset, collator: Collator) -> tuple[Collate, int]:
+        """Return a function from indices to a batch with its compared positions, and the number of all rows."""
+        sources: list[tuple[Any, set[str]]] = [(rows, set())]
+        for defense in self._defenses:
+            extra = defense.extra_rows()
+            if extra is not None:
+                sources.append((extra, set(defense.scopes)))
+        every = [(source, i, scopes) for source, scopes in sources for i in range(len(source))]
+        marked = {scope for _, scopes in sources for scope in scopes}
+
+        def collate(indices: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
+            chosen = [every[i] for i in indices]
+            batch = collator([source[i] for source, i, _ in chosen])
+            like = batch["input_ids"]
+            marks = {
+                scope: torch.tensor([scope in scopes for *_, scopes in chosen])[:, None].expand_as(like)
+                for scope in marked
+            }
+            positions = [positions_in_scope(batch, term.tokens, marks) for term in self._terms]
+            return batch, functools.reduce(torch.logical_or, positions)
+
+        return collate, len(every)
+
+    def before(
+        self, batch: Mapping[str, Any], kept: torch.Tensor, compared: torch.Tensor, layers: Sequence[int]
+    ) -> States:
+        assert self._cache is not None
+        return self._cache.states(batch, compared, kept)
+
+    def fingerprint(self, policy: nn.Module) -> str:
+        return self._live.fingerprint(policy)
+
+    def distance_of_rounding(self, term: ReferenceDefense, share: float) -> float:
+        """Return the distance that a term has between states and the same ones moved by a share of their length."""
+        assert self._cache is not None
+        return self._cache.distance_of_rounding(term.token_loss, wanted_layers([term], self.model), share)

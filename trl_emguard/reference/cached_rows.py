@@ -1,0 +1,85 @@
+"""Rows of a cache: the keys that they are found by, and rows that no cache can hold."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+
+# Length of the digest that a row is found by.
+KEY_BYTES = 16
+
+# Inputs that a cache knows: those that make a row, and those that change none of its states.
+_INPUTS = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits"}
+
+
+@dataclass
+class CachedRow:
+    """A row whose states are kept.
+
+    Attributes:
+        index: place in the data.
+        key: digest that it is found by.
+        length: number of tokens, with the pads that the collator gives every row.
+        positions: number of positions that are kept.
+    """
+
+    index: int
+    key: bytes
+    length: int
+    positions: int
+
+
+def row_keys(inputs: Mapping[str, Any], compared: torch.Tensor) -> list[bytes | None]:
+    """Return the keys of a batch's rows: digests of their tokens, without pads, and of the positions that are kept.
+
+    Args:
+        inputs: collated batch of `(B, T)` tensors.
+        compared: `(B, T - 1)`, positions to keep.
+
+    Returns:
+        16 bytes for each row, or `None` if nothing of it is kept.
+
+    Raises:
+        ValueError: a row's states would depend on more than its own tokens.
+    """
+    mask = inputs.get("attention_mask")
+    more = sorted(set(inputs) - _INPUTS)
+    if mask is None or mask.dim() != 2 or more:
+        has = f"also returns {', '.join(more)}" if more else "returns no attention mask of shape (rows, tokens)"
+        raise ValueError(
+            f"the reference cache knows a row by its `input_ids`, and the data collator {has}: leave "
+            "`cache_reference` out, or use the default collator."
+        )
+    if bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise ValueError(
+            "the data collator pads on the left, which moves the positions of a row, and no cache knows them: pad on "
+            "the right, or leave `cache_reference` out."
+        )
+    keys: list[bytes | None] = []
+    lengths = mask.sum(1).tolist()
+    for ids, kept, length in zip(inputs["input_ids"].cpu().numpy(), compared.cpu().numpy(), lengths, strict=True):
+        positions = np.flatnonzero(kept)
+        content = np.concatenate([[length], ids[:length], positions]).astype("<i8").tobytes()
+        keys.append(hashlib.blake2b(content, digest_size=KEY_BYTES).digest() if len(positions) else None)
+    return keys
+
+
+def check_length(model: PreTrainedModel, width: int) -> None:
+    """Refuse rows so long that, through rotary embeddings, they change the states of other rows in their batch."""
+    config = model.config.get_text_config()
+    rotary: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    limit: int = (
+        rotary.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None) or width
+    )
+    if any(kind in json.dumps(rotary) for kind in ('"dynamic"', '"longrope"')) and width > limit:
+        raise ValueError(
+            f"a row has {width} tokens, too many for the reference cache: beyond {limit} this model's rotary "
+            "embeddings depend on the longest row of a batch, and so do the states of the others. Set "
+            f"max_length={limit}, or leave `cache_reference` out."
+        )
