@@ -20,8 +20,8 @@ from triton.runtime.driver import driver
 from trl_emguard.ops import tiles_triton
 
 
-# Each case: vocabulary, direction, softcap, dtype of the biases, and if there is a reference. The vocabularies are
-# those of Qwen 2.5 (loads of 16 bytes), GPT-2 (rows not aligned to 16 bytes) and a toy.
+# Each case: vocabulary, direction, softcap, dtype of the biases, and if there is a reference. Vocabularies belong to
+# Qwen 2.5 (loads of 16 bytes), GPT-2 (rows not aligned to 16 bytes) and a toy model.
 CASES = [
     *itertools.product([152064], ["reverse", "forward"], [None, 30.0], [None, torch.bfloat16], [True]),
     (152064, "reverse", None, None, False),
@@ -36,7 +36,7 @@ class NoGpu:
     """Driver without a GPU, with all that Triton asks of a driver."""
 
     utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": 48 * 2**10},  # what any GPU has
+        get_device_properties=lambda device: {"max_shared_mem": 48 * 2**10},  # available on every GPU
         load_binary=lambda *args: (object(), object(), 0, 0, 1024),
         unload_module=lambda module: None,
     )
