@@ -87,7 +87,7 @@ RECIPE = {
     "seed": 42,
     "lr_scheduler_type": "linear", "per_device_train_batch_size": 8, "max_steps": 16, "save_strategy": "no",
     "output_dir": "out",
-    "bf16": False, "use_cpu": True, "report_to": "none", "gradient_checkpointing": False,
+    "bf16": False, "use_cpu": True, "report_to": "none", "activation_checkpointing": False,
     "model_init_kwargs": {"revision": "main"},
     "env": {"SOME_NAME": "1"}, "optim": "adamw_torch", "warmup_steps": 5, "interleave_fraction": 0.05,
     "max_length": None,
