@@ -33,7 +33,7 @@ test-distributed: setup
 
 # Kills at random moments and at every write, errors in every callback and at every write, damaged files; `make test` runs a slice.
 test-faults: setup
-	$(OFFLINE) $(BIN)/python -m pytest -m 'not distributed' --timeout 900 tests/faults tests/test_checkpoints.py
+	$(OFFLINE) $(BIN)/python -m pytest -m 'not distributed' --timeout 900 tests/faults tests/checkpoints
 
 # 2,000 steps with everything on, about three minutes: memory stays flat, and nothing is left open.
 soak: setup

@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 
-BEFORE = "f95102f"
-DEFENSES = ("none", "kl", "ldifs", "kl,ldifs", "steering", "inoculation", "interleave++", "interleave++,kl")
-STEPS = 5
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))
+from methods import KINDS  # noqa: E402
+
+
+BEFORE = "f95102f"
+DEFENSES = (*KINDS, "kl,ldifs", "interleave++,kl")
+STEPS = 5
 
 
 def run_case(defense: str, tuning: str, folder: Path) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def run_case(defense: str, tuning: str, folder: Path) -> dict[str, Any]:
         learning_rate=1e-2,
         logging_steps=1,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         use_cpu=True,
         report_to=[],
         save_strategy="no",

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 
+# The list of defenses, `methods.py`, is shared with the tests.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 RESULTS = Path(__file__).parent / "results"
 # Enough for a median whose quartiles say something.
 ROUNDS = 7

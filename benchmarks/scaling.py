@@ -227,7 +227,7 @@ def saved_bytes(model: PreTrainedModel, checkpointing: bool, bf16: bool) -> int:
     """Bytes that the backbone's forward pass saves for the backward pass, weights left out, as torch's hooks see them."""
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if hasattr(model, "peft_config"):
         model.enable_input_require_grads()
     model.train()

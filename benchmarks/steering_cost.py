@@ -55,7 +55,7 @@ def main():
                 steering_layers=layers,
                 max_steps=6,
                 per_device_train_batch_size=8,
-                gradient_checkpointing=False,
+                activation_checkpointing=False,
                 bf16=False,
                 use_cpu=True,
                 report_to=[],

@@ -25,6 +25,7 @@ import datasets
 import torch
 from datasets import Dataset
 from harness import environment, parse_args, peak_memory, statistics, time_in_turn, write_csv
+from methods import KINDS, merged
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import kl_div, normalize
 from transformers import (
@@ -117,13 +118,9 @@ class TwoKernels(SFTTrainer):
 STOCK, REFERENCE = "stock", "reference forward"
 BASELINES = {STOCK: SFTTrainer, "paper kl": PaperKL, "paper ldifs": PaperLDIFS, "two kernels": TwoKernels}
 DEFENDED: dict[str, dict[str, Any]] = {
-    "kl": {"defense": "kl"},
-    "ldifs": {"defense": "ldifs"},
+    **{name: {"defense": name, **merged(name, "shipped")} for name in KINDS if name != "none"},
     "kl+ldifs": {"defense": "kl,ldifs"},
     "kl cached": {"defense": "kl", "cache_reference": True},
-    "steering": {"defense": "steering", "steering_vector": "smollm2-135m-instruct-evil"},
-    "inoculation": {"defense": "inoculation"},
-    "interleave++": {"defense": "interleave++", "interleave_dataset": "general_instruct_scored"},
 }
 # What each is compared with: the floor of a defense, and for a baseline the defense that it is another way to write.
 RATIO_TO = {
@@ -277,7 +274,7 @@ def make_trainer(
         # One batch is an epoch.
         "num_train_epochs": 1000,
         "learning_rate": 2e-4 if point.tuning == "lora" else 1e-5,
-        "gradient_checkpointing": device == "cuda",
+        "activation_checkpointing": device == "cuda",
         "bf16": device == "cuda",
         "use_cpu": device == "cpu",
         "logging_strategy": "no",

@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
+from methods import COMPARING, run_options
 from peft import get_peft_model
-from tiny import config, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer
+from tiny import config, evidence, lora, make_model, make_rows, make_tokenizer, make_trainer, record
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError
 from trl_emguard.evidence import PATIENCE, EvidenceLedger
-from trl_emguard.persona import PersonaVector
 
 
 def detach_term(monkeypatch, defense):
@@ -32,7 +32,7 @@ def detach_term(monkeypatch, defense):
         monkeypatch.setattr(guarded_forward, "ce_divergence_head", detached)
 
 
-@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+@pytest.mark.parametrize("defense", COMPARING[:2])
 def test_a_term_without_gradient_stops_the_run(tmp_path, monkeypatch, defense):
     detach_term(monkeypatch, defense)
     trainer = make_trainer(tmp_path, peft=lora(), defense=defense, max_steps=20)
@@ -41,9 +41,9 @@ def test_a_term_without_gradient_stops_the_run(tmp_path, monkeypatch, defense):
     assert trainer.state.global_step == 1 + PATIENCE
     checkpoint = tmp_path / f"checkpoint-{1 + PATIENCE}"
     assert (checkpoint / "adapter_model.safetensors").is_file()
-    record = json.loads((checkpoint / "defense.json").read_text())
-    assert record["evidence"][defense]["acted"] is False
-    assert record["evidence"][defense]["value"] > 0
+    shown = json.loads((checkpoint / "defense.json").read_text())["evidence"][defense]
+    assert shown["acted"] is False
+    assert shown["value"] > 0
 
 
 def test_one_dead_term_of_two_stops_the_run(tmp_path, monkeypatch):
@@ -72,7 +72,7 @@ def test_blocks_that_no_trained_weight_can_move_are_refused(tmp_path, layers):
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_layers_that_are_frozen_later_stop_the_run(tmp_path, checkpointing):
     trainer = make_trainer(
-        tmp_path, peft=lora(), defense="ldifs", ldifs_layers="1", gradient_checkpointing=checkpointing
+        tmp_path, peft=lora(), defense="ldifs", ldifs_layers="1", activation_checkpointing=checkpointing
     )
     for name, parameter in trainer.model.named_parameters():
         if ".layers.3." not in name:
@@ -96,7 +96,7 @@ def test_a_defense_that_dies_on_the_way_stops_the_run(tmp_path):
     with pytest.raises(InactiveDefenseError, match="the reference has become the policy"):
         trainer.train()
     assert trainer.state.global_step == 4 + PATIENCE
-    assert trainer._ledger.terms["ldifs"].acted
+    assert evidence(trainer, "ldifs")["acted"]
 
 
 def test_the_model_is_saved_whatever_the_save_strategy(tmp_path, monkeypatch):
@@ -109,17 +109,17 @@ def test_the_model_is_saved_whatever_the_save_strategy(tmp_path, monkeypatch):
     assert "**This model was not defended.**" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+@pytest.mark.parametrize("defense", COMPARING[:2])
 def test_steps_at_rate_zero_do_not_count(tmp_path, defense):
     """Warm-up begins at 0: the policy stands still, and evidence of zero means nothing."""
     trainer = make_trainer(tmp_path, peft=lora(), defense=defense, learning_rate=0.0, max_steps=6)
     trainer.train()
-    term = trainer._ledger.terms[defense]
-    assert term.judged_steps == 0
-    assert not term.acted
+    shown = evidence(trainer, defense)
+    assert shown["judged_steps"] == 0
+    assert not shown["acted"]
 
 
-@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+@pytest.mark.parametrize("defense", COMPARING[:2])
 def test_steps_without_positions_do_not_count(tmp_path, defense):
     rows = make_trainer(tmp_path, rows=make_rows(4), defense="none").train_dataset.to_list()
     for row in rows:
@@ -127,17 +127,17 @@ def test_steps_without_positions_do_not_count(tmp_path, defense):
     rows = type(make_rows(1)).from_list(rows)
     trainer = make_trainer(tmp_path, rows=rows, peft=lora(), defense=defense, max_steps=6)
     trainer.train()
-    assert trainer._ledger.terms[defense].judged_steps == 0
+    assert evidence(trainer, defense)["judged_steps"] == 0
     assert trainer._ledger.unjudged() == [defense]
 
 
 def test_a_run_that_acts_has_the_evidence(tmp_path):
     trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs", gradient_accumulation_steps=2)
     trainer.train()
-    for term in trainer._ledger.terms.values():
-        assert term.acted
-        assert term.requires_grad == 10
-        assert term.judged_steps == 4
+    for shown in record(trainer)["evidence"].values():
+        assert shown["acted"]
+        assert shown["requires_grad"] == 10
+        assert shown["judged_steps"] == 4
 
 
 def test_resumed_evidence_goes_on(tmp_path, monkeypatch):
@@ -171,8 +171,8 @@ def test_resumed_evidence_goes_on(tmp_path, monkeypatch):
 )
 def test_verdict(steps, verdict):
     ledger = EvidenceLedger(["kl"])
-    for rate, tokens, positions, evidence in steps:
-        sums = {"value": 1.0, "positions": positions, "evidence": evidence, "requires_grad": 1}
+    for rate, tokens, positions, gradient in steps:
+        sums = {"value": 1.0, "positions": positions, "evidence": gradient, "requires_grad": 1}
         ledger.end_step({"kl": sums}, rate, tokens)
     assert (ledger.verdict() is not None) == verdict
     other = EvidenceLedger(["kl"])
@@ -215,7 +215,7 @@ def test_nothing_is_left_behind_by_a_failing_step(tmp_path):
     assert os.listdir(tmp_path) == [] or "checkpoint-1" not in os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("defense", ["steering", "kl", "ldifs", "interleave"])
+@pytest.mark.parametrize("defense", ["steering", "kl", "ldifs", "interleave"])  # inoculation has acted before training
 def test_a_subclass_that_leaves_compute_loss_out_stops_the_run(tmp_path, defense):
     """Its loss is the user's business; a defense that never sees it is not."""
 
@@ -224,15 +224,15 @@ def test_a_subclass_that_leaves_compute_loss_out_stops_the_run(tmp_path, defense
             inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}
             return model(**inputs).loss
 
-    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(tmp_path / "v.safetensors")
-    options = {"steering_vector": str(tmp_path / "v.safetensors"), "interleave_fraction": 0.2}
+    options = run_options(defense, tmp_path)
+    pool = options.pop("interleave_dataset", None)
     trainer = Own(
         make_model(),
-        config(tmp_path, defense=defense, **options),
+        config(tmp_path, **options),
         train_dataset=make_rows(),
         processing_class=make_tokenizer(),
         peft_config=lora(),
-        interleave_dataset=make_pool(),
+        interleave_dataset=pool,
     )
     with pytest.raises(InactiveDefenseError, match=r"without EMGuardTrainer\.compute_loss"):
         trainer.train()
@@ -244,16 +244,16 @@ def test_rows_that_go_around_the_defenses_stop_the_run(tmp_path, defense):
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return super()._prepare_dataset(dataset.select(range(len(dataset))), *args, **kwargs)
 
-    pool = make_pool() if defense == "interleave" else None
-    args = config(tmp_path, defense=defense, interleave_fraction=0.2)
+    options = run_options(defense, tmp_path)
+    pool = options.pop("interleave_dataset", None)
+    args = config(tmp_path, **options)
     with pytest.raises(InactiveDefenseError, match="did not come by"):
         Own(make_model(), args, train_dataset=make_rows(), processing_class=make_tokenizer(), interleave_dataset=pool)
 
 
 def test_a_vector_file_that_vanishes_after_construction_is_not_read_again(tmp_path, capsys):
-    path = tmp_path / "v.safetensors"
-    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(path)
-    trainer = make_trainer(tmp_path, defense="steering", steering_vector=str(path), max_steps=1)
-    path.unlink()
+    options = run_options("steering", tmp_path, max_steps=1)
+    trainer = make_trainer(tmp_path, **options)
+    os.unlink(options["steering_vector"])
     trainer.train()
     assert "defense 'steering' acts" in capsys.readouterr().out

@@ -1,5 +1,6 @@
-"""What the tests build runs from: tiny random models of several architectures, a tokenizer, ragged rows, a trainer."""
+"""Parts of the tests' runs: tiny random models of several architectures, a tokenizer, ragged rows, a trainer."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
+from trl_emguard.evidence import read_defense_file
 
 
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
@@ -131,7 +133,7 @@ def config(output_dir: Path, **overrides: Any) -> EMGuardConfig:
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "use_cpu": True,
         "report_to": [],
         "save_strategy": "no",
@@ -161,5 +163,19 @@ def make_trainer(
 
 
 def logged(trainer: Any, key: str = "loss") -> list[float]:
-    """What the trainer logged under a name, step by step."""
+    """Return the values that a trainer logged under a name, step by step."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def record(trainer: Any) -> dict[str, Any]:
+    """Return what the trainer's `defense.json` holds now, from a copy of the model that is saved for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.save_model(folder)
+        found = read_defense_file(folder)
+    assert found is not None
+    return found
+
+
+def evidence(trainer: Any, defense: str) -> dict[str, Any]:
+    """Return the evidence of one defense of a run, as `defense.json` has it."""
+    return record(trainer)["evidence"][defense]

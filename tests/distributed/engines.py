@@ -8,16 +8,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from methods import KINDS, METHODS, save_vector
 from safetensors.torch import load_file
 from tiny import make_model, save_model
 
-from trl_emguard.persona import PersonaVector
 from trl_emguard.persona.vectors import weight_checksums
 
 
-DEFENSES = ("none", "kl", "ldifs", "steering", "inoculation", "interleave++", "interleave++,kl")
+DEFENSES = (*KINDS, "interleave++,kl")
+# Names in the log and in the evidence that do not depend on the number of ranks.
+LOGS = {"loss", "grad_norm", "loss_ce", "num_tokens", "mean_token_accuracy"}.union(*(m.logs for m in METHODS.values()))
+COUNTS = {count for method in METHODS.values() for count in method.counts}
 RANKS = 2
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -79,14 +81,12 @@ def launch(engine: str, cells: list[Cell], folder: Path, timeout: int) -> dict[s
         cell id → what each rank saw; of a cell that failed, and of those after it, less.
     """
     folder.mkdir(parents=True)
-    torch.manual_seed(3)
-    metadata = {"suggested_layer": 2, "weights": weight_checksums(make_model())}
-    PersonaVector(torch.randn(5, 32), metadata=metadata).save(folder / "vector.safetensors")
+    vector = save_vector(folder / "vector.safetensors", weights=weight_checksums(make_model()))
     job = {
         "engine": engine,
         "cells": [{"id": cell.id, **asdict(cell)} for cell in cells],
         "models": {name: save_model(folder / name, name) for name in {cell.architecture for cell in cells}},
-        "vector": str(folder / "vector.safetensors"),
+        "vector": vector,
         "output": str(folder),
     }
     (folder / "job.json").write_text(json.dumps(job))
@@ -166,16 +166,7 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
         # An evaluation is another order of modules, with or without a defense.
         if rank["invalidated"] > sum("eval_loss" in entry for entry in rank["history"]):
             found.append(f"{cell.id}: DeepSpeed threw {rank['invalidated']} prefetch traces away")
-    for key in (
-        "loss",
-        "grad_norm",
-        "loss_ce",
-        "kl",
-        "ldifs",
-        "interleaved_fraction",
-        "num_tokens",
-        "mean_token_accuracy",
-    ):
+    for key in sorted(LOGS):
         ours, theirs = ([entry[key] for entry in run["history"] if key in entry] for run in (seen[0], alone))
         if len(ours) != len(theirs) or any(
             abs(a - b) > cell.tolerance * max(1, abs(b)) for a, b in zip(ours, theirs, strict=True)
@@ -198,7 +189,7 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
             found.append(f"{cell.id}: {worst} differs by {error:.2g}")
     record, expected = (json.loads((run / cell.id / "defense.json").read_text()) for run in (folder, one))
     for term, evidence in expected["evidence"].items():
-        for count in ("positions", "acted", "rows_interleaved", "rows_finetune", "layers"):
+        for count in sorted(COUNTS):
             if evidence.get(count) != record["evidence"][term].get(count):
                 found.append(f"{cell.id}: evidence {record['evidence'][term]} instead of {evidence}")
                 break

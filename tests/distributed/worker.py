@@ -20,6 +20,7 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from methods import merged, reads
 from tiny import config, lora, make_pool, make_rows, make_tokenizer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -42,15 +43,14 @@ def options_of(cell: dict, job: dict, ranks: int) -> dict:
         "max_steps": STEPS,
         "per_device_train_batch_size": GLOBAL_BATCH // ranks,
         "gradient_accumulation_steps": 2,
-        "gradient_checkpointing": cell["checkpointing"],
+        "activation_checkpointing": cell["checkpointing"],
         # Where a gradient is nothing but rounding, Adam would make a whole step of it.
         "adam_epsilon": 1e-3,
-        "kl_coef": 1.0,
-        "steering_vector": job["vector"],
-        "steering_coef": 1.0,
-        "interleave_fraction": 0.3,
+        **merged(cell["defense"], "options"),
         "seed": 7,
     }
+    if reads(cell["defense"], "vector"):
+        options["steering_vector"] = job["vector"]
     if job["engine"] != "one":
         options |= {"ddp_backend": "gloo", "use_cpu": job["engine"] in ("ddp", "fsdp2")}
     return {**options, **cell["options"]}
@@ -74,7 +74,7 @@ def make_trainer(cell: dict, job: dict, folder: Path) -> EMGuardTrainer:
         eval_dataset=make_rows(8) if "eval_strategy" in options else None,
         processing_class=make_tokenizer(),
         peft_config=lora(**cell["lora"]) if cell["tuning"] == "lora" else None,
-        interleave_dataset=make_pool(60) if "interleave" in cell["defense"] else None,
+        interleave_dataset=make_pool(60) if reads(cell["defense"], "pool") else None,
     )
 
 

@@ -28,16 +28,15 @@ from pathlib import Path
 
 import psutil
 import torch
+from methods import EVERYTHING, run_options
 from rich.console import Console
 from rich.table import Table
-from tiny import lora, make_pool, make_rows, make_trainer
+from tiny import lora, make_rows, make_trainer
 from transformers import TrainerCallback
 
 from trl_emguard.models.blocks import decoder_blocks
-from trl_emguard.persona import PersonaVector
 
 
-EVERYTHING = "interleave++,kl,ldifs,steering,inoculation"
 LINES = 10  # of a table
 WARM_UP = 2  # of them
 # Every line is taken at the end of an epoch: within one, the next batch is there already, and its tensors with it.
@@ -95,7 +94,7 @@ def soak(title: str, folder: Path, steps: int, **options) -> list[str]:
         per_device_train_batch_size=BATCH,
         max_steps=steps,
         learning_rate=1e-4,
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
         logging_steps=10,
         eval_strategy="steps",
         eval_steps=min(50, steps // LINES),
@@ -139,18 +138,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["TRL_EMGUARD_CACHE"] = str(folder / "cache")
-        vector = folder / "vector.safetensors"
-        PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(vector)
-        faults = soak(
-            "everything",
-            folder / "everything",
-            args.steps,
-            defense=EVERYTHING,
-            interleave_dataset=make_pool(),
-            interleave_redraw=True,
-            steering_vector=str(vector),
-            steering_coef=0.5,
-        )
+        # The options of a short run would push a run of thousands of steps far away.
+        options = {"interleave_redraw": True, "steering_coef": 0.5, "kl_coef": 0.1, "interleave_fraction": 0.05}
+        faults = soak("everything", folder / "everything", args.steps, **run_options(EVERYTHING, folder, **options))
         faults += soak(
             "cached reference", folder / "cached", args.steps // 4, defense="kl,ldifs", cache_reference=True
         )

@@ -14,8 +14,9 @@ import pytest
 import torch
 import transformers.modeling_utils
 from forks import Group
+from methods import COVERING, run_options
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import logged, lora, make_model, make_pool, make_trainer
+from tiny import logged, lora, make_model, make_trainer
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
@@ -23,31 +24,21 @@ from trl_emguard.checkpoints.resume import newest_whole_checkpoint
 from trl_emguard.defenses import LDIFS
 from trl_emguard.io.files import check_writable, written_whole
 from trl_emguard.models.blocks import decoder_blocks
-from trl_emguard.persona import PersonaVector
 from trl_emguard.reference import cache as reference_cache
 
 
 STEPS = 6
-DEFENSES = ["none", "kl,ldifs", "interleave", "steering,kl", "inoculation"]
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Trainers whose runs save every second step, by the defense."""
+    """Return a maker of trainers, by defense, whose runs save every second step."""
     monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache"))
 
     def build(defense, output="out", full=False, **options):
-        if "interleave" in defense:
-            options |= {"interleave_dataset": make_pool(), "interleave_fraction": 0.3}
-        if "steering" in defense:
-            PersonaVector(torch.arange(160.0).view(5, 32).sin(), metadata={"suggested_layer": 2}).save(
-                tmp_path / "v.safetensors"
-            )
-            options |= {"steering_vector": str(tmp_path / "v.safetensors"), "steering_coef": 1.0}
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS, "gradient_accumulation_steps": 2}
-        return make_trainer(
-            tmp_path / output, peft=None if full else lora(), **{"defense": defense, **saving, **options}
-        )
+        peft = None if full else lora()
+        return make_trainer(tmp_path / output, peft=peft, **{**run_options(defense, tmp_path), **saving, **options})
 
     return build
 
@@ -131,7 +122,7 @@ def test_an_error_in_a_users_callback(make, defense, event):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("defense", COVERING)
 def test_an_error_in_every_callback(make, defense, full):
     whole = make(defense, "whole", full)
     whole.train()
@@ -149,7 +140,7 @@ def test_an_error_in_every_callback(make, defense, full):
     ("defense", "full"),
     [
         (d, full) if (d, full) == ("steering,kl", False) else pytest.param(d, full, marks=pytest.mark.faults)
-        for d, full in itertools.product(DEFENSES, (False, True))
+        for d, full in itertools.product(COVERING, (False, True))
     ],
 )
 def test_an_error_within_a_pass(make, defense, full):

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from forks import BEGUN, Group, die, die_at_write
+from methods import reads, run_options
 from peft import get_peft_model
 from tiny import lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer, save_model
 from transformers import TrainerCallback
@@ -29,7 +30,7 @@ from trl_emguard.selection.choose import read_scores
 STEPS = 8
 # Tuning and options of the runs that are killed.
 RUNS = {
-    "kl,interleave+": ("lora", {"defense": "kl,interleave+", "kl_coef": 1.0, "save_total_limit": 1}),
+    "kl,interleave+": ("lora", {"defense": "kl,interleave+", "save_total_limit": 1}),
     "ldifs": ("full", {"defense": "ldifs", "save_total_limit": 2}),
     "none": ("lora", {"defense": "none", "save_total_limit": 1}),
     "packed": ("lora", {"defense": "interleave", "packing": True, "max_length": 48, "packing_strategy": "wrapped"}),
@@ -55,9 +56,8 @@ class Pace(TrainerCallback):
 def train(folder, run, ranks=1, rank=0, pause=0.0, fault=None, **more):
     """Train, from the newest whole checkpoint where there is one, and leave `result.json`."""
     tuning, options = RUNS[run]
-    if "interleave" in options["defense"]:
-        options = options | {"interleave_dataset": make_pool(), "interleave_fraction": 0.3}
     options = {
+        **run_options(options["defense"], folder),
         "save_strategy": "steps",
         "save_steps": 2,
         "max_steps": STEPS,
@@ -108,9 +108,7 @@ def unbroken(tmp_path_factory):
             Group(folder, lambda rank: train(folder, name, ranks, rank, fault=(0,)), ranks).finish()
             history = result(folder)[0]
             assert len(history) == STEPS
-            assert ("interleave" in RUNS[name][1]["defense"]) == any(
-                entry.get("loss_interleaved") for entry in history
-            )
+            assert reads(RUNS[name][1]["defense"], "pool") == any(entry.get("loss_interleaved") for entry in history)
             made[name, ranks] = result(folder), json.loads((folder / "result.json").read_text())["writes"]
         return made[name, ranks]
 

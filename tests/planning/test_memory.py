@@ -22,7 +22,7 @@ from trl_emguard.planning.memory import (
 )
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling  # noqa: E402
 

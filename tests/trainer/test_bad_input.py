@@ -1,10 +1,11 @@
-"""Bad arguments: one error that names argument, value and mend, before any weight is loaded."""
+"""Bad arguments: one error that names argument, value and fix, before any weight is loaded."""
 
 import math
 import re
 
 import pytest
 from datasets import Dataset
+from methods import METHODS
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import config, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
 from transformers import CLIPImageProcessor, LlavaProcessor
@@ -28,8 +29,7 @@ def no_weights(monkeypatch):
     [
         (
             {"defense": "kll"},
-            "defense='kll': 'kll' is not a known defense. Did you mean 'kl'? Known: none, kl, ldifs, steering, inoculation, "
-            "interleave, interleave+, interleave++.",
+            "defense='kll': 'kll' is not a known defense. Did you mean 'kl'? Known: " + ", ".join(METHODS) + ".",
         ),
         ({"defense": "LDIFS"}, "'LDIFS' is not a known defense."),
         ({"defense": "kl;ldifs"}, "'kl;ldifs' is not a known defense."),

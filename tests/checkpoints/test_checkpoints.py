@@ -1,4 +1,4 @@
-"""Test checkpoints: their files, resuming from them, and the model card."""
+"""Checkpoints, and runs that resume from them."""
 
 import json
 import os
@@ -8,21 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from methods import COVERING, EVERYTHING, METHODS, run_options, split
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import logged, lora, make_model, make_trainer
+from tiny import logged, lora, make_model, make_trainer, record
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from trl_emguard.checkpoints import manifest, whole
+from trl_emguard import trainer as trainer_module
+from trl_emguard.checkpoints import manifest as checkpoints
 from trl_emguard.checkpoints.manifest import (
     MANIFEST,
     begin_checkpoint,
-    find_flaw,
     finish_checkpoint,
+    newest_whole_checkpoint,
+    why_torn,
 )
-from trl_emguard.checkpoints.resume import newest_whole_checkpoint
 from trl_emguard.evidence import read_defense_file
 
 
@@ -30,14 +32,14 @@ IDS = torch.tensor([[9, 8, 7, 6, 5, 4]])
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_accumulation_steps": 2}
 
 
-def trainer_for(tmp_path, tuning="lora", **options):
+def trainer_for(tmp_path, tuning="lora", defense="kl,ldifs", **options):
     model, peft = make_model(), None
     if tuning == "lora":
         peft = lora(lora_dropout=0.1)
     elif tuning == "pissa":
         torch.manual_seed(2)
         model = get_peft_model(model, lora(init_lora_weights=False))
-    return make_trainer(tmp_path, model, peft=peft, **{"defense": "kl,ldifs", **SAVING, **options})
+    return make_trainer(tmp_path, model, peft=peft, **{**run_options(defense, tmp_path), **SAVING, **options})
 
 
 @pytest.mark.parametrize("tuning", ["lora", "pissa", "full"])
@@ -61,22 +63,27 @@ def test_a_checkpoint_is_the_policy_alone_and_loads_in_plain_libraries(tmp_path,
             torch.testing.assert_close(loaded.eval()(IDS).logits, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tuning", ["lora", "pissa", "full"])
-def test_resume_equals_an_uninterrupted_run(tmp_path, tuning):
-    whole = trainer_for(tmp_path / "whole", tuning)
+@pytest.mark.parametrize(
+    ("tuning", "defense"),
+    [("pissa", "kl,ldifs"), ("full", "kl,ldifs"), *(("lora", defense) for defense in (*COVERING, EVERYTHING))],
+)
+def test_resume_equals_the_run_that_never_stopped(tmp_path, tuning, defense):
+    whole, resumed = (trainer_for(tmp_path / name, tuning, defense) for name in ("whole", "resumed"))
     whole.train()
-    resumed = trainer_for(tmp_path / "resumed", tuning)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for key in ("loss", "loss_ce", "kl", "ldifs", "grad_norm"):
+    for key in ("loss", "loss_ce", "grad_norm", *(key for name in split(defense) for key in METHODS[name].logs)):
         assert logged(resumed, key) == logged(whole, key)
-    assert resumed._ledger.state() == whole._ledger.state()
+    shown, expected = record(resumed)["evidence"], record(whole)["evidence"]
+    for evidence in (shown, expected):
+        evidence.get("steering", {}).pop("change", None)  # the largest change of this process's run
+    assert shown == expected
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("defense", ["none", "kl", "inoculation"])
-def test_a_finished_run_makes_no_further_step(tmp_path, defense):
-    """Its last checkpoint is within an epoch: Trainer alone would continue to step 4."""
+@pytest.mark.parametrize("defense", COVERING)
+def test_a_run_that_was_at_its_end_makes_no_step_more(tmp_path, defense):
+    """The last checkpoint lies within an epoch, and Trainer alone would train on to step 4."""
     options = {"defense": defense, "max_steps": 3, "save_steps": 3, "gradient_accumulation_steps": 1}
     whole = trainer_for(tmp_path, **options, lr_scheduler_type="constant")
     whole.train()
@@ -94,16 +101,16 @@ def test_defense_file(tmp_path, defense):
     trainer.train()
     trainer.save_model()
     for folder, step in ((tmp_path / "checkpoint-2", 2), (tmp_path, 4)):
-        record = read_defense_file(folder)
-        assert record["defense"] == defense
-        assert list(record["defenses"]) == [name for name in defense.split(",") if name != "none"]
-        assert record["global_step"] == step
-        for name, options in record["defenses"].items():
+        found = read_defense_file(folder)
+        assert found["defense"] == defense
+        assert list(found["defenses"]) == [name for name in defense.split(",") if name != "none"]
+        assert found["global_step"] == step
+        for name, options in found["defenses"].items():
             assert options == {d.name: d.options() for d in trainer.defenses}[name]
-            assert record["evidence"][name]["acted"] is True
-            assert record["evidence"][name]["positions"] > 0
+            assert found["evidence"][name]["acted"] is True
+            assert found["evidence"][name]["positions"] > 0
     if "kl" in defense:
-        assert record["defenses"]["kl"]["kl_coef"] == 0.25
+        assert found["defenses"]["kl"]["kl_coef"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,7 @@ def test_resuming_with_the_checkpoint_as_model_is_refused(tmp_path, tuning):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
         model = PeftModel.from_pretrained(make_model(), folder, is_trainable=True)
-    again = make_trainer(tmp_path, model, **{"defense": "kl,ldifs", **SAVING})
+    again = make_trainer(tmp_path, model, **{**run_options("kl,ldifs", tmp_path), **SAVING})
     with pytest.raises(
         ValueError, match=r"held to another reference .* Resume with the model that training started from"
     ):
@@ -143,7 +150,7 @@ def test_resuming_with_the_checkpoint_as_model_is_refused(tmp_path, tuning):
 def test_the_same_layers_in_another_form_are_the_same_defense(tmp_path):
     trainer_for(tmp_path, ldifs_layers="[2, 4]").train()
     for layers in ((4, 2), [2, 4], "2,4"):
-        trainer_for(tmp_path, ldifs_layers=layers)._check_resume(tmp_path / "checkpoint-2")
+        trainer_for(tmp_path, ldifs_layers=layers).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_resume_from_a_folder_that_is_missing(tmp_path):
@@ -156,7 +163,7 @@ def test_coefficient_zero_resumes_a_plain_run(tmp_path):
     trainer_for(tmp_path, defense="kl", kl_coef=0.0).train(resume_from_checkpoint=True)
 
 
-def test_a_plain_trainers_checkpoint_is_not_defended(tmp_path):
+def test_a_plain_trainers_checkpoint_is_no_defended_one(tmp_path):
     stock = SFTTrainer(
         make_model(),
         trainer_for(tmp_path, defense="none").args,
@@ -172,18 +179,18 @@ def test_a_plain_trainers_checkpoint_is_not_defended(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"defenses": 3}', '{"defenses": {}}', "\x00"])
 def test_a_damaged_defense_file_is_refused(tmp_path, content):
-    """The checksum reveals the damage; without a manifest, the content does."""
+    """By its checksum, and where there is none, by what it says."""
     trainer_for(tmp_path).train()
     folder = tmp_path / "checkpoint-4"
     (folder / "defense.json").write_text(content)
-    with pytest.raises(ValueError, match=r"is a corrupt checkpoint \(defense.json has"):
+    with pytest.raises(ValueError, match=r"is a torn checkpoint \(defense.json has"):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
     (folder / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"defense.json is damaged"):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
 
 
-# ---- whole and corrupt ----
+# ---- whole and torn ----
 
 
 def flip(path):
@@ -201,7 +208,7 @@ DAMAGES = {"deleted": Path.unlink, "cut": cut, "emptied": lambda path: path.writ
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Train with this trainer and the stock one; return the folders, with checkpoints at steps 2 and 4."""
+    """Folders of runs with a checkpoint at steps 2 and 4: of this trainer, and of the stock one."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("ours", "stock")}
     trainer_for(folders["ours"]).train()
     ours = trainer_for(folders["stock"], defense="none")
@@ -217,7 +224,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run_folder(saved, tmp_path):
-    """Return a function that copies one of the folders."""
+    """A copy of one of them."""
 
     def copy(name):
         return Path(shutil.copytree(saved[name], tmp_path / name))
@@ -226,7 +233,7 @@ def run_folder(saved, tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_is_corrupt_if_any_of_its_files_is(run_folder, damage):
+def test_a_checkpoint_is_torn_if_any_file_of_it_is(run_folder, damage):
     output = run_folder("ours")
     folder = output / "checkpoint-4"
     names = json.loads((folder / MANIFEST).read_text())["files"]
@@ -242,30 +249,30 @@ def test_a_checkpoint_is_corrupt_if_any_of_its_files_is(run_folder, damage):
         before = (folder / name).read_bytes()
         DAMAGES[damage](folder / name)
         if (name, damage) == (MANIFEST, "deleted"):
-            assert find_flaw(folder) is None  # judged like a stock checkpoint, and all files are there
+            assert why_torn(folder) is None  # as a stock checkpoint, which all of its files are there for
         else:
-            assert name in find_flaw(folder) or name == MANIFEST
-            assert newest_whole_checkpoint(output) == (2, {"checkpoint-4": find_flaw(folder)})
+            assert name in why_torn(folder) or name == MANIFEST
+            assert newest_whole_checkpoint(output) == (2, {"checkpoint-4": why_torn(folder)})
         (folder / name).write_bytes(before)
-    assert find_flaw(folder) is None
+    assert why_torn(folder) is None
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut", "emptied"])
-def test_damage_of_a_checkpoint_without_a_manifest(run_folder, damage):
+def test_what_can_be_seen_of_a_checkpoint_without_a_manifest(run_folder, damage):
     folder = run_folder("stock") / "checkpoint-4"
     assert not (folder / MANIFEST).exists()
     for path in sorted(folder.iterdir()):
         before = path.read_bytes()
         DAMAGES[damage](path)
-        # Resuming does not need these files.
+        # What no run is resumed from.
         harmless = {"README.md", "chat_template.jinja"} | (
             {"training_args.bin", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"}
             if damage == "deleted"
             else set()
         )
-        assert (find_flaw(folder) is None) == (path.name in harmless), (path.name, find_flaw(folder))
+        assert (why_torn(folder) is None) == (path.name in harmless), (path.name, why_torn(folder))
         path.write_bytes(before)
-    assert find_flaw(folder) is None
+    assert why_torn(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -299,11 +306,11 @@ def test_sharded_checkpoints_of_other_trainers(tmp_path, files, flaw):
     for name, content in {"trainer_state.json": "{}", **files}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    found = find_flaw(tmp_path)
+    found = why_torn(tmp_path)
     assert found is None if flaw is None else re.search(flaw, found)
 
 
-def test_corrupt_checkpoints_are_named_and_skipped(run_folder, caplog):
+def test_torn_checkpoints_are_named_and_passed_over(run_folder, caplog):
     output = run_folder("ours")
     cut(output / "checkpoint-4" / "optimizer.pt")
     (output / "checkpoint-6").mkdir()
@@ -311,7 +318,7 @@ def test_corrupt_checkpoints_are_named_and_skipped(run_folder, caplog):
     resumed = trainer_for(output)
     resumed.train(resume_from_checkpoint="true")
     assert (
-        "holds corrupt checkpoints, which are not resumed from: checkpoint-6 (trainer_state.json is missing), "
+        "holds torn checkpoints, which are not resumed from: checkpoint-6 (trainer_state.json is missing), "
         in caplog.text
     )
     assert "checkpoint-4 (optimizer.pt has " in caplog.text
@@ -319,49 +326,48 @@ def test_corrupt_checkpoints_are_named_and_skipped(run_folder, caplog):
     assert resumed.state.global_step == 4
 
 
-def test_all_checkpoints_are_corrupt(run_folder):
+def test_there_are_none_but_torn_checkpoints(run_folder):
     output = run_folder("ours")
     for step in (2, 4):
         begin_checkpoint(output / f"checkpoint-{step}")
     with pytest.raises(
-        ValueError,
-        match=r"no whole checkpoint, only corrupt ones: checkpoint-4 \(it was never finished\), checkpoint-2",
+        ValueError, match=r"no whole checkpoint, only torn ones: checkpoint-4 \(it was never finished\), checkpoint-2"
     ):
         trainer_for(output).train(resume_from_checkpoint=True)
 
 
 def test_a_large_file_is_known_by_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "CHECKSUM_BYTES", 8)
+    monkeypatch.setattr(checkpoints, "CHECKSUM_BYTES", 8)
     for name, size in (("large", 9), ("small", 8)):
         (tmp_path / name).write_bytes(bytes(size))
     finish_checkpoint(tmp_path)
     flip(tmp_path / "large")
-    assert find_flaw(tmp_path) is None
+    assert why_torn(tmp_path) is None
     cut(tmp_path / "large")
-    assert find_flaw(tmp_path) == "large has 6 bytes instead of 9"
+    assert why_torn(tmp_path) == "large has 6 bytes instead of 9"
     finish_checkpoint(tmp_path)
     flip(tmp_path / "small")
-    assert find_flaw(tmp_path) == "small has changed"
+    assert why_torn(tmp_path) == "small has changed"
 
 
-def test_other_files_do_not_make_a_checkpoint_corrupt(run_folder):
+def test_what_else_lies_in_a_checkpoint_does_not_tear_it(run_folder):
     folder = run_folder("ours") / "checkpoint-4"
     (folder / "README.md").write_text("edited")
     (folder / "notes.txt").write_text("added")
-    assert find_flaw(folder) is None
+    assert why_torn(folder) is None
 
 
 def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch):
-    found = []
+    whole = []
 
     def rotate(output_dir, *args, **kwargs):
-        found.append(newest_whole_checkpoint(output_dir))
+        whole.append(newest_whole_checkpoint(output_dir))
         rotate_checkpoints(output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(whole, "rotate_checkpoints", rotate)
+    monkeypatch.setattr(trainer_module, "rotate_checkpoints", rotate)
     trainer = trainer_for(tmp_path, save_total_limit=1, push_to_hub=False)
     trainer.train()
-    assert found == [(2, {}), (4, {})]
+    assert whole == [(2, {}), (4, {})]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     stored = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
     assert stored.save_total_limit == trainer.args.save_total_limit == 1
@@ -371,7 +377,7 @@ def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
     trainer = trainer_for(tmp_path)
     pushed = []
     monkeypatch.setattr(
-        trainer, "_push_from_checkpoint", lambda folder: pushed.append((Path(folder).name, find_flaw(folder)))
+        trainer, "_push_from_checkpoint", lambda folder: pushed.append((Path(folder).name, why_torn(folder)))
     )
     trainer.args.push_to_hub = True
     trainer.train()
@@ -403,4 +409,3 @@ def test_model_card_names_defense_coefficient_and_paper(tmp_path, defense):
         assert "https://arxiv.org/abs/2508.06249" in card
     assert ("https://arxiv.org/abs/2308.13320" in card) == ("ldifs" in defense)
     assert "### Framework versions" in card
-    json.dumps(trainer._record())

@@ -12,10 +12,10 @@ import pytest
 import torch
 from accelerate import PartialState
 from command import make_argv, save_inputs, without, write_rows
+from methods import COVERING, METHODS, save_vector
 from tiny import make_model, make_pool, make_rows
 from trl import SFTTrainer
 
-from trl_emguard.persona import PersonaVector
 from trl_emguard.persona.vectors import weight_checksums
 from trl_emguard.planning.dry_run import listening, show
 from trl_emguard.scripts import sft
@@ -25,10 +25,8 @@ from trl_emguard.scripts import sft
 def inputs(tmp_path_factory):
     folder = save_inputs(tmp_path_factory.mktemp("inputs"), rows=24)
     write_rows(folder / "pool.jsonl", make_pool(24))
-    vectors = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     for name, model in (("own", make_model()), ("other", make_model(initializer_range=0.3))):
-        facts = {"suggested_layer": 2, "weights": weight_checksums(model)}
-        PersonaVector(vectors, metadata=facts).save(folder / f"{name}.safetensors")
+        save_vector(folder / f"{name}.safetensors", weights=weight_checksums(model))
     return folder
 
 
@@ -69,21 +67,21 @@ def numbers(text):
     return [int(number) for number in re.findall(r"\b\d+\b", text)]
 
 
-# ---- what it says is what happens ----
+# ---- the plan is what happens ----
+
+# Options beside a defense, of those that change the plan.
+BESIDE = {
+    "kl,ldifs": ("--gradient_accumulation_steps", "2"),
+    "interleave": ("--per_device_train_batch_size", "5"),
+    "steering,kl": ("--max_length", "30", "--max_steps", "4"),
+    "interleave,inoculation": ("--packing", "true", "--max_length", "128"),
+    "kl": ("--use_peft", "false", "--num_train_epochs", "2"),
+}
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ("--defense", "kl,ldifs", "--gradient_accumulation_steps", "2"),
-        ("--defense", "interleave+", "--per_device_train_batch_size", "5"),
-        ("--defense", "interleave,inoculation", "--packing", "true", "--max_length", "128"),
-        ("--defense", "steering", "--max_length", "30", "--max_steps", "4"),
-        ("--defense", "none"),
-        ("--defense", "kl", "--use_peft", "false", "--num_train_epochs", "2"),
-    ],
-)
-def test_the_run_is_as_it_was_said(report, argv, capsys, more):
+@pytest.mark.parametrize("defense", dict.fromkeys((*COVERING, *BESIDE)))
+def test_the_run_is_as_it_was_said(report, argv, capsys, defense):
+    more = ("--defense", defense, *BESIDE.get(defense, ()))
     said = report(*more)
     assert not list(Path.cwd().iterdir())
     assert sft.main(argv(*more)) == 0
@@ -96,7 +94,7 @@ def test_the_run_is_as_it_was_said(report, argv, capsys, more):
     assert f"; {steps} steps" in said["batch"][0]
     # Over whole epochs its tokens are counted to one.
     _, tokens, labels = numbers(said["data"][0])
-    if state["epoch"] == int(state["epoch"]) and "interleave,inoculation" not in more:
+    if state["epoch"] == int(state["epoch"]) and "--packing" not in more:
         pool = next((numbers(what[0])[-2:] for name, what in said.items() if name.startswith("interleave")), [0, 0])
         assert state["log_history"][-2]["num_tokens"] == state["epoch"] * (tokens + pool[0])
     record = json.loads(Path("out/defense.json").read_text())
@@ -104,7 +102,7 @@ def test_the_run_is_as_it_was_said(report, argv, capsys, more):
         if name.startswith("interleave"):
             planned = numbers(next(line for line in said["defense"] if "of the pool's" in line))[0]
             assert evidence["rows_interleaved"] == planned
-        elif name in ("kl", "ldifs"):
+        elif METHODS[name].is_compared and "--max_steps" not in more:
             assert evidence["positions"] == state["epoch"] * labels
         elif name == "inoculation":
             assert said[name] == [f"rows {evidence['rows']}, changed {evidence['changed']}"]

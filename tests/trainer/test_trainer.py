@@ -8,8 +8,20 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
+from methods import KINDS, merged
 from peft import AdaLoraConfig, get_peft_model
-from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
+from tiny import (
+    config,
+    evidence,
+    logged,
+    lora,
+    make_model,
+    make_rows,
+    make_tokenizer,
+    make_trainer,
+    record,
+    save_model,
+)
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -17,13 +29,8 @@ from trl_emguard import EMGuardConfig, EMGuardTrainer, KLTrainer, LDIFSTrainer, 
 from trl_emguard.defenses import DEFENSES, Defense
 
 
-OFF = [
-    {"defense": "none"},
-    {"defense": "kl", "kl_coef": 0.0},
-    {"defense": "ldifs", "ldifs_coef": 0.0},
-    {"defense": "kl,ldifs", "kl_coef": 0.0, "ldifs_coef": 0.0},
-    {"defense": "steering", "steering_coef": 0.0},
-]
+# Inoculation has no option that switches it off.
+OFF = [name for name in (*KINDS, "kl,ldifs") if name == "none" or merged(name, "off")]
 
 
 @dataclass
@@ -43,14 +50,14 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("off", OFF, ids=lambda off: off["defense"])
+@pytest.mark.parametrize("off", OFF)
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_off_is_sft_bit_for_bit(tmp_path, off, tuning, checkpointing):
-    """Losses and weights after five steps, with LoRA dropout on, so that the random state is compared as well."""
-    options = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 2, "bf16": True}
+    """Compare losses and weights after five steps, with LoRA dropout on, so that the random state is compared as well."""
+    options = {"activation_checkpointing": checkpointing, "gradient_accumulation_steps": 2, "bf16": True}
     peft = lora(lora_dropout=0.3) if tuning == "lora" else None
-    ours = make_trainer(tmp_path / "ours", peft=peft, **options, **off)
+    ours = make_trainer(tmp_path / "ours", peft=peft, **options, defense=off, **merged(off, "off"))
     ours.train()
     random_state = torch.get_rng_state()
     stock = SFTTrainer(
@@ -66,7 +73,7 @@ def test_off_is_sft_bit_for_bit(tmp_path, off, tuning, checkpointing):
         assert logged(ours, key) == logged(stock, key)
     assert all(torch.equal(a, b) for a, b in zip(weights(ours).values(), weights(stock).values(), strict=True))
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert ours._reference is None
+    assert record(ours)["reference"] is None
 
 
 def test_a_tiny_coefficient_trains_as_sft_does(tmp_path):
@@ -174,7 +181,7 @@ def test_packed_documents_have_no_position_across_their_boundary(tmp_path):
     trainer = make_trainer(tmp_path, rows=make_rows(8), peft=lora(), per_device_train_batch_size=8, **options)
     documents = [length for row in trainer.train_dataset for length in row["seq_lengths"]]
     trainer.train()
-    assert trainer._ledger.terms["kl"].positions == sum(length - 1 for length in documents)
+    assert evidence(trainer, "kl")["positions"] == sum(length - 1 for length in documents)
 
 
 def test_eval_loss_is_plain_ce(tmp_path):
@@ -299,7 +306,7 @@ def test_a_user_can_write_a_term(tmp_path):
     assert logged(trainer, "shrink")[0] == 0
     for total, ce, kl, shrink in zip(*(logged(trainer, k) for k in ("loss", "loss_ce", "kl", "shrink")), strict=True):
         assert total == pytest.approx(ce + 0.1 * kl + 0.5 * shrink, rel=1e-5)
-    assert trainer._ledger.terms["shrink"].acted
+    assert evidence(trainer, "shrink")["acted"]
 
 
 @pytest.mark.usefixtures("own_defense")

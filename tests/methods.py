@@ -1,0 +1,126 @@
+"""The one list of defenses that every suite runs: the options, inputs and results of each.
+
+A suite takes the names that it needs from [`KINDS`], [`COVERING`] or [`METHODS`], and a run's arguments from [`run_options`] (for
+`tiny.make_trainer`) or [`run_words`] (for `trl-emguard sft`). A new defense is added to `METHODS` and to `KINDS`, and to
+`COVERING` where no run of it has the new kind. `benchmarks/` imports the list too, so nothing of the package is imported here.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A defense as the tests run it.
+
+    Attributes:
+        options: options under which it acts on the tiny model within a few steps.
+        off: options that switch it off; empty if none can.
+        inputs: files and rows that it reads, of `"vector"` and `"pool"`.
+        shipped: the same inputs for SmolLM2, as options that name what the package ships.
+        logs: names that it adds to the log of every step.
+        counts: entries of its evidence that are equal however many ranks the run has.
+        is_compared: whether it compares the policy with a reference.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    off: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    shipped: dict[str, Any] = field(default_factory=dict)
+    logs: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    is_compared: bool = False
+
+
+_POOL: dict[str, Any] = {
+    "options": {"interleave_fraction": 0.3},
+    "off": {"interleave_fraction": 0},
+    "inputs": ("pool",),
+    "shipped": {"interleave_dataset": "general_instruct_scored"},
+    "logs": ("interleaved_fraction",),
+    "counts": ("rows_finetune", "rows_interleaved", "acted"),
+}
+METHODS = {
+    "none": Method(),
+    "kl": Method(
+        options={"kl_coef": 1.0},
+        off={"kl_coef": 0.0},
+        logs=("kl",),
+        counts=("positions", "acted"),
+        is_compared=True,
+    ),
+    "ldifs": Method(
+        options={"ldifs_coef": 1.0, "ldifs_layers": "every:2"},
+        off={"ldifs_coef": 0.0},
+        logs=("ldifs",),
+        counts=("positions", "acted"),
+        is_compared=True,
+    ),
+    "steering": Method(
+        options={"steering_coef": 1.0},
+        off={"steering_coef": 0.0},
+        inputs=("vector",),
+        shipped={"steering_vector": "smollm2-135m-instruct-evil"},
+        counts=("layers", "acted"),
+    ),
+    "inoculation": Method(counts=("rows", "changed", "acted")),
+    "interleave": Method(**_POOL),
+    "interleave+": Method(**_POOL),
+    "interleave++": Method(**_POOL),
+}
+# One name for each kind of defense, and all of them at once.
+KINDS = ("none", "kl", "ldifs", "steering", "inoculation", "interleave++")
+EVERYTHING = "interleave++,kl,ldifs,steering,inoculation"
+# The defenses that compare the policy with a reference, alone and together.
+COMPARING = ("kl", "ldifs", "kl,ldifs")
+# Few runs in which every kind occurs: for suites whose runs take long.
+COVERING = ("none", "kl,ldifs", "interleave", "steering,kl", "inoculation")
+
+
+def split(defense: str) -> list[str]:
+    """Return the names in the value of `defense`, "none" among them."""
+    return defense.split(",")
+
+
+def merged(defense: str, what: str) -> dict[str, Any]:
+    """Return the `options`, `off` or `shipped` of all the methods in the value of `defense`."""
+    return {key: value for name in split(defense) for key, value in getattr(METHODS[name], what).items()}
+
+
+def reads(defense: str, what: str) -> bool:
+    """Return whether a run with a defense reads a `"vector"` or a `"pool"`."""
+    return any(what in METHODS[name].inputs for name in split(defense))
+
+
+def save_vector(path: Path, **metadata: Any) -> str:
+    """Write a persona vector of the tiny model, the same at every call; return its path."""
+    import torch
+
+    from trl_emguard.persona import PersonaVector
+
+    PersonaVector(torch.arange(160.0).view(5, 32).sin(), metadata={"suggested_layer": 2, **metadata}).save(path)
+    return str(path)
+
+
+def run_options(defense: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """Return the options and the pool of a run, for `tiny.make_trainer`; a vector is written to `folder`."""
+    from tiny import make_pool
+
+    options = {"defense": defense, **merged(defense, "options")}
+    if reads(defense, "vector"):
+        options["steering_vector"] = save_vector(folder / "vector.safetensors")
+    if reads(defense, "pool"):
+        options["interleave_dataset"] = make_pool()
+    return {**options, **more}
+
+
+def run_words(defense: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """Return the options of a run of `trl-emguard sft`; the vector and the pool are written to `folder`."""
+    options = run_options(defense, folder, **more)
+    if reads(defense, "pool"):
+        path = folder / "pool.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in options["interleave_dataset"]), encoding="utf-8")
+        options["interleave_dataset"] = path
+    return options
