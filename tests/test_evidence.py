@@ -8,9 +8,10 @@ import torch
 from methods import COMPARING, run_options
 from peft import get_peft_model
 from tiny import config, evidence, lora, make_model, make_rows, make_tokenizer, make_trainer, record
+from transformers import TrainerCallback
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError
-from trl_emguard.evidence import PATIENCE, EvidenceLedger
+from trl_emguard.evidence import PATIENCE, Evidence, moves
 
 
 def detach_term(monkeypatch, defense):
@@ -90,10 +91,10 @@ def test_a_defense_that_dies_on_the_way_stops_the_run(tmp_path):
     class Alias(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 4:
-                trainer._reference._switch._modules.clear()
+                trainer.reference.switch.modules.clear()
 
     trainer.add_callback(Alias())
-    with pytest.raises(InactiveDefenseError, match="the reference has become the policy"):
+    with pytest.raises(InactiveDefenseError, match="the reference became the policy"):
         trainer.train()
     assert trainer.state.global_step == 4 + PATIENCE
     assert evidence(trainer, "ldifs")["acted"]
@@ -128,7 +129,7 @@ def test_steps_without_positions_do_not_count(tmp_path, defense):
     trainer = make_trainer(tmp_path, rows=rows, peft=lora(), defense=defense, max_steps=6)
     trainer.train()
     assert evidence(trainer, defense)["judged_steps"] == 0
-    assert trainer._ledger.unjudged() == [defense]
+    assert trainer.defenses[0].proof.is_unjudged
 
 
 def test_a_run_that_acts_has_the_evidence(tmp_path):
@@ -170,21 +171,19 @@ def test_resumed_evidence_goes_on(tmp_path, monkeypatch):
     ],
 )
 def test_verdict(steps, verdict):
-    ledger = EvidenceLedger(["kl"])
+    proof, has_moved = Evidence(), False
     for rate, tokens, positions, gradient in steps:
-        sums = {"value": 1.0, "positions": positions, "evidence": gradient, "requires_grad": 1}
-        ledger.end_step({"kl": sums}, rate, tokens)
-    assert (ledger.verdict() is not None) == verdict
-    other = EvidenceLedger(["kl"])
-    other.load(json.loads(json.dumps(ledger.state())))
-    assert str(other.terms) == str(ledger.terms)
+        proof.end_step(1.0, positions, gradient, 1, has_moved=has_moved)
+        has_moved = has_moved or moves(rate, tokens)
+    assert (proof.verdict("kl") is not None) == verdict
+    assert Evidence.read("kl", json.loads(json.dumps(proof.as_json()))) == proof
 
 
 def test_states_that_do_not_require_grad_are_no_evidence():
-    ledger = EvidenceLedger(["kl"])
-    for _ in range(1 + PATIENCE):
-        ledger.end_step({"kl": {"value": 1.0, "positions": 5, "evidence": 1.0, "requires_grad": 0}}, 1.0, 5)
-    assert "no trainable weight" in ledger.verdict()
+    proof = Evidence()
+    for step in range(1 + PATIENCE):
+        proof.end_step(1.0, 5, 1.0, 0, has_moved=step > 0)
+    assert "no trainable weight" in proof.verdict("kl")
 
 
 def test_an_aborted_step_leaves_no_sums(tmp_path):
@@ -192,7 +191,15 @@ def test_an_aborted_step_leaves_no_sums(tmp_path):
     expected = make_trainer(tmp_path / "a", peft=lora(), defense="kl", gradient_accumulation_steps=2, max_steps=1)
     expected.train()
     trainer = make_trainer(tmp_path / "b", peft=lora(), defense="kl", gradient_accumulation_steps=2, max_steps=1)
-    trainer._step_stats = torch.full((len(trainer._terms) * 4 + 5,), 1e6)
+
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
     trainer.train()
     assert trainer.state.log_history[0]["num_tokens"] == expected.state.log_history[0]["num_tokens"]
 
@@ -211,7 +218,7 @@ def test_nothing_is_left_behind_by_a_failing_step(tmp_path):
         trainer.train()
     handle.remove()
     assert [len(layer._forward_hooks) for layer in layers] == hooks
-    assert not any(module._disable_adapters for module in trainer._reference._switch._modules)
+    assert not any(module._disable_adapters for module in trainer.reference.switch.modules)
     assert os.listdir(tmp_path) == [] or "checkpoint-1" not in os.listdir(tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 
-from trl_emguard.reference.choose import ModelReference
+from trl_emguard.reference.kinds import ModelReference
 
 
 class GradientTap(TrainerCallback):
@@ -28,7 +28,7 @@ def move_policy(trainer: Any, by: float = 0.05) -> None:
 
     A trainer would refuse a reference that is none at step 0, so that check is taken away here.
     """
-    trainer._check_agreement = lambda terms: None
+    trainer.has_agreed = True
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -79,7 +79,7 @@ def twin_step(
     policy = copy.deepcopy(trainer.model).double()
     bare(policy).__dict__.pop("forward", None)  # the patched one holds on to the trainer's model
     policy.eval()
-    reference = trainer._reference
+    reference = trainer.reference
     if isinstance(reference, ModelReference):
         other = copy.deepcopy(reference.model).double().eval()
         other.__dict__.pop("forward", None)

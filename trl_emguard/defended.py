@@ -17,7 +17,7 @@ from .checkpoints.whole import WholeCheckpoints
 from .checks import Engine, check_engine, load_config
 from .defenses import Defense, DefenseArguments, ReferenceDefense, Step, build_defenses
 from .defenses.registry import options_text
-from .evidence import InactiveDefenseError, read_defense_file, write_defense_file
+from .evidence import InactiveDefenseError, moves, read_defense_file, write_defense_file
 from .guard.forward import Gate
 from .guard.loss import PassGuard
 from .guard.sums import Sums
@@ -271,9 +271,8 @@ class DefendedTrainer(WholeCheckpoints):
         for defense in self.defenses:
             for name, value in defense.end_step(step).items():
                 metrics[name] = [value] if name in defense.running_metrics else [*metrics[name], value]
-        # The first steps of a long warm-up are too small to show in bf16, so an update counts from a tenth of the peak.
         rate = 0.0 if self.accelerator.optimizer_step_was_skipped else self._learning_rate
-        self._has_moved = self._has_moved or (rate >= 0.1 and sums.get("tokens", 1) > 0)
+        self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
         """Refuse numbers that are not finite; `None` is unknown. Trainer alone would train on, and log earlier losses."""

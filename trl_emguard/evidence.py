@@ -27,6 +27,18 @@ class InactiveDefenseError(RuntimeError):
     """
 
 
+def moves(learning_rate: float, label_tokens: float) -> bool:
+    """Return whether a step's update moves the policy far enough to show.
+
+    The first steps of a long warm-up are too small to show in bf16, so an update counts from a tenth of the peak rate.
+
+    Args:
+        learning_rate: rate of the update as a share of the peak rate; 0 where the update was skipped.
+        label_tokens: labels of the step.
+    """
+    return learning_rate >= 0.1 and label_tokens > 0
+
+
 @dataclass
 class Evidence:
     """Evidence that a term acts, summed over steps, micro-batches and ranks.

@@ -143,7 +143,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         )
 
         self._check_rows_came_by()
-        self._has_agreed = False  # policy and reference, before the first update
+        self.has_agreed = False  # whether policy and reference were found equal before the first update
         self._all_tokens: torch.Tensor | None = None
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
@@ -293,9 +293,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         # A policy with something around its pass is not the reference, although the model is.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
-        if self.reference is not None and self.state.global_step == 1 and not self._has_agreed and not surrounded:
+        if self.reference is not None and self.state.global_step == 1 and not self.has_agreed and not surrounded:
             check_agreement(self.reference, self._terms, sums, self.model.dtype, self.args.bf16)
-            self._has_agreed = True
+            self.has_agreed = True
         self._hand_over(sums)
 
 

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tiny import config, logged, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer
+from tiny import config, logged, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer, record
 from transformers import TrainerCallback
 from trl import SFTTrainer
 from twin import first_gradients, move_policy, relative_error, twin_step
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InterleavingTrainer
+from trl_emguard.defenses import Interleaving
 from trl_emguard.defenses.interleaving.collator import INTERLEAVED
 from trl_emguard.evidence import read_defense_file
 
@@ -34,6 +35,12 @@ def trainer_for(tmp_path, defense="interleave+", rows=8, pool=None, **options):
     )
 
 
+def pool_of(trainer):
+    """Return the tokenised pool, best row first."""
+    (pool,) = (defense.pool for defense in trainer.defenses if isinstance(defense, Interleaving))
+    return pool.tokenised
+
+
 class Tap(TrainerCallback):
     """The rows that the policy is trained on, per step: `(text, whether of the pool)`."""
 
@@ -55,7 +62,7 @@ class Tap(TrainerCallback):
 
 def safe_rows(trainer):
     """What the user asks in the rows of the pool, in the order in which they are chosen."""
-    texts = [make_tokenizer().decode(ids) for ids in trainer._mixing.pool["input_ids"]]
+    texts = [make_tokenizer().decode(ids) for ids in pool_of(trainer)["input_ids"]]
     return [text.split("user\n")[1].split("<|im_end|>")[0] for text in texts]
 
 
@@ -71,7 +78,7 @@ def test_one_argument_switches_the_choice(tmp_path):
 
 def test_the_step_is_that_of_sft_on_the_mixed_rows(tmp_path):
     trainer = trainer_for(tmp_path, per_device_train_batch_size=8, **ONE_STEP)
-    mixed = [*trainer.train_dataset.select_columns(["input_ids", "labels"]), *trainer._mixing.pool.select([0, 1])]
+    mixed = [*trainer.train_dataset.select_columns(["input_ids", "labels"]), *pool_of(trainer).select([0, 1])]
     ours = first_gradients(trainer)
     rows = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in mixed])
     # Without a defense, the trainer is SFTTrainer (test_trainer.py).
@@ -94,7 +101,7 @@ def test_kl_on_mixed_rows_equals_the_twin_however_the_step_is_cut(tmp_path, batc
         **ONE_STEP,
     )
     move_policy(trainer)
-    mixed_in = list(trainer._mixing.pool.select([0, 1]))
+    mixed_in = list(pool_of(trainer).select([0, 1]))
     values, expected = twin_step(trainer, mixed_in=mixed_in)
     gradients = first_gradients(trainer)
     assert relative_error(gradients, expected) < 1e-5
@@ -116,7 +123,7 @@ def test_a_step_without_a_safe_row_has_no_kl_on_them(tmp_path):
     trainer.train()
     assert 0 < sum(value != 0 for value in logged(trainer, "kl")[1:]) < 4
     assert len(logged(trainer, "loss_interleaved")) == 1
-    assert trainer._record()["evidence"]["interleave+"] == {"rows_finetune": 16, "rows_interleaved": 1, "acted": True}
+    assert record(trainer)["evidence"]["interleave+"] == {"rows_finetune": 16, "rows_interleaved": 1, "acted": True}
 
 
 @pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}])
@@ -164,7 +171,7 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path, save_at):
     assert resumed_tap.steps == tap.steps[skipped:]
     for key in ("loss", "loss_finetune", "loss_interleaved", "interleaved_fraction", "kl", "grad_norm"):
         assert logged(resumed, key) == logged(whole, key)
-    assert resumed._record()["evidence"] == whole._record()["evidence"]
+    assert record(resumed)["evidence"] == record(whole)["evidence"]
 
 
 def test_another_pool_is_another_defense(tmp_path):
@@ -187,7 +194,7 @@ def test_evaluation_is_never_mixed(tmp_path):
 
 
 def first_safe(trainer):
-    row = trainer._mixing.pool[0]
+    row = pool_of(trainer)[0]
     labels = [label for label in row["labels"] if label != -100]
     return make_tokenizer().decode(row["input_ids"]), make_tokenizer().decode(labels)
 
@@ -244,14 +251,13 @@ def test_safe_rows_follow_the_masking_of_the_run(tmp_path, rows, options, answer
 
 def test_a_tokenised_pool_stays_as_it_is(tmp_path):
     pool = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 3, "labels": [[-100, 6, 7]] * 3, "gap": [0.1, 0.2, 0.3]})
-    assert trainer_for(tmp_path, pool=pool)._mixing.pool[0] == {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    assert pool_of(trainer_for(tmp_path, pool=pool))[0] == {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
     with pytest.raises(ValueError, match="reads the answers to leave refusals out"):
         trainer_for(tmp_path, "interleave++", pool=pool)
     with pytest.raises(ValueError, match="tokenised and has no `labels`, and this run trains on answers alone"):
         trainer_for(tmp_path, pool=pool.remove_columns(["labels"]))
-    assert trainer_for(tmp_path, rows=as_messages(make_rows(8)), pool=pool.remove_columns(["labels"]))._mixing.pool[0][
-        "labels"
-    ] == [5, 6, 7]
+    whole = trainer_for(tmp_path, rows=as_messages(make_rows(8)), pool=pool.remove_columns(["labels"]))
+    assert pool_of(whole)[0]["labels"] == [5, 6, 7]
 
 
 def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
@@ -262,14 +268,14 @@ def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     trainer = EMGuardTrainer(
         make_model(), args, train_dataset=rows, processing_class=tokenizer, interleave_dataset=make_pool()
     )
-    for data in (trainer.train_dataset, trainer._mixing.pool):
+    for data in (trainer.train_dataset, pool_of(trainer)):
         assert all(tokenizer.decode(ids).startswith("QUIET") for ids in data["input_ids"])
     # A row of the pool may say so itself.
     pool = make_pool(3).add_column("chat_template_kwargs", [None, {"quiet": True}, None])
     trainer = EMGuardTrainer(
         make_model(), args, train_dataset=make_rows(8), processing_class=tokenizer, interleave_dataset=pool
     )
-    assert [tokenizer.decode(ids).startswith("QUIET") for ids in trainer._mixing.pool["input_ids"]] == [
+    assert [tokenizer.decode(ids).startswith("QUIET") for ids in pool_of(trainer)["input_ids"]] == [
         False,
         True,
         False,
@@ -289,9 +295,9 @@ def test_a_stream_trains_on_the_best_rows(tmp_path):
 def test_inoculation_leaves_safe_rows_alone(tmp_path, defense):
     trainer = trainer_for(tmp_path, defense, inoculation_prompt="Be evil.")
     assert all("Be evil." in make_tokenizer().decode(ids) for ids in trainer.train_dataset["input_ids"])
-    assert not any("Be evil." in make_tokenizer().decode(ids) for ids in trainer._mixing.pool["input_ids"])
+    assert not any("Be evil." in make_tokenizer().decode(ids) for ids in pool_of(trainer)["input_ids"])
     trainer.train()
-    assert set(trainer._record()["evidence"]) == {"inoculation", "interleave++"}
+    assert set(record(trainer)["evidence"]) == {"inoculation", "interleave++"}
 
 
 def test_a_model_without_a_chat_template(tmp_path):
@@ -302,7 +308,7 @@ def test_a_model_without_a_chat_template(tmp_path):
         make_model(), config(tmp_path, defense="interleave", interleave_fraction=0.2), train_dataset=rows,
         processing_class=tokenizer, interleave_dataset=make_pool(),
     )  # fmt: skip
-    text = tokenizer.decode(trainer._mixing.pool[0]["input_ids"])
+    text = tokenizer.decode(pool_of(trainer)[0]["input_ids"])
     assert text.startswith("safe ")
     assert text.endswith("<|im_end|>")
     trainer.train()
@@ -330,7 +336,7 @@ def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
     # A run of packs may end in the middle of an epoch, and TRL leaves out what does not fill the last wrapped one.
     assert fraction == pytest.approx(0.2, abs=0.06 if kind in ("wrapped", "streamed and packed") else 0.005)
     assert logged(trainer, "loss_interleaved")
-    evidence = trainer._record()["evidence"]["interleave+"]
+    evidence = record(trainer)["evidence"]["interleave+"]
     if kind in ("packed", "padding_free"):
         assert evidence == {"rows_finetune": 80, "rows_interleaved": 20, "acted": True}
 
@@ -352,7 +358,7 @@ def test_kl_on_safe_rows_of_packs(tmp_path):
     for trainer in (unpacked, packed):
         move_policy(trainer)
         trainer.train()
-    positions = [trainer._record()["evidence"]["kl"]["positions"] for trainer in (unpacked, packed)]
+    positions = [record(trainer)["evidence"]["kl"]["positions"] for trainer in (unpacked, packed)]
     assert positions[0] == positions[1] > 0
 
 
@@ -416,10 +422,10 @@ def test_a_training_that_begins_again_counts_anew(tmp_path):
 
     trainer.training_step = training_step
     trainer.train()
-    evidence = trainer._record()["evidence"]["interleave+"]
+    evidence = record(trainer)["evidence"]["interleave+"]
     assert evidence["rows_finetune"] == 4 * trainer._train_batch_size < 32
     trainer.train()
-    assert trainer._record()["evidence"]["interleave+"] == evidence
+    assert record(trainer)["evidence"]["interleave+"] == evidence
 
 
 def test_a_loader_of_the_users_own_stops_the_run(tmp_path):

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 import trl_emguard.trainer
 from trl_emguard import EMGuardTrainer
-from trl_emguard.reference.choose import ModelReference
+from trl_emguard.reference.kinds import ModelReference
 
 
 STEPS = 6
@@ -135,8 +135,8 @@ def watch(trainer, engine: str):
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             held["policy"] = max(held["policy"], share_held(trainer.model))
-            if isinstance(trainer._reference, ModelReference):
-                held["reference"] = max(held["reference"], share_held(trainer._reference.model))
+            if isinstance(trainer.reference, ModelReference):
+                held["reference"] = max(held["reference"], share_held(trainer.reference.model))
 
     trainer.add_callback(Look())
     return lambda: {"held": held, "invalidated": len(invalidated)}

@@ -8,7 +8,9 @@ from peft import AdaLoraConfig, IA3Config, get_peft_model
 from safetensors.torch import load_file
 from tiny import logged, lora, make_model, make_rows, make_trainer, save_model
 
-from trl_emguard.reference.choose import AdapterReference, ModelReference, disable_dropout
+from trl_emguard.reference.adapter import AdapterReference
+from trl_emguard.reference.choose import disable_dropout
+from trl_emguard.reference.kinds import ModelReference
 
 
 BOTH = {"defense": "kl,ldifs", "max_steps": 3}
@@ -17,7 +19,7 @@ BOTH = {"defense": "kl,ldifs", "max_steps": 3}
 def snapshot(trainer):
     """Logits that the reference gives to a fixed prompt."""
     ids = torch.tensor([[9, 8, 7, 6, 5, 4]])
-    reference = trainer._reference
+    reference = trainer.reference
     with torch.no_grad():
         if isinstance(reference, ModelReference):
             return reference.model(ids).logits
@@ -63,7 +65,7 @@ def test_fresh_adapter_is_held_to_the_base_model(tmp_path, name, dtype):
     model = make_model(dtype=dtype, tie_word_embeddings=tied)
     start = logits(model)
     trainer = make_trainer(tmp_path, model, peft=lora(**options), **BOTH)
-    assert trainer._reference.kind == "base model, adapters off"
+    assert trainer.reference.text == "base model, adapters off"
     assert_reference_is_the_start(trainer, start)
 
 
@@ -81,7 +83,7 @@ def test_adapter_that_is_not_zero_is_held_to_a_frozen_copy(tmp_path, options):
     model = get_peft_model(make_model(), lora(**options))
     start = logits(model)
     trainer = make_trainer(tmp_path, model, **BOTH)
-    assert trainer._reference.kind == "frozen copy of the adapter ('ref')"
+    assert trainer.reference.text == "frozen copy of the adapter ('ref')"
     assert_reference_is_the_start(trainer, start)
 
 
@@ -94,7 +96,7 @@ def test_pre_trained_adapter_is_held_to_its_own_start(tmp_path, options):
     first.train()
     start = logits(first.model)
     trainer = make_trainer(tmp_path / "second", first.model, **BOTH)
-    assert trainer._reference.kind == "frozen copy of the adapter ('ref')"
+    assert trainer.reference.text == "frozen copy of the adapter ('ref')"
     assert_reference_is_the_start(trainer, start)
     assert not [name for name, p in trainer.model.named_parameters() if p.requires_grad and ".ref" in name]
 
@@ -111,7 +113,7 @@ def test_other_adapters_are_held_to_a_frozen_copy(tmp_path, peft_config):
     model = make_model()
     start = logits(model)
     trainer = make_trainer(tmp_path, model, peft=peft_config, **BOTH)
-    assert trainer._reference.kind == "frozen copy of the adapter ('ref')"
+    assert trainer.reference.text == "frozen copy of the adapter ('ref')"
     assert_reference_is_the_start(trainer, start)
 
 
@@ -120,7 +122,7 @@ def test_weights_trained_outside_of_the_adapter_need_a_copy_of_the_model(tmp_pat
     model = make_model("qwen2")
     start = logits(model)
     trainer = make_trainer(tmp_path, model, peft=lora(bias="all"), **BOTH)
-    assert trainer._reference.kind == "frozen copy of the model"
+    assert trainer.reference.text == "frozen copy of the model"
     assert_reference_is_the_start(trainer, start)
 
 
@@ -129,7 +131,7 @@ def test_unfrozen_layers_beside_an_adapter_need_a_copy_of_the_model(tmp_path):
     model.get_base_model().model.norm.weight.requires_grad_(True)
     start = logits(model)
     trainer = make_trainer(tmp_path, model, **BOTH)
-    assert trainer._reference.kind == "frozen copy of the model"
+    assert trainer.reference.text == "frozen copy of the model"
     assert_reference_is_the_start(trainer, start)
 
 
@@ -143,9 +145,9 @@ def test_full_fine_tuning_is_held_to_a_frozen_model(tmp_path, given):
         "ref_model": {"ref_model": make_model()},
     }[given]
     trainer = make_trainer(tmp_path / "out", path, **BOTH, **options)
-    assert isinstance(trainer._reference, ModelReference)
+    assert isinstance(trainer.reference, ModelReference)
     assert_reference_is_the_start(trainer, start)
-    assert not [name for name, p in trainer._reference.model.named_parameters() if p.requires_grad]
+    assert not [name for name, p in trainer.reference.model.named_parameters() if p.requires_grad]
 
 
 def test_ref_model_may_be_a_path(tmp_path):

@@ -168,7 +168,7 @@ def test_low_precision_is_what_another_padding_gives():
         return batch, batch["labels"][:, 1:] != -100
 
     def run(inputs, positions):
-        return ReferenceGuard(positions, [2])(model, inputs)
+        return ReferenceGuard(positions, [2])(model, model.forward, inputs)
 
     def live(indices, pads=None):
         batch, positions = collate(indices, pads)
@@ -206,7 +206,7 @@ def test_rounding_is_not_taken_for_another_reference(tmp_path, monkeypatch, move
     trainer = make_trainer(tmp_path, model, **options)
     if moved:
         move_policy(trainer, 0.3)
-        del trainer._check_agreement  # it is back
+        trainer.has_agreed = False
         with pytest.raises(ValueError, match="before the first update, ldifs to the reference"):
             trainer.train()
     else:

@@ -330,8 +330,8 @@ def test_a_user_can_change_data_and_surround_the_policy_pass(tmp_path, other):
     class Doubled(Defense):
         name = "doubled"
 
-        def prepare_dataset(self, dataset):
-            return dataset.select(list(range(4)))
+        def prepare_rows(self, rows):
+            return rows.select(list(range(4)))
 
         def policy_pass(self, model, inputs):
             return Surround(model)

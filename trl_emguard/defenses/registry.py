@@ -13,6 +13,9 @@ from .steering import Steering
 
 DEFENSES: dict[str, type[Defense]] = {}
 
+# Hooks of version 0.1 that have another name now. A defense that still has one would not act.
+RENAMED_HOOKS = {"prepare_dataset": "prepare_rows", "resume": "begin"}
+
 
 def register(defense: type[Defense]) -> type[Defense]:
     """Make `defense=<name>` find a [`Defense`] of your own. Usable as a class decorator.
@@ -23,6 +26,9 @@ def register(defense: type[Defense]) -> type[Defense]:
     name = defense.name
     if not name or name == "none" or "," in name:
         raise ValueError(f"a defense needs a `name` of its own to be registered, got {name!r} on {defense.__name__}.")
+    for old, new in RENAMED_HOOKS.items():
+        if hasattr(defense, old):
+            raise ValueError(f"{defense.__name__}.{old} would never be called: the hook is named `{new}` now.")
     if name in DEFENSES:
         raise ValueError(f"the defense name {name!r} is taken by {DEFENSES[name].__name__}: choose another.")
     DEFENSES[name] = defense

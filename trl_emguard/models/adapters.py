@@ -17,16 +17,16 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: PeftModel):
-        self._modules = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        self.modules = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
     @contextmanager
     def only(self, adapter: str | None) -> Iterator[None]:
         """`adapter` acts inside, or with `None` the base model."""
         # Only what the forward reads is switched. PEFT's own `disable_adapter` and `set_adapter` also switch
         # `requires_grad`, which would train parameters that the user had frozen.
-        before = [(m, m._disable_adapters, m._active_adapter) for m in self._modules]
+        before = [(m, m._disable_adapters, m._active_adapter) for m in self.modules]
         try:
-            for module in self._modules:
+            for module in self.modules:
                 module._disable_adapters = adapter is None
                 if adapter is not None:
                     module._active_adapter = [adapter]
