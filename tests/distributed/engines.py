@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file
 from tiny import make_model, save_model
 
+from trl_emguard.models.identity import weight_checksums
 from trl_emguard.persona import PersonaVector
-from trl_emguard.persona.vectors import weight_checksums
 
 
 DEFENSES = ("none", "kl", "ldifs", "steering", "inoculation", "interleave++", "interleave++,kl")

@@ -17,12 +17,12 @@ from tiny import lora, make_model, make_pool, make_rows, make_tokenizer, make_tr
 from transformers import TrainerCallback
 
 from trl_emguard.checkpoints.manifest import newest_whole_checkpoint
+from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import extract_vector
 from trl_emguard.persona.traits import Trait
 from trl_emguard.reference import cache as reference_cache
-from trl_emguard.scripts.recipes import recipes_dir
 from trl_emguard.selection import score
-from trl_emguard.selection.choose import read_scores
+from trl_emguard.selection.scored import read_scores
 
 
 STEPS = 8

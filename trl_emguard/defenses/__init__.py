@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
+from ..io.lookup import did_you_mean
 from .base import Defense, Paper, ReferenceDefense
 from .inoculation import Inoculation
 from .interleaving.defense import Interleaving, InterleavingPlus, InterleavingPlusPlus
@@ -57,8 +57,7 @@ def parse_defense(value: object) -> list[str]:
         if name == "none":
             raise ValueError(f"defense={value!r} mixes 'none' with other names: leave 'none' out, or everything else.")
         if name not in DEFENSES:
-            near = difflib.get_close_matches(name, ["none", *DEFENSES], n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, ["none", *DEFENSES], cutoff=0.4)
             raise ValueError(f"defense={value!r}: {name!r} is not a known defense.{hint} Known: {known}.")
     if len(set(names)) < len(names):
         raise ValueError(f"defense={value!r} names a defense twice: name each once.")
