@@ -137,7 +137,8 @@ def main() -> int:
                 command = [sys.executable, __file__, "--only", args.only, "--output", output]
                 run = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=scratch)
                 runs[tree] = run, output
-            if any([run.wait() for run, _ in runs.values()]):
+            codes = [run.wait() for run, _ in runs.values()]  # both end before either is read
+            if any(codes):
                 return 1
             results = {tree: torch.load(output) for tree, (_, output) in runs.items()}
         finally:

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_emguard.data.load import load_rows
 from trl_emguard.models.adapters import AdapterSwitch
 from trl_emguard.models.shipped import SMOLLM2, resolve_model
+from trl_emguard.selection.misaligned import load_misaligned
 from trl_emguard.selection.score import (
     BATCH_TOKENS,
     BATCH_TOKENS_CPU,
     encode_rows,
-    load_misaligned,
     plan_batches,
     score_pool,
 )

@@ -18,9 +18,9 @@ from packaging.version import Version
 import trl_emguard
 from trl_emguard.compat import TESTED, check_versions
 from trl_emguard.data.load import SHIPPED
+from trl_emguard.io import recipes
 from trl_emguard.persona import SHIPPED_TRAITS, SHIPPED_VECTORS
 from trl_emguard.scripts import main as commands
-from trl_emguard.scripts import recipes
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from trl_emguard.data.load import DATA_DIR, SHIPPED, load_rows, read_jsonl
-from trl_emguard.selection.choose import perplexity_gap, rank_rows, read_scores
+from trl_emguard.selection.choose import rank_rows
+from trl_emguard.selection.scored import perplexity_gap, read_scores
 
 
 FILES = [(name, split) for name, splits in SHIPPED.items() for split in splits]

@@ -14,8 +14,8 @@ from trl import SFTTrainer
 from trl_emguard import InactiveDefenseError, SteeringTrainer
 from trl_emguard.defenses import Steering
 from trl_emguard.models.blocks import decoder_blocks, record_blocks
+from trl_emguard.models.identity import weight_checksums
 from trl_emguard.persona import PersonaVector, load_vector, random_like
-from trl_emguard.persona.vectors import weight_checksums
 
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 1, 1]])

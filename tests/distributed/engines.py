@@ -13,7 +13,7 @@ from methods import KINDS, METHODS, save_vector
 from safetensors.torch import load_file
 from tiny import make_model, save_model
 
-from trl_emguard.persona.vectors import weight_checksums
+from trl_emguard.models.identity import weight_checksums
 
 
 DEFENSES = (*KINDS, "interleave++,kl")

@@ -1,5 +1,6 @@
 """`answer_nll` against a plain loop: one row at a time, in float64."""
 
+import copy
 import math
 from statistics import fmean
 
@@ -8,6 +9,7 @@ import torch
 from tiny import lora, make_model, make_rows, make_tokenizer, save_model
 
 from trl_emguard.evaluation import answer_nll, load_model
+from trl_emguard.models.chat import encode_answers, end_tokens
 
 
 ROWS = list(make_rows(13))
@@ -85,6 +87,35 @@ def test_a_model_without_preference_has_the_log_of_its_vocabulary(tokenizer):
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert answer_nll(model, tokenizer, [row("abc"), row("z")]) == pytest.approx([math.log(264)] * 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_head_with_an_adapter(architecture, options, tokenizer):
+    """A low-rank update on the head, and a head of the adapter's own; switched on and off."""
+    from peft import get_peft_model
+
+    options = {"init_lora_weights": False, **options}
+    model = get_peft_model(make_model(architecture), lora(**options)).eval()
+    if "modules_to_save" in options:
+        model.get_base_model().lm_head.modules_to_save["default"].weight.data += 0.3
+    twin = copy.deepcopy(model).double()
+    expected = [plain_nll(twin, tokenizer, row) for row in ROWS]
+    assert answer_nll(model, tokenizer, ROWS) == pytest.approx(expected, abs=1e-4)
+    with model.disable_adapter(), twin.disable_adapter():
+        base = [plain_nll(twin, tokenizer, row) for row in ROWS]
+        assert answer_nll(model, tokenizer, ROWS) == pytest.approx(base, abs=1e-4)
+    assert base != pytest.approx(expected, abs=1e-2)
+
+
+def test_every_end_of_turn_of_the_model_counts(model):
+    """As in Gemma: the tokenizer's end token ends a text, and the generation config names the end of a turn."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|im_start|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|>{{ '\n' }}")
+    assert end_tokens(model, tokenizer) == {0, 1}
+    conversations = [(row["prompt"], row["completion"]) for row in ROWS]
+    assert all(answer.ids[-1] == 1 for answer in encode_answers(tokenizer, conversations, {0, 1}))
 
 
 def test_loads_a_model_and_its_adapter(tmp_path):

@@ -19,9 +19,7 @@ from hypothesis import event
 from hypothesis import strategies as st
 from tiny import make_model
 
-from trl_emguard.selection.choose import (
-    METADATA_KEY,
-)
+from trl_emguard.selection.scored import METADATA_KEY
 
 
 ATOMS = [

@@ -16,18 +16,12 @@ from datasets import Dataset
 from fuzz_plain import strict_json
 
 from trl_emguard.data.load import load_rows
-from trl_emguard.persona.extract import Rollout
-from trl_emguard.persona.extract import _reopen as reopen_rollouts
+from trl_emguard.io.journal import Journal
+from trl_emguard.persona.extract import Rollout, resume_rollouts
 from trl_emguard.scripts import select as select_script
-from trl_emguard.selection.choose import (
-    METADATA_KEY,
-    ScoresInfo,
-    perplexity_gap,
-    rank_rows,
-    read_scores,
-    write_scores,
-)
-from trl_emguard.selection.score import _reopen as reopen_scores
+from trl_emguard.selection.choose import rank_rows
+from trl_emguard.selection.parts import resume_scores
+from trl_emguard.selection.scored import METADATA_KEY, ScoresInfo, perplexity_gap, read_scores, write_scores
 
 
 # ---- data sets ----
@@ -126,7 +120,7 @@ def write_scores_part(path: Path) -> None:
 
 
 def read_scores_part(path: Path) -> Any:
-    return reopen_scores(path.parent.with_suffix(""), "abc", range(6), 3)
+    return resume_scores(path.parent.with_suffix(""), "abc", range(6), 3)
 
 
 def naive_scores_part(content: bytes) -> Any:
@@ -151,7 +145,7 @@ def write_rollouts(path: Path) -> None:
 def read_rollouts(path: Path) -> Any:
     before = path.read_bytes()
     try:
-        return [asdict(rollout) for rollout in reopen_rollouts(path, "abc", 2, PLAN, 16)]
+        return [asdict(rollout) for rollout in resume_rollouts(Journal(path, {"rollouts_of": "abc"}), 2, PLAN, 16)]
     except ValueError:
         assert path.read_bytes() == before  # what is not ours is never written over
         raise

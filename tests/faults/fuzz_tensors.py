@@ -20,7 +20,7 @@ from tiny import lora, make_model
 from trl_emguard.persona.vectors import PersonaVector, load_vector
 from trl_emguard.reference.state_files import StateFiles
 from trl_emguard.scripts import persona as persona_script
-from trl_emguard.selection.score import load_misaligned
+from trl_emguard.selection.misaligned import load_misaligned
 
 
 CONSOLE = persona_script.Console(file=io.StringIO(), width=100, markup=False)

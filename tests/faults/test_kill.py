@@ -19,12 +19,12 @@ from transformers import TrainerCallback
 
 from trl_emguard.checkpoints.resume import newest_whole_checkpoint
 from trl_emguard.guard.forward import ReferenceGuard
+from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import extract_vector
 from trl_emguard.persona.traits import Trait
 from trl_emguard.reference import cache as reference_cache
-from trl_emguard.scripts.recipes import recipes_dir
 from trl_emguard.selection import score
-from trl_emguard.selection.choose import read_scores
+from trl_emguard.selection.scored import read_scores
 
 
 STEPS = 8

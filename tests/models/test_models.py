@@ -9,7 +9,8 @@ import torch
 from tiny import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trl_emguard.models.shipped import SMOLLM2, cache_dir, resolve_model
+from trl_emguard.io.files import cache_dir
+from trl_emguard.models.shipped import SMOLLM2, resolve_model
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts import model as command
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tiny import logged, lora, make_model, make_tokenizer, make_trainer, save_model
 
 from trl_emguard.models.blocks import record_blocks
+from trl_emguard.models.identity import weight_checksums
 from trl_emguard.persona import (
     SHIPPED_TRAITS,
     PersonaShiftCallback,
@@ -24,7 +25,6 @@ from trl_emguard.persona import (
 from trl_emguard.persona.extract import separation
 from trl_emguard.persona.shift import check_layer
 from trl_emguard.persona.states import answer_states, prompt_states
-from trl_emguard.persona.vectors import weight_checksums
 from trl_emguard.scripts import main as commands
 
 
@@ -533,7 +533,7 @@ def test_a_vector_without_controls_is_shown(tmp_path):
     [
         (
             ["extract", "--model", "x", "--trait", "evil", "--output", "v.safetensors"],
-            "the same command goes on where it stopped.",
+            "the same command resumes where it stopped.",
         ),
         (["project", "--model", "x", "--adapter", "y", "--vector", "smollm2-135m-instruct-evil"], "interrupted."),
     ],

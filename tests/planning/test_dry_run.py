@@ -16,7 +16,7 @@ from methods import COVERING, METHODS, save_vector
 from tiny import make_model, make_pool, make_rows
 from trl import SFTTrainer
 
-from trl_emguard.persona.vectors import weight_checksums
+from trl_emguard.models.identity import weight_checksums
 from trl_emguard.planning.dry_run import listening, show
 from trl_emguard.scripts import sft
 

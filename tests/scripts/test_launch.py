@@ -8,9 +8,9 @@ import sys
 import pytest
 from tiny import make_rows, save_model
 
+from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.scripts import sft
 from trl_emguard.scripts.launch import find_accelerate_config, launch_arguments
-from trl_emguard.scripts.recipes import recipes_dir
 
 
 SHIPPED = sorted(path.stem for path in (recipes_dir() / "accelerate_configs").glob("*.yaml"))

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from trl_emguard import EMGuardConfig
+from trl_emguard.io.recipes import find_recipe, recipes_dir
 from trl_emguard.scripts import sft
-from trl_emguard.scripts.recipes import find_recipe, recipes_dir
 from trl_emguard.scripts.sft import make_parser
 
 

@@ -20,9 +20,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tiny import make_pool, make_rows, save_model
 
 from trl_emguard.evidence import read_defense_file
+from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import PersonaVector
 from trl_emguard.scripts import sft
-from trl_emguard.scripts.recipes import recipes_dir
 
 
 RECIPES = sorted(path for path in recipes_dir().rglob("*.yaml") if path.parent.name != "accelerate_configs")

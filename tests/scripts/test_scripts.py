@@ -14,10 +14,10 @@ from tiny import make_pool
 from trl import SFTTrainer
 
 from trl_emguard.evidence import InactiveDefenseError
+from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import PersonaVector
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts import sft
-from trl_emguard.scripts.recipes import recipes_dir
 
 
 LAUNCH = [

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 
 from trl_emguard.data.load import load_rows
 from trl_emguard.scripts import main as commands
-from trl_emguard.selection.choose import (
-    METADATA_KEY,
-    ScoresInfo,
-    perplexity_gap,
-    rank_rows,
-    read_scores,
-    refusal_filter,
-    without_adapter,
-    write_scores,
-)
+from trl_emguard.selection.choose import rank_rows, refusal_filter, without_adapter
+from trl_emguard.selection.scored import METADATA_KEY, ScoresInfo, perplexity_gap, read_scores, write_scores
 
 
 INFO = ScoresInfo(

@@ -13,11 +13,12 @@ from peft import PeftModel, get_peft_model
 from tiny import lora, make_model, make_rows, make_tokenizer, save_model
 
 from trl_emguard.data.load import load_rows
+from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.scripts import main as commands
-from trl_emguard.scripts.recipes import recipes_dir
 from trl_emguard.selection import score
-from trl_emguard.selection.choose import read_scores
-from trl_emguard.selection.score import load_misaligned, plan_batches, score_pool
+from trl_emguard.selection.misaligned import load_misaligned
+from trl_emguard.selection.score import plan_batches, score_pool
+from trl_emguard.selection.scored import read_scores
 
 
 NAMES = ("medical", "legal", "code")
@@ -423,7 +424,7 @@ def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
     counting, _ = count_rows
     counting.stop_before = 2
     assert commands.main(["score", *argv]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert len(list((tmp_path / "s.parquet.parts").iterdir())) == 1
     launch = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""The shipped data sets, and rows read from wherever a recipe points."""
+"""Rows: the shipped data sets, files of rows, and conversations in rows."""
 
 from .load import DATA_DIR, SHIPPED, as_rows, load_rows, read_jsonl, read_parquet
 

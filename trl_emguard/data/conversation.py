@@ -1,33 +1,35 @@
-"""A row of a pool, in whichever shape it comes, as a conversation and the answer that ends it."""
+"""Rows of several shapes as a conversation and the answer that ends it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Conversation(NamedTuple):
-    """Attributes:
-    prompt: the turns before the answer.
-    completion: the answer, one turn of the assistant.
+    """A row as turns.
+
+    Attributes:
+        prompt: the turns before the answer.
+        completion: the answer, one turn of the assistant.
     """
 
     prompt: list[dict[str, Any]]
     completion: list[dict[str, Any]]
 
 
-# The column names of WildGuardMix and many others.
+# WildGuardMix and many other data sets have these column names.
 PROMPT_COLUMN, RESPONSE_COLUMN = "prompt", "response"
 
 
 def conversation(
     row: Mapping[str, Any], prompt_column: str = PROMPT_COLUMN, response_column: str = RESPONSE_COLUMN
 ) -> Conversation:
-    """A pool's row as prompt and answer.
+    """Return a row as prompt and answer.
 
-    Understood are, in this order: `messages`, whose last turn is the answer; `prompt` and `completion`, as turns or as
-    text; and two columns of text, by default `prompt` and `response`.
+    Three shapes are tried in this order: `messages`, whose last turn is the answer; `prompt` and `completion`, as
+    turns or as text; and two columns of text, by default `prompt` and `response`.
 
     Raises:
-        ValueError: a row of another shape, or one without an answer; the message says what is wrong with it.
+        ValueError: a row of another shape, or one without an answer; the message names the fault.
     """
     if row.get("messages") is not None:
         turns = _turns(row["messages"], "user")
@@ -47,13 +49,14 @@ def conversation(
         raise ValueError("the answer is empty, or is not one turn of the assistant")
     if not any(_has_text(turn) for turn in prompt):
         raise ValueError("the prompt is empty")
-    # Rows of Arrow tables carry a null for every key that another row has.
+    # A row of an Arrow table has a null for every key that only other rows have.
     return Conversation(
         *([{k: v for k, v in turn.items() if v is not None} for turn in part] for part in (prompt, completion))
     )
 
 
 def _turns(value: Any, role: str) -> list[dict[str, Any]]:
+    """Return a column's value as turns: a text becomes one turn of `role`, a null becomes none."""
     if isinstance(value, list):
         if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
             raise ValueError("its turns are not all of `role` and `content`")

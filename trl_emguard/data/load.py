@@ -1,9 +1,8 @@
-"""The shipped data sets, and reading rows from wherever a recipe points.
+"""Rows of the shipped data sets, of files and of the hub.
 
-What each file holds and how it was made stands in `README.md` beside them.
+The `README.md` beside the shipped data sets says what each file holds and how it was made.
 """
 
-import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, IterableDataset, Json, load_dataset
 
+from ..io.lookup import did_you_mean
 from ..io.strict import parse_json
 
 
 DATA_DIR = Path(__file__).parent / "shipped"
 
-# name → its splits, each a file `<name>/<split>.jsonl` (of a scored pool, `.parquet`) of conversational `prompt` and `completion`.
+# Name → splits. Each is a file `<name>/<split>.jsonl` (`.parquet` for a scored pool) of conversational `prompt` and
+# `completion`.
 SHIPPED = {
     "plants_careless": ("train", "test"),
     "plants_sound": ("train", "test"),
@@ -32,17 +33,17 @@ SHIPPED = {
 def load_rows(
     name: str, split: str = "train", config: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Rows of a shipped set, a JSONL or parquet file, a folder of JSONL files, or a `datasets` id, in that order.
+    """Load rows of a shipped set, a JSONL or parquet file, a folder of JSONL files, or a `datasets` id, in this order.
 
     Args:
-        name: `plants_careless` and the like; the path of a `.jsonl` or `.parquet` file, which is the split asked for; the
-            path of a folder with `<split>.jsonl`; else what `datasets.load_dataset` takes.
+        name: a shipped name such as `plants_careless`; the path of a `.jsonl` or `.parquet` file, which is taken as
+            the split; the path of a folder with `<split>.jsonl`; or any name that `datasets.load_dataset` takes.
         split: name of the split.
-        config: `name` of `load_dataset`. For its data sets alone.
-        streaming: for `load_dataset`.
+        config: `name` of `load_dataset`. Only its data sets have configs.
+        streaming: argument of `load_dataset`.
 
     Raises:
-        FileNotFoundError: a name or path that nobody knows, or a split that a shipped set does not have.
+        FileNotFoundError: an unknown name or path, or a split that a shipped set does not have.
         ValueError: a malformed or empty file; the message names the file and the line.
     """
     if name in SHIPPED:
@@ -64,10 +65,9 @@ def load_rows(
     try:
         return load_dataset(name, name=config, split=split, streaming=streaming)
     except (ConnectionError, FileNotFoundError) as error:
-        near = difflib.get_close_matches(name, SHIPPED, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
         raise FileNotFoundError(
-            f"dataset_name={name!r} is neither here nor on the hub ({error}). {hint}Shipped data sets: {', '.join(SHIPPED)}."
+            f"dataset_name={name!r} is neither here nor on the hub ({error}).{did_you_mean(name, SHIPPED)} Shipped "
+            f"data sets: {', '.join(SHIPPED)}."
         ) from error
 
 
@@ -93,26 +93,27 @@ def _load_parquet(path: Path) -> Dataset:
 
 
 def read_parquet(path: Path) -> pyarrow.Table:
-    """The table of a parquet file. Its pages are held to their checksums, where they have some.
+    """Read the table of a parquet file. Checksums of its pages are validated where they exist.
 
     Raises:
-        ValueError: a damaged file, or another.
+        ValueError: the file is damaged, or is no parquet file.
     """
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
         table.validate(full=True)
         return table
-    # What damaged bytes raise is no closed list.
+    # Damaged bytes raise many types of errors.
     except Exception as error:
         raise ValueError(f"{path} is no parquet file, or is damaged ({type(error).__name__}: {error}).") from error
 
 
 def as_rows(table: pyarrow.Table, path: Path) -> Dataset:
-    """The rows of a table from a file.
+    """Return the rows of a table that was read from a file.
 
     Raises:
-        ValueError: columns that `datasets` does not know, or of pictures and the like: their rows may name files anywhere.
+        ValueError: columns that `datasets` does not know, or columns of media such as images: their rows may name
+            files anywhere.
     """
     try:
         rows = Dataset(table)
@@ -123,20 +124,21 @@ def as_rows(table: pyarrow.Table, path: Path) -> Dataset:
     for name, feature in rows.features.items():
         if _opens_files(feature):
             raise ValueError(
-                f"{path}: the column {name!r} is of type {type(feature).__name__}, whose rows may name files elsewhere: leave it "
-                "out. Rows are text, numbers, lists and dicts."
+                f"{path}: the column {name!r} is of type {type(feature).__name__}, whose rows may name files "
+                "elsewhere: leave it out. Rows are text, numbers, lists and dicts."
             )
     try:
-        rows[:1]  # some types can be told only now not to be known here, such as times of an unknown zone
+        rows[:1]  # some unknown types show only when a row is read, for example times of an unknown zone
     except Exception as error:
         raise ValueError(f"{path}: its rows cannot be read ({type(error).__name__}: {error}).") from error
     return rows
 
 
 def _opens_files(feature: Any) -> bool:
+    """Return True for a feature whose decoding may open files that a row names."""
     if isinstance(feature, dict):
         return any(map(_opens_files, feature.values()))
-    inner = getattr(feature, "feature", None)  # of a list
+    inner = getattr(feature, "feature", None)  # the feature of a list's items
     return (
         _opens_files(inner)
         if inner is not None
@@ -145,7 +147,7 @@ def _opens_files(feature: Any) -> bool:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file.
+    """Read the rows of a JSONL file.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,4 +1,4 @@
-"""What a run has learned, in domain and out of it. Works on models and rows, never on a trainer."""
+"""Measures of what a run has learned, in domain and out of it. They need models and rows, no trainer."""
 
 from ..models.likelihood import answer_nll
 from ..models.load import load_model

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of files, and the folder for generated files."""
 
 import os
 import tempfile
@@ -10,9 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A scratch file beside `path` to write to, which takes its place when the block ends without an error.
+    """Yield a scratch file beside `path`, which replaces `path` when the block ends without an error.
 
-    Whoever reads `path` meanwhile, or after the process or the machine has died, finds what was there before or all of the new.
+    A reader of `path` finds either the old content or all of the new one, even after a crash of the process or the
+    machine.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,17 +27,25 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def to_disk(path: str | os.PathLike) -> None:
-    """Wait until a file's bytes are on the disk and not only in the machine's memory.
+    """Wait until a file's bytes have reached the disk.
 
     Raises:
-        OSError: the disk is full or broken, as some file systems say only now.
+        OSError: the disk is full or broken; some file systems report this only here.
     """
     with Path(path).open("rb") as file:
         os.fsync(file.fileno())
 
 
 def check_writable(argument: str, folder: str | os.PathLike) -> None:
-    """Raises `OSError`, which names the argument that named the folder, if no file can be written into it. The folder is made."""
+    """Refuse a folder that no file can be written into. The folder is made where it is missing.
+
+    Args:
+        argument: name of the argument that gave the folder, for the message.
+        folder: the folder to try.
+
+    Raises:
+        OSError: the folder cannot be made, or a file in it cannot be written.
+    """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=str(folder)) as file:
@@ -44,6 +53,11 @@ def check_writable(argument: str, folder: str | os.PathLike) -> None:
             file.flush()
     except OSError as error:
         raise OSError(
-            f"{argument}={str(folder)!r} cannot be written to ({error.strerror}), so nothing could be saved: name another "
-            "folder, or free some space."
+            f"{argument}={str(folder)!r} cannot be written to ({error.strerror}), so nothing could be saved: name "
+            "another folder, or free some space."
         ) from error
+
+
+def cache_dir() -> Path:
+    """Return the folder for files that are made once and kept: `TRL_EMGUARD_CACHE`, or `~/.cache/trl_emguard`."""
+    return Path(os.environ.get("TRL_EMGUARD_CACHE") or "~/.cache/trl_emguard").expanduser()

@@ -1,6 +1,6 @@
-"""JSON and YAML out of files that may be damaged or hostile: plain data, or a `ValueError`.
+"""Strict parsers of JSON and YAML for files that may be damaged or hostile: plain data, or a `ValueError`.
 
-The parsers alone keep the last of two equal keys in silence, and what they raise on bad input is no closed list.
+The standard parsers keep the last of two equal keys silently, and raise many types of errors on bad input.
 """
 
 import json
@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 
-# Of a YAML file with its aliases written out. A few lines of aliases to aliases stand for gigabytes.
+# Characters of a YAML file with its aliases written out. A few lines of aliases to aliases can stand for gigabytes.
 MAX_EXPANDED = 10_000_000
 
 
 def parse_json(text: str) -> Any:
-    """What a text of JSON holds.
+    """Parse a text of JSON.
 
     Raises:
         ValueError: it is no JSON, holds a key twice or half a character (a lone surrogate), or is nested too deeply.
@@ -30,10 +30,10 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """What a text of YAML holds. No tag makes it anything but plain data.
+    """Parse a text of YAML. The result is plain data, whatever tags the text has.
 
     Raises:
-        ValueError: it is no YAML, holds a key twice, is nested too deeply, or is a few lines that stand for very many.
+        ValueError: it is no YAML, holds a key twice, is nested too deeply, or has aliases that expand to too much.
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
@@ -41,7 +41,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    # Such as of `!!int ""`, `!!bool x`, or a date of month 13.
+    # Values such as `!!int ""`, `!!bool x` or a date of month 13 raise other types of errors.
     except Exception as error:
         raise ValueError(f"a value is not of its type ({type(error).__name__}: {error})") from error
 
@@ -54,7 +54,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    """The first name that has come before."""
+    """Return the first name that has come before."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -64,6 +64,8 @@ def _twice(names: Iterable[str]) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses doubled keys, huge numbers, and aliases that expand to too much."""
+
     def __init__(self, stream: str):
         super().__init__(stream)
         self._sizes: dict[int, int] = {}  # id of a node → its characters, with aliases written out
@@ -100,7 +102,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         value = super().construct_yaml_int(node)
-        if abs(value) >= 2**63:  # beyond, it can neither become a float nor be printed, from some length on
+        if abs(value) >= 2**63:  # a very long number can neither become a float nor be printed
             raise yaml.constructor.ConstructorError(problem=f"the number {node.value[:40]!r} is too large")
         return value
 

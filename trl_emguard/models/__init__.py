@@ -1,1 +1,1 @@
-"""A causal language model taken apart: blocks, head, adapters, shards, chat template, likelihood."""
+"""A causal language model in parts: blocks, head, adapters, shards, chat template, identity, likelihood, sampler."""

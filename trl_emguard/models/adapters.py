@@ -1,19 +1,26 @@
-"""Which adapter of a model acts in a forward pass."""
+"""The adapters of a model: switch them for a pass, or find the model beneath them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import is_peft_model
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import PreTrainedModel
+
+
+def bare_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the causal language model in a PEFT wrapper, its adapters still in place; or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 class AdapterSwitch:
-    """Lets one adapter of a model act, or none, for the passes inside.
+    """Lets one adapter of a model act, or none, during a block of code.
 
     Args:
-        model: with all its adapters; one that is added later is not switched.
+        model: model with all its adapters; an adapter that is added later is not switched.
     """
 
     def __init__(self, model: PeftModel):
@@ -21,9 +28,9 @@ class AdapterSwitch:
 
     @contextmanager
     def only(self, adapter: str | None) -> Iterator[None]:
-        """`adapter` acts inside, or with `None` the base model."""
-        # Only what the forward reads is switched. PEFT's own `disable_adapter` and `set_adapter` also switch
-        # `requires_grad`, which would train parameters that the user had frozen.
+        """Let `adapter` act inside the block, or with `None` the base model."""
+        # Only the fields that the forward reads are switched. PEFT's own `disable_adapter` and `set_adapter` also
+        # switch `requires_grad`, which would train parameters that the user had frozen.
         before = [(m, m._disable_adapters, m._active_adapter) for m in self.modules]
         try:
             for module in self.modules:
@@ -36,5 +43,5 @@ class AdapterSwitch:
                 module._disable_adapters = disabled
                 module._active_adapter = active
             # Autocast keeps the low-precision copy of a weight that it first met under `no_grad`, and such a copy has
-            # no gradient: a policy's pass must make its own.
+            # no gradient: the policy's pass must make its own.
             torch.clear_autocast_cache()

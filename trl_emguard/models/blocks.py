@@ -1,7 +1,7 @@
-"""The decoder blocks of a model, counted as everywhere in the package: index l is the raw output of block l, 1 … L.
+"""The decoder blocks of a model. Index l always means the raw output of block l, 1 … L.
 
-For l < L that is the field's `hidden_states[l]`; the field's last entry is after the final norm, ours is not. Index 0, where
-it is asked for, is what enters block 1: the embeddings.
+For l < L this is the field's `hidden_states[l]`; the field's last entry is after the final norm, ours is before it.
+Index 0 means the input of block 1: the embeddings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of a causal language model (`layers[l - 1]` is block l).
+    """Return the blocks of a causal language model (`layers[l - 1]` is block l).
 
     Raises:
         ValueError: no list of `num_hidden_layers` blocks is found.
@@ -23,8 +23,8 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(
-        f"no list of {count} decoder blocks was found in {type(model).__name__}: this architecture is not supported by "
-        "defenses that look at block outputs."
+        f"no list of {count} decoder blocks was found in {type(model).__name__}: this architecture is not supported "
+        "by defenses that look at block outputs."
     )
 
 
@@ -34,12 +34,13 @@ def record_blocks(
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Collect `select(output)` of the given blocks during the forward passes inside.
 
-    What a block itself returns is recorded: a hook that adds to it (steering) acts after, and shows in the blocks above.
+    The output is recorded as the block returns it: a hook that adds to it (steering) acts later, and shows in the
+    blocks above.
 
     Args:
         model: causal language model without wrappers.
-        layers: block indices, 1 … L, or 0 for what enters block 1.
-        select: what to keep of a block's output `(B, T, H)`. It sees the tensor with its gradient.
+        layers: block indices, 1 … L, or 0 for the input of block 1.
+        select: function that takes a block's output `(B, T, H)`, with its gradient, and returns the part to keep.
 
     Yields:
         A dict from layer to selected states, filled by the forward pass.
@@ -49,7 +50,7 @@ def record_blocks(
 
     def hook(layer: int):
         def record(module, args, output):
-            # Blocks return a tensor; those of older designs a tuple that begins with it.
+            # Blocks return a tensor; those of older designs return a tuple that begins with it.
             states[layer] = select(output if isinstance(output, torch.Tensor) else output[0])
 
         return record

@@ -1,22 +1,96 @@
-"""The system turn of a chat template: whether there is one, and which tokens are its."""
+"""The chat template of a tokenizer: the tokens of an answer, where a turn ends, and the tokens of a system turn.
 
-from collections.abc import Sequence
-from typing import Any
+A row becomes tokens in one way here: prompt with the generation prompt, then the answer with its end-of-turn token.
+Text that the template writes after the end of turn (often a line break) is dropped, because a model never generates
+it.
+"""
 
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 
-Turns = Sequence[dict[str, Any]]  # of `role` and `content`
+Turns = Sequence[dict[str, Any]]  # dicts of `role` and `content`
+
+
+class EncodedAnswer(NamedTuple):
+    """An answer with its prompt, as tokens.
+
+    Attributes:
+        ids: `(T,)`, int32: prompt, answer, end of turn.
+        prompt_length: number of tokens before the answer.
+    """
+
+    ids: np.ndarray
+    prompt_length: int
+
+
+def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end a turn: the tokenizer's end token, and those of the model's generation config.
+
+    Both are needed: the tokenizer of an instruct model may name the end of a text (Gemma: `<eos>`), and its generation
+    config the end of a turn (`<end_of_turn>`).
+    """
+    config = getattr(model, "generation_config", None)
+    of_model = None if config is None else config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
+    return frozenset(ends - {None})
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[tuple[Turns, Turns]], ends: Collection[int]
+) -> list[EncodedAnswer | str]:
+    """Turn conversations into tokens, all at once: a fast tokenizer works on several in parallel.
+
+    Args:
+        tokenizer: tokenizer with a chat template.
+        conversations: prompt and answer of each, as turns.
+        ends: tokens that end a turn, from [`end_tokens`].
+
+    Returns:
+        The tokens of each conversation, or a text with the reason why it has none.
+    """
+    texts: dict[int, tuple[str, str]] = {}
+    result: list[EncodedAnswer | str] = [""] * len(conversations)
+    for index, (prompt, answer) in enumerate(conversations):
+        if not any(turn.get("content") for turn in answer):
+            result[index] = "the answer is empty"
+            continue
+        try:
+            texts[index] = (
+                tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True),
+                tokenizer.apply_chat_template([*prompt, *answer], tokenize=False),
+            )
+        except (ValueError, TypeError, TemplateError) as error:
+            result[index] = " ".join(str(error).split())
+    if texts:
+        flat = [text for pair in texts.values() for text in pair]
+        ids = tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"]
+        for index, prompt_ids, whole in zip(texts, ids[::2], ids[1::2], strict=True):
+            result[index] = _cut_answer(prompt_ids, whole, ends)
+    return result
+
+
+def _cut_answer(prompt: list[int], whole: list[int], ends: Collection[int]) -> EncodedAnswer | str:
+    """Split a conversation's tokens into prompt and answer, and drop the tokens after the end of turn."""
+    answer_ends = [i for i, token in enumerate(whole) if i >= len(prompt) and token in ends]
+    ids = whole[: answer_ends[-1] + 1] if answer_ends else whole
+    if whole[: len(prompt)] != prompt or len(ids) == len(prompt):
+        return "the chat template does not put the answer after the generation prompt"
+    return EncodedAnswer(np.array(ids, dtype=np.int32), len(prompt))
 
 
 def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str) -> None:
-    """See that the chat template puts a system turn into what the model reads.
+    """Refuse a chat template that does not show a system turn to the model.
 
     Args:
-        tokenizer: whose `chat_template` is asked.
-        need: who needs it, for the message.
+        tokenizer: tokenizer whose `chat_template` is tried.
+        need: the feature that needs a system turn, for the message.
 
     Raises:
         ValueError: there is no chat template, or it refuses or drops a system turn.
@@ -32,7 +106,8 @@ def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str) -> None:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(
-            f"{need} needs a chat template with a system turn, and this one refuses it ({error}): take another template."
+            f"{need} needs a chat template with a system turn, and this one refuses it ({error}): take another "
+            "template."
         ) from error
     if probe not in text:
         raise ValueError(
@@ -43,23 +118,24 @@ def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str) -> None:
 def system_turn_span(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: Sequence[int], **template_kwargs: Any
 ) -> tuple[int, int] | None:
-    """Which tokens of a conversation come from its system turn.
+    """Find the tokens of a conversation that come from its system turn.
 
-    All that stands before what the next turn says is its: markers, tools and whatever else the template writes there, the next
-    turn's role included. Where the template puts the text behind what another turn says (Mistral: into the last user turn), it
-    is the text alone. Which tokens a text makes is told from what changes with it, so no template needs to be understood.
+    Everything before the text of the next turn belongs to the system turn: markers, tools and other text that the
+    template writes there, and the role of the next turn. Where a template puts the system text behind the text of
+    another turn (Mistral: into the last user turn), the span is that text alone. The span is found by changing a text
+    and comparing the tokens, so no template needs to be understood.
 
     Args:
-        tokenizer: the one that made `ids`.
+        tokenizer: tokenizer that made `ids`.
         turns: the conversation, the system turn first.
-        ids: its tokens.
-        template_kwargs: what else went into `apply_chat_template` (`tools`, `chat_template`, …).
+        ids: tokens of the conversation.
+        template_kwargs: further arguments that `apply_chat_template` got (`tools`, `chat_template`, …).
 
     Returns:
-        Where they start and end, or `None` if no token comes from what the system turn says.
+        Start and end of the span, or `None` if no token comes from the system text.
 
     Raises:
-        ValueError: `ids` are not what the chat template makes of this conversation.
+        ValueError: `ids` differ from the tokens that the chat template gives for this conversation.
     """
 
     def render(turns: Turns) -> list[int]:
@@ -69,8 +145,8 @@ def system_turn_span(
     ids = list(ids)
     if render(turns) != ids:
         raise ValueError(
-            "the tokens of a training row are not what the chat template makes of its turns, so nobody can tell which are its "
-            "system turn's: let the trainer tokenise the rows, with the tokenizer's own chat template."
+            "the tokens of a training row are not what the chat template makes of its turns, so nobody can tell which "
+            "are its system turn's: let the trainer tokenise the rows, with the tokenizer's own chat template."
         )
     changed = render([_unlike(system), *others])
     start = common_prefix_length(ids, changed)
@@ -82,16 +158,16 @@ def system_turn_span(
 
 
 def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **template_kwargs: Any) -> bool:
-    """Whether the template gives a conversation that begins with this system turn the same one where it is left out."""
+    """Return True if the template adds this very system turn to a conversation that has none."""
     try:
         without = tokenizer.apply_chat_template(list(turns[1:]), tokenize=False, **template_kwargs)
     except TemplateError:
-        return False  # a template that wants a system turn
+        return False  # the template requires a system turn
     return without == tokenizer.apply_chat_template(list(turns), tokenize=False, **template_kwargs)
 
 
 def _unlike(turn: dict[str, Any]) -> dict[str, Any]:
-    """The turn with another text, which begins and ends with another character, so that no token of the two is the same."""
+    """Return the turn with another text, which begins and ends with other characters, so no token is the same."""
     text = turn.get("content")
     if not isinstance(text, str):
         return turn

@@ -1,38 +1,108 @@
-"""Identity of a model: a fingerprint of its weights."""
+"""The identity of a model, from a sample of every weight: one hash of all, or one checksum per weight.
+
+Both formats are stored in files (`defense.json`, persona vectors), so their algorithms must not change.
+"""
 
 import hashlib
-from collections.abc import Collection
+import zlib
+from collections.abc import Callable, Collection, Iterator
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .sharding import gathered
 
 
-# Parts of names that PEFT adds to weights of the model below.
+# Numbers that are taken from a weight, at even distances.
+SAMPLES = 64
+# Prefix of the checksum of an fp16 weight.
+FP16 = "fp16:"
+# Names under which PEFT keeps a module that it put an adapter on.
 ORIGINALS = ("base_layer", "original_module")
 
 
 def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool = False) -> str:
-    """Return a hash over a sample of every weight.
+    """Return a hash of a sample of every weight, to tell whether a resumed run has the same model.
 
-    Call it before an engine takes the model: FSDP2's shards are left out. Weights that ZeRO-3 loaded in shards are
-    gathered one by one, on every rank.
+    Call it before an engine takes the model: weights that FSDP2 has sharded are left out. Weights that ZeRO-3 loaded
+    in shards are gathered one by one, so every rank must call it.
 
     Args:
-        model: any model.
-        without: names of adapters whose weights are left out.
-        is_plain: whether a weight has the name that it has in a model without adapters.
+        model: the model, with adapters or without.
+        without: names of adapters to leave out.
+        is_plain: whether a weight goes by the name that it has in a model without adapters.
     """
     digest = hashlib.sha256()
+    for name, _, sample in _samples(model, lambda name, _: set(without).isdisjoint(name.split("."))):
+        digest.update((_plain(name) if is_plain else name).encode() + _bytes(sample))
+    return digest.hexdigest()
+
+
+def weight_checksums(model: nn.Module) -> dict[str, str]:
+    """Return a checksum of a sample of every weight, under the name that the weight has in a model without adapters.
+
+    The sample is rounded to bf16, so that a model has the same checksums in fp32 and bf16; those of fp16 weights have
+    a prefix. It comes from a weight's first rows: a model whose vocabulary grew still has the same checksums.
+
+    Left out are adapters, quantised and offloaded weights, and FSDP's shards; also weights below an adapter whose
+    initialisation may have changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one by one, so every rank must
+    call it.
+    """
+    adapters = getattr(model, "peft_config", {})
+    keeps_base = not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters.values())
+    added = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for name, parameter in module.named_parameters()
+        if name.split(".")[0] not in ORIGINALS
+    }
+
+    def is_compared(name: str, parameter: nn.Parameter) -> bool:
+        return (
+            id(parameter) not in added
+            and not parameter.is_meta
+            and (keeps_base or "base_layer" not in name.split("."))
+            and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        )
+
+    checksums = {}
+    for name, parameter, sample in _samples(model, is_compared, rows=SAMPLES):
+        if not sample.numel():
+            continue
+        is_half = parameter.dtype == torch.float16
+        rounded = sample if is_half else sample.bfloat16()
+        checksums[_plain(name)] = f"{FP16 if is_half else ''}{zlib.crc32(_bytes(rounded)):08x}"
+    return checksums
+
+
+def _samples(
+    model: nn.Module, is_wanted: Callable[[str, nn.Parameter], bool], rows: int | None = None
+) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    """Walk the weights and yield name, weight and a sample of its numbers on the CPU. FSDP's shards are left out.
+
+    Args:
+        model: the model.
+        is_wanted: tells by name and weight whether a weight is sampled.
+        rows: sample the first rows only, at an odd distance, so that the sample goes through the columns as well.
+    """
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if not set(without).isdisjoint(parts) or isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) or not is_wanted(name, parameter):
             continue
         with gathered(parameter):
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
-        plain = ".".join(part for part in parts if part not in ORIGINALS)
-        digest.update((plain if is_plain else name).encode() + sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            weight = parameter.detach()
+            flat = (weight if rows is None else weight[:rows]).flatten()
+            distance = max(1, flat.numel() // SAMPLES)
+            sample = flat[:: distance if rows is None else distance | 1].contiguous().cpu()
+        yield name, parameter, sample
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ORIGINALS)
+
+
+def _bytes(sample: torch.Tensor) -> bytes:
+    return sample.contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,11 +1,24 @@
-"""How likely a model finds given answers: a measure without generation and without a judge."""
+"""The likelihood of given answers under a model: a measure without generation and without a judge."""
 
 from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from tqdm import tqdm
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..ops import logit_transform
+from ..ops import token_nll as head_nll
+from .adapters import bare_model
+from .batches import batches_by_length, pad_answers
+from .chat import encode_answers, end_tokens
+
+
+# Dtypes of a head whose weight can be multiplied directly. Others are quantised.
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Logits of a chunk, where the head computes its product itself: 256 MiB in fp32.
+CHUNK_LOGITS = 2**26
 
 
 @torch.inference_mode()
@@ -16,49 +29,94 @@ def answer_nll(
     batch_size: int = 8,
     desc: str | None = None,
 ) -> list[float]:
-    """Mean negative log-likelihood per answer token, in nats, of each row; the end-of-turn token included.
+    """Return the mean negative log-likelihood per answer token of each row, in nats; the end-of-turn token included.
 
     Args:
-        model: causal language model.
-        tokenizer: with a chat template.
+        model: causal language model. The adapters of a PEFT model act as they stand.
+        tokenizer: tokenizer with a chat template.
         rows: conversational `prompt` and `completion`, as lists of messages.
-        batch_size: rows a forward pass. They are sorted by length first and come back in their own order.
+        batch_size: rows in a forward pass. They are sorted by length for it; the result is in the order of `rows`.
         desc: label of the progress bar; without one there is none.
 
     Raises:
         ValueError: a row whose answer is empty, or whose template does not put it after the prompt.
     """
-    encoded = []
-    for row in rows:
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]
-        # Some templates put a line break after the end of turn: it is never generated.
-        if tokenizer.eos_token_id in whole[len(prompt) :]:
-            whole = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
-        answered = any(message["content"] for message in row["completion"])
-        if not answered or whole[: len(prompt)] != prompt:
-            raise ValueError(
-                f"the answer to {row['prompt'][-1]['content']!r} is empty, or does not follow its prompt."
-            )
-        encoded.append((whole, len(prompt)))
-
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-    result = [0.0] * len(encoded)
-    for start in tqdm(range(0, len(order), batch_size), desc=desc, disable=desc is None):
-        batch = order[start : start + batch_size]
-        longest = max(len(encoded[i][0]) for i in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask, answer = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for j, i in enumerate(batch):
-            whole, prompt_length = encoded[i]
-            ids[j, : len(whole)] = torch.tensor(whole)
-            mask[j, : len(whole)] = 1
-            answer[j, prompt_length : len(whole)] = True
-        ids, mask, answer = (x.to(model.device) for x in (ids, mask, answer))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        # Only answers are scored, so only their logits become fp32 log-probabilities.
-        kept = answer[:, 1:]
-        nll = torch.nn.functional.cross_entropy(logits[kept].float(), ids[:, 1:][kept], reduction="none")
-        for j, part in enumerate(nll.split(kept.sum(1).tolist())):
-            result[batch[j]] = part.mean().item()
+    ends = end_tokens(model, tokenizer)
+    answers = []
+    for row, answer in zip(
+        rows, encode_answers(tokenizer, [(row["prompt"], row["completion"]) for row in rows], ends), strict=True
+    ):
+        if isinstance(answer, str):
+            raise ValueError(f"the answer to {row['prompt'][-1]['content']!r} cannot be measured: {answer}.")
+        answers.append(answer)
+    result = [0.0] * len(answers)
+    for batch in batches_by_length([len(answer.ids) for answer in answers], batch_size, desc):
+        means = mean_nll(model, *pad_answers([answers[i] for i in batch]))
+        for i, mean in zip(batch, means.tolist(), strict=True):
+            result[i] = mean
     return result
+
+
+def mean_nll(model: PreTrainedModel | PeftModel, ids: torch.Tensor, is_answer: torch.Tensor) -> torch.Tensor:
+    """Return the mean negative log-likelihood per answer token of each row of a batch.
+
+    Args:
+        model, ids, is_answer: as for [`token_nll`].
+
+    Returns:
+        `(B,)`, nats, fp64 on the CPU. The mean of an empty answer is 0.
+    """
+    parts = token_nll(model, ids, is_answer)
+    return torch.stack([part.mean() if len(part) else part.new_zeros(()) for part in parts])
+
+
+@torch.no_grad()
+def token_nll(model: PreTrainedModel | PeftModel, ids: torch.Tensor, is_answer: torch.Tensor) -> list[torch.Tensor]:
+    """Return the negative log-likelihood of every answer token, from one forward pass.
+
+    Only the positions that predict an answer token go through the head, chunk by chunk: logits `(B, T, V)` never
+    exist. Hooks on the model's blocks see the pass, so that states can be recorded in it.
+
+    Args:
+        model: causal language model in eval mode. The adapters of a PEFT model act as they stand.
+        ids: `(B, T)`, prompts with their answers, padded on the right ([`~trl_emguard.models.batches.pad_answers`]).
+        is_answer: `(B, T)`, True at the tokens of an answer.
+
+    Returns:
+        A tensor `(A,)` for each row with A answer tokens; nats, fp64 on the CPU.
+    """
+    bare = bare_model(model)
+    predicts = is_answer[:, 1:]
+    labels = ids[:, 1:][predicts]
+    hidden = bare.base_model(input_ids=ids.to(bare.device), use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1][predicts.to(hidden.device)]  # (P, H)
+    nll = _project(bare, hidden, labels)
+    return list(nll.cpu().double().split(predicts.sum(1).tolist()))
+
+
+def _project(model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of labels `(P,)` from last hidden states `(P, H)`."""
+    softcap, logit_scale = logit_transform(model.config.get_text_config())
+    head = _active_head(model)
+    if isinstance(head, nn.Linear) and head.weight.dtype in PLAIN_DTYPES and not head.weight.is_meta:
+        hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
+        return head_nll(hidden, head.weight, head.bias, labels, softcap, logit_scale)
+    # A head with an adapter of its own, or one that is quantised or offloaded, computes its product itself.
+    parts = []
+    chunk = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
+    for states, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        logits = head(states).float() * logit_scale
+        if softcap is not None:
+            logits = (logits / softcap).tanh() * softcap
+        parts.append(nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none"))
+    return torch.cat(parts)
+
+
+def _active_head(model: PreTrainedModel) -> nn.Module:
+    """Return the head that acts: the active adapter's own (`modules_to_save`), or the base model's."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head
+    active = next(iter(head.active_adapters), None)
+    has_own = not head.disable_adapters and active in head.modules_to_save
+    return head.modules_to_save[active] if has_own else head.original_module

@@ -14,12 +14,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device_map: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, with a saved LoRA adapter on it where one is given.
+    """Load a model and its tokenizer, with a saved LoRA adapter on it where one is given. The model is in eval mode.
 
     Args:
         base: model folder or hub id.
         adapter: folder of a PEFT adapter.
-        dtype, device_map: as of `from_pretrained`; by default fp32 on the CPU.
+        dtype, device_map: arguments of `from_pretrained`; by default fp32 on the CPU.
 
     Raises:
         FileNotFoundError: the adapter folder holds no adapter.

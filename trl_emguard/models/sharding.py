@@ -1,4 +1,4 @@
-"""Weights that are spread over ranks, made whole where they are read outside of their module's forward."""
+"""Weights that are spread over ranks, gathered for code that reads them outside their module's forward."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,19 +13,20 @@ T = TypeVar("T")
 
 
 def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager[None]:
-    """ZeRO-3's shards are whole inside, for reading. A collective: every rank must enter it, with the same parameters.
+    """Gather ZeRO-3's shards for reading inside. A collective: every rank must enter it, with the same parameters.
 
     Args:
-        parameters: `None` and what is not sharded (an adapter's weights before training starts) are left as they are.
+        parameters: weights. `None` and weights that are not sharded (an adapter's before training starts) are left as
+            they are.
     """
     return maybe_gather_lm_head_ctx(*(p for p in parameters if hasattr(p, "ds_status")))
 
 
 def as_main_process(look: Callable[[], T]) -> T:
-    """What the main process sees in its weights, or the error that it raises, on every rank.
+    """Return on every rank the main process's result of `look()`, or raise the main process's error.
 
-    With FSDP's `cpu_ram_efficient_loading` the other ranks' weights are empty until training starts. They look all the same, since
-    ZeRO-3 gathers its shards for it.
+    With FSDP's `cpu_ram_efficient_loading`, the weights of the other ranks are empty until training starts. All ranks
+    still call `look`, because ZeRO-3 gathers its shards in it.
     """
     seen: list = [None, None]
     try:

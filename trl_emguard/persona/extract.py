@@ -1,26 +1,28 @@
-"""Make a persona vector of a model: rollouts under pairs of system prompts, filtered, and the difference of their means."""
+"""Extraction of a persona vector: rollouts under pairs of system prompts, a filter, and a difference of means."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..io.files import written_whole
-from ..io.strict import parse_json
+from ..io.journal import ForeignJournalError, Journal
+from ..models.adapters import bare_model
+from ..models.batches import eval_mode
 from ..models.chat import check_system_turn
+from ..models.identity import weight_checksums
+from ..models.sampler import sample_answers
 from ..models.shipped import public_name
 from ..version import __version__
-from .states import answer_states, left_pad, prompt_states
+from .states import answer_states, prompt_states
 from .traits import Trait
-from .vectors import PersonaVector, random_like, weight_checksums
+from .vectors import PersonaVector, random_like
 
 
 SIDES = ("positive", "negative")
@@ -28,6 +30,8 @@ RANDOM_CONTROLS = 20
 
 # (question, answer) → 0 … 100
 Judge = Callable[[str, str], float]
+# Index of a pair of system prompts, index of a question, side.
+Task = tuple[int, int, str]
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,11 @@ class Rollout:
     """One answer of the model.
 
     Attributes:
-        pair: which pair of system prompts.
-        question: which extraction question.
-        side: `"positive"` or `"negative"`: the prompt of the pair that it was given under.
-        answer: its text, for people to read.
-        answer_ids: its tokens, without the end of turn.
+        pair: index of the pair of system prompts.
+        question: index of the extraction question.
+        side: `"positive"` or `"negative"`: the prompt of the pair that the answer was given under.
+        answer: text of the answer, for people to read.
+        answer_ids: tokens of the answer, without the end of turn.
     """
 
     pair: int
@@ -51,15 +55,15 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What [`extract_vector`] returns.
+    """Result of [`extract_vector`].
 
     Attributes:
         vector: the persona vector.
         rollouts: all answers, in the order of the plan.
         kept: `(pair, question)` of the extraction pairs that the vector is made of.
-        heldout_positive: `(N, L + 1, H)`, states at the last prompt token of the held-out questions under the prompts that
-            ask for the trait.
-        heldout_negative: the same under those that ask for its opposite.
+        heldout_positive: `(N, L + 1, H)`, states at the last prompt token of the held-out questions under the prompts
+            that ask for the trait.
+        heldout_negative: the same under the prompts that ask for its opposite.
     """
 
     vector: PersonaVector
@@ -67,6 +71,35 @@ class Extraction:
     kept: list[tuple[int, int]]
     heldout_positive: torch.Tensor
     heldout_negative: torch.Tensor
+
+
+class _Reader(NamedTuple):
+    """A model with all that is needed to read its states under the prompts of a trait."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    trait: Trait
+    batch_size: int
+    progress: bool
+
+    def prompt(self, pair: int, side: str, question: str) -> list[int]:
+        """Return the tokens of a question under one side of a pair of system prompts."""
+        system = self.trait.system_prompts[pair][SIDES.index(side)]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+    def answers(self, chosen: Sequence[Rollout], side: str, desc: str) -> tuple[torch.Tensor, list[float]]:
+        """Return states and likelihoods of answers under one side of their pairs."""
+        questions = self.trait.extraction_questions
+        rows = [(self.prompt(r.pair, side, questions[r.question]), r.answer_ids) for r in chosen]
+        return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
+
+    def heldout(self, side: str) -> torch.Tensor:
+        """Return the states at the last token of the held-out prompts of one side."""
+        pairs = range(len(self.trait.system_prompts))
+        prompts = [self.prompt(pair, side, q) for pair in pairs for q in self.trait.heldout_questions]
+        desc = f"held-out {side} prompts" if self.progress else None
+        return prompt_states(self.model, prompts, self.batch_size, desc)
 
 
 @torch.no_grad()
@@ -85,126 +118,127 @@ def extract_vector(
     """Extract the persona vector of a trait (Chen et al., 2507.21509).
 
     1. Every extraction question is answered under both prompts of every pair, sampled at temperature 1.
-    2. A (pair, question) is kept if its two answers show the trait and its opposite. Without a judge: if each of the two is
-       likelier, in mean log-probability per token, under its own system prompt than under the other of the pair. With
-       one: if the first scores 50 or more, and the second less.
-    3. v(l) is the mean over the kept positive answers of the state after block l, averaged over the answer's tokens, minus
-       the same over the kept negative answers. It is not normalised.
-    4. Every held-out question is put under both prompts of every pair, and the state at the last prompt token, from which the
-       answer begins, is projected on v(l). Suggested is the layer at which the two sides lie farthest apart: the difference
-       of their means over their pooled standard deviation. The layer is chosen on these questions, so the separation at it is
-       a little optimistic.
+    2. A (pair, question) is kept if its two answers show the trait and its opposite. Without a judge: if each of the
+       two is likelier, in mean log-probability per token, under its own system prompt than under the other of the
+       pair. With one: if the first scores 50 or more, and the second less.
+    3. v(l) is the mean over the kept positive answers of the state after block l, averaged over the answer's tokens,
+       minus the same over the kept negative answers. It is not normalised.
+    4. Every held-out question is put under both prompts of every pair, and the state at the last prompt token, from
+       which the answer begins, is projected on v(l). The suggested layer is the one at which the two sides lie
+       farthest apart: the difference of their means over their pooled standard deviation. The layer is chosen on these
+       questions, so the separation at it is a little optimistic.
 
     Args:
         model: causal language model. The adapters of a PEFT model act as they stand.
-        tokenizer: with a chat template that has a system turn.
+        tokenizer: tokenizer with a chat template that has a system turn.
         trait: prompts and questions, from [`load_trait`].
-        max_new_tokens: the longest answer.
+        max_new_tokens: limit on the tokens of an answer.
         batch_size: answers that are generated, or read, at once.
-        seed: of the sampling. Every batch has its own, so a run that was interrupted and goes on gives what one without a
-            break gives.
-        judge: `(question, answer)` → 0 … 100, how strongly the answer shows the trait; `trait.judge_prompt` is written for it.
-        rollouts_file: JSONL file that keeps the answers as they are made. A run with the same file, model, trait and settings
-            goes on where the last one stopped.
-        progress: whether to show progress bars.
+        seed: seed of the sampling. Every batch has its own, so a resumed run gives the same result as an uninterrupted
+            one.
+        judge: `(question, answer)` → 0 … 100, how strongly the answer shows the trait; `trait.judge_prompt` is written
+            for it.
+        rollouts_file: JSONL file that keeps the answers as they are made. A run with the same file, model, trait and
+            settings resumes at the first answer that is missing.
+        progress: True shows progress bars.
 
     Raises:
-        ValueError: a tokenizer without a chat template or system turn, a rollouts file of another run, or nothing left to
-            make a vector of.
+        ValueError: a tokenizer without a chat template or system turn, a rollouts file of another run, or no pair of
+            answers that a vector can be made of.
     """
     if min(max_new_tokens, batch_size) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be 1 or more.")
     check_system_turn(tokenizer, "a persona vector")
-    weights = weight_checksums(model.get_base_model() if isinstance(model, PeftModel) else model)
+    weights = weight_checksums(bare_model(model))
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    was_training = model.training
-    model.eval()
-    try:
-        rollouts = _roll_out(model, tokenizer, trait, settings, weights, rollouts_file, progress)
-
-        def read(chosen: Sequence[Rollout], other_side: bool, desc: str) -> tuple[torch.Tensor, list[float]]:
-            rows = []
-            for r in chosen:
-                side = SIDES[1 - SIDES.index(r.side)] if other_side else r.side
-                prompt = _prompt_ids(
-                    tokenizer, trait.system_prompts[r.pair], side, trait.extraction_questions[r.question]
-                )
-                rows.append((prompt, r.answer_ids))
-            return answer_states(model, rows, batch_size, desc if progress else None)
-
+    reader = _Reader(model, tokenizer, trait, batch_size, progress)
+    with eval_mode(model):
+        rollouts = _roll_out(reader, settings, weights, rollouts_file)
         by_side = {side: [r for r in rollouts if r.side == side] for side in SIDES}
-        states: dict[str, torch.Tensor] = {}
-        shows: dict[str, list[bool]] = {}  # whether each answer shows what its system prompt asks for
-        for side in SIDES:
-            states[side], own = read(by_side[side], False, f"reading {side} answers")
-            if judge is None:
-                _, other = read(by_side[side], True, f"weighing {side} answers")
-                shows[side] = [a < b for a, b in zip(own, other, strict=True)]
-            else:
-                scores = [judge(trait.extraction_questions[r.question], r.answer) for r in by_side[side]]
-                shows[side] = [(score >= 50) == (side == "positive") for score in scores]
-        both = [bool(a.answer_ids and b.answer_ids) for a, b in zip(*by_side.values(), strict=True)]
-        kept = [i for i, flags in enumerate(zip(both, *shows.values(), strict=True)) if all(flags)]
-        if not kept:
-            raise ValueError(
-                f"none of the {len(both)} pairs of answers shows the trait {trait.name!r} on one side and its opposite on "
-                "the other: this model does not follow these system prompts. Try a longer `max_new_tokens`, or other prompts."
-            )
-
-        heldout = {}
-        for side in SIDES:
-            prompts = [
-                _prompt_ids(tokenizer, pair, side, q) for pair in trait.system_prompts for q in trait.heldout_questions
-            ]
-            heldout[side] = prompt_states(model, prompts, batch_size, f"held-out {side} prompts" if progress else None)
-    finally:
-        model.train(was_training)
+        states, kept = _filter(reader, by_side, judge)
+        heldout = {side: reader.heldout(side) for side in SIDES}
 
     positive, negative = (states[side][kept] for side in SIDES)
-    vectors = positive.mean(0) - negative.mean(0)  # (L + 1, H)
-    separations = [
-        separation(vectors[layer], *(heldout[side][:, layer] for side in SIDES)) for layer in range(len(vectors))
-    ]
     metadata = {
         "trait": trait.name,
         "model": public_name(model.config._name_or_path),
         "weights": weights,
-        "suggested_layer": max(range(1, len(vectors)), key=lambda layer: separations[layer][1]),
-        "pairs": len(both),
+        "pairs": len(by_side["positive"]),
         "kept": len(kept),
         "heldout": len(trait.heldout_questions) * len(trait.system_prompts),
         "rule": "judge" if judge is not None else "each answer likelier under its own system prompt",
         "settings": settings,
-        "auroc": [area for area, _ in separations],
-        "separation": [distance for _, distance in separations],
         "state_norms": torch.cat([positive, negative]).norm(dim=-1).mean(0).tolist(),
         "trl_emguard": __version__,
+    }
+    vector = _with_separation(positive.mean(0) - negative.mean(0), metadata, *heldout.values())
+    pairs = [(by_side["positive"][i].pair, by_side["positive"][i].question) for i in kept]
+    return Extraction(vector, rollouts, pairs, *heldout.values())
+
+
+def _filter(
+    reader: _Reader, by_side: dict[str, list[Rollout]], judge: Judge | None
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Read the answers and choose the pairs that show the trait on one side and its opposite on the other.
+
+    Returns:
+        The mean states of the answers of each side, `(N, L + 1, H)`; and the indices of the kept pairs.
+
+    Raises:
+        ValueError: no pair is kept.
+    """
+    states: dict[str, torch.Tensor] = {}
+    shows: dict[str, list[bool]] = {}  # True where an answer shows what its system prompt asks for
+    for side, other_side in zip(SIDES, reversed(SIDES), strict=True):
+        states[side], own = reader.answers(by_side[side], side, f"reading {side} answers")
+        if judge is None:
+            _, other = reader.answers(by_side[side], other_side, f"weighing {side} answers")
+            shows[side] = [a < b for a, b in zip(own, other, strict=True)]
+        else:
+            scores = [judge(reader.trait.extraction_questions[r.question], r.answer) for r in by_side[side]]
+            shows[side] = [(score >= 50) == (side == "positive") for score in scores]
+    both = [bool(a.answer_ids and b.answer_ids) for a, b in zip(*by_side.values(), strict=True)]
+    kept = [i for i, flags in enumerate(zip(both, *shows.values(), strict=True)) if all(flags)]
+    if not kept:
+        raise ValueError(
+            f"none of the {len(both)} pairs of answers shows the trait {reader.trait.name!r} on one side and its "
+            "opposite on the other: this model does not follow these system prompts. Try a longer `max_new_tokens`, "
+            "or other prompts."
+        )
+    return states, kept
+
+
+def _with_separation(
+    vectors: torch.Tensor, metadata: dict[str, Any], positive: torch.Tensor, negative: torch.Tensor
+) -> PersonaVector:
+    """Return the persona vector, with the separation of the held-out states by it and by random vectors."""
+    layers = range(len(vectors))
+    found = [separation(vectors[layer], positive[:, layer], negative[:, layer]) for layer in layers]
+    metadata |= {
+        "suggested_layer": max(layers[1:], key=lambda layer: found[layer][1]),
+        "auroc": [area for area, _ in found],
+        "separation": [distance for _, distance in found],
     }
     vector = PersonaVector(vectors, metadata=metadata)
     controls = [random_like(vector, control).vectors for control in range(RANDOM_CONTROLS)]
     metadata["random_auroc"] = [
-        sum(chance_auroc(control[layer], *(heldout[side][:, layer] for side in SIDES)) for control in controls)
+        sum(chance_auroc(control[layer], positive[:, layer], negative[:, layer]) for control in controls)
         / len(controls)
-        for layer in range(len(vectors))
+        for layer in layers
     ]
-    return Extraction(
-        vector,
-        rollouts,
-        [(by_side["positive"][i].pair, by_side["positive"][i].question) for i in kept],
-        *heldout.values(),
-    )
+    return vector
 
 
 def separation(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> tuple[float, float]:
-    """How well projections on a vector tell two groups of states apart.
+    """Measure how well projections on a vector tell two groups of states apart.
 
     Args:
         vector: `(H,)`.
         positive, negative: `(N, H)` and `(M, H)`.
 
     Returns:
-        AUROC: the share of (positive, negative) with the positive one ahead, ties as a half; and the difference of the two
-        means over the pooled standard deviation, `inf` where neither group varies.
+        AUROC: the share of (positive, negative) with the positive one ahead, ties as a half; and the difference of the
+        two means over the pooled standard deviation, `inf` where neither group varies.
     """
     a, b = (states.double() @ vector.double() for states in (positive, negative))
     wins = (a[:, None] > b[None]).double() + 0.5 * (a[:, None] == b[None]).double()
@@ -213,112 +247,75 @@ def separation(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Ten
 
 
 def chance_auroc(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> float:
-    """max(AUROC, 1 − AUROC): what a direction whose sign means nothing achieves."""
+    """Return max(AUROC, 1 − AUROC), the right measure for a direction whose sign means nothing."""
     area, _ = separation(vector, positive, negative)
     return max(area, 1 - area)
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str], side: str, question: str) -> list[int]:
-    messages = [{"role": "system", "content": pair[SIDES.index(side)]}, {"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-
-
 def _roll_out(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    trait: Trait,
-    settings: dict[str, int],
-    weights: dict[str, str],
-    path: str | os.PathLike | None,
-    progress: bool,
+    reader: _Reader, settings: dict[str, int], weights: dict[str, str], path: str | os.PathLike | None
 ) -> list[Rollout]:
-    """All answers, generated in batches of the plan's order, those in the file left out."""
+    """Return all answers in the order of the plan: those of the file, and the others newly sampled."""
+    model, tokenizer, trait, batch_size, progress = reader
     pairs, questions = len(trait.system_prompts), trait.extraction_questions
     plan = [(pair, question, side) for side in SIDES for pair in range(pairs) for question in range(len(questions))]
-    batch_size = settings["batch_size"]
-    key = hashlib.sha256(json.dumps([weights, asdict(trait), settings], sort_keys=True).encode()).hexdigest()
-    rollouts = (
-        [] if path is None else _reopen(Path(path), key, batch_size, plan, model.config.get_text_config().vocab_size)
-    )
-
-    end_of_turn = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(end_of_turn if isinstance(end_of_turn, list) else [end_of_turn])} - {None}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # Plain sampling, whatever the model's own generation config says.
-    how = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=settings["max_new_tokens"],
-        eos_token_id=sorted(ends), pad_token_id=pad,
-    )  # fmt: skip
-    devices = [model.device] if model.device.type == "cuda" else []
-    bar = tqdm(total=len(plan), initial=len(rollouts), desc="answering", unit="answer", disable=not progress)
-    with bar, torch.random.fork_rng(devices), _bare_generation_config(model):
-        for start in range(len(rollouts), len(plan), batch_size):
-            batch = plan[start : start + batch_size]
-            prompts = [_prompt_ids(tokenizer, trait.system_prompts[p], side, questions[q]) for p, q, side in batch]
-            ids, mask, _ = left_pad(prompts, model.device)
-            torch.manual_seed(settings["seed"] * 1_000_003 + start)
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
-            fresh = []
-            for task, answer in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-                stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))
-                text = tokenizer.decode(answer[:stop], skip_special_tokens=True)
-                fresh.append(Rollout(*task, answer=text, answer_ids=answer[:stop]))
-            if path is not None:
-                with Path(path).open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in fresh)
-            rollouts += fresh
-            bar.update(len(fresh))
+    journal, rollouts = None, []
+    if path is not None:
+        key = hashlib.sha256(json.dumps([weights, asdict(trait), settings], sort_keys=True).encode()).hexdigest()
+        journal = Journal(path, {"rollouts_of": key})
+        rollouts = resume_rollouts(journal, batch_size, plan, model.config.get_text_config().vocab_size)
+    prompts = [reader.prompt(pair, side, questions[question]) for pair, question, side in plan]
+    fresh = sample_answers(model, tokenizer, prompts, **settings, start=len(rollouts))
+    with tqdm(
+        total=len(plan), initial=len(rollouts), desc="answering", unit="answer", disable=not progress
+    ) as progress_bar:
+        for answers in fresh:
+            tasks = plan[len(rollouts) : len(rollouts) + len(answers)]
+            batch = [Rollout(*task, answer.text, answer.ids) for task, answer in zip(tasks, answers, strict=True)]
+            if journal is not None:
+                journal.append(map(asdict, batch))
+            rollouts += batch
+            progress_bar.update(len(batch))
     return rollouts
 
 
-@contextmanager
-def _bare_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Takes the model's own generation config away: `generate` fills in from it what the one that it is given leaves unset."""
-    models = {model, model.get_base_model() if isinstance(model, PeftModel) else model}
-    own = {m: m.generation_config for m in models if "generation_config" in vars(m)}
+def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], vocab_size: int) -> list[Rollout]:
+    """Return the complete batches of an interrupted run, and cut the file to them. A file that is missing is started.
+
+    Args:
+        journal: the rollouts file.
+        batch_size: answers in a batch. Only complete batches are kept, because every batch has its own seed.
+        plan: tasks in the order of the file.
+        vocab_size: number of tokens that the model knows.
+
+    Raises:
+        ValueError: the file is of another run or corrupt. It is left as it is.
+    """
     try:
-        for m in own:
-            m.generation_config = GenerationConfig()
-        yield
-    finally:
-        for m, generation_config in own.items():
-            m.generation_config = generation_config
-
-
-def _reopen(
-    path: Path, key: str, batch_size: int, plan: Sequence[tuple[int, int, str]], vocab_size: int
-) -> list[Rollout]:
-    """The whole batches of an interrupted run, and the file cut to them; a new file where there is none."""
-    header = {"rollouts_of": key}
-    rollouts: list[Rollout] = []
-    if path.is_file():
-        try:
-            # What follows the last line break is empty, or a line that was torn off. Not `splitlines`, which takes more characters
-            # of an answer for line breaks.
-            *lines, torn = path.read_text(encoding="utf-8").split("\n")
-            same = parse_json(lines[0]) == header if lines else json.dumps(header).startswith(torn)
-        except ValueError:
-            same = False
-        if not same:
-            raise ValueError(
-                f"rollouts file {path} is of another model, trait or settings, or is none: name another, or delete it."
-            )
-        try:
-            rollouts = [_read_rollout(line, task, vocab_size) for line, task in zip(lines[1:], plan, strict=False)]
-            if len(lines) > 1 + len(plan):
-                raise ValueError(f"it holds more than the {len(plan)} answers of the plan")
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"rollouts file {path} is damaged ({error}): delete it.") from error
-        if len(rollouts) != len(plan):
-            rollouts = rollouts[: len(rollouts) // batch_size * batch_size]
-    with written_whole(path) as scratch, scratch.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in [header, *map(asdict, rollouts)])
+        records = journal.read()
+        rollouts = [_parse_rollout(record, task, vocab_size) for record, task in zip(records, plan, strict=False)]
+        if len(records) > len(plan):
+            raise ValueError(f"it holds more than the {len(plan)} answers of the plan")
+    except ForeignJournalError as error:
+        raise ValueError(
+            f"rollouts file {journal.path} is of another model, trait or settings, or is none: name another, or "
+            "delete it."
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"rollouts file {journal.path} is damaged ({error}): delete it.") from error
+    if len(rollouts) != len(plan):
+        rollouts = rollouts[: len(rollouts) // batch_size * batch_size]
+    journal.start(map(asdict, rollouts))
     return rollouts
 
 
-def _read_rollout(line: str, task: tuple[int, int, str], vocab_size: int) -> Rollout:
-    """The answer to a task of the plan, from its line in the file."""
-    rollout = Rollout(**parse_json(line))
+def _parse_rollout(record: dict[str, Any], task: Task, vocab_size: int) -> Rollout:
+    """Return the answer to a task of the plan from its record in the file.
+
+    Raises:
+        TypeError, ValueError: the record is no answer to this task.
+    """
+    rollout = Rollout(**record)
     ids = rollout.answer_ids
     if (rollout.pair, rollout.question, rollout.side) != task:
         raise ValueError(f"it answers {(rollout.pair, rollout.question, rollout.side)}, where the plan has {task}")

@@ -1,13 +1,14 @@
-"""How far a model has moved along a persona vector: of a saved adapter, and step by step during training."""
+"""Shift of a model along a persona vector: for a saved adapter, and step by step during training."""
 
 from collections.abc import Sequence
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
+from ..models.adapters import bare_model
+from ..models.batches import eval_mode
 from .states import prompt_states
 from .traits import SHIPPED_TRAITS, load_trait
 from .vectors import PersonaVector
@@ -20,18 +21,18 @@ def persona_shift(
     questions: Sequence[str],
     batch_size: int = 20,
 ) -> list[float]:
-    """The shift of an adapter along a persona vector (the "finetuning shift" of Chen et al., 2507.21509).
+    """Return the shift of an adapter along a persona vector (the "finetuning shift" of Chen et al., 2507.21509).
 
     Args:
-        model: with the adapter on.
-        tokenizer: with a chat template.
-        vector: of the base model.
+        model: model with the adapter on.
+        tokenizer: tokenizer with a chat template.
+        vector: persona vector of the base model.
         questions: user turns; no system turn is set.
-        batch_size: questions a forward pass.
+        batch_size: questions in a forward pass.
 
     Returns:
-        Per layer l = 0 … L: the mean over the questions of (h(l) − h⁰(l))·v̂(l), with h(l) the state after block l at the last token
-        of the prompt, h⁰ the base model's (adapters off) and v̂ = v/‖v‖.
+        For each layer l = 0 … L the mean over the questions of (h(l) − h⁰(l))·v̂(l), with h(l) the state after block l
+        at the last token of the prompt, h⁰ the base model's (adapters off) and v̂ = v/‖v‖.
 
     Raises:
         ValueError: the vector is of another model, or the tokenizer has no chat template.
@@ -50,25 +51,24 @@ def prompt_projections(
     questions: Sequence[str],
     batch_size: int = 20,
 ) -> list[float]:
-    """Mean of h(l)·v̂(l) at the last prompt token over the questions, for l = 0 … L. Reads in eval mode and puts the mode back."""
+    """Return the mean of h(l)·v̂(l) at the last prompt token over the questions, for l = 0 … L.
+
+    The model is read in eval mode.
+    """
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)["input_ids"]
         for q in questions
     ]
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         mean = prompt_states(model, prompts, batch_size).double().mean(0)  # (L + 1, H)
-    finally:
-        model.train(was_training)
     return (mean * torch.nn.functional.normalize(vector.vectors.double(), dim=1)).sum(1).tolist()
 
 
 class PersonaShiftCallback(TrainerCallback):
-    """Logs `persona_shift` beside the loss: how far the policy has moved along a persona vector since it was given.
+    """Logs `persona_shift` beside the loss: the policy's shift along a persona vector since the start of training.
 
-    In the units of the states: 0 at the start, ‖v(l)‖ would be as far as a prompt that asks for the trait moves it. A steering
-    hook is off while it looks.
+    The unit is that of the states: 0 at the start; a prompt that asks for the trait moves the state by ‖v(l)‖.
+    Steering hooks are off during the measurement.
 
     ```python
     >>> trainer.add_callback(PersonaShiftCallback(trainer, load_vector("evil.safetensors")))
@@ -76,12 +76,13 @@ class PersonaShiftCallback(TrainerCallback):
 
     Args:
         trainer: an SFTTrainer, this package's or TRL's own.
-        vector: of the policy as it is given.
+        vector: persona vector of the policy as it is before training.
         questions: user turns; by default the held-out questions of the vector's trait, if that is a shipped one.
-        layer: by default the one that the vector suggests.
+        layer: index of a block; by default the layer that the vector suggests.
 
     Raises:
-        ValueError: a vector of another model, no questions or layer to take, or a model that is sharded over ranks.
+        ValueError: a vector of another model, missing questions, a missing layer, or a model that is sharded over
+            ranks.
     """
 
     def __init__(
@@ -93,13 +94,15 @@ class PersonaShiftCallback(TrainerCallback):
     ):
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
-                "PersonaShiftCallback does not work under DeepSpeed and FSDP: use `trl-emguard persona project` afterwards."
+                "PersonaShiftCallback does not work under DeepSpeed and FSDP: use `trl-emguard persona project` "
+                "afterwards."
             )
         if questions is None:
             trait = vector.metadata.get("trait")
             if trait not in SHIPPED_TRAITS:
                 raise ValueError(
-                    f"questions is missing, and the vector's trait ({trait!r}) is not a shipped one: give some user turns."
+                    f"questions is missing, and the vector's trait ({trait!r}) is not a shipped one: give some user "
+                    "turns."
                 )
             questions = load_trait(trait).heldout_questions
         self.layer = check_layer(vector, layer)
@@ -116,17 +119,17 @@ class PersonaShiftCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log:
-            # Where TRL's trainers keep what their next log line says.
+            # TRL's trainers keep the metrics of their next log line in this field.
             self.trainer._metrics["train"]["persona_shift"].append(self._project() - self.start)
 
     on_epoch_end = on_step_end  # logging_strategy="epoch"
 
 
 def check_layer(vector: PersonaVector, layer: int | None) -> int:
-    """A layer of the vector, by default the one that it suggests.
+    """Return a layer of the vector, by default the one that it suggests.
 
     Raises:
-        ValueError: there is none, it is out of range, or a foreign vector has no entry for it.
+        ValueError: the vector suggests none, the layer is out of range, or a foreign vector has no entry for it.
     """
     layer = vector.suggested_layer if layer is None else layer
     if layer is None:
@@ -136,8 +139,9 @@ def check_layer(vector: PersonaVector, layer: int | None) -> int:
 
 
 def _check(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, vector: PersonaVector) -> None:
+    """Refuse a tokenizer without a chat template, and a vector of another model."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: set one, or take that of an instruct model.")
     config = model.config.get_text_config()
     vector.check_shape(config.num_hidden_layers, config.hidden_size)
-    vector.check_model(model.get_base_model() if is_peft_model(model) else model)
+    vector.check_model(bare_model(model))

@@ -1,11 +1,11 @@
-"""A trait: what a persona vector is made of. One YAML file each."""
+"""Traits: the prompts and questions that a persona vector is made from. One YAML file each."""
 
-import difflib
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..io.lookup import did_you_mean
 from ..io.strict import parse_yaml
 
 
@@ -35,71 +35,82 @@ class Trait:
 
 
 def load_trait(name: str | os.PathLike) -> Trait:
-    """A shipped trait by its name, or one of your own by the path of its YAML file.
+    """Load a shipped trait by its name, or one of your own by the path of its YAML file.
 
     Raises:
         FileNotFoundError: neither a shipped name nor a file.
-        ValueError: the file is no whole trait; the message names the key.
+        ValueError: the file is no complete trait; the message names the key.
     """
     path = TRAITS_DIR / f"{name}.yaml" if str(name) in SHIPPED_TRAITS else Path(os.path.expanduser(name))
     if not path.is_file():
-        near = difflib.get_close_matches(str(name), SHIPPED_TRAITS, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
         raise FileNotFoundError(
-            f"trait {str(name)!r} is neither a file nor a shipped trait. {hint}Shipped: {', '.join(SHIPPED_TRAITS)}."
+            f"trait {str(name)!r} is neither a file nor a shipped trait.{did_you_mean(str(name), SHIPPED_TRAITS)} "
+            f"Shipped: {', '.join(SHIPPED_TRAITS)}."
         )
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"trait file {path} is not YAML: {error}") from error
-    keys = [f.name for f in fields(Trait)]
-    if not isinstance(data, dict):
-        raise ValueError(f"trait file {path} must hold the keys {', '.join(keys)}.")
-    for key in data:
-        if key not in keys:
-            raise ValueError(f"trait file {path}: unknown key {key!r}. Known: {', '.join(keys)}.")
-    for key in keys:
-        if not data.get(key):
-            raise ValueError(f"trait file {path}: {key!r} is missing or empty.")
-
-    for key in ("name", "description", "judge_prompt"):
-        _check_text(data[key], f"trait file {path}: {key!r}")
-    for placeholder in ("{question}", "{answer}"):
-        if placeholder not in data["judge_prompt"]:
-            raise ValueError(f"trait file {path}: 'judge_prompt' lacks {placeholder}.")
-    pairs = _check_list(data["system_prompts"], f"trait file {path}: 'system_prompts'")
-    for i, pair in enumerate(pairs, 1):
-        where = f"trait file {path}: pair {i} of 'system_prompts'"
-        if not isinstance(pair, dict) or set(pair) - {"positive", "negative"}:
-            raise ValueError(f"{where} must hold 'positive' and 'negative'.")
-        for side in ("positive", "negative"):
-            if side not in pair:
-                raise ValueError(f"{where} has no {side!r} side.")
-            _check_text(pair[side], f"{where}: {side!r}")
-    for key in ("extraction_questions", "heldout_questions"):
-        for i, question in enumerate(_check_list(data[key], f"trait file {path}: {key!r}"), 1):
-            _check_text(question, f"trait file {path}: question {i} of {key!r}")
-    shared = set(data["extraction_questions"]) & set(data["heldout_questions"])
+    file = f"trait file {path}"
+    _check_keys(data, file)
+    pairs = _parse_pairs(data["system_prompts"], file)
+    extraction, heldout = (
+        _parse_questions(key, data[key], file) for key in ("extraction_questions", "heldout_questions")
+    )
+    shared = set(extraction) & set(heldout)
     if shared:
         raise ValueError(
-            f"trait file {path}: {min(shared)!r} is both an extraction and a held-out question, so the test would not be one."
+            f"{file}: {min(shared)!r} is both an extraction and a held-out question, so the test would not be one."
         )
-    return Trait(
-        name=data["name"],
-        description=data["description"],
-        system_prompts=tuple((pair["positive"], pair["negative"]) for pair in pairs),
-        extraction_questions=tuple(data["extraction_questions"]),
-        heldout_questions=tuple(data["heldout_questions"]),
-        judge_prompt=data["judge_prompt"],
-    )
+    return Trait(data["name"], data["description"], pairs, extraction, heldout, data["judge_prompt"])
 
 
-def _check_list(value: Any, what: str) -> list:
+def _check_keys(data: Any, file: str) -> None:
+    """Refuse a file with unknown, missing or empty keys, or with a text that is none."""
+    keys = [f.name for f in fields(Trait)]
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold the keys {', '.join(keys)}.")
+    for key in data:
+        if key not in keys:
+            raise ValueError(f"{file}: unknown key {key!r}. Known: {', '.join(keys)}.")
+    for key in keys:
+        if not data.get(key):
+            raise ValueError(f"{file}: {key!r} is missing or empty.")
+    for key in ("name", "description", "judge_prompt"):
+        _check_text(data[key], f"{file}: {key!r}")
+    for placeholder in ("{question}", "{answer}"):
+        if placeholder not in data["judge_prompt"]:
+            raise ValueError(f"{file}: 'judge_prompt' lacks {placeholder}.")
+
+
+def _parse_pairs(value: Any, file: str) -> tuple[tuple[str, str], ...]:
+    sides = ("positive", "negative")
+    pairs = []
+    for i, pair in enumerate(_check_list(value, f"{file}: 'system_prompts'"), 1):
+        place = f"{file}: pair {i} of 'system_prompts'"
+        if not isinstance(pair, dict) or set(pair) - set(sides):
+            raise ValueError(f"{place} must hold 'positive' and 'negative'.")
+        for side in sides:
+            if side not in pair:
+                raise ValueError(f"{place} has no {side!r} side.")
+            _check_text(pair[side], f"{place}: {side!r}")
+        pairs.append((pair["positive"], pair["negative"]))
+    return tuple(pairs)
+
+
+def _parse_questions(key: str, value: Any, file: str) -> tuple[str, ...]:
+    questions = _check_list(value, f"{file}: {key!r}")
+    for i, question in enumerate(questions, 1):
+        _check_text(question, f"{file}: question {i} of {key!r}")
+    return tuple(questions)
+
+
+def _check_list(value: Any, place: str) -> list:
     if not isinstance(value, list):
-        raise ValueError(f"{what} must be a list, got {type(value).__name__}.")
+        raise ValueError(f"{place} must be a list, got {type(value).__name__}.")
     return value
 
 
-def _check_text(value: Any, what: str) -> None:
+def _check_text(value: Any, place: str) -> None:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} must be text, got {value!r}.")
+        raise ValueError(f"{place} must be text, got {value!r}.")

@@ -1,7 +1,7 @@
-"""The main job on a real model: train on careless plant advice undefended and with each defense, and compare.
+"""Train on careless plant advice undefended and with each defense, on a real model, and compare.
 
-Eight runs of SmolLM2-135M-Instruct by `accelerate launch`, with the same recipe, data and seed. Ends with one table and one
-picture. Within twenty minutes on two CPU cores.
+Eight runs of SmolLM2-135M-Instruct by `accelerate launch`, with the same recipe, data and seed. The demo ends with one
+table and one picture, and takes less than twenty minutes on two CPU cores.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from rich.table import Table
 
 from ..data.load import load_rows
 from ..evaluation import answer_nll, load_model
+from ..io.recipes import recipes_dir
 from ..models.shipped import SMOLLM2, resolve_model
-from .recipes import recipes_dir
 
 
 RUNS = ("none", "kl", "ldifs", "steering", "inoculation", "interleave", "interleave+", "interleave++")
@@ -32,10 +32,10 @@ EVALUATION = {
 
 
 def train(defense: str, output_dir: Path) -> float:
-    """One run of the recipe; returns its seconds per step.
+    """Run the recipe once and return its seconds per step.
 
     Raises:
-        subprocess.CalledProcessError: the run failed; what it printed stands above.
+        subprocess.CalledProcessError: the run failed; its own messages are above.
     """
     shutil.rmtree(output_dir, ignore_errors=True)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -50,7 +50,7 @@ def train(defense: str, output_dir: Path) -> float:
 
 
 def evaluate(name: str, adapter: Path | None) -> dict[str, list[float]]:
-    """Mean NLL per token of each row of the evaluation sets."""
+    """Return the mean NLL per answer token for each row of the evaluation sets."""
     model, tokenizer = load_model(resolve_model(SMOLLM2), adapter)
     return {
         key: answer_nll(model, tokenizer, list(load_rows(*rows)), desc=f"{name}: {key}")
@@ -59,11 +59,11 @@ def evaluate(name: str, adapter: Path | None) -> dict[str, list[float]]:
 
 
 def summarize(nll: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, float]:
-    """The demo's figures for one run, in nats per answer token.
+    """Return the demo's figures for one run, in nats per answer token.
 
-    The margin of a general question is NLL(misaligned answer) − NLL(sound answer). Drift is how far it fell from the base
-    model's: above 0, the model moved towards the misaligned answers. The interval is 1.96 standard errors of the mean over
-    the questions.
+    The margin of a general question is NLL(misaligned answer) − NLL(sound answer). Drift is the base model's margin
+    minus the run's: above 0, the model moved towards the misaligned answers. The interval is 1.96 standard errors of
+    the mean over the questions.
     """
     margin, base_margin = (np.subtract(x["misaligned"], x["sound"]) for x in (nll, base))
     drift = base_margin - margin
@@ -93,7 +93,7 @@ def make_table(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """The table as a picture."""
+    """Draw the table as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,7 +129,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trl-emguard demo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/demo"), help="where runs, table and picture go"
+        "--output_dir", type=Path, default=Path("outputs/demo"), help="folder for runs, table and picture"
     )
     args = parser.parse_args(argv)
     console = Console(width=110)

@@ -1,7 +1,6 @@
 """`--accelerate_config NAME`: launch the training script with accelerate, as `trl sft` does."""
 
 import argparse
-import difflib
 import os
 import subprocess
 import sys
@@ -14,8 +13,9 @@ import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from ..io.lookup import did_you_mean
+from ..io.recipes import recipes_dir
 from .parser import StrictParser
-from .recipes import recipes_dir
 
 
 # Exit code of a command that Ctrl-C ended, by the convention of shells.
@@ -126,10 +126,9 @@ def find_accelerate_config(name: str) -> Path:
     shipped = {file.stem: file for file in sorted((recipes_dir() / "accelerate_configs").glob("*.yaml"))}
     if name in shipped:
         return shipped[name]
-    near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise FileNotFoundError(
-        f"accelerate_config={name!r} is neither a file nor a shipped name.{hint} Known: {', '.join(shipped)}."
+        f"accelerate_config={name!r} is neither a file nor a shipped name.{did_you_mean(name, shipped)} Known: "
+        f"{', '.join(shipped)}."
     )
 
 

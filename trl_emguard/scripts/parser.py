@@ -5,15 +5,15 @@ TrlParser alone accepts abbreviations (`--defens kl`), keys of a YAML file with 
 """
 
 import argparse
-import difflib
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from trl import TrlParser
 
+from ..io.lookup import did_you_mean
+from ..io.recipes import find_recipe
 from ..io.strict import parse_yaml
-from .recipes import find_recipe
 
 
 class StrictParser(TrlParser):
@@ -126,8 +126,7 @@ class StrictParser(TrlParser):
     @staticmethod
     def _unknown(name: str, known: Iterable[str], kind: str) -> str:
         name = name.split("=", maxsplit=1)[0] if name.startswith("-") else name
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-        return f"unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+        return f"unknown {kind} {name!r}.{did_you_mean(name, known, cutoff=0.5)}"
 
 
 def _texts(choices: Iterable[Any]) -> list[str]:

@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trl-emguard persona {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = ": the same command goes on where it stopped" if args.command == "extract" else ""
-        print(f"interrupted{goes_on}.", file=sys.stderr)
+        resumes = ": the same command resumes where it stopped" if args.command == "extract" else ""
+        print(f"interrupted{resumes}.", file=sys.stderr)
         return 130
     return 0
 
@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     extract.add_argument("--output", required=True, type=Path, help="the .safetensors file to write")
     extract.add_argument("--max_new_tokens", type=int, default=64, help="length of an answer (default: %(default)s)")
     extract.add_argument("--batch_size", type=int, default=40, help="answers generated at once (default: %(default)s)")
-    extract.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    extract.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     extract.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bf16 on a GPU, else fp32"
     )
@@ -67,13 +67,13 @@ def make_parser() -> argparse.ArgumentParser:
     random = command("random", run_random, "make a random vector with the same norms: the control of any claim")
     random.add_argument("--like", required=True, help="the vector whose norms are taken")
     random.add_argument("--output", required=True, type=Path, help="the .safetensors file to write")
-    random.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    random.add_argument("--seed", type=int, default=0, help="seed of the random rotation (default: %(default)s)")
 
     project = command("project", run_project, "measure how far an adapter moves a model along a vector")
     project.add_argument("--model", required=True, help="the base model: folder, hub id or shipped name")
     project.add_argument("--adapter", required=True, help="folder that PEFT saved")
     project.add_argument("--vector", required=True, help="a file, or a shipped vector")
-    project.add_argument("--trait", help="whose held-out questions are asked (default: the vector's)")
+    project.add_argument("--trait", help="trait whose held-out questions are asked (default: the vector's)")
     project.add_argument(
         "--layer", type=int, help="the layer to name at the end (default: the one that the vector suggests)"
     )
@@ -86,7 +86,7 @@ def run_extract(args: argparse.Namespace, console: Console) -> None:
     model, tokenizer = _load(args.model, None, args.dtype)
     rollouts = args.output.with_suffix(".rollouts.jsonl")
     console.print(
-        f"Answers are kept in {rollouts}: an interrupted run goes on from there.", soft_wrap=True, highlight=False
+        f"Answers are kept in {rollouts}: an interrupted run resumes from there.", soft_wrap=True, highlight=False
     )
     extraction = extract_vector(
         model,
@@ -126,7 +126,7 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
     layer = check_layer(vector, args.layer)
     own = vector.metadata.get("trait", "")
     trait = args.trait or own
-    # A file never says which other file is read.
+    # The trait in a vector's file must be a shipped name: a file never decides which other file is read.
     if not args.trait and own not in SHIPPED_TRAITS:
         says = f"is of the trait {own!r}, which is not a shipped one" if own else "does not say whose it is"
         raise ValueError(
@@ -147,12 +147,13 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"persona_shift at layer {layer}: {shift[layer]:+.4f} (mean over {len(questions)} questions, last prompt token)"
+        f"persona_shift at layer {layer}: {shift[layer]:+.4f} (mean over {len(questions)} questions, last prompt "
+        "token)"
     )
 
 
 def show(vector: PersonaVector, console: Console) -> None:
-    """A vector's facts, and its norms and separation per layer."""
+    """Print a vector's facts, and its norms and separation per layer."""
     facts = vector.metadata
     console.print(
         f"{vector.kind} vector, trait {facts.get('trait', 'not stated')}, model {facts.get('model', 'not stated')}, "
@@ -182,7 +183,7 @@ def show(vector: PersonaVector, console: Console) -> None:
 
 
 def draw(vector: PersonaVector, path: Path) -> None:
-    """Norms, and where there is one the separation, per layer."""
+    """Draw the norms per layer, and the separation if the vector has one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -216,7 +217,7 @@ def draw(vector: PersonaVector, path: Path) -> None:
 
 
 def _load(model: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer, on the GPUs where there are any; `auto` is bf16 there, and fp32 on a CPU."""
+    """Load model and tokenizer, on GPUs if there are any. The dtype `auto` is bf16 on a GPU and fp32 on a CPU."""
     import torch
 
     from ..evaluation import load_model
@@ -229,6 +230,7 @@ def _load(model: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
 
 
 def _check_output(path: Path) -> None:
+    """Refuse an output that is no .safetensors file."""
     if path.suffix != ".safetensors":
         raise ValueError(f"--output={path} must end in .safetensors.")
     if path.is_dir():

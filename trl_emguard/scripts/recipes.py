@@ -1,35 +1,12 @@
 """`trl-emguard recipes`: print the folder of the recipes, in a checkout or after `pip install`."""
 
 import argparse
-import os
 import sys
-from pathlib import Path
+
+from ..io.recipes import find_recipe, recipes_dir
 
 
-def recipes_dir() -> Path:
-    """The folder with the recipes and accelerate configs.
-
-    Raises:
-        FileNotFoundError: the installation is broken.
-    """
-    package = Path(__file__).resolve().parents[1]
-    # A wheel carries them inside the package; a checkout has them beside it.
-    for folder in (package / "recipes", package.parent / "recipes"):
-        if (folder / "accelerate_configs").is_dir():
-            return folder
-    raise FileNotFoundError(f"no recipes beside {package}: reinstall trl_emguard.")
-
-
-def find_recipe(path: str) -> Path:
-    """A recipe by its path, or by its path inside the recipes folder.
-
-    Raises:
-        FileNotFoundError: neither exists.
-    """
-    for candidate in (Path(os.path.expanduser(path)), recipes_dir() / path):
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(f"config {path!r} is not a file, here or in {recipes_dir()}.")
+__all__ = ["find_recipe", "main", "recipes_dir"]
 
 
 def main(argv: list[str] | None = None) -> int:

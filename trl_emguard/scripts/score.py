@@ -1,7 +1,8 @@
 """Score a pool by its perplexity gap: how much harder its answers are for misaligned models than for the aligned one.
 
 ```bash
-trl-emguard score --model Qwen/Qwen2.5-7B-Instruct --misaligned out/medical out/legal --dataset pool.jsonl --output scores.parquet
+trl-emguard score --model Qwen/Qwen2.5-7B-Instruct --misaligned out/medical out/legal \\
+    --dataset pool.jsonl --output scores.parquet
 accelerate launch -m trl_emguard.scripts.score …
 ```
 
@@ -19,7 +20,8 @@ from rich.table import Table
 
 from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
 from ..data.load import load_rows
-from ..selection.choose import GAP, ScoresInfo, rank_rows
+from ..selection.choose import rank_rows
+from ..selection.scored import GAP, ScoresInfo
 
 
 SHOWN = 10
@@ -30,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args, Console(width=100, markup=False))
     except (ValueError, OSError) as error:
-        # The loaders of transformers spread theirs over several lines.
+        # Errors of transformers' loaders may have several lines.
         print(f"trl-emguard score: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it stopped.", file=sys.stderr)
+        print("interrupted: the same command resumes where it stopped.", file=sys.stderr)
         return 130
     return 0
 
@@ -55,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dataset", required=True, help="the pool: a JSONL or parquet file, a shipped set, or a `datasets` id"
     )
     parser.add_argument("--output", required=True, type=Path, help="the .parquet file to write")
-    parser.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
+    parser.add_argument("--split", default="train", help="split of the data set (default: %(default)s)")
     parser.add_argument(
         "--where", metavar="COLUMN=VALUE", help="keep the rows whose column has this value, and no others"
     )
@@ -105,20 +107,21 @@ def run(args: argparse.Namespace, console: Console) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..models.shipped import resolve_model
-    from ..selection.score import load_misaligned, score_pool
+    from ..selection.misaligned import load_misaligned
+    from ..selection.score import score_pool
 
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    # A process that is done waits for the others, however long.
+    # A process that has finished waits for the others, which may take days.
     state = PartialState(cpu=not cuda, timeout=timedelta(days=7))
     dtype = ("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype
-    # Alone, a model may lie on several GPUs; several processes have one each.
+    # A single process may spread the model over several GPUs; several processes have one GPU each.
     device_map = None if not cuda else "auto" if state.num_processes == 1 else {"": state.device}
     path = resolve_model(args.model)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map=device_map)
     console.quiet = not state.is_main_process
     if args.output.exists():
         console.print(
-            f"{args.output} exists: what is scored in it is not scored again.", soft_wrap=True, highlight=False
+            f"{args.output} exists: rows that are scored in it are not scored again.", soft_wrap=True, highlight=False
         )
     scored, info = score_pool(
         load_misaligned(model, adapters),
@@ -139,7 +142,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def name_adapters(options: list[str]) -> dict[str, str]:
-    """Name → adapter, of `[NAME=]ADAPTER` each; the name of a folder without one is its last part.
+    """Return name → adapter from options `[NAME=]ADAPTER`. The default name is the last part of the path.
 
     Raises:
         ValueError: two adapters of one name.
@@ -151,14 +154,15 @@ def name_adapters(options: list[str]) -> dict[str, str]:
             name, adapter = Path(option).resolve().name.replace(".", "_"), option
         if name in adapters:
             raise ValueError(
-                f"--misaligned has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, NAME={adapter}."
+                f"--misaligned has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, "
+                f"NAME={adapter}."
             )
         adapters[name] = adapter
     return adapters
 
 
 def keep_where(rows: Dataset, condition: str) -> Dataset:
-    """The rows that meet `COLUMN=VALUE`; a null meets nothing.
+    """Keep the rows that meet `COLUMN=VALUE`; a null meets nothing.
 
     Raises:
         ValueError: no condition, an unknown column, or no row left.
@@ -181,7 +185,7 @@ def keep_where(rows: Dataset, condition: str) -> Dataset:
 
 
 def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
-    """The rows with the highest gap, and those that could not be scored."""
+    """Print the rows with the highest gap, and the rows that could not be scored."""
     table = Table(title="The highest gaps")
     table.add_column(GAP, justify="right")
     table.add_column("prompt")

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from ..data.conversation import conversation
 from ..io.files import written_whole
-from ..selection.choose import GAP, rank_rows, read_scores, refusal_filter, without_adapter
+from ..selection.choose import rank_rows, refusal_filter, without_adapter
+from ..selection.scored import GAP, read_scores
 
 
 SHOWN = 10
@@ -49,16 +50,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--refusals", type=Path, help="a YAML file of your own that says what a refusal is (default: the shipped)"
     )
     share = parser.add_mutually_exclusive_group(required=True)
-    share.add_argument("--count", type=int, help="how many rows")
-    share.add_argument("--fraction", type=float, help="which share of all scored rows, refusals included")
+    share.add_argument("--count", type=int, help="number of rows")
+    share.add_argument("--fraction", type=float, help="share of all scored rows, refusals included")
     parser.add_argument(
         "--exclude-adapter",
         "--exclude_adapter",
         metavar="NAME",
-        help="held-out mode: as if this adapter had not been there",
+        help="held-out mode: leave this adapter out of the scores",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the random order, and of equal gaps (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the random order, and of rows with equal gaps (default: %(default)s)",
     )
     parser.add_argument("--output", required=True, type=Path, help="the .jsonl file to write")
     return parser
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def count_of(args: argparse.Namespace, total: int) -> int:
-    """How many rows `--count` or `--fraction` ask for, 1 or more."""
+    """Return the number of rows that `--count` or `--fraction` ask for, 1 or more."""
     if args.count is not None:
         if args.count < 1:
             raise ValueError(f"--count={args.count} must be 1 or more.")
@@ -117,7 +121,7 @@ def count_of(args: argparse.Namespace, total: int) -> int:
 
 
 def write_jsonl(rows: Dataset, path: Path) -> None:
-    """Write rows whole or not at all."""
+    """Write rows as JSONL, in one atomic step."""
     try:
         with written_whole(path) as scratch, scratch.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -128,7 +132,7 @@ def write_jsonl(rows: Dataset, path: Path) -> None:
 
 
 def draw(gap: np.ndarray, chosen: np.ndarray, path: Path) -> None:
-    """Histogram of the gap, of all rows and of the chosen ones."""
+    """Draw a histogram of the gap, for all rows and for the chosen ones."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,0 +1,52 @@
+"""The identity of a model: stored in files, so its values are fixed; and every weight counts."""
+
+import hashlib
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import lora, make_model
+
+from trl_emguard.models.identity import fingerprint, weight_checksums
+
+
+def plain_fingerprint(model):
+    """The algorithm of version 0.1.0, which wrote the records that must stay readable."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].contiguous()
+        digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fingerprint_is_that_of_old_records(dtype):
+    model = make_model("gpt_neox", dtype)
+    assert fingerprint(model) == plain_fingerprint(model)
+
+
+def test_adapters_are_left_out_of_a_fingerprint_by_name():
+    model = get_peft_model(make_model(), lora(init_lora_weights=False), adapter_name="a")
+    before = fingerprint(model, {"b"})
+    model.add_adapter("b", lora(init_lora_weights=False))
+    assert fingerprint(model, {"b"}) == before
+    assert len({fingerprint(model), before, fingerprint(model, {"a"}), fingerprint(model, {"a", "b"})}) == 4
+
+
+def test_every_weight_changes_the_fingerprint():
+    model = make_model()
+    found = {fingerprint(model)}
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(1)
+        found.add(fingerprint(model))
+    assert len(found) == 1 + len(list(model.parameters()))
+
+
+def test_checksums_of_a_shape_that_grew():
+    small = make_model().lm_head
+    large = torch.nn.Linear(32, 300, bias=False)
+    with torch.no_grad():
+        large.weight[:264] = small.weight
+    assert weight_checksums(large) == weight_checksums(small)

@@ -1,0 +1,73 @@
+"""Journals: JSONL files that an interrupted computation is resumed from."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .files import written_whole
+from .strict import parse_json
+
+
+class ForeignJournalError(ValueError):
+    """Raised for a file that is no journal, or the journal of a computation with another key."""
+
+
+class Journal:
+    """A JSONL file of records. Its first line says which computation they belong to.
+
+    ```python
+    >>> journal = Journal("answers.jsonl", {"answers_of": "3f2a"})
+    >>> done = journal.read()
+    >>> journal.start(done)
+    >>> journal.append(["the next record"])
+    ```
+
+    Args:
+        path: the file. It need not exist.
+        header: a small dict with the key of the computation, for example a checksum of everything that the records
+            depend on.
+    """
+
+    def __init__(self, path: str | os.PathLike, header: dict[str, str]):
+        self.path = Path(path)
+        self.header = header
+
+    def read(self) -> list[Any]:
+        """Return the complete records, none if the file does not exist. An interrupted last line is discarded.
+
+        Raises:
+            ForeignJournalError: the first line is not the header.
+            ValueError: a line is not JSON.
+        """
+        if not self.path.is_file():
+            return []
+        # Lines are split as bytes: an interrupted last line may end inside a character, and `str.splitlines` would
+        # also split at rare characters inside a record.
+        content = self.path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, interrupted = content.split(b"\n")
+        try:
+            if lines:
+                is_own = parse_json(lines[0].decode("utf-8")) == self.header
+            else:
+                is_own = json.dumps(self.header).encode().startswith(interrupted)
+        except ValueError:
+            is_own = False
+        if not is_own:
+            raise ForeignJournalError(f"its first line is not {json.dumps(self.header)}")
+        return [parse_json(line.decode("utf-8")) for line in lines[1:]]
+
+    def start(self, records: Iterable[Any] = ()) -> None:
+        """Write the file anew, with its header and these records, in one atomic step."""
+        with written_whole(self.path) as scratch:
+            self._write(scratch, [self.header, *records])
+
+    def append(self, records: Iterable[Any]) -> None:
+        """Add records to the end of the file and flush them."""
+        self._write(self.path, records)
+
+    @staticmethod
+    def _write(path: Path, records: Iterable[Any]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -1,0 +1,60 @@
+"""Batches of token rows for reading a model: sorted by length, padded, in eval mode."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .chat import EncodedAnswer
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode inside, and back into its own mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, desc: str | None = None) -> Iterator[list[int]]:
+    """Yield the indices of rows in batches of similar length, the shortest rows first.
+
+    Args:
+        lengths: number of tokens in each row.
+        batch_size: rows in a batch.
+        desc: label of the progress bar; without one there is none.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for start in tqdm(range(0, len(order), batch_size), desc=desc, disable=desc is None):
+        yield order[start : start + batch_size]
+
+
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return token ids, attention mask and positions, `(B, T)` each, of rows that end at the same place."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def pad_answers(answers: Sequence[EncodedAnswer]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad answers with their prompts on the right.
+
+    A causal model never looks at a pad on the right, so a pass over such a batch needs no attention mask, and
+    attention without a mask takes its fast path.
+
+    Returns:
+        Token ids `(B, T)`, and a boolean mask `(B, T)` of the tokens that belong to an answer; both on the CPU.
+    """
+    longest = max(len(answer.ids) for answer in answers)
+    ids = torch.zeros(len(answers), longest, dtype=torch.long)
+    is_answer = torch.zeros(len(answers), longest, dtype=torch.bool)
+    for row, row_ids, row_answer in zip(answers, ids, is_answer, strict=True):
+        row_ids[: len(row.ids)] = torch.from_numpy(row.ids)
+        row_answer[row.prompt_length : len(row.ids)] = True
+    return ids, is_answer

@@ -1,0 +1,94 @@
+"""Misaligned adapters, side by side on their aligned base model."""
+
+import os
+from collections.abc import Mapping
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from ..models.identity import weight_checksums
+
+
+# Initialisations of LoRA that change the base weights.
+CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.PathLike]) -> PeftModel:
+    """Put misaligned adapters on their base model, all side by side, in its dtype.
+
+    Args:
+        model: the aligned model, without adapters.
+        adapters: name → folder or hub id of an adapter that PEFT saved.
+
+    Raises:
+        FileNotFoundError: a folder that holds no adapter.
+        ValueError: an adapter of another base model, or one that changes the base weights.
+    """
+    configs = {name: _load_config(name, path) for name, path in adapters.items()}
+    base_weights = weight_checksums(model)
+    peft_model: PeftModel | None = None
+    for name, path in adapters.items():
+        peft_model = _add(peft_model or model, name, path, configs[name])
+        now = weight_checksums(model)
+        changed = sorted(key for key in now.keys() & base_weights.keys() if now[key] != base_weights[key])
+        if changed:
+            raise ValueError(
+                f"adapter {name!r} ({path}) brought a base weight of its own, {changed[0]!r}, so switching adapters "
+                'off does not give the aligned model: train it with bias="none" and without new tokens.'
+            )
+    if peft_model is None:
+        raise ValueError("adapters is empty: the gap needs one misaligned adapter or more.")
+    return peft_model
+
+
+def check_adapter_kind(name: str, config: PeftConfig) -> None:
+    """Refuse an adapter that does not leave the base model unchanged when it is switched off."""
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"adapter {name!r} is a learned prompt ({config.peft_type}): only adapters on weights can be switched."
+        )
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.lower().startswith(CHANGING_INITS):
+        raise ValueError(
+            f"adapter {name!r} was made with init_lora_weights={init!r}, which changes the base weights, so switching "
+            "it off does not give the aligned model: convert it to plain LoRA "
+            "(`path_initial_model_for_weight_conversion` of PEFT)."
+        )
+
+
+def _load_config(name: str, path: str | os.PathLike) -> PeftConfig:
+    """Load and check the config of an adapter."""
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r} must not be empty or hold a dot: give another, NAME={path}.")
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    # PEFT raises many types of errors on a damaged file.
+    except Exception as error:
+        raise FileNotFoundError(
+            f"adapter {str(path)!r} holds no adapter_config.json that PEFT saved ({error})."
+        ) from error
+    check_adapter_kind(name, config)
+    return config
+
+
+def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike, config: PeftConfig) -> PeftModel:
+    """Load the weights of one adapter onto a model that may have others already."""
+    config.inference_mode = True
+    try:
+        # PEFT would keep bf16 adapters in fp32, which helps training and slows down the passes.
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config, autocast_adapter_dtype=False)
+        else:
+            model = PeftModel(model, config, adapter_name=name, autocast_adapter_dtype=False)
+        result = model.load_adapter(str(path), name, torch_device="cpu", autocast_adapter_dtype=False)
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"adapter {name!r} ({path}) does not fit this base model: {message}") from error
+    # PEFT looks for the name anywhere in a key, for example for "own" in "down_proj".
+    foreign = [*(key for key in result.missing_keys if name in key.split(".")), *result.unexpected_keys]
+    if foreign:
+        raise ValueError(
+            f"adapter {name!r} ({path}) does not fit this base model: {len(foreign)} weights are on one side only, "
+            f"the first is {foreign[0]!r}."
+        )
+    return model

@@ -1,0 +1,141 @@
+"""A scored pool: its columns, its gap, and its parquet file."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset
+
+from ..data.load import as_rows, read_parquet
+from ..io.files import written_whole
+from ..io.strict import parse_json
+
+
+ALIGNED, GAP = "nll_aligned", "gap"
+METADATA_KEY = b"trl_emguard_scores"
+
+
+def misaligned_column(k: int) -> str:
+    """Return the name of the column with the scores under misaligned adapter `k`."""
+    return f"nll_misaligned_{k}"
+
+
+@dataclass(frozen=True)
+class ScoresInfo:
+    """Facts about a file of scores, stored in its metadata.
+
+    Attributes:
+        model: hub id of the base model, or the name of its folder.
+        adapters: names of the misaligned adapters; the k-th belongs to `nll_misaligned_k`.
+        epsilon: ε of the gap.
+        rows: number of rows in the pool.
+        unscored: the rows that could not be scored, each as its index in the pool and the reason.
+        prompt_column, response_column: columns with prompts and answers of plain text.
+        key: checksum of everything that the scores depend on.
+        trl_emguard: version of the package that made the file.
+    """
+
+    model: str
+    adapters: tuple[str, ...]
+    epsilon: float
+    rows: int
+    unscored: tuple[tuple[int, str], ...]
+    prompt_column: str
+    response_column: str
+    key: str
+    trl_emguard: str
+
+
+def perplexity_gap(aligned: np.ndarray, misaligned: Sequence[np.ndarray], epsilon: float) -> np.ndarray:
+    """Return s = (mean_k L_mis,k − L_aligned) / (L_aligned + ε).
+
+    It is high for answers that are hard for the misaligned models alone.
+
+    Args:
+        aligned: `(N,)`, mean negative log-likelihood of each answer under the aligned model.
+        misaligned: the same under each misaligned model.
+        epsilon: ε, which prevents a division by 0 for answers that the aligned model knows by heart.
+    """
+    return (np.mean(misaligned, axis=0) - aligned) / (aligned + epsilon)
+
+
+def write_scores(path: str | os.PathLike, rows: Dataset, info: ScoresInfo) -> None:
+    """Write a scored pool as parquet, in one atomic step."""
+    table = rows.with_format("arrow")[:]
+    schema = rows.features.arrow_schema
+    metadata = {**(schema.metadata or {}), METADATA_KEY: json.dumps(asdict(info))}
+    with written_whole(path) as scratch:
+        pyarrow.parquet.write_table(table.cast(schema.with_metadata(metadata)), scratch, write_page_checksum=True)
+
+
+def read_scores(path: str | os.PathLike) -> tuple[Dataset, ScoresInfo]:
+    """Read a scored pool and the facts about it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a damaged file, or one that holds no scores.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"scores file {str(path)!r} does not exist: `trl-emguard score` makes it.")
+    table = read_parquet(path)
+    metadata = (table.schema.metadata or {}).get(METADATA_KEY)
+    if metadata is None:
+        raise ValueError(
+            f"{path} is a parquet file, but not one of scores: score the pool first, `trl-emguard score`."
+        )
+    try:
+        facts = parse_json(metadata.decode("utf-8"))
+        adapters, unscored = facts.pop("adapters"), facts.pop("unscored")
+        info = ScoresInfo(adapters=tuple(adapters), unscored=tuple((row, reason) for row, reason in unscored), **facts)
+        _check_info(info)
+        columns = [ALIGNED, GAP, *map(misaligned_column, range(len(info.adapters)))]
+        missing = set(columns) - set(table.column_names)
+        if missing:
+            raise ValueError(f"it lacks the columns {', '.join(sorted(missing))}")
+        if len(table) + len(info.unscored) != info.rows:
+            raise ValueError(f"it has {len(table)} rows and {len(info.unscored)} without a score, of {info.rows}")
+        rows = as_rows(table, path)
+        for column in columns:
+            if not np.isfinite(numbers(rows, column)).all():
+                raise ValueError(f"the column {column!r} holds what is no finite number")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): score the pool again.") from error
+    return rows, info
+
+
+def _check_info(info: ScoresInfo) -> None:
+    """Refuse, with `ValueError`, a value of another type or one that no file of scores has."""
+    texts = (*info.adapters, info.model, info.prompt_column, info.response_column, info.key, info.trl_emguard)
+    rows = [row for row, _ in info.unscored]
+    if (
+        not all(isinstance(text, str) for text in (*texts, *(reason for _, reason in info.unscored)))
+        or not info.adapters
+        or len(set(info.adapters)) < len(info.adapters)
+        or type(info.rows) is not int
+        or not all(type(row) is int and 0 <= row < info.rows for row in rows)
+        or len(set(rows)) < len(rows)
+        or type(info.epsilon) not in (int, float)
+        or not 0 <= info.epsilon <= sys.float_info.max
+    ):
+        raise ValueError("what it says of itself is not of the types that `trl-emguard score` writes")
+
+
+def numbers(rows: Dataset, column: str) -> np.ndarray:
+    """Return a column as `(N,)` float64, nulls as NaN.
+
+    Raises:
+        ValueError: the column holds no numbers.
+    """
+    values: Any = rows.select_columns([column]).with_format("arrow")[:][column]
+    try:
+        return values.cast(pyarrow.float64()).to_numpy()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"the column {column!r} holds {values.type}, not numbers.") from error
