@@ -313,7 +313,7 @@ def test_a_kill_while_the_scores_are_finished(tmp_path, monkeypatch, after):
     def work(output, dies=False):
         model = score.load_misaligned(make_model(), {"bad": str(tmp_path / "adapter")})
         if dies:
-            die_at_write(1 if after == "before" else 2)
+            die_at_write(3 if after == "before" else 4)  # the first two start the journal
         score.score_pool(model, make_tokenizer(), make_rows(8), ["bad"], output=tmp_path / output)
 
     work("whole.parquet")
