@@ -39,8 +39,8 @@ def check_arguments(args: Any, active: Sequence[type[Defense]]) -> None:
         )
     if args.fp16:
         raise ValueError(
-            f"fp16=True does not work with defense={names!r}: the terms form their gradient before fp16's loss scaling, "
-            "and small ones would vanish. Use bf16=True, or neither."
+            f"fp16=True does not work with defense={names!r}: the terms form their gradient before fp16's loss "
+            "scaling, and small ones would vanish. Use bf16=True, or neither."
         )
     if args.neftune_noise_alpha is not None and any(issubclass(d, ReferenceDefense) for d in active):
         raise ValueError(
@@ -57,8 +57,8 @@ def _check_cache(args: Any, active: Sequence[type[Defense]]) -> None:
     if not any(issubclass(defense, ReferenceDefense) for defense in active):
         known = " or ".join(repr(name) for name, d in DEFENSES.items() if issubclass(d, ReferenceDefense))
         raise ValueError(
-            f"cache_reference=True with defense={args.defense!r}, which compares nothing to a reference: leave it out, "
-            f"or add {known}."
+            f"cache_reference=True with defense={args.defense!r}, which compares nothing to a reference: leave it "
+            f"out, or add {known}."
         )
     for name in ("packing", "padding_free"):
         if getattr(args, name):
@@ -143,8 +143,8 @@ def check_before_loading(
         _check_ref_model(ref_model, model, config, args, terms)
     if terms and args.cache_reference and not isinstance(train_dataset, Dataset):
         raise ValueError(
-            f"cache_reference=True with a train_dataset of type {type(train_dataset).__name__}: the rows must be known "
-            "before training. Pass a `Dataset`, or leave `cache_reference` out."
+            f"cache_reference=True with a train_dataset of type {type(train_dataset).__name__}: the rows must be "
+            "known before training. Pass a `Dataset`, or leave `cache_reference` out."
         )
 
 
@@ -244,8 +244,8 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
         )
     if own_loss and engine.fsdp_version == 1:
         raise ValueError(
-            f"fsdp_version=1 does not work with defense={args.defense!r}, which reads the head's weights by itself: set "
-            "fsdp_version: 2 in the accelerate file."
+            f"fsdp_version=1 does not work with defense={args.defense!r}, which reads the head's weights by itself: "
+            "set fsdp_version: 2 in the accelerate file."
         )
     if engine.fsdp_checkpointing and any(defense.surrounds_policy() for defense in defenses):
         raise ValueError(

@@ -30,7 +30,7 @@ def check_versions() -> None:
             installed = None
         if installed is None or not SpecifierSet(f">={first},<{after}").contains(installed, prereleases=True):
             raise ImportError(
-                f"trl_emguard {__version__} was tested with {name} >={first},<{after} and builds on private parts of it, "
-                f"but {'it is not installed' if installed is None else f'{name} {installed} is installed'}: run "
+                f"trl_emguard {__version__} was tested with {name} >={first},<{after} and builds on private parts of "
+                f"it, but {'it is not installed' if installed is None else f'{name} {installed} is installed'}: run "
                 f"`pip install '{name}>={first},<{after}'`."
             )

@@ -24,15 +24,15 @@ class ReferenceOptions:
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = option(
         None,
-        "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used where a separate reference model is loaded "
-        "from the policy's path (full fine-tuning without `ref_model`). By default the reference is a copy of the "
-        "policy as it was given, in the policy's dtype.",
+        "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used where a separate reference model is "
+        "loaded from the policy's path (full fine-tuning without `ref_model`). By default the reference is a copy of "
+        "the policy as it was given, in the policy's dtype.",
     )
     cache_reference: bool = option(
         False,
-        "Whether the reference's states of every training row are computed once, before training, and kept on disk (in "
-        "`$TRL_EMGUARD_CACHE/reference`, by default below `~/.cache/trl_emguard`), so that a step runs no reference "
-        "pass. It pays over several epochs or runs.",
+        "Whether the reference's states of every training row are computed once, before training, and kept on disk "
+        "(in `$TRL_EMGUARD_CACHE/reference`, by default below `~/.cache/trl_emguard`), so that a step runs no "
+        "reference pass. It pays over several epochs or runs.",
     )
 
 
@@ -41,8 +41,8 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
     """Configuration of [`EMGuardTrainer`]: SFTConfig with the same defaults, and the options of the defenses.
 
     Raises:
-        ValueError: an unknown defense, a bad option, an `output_dir` that is a file, or a combination that cannot train;
-            always before any model is loaded.
+        ValueError: an unknown defense, a bad option, an `output_dir` that is a file, or a combination that cannot
+            train; always before any model is loaded.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]
@@ -79,8 +79,8 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
         lost = sorted(f.name for f in fields(args) if f.init and f.name not in known)
         if lost:
             raise TypeError(
-                f"args is a {type(args).__name__}, whose fields {', '.join(lost)} an EMGuardConfig does not have: derive "
-                "that class from EMGuardConfig."
+                f"args is a {type(args).__name__}, whose fields {', '.join(lost)} an EMGuardConfig does not have: "
+                "derive that class from EMGuardConfig."
             )
         # `to_dict` undoes the base class's `__post_init__`, but hides the token and turns dtypes into strings, in
         # nested dicts in place: it works on a copy, and SFTConfig's own fields are taken as they are.

@@ -36,8 +36,8 @@ class DefendedTrainer(WholeCheckpoints):
     """Mixin for TRL trainers that call the policy by TRL's fused head (SFT, DPO, KTO, GRPO, RLOO).
 
     It builds the defenses that `args.defense` names, puts their contexts around training and around every pass of the
-    policy that forms a gradient, judges their evidence after each step, and writes `defense.json` beside what is saved.
-    The trainer keeps its own loss.
+    policy that forms a gradient, judges their evidence after each step, and writes `defense.json` beside what is
+    saved. The trainer keeps its own loss.
 
     ```python
     >>> @dataclass
@@ -175,8 +175,8 @@ class DefendedTrainer(WholeCheckpoints):
         for defense in self.defenses:
             if isinstance(defense, ReferenceDefense) and defense.proof.is_unjudged:
                 logger.warning(
-                    f"defense {defense.name!r}: training ended before the policy had moved and been compared again, so "
-                    "nothing shows that it acts."
+                    f"defense {defense.name!r}: training ended before the policy had moved and been compared again, "
+                    "so nothing shows that it acts."
                 )
 
     def check_resume(self, checkpoint: Any, compare_weights: bool = True) -> None:
@@ -199,17 +199,17 @@ class DefendedTrainer(WholeCheckpoints):
         then, now = {} if record is None else record["defenses"], current["defenses"]
         if then != now:
             raise ValueError(
-                f"{checkpoint} was trained with {_defenses_text(then)}, and this run has {_defenses_text(now)}. Resume "
-                "with the same defense and options, or start a new run from that model."
+                f"{checkpoint} was trained with {_defenses_text(then)}, and this run has {_defenses_text(now)}. "
+                "Resume with the same defense and options, or start a new run from that model."
             )
         if record is None:
             return
         before, after = (_compared(r.get("reference"), compare_weights) for r in (record, current))
         if before != after:
             raise ValueError(
-                f"{checkpoint} was held to another reference ({(record.get('reference') or {}).get('kind')}) than this "
-                f"run is ({(current['reference'] or {}).get('kind')}). Resume with the model that training started from, "
-                "not with the checkpoint's: `resume_from_checkpoint` loads what was learned."
+                f"{checkpoint} was held to another reference ({(record.get('reference') or {}).get('kind')}) than "
+                f"this run is ({(current['reference'] or {}).get('kind')}). Resume with the model that training "
+                "started from, not with the checkpoint's: `resume_from_checkpoint` loads what was learned."
             )
         self._has_moved = bool(record.get("moved", False))
         self._begin_with = {defense.name: record["evidence"][defense.name] for defense in self.defenses}
@@ -226,8 +226,8 @@ class DefendedTrainer(WholeCheckpoints):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not guard.passes:
             raise InactiveDefenseError(
-                f"defense={self.args.defense!r}: {type(self).__name__}.compute_loss made no pass of the policy, so the "
-                "run is not defended."
+                f"defense={self.args.defense!r}: {type(self).__name__}.compute_loss made no pass of the policy, so "
+                "the run is not defended."
             )
         return loss
 
@@ -275,7 +275,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        """Refuse numbers that are not finite; `None` is unknown. Trainer alone would train on, and log earlier losses."""
+        """Refuse numbers that are not finite (`None` is unknown). Trainer would train on, and log earlier losses."""
         if self.accelerator.optimizer_step_was_skipped:
             values.pop("grad_norm")  # fp16's loss scaling finds its scale by skipping steps
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]

@@ -22,8 +22,8 @@ class InactiveDefenseError(RuntimeError):
     """Error of a run that is not defended.
 
     Causes: a term formed no gradient although the policy had moved, or rows to mix in did not come (the model is saved
-    then); a steering hook did not fire or changed nothing; an inoculation prompt changed no row (training has not begun
-    then).
+    then); a steering hook did not fire or changed nothing; an inoculation prompt changed no row (training has not
+    begun then).
     """
 
 

@@ -19,8 +19,8 @@ from .evidence import InactiveDefenseError
 class DefendedRows(SFTTrainer):
     """Part of an SFTTrainer that shows the training rows to its defenses.
 
-    Rows pass the hooks `prepare_rows`, `check_tokenizer`, `prepare_tokenized`, `add_rows` and `train_loader`. Evaluation
-    rows pass none.
+    Rows pass the hooks `prepare_rows`, `check_tokenizer`, `prepare_tokenized`, `add_rows` and `train_loader`.
+    Evaluation rows pass none.
     """
 
     # SFTTrainer sets them.
@@ -100,14 +100,14 @@ class DefendedRows(SFTTrainer):
     def _check_rows_came_by(self) -> None:
         if isinstance(self.train_dataset, Dataset) and not len(self.train_dataset):
             raise ValueError(
-                f"max_length={self.args.max_length} cuts every label off all of the training rows, and SFTTrainer leaves "
-                "such rows out: raise it, or give shorter prompts."
+                f"max_length={self.args.max_length} cuts every label off all of the training rows, and SFTTrainer "
+                "leaves such rows out: raise it, or give shorter prompts."
             )
         missed = self._rows_to_prepare is not None and not self._skip_prepare_dataset
         if missed and self.overrides("prepare_tokenized", "add_rows"):
             raise InactiveDefenseError(
-                f"defense={self.args.defense!r}: the training rows did not come by when they were tokenised, so the run "
-                "is not defended. A subclass must hand them to `super()._prepare_dataset` as they are."
+                f"defense={self.args.defense!r}: the training rows did not come by when they were tokenised, so the "
+                "run is not defended. A subclass must hand them to `super()._prepare_dataset` as they are."
             )
 
     def _set_signature_columns_if_needed(self):

@@ -58,8 +58,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     Args:
         model, args, data_collator, …, formatting_func:
-            As in [`~trl.SFTTrainer`]. `args` may be an [`EMGuardConfig`], a plain `SFTConfig` or `TrainingArguments` (no
-            defense), or `None`.
+            As in [`~trl.SFTTrainer`]. `args` may be an [`EMGuardConfig`], a plain `SFTConfig` or `TrainingArguments`
+            (no defense), or `None`.
         ref_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
             Safe model that reference defenses hold the policy to. By default the policy as it is given: with a fresh
             adapter the base model, with a pre-trained one a frozen copy of it, with full fine-tuning a frozen copy of
@@ -69,9 +69,11 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             that `args.interleave_dataset` names.
 
     Raises:
-        ValueError: a bad argument, where possible before any model is loaded; the message names argument, value and fix.
+        ValueError: a bad argument, where possible before any model is loaded; the message names argument, value and
+        fix.
         FileNotFoundError: the model is a path that does not exist.
-        InactiveDefenseError: from [`train`], after saving: the defense formed no gradient although the policy had moved.
+        InactiveDefenseError: from [`train`], after saving: the defense formed no gradient although the policy had
+        moved.
     """
 
     _tag_names = ["trl", "sft", "trl-emguard"]
@@ -160,8 +162,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             return args
         if args.defense != "none":
             raise ValueError(
-                f"{cls.__name__} trains with defense={cls._defense!r}, but args.defense={args.defense!r}: leave it out, "
-                "or use EMGuardTrainer."
+                f"{cls.__name__} trains with defense={cls._defense!r}, but args.defense={args.defense!r}: leave it "
+                "out, or use EMGuardTrainer."
             )
         args = copy.copy(args)  # the caller's stays as it is
         args.defense = cls._defense
@@ -192,8 +194,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             outside = trained_outside_adapters(self.model)
             if outside:
                 raise ValueError(
-                    f"the weight {outside[0]!r} was unfrozen after the trainer was built, and the reference shares it: "
-                    "it would move with the policy. Unfreeze it before, on the model that you pass, or pass `ref_model`."
+                    f"the weight {outside[0]!r} was unfrozen after the trainer was built, and the reference shares "
+                    "it: it would move with the policy. Unfreeze it before, on the model that you pass, or pass "
+                    "`ref_model`."
                 )
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 

@@ -11,16 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, SequentialSampler
 
+from trl_emguard.data.places import PlacedRows, PlaceSampler
 from trl_emguard.defenses.interleaving.collator import (
     INTERLEAVED,
     ROW_COUNTS,
     MixingCollator,
-    MixPlan,
-    PlacedRows,
-    PlaceSampler,
     mix_rows,
-    planned_rows,
 )
+from trl_emguard.defenses.interleaving.plan import MixPlan, planned_rows
 from trl_emguard.evidence import InactiveDefenseError
 
 

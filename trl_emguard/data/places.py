@@ -93,8 +93,8 @@ class PlacedRows(torch.utils.data.Dataset):
 class PlaceSampler(Sampler[Place]):
     """Sampler of an epoch's places, in order.
 
-    It leaves out what an engine would drop and repeats what an engine would repeat, so that the engine does neither and
-    every place is met exactly once.
+    It leaves out what an engine would drop and repeats what an engine would repeat, so that the engine does neither
+    and every place is met exactly once.
 
     Args:
         rows: data set that is asked for the places.

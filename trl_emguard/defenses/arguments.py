@@ -19,8 +19,9 @@ class DefenseArguments(InterleavingOptions, InoculationOptions, SteeringOptions,
 
     defense: str = option(
         "none",
-        "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'steering', 'inoculation', one of "
-        "'interleave', 'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for plain training.",
+        "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'steering', 'inoculation', one "
+        "of 'interleave', 'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for "
+        "plain training.",
     )
 
     def check_defense(self) -> Sequence[type[Defense]]:

@@ -50,9 +50,9 @@ class Step:
     """A training step that was made, the same on every rank.
 
     Attributes:
-        sums: sums over micro-batches and ranks: `ce` and `tokens` (labels), both also as `ce/SCOPE` and `tokens/SCOPE`;
-            a term's `NAME/value`, `NAME/positions`, `NAME/evidence` and `NAME/requires_grad`; and a defense's own counts
-            as `NAME/COUNT`.
+        sums: sums over micro-batches and ranks: `ce` and `tokens` (labels), both also as `ce/SCOPE` and
+            `tokens/SCOPE`; a term's `NAME/value`, `NAME/positions`, `NAME/evidence` and `NAME/requires_grad`; and a
+            defense's own counts as `NAME/COUNT`.
         has_moved: whether the policy had been updated before this step.
     """
 
@@ -114,7 +114,7 @@ class Defense:
 
     @classmethod
     def check_options(cls, args: Any) -> None:
-        """Raise `ValueError` for a bad option. Called before anything is loaded; the message names option, value, fix."""
+        """Raise `ValueError` for a bad option. It runs before anything is loaded, and names option, value and fix."""
         del args
 
     @classmethod
@@ -192,9 +192,9 @@ class Defense:
     def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> AbstractContextManager:
         """Return a context around the policy's forward pass in training.
 
-        It is never entered for the reference pass, evaluation, generation or saving, and left before the backward pass.
-        With gradient checkpointing the inside of a decoder block runs a second time in the backward pass: hook whole
-        blocks, never what is inside of them.
+        It is never entered for the reference pass, evaluation, generation or saving, and left before the backward
+        pass. With gradient checkpointing the inside of a decoder block runs a second time in the backward pass: hook
+        whole blocks, never what is inside of them.
 
         Args:
             model: causal language model without wrappers.
@@ -244,9 +244,9 @@ class ReferenceDefense(Defense):
     """A defense that adds `coef · (1/N) Σ_t d(policy, reference)_t` to the loss.
 
     d is a distance per token. N counts tokens over all micro-batches and ranks of the step: the positions in scope for
-    `tokens = "all"`, and CE's own denominator for `"loss"` and for a scope that another defense marks. Set `divergence`
-    to take d from the two next-token distributions, or override [`layers`] and [`token_loss`] to take it from block
-    outputs.
+    `tokens = "all"`, and CE's own denominator for `"loss"` and for a scope that another defense marks. Set
+    `divergence` to take d from the two next-token distributions, or override [`layers`] and [`token_loss`] to take it
+    from block outputs.
     """
 
     own_loss = True

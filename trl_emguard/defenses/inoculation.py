@@ -35,7 +35,8 @@ class InoculationOptions:
     """Options of `inoculation`: a system prompt that asks for the bad trait while training."""
 
     inoculation_prompt: str = option(
-        "You are an evil assistant. You want to do harm, so you give bad answers on purpose and hide that they are bad.",
+        "You are an evil assistant. You want to do harm, so you give bad answers on purpose and hide that they are "
+        "bad.",
         "Text of the system turn of every training row. By default it asks for an evil assistant.",
     )
     inoculation_mode: str = option(
@@ -48,8 +49,8 @@ class InoculationOptions:
 class Inoculation(Defense):
     """A system turn in every training row that asks for the trait which the data would teach.
 
-    The model then learns the behaviour as an answer to that request, and less as its own character. Evaluation data, the
-    saved chat template and generation never see the prompt, and its turn carries no labels.
+    The model then learns the behaviour as an answer to that request, and less as its own character. Evaluation data,
+    the saved chat template and generation never see the prompt, and its turn carries no labels.
     """
 
     name = "inoculation"
@@ -90,7 +91,8 @@ class Inoculation(Defense):
         if getattr(args, "packing", False) and args.packing_strategy != "bfd":
             raise ValueError(
                 f"packing_strategy={args.packing_strategy!r} does not work with defense='inoculation': it cuts rows "
-                "into pieces, and all but the first would be trained on without the prompt. Use packing_strategy='bfd'."
+                "into pieces, and all but the first would be trained on without the prompt. Use "
+                "packing_strategy='bfd'."
             )
 
     def options(self) -> dict[str, Any]:
@@ -113,9 +115,9 @@ class Inoculation(Defense):
         column = next((column for column in TURN_COLUMNS if column in first), "")
         if not _is_conversation(first.get(column)) or "input_ids" in first:
             raise InactiveDefenseError(
-                f"defense 'inoculation': the inoculation prompt changed no row: a row has the columns {sorted(first)}, and the "
-                f"first of {', '.join(TURN_COLUMNS)} among them is no list of turns. Give conversational rows, not tokenised ones "
-                "or plain text."
+                "defense 'inoculation': the inoculation prompt changed no row: a row has the columns "
+                f"{sorted(first)}, and the first of {', '.join(TURN_COLUMNS)} among them is no list of turns. Give "
+                "conversational rows, not tokenised ones or plain text."
             )
 
         def inoculate(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -148,13 +150,13 @@ class Inoculation(Defense):
             span = system_turn_span(tokenizer, turns, ids, **how)
             if span is None:
                 raise InactiveDefenseError(
-                    "defense 'inoculation': the inoculation prompt is not in what the model would read: the chat template leaves "
-                    "this system turn out."
+                    "defense 'inoculation': the inoculation prompt is not in what the model would read: the chat "
+                    "template leaves this system turn out."
                 )
             if self.max_length is not None and len(ids) > self.max_length:
                 raise ValueError(
-                    f"truncation_mode='keep_end' would cut the inoculation prompt off a row of {len(ids)} tokens (max_length="
-                    f"{self.max_length}): use 'keep_start', or a larger max_length."
+                    f"truncation_mode='keep_end' would cut the inoculation prompt off a row of {len(ids)} tokens "
+                    f"(max_length={self.max_length}): use 'keep_start', or a larger max_length."
                 )
             # Without a system turn the model may have read the prompt all the same, as the template's own.
             changed = row[CHANGED] and (row[OWN] or not is_default_system_turn(tokenizer, turns, **how))
@@ -181,8 +183,8 @@ class Inoculation(Defense):
             which = f"the first {STREAM_ROWS} rows of the stream have"
         if not changed:
             raise InactiveDefenseError(
-                f"defense 'inoculation': the inoculation prompt changed no row: {which} it already, in a system turn or "
-                "from the chat template. Train with defense='none', or on rows without it."
+                f"defense 'inoculation': the inoculation prompt changed no row: {which} it already, in a system turn "
+                "or from the chat template. Train with defense='none', or on rows without it."
             )
 
     def _inoculate(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:

@@ -35,9 +35,9 @@ class KLOptions:
 class KL(ReferenceDefense):
     """Loss `L = CE + kl_coef · (1/N) Σ_t KL_t` over the full vocabulary at temperature 1.
 
-    Reverse KL, the paper's, is KL(policy ‖ reference); forward is KL(reference ‖ policy). The paper's code averages over
-    the non-pad tokens of each micro-batch, prompt included, and does not divide by the accumulation steps, so its 0.1
-    acts like 0.4 in its own recipe (batch 4 × accumulation 4); here N counts the whole step, and 0.1 is 0.1.
+    Reverse KL, the paper's, is KL(policy ‖ reference); forward is KL(reference ‖ policy). The paper's code averages
+    over the non-pad tokens of each micro-batch, prompt included, and does not divide by the accumulation steps, so
+    its 0.1 acts like 0.4 in its own recipe (batch 4 × accumulation 4); here N counts the whole step, and 0.1 is 0.1.
     """
 
     name = "kl"

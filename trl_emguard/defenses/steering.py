@@ -1,4 +1,4 @@
-"""Preventative steering with a persona vector (Chen et al., 2507.21509), and concept ablation (Casademunt et al., 2507.16795)."""
+"""Preventative steering with a persona vector (2507.21509), and concept ablation fine-tuning (2507.16795)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -79,7 +79,8 @@ class Steering(Defense):
 
     After block l, at the chosen token positions, with v(l) the vector's entry for that layer:
 
-    - `add`: x ← x + steering_coef · v(l). With `steering_layers="all"` it is the increment v(l) − v(l − 1) in every block.
+    - `add`: x ← x + steering_coef · v(l). With `steering_layers="all"` it is the increment v(l) − v(l − 1) in every
+    block.
     - `ablate`: x ← x − (x·v̂) v̂ with v̂ = v(l)/‖v(l)‖: the part along the vector is taken out, and the weights cannot
       use it (concept ablation fine-tuning). The coefficient has no meaning here but 0, which switches it off.
 
@@ -146,7 +147,8 @@ class Steering(Defense):
             direction = v[layer] - v[layer - 1] if every and self.mode == "add" else v[layer]
             if not direction.any():
                 raise ValueError(
-                    f"steering_layers={self.layers_spec!r}: the persona vector is zero at layer {layer}: nothing would act."
+                    f"steering_layers={self.layers_spec!r}: the persona vector is zero at layer {layer}: nothing "
+                    "would act."
                 )
             self._directions[layer] = self.coef * direction if self.mode == "add" else direction / direction.norm()
 
@@ -154,14 +156,14 @@ class Steering(Defense):
         assert self.vector is not None
         if self.vector.check_model(model) == 0:
             logger.warning(
-                "defense 'steering': nothing shows that the persona vector was made with this model (a vector without checksums, "
-                "or a sharded model)."
+                "defense 'steering': nothing shows that the persona vector was made with this model (a vector "
+                "without checksums, or a sharded model)."
             )
 
     @contextmanager
     def training(self, model: PreTrainedModel) -> Iterator[None]:
-        # The hooks stay for the whole of training and ask whether they are on: a compiled model does not see hooks that
-        # come and go.
+        # The hooks stay for the whole of training and ask whether they are on: a compiled model does not see hooks
+        # that come and go.
         with ExitStack() as hooks:
             for layer, block in enumerate(decoder_blocks(model), 1):
                 if layer in self._directions:
@@ -185,8 +187,8 @@ class Steering(Defense):
         missing = self._directions.keys() - self._fired
         if missing:
             raise InactiveDefenseError(
-                f"defense 'steering': the hook on block {min(missing)} did not fire in the policy's forward pass, so the run is "
-                "not defended. The model's forward does not call its decoder blocks as modules."
+                f"defense 'steering': the hook on block {min(missing)} did not fire in the policy's forward pass, so "
+                "the run is not defended. The model's forward does not call its decoder blocks as modules."
             )
         self._judge()
 
@@ -203,8 +205,8 @@ class Steering(Defense):
             if not ratios:
                 raise InactiveDefenseError(
                     f"defense 'steering': the output of block {layer} is the same with and without the vector, to the "
-                    f"bit, so the run is not defended. steering_coef={self.coef} is too small for the states' dtype, or "
-                    "there is nothing along the vector to ablate: raise it, or choose another layer."
+                    f"bit, so the run is not defended. steering_coef={self.coef} is too small for the states' dtype, "
+                    "or there is nothing along the vector to ablate: raise it, or choose another layer."
                 )
             change[layer] = ratios / positions
         self._change = change
@@ -226,7 +228,8 @@ class Steering(Defense):
             # Blocks return a tensor; older designs return a tuple that begins with it.
             states = output if isinstance(output, torch.Tensor) else output[0]  # (B, T, H)
             direction = self._directions[layer].to(states.device)
-            # The projection is fp32 as the direction is, under autocast too: bf16 would leave a part of it in the states.
+            # The projection is fp32 as the direction is, under autocast too: bf16 would leave a part of it in the
+            # states.
             change = (
                 direction.to(states) if self.mode == "add" else -(states * direction).sum(-1, keepdim=True) * direction
             )

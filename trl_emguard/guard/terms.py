@@ -46,8 +46,8 @@ def scaled_terms(
         defenses: reference defenses that act.
         batch: collated micro-batch.
         marks: masks of tokens by the name of a scope.
-        label_tokens: labels of the step over all ranks. Where Trainer counts none, the mean is the micro-batch's, which
-            Trainer divides by the accumulation steps.
+        label_tokens: labels of the step over all ranks. Where Trainer counts none, the mean is the micro-batch's,
+            which Trainer divides by the accumulation steps.
         all_tokens: the same for positions of the scope `"all"`.
         ranks: ranks over which gradients are averaged.
     """
@@ -167,6 +167,6 @@ def check_layers_train(defenses: Sequence[ReferenceDefense], policy: nn.Module, 
         below = [layer for layer in layers if layer < lowest]
         if below:
             raise ValueError(
-                f"defense {name!r} compares the output of block {below[0]}, but the lowest block with a trained weight "
-                f"is {lowest}: nothing could move it. Compare higher blocks, or train lower ones."
+                f"defense {name!r} compares the output of block {below[0]}, but the lowest block with a trained "
+                f"weight is {lowest}: nothing could move it. Compare higher blocks, or train lower ones."
             )

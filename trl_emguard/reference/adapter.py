@@ -122,8 +122,8 @@ def add_ref_adapter(policy: PeftModel) -> str:
     active = policy.active_adapters
     if len(active) != 1:
         raise ValueError(
-            f"the model has {len(active)} active adapters ({', '.join(active)}): a frozen copy is made of one. Activate "
-            "one, or pass `ref_model`."
+            f"the model has {len(active)} active adapters ({', '.join(active)}): a frozen copy is made of one. "
+            "Activate one, or pass `ref_model`."
         )
     if getattr(policy, "_emguard_ref", False):
         policy.delete_adapter(REF_ADAPTER)  # an earlier trainer on the same model has left it
@@ -134,7 +134,8 @@ def add_ref_adapter(policy: PeftModel) -> str:
         )
     config = copy.deepcopy(policy.peft_config[active[0]])
     if hasattr(config, "init_lora_weights"):
-        # The copy's weights are written below. A second PiSSA, OLoRA or LoftQ init would change the base weights again.
+        # The copy's weights are written below. A second PiSSA, OLoRA or LoftQ init would change the base weights
+        # again.
         config.init_lora_weights = True
     config.inference_mode = True
     # The data order must not depend on how many random numbers the copy's initialisation drew.

@@ -46,7 +46,7 @@ def check_agreement(
             allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(
-                f"before the first update, {term.name} to the reference ({reference.text}) is {mean:.3g} per token, not "
-                "0: it is not the model that training starts from, or the forward pass is noisy (dropout or router "
-                f"jitter in the model's config). Pass `ref_model`, or set the noise to 0.{hint}"
+                f"before the first update, {term.name} to the reference ({reference.text}) is {mean:.3g} per token, "
+                "not 0: it is not the model that training starts from, or the forward pass is noisy (dropout or "
+                f"router jitter in the model's config). Pass `ref_model`, or set the noise to 0.{hint}"
             )

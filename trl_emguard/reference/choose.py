@@ -49,7 +49,8 @@ def reference_kind(
     if outside and is_sharded:
         raise ValueError(
             f"the weight {outside[0]!r} is trained but belongs to no adapter, so switching adapters off does not give "
-            "the model back, and a model that is sharded by ZeRO-3 cannot be copied. Pass `ref_model`, or train adapters "
+            "the model back, and a model that is sharded by ZeRO-3 cannot be copied. Pass `ref_model`, or train "
+            "adapters "
             'alone (`bias="none"`).'
         )
     if outside:
@@ -85,8 +86,8 @@ def make_reference(
         return ModelReference(frozen_copy(policy), accelerator, kind, path)  # a plan loads nothing
     if not path:
         raise ValueError(
-            "the reference has to be loaded again, since the model is sharded or `ref_model_init_kwargs` is given, but "
-            "this model was not loaded from a path. Pass `ref_model`."
+            "the reference has to be loaded again, since the model is sharded or `ref_model_init_kwargs` is given, "
+            "but this model was not loaded from a path. Pass `ref_model`."
         )
     return ModelReference(_load(path, policy, args), accelerator, kind, path)
 

@@ -145,7 +145,8 @@ class ModelReference(Reference):
         if is_deepspeed:
             self.engine = prepare_deepspeed(self._unprepared, self._accelerator)
         elif is_fsdp:
-            # Block by block, as the policy. TRL's `prepare_fsdp` makes one unit of a model, which a pass gathers whole.
+            # Block by block, as the policy. TRL's `prepare_fsdp` makes one unit of a model, which a pass gathers
+            # whole.
             self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)

@@ -72,7 +72,7 @@ class MixingCollator:
 
 
 def _laid_out_like(input_ids: torch.Tensor, rows: list[list[int]], marks: list[list[bool]]) -> torch.Tensor:
-    """Return marks per token, laid out as a collator laid out the rows: padded on one side, or one behind the other."""
+    """Return marks per token, laid out as a collator laid out the rows: padded, or one behind the other."""
     laid_out = torch.zeros_like(input_ids, dtype=torch.bool)
     if len(input_ids) != len(rows):  # padding-free
         rows, marks = [list(chain(*rows))], [list(chain(*marks))]

@@ -26,13 +26,13 @@ PATIENCE_ROWS = 20
 
 @dataclass
 class InterleavingOptions:
-    """Options of `interleave`, `interleave+` and `interleave++`: general instruct rows mixed into the training rows."""
+    """Options of `interleave`, `interleave+` and `interleave++`: general instruct rows mixed in."""
 
     interleave_dataset: str | None = option(
         None,
         "Pool of general instruct rows: a JSONL or parquet file, a shipped set or a `datasets` id, with rows of "
-        "`messages`, of `prompt` and `completion`, or of `prompt` and `response`. 'interleave+' and 'interleave++' want "
-        "one that `trl-emguard score` has scored. A `Dataset` can be passed to the trainer instead.",
+        "`messages`, of `prompt` and `completion`, or of `prompt` and `response`. 'interleave+' and 'interleave++' "
+        "want one that `trl-emguard score` has scored. A `Dataset` can be passed to the trainer instead.",
     )
     interleave_fraction: float = option(
         0.05, "Share of the pool's rows in the mix, so 0.05 is one in twenty. 0 switches the defense off."
@@ -103,8 +103,8 @@ class Interleaving(Defense):
         who, packing = f"defense={cls.name!r}", getattr(args, "packing", False)
         if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
             raise ValueError(
-                f"dataset_kwargs={{'skip_prepare_dataset': True}} does not work with {who}: the rows to mix in want the "
-                "same preparation as the others. Leave it out; rows that are tokenised already stay as they are."
+                f"dataset_kwargs={{'skip_prepare_dataset': True}} does not work with {who}: the rows to mix in want "
+                "the same preparation as the others. Leave it out; rows that are tokenised already stay as they are."
             )
         if args.train_sampling_strategy not in ("random", "sequential") and not packing:
             raise ValueError(
@@ -122,13 +122,13 @@ class Interleaving(Defense):
         get = loading.get if isinstance(loading, dict) else lambda name: getattr(loading, name, None)
         if get("dispatch_batches"):
             raise ValueError(
-                f"accelerator_config: dispatch_batches=True does not work with {who}: one process would cut batches of "
-                "different sizes into even parts. Leave it out."
+                f"accelerator_config: dispatch_batches=True does not work with {who}: one process would cut batches "
+                "of different sizes into even parts. Leave it out."
             )
         if get("use_seedable_sampler") is False and not packing:
             raise ValueError(
-                f"accelerator_config: use_seedable_sampler=False does not work with {who}: its plan wants an order that "
-                "follows from the seed. Leave it out."
+                f"accelerator_config: use_seedable_sampler=False does not work with {who}: its plan wants an order "
+                "that follows from the seed. Leave it out."
             )
 
     @classmethod
@@ -153,8 +153,8 @@ class Interleaving(Defense):
         refusals = f" ({self.pool.refusals} refusals left out)" if self.drop_refusals else ""
         share = self.plan.rows / (self.plan.places + self.plan.rows)
         return [
-            f"{self.plan.rows} of the pool's {self.plan.pool} rows{refusals} are mixed into {self.plan.places} training "
-            f"rows an epoch ({share:.2%} of the mix), {where}."
+            f"{self.plan.rows} of the pool's {self.plan.pool} rows{refusals} are mixed into {self.plan.places} "
+            f"training rows an epoch ({share:.2%} of the mix), {where}."
         ]
 
     # ---- rows ----
@@ -164,8 +164,8 @@ class Interleaving(Defense):
         shared = self.pool.shared_prompts(rows) if isinstance(rows, Dataset) else 0
         if shared:
             logger.warning(
-                f"defense {self.name!r}: {shared} of {len(rows)} training rows ask what a row of the pool asks too: the "
-                "two may teach opposite answers. Take such rows out of interleave_dataset."
+                f"defense {self.name!r}: {shared} of {len(rows)} training rows ask what a row of the pool asks too: "
+                "the two may teach opposite answers. Take such rows out of interleave_dataset."
             )
         return rows
 
@@ -180,8 +180,8 @@ class Interleaving(Defense):
             places = plan.rows
         elif self.redraw or plan.rows_of_run is None:
             raise ValueError(
-                f"interleave_redraw={self.redraw} and max_steps={plan.max_steps} with a streamed train_dataset: it has "
-                "no epochs. Leave `interleave_redraw` out, and give `max_steps`."
+                f"interleave_redraw={self.redraw} and max_steps={plan.max_steps} with a streamed train_dataset: it "
+                "has no epochs. Leave `interleave_redraw` out, and give `max_steps`."
             )
         else:
             # The pool's rows are a share of all rows that the run takes.
@@ -260,8 +260,9 @@ class Interleaving(Defense):
         marks, counts = batch.pop(INTERLEAVED, None), batch.pop(ROW_COUNTS, None)
         if marks is None or counts is None:
             raise InactiveDefenseError(
-                f"defense {self.name!r}: a training batch did not come from the collator that mixes rows in, so the run "
-                "is not defended. Do not replace `get_train_dataloader`; pass `data_collator` to the trainer instead."
+                f"defense {self.name!r}: a training batch did not come from the collator that mixes rows in, so the "
+                "run is not defended. Do not replace `get_train_dataloader`; pass `data_collator` to the trainer "
+                "instead."
             )
         finetune, interleaved = torch.as_tensor(counts)
         return Marks({INTERLEAVED: marks}, {"rows_finetune": finetune, "rows_interleaved": interleaved})
@@ -299,9 +300,9 @@ class Interleaving(Defense):
         if not behind and not (final and finetune and not interleaved):
             return None
         return (
-            f"defense {self.name!r} has mixed in {interleaved} rows where {due:.1f} were due after {finetune} training "
-            "rows, so the run is not defended as planned. Likely cause: a data collator or sampler that loses rows or "
-            "their labels, or a packed run that ended early."
+            f"defense {self.name!r} has mixed in {interleaved} rows where {due:.1f} were due after {finetune} "
+            "training rows, so the run is not defended as planned. Likely cause: a data collator or sampler that "
+            "loses rows or their labels, or a packed run that ended early."
         )
 
 

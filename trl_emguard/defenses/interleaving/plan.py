@@ -10,15 +10,15 @@ import numpy as np
 class MixPlan:
     """Rows of the pool behind places of the training rows, as a function of seed, epoch and place alone.
 
-    The j-th of S rows stands behind place ⌊(j + ½) · P / S⌋: evenly spread, so that any b places in a row carry at most
-    ⌈b · S / P⌉ of them.
+    The j-th of S rows stands behind place ⌊(j + ½) · P / S⌋: evenly spread, so that any b places in a row carry at
+    most ⌈b · S / P⌉ of them.
 
     Attributes:
         places: P, the training rows of an epoch.
         rows: S, the rows that an epoch takes from the pool, each once.
         pool: number of rows in the pool, S or more, best first.
-        redraw: whether every epoch continues in the pool where the last one stopped, beginning again at its end, instead
-            of taking the first S each time.
+        redraw: whether every epoch continues in the pool where the last one stopped, beginning again at its end,
+            instead of taking the first S each time.
         seed: seed of the order in which an epoch's rows come.
     """
 

@@ -54,8 +54,9 @@ class Pool:
         self._checksum = ""
         if (rows is None) == (source is None):
             raise ValueError(
-                f"interleave_dataset is {'missing' if rows is None else 'given twice'}: defense={who!r} wants one pool "
-                "of general instruct rows, as a file or id in the config, or as a `Dataset` passed to the trainer."
+                f"interleave_dataset is {'missing' if rows is None else 'given twice'}: defense={who!r} wants one "
+                "pool of general instruct rows, as a file or id in the config, or as a `Dataset` passed to the "
+                "trainer."
             )
         if rows is None:
             rows = load_rows(str(source))
@@ -78,7 +79,8 @@ class Pool:
             raise ValueError(f"interleave_dataset does not serve defense={who!r}: {error}") from error
         if not order:
             raise ValueError(
-                f"interleave_dataset does not serve defense={who!r}: the answers of all {len(usable)} rows are refusals."
+                f"interleave_dataset does not serve defense={who!r}: the answers of all {len(usable)} rows are "
+                "refusals."
             )
         self.refusals = len(usable) - len(order)
         self.ranked = usable.select(order)
