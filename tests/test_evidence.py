@@ -22,7 +22,7 @@ def detach_term(monkeypatch, defense):
         original = LDIFS.token_loss
         monkeypatch.setattr(LDIFS, "token_loss", lambda self, p, r: original(self, p, r).detach())
     else:
-        from trl_emguard.guard import forward as guarded_forward
+        from trl_emguard.guard import loss as guarded_forward
 
         original = guarded_forward.ce_divergence_head
 

@@ -17,7 +17,17 @@ PACKAGE = Path(trl_emguard.__file__).parent
 NAMES = re.compile(r"interleav|inoculat|steer|ldifs|(?<![a-z])kl(?![a-z])", re.IGNORECASE)
 WITHOUT_NAMES = sorted(
     path
-    for place in ("defended.py", "rows.py", "checks.py", "guard", "reference", "planning", "checkpoints", "ops")
+    for place in (
+        "defended.py",
+        "record.py",
+        "rows.py",
+        "checks.py",
+        "guard",
+        "reference",
+        "planning",
+        "checkpoints",
+        "ops",
+    )
     for path in ([PACKAGE / place] if place.endswith(".py") else (PACKAGE / place).rglob("*.py"))
 )
 # The names of single defenses' classes, which no code outside of defenses/ may ask for.
@@ -84,7 +94,7 @@ def test_files_and_functions_are_small(path):
 # Rooms from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
     "version", "compat", "io", "ops", "models", "evidence", "checkpoints", "data", "persona", "selection", "defenses", "guard",
-    "reference", "checks", "config", "defended", "rows", "trainer", "planning", "evaluation", "scripts",
+    "reference", "checks", "config", "record", "defended", "rows", "trainer", "planning", "evaluation", "scripts",
 )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 import functools
 import inspect
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, TrainerCallback
@@ -15,14 +17,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from .checkpoints.resume import checkpoint_folder, holds_adapter
 from .checkpoints.whole import WholeCheckpoints
 from .checks import Engine, check_engine, load_config
-from .defenses import Defense, DefenseArguments, ReferenceDefense, Step, build_defenses
+from .defenses import Defense, DefenseArguments, Marks, ReferenceDefense, Step, build_defenses
 from .defenses.registry import options_text
-from .evidence import InactiveDefenseError, moves, read_defense_file, write_defense_file
+from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, write_defense_file
 from .guard.forward import Gate
 from .guard.loss import PassGuard
-from .guard.sums import Sums
+from .guard.sums import Sums, stacked
 from .io.files import check_writable, written_whole
 from .models.sharding import as_main_process
+from .record import card_section, run_identity, why_other
 from .version import __version__
 
 
@@ -86,12 +89,15 @@ class DefendedTrainer(WholeCheckpoints):
         self._sums = Sums()
         self._learning_rate = 0.0  # of the step's update, as a share of the peak
         self._grad_norm: Any = None
+        self._steps_made = 0  # of this training
+        self._still_steps = 0  # steps in a row with a gradient norm of 0
         self._begin_with: dict[str, dict[str, Any]] = {}
         if self.defenses:
             check_engine(self.defenses, self.args, self._engine_facts())
             for defense in self.defenses:
                 as_main_process(functools.partial(defense.check_policy, self._bare_model()))
             self._gate = Gate(self._bare_model())
+            weakref.finalize(self, self._gate.remove).atexit = False
             self.add_callback(_StepCallback(self))
 
     def _choose_defenses(self, args: Any, **inputs: Any) -> None:
@@ -155,11 +161,15 @@ class DefendedTrainer(WholeCheckpoints):
         self.accelerator.print("\n".join(f"trl_emguard: {line}" for line in self.describe()))
         self._before_training()
         with ExitStack() as surroundings:
-            for defense in self.defenses:
-                surroundings.enter_context(defense.training(self._bare_model()))
+            for context in self._around_training():
+                surroundings.enter_context(context)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._conclude(kwargs.get("trial", args[0] if args else None))
         return output
+
+    def _around_training(self) -> list[AbstractContextManager]:
+        """Return contexts around training, left however it ends."""
+        return [defense.training(self._bare_model()) for defense in self.defenses]
 
     def _before_training(self) -> None:
         """Do what has to be done before the first step, once it is said what acts."""
@@ -195,24 +205,20 @@ class DefendedTrainer(WholeCheckpoints):
                 f"{checkpoint} holds a whole model's weights, and this run trains an adapter, which would start anew. "
                 "Resume with the tuning that it was written with."
             )
-        record, current = read_defense_file(checkpoint), self._record()
-        then, now = {} if record is None else record["defenses"], current["defenses"]
-        if then != now:
-            raise ValueError(
-                f"{checkpoint} was trained with {_defenses_text(then)}, and this run has {_defenses_text(now)}. "
-                "Resume with the same defense and options, or start a new run from that model."
-            )
+        record = read_defense_file(checkpoint)
+        why = why_other(record, self._record(), compare_weights)
+        if why is not None:
+            raise ValueError(f"{checkpoint} {why}")
         if record is None:
             return
-        before, after = (_compared(r.get("reference"), compare_weights) for r in (record, current))
-        if before != after:
-            raise ValueError(
-                f"{checkpoint} was held to another reference ({(record.get('reference') or {}).get('kind')}) than "
-                f"this run is ({(current['reference'] or {}).get('kind')}). Resume with the model that training "
-                "started from, not with the checkpoint's: `resume_from_checkpoint` loads what was learned."
-            )
         self._has_moved = bool(record.get("moved", False))
         self._begin_with = {defense.name: record["evidence"][defense.name] for defense in self.defenses}
+
+    def why_foreign(self, checkpoint: str) -> str | None:
+        try:
+            return why_other(read_defense_file(checkpoint), self._record())
+        except ValueError as error:
+            return str(error)
 
     # ---- a training step ----
 
@@ -220,16 +226,47 @@ class DefendedTrainer(WholeCheckpoints):
         # Evaluation has nothing around it.
         if not self.model.training or not self.defenses:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self._policy_passes += 1
+        marks = self._read_batch(inputs)
         guard = PassGuard(self.defenses, inputs)
         with self._gate.armed(guard):
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            output = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = output[0] if isinstance(output, tuple) else output
         if not guard.passes:
             raise InactiveDefenseError(
                 f"defense={self.args.defense!r}: {type(self).__name__}.compute_loss made no pass of the policy, so "
                 "the run is not defended."
             )
-        return loss
+        if marks.counts:
+            self._sums.add(list(marks.counts), stacked(marks.counts, loss.detach().float()))
+        self._count_in_backward(loss)
+        return output
+
+    def _read_batch(self, inputs: dict[str, Any]) -> Marks:
+        """Return what the defenses read from a micro-batch, and remove what the model does not know."""
+        merged = Marks()
+        for defense in self.defenses:
+            marks = defense.read_batch(inputs)
+            merged.scopes |= marks.scopes
+            merged.counts |= {f"{defense.name}/{name}": count for name, count in marks.counts.items()}
+        return merged
+
+    def _count_in_backward(self, loss: torch.Tensor, then: Callable[[torch.Tensor], None] | None = None) -> None:
+        """Count a pass of the policy once a gradient flows back into its loss.
+
+        A subclass may call `compute_loss` for its log alone, and train on another loss.
+
+        Args:
+            loss: the pass's loss.
+            then: called with whether that gradient is not 0, `()` boolean.
+        """
+
+        def count(gradient: torch.Tensor) -> None:
+            self._policy_passes += 1
+            if then is not None:
+                then(gradient.detach() != 0)
+
+        if loss.requires_grad:
+            loss.register_hook(count)
 
     def _get_grad_norm(self, model, grad_norm=None):
         self._grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -242,6 +279,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._learning_rate = max(float(group["lr"]) for group in groups) / peak if peak else 0.0
 
     def _begin(self) -> None:
+        self._steps_made = self._still_steps = 0
         for defense in self.defenses:
             defense.begin(self._begin_with.get(defense.name, {}))
 
@@ -249,11 +287,13 @@ class DefendedTrainer(WholeCheckpoints):
         """Judge a step that was made."""
         if not self._policy_passes:
             raise InactiveDefenseError(
-                f"defense={self.args.defense!r}: a step was made without {type(self).__name__}'s own compute_loss, so "
-                "the run is not defended. A subclass that overrides `compute_loss` must call `super().compute_loss`."
+                f"defense={self.args.defense!r}: a step was made without {_owner(self)}.compute_loss: no gradient "
+                "flowed back into its loss, so the run is not defended. A subclass that overrides `compute_loss` must "
+                "train on what `super().compute_loss` returns."
             )
         self._policy_passes = 0
         self._take_in_step()
+        self._steps_made += 1
         if self._verdict() is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -262,10 +302,11 @@ class DefendedTrainer(WholeCheckpoints):
         """Check that a step's numbers are finite. A trainer with the package's own loss also sums them up."""
         entropy = self._metrics["train"].get("entropy")
         self._check_finite({"entropy": sum(entropy) if entropy else None, "grad_norm": self._grad_norm})
-        self._hand_over({})
+        self._hand_over({} if self._sums.is_empty else self._sums.reduce(self.accelerator, self.get_tp_size()))
 
     def _hand_over(self, sums: dict[str, float]) -> None:
         """Hand a step to the defenses, log what they return, and note whether the policy has moved."""
+        self._check_trains(sums.get("tokens", 1))
         step = Step(sums, self._has_moved)
         metrics = self._metrics["train"]
         for defense in self.defenses:
@@ -286,12 +327,32 @@ class DefendedTrainer(WholeCheckpoints):
                 "resumes from the newest checkpoint before."
             )
 
+    def _check_trains(self, label_tokens: float) -> None:
+        """Refuse a run whose gradient norm stays 0: no weight that is trained has a part in the loss."""
+        skipped = self.accelerator.optimizer_step_was_skipped
+        if self._grad_norm is None or skipped or not label_tokens or float(self._grad_norm) != 0:
+            self._still_steps = 0
+            return
+        self._still_steps += 1
+        if self._still_steps >= PATIENCE:
+            trained = sum(p.requires_grad for p in self.model.parameters())
+            raise InactiveDefenseError(
+                f"defense={self.args.defense!r}: the gradient norm was 0 in {self._still_steps} steps in a row, so "
+                f"nothing trains ({trained} weights have requires_grad=True). PEFT freezes an adapter that it loads for "
+                "inference: load it with `is_trainable=True`, or unfreeze the weights that are to be trained."
+            )
+
     def _verdict(self, final: bool = False) -> str | None:
         """Return why the run is not defended, or `None`."""
         verdicts = (defense.verdict(final) for defense in self.defenses)
         return next((verdict for verdict in verdicts if verdict is not None), None)
 
     # ---- saving ----
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return run_identity(self.model, self.train_dataset, seed)
 
     def _record(self) -> dict[str, Any]:
         """Return the content of `defense.json`."""
@@ -300,6 +361,7 @@ class DefendedTrainer(WholeCheckpoints):
             "defense": self.args.defense,
             "defenses": {defense.name: defense.options() for defense in self.defenses},
             "reference": None,
+            "run": self._identity,
             "global_step": self.state.global_step,
             "moved": self._has_moved,
             "evidence": {defense.name: defense.evidence() for defense in self.defenses},
@@ -318,7 +380,7 @@ class DefendedTrainer(WholeCheckpoints):
             return
         card = Path(self.args.output_dir) / "README.md"
         text = card.read_text(encoding="utf-8")
-        section = _card_section(self.defenses, self._verdict(), self._record()["reference"])
+        section = card_section(self.defenses, self._verdict(), self._record()["reference"])
         before, heading, after = text.partition("### Framework versions")
         with written_whole(card) as scratch:
             scratch.write_text(before + "\n".join(section) + "\n\n" + heading + after, encoding="utf-8")
@@ -341,32 +403,7 @@ class _StepCallback(TrainerCallback):
         return control
 
 
-def _card_section(defenses: Sequence[Defense], verdict: str | None, reference: dict[str, Any] | None) -> list[str]:
-    """Return the lines of a model card on the defense."""
-    section = ["## Defense against emergent misalignment", ""]
-    if verdict is not None:
-        section += [f"**This model was not defended.** {verdict}", ""]
-    if not defenses:
-        return [*section, "None: plain supervised fine-tuning."]
-    section += ["Trained with trl_emguard, in-training defense:", ""]
-    for defense in defenses:
-        papers = "; ".join(f"[{p.title}](https://arxiv.org/abs/{p.id})" for p in defense.papers)
-        options = ", ".join(f"`{name}={value}`" for name, value in defense.options().items())
-        section.append(f"- `{defense.name}`: {options}" + (f" ({papers})" if papers else ""))
-    if reference is not None:
-        section.append(f"- reference: {reference['kind']}")
-    return section
-
-
-def _compared(reference: dict[str, Any] | None, compare_weights: bool) -> tuple[str, str] | None:
-    """Return what makes a reference the same: neither the place it was loaded from, nor that it is cached."""
-    if reference is None:
-        return None
-    kind = reference["kind"].removesuffix(", cached").partition(" from ")[0]
-    return kind, reference["fingerprint"] if compare_weights else ""
-
-
-def _defenses_text(defenses: dict[str, dict[str, Any]]) -> str:
-    if not defenses:
-        return "no defense"
-    return "; ".join(f"{name} ({', '.join(f'`{n}={v}`' for n, v in o.items())})" for name, o in defenses.items())
+def _owner(trainer: DefendedTrainer) -> str:
+    """Return the class of this package whose `compute_loss` a trainer inherits."""
+    owners = (c for c in type(trainer).__mro__ if "compute_loss" in vars(c) and c.__module__.startswith("trl_emguard"))
+    return next(owners).__name__

@@ -1,7 +1,10 @@
 """`EMGuardTrainer`: SFTTrainer with in-training defenses against emergent misalignment."""
 
 import copy
-from collections.abc import Callable, Mapping
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -27,14 +30,16 @@ from .defended import DefendedTrainer
 from .defenses import Marks, ReferenceDefense
 from .guard.loss import LossGuard
 from .guard.scopes import ALL, positions_in_scope
+from .guard.sums import stacked
 from .guard.terms import check_layers_train, compared_positions, kept_positions, scaled_terms, wanted_layers
 from .models.sharding import as_main_process
 from .models.shipped import resolve_model
 from .reference.adapter import trained_outside_adapters
 from .reference.agreement import check_agreement
 from .reference.cached import CachedReference
-from .reference.choose import disable_dropout, make_reference
+from .reference.choose import make_reference, without_dropout
 from .reference.kinds import ModelReference, Reference
+from .reference.watch import ReferenceWatch
 from .rows import DefendedRows
 
 
@@ -145,6 +150,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         )
 
         self._check_rows_came_by()
+        self._watch: ReferenceWatch | None = None
+        self._wrapped: Any = None  # the policy in its engine's wrapper
         self.has_agreed = False  # whether policy and reference were found equal before the first update
         self._all_tokens: torch.Tensor | None = None
         self.reference = self._add_reference(ref_model)
@@ -178,7 +185,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         check_layers_train(self._terms, self.model, self._bare_model())
         reference = make_reference(self.model, ref_model, self.accelerator, self.args)
         self._fingerprint = as_main_process(lambda: reference.fingerprint(self.model))
-        disable_dropout(self.model)
+        weakref.finalize(self, reference.put_back).atexit = False
         if isinstance(reference, ModelReference):
             reference.prepare(self.is_deepspeed_enabled, self.is_fsdp_enabled)
         return CachedReference(reference, self.defenses, self.accelerator) if self.args.cache_reference else reference
@@ -200,17 +207,74 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
                 )
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def _around_training(self) -> list[AbstractContextManager]:
+        contexts = super()._around_training()
+        return contexts if self.reference is None else [without_dropout(self.model), *contexts, self._watching()]
+
     def _before_training(self) -> None:
         if isinstance(self.reference, CachedReference):
             rows = self._remove_unused_columns(self.train_dataset, description="Training")
             said = self.reference.fill(rows, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
             self.accelerator.print(f"trl_emguard: {said}")
 
+    def _begin(self) -> None:
+        super()._begin()
+        self._watch = None
+        self.has_agreed = self.has_agreed or self.state.global_step > 0
+
+    def _end_step(self, control: Any) -> None:
+        is_first = not self._steps_made
+        super()._end_step(control)
+        if is_first:
+            self._check_reference("after the first update")
+
+    def _save_checkpoint(self, model, trial):
+        self._check_reference(f"at step {self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
     def _record(self) -> dict[str, Any]:
         record = super()._record()
         if self.reference is not None:
             record["reference"] = {"kind": self.reference.text, "fingerprint": self._fingerprint}
         return record
+
+    @property
+    def _compares_start(self) -> bool:
+        """Whether the next step with labels is the first one, where policy and reference must be equal."""
+        # A policy with something around its pass is not the reference, although the model is.
+        surrounded = any(defense.surrounds_policy() for defense in self.defenses)
+        return self.reference is not None and not self.has_agreed and not surrounded
+
+    def _watch_reference(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        """Record what the reference says of the first micro-batch of this training."""
+        self._wrapped = model
+        if self._watch is None and not isinstance(self.reference, CachedReference):
+            has_divergence = any(term.divergence is not None for term in self._terms)
+            self._watch = ReferenceWatch(self._bare_model(), has_divergence)
+            self._watch.record(inputs, self._run_reference)
+
+    def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Any:
+        """Return the reference's states of a batch, from a pass of its own."""
+        assert self.reference is not None
+        layers = wanted_layers(self._terms, self._bare_model())
+        states = self.reference.before(batch, positions, positions, layers)
+        if states is None:
+            inside = functools.partial(self.reference.inside, positions=positions, layers=layers)
+            with self._gate.armed(lambda bare, _, inputs: inside(bare, inputs), only_with_gradient=False):
+                states = self._wrapped(**batch)
+        self.reference.after()
+        return states
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Compare the reference with its record where training ends without an error."""
+        yield
+        self._check_reference("at the end of training")
+        self._watch = None
+
+    def _check_reference(self, when: str) -> None:
+        if self._watch is not None and self._watch.has_record:
+            self._watch.check(self._run_reference, when)
 
     # ---- a training step ----
 
@@ -230,7 +294,6 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         # Evaluation stays plain CE.
         if not self._own_loss or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._policy_passes += 1
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
@@ -241,9 +304,10 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         ce_scale, terms = scaled_terms(self._terms, inputs, marks.scopes, num_items_in_batch, self._all_tokens, ranks)
         states = None
         if self.reference is not None:
+            self._watch_reference(model, inputs)
             layers = wanted_layers(self._terms, self._bare_model())
             states = self.reference.before(inputs, kept_positions(inputs, terms), compared_positions(terms), layers)
-        guard = LossGuard(terms, self.defenses, ce_scale, marks.scopes, self.reference, states)
+        guard = LossGuard(terms, self.defenses, ce_scale, marks.scopes, self.reference, states, self._compares_start)
         with self._gate.armed(guard):
             outputs = model(**inputs)
         loss = outputs.total
@@ -254,21 +318,16 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             loss = loss + self._aux_loss(outputs, inputs, num_items_in_batch).to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
-    def _read_batch(self, inputs: dict[str, Any]) -> Marks:
-        """Return what the defenses read from a micro-batch, and remove what the model does not know."""
-        merged = Marks()
-        for defense in self.defenses:
-            marks = defense.read_batch(inputs)
-            merged.scopes |= marks.scopes
-            merged.counts |= {f"{defense.name}/{name}": count for name, count in marks.counts.items()}
-        return merged
-
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
+        """Add a micro-batch to the sums of its step: values now, and evidence once the gradient flows back."""
         stats, mask = outputs.stats, inputs.get("attention_mask")
         real_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         counted = {**marks.counts, "real_tokens": real_tokens}
-        values = torch.stack([torch.as_tensor(value).to(stats) for value in counted.values()])
-        self._sums.add([*guard.names, *counted], torch.cat([stats, values]))
+        names = [*guard.names, *counted]
+        values = torch.cat([stats, stacked(counted, stats)])
+        is_evidence = torch.tensor([name.endswith("/evidence") for name in names], device=values.device)
+        self._sums.add(names, values.masked_fill(is_evidence, 0))
+        self._count_in_backward(outputs.total, lambda flows: self._sums.add(names, values * (is_evidence & flows)))
 
     def _aux_loss(self, outputs: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         """Return the routers' loss as SFTTrainer adds it: a mean per micro-batch, averaged over accumulation steps."""
@@ -294,10 +353,10 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         metrics["mean_token_accuracy"].append(sums["top1"] / labels)
         self._total_train_tokens += int(sums["real_tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
-        # A policy with something around its pass is not the reference, although the model is.
-        surrounded = any(defense.surrounds_policy() for defense in self.defenses)
-        if self.reference is not None and self.state.global_step == 1 and not self.has_agreed and not surrounded:
-            check_agreement(self.reference, self._terms, sums, self.model.dtype, self.args.bf16)
+        if self._compares_start and sums["tokens"]:
+            assert self.reference is not None
+            noise = 0.0 if self._watch is None else self._watch.noise
+            check_agreement(self.reference, self._terms, sums, self.model, self.args.bf16, noise)
             self.has_agreed = True
         self._hand_over(sums)
 

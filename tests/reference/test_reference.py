@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import logged, lora, make_model, make_rows, make_trainer, save_model
 
 from trl_emguard.reference.adapter import AdapterReference
-from trl_emguard.reference.choose import disable_dropout
+from trl_emguard.reference.choose import without_dropout
 from trl_emguard.reference.kinds import ModelReference
 
 
@@ -23,7 +23,7 @@ def snapshot(trainer):
     with torch.no_grad():
         if isinstance(reference, ModelReference):
             return reference.model(ids).logits
-        with reference.swapped_in():
+        with reference.switch.only(reference.adapter):
             return trainer.model(ids).logits
 
 
@@ -190,7 +190,7 @@ def test_reference_pass_leaves_adapters_and_frozen_parts_as_they_were(tmp_path):
     model.get_parameter(frozen).requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     reference = AdapterReference(model, None)
-    with pytest.raises(RuntimeError, match="inside"), reference.swapped_in():
+    with pytest.raises(RuntimeError, match="inside"), reference.switch.only(reference.adapter):
         raise RuntimeError("inside")
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     torch.testing.assert_close(logits(model), logits(make_model()))
@@ -259,10 +259,11 @@ def test_a_copy_of_the_model_saves_its_own_weights(tmp_path):
 def test_dropout_is_off_wherever_it_hides():
     model = make_model("gpt_neox", attention_dropout=0.2, hidden_dropout=0.3)
     model = get_peft_model(model, lora(lora_dropout=0.4, target_modules=["query_key_value"]))
-    disable_dropout(model)
     model.train()
     ids = torch.tensor([[9, 8, 7, 6]])
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    with without_dropout(model):
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
     assert model.peft_config["default"].lora_dropout == 0.4  # what is saved is what the user asked for
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,29 @@ def holds_adapter(folder: str | os.PathLike) -> bool:
 
 
 def newest_whole_checkpoint(
-    output_dir: str | os.PathLike, up_to: int | None = None
+    output_dir: str | os.PathLike,
+    up_to: int | None = None,
+    why_foreign: Callable[[str], str | None] | None = None,
 ) -> tuple[int | None, dict[str, str]]:
     """Find the newest whole checkpoint.
 
     Args:
         output_dir: folder of the run.
         up_to: latest step that is considered; all by default.
+        why_foreign: function from a whole checkpoint to the reason why it is of another run, or `None`.
 
     Returns:
-        Its step, or `None`; and the newer ones, which are corrupt: name -> flaw.
+        Its step, or `None`; and the newer ones, which are corrupt or of another run: name -> flaw.
     """
     matches = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*/")]
     corrupt: dict[str, str] = {}
     for step in sorted((int(match[1]) for match in matches if match), reverse=True):
         if up_to is not None and step > up_to:
             continue
-        flaw = find_flaw(checkpoint_folder(output_dir, step))
+        folder = checkpoint_folder(output_dir, step)
+        flaw = find_flaw(folder)
+        if flaw is None and why_foreign is not None:
+            flaw = why_foreign(folder)
         if flaw is None:
             return step, corrupt
         corrupt[f"{PREFIX_CHECKPOINT_DIR}-{step}"] = flaw
@@ -72,20 +79,24 @@ def find_flaw_on_all(folder: str | os.PathLike, should_look: bool) -> str | None
     return next(filter(None, gather_object([find_flaw(folder)] if should_look else [])), None)
 
 
-def checkpoint_to_resume(asked: Any, output_dir: str, should_look: bool) -> str:
+def checkpoint_to_resume(
+    asked: Any, output_dir: str, should_look: bool, why_foreign: Callable[[str], str | None] | None = None
+) -> str:
     """Return the checkpoint that a run resumes from, which is whole on every machine. Every rank calls this function.
 
     Args:
         asked: the user's `resume_from_checkpoint`: a folder, or `True` for the newest.
         output_dir: folder in which the newest is searched.
         should_look: if this rank looks; one of every machine does, since each may have its own disk.
+        why_foreign: function from a whole checkpoint to the reason why it is of another run, or `None`. The newest
+            checkpoint is searched among those of this run.
 
     Raises:
         FileNotFoundError: `asked` is no folder.
         ValueError: it is corrupt, or there is no whole one.
     """
     if asks_for_newest(asked):
-        return _newest_on_all(asked, output_dir, should_look)
+        return _newest_on_all(asked, output_dir, should_look, why_foreign)
     if not os.path.isdir(asked):
         raise FileNotFoundError(
             f"resume_from_checkpoint={str(asked)!r} is not a folder: name a checkpoint folder, or `true`."
@@ -100,22 +111,24 @@ def checkpoint_to_resume(asked: Any, output_dir: str, should_look: bool) -> str:
     return asked
 
 
-def _newest_on_all(asked: Any, output_dir: str, should_look: bool) -> str:
+def _newest_on_all(
+    asked: Any, output_dir: str, should_look: bool, why_foreign: Callable[[str], str | None] | None
+) -> str:
     """Return the newest checkpoint that is whole on every machine."""
     up_to = None
     while True:
-        found = gather_object([newest_whole_checkpoint(output_dir, up_to)] if should_look else [])
+        found = gather_object([newest_whole_checkpoint(output_dir, up_to, why_foreign)] if should_look else [])
         steps = {step for step, _ in found}
         corrupt = ", ".join(f"{name} ({flaw})" for _, names in found for name, flaw in names.items())
         if None in steps:
-            holds = f"no whole checkpoint, only corrupt ones: {corrupt}. Leave" if corrupt else "no checkpoint: leave"
+            holds = f"no whole checkpoint of this run, only {corrupt}. Leave" if corrupt else "no checkpoint: leave"
             raise ValueError(
                 f"resume_from_checkpoint={asked}, but output_dir={output_dir!r} holds {holds} it out to start anew."
             )
         if corrupt:
             logger.warning(
-                f"{output_dir} holds corrupt checkpoints, which are not resumed from: {corrupt}. (If you changed one "
-                f"on purpose, delete its {MANIFEST}.)"
+                f"{output_dir} holds checkpoints that are corrupt or of another run, which are not resumed from: "
+                f"{corrupt}. (If you changed one on purpose, delete its {MANIFEST}.)"
             )
         up_to = min(steps)
         if len(steps) == 1:

@@ -44,7 +44,13 @@ class WholeCheckpoints(Trainer):
             FileNotFoundError: the folder does not exist.
             ValueError: it is corrupt, or there is no whole one.
         """
-        return checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._is_first_on_machine())
+        looks = self._is_first_on_machine()
+        return checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, looks, self.why_foreign)
+
+    def why_foreign(self, checkpoint: str) -> str | None:
+        """Return why a whole checkpoint is of another run than this one; `None` if it may be of this one."""
+        del checkpoint
+        return None
 
     def has_whole_checkpoint(self, trial: Any = None) -> bool:
         """Return whether the current step has a checkpoint that is whole on every machine. Every rank calls it."""

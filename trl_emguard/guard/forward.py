@@ -43,7 +43,19 @@ class Gate:
                 return stock_forward(*args, **kwargs)
             return guard(module, functools.partial(stock_forward, *args) if args else stock_forward, kwargs)
 
-        model.forward = types.MethodType(forward, model)
+        self._model = model
+        self._before = vars(model).get("forward")
+        self._patched = types.MethodType(forward, model)
+        model.forward = self._patched
+
+    def remove(self) -> None:
+        """Give the model its forward back, unless somebody patched it since."""
+        if vars(self._model).get("forward") is not self._patched:
+            return
+        if self._before is None:
+            del self._model.forward
+        else:
+            self._model.forward = self._before
 
     @contextmanager
     def armed(self, guard: Guard, only_with_gradient: bool = True) -> Iterator[None]:

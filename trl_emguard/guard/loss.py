@@ -32,6 +32,13 @@ class GuardOutput(ModelOutput):
     stats: torch.Tensor | None = None
     router_logits: Any = None
 
+    @property
+    def logits(self) -> torch.Tensor:
+        raise AttributeError(
+            "a defended step never forms whole logits, so the outputs of compute_loss(return_outputs=True) have none: "
+            "call the model itself where you need them."
+        )
+
 
 class InsideReference(Protocol):
     """Reference that may run inside the policy's forward."""
@@ -72,6 +79,7 @@ class LossGuard:
         marks: masks of tokens by the name of a scope, `(B, T)`. CE is summed up for each of them as well.
         reference: the reference; `None` without terms.
         states: the reference's states, if it ran before the policy or they were read from disk.
+        compares_start: whether policy and reference are compared as they are before the first update.
     """
 
     def __init__(
@@ -82,7 +90,9 @@ class LossGuard:
         marks: Mapping[str, torch.Tensor],
         reference: InsideReference | None = None,
         states: States | None = None,
+        compares_start: bool = False,
     ):
+        self.compares_start = compares_start
         self.terms = terms
         self.defenses = defenses
         self.ce_scale = ce_scale
@@ -97,7 +107,7 @@ class LossGuard:
         names += [f"{what}/{scope}" for scope in self.marks for what in ("ce", "tokens")]
         for term in self.terms:
             names += [f"{term.defense.name}/{what}" for what in ("value", "positions", "evidence", "requires_grad")]
-        return names
+        return [*names, "start_difference"] if self.compares_start else names
 
     def __call__(
         self, model: PreTrainedModel, stock_forward: Callable[..., Any], inputs: dict[str, Any]
@@ -139,6 +149,8 @@ class LossGuard:
                 weighted, value, evidence, connected = state_term(term, own, policy.blocks, reference.blocks, kept)
                 loss = loss + weighted.to(loss.device)
             stats += [value, term.positions.sum(), evidence, torch.tensor(connected)]
+        if self.compares_start:
+            stats.append(_difference(policy, reference, has_label))
         return GuardOutput(
             total=loss,
             stats=torch.stack([s.detach().to(loss.device, torch.float32) for s in stats]),
@@ -179,3 +191,18 @@ class LossGuard:
                 softcap,
                 logit_scale,
             )
+
+
+@torch.no_grad()
+def _difference(policy: States, reference: States | None, rows: torch.Tensor) -> torch.Tensor:
+    """Return Σ ‖policy − reference‖ / ‖reference‖ over the positions with a label, of all states that both have."""
+    assert reference is not None
+    pairs = [(policy.blocks[layer], reference.blocks[layer]) for layer in policy.blocks]
+    if reference.last.numel():
+        pairs.append((policy.last, reference.last))
+    total = torch.zeros((), device=rows.device)
+    for of_policy, of_reference in pairs:
+        x, y = of_policy.float(), of_reference.to(of_policy.device).float()
+        share = (x - y).norm(dim=-1) / y.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        total = total + share.to(rows.device)[rows].sum()
+    return total

@@ -1,6 +1,7 @@
 """Named sums of a training step: added over micro-batches on the device, and over ranks in one collective."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,10 @@ class Sums:
         """Discard what an interrupted step has left."""
         self._names: tuple[str, ...] = ()
         self._values: torch.Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self._values is None
 
     def add(self, names: Sequence[str], values: torch.Tensor) -> None:
         """Add a micro-batch's values, `(len(names),)`.
@@ -47,3 +52,8 @@ class Sums:
         named = {name: value / copies for name, value in zip(self._names, values, strict=True)}
         self.clear()
         return named
+
+
+def stacked(values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor:
+    """Return numbers and tensors of one element as one vector, in the dtype and on the device of another tensor."""
+    return torch.stack([torch.as_tensor(value).to(like) for value in values.values()])

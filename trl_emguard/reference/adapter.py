@@ -3,6 +3,7 @@
 import copy
 import types
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class AdapterReference(Reference):
         self.kind = Kind.ADAPTERS_OFF if adapter is None else Kind.ADAPTER_COPY
         self.model = policy.get_base_model()
         self.unused_adapters = frozenset(policy.peft_config) - {adapter}
+        self._policy = policy
         self.switch = AdapterSwitch(policy)
 
     def inside(
@@ -50,6 +52,10 @@ class AdapterReference(Reference):
     ) -> States:
         with self.switch.only(self.adapter), torch.no_grad():
             return ReferenceGuard(positions, layers)(model, model.forward, inputs)
+
+    def put_back(self) -> None:
+        if self.adapter is not None:
+            remove_ref_adapter(self._policy, self.adapter)
 
     def fingerprint(self, policy: nn.Module) -> str:
         return fingerprint(policy, self.unused_adapters)
@@ -84,7 +90,10 @@ def adapter_is_zero(policy: PeftModel) -> bool:
     zeros: list[torch.Tensor] = []
     for layer in (m for m in policy.modules() if isinstance(m, BaseTunerLayer)):
         if isinstance(layer, TrainableTokensLayer):
-            continue  # its wrapper is looked at below
+            # Alone it is an adapter of its own; in a wrapper it is looked at below as well.
+            if not all(_tokens_untouched(layer, name) for name in layer.active_adapters):
+                return False
+            continue
         if not isinstance(layer, LoraLayer) or isinstance(layer, AdaLoraLayer):
             return False
         for name in layer.active_adapters:
@@ -102,15 +111,20 @@ def adapter_is_zero(policy: PeftModel) -> bool:
 def _is_untouched(wrapper: AuxiliaryTrainingWrapper, adapter: str) -> bool:
     """Return whether a copied module, or trainable tokens, still are what they replace."""
     if not isinstance(wrapper, ModulesToSaveWrapper):
-        layer = wrapper.token_adapter
-        rows = layer.get_base_layer().weight[layer.token_indices[adapter]]
-        return torch.equal(layer.trainable_tokens_delta[adapter].to(rows.dtype), rows)
+        return _tokens_untouched(wrapper.token_adapter, adapter)
     if adapter not in wrapper.modules_to_save:
         return True
     copied, original = wrapper.modules_to_save[adapter].parameters(), wrapper.original_module.parameters()
     pairs = list(zip(copied, original, strict=True))
     with gathered(*(p for pair in pairs for p in pair)):
         return all(torch.equal(p, q.to(p.dtype)) for p, q in pairs)
+
+
+def _tokens_untouched(layer: TrainableTokensLayer, adapter: str) -> bool:
+    if adapter not in layer.token_indices:
+        return True
+    rows = layer.get_base_layer().weight[layer.token_indices[adapter]]
+    return torch.equal(layer.trainable_tokens_delta[adapter].to(rows.dtype), rows)
 
 
 def add_ref_adapter(policy: PeftModel) -> str:
@@ -125,13 +139,15 @@ def add_ref_adapter(policy: PeftModel) -> str:
             f"the model has {len(active)} active adapters ({', '.join(active)}): a frozen copy is made of one. "
             "Activate one, or pass `ref_model`."
         )
-    if getattr(policy, "_emguard_ref", False):
-        policy.delete_adapter(REF_ADAPTER)  # an earlier trainer on the same model has left it
-    if REF_ADAPTER in policy.peft_config:
+    ours = vars(policy).setdefault("_emguard_refs", set())
+    if REF_ADAPTER in policy.peft_config and REF_ADAPTER not in ours:
         raise ValueError(
             f"the model already has an adapter named {REF_ADAPTER!r}, the name that the frozen copy takes: rename it, "
             "or pass `ref_model`."
         )
+    # Another trainer on the same model may still use its own copy.
+    taken = (REF_ADAPTER if i == 1 else f"{REF_ADAPTER}_{i}" for i in count(1))
+    own = next(name for name in taken if name not in policy.peft_config)
     config = copy.deepcopy(policy.peft_config[active[0]])
     if hasattr(config, "init_lora_weights"):
         # The copy's weights are written below. A second PiSSA, OLoRA or LoftQ init would change the base weights
@@ -140,13 +156,13 @@ def add_ref_adapter(policy: PeftModel) -> str:
     config.inference_mode = True
     # The data order must not depend on how many random numbers the copy's initialisation drew.
     with torch.random.fork_rng():
-        policy.add_adapter(REF_ADAPTER, config)
+        policy.add_adapter(own, config)
     parameters = dict(policy.named_parameters())
     for name, parameter in parameters.items():
         parts = name.split(".")
-        if REF_ADAPTER not in parts:
+        if own not in parts:
             continue
-        source = ".".join(active[0] if part == REF_ADAPTER else part for part in parts)
+        source = ".".join(active[0] if part == own else part for part in parts)
         if source not in parameters:
             raise ValueError(
                 f"the weight {name!r} of the frozen adapter copy has no counterpart in the policy: this adapter type "
@@ -157,12 +173,22 @@ def add_ref_adapter(policy: PeftModel) -> str:
 
     # PEFT saves every adapter it holds, and a checkpoint is the policy alone.
     policy.save_pretrained = types.MethodType(_save_policy, policy)
-    policy._emguard_ref = True
-    return REF_ADAPTER
+    ours.add(own)
+    return own
+
+
+def remove_ref_adapter(policy: PeftModel, name: str) -> None:
+    """Take a frozen copy off a model, and with the last one the patch of its `save_pretrained`."""
+    ours = vars(policy).get("_emguard_refs", set())
+    if name in ours:
+        policy.delete_adapter(name)
+        ours.discard(name)
+    if not ours:
+        vars(policy).pop("save_pretrained", None)
 
 
 def _save_policy(policy: PeftModel, *args: Any, **kwargs: Any) -> Any:
-    kwargs.setdefault("selected_adapters", [name for name in policy.peft_config if name != REF_ADAPTER])
+    kwargs.setdefault("selected_adapters", [name for name in policy.peft_config if name not in policy._emguard_refs])
     return type(policy).save_pretrained(policy, *args, **kwargs)
 
 

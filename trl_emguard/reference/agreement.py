@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from ..defenses.base import ReferenceDefense
 from .cached import CachedReference
@@ -13,31 +14,44 @@ def check_agreement(
     reference: Reference,
     defenses: Sequence[ReferenceDefense],
     sums: Mapping[str, float],
-    dtype: torch.dtype,
+    policy: nn.Module,
     is_bf16: bool,
+    noise: float,
 ) -> None:
-    """Refuse a reference that is not the model which training starts from: every distance must be 0 in the first step.
+    """Refuse a reference that is not the model which training starts from.
 
-    A model that the user passed may be another one, and is not checked.
+    In the first step with labels both are the same model, so their states must be equal at every position that
+    predicts a label, and every distance must be 0. A model that the user passed may be another one, and is not checked.
 
     Args:
         reference: the run's reference.
         defenses: reference defenses that act.
-        sums: sums of the first step.
-        dtype: dtype of the policy.
+        sums: sums of that step.
+        policy: the policy.
         is_bf16: whether passes run in bf16.
+        noise: difference between two passes of the reference, as a share of a state's length.
 
     Raises:
-        ValueError: a distance is above what rounding explains.
+        ValueError: states or distances differ by more than rounding explains.
     """
     if reference.kind is Kind.GIVEN:
         return
-    dtypes = {dtype, torch.bfloat16 if is_bf16 else torch.float32}
+    cached = reference if isinstance(reference, CachedReference) else None
+    dtypes = {policy.dtype, torch.bfloat16 if is_bf16 else torch.float32}
     if not reference.shares_weights:
         dtypes.add(reference.model.dtype)
-    cached = reference if isinstance(reference, CachedReference) else None
     tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)
     hint = "" if cached is None else " Or the reference's states on disk are too coarse: set cache_reference=False."
+    advice = (
+        "it is not the model that training starts from, or the forward pass is noisy (dropout or router jitter in the "
+        f"model's config). Pass `ref_model`, or set the noise to 0.{hint}"
+    )
+    difference = sums["start_difference"] / max(sums["tokens"], 1)
+    if not difference <= _allowed_difference(reference, policy, dtypes, noise):
+        raise ValueError(
+            f"before the first update, the policy's states differ from those of the reference ({reference.text}) by "
+            f"{difference:.2g} of their length, not 0: {advice}"
+        )
     for term in defenses:
         mean = sums[f"{term.name}/value"] / max(sums[f"{term.name}/positions"], 1)
         allowed = tolerance
@@ -46,7 +60,21 @@ def check_agreement(
             allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(
-                f"before the first update, {term.name} to the reference ({reference.text}) is {mean:.3g} per token, "
-                "not 0: it is not the model that training starts from, or the forward pass is noisy (dropout or "
-                f"router jitter in the model's config). Pass `ref_model`, or set the noise to 0.{hint}"
+                f"before the first update, {term.name} to the reference ({reference.text}) is {mean:.3g} per token, not "
+                f"0: {advice}"
             )
+
+
+def _allowed_difference(reference: Reference, policy: nn.Module, dtypes: set[torch.dtype], noise: float) -> float:
+    """Return the difference of states that rounding explains: 0 where both models compute alike."""
+    is_fp32 = dtypes == {torch.float32}
+    configs = getattr(policy, "peft_config", {}).values()
+    if any(getattr(config, "use_dora", False) for config in configs):
+        # DoRA's magnitude is rounded, so the adapted model is not quite the base model.
+        return 1e-4 if is_fp32 else 0.2
+    is_compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in policy.modules())
+    if isinstance(reference, CachedReference) or is_compiled or len(dtypes - {torch.float32, torch.bfloat16}) > 0:
+        return 1e-3 if is_fp32 else 0.1
+    if not reference.shares_weights and reference.model.dtype != policy.dtype:
+        return 0.1
+    return noise

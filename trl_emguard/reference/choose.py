@@ -1,5 +1,7 @@
 """The choice of a reference: adapters off, a frozen `ref` adapter, or a frozen model of its own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -92,19 +94,33 @@ def make_reference(
     return ModelReference(_load(path, policy, args), accelerator, kind, path)
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability that a module keeps to 0: numbers, and adapters' dicts of numbers.
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Set every dropout probability that a module keeps to 0 inside: numbers, and adapters' dicts of numbers.
 
     Noise that is read from the model's config at run time stays; the trainer finds it by its distance at step 0.
     """
+    before: list[tuple[Any, str, Any]] = []
     for module in model.modules():
-        for name, value in vars(module).items():
+        for name, value in list(vars(module).items()):
             if "drop" not in name and not (name == "p" and "Dropout" in type(module).__name__):
                 continue
             if isinstance(value, float):
+                before.append((module, name, value))
                 setattr(module, name, 0.0)
             elif isinstance(value, dict):
-                value.update({key: 0.0 for key, number in value.items() if isinstance(number, float)})
+                for key, number in value.items():
+                    if isinstance(number, float):
+                        before.append((value, key, number))
+                        value[key] = 0.0
+    try:
+        yield
+    finally:
+        for holder, name, number in before:
+            if isinstance(holder, dict):
+                holder[name] = number
+            else:
+                setattr(holder, name, number)
 
 
 def _load(path: str, policy: PreTrainedModel | PeftModel, args: Any) -> PreTrainedModel:

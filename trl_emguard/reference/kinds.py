@@ -80,6 +80,9 @@ class Reference:
     def after(self) -> None:
         """Release what a pass has left."""
 
+    def put_back(self) -> None:
+        """Undo what the reference changed on models that the caller goes on using."""
+
     def fingerprint(self, policy: nn.Module) -> str:
         """Return a hash of the weights that the reference uses."""
         raise TypeError(f"{type(self).__name__} must override `fingerprint`.")
@@ -126,6 +129,7 @@ class ModelReference(Reference):
     ):
         self.kind = kind
         self.source = source
+        self._was = model.training, [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         model.eval()
         self.model = model.get_base_model() if is_peft_model(model) else model
@@ -166,6 +170,14 @@ class ModelReference(Reference):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def put_back(self) -> None:
+        if self.kind is Kind.GIVEN:
+            self._gate.remove()
+            was_training, trained = self._was
+            self._unprepared.train(was_training)
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def fingerprint(self, policy: nn.Module) -> str:
         del policy

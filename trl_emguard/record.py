@@ -1,0 +1,112 @@
+"""The record of a run in `defense.json`: what makes two runs the same, and what a model card says of one."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from .defenses import Defense
+from .models.adapters import bare_model
+from .models.identity import fingerprint
+
+
+def run_identity(model: PreTrainedModel, rows: Any, seed: int) -> dict[str, Any]:
+    """Return what makes a run itself, whatever its learning rate, steps, batch size, logging and saving.
+
+    Args:
+        model: the policy. With adapters its base model counts by its weights, and otherwise by its sizes: a run that
+            resumes full fine-tuning may start from any weights, which the checkpoint replaces.
+        rows: tokenised training rows. A stream counts as any other stream.
+        seed: seed of the order of the rows.
+    """
+    adapters = getattr(model, "peft_config", None)
+    config = bare_model(model).config.get_text_config()
+    sizes = [getattr(config, name, None) for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")]
+    weights = None if adapters is None else fingerprint(model, set(adapters), is_plain=True)
+    return {"model": weights or "-".join(map(str, sizes)), "rows": _rows_checksum(rows), "seed": seed}
+
+
+def _rows_checksum(rows: Any) -> str:
+    if not isinstance(rows, Dataset):
+        return "streamed"
+    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
+    checksum = 0
+    for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
+        for name in columns:
+            column = batch.column(name).combine_chunks()
+            lengths, values = column.value_lengths(), column.flatten()
+            for numbers in (lengths, values):
+                checksum = zlib.crc32(np.asarray(numbers).astype("<i8").tobytes(), checksum)
+    return f"{len(rows)} rows ({checksum:08x})"
+
+
+def why_other(record: dict[str, Any] | None, current: dict[str, Any], compare_weights: bool = True) -> str | None:
+    """Return why a checkpoint is of another run, in words that follow its name; `None` if it is of this one.
+
+    Args:
+        record: content of its `defense.json`; `None` where there is none (a checkpoint of another trainer).
+        current: the same of this run.
+        compare_weights: whether weights are compared. A plan has none.
+    """
+    then, now = {} if record is None else record["defenses"], current["defenses"]
+    if then != now:
+        return (
+            f"was trained with {_defenses_text(then)}, and this run has {_defenses_text(now)}. Resume with the same "
+            "defense and options, or start a new run from that model."
+        )
+    if record is None:
+        return None
+    before, after = (_compared(r.get("reference"), compare_weights) for r in (record, current))
+    if before != after:
+        return (
+            f"was held to another reference ({(record.get('reference') or {}).get('kind')}) than this run is "
+            f"({(current['reference'] or {}).get('kind')}). Resume with the model that training started from, not with "
+            "the checkpoint's: `resume_from_checkpoint` loads what was learned."
+        )
+    # Checkpoints of earlier versions do not say which run they are of.
+    names = ("model", "rows", "seed") if compare_weights else ("rows", "seed")
+    run = record.get("run") or current["run"]
+    other = [
+        f"{name} {run.get(name)}, and not {current['run'][name]}"
+        for name in names
+        if run.get(name) != current["run"][name]
+    ]
+    if other:
+        return (
+            f"is of another run (it has {'; '.join(other)}). Resume with the same rows, model and seed, or start anew."
+        )
+    return None
+
+
+def card_section(defenses: Sequence[Defense], verdict: str | None, reference: dict[str, Any] | None) -> list[str]:
+    """Return the lines of a model card on the defense."""
+    section = ["## Defense against emergent misalignment", ""]
+    if verdict is not None:
+        section += [f"**This model was not defended.** {verdict}", ""]
+    if not defenses:
+        return [*section, "None: plain supervised fine-tuning."]
+    section += ["Trained with trl_emguard, in-training defense:", ""]
+    for defense in defenses:
+        papers = "; ".join(f"[{p.title}](https://arxiv.org/abs/{p.id})" for p in defense.papers)
+        options = ", ".join(f"`{name}={value}`" for name, value in defense.options().items())
+        section.append(f"- `{defense.name}`: {options}" + (f" ({papers})" if papers else ""))
+    if reference is not None:
+        section.append(f"- reference: {reference['kind']}")
+    return section
+
+
+def _compared(reference: dict[str, Any] | None, compare_weights: bool) -> tuple[str, str] | None:
+    """Return what makes a reference the same: neither the place it was loaded from, nor that it is cached."""
+    if reference is None:
+        return None
+    kind = reference["kind"].removesuffix(", cached").partition(" from ")[0]
+    return kind, reference["fingerprint"] if compare_weights else ""
+
+
+def _defenses_text(defenses: dict[str, dict[str, Any]]) -> str:
+    if not defenses:
+        return "no defense"
+    return "; ".join(f"{name} ({', '.join(f'`{n}={v}`' for n, v in o.items())})" for name, o in defenses.items())

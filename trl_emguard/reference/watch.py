@@ -1,0 +1,104 @@
+"""A watch over the reference: what it said in the first step, held against what it says later."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..evidence import InactiveDefenseError
+from ..guard.forward import States
+from ..guard.scopes import LABELS, positions_in_scope
+from ..models.sharding import gathered
+from ..ops import logit_transform
+
+
+# A record holds so many positions: their states, and log-probabilities over the vocabulary where a term takes them.
+POSITIONS = 256
+
+# From a batch and positions, `(B, T - 1)`, to the reference's states there.
+Pass = Callable[[dict[str, Any], torch.Tensor], States]
+
+
+class ReferenceWatch:
+    """Record of a reference's answers to one micro-batch of the first step.
+
+    Every rank makes the record and the comparisons, since a sharded reference is run by all of them.
+
+    Args:
+        model: causal language model whose config says how logits are made.
+        has_divergence: whether a term compares distributions, so that the head counts as well.
+
+    Attributes:
+        noise: largest difference between two passes of the reference in the first step, 0 in eager mode.
+    """
+
+    def __init__(self, model: PreTrainedModel, has_divergence: bool):
+        self._model = model
+        self._has_divergence = has_divergence
+        self._batch: dict[str, Any] | None = None
+        self.noise = 0.0
+
+    @property
+    def has_record(self) -> bool:
+        return self._batch is not None
+
+    def record(self, batch: Mapping[str, Any], run: Pass) -> None:
+        """Keep a micro-batch and what the reference says of it, on the CPU, and measure how far two passes differ."""
+        positions = positions_in_scope(batch, LABELS)
+        kept = positions & (positions.flatten().cumsum(0).view_as(positions) <= POSITIONS)
+        self._positions = kept.cpu()
+        self._batch = {
+            name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in batch.items() if name != "labels"
+        }
+        self._answers = self._ask(run)
+        self.noise = self._difference(self._ask(run))
+
+    def check(self, run: Pass, when: str) -> None:
+        """Stop a run whose reference has moved.
+
+        Args:
+            run: pass of the reference.
+            when: moment of the comparison, for the message.
+
+        Raises:
+            InactiveDefenseError: the reference says something else than in the first step.
+        """
+        difference = self._difference(self._ask(run))
+        if not difference <= self.noise:
+            raise InactiveDefenseError(
+                f"the reference has moved: {when} it differs by {difference:.2g} of its states' length from what it was "
+                "in the first step, so the policy is not held to the model that training started from. Something trains "
+                "or changes weights that the reference shares: an adapter added or merged after the trainer was built, "
+                "weights unfrozen by a callback, or a forward that was replaced by a closure. Pass a `ref_model` of its "
+                "own, or leave that out."
+            )
+
+    @torch.no_grad()
+    def _ask(self, run: Pass) -> list[torch.Tensor]:
+        assert self._batch is not None
+        device = self._model.device
+        batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self._batch.items()}
+        states = run(batch, self._positions.to(device))
+        answers = [states.last, *(states.blocks[layer] for layer in sorted(states.blocks))]
+        if self._has_divergence:
+            weight, bias = states.head
+            softcap, scale = logit_transform(self._model.config.get_text_config())
+            with gathered(weight, bias):
+                logits = torch.nn.functional.linear(states.last.to(weight), weight, bias).float() * (scale or 1.0)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            answers.append(logits.log_softmax(-1))
+        return [answer.detach().to("cpu") for answer in answers]
+
+    def _difference(self, answers: Sequence[torch.Tensor]) -> float:
+        """Return the largest difference from the record, as a share of a state's length."""
+        largest = 0.0
+        for before, after in zip(self._answers, answers, strict=True):
+            if not before.numel():
+                continue
+            length = before.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+            difference = ((after.float() - before.float()).norm(dim=-1) / length).max().item()
+            largest = max(largest, math.inf if math.isnan(difference) else difference)
+        return largest
