@@ -93,10 +93,7 @@ def check_launch(args: TrainingArguments) -> None:
 
 
 def check_data(train_dataset: object) -> None:
-    """Refuse training rows that are missing or empty."""
-    # SFTTrainer looks at the first row as well, and has a message of its own for an empty set.
-    if train_dataset is None:
-        raise ValueError("train_dataset is missing: there is nothing to train on.")
+    """Refuse an empty set of training rows. SFTTrainer has errors of its own for rows that are missing or no data set."""
     if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
 

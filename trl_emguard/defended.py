@@ -274,6 +274,10 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _note_update(self) -> None:
         """Note the learning rate of the update that is about to be made, as a share of the peak rate."""
+        if self._grad_norm is not None and not math.isfinite(self._grad_norm):
+            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+            if all(bool(gradient.isfinite().all()) for gradient in gradients):
+                self._grad_norm = None  # a callback has dropped or mended the gradients
         groups = self.optimizer.param_groups
         peak = max(group.get("initial_lr", self.args.learning_rate) for group in groups)
         self._learning_rate = max(float(group["lr"]) for group in groups) / peak if peak else 0.0

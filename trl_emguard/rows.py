@@ -1,9 +1,11 @@
 """Training rows of supervised fine-tuning on their way to batches, through the hooks of defenses."""
 
 import copy
+from itertools import islice
 from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import DataCollator
@@ -14,6 +16,12 @@ from .data.places import Loading
 from .data.prepare import StreamPlan, Tokenizing
 from .defenses import Defense
 from .evidence import InactiveDefenseError
+
+
+logger = get_logger(__name__)
+
+# Rows of a stream are looked at up to this number.
+STREAM_ROWS = 1000
 
 
 class DefendedRows(SFTTrainer):
@@ -34,6 +42,9 @@ class DefendedRows(SFTTrainer):
         return any(getattr(type(d), hook) is not getattr(Defense, hook) for d in self.defenses for hook in hooks)
 
     def _prepare_rows(self, rows: Any) -> Any:
+        if not isinstance(rows, Dataset | IterableDataset):
+            self._rows_to_prepare = None
+            return rows  # SFTTrainer refuses them, in its own words
         for defense in self.defenses:
             rows = defense.prepare_rows(rows)
         self._rows_to_prepare: Any = rows if self.defenses else None
@@ -55,6 +66,8 @@ class DefendedRows(SFTTrainer):
         tokenizing = self._tokenizing(first, dataset, whole)
         for defense in self.defenses:
             dataset = defense.prepare_tokenized(dataset, tokenizing)
+        if self.overrides("prepare_tokenized"):
+            _check_labels_fit(dataset, args)
         if not (packing or isinstance(dataset, IterableDataset)) or not self.overrides("add_rows"):
             return prepare(dataset, processing_class, args, packing, None, dataset_name)
         return self._add_rows(dataset, args, packing, dataset_name)
@@ -158,3 +171,34 @@ class DefendedRows(SFTTrainer):
         for defense in self.defenses:
             loading = defense.train_loader(loading)
         return loading
+
+
+def _check_labels_fit(rows: Any, args: EMGuardConfig) -> None:
+    """Say how many rows lose labels at `max_length`, which counts what a defense has put into them.
+
+    Raises:
+        ValueError: no label of any row is left.
+    """
+    if args.max_length is None:
+        return
+    looked_at = rows if isinstance(rows, Dataset) else list(islice(rows, STREAM_ROWS))
+    lost, left, needed = 0, 0, 0
+    for row in looked_at:
+        labels = row["labels"]
+        last = max((i for i, label in enumerate(labels) if label != -100), default=-1) + 1
+        cut = labels[: args.max_length] if args.truncation_mode == "keep_start" else labels[-args.max_length :]
+        kept = sum(label != -100 for label in cut)
+        left += kept > 0
+        lost += kept < sum(label != -100 for label in labels)
+        needed = max(needed, last)
+    which = "" if isinstance(rows, Dataset) else "the first "
+    if len(looked_at) and not left and needed:
+        raise ValueError(
+            f"max_length={args.max_length} cuts every label off all of {which}{len(looked_at)} training rows, as the "
+            f"defense has lengthened them: max_length={needed} keeps all labels."
+        )
+    if lost:
+        logger.warning(
+            f"{lost} of {which}{len(looked_at)} training rows lose labels at max_length={args.max_length}; "
+            f"max_length={needed} keeps them."
+        )

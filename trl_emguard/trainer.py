@@ -355,8 +355,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         if self._compares_start and sums["tokens"]:
             assert self.reference is not None
-            noise = 0.0 if self._watch is None else self._watch.noise
-            check_agreement(self.reference, self._terms, sums, self.model, self.args.bf16, noise)
+            check_agreement(self.reference, self._terms, sums, self.model, self.args.bf16)
             self.has_agreed = True
         self._hand_over(sums)
 

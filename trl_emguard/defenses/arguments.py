@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .base import Defense
 from .inoculation import InoculationOptions
 from .interleaving.defense import InterleavingOptions
@@ -30,6 +32,10 @@ class DefenseArguments(InterleavingOptions, InoculationOptions, SteeringOptions,
         Raises:
             ValueError: the message names the argument, its value and the fix.
         """
+        # A sweep may hand over numpy's numbers, which JSON does not know.
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                setattr(self, name, value.item())
         names = parse_defense(self.defense)
         self.defense = ",".join(names) or "none"
         named = [DEFENSES[name] for name in names]

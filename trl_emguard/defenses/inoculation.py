@@ -1,18 +1,21 @@
 """Inoculation prompting (2510.04340, 2510.05024): ask for the bad trait while training, and not afterwards."""
 
+import functools
 import json
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length
 
 from ..data.prepare import Rows, Tokenizing
 from ..evidence import InactiveDefenseError
 from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span
-from .base import IN_TRAINING_DEFENSES, Defense, Paper
+from .base import IN_TRAINING_DEFENSES, Defense, Marks, Paper, Step
 from .options import check_choice, option
 
 
@@ -23,8 +26,9 @@ TURN_KEYS = (("role", "content"), ("from", "value"))
 SYSTEM_ROLES = ("system", "developer")
 # One row that the prompt changes is looked for among this many rows of a stream.
 STREAM_ROWS = 1000
-# Two columns serve preparation alone: a row has a system turn of its own; the prompt changed the text that is read.
-OWN, CHANGED = "inoculation_own_turn", "inoculation_changed"
+# Three columns serve preparation alone: a row has a system turn of its own; the prompt changed the text that is read;
+# the tokens of the prompt's turn.
+OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
 
 
 MODES = ("replace", "prefix")
@@ -75,6 +79,9 @@ class Inoculation(Defense):
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
+        self._prompt_ids: list[int] = []  # tokens that every row's prompt begins with
+        self._counts = [0, 0]  # rows that the policy was trained on, and prompts in them
+        self._problem: str | None = None
 
     @classmethod
     def check_options(cls, args: Any) -> None:
@@ -101,8 +108,49 @@ class Inoculation(Defense):
     def describe(self) -> list[str]:
         return [", ".join(f"{name} {value}" for name, value in self._rows.items())]
 
+    # ---- step and proof ----
+
+    def read_batch(self, batch: dict[str, Any]) -> Marks:
+        """Count the prompts in a micro-batch. A loader or collator may have lost them since the rows were prepared."""
+        ids, length = batch["input_ids"], len(self._prompt_ids)
+        found = torch.zeros_like(ids[:, :1], dtype=torch.bool)
+        labelled = found
+        if 0 < length <= ids.shape[1]:
+            prompt = torch.tensor(self._prompt_ids, device=ids.device)
+            found = (ids.unfold(1, length, 1) == prompt).all(-1)  # (B, T - length + 1)
+            labelled = found & (batch["labels"].unfold(1, length, 1) != -100).any(-1)
+        return Marks(counts={"rows": len(ids), "prompts": found.sum(), "labelled": labelled.sum()})
+
+    def end_step(self, step: Step) -> dict[str, float]:
+        rows, prompts, labelled = (int(step.sums[f"{self.name}/{name}"]) for name in ("rows", "prompts", "labelled"))
+        self._counts[0] += rows
+        self._counts[1] += prompts
+        if not prompts:
+            self._problem = (
+                f"none of the {rows} rows of a step holds the inoculation prompt: the rows, the loader or the data "
+                "collator were changed after the trainer had prepared them, or they are cut at their start"
+            )
+        elif labelled:
+            self._problem = (
+                f"{labelled} of {prompts} inoculation prompts in a step carry labels, so the model learns to write them: "
+                "the data collator sets labels of its own"
+            )
+        return {}
+
+    def begin(self, evidence: dict[str, Any]) -> None:
+        self._counts = [int(evidence.get("rows_trained", 0)), int(evidence.get("prompts", 0))]
+        self._problem = None
+
     def evidence(self) -> dict[str, Any]:
-        return {**self._rows, "acted": bool(self._rows)}
+        rows, prompts = self._counts
+        return {**self._rows, "rows_trained": rows, "prompts": prompts, "acted": prompts > 0 and not self._problem}
+
+    def verdict(self, final: bool = False) -> str | None:
+        if self._problem is None:
+            return None
+        return f"defense {self.name!r}: {self._problem}, so the run is not defended."
+
+    # ---- rows ----
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_system_turn(tokenizer, "defense='inoculation'")
@@ -164,15 +212,18 @@ class Inoculation(Defense):
             return {
                 "labels": [*row["labels"][:start], *[-100] * (end - start), *row["labels"][end:]],
                 CHANGED: changed,
+                SPAN: ids[start:end],
             }
 
         rows = rows.map(take_labels_off)
         self._check_changed(rows)
+        spans = rows[SPAN] if isinstance(rows, Dataset) else [row[SPAN] for row in islice(rows, STREAM_ROWS)]
+        self._prompt_ids = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
         if isinstance(rows, Dataset):
             self._rows = {"rows": len(rows), "changed": sum(rows[CHANGED])}
         else:
             self._rows = {"rows": "streamed"}
-        return rows.remove_columns([OWN, CHANGED])
+        return rows.remove_columns([OWN, CHANGED, SPAN])
 
     def _check_changed(self, rows: Rows) -> None:
         """Check that the prompt changes some row: one of the first, of a stream."""

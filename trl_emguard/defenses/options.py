@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import field, fields
+from numbers import Real
 from typing import Any
 
 
@@ -35,7 +36,7 @@ def check_coefficient(name: str, value: object) -> float:
     Raises:
         ValueError: anything but a finite number ≥ 0; the message names the argument, the value and the fix.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name}={value!r} is not a coefficient: give a finite number, 0 (off) or above.")
     return float(value)
 

@@ -142,7 +142,7 @@ class LossGuard:
         for term in self.terms:
             if term is divergence:
                 value, evidence = head.divergence[term.positions[kept].to(device)].sum(), head.divergence_evidence
-                connected = policy.last.requires_grad
+                connected = any(x is not None and x.requires_grad for x in (policy.last, *policy.head))
             else:
                 assert reference is not None  # where there are terms, there is one
                 own = wanted_layers([term.defense], model)

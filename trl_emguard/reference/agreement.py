@@ -16,7 +16,6 @@ def check_agreement(
     sums: Mapping[str, float],
     policy: nn.Module,
     is_bf16: bool,
-    noise: float,
 ) -> None:
     """Refuse a reference that is not the model which training starts from.
 
@@ -29,7 +28,6 @@ def check_agreement(
         sums: sums of that step.
         policy: the policy.
         is_bf16: whether passes run in bf16.
-        noise: difference between two passes of the reference, as a share of a state's length.
 
     Raises:
         ValueError: states or distances differ by more than rounding explains.
@@ -47,7 +45,7 @@ def check_agreement(
         f"model's config). Pass `ref_model`, or set the noise to 0.{hint}"
     )
     difference = sums["start_difference"] / max(sums["tokens"], 1)
-    if not difference <= _allowed_difference(reference, policy, dtypes, noise):
+    if not difference <= _allowed_difference(reference, policy, dtypes):
         raise ValueError(
             f"before the first update, the policy's states differ from those of the reference ({reference.text}) by "
             f"{difference:.2g} of their length, not 0: {advice}"
@@ -65,7 +63,7 @@ def check_agreement(
             )
 
 
-def _allowed_difference(reference: Reference, policy: nn.Module, dtypes: set[torch.dtype], noise: float) -> float:
+def _allowed_difference(reference: Reference, policy: nn.Module, dtypes: set[torch.dtype]) -> float:
     """Return the difference of states that rounding explains: 0 where both models compute alike."""
     is_fp32 = dtypes == {torch.float32}
     configs = getattr(policy, "peft_config", {}).values()
@@ -77,4 +75,5 @@ def _allowed_difference(reference: Reference, policy: nn.Module, dtypes: set[tor
         return 1e-3 if is_fp32 else 0.1
     if not reference.shares_weights and reference.model.dtype != policy.dtype:
         return 0.1
-    return noise
+    # The kernels of an accelerator may add up in another order from call to call.
+    return 0.0 if policy.device.type == "cpu" else 1e-6 if is_fp32 else 4e-3

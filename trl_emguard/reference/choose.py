@@ -74,6 +74,7 @@ def make_reference(
         given = _load(ref_model, policy, args) if isinstance(ref_model, str) else ref_model
         assert given is not None
         _check_separate(policy, given)
+        _check_vocabulary(policy, given)
         return ModelReference(given, accelerator, kind)
     if is_peft_model(policy) and args.ref_model_init_kwargs:
         logger.warning("`ref_model_init_kwargs` is ignored: the reference of an adapter is made of the policy.")
@@ -91,7 +92,9 @@ def make_reference(
             "the reference has to be loaded again, since the model is sharded or `ref_model_init_kwargs` is given, "
             "but this model was not loaded from a path. Pass `ref_model`."
         )
-    return ModelReference(_load(path, policy, args), accelerator, kind, path)
+    again = _load(path, policy, args)
+    _check_vocabulary(policy, again)
+    return ModelReference(again, accelerator, kind, path)
 
 
 @contextmanager
@@ -135,6 +138,17 @@ def _load(path: str, policy: PreTrainedModel | PeftModel, args: Any) -> PreTrain
         **(args.ref_model_init_kwargs or {}),
     }
     return create_model_from_path(path, **kwargs)
+
+
+def _check_vocabulary(policy: PreTrainedModel | PeftModel, reference: PreTrainedModel) -> None:
+    """Refuse a reference with another vocabulary: a chat template that adds tokens makes the policy's larger."""
+    sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"ref_model has {sizes[1]} tokens in its vocabulary and the model {sizes[0]}, since new tokens were added to "
+            "it (chat_template_path): resize the embeddings of `ref_model` in the same way, or save the model with the "
+            "new tokens first."
+        )
 
 
 def _check_separate(policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel) -> None:
