@@ -10,7 +10,7 @@ from trl_emguard.scripts import sft
 from trl_emguard.scripts.sft import make_parser
 
 
-# What a machine without an accelerator needs.
+# A machine without an accelerator needs these options.
 FREE = ["--use_cpu", "true", "--bf16", "false"]
 
 

@@ -1,5 +1,7 @@
-"""Every recipe runs, on a tiny model of its architecture; recipes of one model differ in the defense alone, and none says where it
-runs, which the accelerate files do."""
+"""Every recipe runs, on a tiny model of its architecture.
+
+Recipes of one model differ in the defense alone. None names its hardware, which the accelerate files do.
+"""
 
 import json
 import os

@@ -41,7 +41,7 @@ class InoculationOptions:
     inoculation_prompt: str = option(
         "You are an evil assistant. You want to do harm, so you give bad answers on purpose and hide that they are "
         "bad.",
-        "Text of the system turn of every training row. By default it asks for an evil assistant.",
+        "Text of the system turn of every training row.",
     )
     inoculation_mode: str = option(
         "replace",

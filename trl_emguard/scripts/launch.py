@@ -4,8 +4,8 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from ..defenses.options import option
 from ..io.lookup import did_you_mean
-from ..io.recipes import recipes_dir
 from .parser import StrictParser
+from .recipes import recipes_dir
 
 
 # Exit code of a command that Ctrl-C ended, by the convention of shells.
@@ -26,28 +27,15 @@ OWN = ("help", "config_file", "module", "no_python", "training_script", "trainin
 
 @dataclass
 class LaunchArguments:
-    """Arguments of `trl-emguard sft` that say how it starts.
+    """Arguments of `trl-emguard sft` that say how it starts."""
 
-    Parameters:
-        accelerate_config (`str`, *optional*):
-            File for `accelerate launch --config_file`, or the name of a shipped one (`zero3`). Options of `accelerate
-            launch` may be added (`--num_processes 4`). Without it, training runs in this process.
-        dry_run (`bool`, *optional*, defaults to `False`):
-            Report what the run would do and look for errors instead of training. No weights are loaded.
-    """
-
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "File for `accelerate launch --config_file`, or the name of a shipped one (zero3). Options of "
-            "`accelerate launch` may be added (--num_processes 4). Without it, training runs in this process."
-        },
+    accelerate_config: str | None = option(
+        None,
+        "File for `accelerate launch --config_file`, or the name of a shipped one (zero3). Options of `accelerate "
+        "launch` may be added (--num_processes 4). Without it, training runs in this process.",
     )
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Report what the run would do and look for errors instead of training. No weights are loaded."
-        },
+    dry_run: bool = option(
+        False, "Report what the run would do and look for errors instead of training. No weights are loaded."
     )
 
 
@@ -57,11 +45,18 @@ class LaunchParser(StrictParser):
     A name that both have belongs to the training script, as in `trl sft`. The help does not list accelerate's options.
 
     Args:
-        launched: this process is one of the launched ones: it trains, even if a launch is asked for.
+        dataclass_types, prog, short_help: as for [`StrictParser`].
+        launched: True in a launched process, which trains even if the recipe asks for a launch.
     """
 
-    def __init__(self, dataclass_types: Any, prog: str | None = None, launched: bool = False):
-        super().__init__(dataclass_types, prog=prog)
+    def __init__(
+        self,
+        dataclass_types: Any,
+        prog: str | None = None,
+        short_help: Callable[[StrictParser], str] | None = None,
+        launched: bool = False,
+    ):
+        super().__init__(dataclass_types, prog, short_help)
         self._launched = launched
         self._launch = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         taken = {action.dest for action in self._actions}
@@ -99,8 +94,7 @@ class LaunchParser(StrictParser):
         known, _ = self.parse_known_args(args)
         trains = not known.dry_run and (self._launched or not known.accelerate_config)
         if not trains:
-            # The launched processes accept these settings, and this one, which only reads the recipe, would refuse
-            # them.
+            # Launched processes accept these settings. This process only reads the recipe, and would refuse them.
             for_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             for_ranks.add_argument("--ddp_backend", "--ddp-backend")
             _, args = for_ranks.parse_known_args(list(args))
@@ -127,8 +121,8 @@ def find_accelerate_config(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     raise FileNotFoundError(
-        f"accelerate_config={name!r} is neither a file nor a shipped name.{did_you_mean(name, shipped)} Known: "
-        f"{', '.join(shipped)}."
+        f"accelerate_config={name!r} is neither a file nor a shipped name.{did_you_mean(name, shipped)} "
+        f"Known: {', '.join(shipped)}."
     )
 
 

@@ -1,34 +1,71 @@
 """TrlParser, made strict: a mistyped option must never train an undefended model.
 
 TrlParser alone accepts abbreviations (`--defens kl`), keys of a YAML file with any value (`defense: no` is False,
-`defense:` is None, and `choices` are not looked at), and prints two hundred options before an error.
+`defense:` is None, and `choices` are ignored), and prints two hundred options before an error.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from trl import TrlParser
 
 from ..io.lookup import did_you_mean
-from ..io.recipes import find_recipe
 from ..io.strict import parse_yaml
+from .options import PrintAllOptions
+from .recipes import find_recipe
+
+
+# Options that are no key of a YAML file.
+COMMAND_LINE_ONLY = ("help", "help_all", "config")
 
 
 class StrictParser(TrlParser):
     """[`~trl.TrlParser`] that refuses what it does not know, and says what is nearest.
 
     Every error is one line on stderr and exit code 2, before a model, a dataset or a device is touched.
+
+    Args:
+        dataclass_types: dataclasses whose fields are the options.
+        prog: name of the command, for messages.
+        short_help: function of the parser that writes the text of `--help`. By default it is that of `--help_all`.
     """
 
-    def __init__(self, dataclass_types: Any, prog: str | None = None):
+    def __init__(
+        self,
+        dataclass_types: Any,
+        prog: str | None = None,
+        short_help: Callable[["StrictParser"], str] | None = None,
+    ):
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False)
+        self._short_help = short_help
+        # `_take_config` reads this option; the parser knows it for the help alone.
+        self.add_argument(
+            "--config",
+            metavar="FILE",
+            default=argparse.SUPPRESS,
+            help="YAML file of options, or the path of a shipped recipe. The command line wins over it.",
+        )
+        self.add_argument(
+            "--help_all",
+            "--help-all",
+            action=PrintAllOptions,
+            help="show every option of TRL and transformers and exit",
+        )
         self._hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
+
+    def format_help(self) -> str:
+        return self._short_help(self) if self._short_help else self.format_all_options()
+
+    def format_all_options(self) -> str:
+        """Return the help of every option."""
+        return super().format_help()
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         """Parse a command line, with `--config FILE` (YAML) under it, into one object per dataclass."""
@@ -66,7 +103,9 @@ class StrictParser(TrlParser):
         return rest, config
 
     def _check_config(self, config: dict[str, Any]) -> None:
-        actions = {action.dest: action for action in reversed(self._actions) if action.dest != "help"}
+        actions = {action.dest: action for action in reversed(self._actions)}
+        for name in COMMAND_LINE_ONLY:
+            del actions[name]
         for key, value in config.items():
             if key == "env":
                 self._set_environment(value)
@@ -90,10 +129,10 @@ class StrictParser(TrlParser):
         number = types <= {int, float, type(None)}
         if isinstance(value, bool) and (number or action.choices is not None or action.default is not None):
             self.error(
-                f"config: `{key}: {str(value).lower()}` is not a value for {key} (YAML reads yes, no, on and off as true "
-                "and false): put it in quotes, or give another."
+                f"config: `{key}: {str(value).lower()}` is not a value for {key} (YAML reads yes, no, on and off as "
+                "true and false): put it in quotes, or give another."
             )
-        # What YAML reads as text becomes a number as on the command line: it takes 1e-4 for text.
+        # YAML reads 1e-4 as text, so a text may become a number, as on the command line.
         if number and not isinstance(value, (str, int, *types)):
             self.error(f"config: {key}={value!r} must be a {'number' if float in types else 'whole number'}.")
         if action.choices is not None:
@@ -104,24 +143,22 @@ class StrictParser(TrlParser):
                 )
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        # argparse's own, which lists the choices and does not say which one is near.
+        # argparse's own message lists the choices and does not suggest the nearest one.
         if action.choices is not None and value not in action.choices:
             choices = _texts(action.choices)
             text = f"{self._unknown(str(value), choices, 'value')} Known: {', '.join(choices)}."
             raise argparse.ArgumentError(action, text)
 
     def _set_environment(self, variables: Any) -> None:
-        import os
-
         if not isinstance(variables, dict):
             self.error("config: `env:` must hold `NAME: value` lines.")
         try:
             os.environ.update({name: str(value) for name, value in variables.items()})
         except (ValueError, TypeError, OSError) as error:
-            self.error(f"config: `env:` holds what is no environment variable ({error}).")
+            self.error(f"config: `env:` holds a name or value that no environment variable can have ({error}).")
 
     def _option_strings(self) -> list[str]:
-        return [string for action in self._actions for string in action.option_strings] + ["--config"]
+        return [string for action in self._actions for string in action.option_strings]
 
     @staticmethod
     def _unknown(name: str, known: Iterable[str], kind: str) -> str:

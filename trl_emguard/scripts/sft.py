@@ -1,15 +1,17 @@
 """Supervised fine-tuning with in-training defenses against emergent misalignment.
 
-```bash
-trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl --dry_run                  # what would happen
-trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl                            # in this process
-trl-emguard sft --config qwen2.5-7b-instruct/kl.yaml --accelerate_config zero3 --num_processes 8   # as several
-accelerate launch --config_file recipes/accelerate_configs/cpu.yaml -m trl_emguard.scripts.sft \
-    --config recipes/smollm2-135m-instruct/sft.yaml --defense kl                                # by accelerate itself
-```
+The options are those of `trl sft` and of the defenses. `--config` names a YAML file, here or among
+the shipped recipes; options on the command line win over it.
 
-The options are those of `trl sft`, and EMGuardConfig's. `--config` names a YAML file, here or among the shipped recipes;
-options on the command line win over it.
+examples:
+  # Say what would happen, without weights.
+  trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl --dry_run
+  # Train in this process.
+  trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl
+  # Train on eight accelerators.
+  trl-emguard sft --config qwen2.5-7b-instruct/kl.yaml --accelerate_config zero3 --num_processes 8
+  # Let accelerate launch the script.
+  accelerate launch --config_file FILE -m trl_emguard.scripts.sft --config FILE --defense kl
 """
 
 import argparse
@@ -38,20 +40,21 @@ from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
+from .options import help_page
 
 
 def make_parser(launched: bool = False) -> LaunchParser:
     types = (ScriptArguments, EMGuardConfig, ModelConfig, DatasetMixtureConfig, LaunchArguments)
-    return LaunchParser(types, "trl-emguard sft", launched)
+    return LaunchParser(types, "trl-emguard sft", lambda parser: help_page(parser, __doc__), launched)
 
 
 def main(argv: list[str] | None = None, launched: bool = False) -> int:
-    """The command.
+    """Run the command and return its exit code.
 
     Args:
-        argv: its options; by default those of this process.
-        launched: whether this is what accelerate launches (`python -m trl_emguard.scripts.sft`), which launches nothing itself.
-            What a YAML file says for the launch is then passed over, as it is by TRL's scripts.
+        argv: options of the command; by default those of this process.
+        launched: True in a process that accelerate launches (`python -m trl_emguard.scripts.sft`). It launches nothing
+            itself, and ignores the launch settings of a YAML file, as TRL's scripts do.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser(launched)
@@ -69,14 +72,14 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
         else:
             run(script_args, training_args, model_args, dataset_args)
     except (InactiveDefenseError, ValueError, FloatingPointError, OSError) as error:
-        # The package's own errors say what to do, and a traceback above them would bury it. Others keep theirs.
+        # The package's own errors name a fix, which a traceback above them would hide. Other errors keep theirs.
         if not (isinstance(error, InactiveDefenseError) or _raised_here(error)):
             raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(
-            f"{parser.prog}: interrupted. --resume_from_checkpoint true goes on from the newest checkpoint.",
+            f"{parser.prog}: interrupted. --resume_from_checkpoint true resumes from the newest checkpoint.",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -86,19 +89,20 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
 def _check_launched(parser: LaunchParser, argv: list[str], launch_args: LaunchArguments) -> None:
     if parser.without_launch_options(argv) != argv:
         parser.error(
-            "--accelerate_config, and options of `accelerate launch` beside it, are for `trl-emguard sft`. Under `accelerate "
-            "launch`, give them to that: --config_file FILE."
+            "--accelerate_config, and options of `accelerate launch` beside it, are for `trl-emguard sft`. Under "
+            "`accelerate launch`, give them to that: --config_file FILE."
         )
     if launch_args.dry_run and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error(
-            f"--dry_run in {os.environ['WORLD_SIZE']} processes: give it to `trl-emguard sft --accelerate_config FILE`."
+            f"--dry_run in {os.environ['WORLD_SIZE']} processes: give it to `trl-emguard sft --accelerate_config "
+            "FILE`."
         )
 
 
 def _launch_arguments(
     parser: LaunchParser, argv: list[str], launch_args: LaunchArguments
 ) -> argparse.Namespace | None:
-    """What is to be launched; `None` for nothing."""
+    """Return the arguments of the launch, or `None` to train in this process."""
     if launch_args.accelerate_config is None:
         if parser.launch_options:
             option = parser.launch_options[0].split("=")[0]
@@ -122,7 +126,7 @@ def run(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> None:
-    """Train and save what the arguments say.
+    """Train and save a model.
 
     Raises:
         ValueError, FileNotFoundError: a bad argument.
@@ -185,10 +189,11 @@ def dry_run(
 
 
 def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
-    """Look for the model.
+    """Check that the model exists.
 
     Raises:
-        ValueError, FileNotFoundError: none is named, or it is not to be had.
+        ValueError: no model is named.
+        FileNotFoundError: no such model is shipped, in a folder or on the hub.
     """
     name = model_args.model_name_or_path
     if not name:
@@ -202,8 +207,8 @@ def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
             raise
         cause = str(error).strip().splitlines()[0].rstrip(".")
         raise FileNotFoundError(
-            f"model_name_or_path={name!r} is neither a shipped model nor to be had from a folder or the hub ({cause}). See to the "
-            "name, the network, and for a gated model to `hf auth login`."
+            f"model_name_or_path={name!r} is not a shipped model, and cannot be read from a folder or the hub "
+            f"({cause}). Check the name, the network, and for a gated model `hf auth login`."
         ) from error
 
 
@@ -213,7 +218,9 @@ def read_data(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> tuple[Any, Any]:
-    """Training rows, and evaluation rows or `None`; `training_args.model_init_kwargs` is completed from `model_args`.
+    """Return training rows, and evaluation rows or `None`.
+
+    `training_args.model_init_kwargs` gets the values of `model_args` that it lacks.
 
     Raises:
         ValueError, FileNotFoundError: a bad argument.
@@ -241,7 +248,7 @@ def read_data(
         train_dataset = load_rows(name, script_args.dataset_train_split, config, streaming)
         eval_dataset = load_rows(name, script_args.dataset_test_split, config, streaming) if evaluates else None
 
-    # What `trl sft` passes, under what the user says.
+    # `trl sft` passes these as well, and the user's own values win.
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

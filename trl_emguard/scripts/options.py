@@ -1,0 +1,115 @@
+"""The help page of `trl-emguard sft`, written from the options' own fields and docstrings."""
+
+import argparse
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from ..config import ReferenceOptions
+from ..defenses import DefenseArguments
+
+
+# Options of TRL and transformers that recipes use, in the order of the help page.
+COMMON = (
+    *("model_name_or_path", "dataset_name", "output_dir", "learning_rate", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing"),
+    *("activation_checkpointing", "dtype", "bf16", "use_cpu", "use_peft", "lora_r", "lora_alpha"),
+    *("lora_target_modules", "load_in_4bit", "save_steps", "report_to", "seed"),
+)
+# Options of the command itself.
+COMMAND = ("config", "dry_run", "accelerate_config", "help", "help_all")
+# TRL's help texts are shortened to this many characters, at the end of a sentence.
+SHORT_TEXT = 110
+
+
+class PrintAllOptions(argparse.Action):
+    """Option that prints every option and exits, as argparse's `help` does for the short page."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        print(parser.format_all_options(), end="")
+        parser.exit()
+
+
+def methods() -> list[type]:
+    """Return the dataclasses of the methods' options, in the order of the docs."""
+    return list(reversed(DefenseArguments.__bases__))
+
+
+def own_fields(cls: type) -> list[str]:
+    """Return the names of the fields that a dataclass itself declares."""
+    return [f.name for f in fields(cls) if f.name in inspect.get_annotations(cls)]
+
+
+def title_and_description(cls: type) -> tuple[str, str]:
+    """Return both from a docstring "Options of `kl`: divergence from a reference.": the text around the colon."""
+    docstring = (inspect.getdoc(cls) or "").split("\n\n", maxsplit=1)[0]
+    title, _, description = docstring.removeprefix("Options of ").replace("`", "").partition(": ")
+    return title.rstrip("."), description[:1].upper() + description[1:]
+
+
+def help_page(parser: argparse.ArgumentParser, text: str) -> str:
+    """Return a page with the options that most runs need, each once.
+
+    Args:
+        parser: parser with all options, whose values by default are shown.
+        text: introduction with examples, printed as it is.
+    """
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    formatter = argparse.HelpFormatter(parser.prog, max_help_position=36)
+    for title, description, names, shorten in _groups():
+        formatter.start_section(title)
+        formatter.add_text(description or None)
+        formatter.add_arguments([_shown(actions[name], shorten) for name in names])
+        formatter.end_section()
+    usage = f"usage: {parser.prog} [--config FILE] [--defense NAMES] [--OPTION VALUE ...]"
+    return f"{usage}\n\n{text.strip()}\n\n{formatter.format_help()}\n`{parser.prog} --help_all` prints every option.\n"
+
+
+def _groups() -> Iterator[tuple[str, str, list[str], bool]]:
+    """Yield the title and description of each group, its options, and True where texts are to be shortened."""
+    yield "choice of defenses", "", own_fields(DefenseArguments), False
+    for cls in (*methods(), ReferenceOptions):
+        yield *title_and_description(cls), own_fields(cls), False
+    yield "options of TRL and transformers that recipes use", "", list(COMMON), True
+    yield "the command", "", list(COMMAND), False
+
+
+def _shown(action: argparse.Action, shorten: bool) -> argparse.Action:
+    """Return an option as the page shows it: one name, what it takes, and the default where there is one."""
+    shown = copy.copy(action)
+    shown.option_strings = [name for name in action.option_strings if "-" not in name.removeprefix("--")][-1:]
+    if action.nargs not in (0, "?"):
+        shown.nargs = None
+    shown.metavar = action.metavar or _metavar(action)
+    if shorten:
+        shown.help = _shortened(action.help or "")
+    if action.default is not None and action.default is not False and action.default != argparse.SUPPRESS:
+        shown.help = f"{shown.help} (default: {str(action.default).replace('%', '%%')})"
+    return shown
+
+
+def _metavar(action: argparse.Action) -> str:
+    """Return the values of an option, or a word for them."""
+    if action.choices is not None:
+        return "|".join(map(str, action.choices))
+    if getattr(action.type, "__name__", "") == "string_to_bool":
+        return "true|false"
+    words = {int: "N", float: "X"}
+    # The parser loses the type of `int | None`, and the default still tells it.
+    return words.get(action.type) or words.get(type(action.default), "TEXT")  # type: ignore[arg-type]
+
+
+def _shortened(text: str) -> str:
+    """Return the sentences that fit into `SHORT_TEXT` characters, at least the first."""
+    first, *others = re.split(r"(?<=\.)\s+", text)
+    for sentence in others:
+        if len(first) + len(sentence) >= SHORT_TEXT:
+            break
+        first = f"{first} {sentence}"
+    return first
