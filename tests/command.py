@@ -1,4 +1,4 @@
-"""What tests of `trl-emguard sft` share: the files that a run is made of, and its command line."""
+"""Parts that the tests of `trl-emguard sft` share: the files that a run reads, and its command line."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -14,7 +14,7 @@ from trl_emguard.evidence import PATIENCE, EvidenceLedger
 
 
 def detach_term(monkeypatch, defense):
-    """What the literature's LDIFS did: a value, and no gradient."""
+    """Give a term a value and no gradient, as the literature's LDIFS had."""
     if defense == "ldifs":
         from trl_emguard.defenses import LDIFS
 

@@ -252,7 +252,8 @@ def test_a_hook_that_does_not_fire_stops_the_run_in_the_first_step(tmp_path, fil
 
 
 def test_the_reference_is_never_steered(tmp_path, file, vectors):
-    """KL at step 0 is that of the steered policy to the plain model; LDIFS compares what the blocks themselves return."""
+    """KL at step 0 is that of the steered policy to the plain model; LDIFS compares what the blocks themselves
+    return."""
     trainer = make_trainer(
         tmp_path,
         peft=lora(),
@@ -452,8 +453,8 @@ def test_a_named_subclass_steers(tmp_path, file):
 
 
 def test_response_tokens_in_padding_free_batches(tmp_path, file):
-    """Padding-free rows, of which several make one sequence, are steered at the positions that predict a label, as padded ones
-    are."""
+    """Padding-free rows, of which several make one sequence, are steered at the positions that predict a label, as
+    padded ones are."""
     rows = Dataset.from_list(make_rows(4).to_list())
     losses = []
     for more in ({}, {"padding_free": True}):

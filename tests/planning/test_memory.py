@@ -1,4 +1,5 @@
-"""The formula for memory and network: what it counts is there, it divides what an engine divides, and measurements are near."""
+"""The formula for memory and network: what it counts is there, it divides what an engine divides, and measurements
+are near."""
 
 import shutil
 import sys
@@ -194,7 +195,7 @@ def test_the_page_is_what_was_measured(tmp_path):
 
 
 def test_the_csv_is_the_formulas(llama):
-    """Of one shape: whoever changes the formula, runs the benchmark again."""
+    """Compare one shape. A change of the formula needs a new run of the benchmark."""
     rows = scaling.pick(scaling.read_csv(scaling.RESULTS / "memory-formula.csv"), shape="Qwen2.5-7B", tuning="lora")
     assert len(rows) == len(scaling.ENGINES) * len(scaling.DEFENSES)
     model = scaling.meta_model("Qwen2.5-7B", "lora")

@@ -19,7 +19,8 @@ FREE = ["--use_cpu", "true", "--bf16", "false"]
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What `accelerate launch` was given instead of launching it, as (its namespace, the training script's command line)."""
+    """Collect the arguments of `accelerate launch` instead of launching: its namespace, and the script's command
+    line."""
     calls = []
 
     def launch(arguments):
@@ -219,6 +220,7 @@ def command(tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_two_ranks_train_as_one(command, tmp_path):
     """The same global batch: half of it on each of two launched ranks, against all of it in this process."""
     losses = {}
@@ -239,7 +241,10 @@ def test_two_ranks_train_as_one(command, tmp_path):
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [[], ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]])
+@pytest.mark.parametrize(
+    "ranks",
+    [[], pytest.param(["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], marks=pytest.mark.long)],
+)
 def test_what_goes_wrong_in_a_rank_is_the_commands_exit_code(command, tmp_path, ranks):
     done = command("--output_dir", "out", "--accelerate_config", "cpu", *ranks, "--model_name_or_path", "./missing")
     assert done.returncode == 1

@@ -10,7 +10,7 @@ from trl_emguard.scripts.recipes import find_recipe, recipes_dir
 from trl_emguard.scripts.sft import make_parser
 
 
-# What a machine without an accelerator needs.
+# Options that a machine without an accelerator needs.
 FREE = ["--use_cpu", "true", "--bf16", "false"]
 
 
@@ -92,7 +92,8 @@ def test_command_line_options(parse):
     ],
 )
 def test_cache_reference_left_out_is_neither(parse, argv, value):
-    """What a sweep has kept is used by its other runs, on the command line alone: in Python it is switched off by default."""
+    """What a sweep has kept is used by its other runs, on the command line alone: in Python it is switched off by
+    default."""
     assert parse("--defense", "kl", *argv)["cache_reference"] is value
     assert EMGuardConfig("unused", use_cpu=True, bf16=False).cache_reference is False
 

@@ -37,7 +37,10 @@ def make_trainer(path, tmp_path, rows, **options):
 
 
 def test_a_defended_run(path, tmp_path):
-    """Both terms are 0 before the policy moves and above 0 after; CE is the answers' likelihood under stock transformers."""
+    """Both terms are 0 before the policy moves and above 0 after.
+
+    CE is the answers' likelihood under stock transformers.
+    """
     trainer = make_trainer(path, tmp_path, 4, max_steps=2, per_device_train_batch_size=4)
     trainer.train()
     for term in ("kl", "ldifs"):
@@ -65,8 +68,10 @@ def test_equals_the_float64_twin(path, tmp_path):
 
 
 def test_the_shipped_vector_separates_held_out_prompts(path):
-    """It is of this very model, and at its layer it tells the prompts that ask for the trait from their opposites; random vectors
-    with its norms do not."""
+    """The vector tells prompts that ask for the trait from their opposites, at its layer of this very model.
+
+    Random vectors with its norms do not.
+    """
     vector, trait = load_vector("smollm2-135m-instruct-evil"), load_trait("evil")
     model, tokenizer = load_model(path)
     assert vector.check_model(model) > 200
