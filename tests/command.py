@@ -30,6 +30,7 @@ def make_argv(inputs: Path, *more: Any, **options: Any) -> list[str]:
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "use_cpu": "true",
+        "activation_checkpointing": "true",  # TRL's default, by the name that transformers keeps
         "bf16": "false",
         "use_peft": "true",
         "lora_r": 4,

@@ -419,6 +419,7 @@ def test_options(tmp_path, options, message):
         config(tmp_path, defense="inoculation", **options)
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 def test_a_cut_that_would_take_the_prompt_away(tmp_path):
     rows = make_data("messages", False)
     with pytest.raises(

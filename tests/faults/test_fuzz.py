@@ -39,6 +39,7 @@ from trl_emguard.scripts import persona as persona_script
 # A damaged file may well look odd to the libraries that read it.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning"),
 ]
 TOTAL, SLICE = 2000, 200

@@ -67,6 +67,7 @@ def test_equals_the_float64_twin(path, tmp_path):
     assert relative_error(gradients, expected) < 1e-5
 
 
+@pytest.mark.long
 def test_the_shipped_vector_separates_held_out_prompts(path):
     """The vector tells prompts that ask for the trait from their opposites, at its layer of this very model.
 
@@ -90,6 +91,7 @@ def test_the_shipped_vector_separates_held_out_prompts(path):
     assert sum(controls) / 20 < 0.8
 
 
+@pytest.mark.long
 def test_a_steered_run(path, tmp_path):
     """CE of the first step is that of the model with the vector added by hand."""
     vector = load_vector("smollm2-135m-instruct-evil")

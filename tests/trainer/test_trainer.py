@@ -4,6 +4,7 @@ import inspect
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -50,9 +51,13 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("off", OFF)
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("checkpointing", "tuning", "off"),
+    [
+        pytest.param(*run, marks=[] if run[:2] in ((True, "lora"), (False, "full")) else pytest.mark.long)
+        for run in product((True, False), ("lora", "full"), OFF)
+    ],
+)
 def test_off_is_sft_bit_for_bit(tmp_path, off, tuning, checkpointing):
     """Compare losses and weights after five steps, with LoRA dropout on, so that the random state is compared as
     well."""
