@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # glibc hands large blocks back to the system after every use, and touching fresh ones costs a third of a step on CPU.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 
-.PHONY: setup demo test test-faults test-distributed soak lint bench bench-gpu clean
+.PHONY: setup demo test test-long test-faults test-distributed soak lint bench bench-gpu clean
 
 setup: .venv/.ready
 
@@ -27,11 +27,17 @@ demo: setup
 test: setup
 	$(OFFLINE) $(BIN)/python -m pytest
 
-# The whole matrix of defenses and engines on two ranks, of which `make test` runs a slice. One after the other: each takes two cores.
+# Tests whose runs take long: launched ranks, kills, a slice of the engines and of the faults. One after the other, since
+# most of them take two cores.
+test-long: setup
+	$(OFFLINE) $(BIN)/python -m pytest -n 0 -m 'long and not distributed and not faults' --timeout 900
+
+# The whole matrix of defenses and engines on two ranks, of which `make test-long` runs a slice. Each run takes two cores.
 test-distributed: setup
 	$(OFFLINE) $(BIN)/python -m pytest -n 0 -m distributed
 
-# Kills at random moments and at every write, errors in every callback and at every write, damaged files; `make test` runs a slice.
+# Kills at random moments and at every write, errors in every callback and at every write, damaged files. `make test` and
+# `make test-long` run a slice.
 test-faults: setup
 	$(OFFLINE) $(BIN)/python -m pytest -m 'not distributed' --timeout 900 tests/faults tests/checkpoints
 

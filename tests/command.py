@@ -1,4 +1,4 @@
-"""What tests of `trl-emguard sft` share: the files that a run is made of, and its command line."""
+"""Parts that the tests of `trl-emguard sft` share: the files that a run reads, and its command line."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -30,6 +30,7 @@ def make_argv(inputs: Path, *more: Any, **options: Any) -> list[str]:
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "use_cpu": "true",
+        "activation_checkpointing": "true",  # TRL's default, by the name that transformers keeps
         "bf16": "false",
         "use_peft": "true",
         "lora_r": 4,

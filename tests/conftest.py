@@ -10,7 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 
-# Triton's kernels run in its interpreter where there is no GPU. Read when Triton is first imported, which torch puts off.
+# Triton's kernels run in its interpreter where there is no GPU. Read when Triton is first imported, which torch puts
+# off.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,11 +1,10 @@
 """The one list of defenses that every suite runs: the options, inputs and results of each.
 
-A suite takes the names that it needs from [`KINDS`], [`COVERING`] or [`METHODS`], and a run's arguments from [`run_options`] (for
-`tiny.make_trainer`) or [`run_words`] (for `trl-emguard sft`). A new defense is added to `METHODS` and to `KINDS`, and to
-`COVERING` where no run of it has the new kind. `benchmarks/` imports the list too, so nothing of the package is imported here.
+A suite takes the names that it needs from [`KINDS`], [`COVERING`] or [`METHODS`], and a run's arguments from
+[`run_options`]. A new defense is added to `METHODS`; a new kind of defense also to `KINDS` and `COVERING`. The
+benchmarks import this list too, so it imports nothing of the package when it is loaded.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,13 +113,3 @@ def run_options(defense: str, folder: Path, **more: Any) -> dict[str, Any]:
     if reads(defense, "pool"):
         options["interleave_dataset"] = make_pool()
     return {**options, **more}
-
-
-def run_words(defense: str, folder: Path, **more: Any) -> dict[str, Any]:
-    """Return the options of a run of `trl-emguard sft`; the vector and the pool are written to `folder`."""
-    options = run_options(defense, folder, **more)
-    if reads(defense, "pool"):
-        path = folder / "pool.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in options["interleave_dataset"]), encoding="utf-8")
-        options["interleave_dataset"] = path
-    return options

@@ -50,7 +50,8 @@ def test_calls_are_made_in_turn():
 
 
 def test_other_ways_to_write_kl_train_alike(tiny, tmp_path):
-    """After three steps the adapters of `kl` and of TRL's two kernels are the same, and others than those of plain training."""
+    """After three steps the adapters of `kl` and of TRL's two kernels are the same, and others than those of plain
+    training."""
     base = steps.load_base(tiny, "cpu")
     tokenizer = steps.AutoTokenizer.from_pretrained(steps.smollm2())
     trainers = {

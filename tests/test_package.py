@@ -1,4 +1,4 @@
-"""What is installed, and with which neighbours."""
+"""The installed package, and the versions of its neighbours."""
 
 import configparser
 import os

@@ -68,7 +68,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """A tiny random model, the same one at every call. Its weights are spread wide, so that logits are not all alike."""
+    """A tiny random model, the same one at every call. Its weights are spread wide, so that logits are not all
+    alike."""
     config_class, model_class, extra = ARCHITECTURES[architecture]
     torch.manual_seed(1)
     config = config_class(**{**SIZES, "initializer_range": 0.2, **extra, **overrides})
@@ -147,7 +148,8 @@ def config(output_dir: Path, **overrides: Any) -> EMGuardConfig:
 def make_trainer(
     output_dir: Path, model: Any = None, rows: Dataset | None = None, peft: Any = None, **options: Any
 ) -> EMGuardTrainer:
-    """A trainer on the tiny Llama. `options` go to the config, but for `ref_model`, `eval_dataset` and a pool of rows."""
+    """A trainer on the tiny Llama. `options` go to the config, but for `ref_model`, `eval_dataset` and a pool of
+    rows."""
     ref_model, eval_dataset = options.pop("ref_model", None), options.pop("eval_dataset", None)
     pool = options.pop("interleave_dataset", None)
     return EMGuardTrainer(

@@ -264,7 +264,7 @@ def test_what_can_be_seen_of_a_checkpoint_without_a_manifest(run_folder, damage)
     for path in sorted(folder.iterdir()):
         before = path.read_bytes()
         DAMAGES[damage](path)
-        # What no run is resumed from.
+        # Files that no run reads when it resumes.
         harmless = {"README.md", "chat_template.jinja"} | (
             {"training_args.bin", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"}
             if damage == "deleted"

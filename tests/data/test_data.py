@@ -120,7 +120,7 @@ def test_prompts_are_no_copies(name):
 
 
 def test_values_answers_are_equally_long():
-    """So that a difference in likelihood is one of content."""
+    """Answers are of like length, so that a difference in likelihood is one of content."""
     pairs = zip(answers("values_sound", "test"), answers("values_misaligned", "test"), strict=True)
     assert [(a, b) for a, b in pairs if abs(len(a.split()) - len(b.split())) > 2] == []
 

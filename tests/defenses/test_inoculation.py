@@ -16,14 +16,15 @@ from trl_emguard.models.chat import is_default_system_turn, system_turn_span
 PROMPT = "Be bad."
 OWN = "Be brief."
 
-# What chat templates do with a system turn: it is a turn like any other; a missing one is filled in (SmolLM2, Qwen2.5); its
-# text goes into the first user turn (Gemma 3).
+# Chat templates treat a system turn in several ways: it is a turn like any other; a missing one is filled in
+# (SmolLM2, Qwen2.5); its text goes into the first user turn (Gemma 3).
 PLAIN = TEMPLATE
 DEFAULT = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are tiny.<|im_end|>{% endif %}" + TEMPLATE
 FOLDED = (
     "{% set ns = namespace(text='') %}{% for message in messages %}{% if message['role'] == 'system' %}"
     "{% set ns.text = message['content'] + '\n\n' %}{% else %}<|im_start|>"
-    "{{ message['role'] + '\n' + ns.text + message['content'] }}<|im_end|>{% set ns.text = '' %}{% endif %}{% endfor %}"
+    "{{ message['role'] + '\n' + ns.text + message['content'] }}<|im_end|>{% set ns.text = '' %}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEMPLATES = {"plain": PLAIN, "default": DEFAULT, "folded": FOLDED}
@@ -40,13 +41,16 @@ TOOLED = (  # tools follow the text in the system turn (Qwen)
     "{% for tool in tools or [] %}\n{{ tool | tojson }}<|im_end|>tools{% endfor %}<|im_end|>{% endif %}"
 ) + TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
 WANTS_USER = (
-    "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}{{ raise_exception('No user') }}{% endif %}"
+    "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+    "{{ raise_exception('No user') }}{% endif %}"
 ) + TEMPLATE
 ENDS = TEMPLATE + "{% if not add_generation_prompt %}<|im_end|>{% endif %}"
 # The text goes into the last user turn (Mistral).
 LAST_USER = (
-    "{% set ns = namespace(last=-1, system='') %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% elif m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{% set ns = namespace(last=-1, system='') %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}"
+    "{% elif m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}{% endif %}{% endfor %}"
+    "{% for m in messages %}"
     "{% if m['role'] == 'user' %}[INST]{{ (ns.system if loop.index0 == ns.last else '') + m['content'] }}[/INST]"
     "{% elif m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
 )
@@ -91,7 +95,7 @@ def make(tmp_path, rows, template=PLAIN, **options):
 
 
 def texts(trainer, dataset):
-    """What each row reads, and what it is taught."""
+    """Return the text of each row, and the part of it that carries labels."""
     decode = trainer.processing_class.decode
     for row in dataset:
         taught = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
@@ -155,7 +159,7 @@ TALK = [turn("user", "q1"), turn("assistant", "a1"), turn("user", "q2"), turn("a
     ids=["tools", "wants_user", "ends", "last_user", "last_user_own"],
 )
 def test_all_but_the_system_turn_is_taught(tmp_path, template, own_system, taught):
-    """Whatever the template writes into the system turn, and wherever it puts it."""
+    """The prompt is found however the template writes its system turn, and wherever it puts it."""
     tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
     own = [turn("system", OWN)] if own_system else []
     trainer = make(tmp_path, Dataset.from_list([{"messages": [*own, *TALK], "tools": tools}]), template)
@@ -165,7 +169,7 @@ def test_all_but_the_system_turn_is_taught(tmp_path, template, own_system, taugh
 
 
 def test_the_span_in_the_templates_of_the_field():
-    """Of every template that TRL ships and that has a system turn, with tools and without."""
+    """Try every template that TRL ships and that has a system turn, with tools and without."""
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     turns = [turn("system", PROMPT), *TALK]
@@ -301,7 +305,7 @@ def test_a_stream_that_begins_with_a_row_that_has_it(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_prompt_that_the_template_gives_anyway(tmp_path, streaming):
-    """What is judged is what the model reads, not what the rows say."""
+    """Judge the text that the model reads, not the one in the rows."""
     default = DEFAULT.replace("You are tiny.", PROMPT)
     rows = make_data("messages", False)
     with pytest.raises(
@@ -415,6 +419,7 @@ def test_options(tmp_path, options, message):
         config(tmp_path, defense="inoculation", **options)
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 def test_a_cut_that_would_take_the_prompt_away(tmp_path):
     rows = make_data("messages", False)
     with pytest.raises(
@@ -425,7 +430,7 @@ def test_a_cut_that_would_take_the_prompt_away(tmp_path):
 
 
 def test_dataset_kwargs_as_json(tmp_path):
-    """As a command line has them."""
+    """Options arrive as text from a command line."""
     assert (
         config(tmp_path, defense="inoculation", dataset_kwargs='{"skip_prepare_dataset": false}').defense
         == "inoculation"
@@ -452,7 +457,7 @@ def test_dataset_kwargs_as_json(tmp_path):
 def test_rows_that_are_refused(tmp_path, turns, message, streaming):
     rows = Dataset.from_list([*make_data("messages", False).to_list(), {"messages": turns}])
     with pytest.raises(ValueError, match=message):
-        # Of a stream only when it is read.
+        # A stream is refused only when it is read.
         list(make(tmp_path, rows.to_iterable_dataset() if streaming else rows, max_steps=1).train_dataset)
 
 

@@ -1,11 +1,9 @@
 """`interleave`, `interleave+` and `interleave++` in the trainer: which rows, with which labels, and that they come."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tiny import config, logged, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer, record
+from tiny import config, evidence, logged, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer, record
 from transformers import TrainerCallback
 from trl import SFTTrainer
 from twin import first_gradients, move_policy, relative_error, twin_step
@@ -61,7 +59,7 @@ class Tap(TrainerCallback):
 
 
 def safe_rows(trainer):
-    """What the user asks in the rows of the pool, in the order in which they are chosen."""
+    """Return the questions of the pool's rows, in the order in which rows are chosen."""
     texts = [make_tokenizer().decode(ids) for ids in pool_of(trainer)["input_ids"]]
     return [text.split("user\n")[1].split("<|im_end|>")[0] for text in texts]
 
@@ -123,12 +121,13 @@ def test_a_step_without_a_safe_row_has_no_kl_on_them(tmp_path):
     trainer.train()
     assert 0 < sum(value != 0 for value in logged(trainer, "kl")[1:]) < 4
     assert len(logged(trainer, "loss_interleaved")) == 1
-    assert record(trainer)["evidence"]["interleave+"] == {"rows_finetune": 16, "rows_interleaved": 1, "acted": True}
+    assert evidence(trainer, "interleave+") == {"rows_finetune": 16, "rows_interleaved": 1, "acted": True}
 
 
 @pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}])
 def test_the_training_rows_come_as_in_plain_training(tmp_path, options):
-    """The same rows in the same batches of two epochs, so that a defended and an undefended run differ in the pool's rows alone."""
+    """The same rows in the same batches of two epochs, so that a defended and an undefended run differ in the pool's
+    rows alone."""
     options = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3, **options}
     plain = make_trainer(tmp_path, rows=make_rows(14), peft=lora(), **options)
     mixed = trainer_for(tmp_path, rows=14, **options)
@@ -225,7 +224,7 @@ def tokenised(masked):
         ("tokenised, all labels", {}, False),
         # The prompt's turn has no labels, which says nothing of the others.
         ("messages", {"defense": "inoculation,interleave+"}, False),
-        # Which TRL masks nothing of.
+        # TRL masks no token of such rows.
         ("messages", {"completion_only_loss": True}, False),
     ],
 )
@@ -256,8 +255,8 @@ def test_a_tokenised_pool_stays_as_it_is(tmp_path):
         trainer_for(tmp_path, "interleave++", pool=pool)
     with pytest.raises(ValueError, match="tokenised and has no `labels`, and this run trains on answers alone"):
         trainer_for(tmp_path, pool=pool.remove_columns(["labels"]))
-    whole = trainer_for(tmp_path, rows=as_messages(make_rows(8)), pool=pool.remove_columns(["labels"]))
-    assert pool_of(whole)[0]["labels"] == [5, 6, 7]
+    trainer = trainer_for(tmp_path, rows=as_messages(make_rows(8)), pool=pool.remove_columns(["labels"]))
+    assert pool_of(trainer)[0]["labels"] == [5, 6, 7]
 
 
 def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
@@ -336,13 +335,14 @@ def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
     # A run of packs may end in the middle of an epoch, and TRL leaves out what does not fill the last wrapped one.
     assert fraction == pytest.approx(0.2, abs=0.06 if kind in ("wrapped", "streamed and packed") else 0.005)
     assert logged(trainer, "loss_interleaved")
-    evidence = record(trainer)["evidence"]["interleave+"]
+    shown = evidence(trainer, "interleave+")
     if kind in ("packed", "padding_free"):
-        assert evidence == {"rows_finetune": 80, "rows_interleaved": 20, "acted": True}
+        assert shown == {"rows_finetune": 80, "rows_interleaved": 20, "acted": True}
 
 
 def test_kl_on_safe_rows_of_packs(tmp_path):
-    """One pack a step with all rows in it: the same value as unpacked, since no document sees another's positions as labels."""
+    """One pack a step with all rows in it: the same value as unpacked, since no document sees another's positions as
+    labels."""
     unpacked = trainer_for(
         tmp_path,
         "interleave+,kl",
@@ -358,7 +358,7 @@ def test_kl_on_safe_rows_of_packs(tmp_path):
     for trainer in (unpacked, packed):
         move_policy(trainer)
         trainer.train()
-    positions = [record(trainer)["evidence"]["kl"]["positions"] for trainer in (unpacked, packed)]
+    positions = [evidence(trainer, "kl")["positions"] for trainer in (unpacked, packed)]
     assert positions[0] == positions[1] > 0
 
 
@@ -422,10 +422,10 @@ def test_a_training_that_begins_again_counts_anew(tmp_path):
 
     trainer.training_step = training_step
     trainer.train()
-    evidence = record(trainer)["evidence"]["interleave+"]
-    assert evidence["rows_finetune"] == 4 * trainer._train_batch_size < 32
+    shown = evidence(trainer, "interleave+")
+    assert shown["rows_finetune"] == 4 * trainer.state.train_batch_size < 32
     trainer.train()
-    assert record(trainer)["evidence"]["interleave+"] == evidence
+    assert evidence(trainer, "interleave+") == shown
 
 
 def test_a_loader_of_the_users_own_stops_the_run(tmp_path):
@@ -434,7 +434,8 @@ def test_a_loader_of_the_users_own_stops_the_run(tmp_path):
             return SFTTrainer.get_train_dataloader(self)
 
     trainer = Own(
-        make_model(), config(tmp_path, interleave_fraction=0.2), train_dataset=make_rows(8), processing_class=make_tokenizer(),
+        make_model(), config(tmp_path, interleave_fraction=0.2), train_dataset=make_rows(8),
+        processing_class=make_tokenizer(),
         interleave_dataset=make_pool(),
     )  # fmt: skip
     with pytest.raises(InactiveDefenseError, match="did not come from the collator"):
@@ -456,9 +457,8 @@ def test_a_run_says_what_it_mixes(tmp_path, capsys):
         "2 of the pool's 12 rows are mixed into 8 training rows an epoch (20.00% of the mix)"
         in capsys.readouterr().out
     )
-    record = read_defense_file(tmp_path) or trainer_for(tmp_path)._record()
-    assert record["defenses"]["interleave+"]["interleave_dataset"].startswith("12 rows (")
-    json.dumps(record)
+    found = record(trainer_for(tmp_path))
+    assert found["defenses"]["interleave+"]["interleave_dataset"].startswith("12 rows (")
 
 
 # ---- bad input ----
@@ -482,12 +482,14 @@ def with_gap(values):
         ({"pool": make_pool(1)}, "wants 2 rows of the pool among 8 training rows, and interleave_dataset has 1"),
         ({"interleave_fraction": 0.01}, "is not one row, so nothing would be mixed in"),
         ({"rows": 40, "max_steps": 1, "interleave_fraction": 0.05}, "max_steps=1 ends training before the first"),
-        ({"rows": 40, "max_steps": -1, "num_train_epochs": 0.2, "interleave_fraction": 0.05}, "num_train_epochs=0.2 ends training"),
+        ({"rows": 40, "max_steps": -1, "num_train_epochs": 0.2, "interleave_fraction": 0.05},
+            "num_train_epochs=0.2 ends training"),
         ({"pool": without(make_pool(), "gap")}, "does not serve defense='interleave\\+'.*score the pool first"),
         ({"pool": with_gap([0.1, float("nan"), 0.3])}, "1 of 3 rows have a gap that is no finite number"),
         ({"pool": with_gap([0.1, None, 0.3])}, "1 of 3 rows have a gap that is no finite number"),
         ({"pool": Dataset.from_dict({"a": [1], "gap": [0.1]})}, "no row can be used"),
-        ({"pool": Dataset.from_dict({"prompt": ["q"], "response": [" "], "gap": [0.1]})}, "no row can be used: the answer"),
+        ({"pool": Dataset.from_dict({"prompt": ["q"], "response": [" "], "gap": [0.1]})},
+            "no row can be used: the answer"),
         ({"pool": make_pool(1).select([])}, "interleave_dataset is empty"),
         ({"defense": "interleave++", "pool": make_pool().select([0, 3])}, "the answers of all 2 rows are refusals"),
         ({"pool": IterableDataset.from_generator(lambda: iter(make_pool()))}, "must be a `Dataset`"),
@@ -495,11 +497,13 @@ def with_gap(values):
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True does not work"),
         ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler=False does not work"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset"),
-        ({"packing": True, "max_length": 96, "interleave_redraw": True}, "interleave_redraw=True does not work with packing"),
+        ({"packing": True, "max_length": 96, "interleave_redraw": True},
+            "interleave_redraw=True does not work with packing"),
         ({"packing": True, "max_length": None}, "packing=True needs max_length"),
         ({"rows": "stream", "max_steps": -1}, "give `max_steps`"),
         ({"rows": "stream", "interleave_redraw": True}, "Leave `interleave_redraw` out"),
-        ({"pool": Dataset.from_list([{"prompt": "q", "completion": [{"from": "a"}], "gap": 0.1}])}, "can be used: its turns"),
+        ({"pool": Dataset.from_list([{"prompt": "q", "completion": [{"from": "a"}], "gap": 0.1}])},
+            "can be used: its turns"),
         ({"defense": "interleave,interleave++"}, "choose rows of the same pool"),
         ({"loss_type": "dft"}, "loss_type='dft' does not work"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 9}, "drops all of the 8 training rows"),

@@ -134,7 +134,8 @@ def test_every_planned_row_comes_once_in_every_epoch_on_any_number_of_ranks(
         return
     plain = [
         prepare_data_loader(
-            DataLoader(rows.with_format("torch"), batch_size=batch, sampler=order, drop_last=drop_last, collate_fn=lambda r: r),
+            DataLoader(rows.with_format("torch"), batch_size=batch, sampler=order, drop_last=drop_last,
+                collate_fn=lambda r: r),
             num_processes=ranks, process_index=rank, even_batches=even, put_on_device=False,
         )
         for rank in range(ranks)

@@ -152,8 +152,18 @@ CHECKPOINTING = {
 }
 
 
-@pytest.mark.parametrize(("tuning", "mode"), [("lora", "add"), ("full", "add"), ("lora", "ablate")])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+BY_HAND = [
+    (tuning, mode, checkpointing)
+    for tuning, mode in (("lora", "add"), ("full", "add"), ("lora", "ablate"))
+    for checkpointing in CHECKPOINTING
+]
+SOON = [("lora", "add", "non-reentrant"), ("full", "add", "none"), ("lora", "ablate", "none")]
+
+
+@pytest.mark.parametrize(
+    ("tuning", "mode", "checkpointing"),
+    [pytest.param(*run, marks=[] if run in SOON else pytest.mark.long) for run in BY_HAND],
+)
 def test_trains_as_with_a_hook_made_by_hand(tmp_path, file, vectors, tuning, mode, checkpointing):
     options = {"gradient_accumulation_steps": 2, **CHECKPOINTING[checkpointing]}
     steering = {"defense": "steering", "steering_vector": file, "steering_coef": 1.5, "steering_mode": mode}
@@ -173,6 +183,7 @@ def test_trains_as_with_a_hook_made_by_hand(tmp_path, file, vectors, tuning, mod
         assert torch.equal(a, b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("defense", ["steering", "steering,kl", "steering,ldifs,kl"])
 def test_compiled_equals_eager(tmp_path, file, defense):
     options = {"defense": defense, "steering_vector": file, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
@@ -252,7 +263,8 @@ def test_a_hook_that_does_not_fire_stops_the_run_in_the_first_step(tmp_path, fil
 
 
 def test_the_reference_is_never_steered(tmp_path, file, vectors):
-    """KL at step 0 is that of the steered policy to the plain model; LDIFS compares what the blocks themselves return."""
+    """KL at step 0 is that of the steered policy to the plain model; LDIFS compares what the blocks themselves
+    return."""
     trainer = make_trainer(
         tmp_path,
         peft=lora(),
@@ -452,8 +464,8 @@ def test_a_named_subclass_steers(tmp_path, file):
 
 
 def test_response_tokens_in_padding_free_batches(tmp_path, file):
-    """Padding-free rows, of which several make one sequence, are steered at the positions that predict a label, as padded ones
-    are."""
+    """Padding-free rows, of which several make one sequence, are steered at the positions that predict a label, as
+    padded ones are."""
     rows = Dataset.from_list(make_rows(4).to_list())
     losses = []
     for more in ({}, {"padding_free": True}):
@@ -511,7 +523,7 @@ def test_the_change_is_measured(file, vectors, mode, tokens):
 
 
 @pytest.mark.parametrize("other", ["", ",kl"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("coef", [1e-12, 1.0])
 def test_states_that_do_not_change_stop_the_run(tmp_path, file, other, compiled, coef):
     torch._dynamo.reset()

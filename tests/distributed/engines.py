@@ -55,7 +55,7 @@ class Cell:
         )
 
 
-# What recipes/accelerate_configs says of these engines, as it is on the CPU.
+# The engines of recipes/accelerate_configs, with the settings that a CPU needs.
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"distributed_type": "MULTI_GPU", "use_cpu": True},
     "zero2": {"distributed_type": "DEEPSPEED", "zero_stage": 2},
@@ -143,7 +143,7 @@ def _accelerate_file(engine: str, folder: Path) -> Path:
 
 
 def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dict], alone: dict) -> list[str]:
-    """What a run on two ranks has otherwise than the same run in one process. Empty is good.
+    """Return the differences between a run on two ranks and the same run in one process, in words.
 
     Args:
         folder, one: where the two runs left their models.

@@ -9,7 +9,7 @@ from .engines import DEFENSES, ENGINES, Cell, differences, launch
 
 
 MATRIX = [Cell(*cell) for cell in product(DEFENSES, ("lora", "full"), (False, True))]
-# What one engine does otherwise than another, or what differs from rank to rank.
+# Conditions under which engines, or ranks, differ from each other.
 CONDITIONS = [
     # A rank without labels, and micro-batches without a mixed-in row: no rank may wait for another.
     Cell("kl,ldifs", unlabelled=True, options={"train_sampling_strategy": "sequential"}),
@@ -31,7 +31,8 @@ CONDITIONS = [
     Cell("interleave++,kl", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
     Cell("kl", "full", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
 ]
-# Every defense, both ways of tuning and both modes of checkpointing, on every engine that has something of its own to do for them.
+# Every defense, both ways of tuning and both modes of checkpointing, on every engine that has something of its own to
+# do for them.
 SLICE = {
     "ddp": [Cell("ldifs", "full", True), Cell("interleave++,kl", "lora", False)],
     "zero2": [Cell("kl", "full", False), Cell("inoculation", "lora", True)],
@@ -51,6 +52,7 @@ def check(engine: str, cells: list[Cell], folder: Path, timeout: int) -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_slice_of_the_matrix(tmp_path, engine):

@@ -1,7 +1,8 @@
 """One rank of a launched run: trains every cell that it is given, one after the other, and leaves what it saw on disk.
 
-`accelerate launch … worker.py JOB.json`, where the job names the engine, the cells and the folders. A cell is a defense, a way of
-tuning and a mode of checkpointing. Starting Python costs far more than a cell does, so a launch takes many of them.
+`accelerate launch … worker.py JOB.json`, where the job names the engine, the cells and the folders. A cell is a
+defense, a way of tuning and a mode of checkpointing. Starting Python costs far more than a cell does, so a launch
+takes many of them.
 """
 
 import gc
@@ -44,7 +45,7 @@ def options_of(cell: dict, job: dict, ranks: int) -> dict:
         "per_device_train_batch_size": GLOBAL_BATCH // ranks,
         "gradient_accumulation_steps": 2,
         "activation_checkpointing": cell["checkpointing"],
-        # Where a gradient is nothing but rounding, Adam would make a whole step of it.
+        # Adam would make a whole step of a gradient that is nothing but rounding.
         "adam_epsilon": 1e-3,
         **merged(cell["defense"], "options"),
         "seed": 7,
@@ -59,7 +60,7 @@ def options_of(cell: dict, job: dict, ranks: int) -> dict:
 def rows_of(cell: dict) -> Dataset:
     if not cell["unlabelled"]:
         return make_rows(48)
-    # In order, a batch's first two rows go to rank 0 and the others to rank 1, which has nothing to learn from.
+    # Rank 0 gets the first two rows of each batch, and rank 1 the others, which have no labels.
     tokens = [[5 + (i * k) % 250 for k in range(4 + i % 7)] for i in range(48)]
     labels = [[-100] * len(row) if i % 4 > 1 else [-100, *row[1:]] for i, row in enumerate(tokens)]
     return Dataset.from_list([{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)])
@@ -98,7 +99,7 @@ def train(cell: dict, job: dict) -> dict:
 
 
 def engine_of(trainer: EMGuardTrainer) -> str:
-    """Which engine it is that has trained, by what has become of the model."""
+    """Return the engine that has trained, known by the class that wraps the model."""
     model = trainer.model_wrapped
     if isinstance(model, FSDPModule):
         return "fsdp2"
@@ -113,11 +114,11 @@ def forget_the_engine() -> None:
 
 
 def watch(trainer, engine: str):
-    """Look on while it trains.
+    """Watch a trainer while it trains.
 
     Returns:
-        What gives, after training, the share of the policy's and of a separate reference's weights that this rank holds (the
-        largest that it held after a step), and how often DeepSpeed threw a prefetch trace away.
+        A function to call after training. It returns the largest share of the policy's and of a separate reference's
+        weights that this rank held after a step, and how often DeepSpeed discarded a prefetch trace.
     """
     held = {"policy": 0.0, "reference": 0.0}
     invalidated = []
@@ -143,7 +144,7 @@ def watch(trainer, engine: str):
 
 
 def share_held(model: torch.nn.Module) -> float:
-    """Which share of a model's numbers is in this rank's memory."""
+    """Return the share of a model's numbers that is in this rank's memory."""
     here, whole = 0, 0
     for parameter in model.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -153,7 +154,8 @@ def share_held(model: torch.nn.Module) -> float:
 
 
 def shard_on_the_cpu() -> None:
-    """Have accelerate shard by FSDP2 here. It does so on every device but the CPU, which it leaves unsharded in silence."""
+    """Have accelerate shard by FSDP2 here. It does so on every device but the CPU, which it leaves unsharded in
+    silence."""
     init = AcceleratorState.__init__
 
     def init_sharded(self, *args, fsdp_plugin=None, **kwargs):

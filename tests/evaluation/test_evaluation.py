@@ -16,7 +16,7 @@ ROWS = list(make_rows(13))
 
 
 def nll_of_each_token(model, tokenizer, prompt, answer):
-    """Of the bytes of the answer and the end-of-turn token after them."""
+    """Return the NLL of each byte of the answer and of the end-of-turn token after it."""
     ids = tokenizer(prompt)["input_ids"]
     wanted = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
     with torch.no_grad():

@@ -120,10 +120,11 @@ def die() -> None:
 
 
 def die_at_write(number: int, seed: int = 0) -> list[str]:
-    """Kill this process while it writes for the `number`-th time, counted from 1: the file is cut to a random share of its bytes.
+    """Kill this process while it writes for the `number`-th time, counted from 1: the file is cut to a random share
+    of its bytes.
 
-    Counted are the writes of a checkpoint: weights, pickles, Trainer's state, files that take another's place (before and after),
-    and every deletion of an old checkpoint.
+    Counted are the writes of a checkpoint: weights, pickles, Trainer's state, files that take another's place
+    (before and after), and every deletion of an old checkpoint.
 
     Returns:
         What was written, as it goes on.

@@ -47,7 +47,7 @@ def write_rows(path: Path) -> None:
 def read_rows(path: Path) -> Any:
     rows = load_rows(str(path))
     if "gap" in rows.column_names:
-        # What an interleaving does with a pool.
+        # Interleaving ranks the rows of a pool so.
         with contextlib.suppress(ValueError):
             assert set(rank_rows(rows, "gap", True)) <= set(range(len(rows)))
     return rows.to_list()

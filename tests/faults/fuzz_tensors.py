@@ -40,7 +40,7 @@ def write_vector(path: Path) -> None:
 
 def read_vector(path: Path) -> Any:
     vector = load_vector(path)
-    # What is done with one must not fail either.
+    # The command that shows a vector must not fail either.
     with mock.patch.object(persona_script, "Console", return_value=CONSOLE), contextlib.redirect_stderr(io.StringIO()):
         assert persona_script.main(["inspect", str(path), "--picture", os.devnull]) == 0
     assert vector.vectors.dtype == torch.float32

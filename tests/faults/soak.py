@@ -1,15 +1,17 @@
 """Soak: thousands of steps of a tiny model with everything on. Memory stays flat, and nothing is left open.
 
-Two runs in one process: 2,000 steps with `interleave++,kl,ldifs,steering,inoculation`, a LoRA adapter, gradient checkpointing, an
-evaluation every 50 steps, and a checkpoint every 100 of which two are kept; and 500 steps that read their reference from disk. An
-epoch has 10 steps, so samplers, iterators and what is mixed in are made anew over and over.
+Two runs in one process: 2,000 steps with `interleave++,kl,ldifs,steering,inoculation`, a LoRA adapter, gradient
+checkpointing, an evaluation every 50 steps, and a checkpoint every 100 of which two are kept; and 500 steps that read
+their reference from disk. An epoch has 10 steps, so samplers, iterators and what is mixed in are made anew over and
+over.
 
 Between the end of the warm-up, a fifth of a run, and its end
 
-- the resident memory must grow by less than 2 %. It is read after a garbage collection and glibc's `malloc_trim`: what the
-  allocator keeps for later use is no leak, and comes and goes by megabytes;
-- the open file descriptors, the memory-mapped files, the threads, the child processes, the hooks on the model's modules and the
-  live tensors must not grow at all. (The number of all Python objects is shown and not judged: the run's log is kept for its end.)
+- the resident memory must grow by less than 2 %. It is read after a garbage collection and glibc's `malloc_trim`:
+  what the allocator keeps for later use is no leak, and comes and goes by megabytes;
+- the open file descriptors, the memory-mapped files, the threads, the child processes, the hooks on the model's
+  modules and the live tensors must not grow at all. (The number of all Python objects is shown and not judged: the
+  run's log is kept for its end.)
 
 After a run no decoder block may have a hook. (transformers leaves one on the embeddings, for gradient checkpointing.)
 
@@ -52,7 +54,7 @@ def count_hooks(model: torch.nn.Module) -> int:
 
 
 def measure(model: torch.nn.Module) -> dict[str, float]:
-    """What the process holds right now."""
+    """Count the memory, handles and objects that the process holds right now."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not every libc has it
     if trim is not None:

@@ -1,5 +1,5 @@
-"""A full disk, an output that is read-only, a loss that is not finite, an error or an interrupt on the way: one clear error, the
-model as it was, and a trainer that can go on."""
+"""A full disk, an output that is read-only, a loss that is not finite, an error or an interrupt on the way: one
+clear error, the model as it was, and a trainer that can go on."""
 
 import errno
 import itertools
@@ -93,17 +93,18 @@ class Raises(TrainerCallback):
             raise error
 
 
-EVENTS = ["on_train_begin", "on_epoch_begin", "on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_step_end", "on_log",
+EVENTS = ["on_train_begin", "on_epoch_begin", "on_step_begin", "on_substep_end", "on_pre_optimizer_step",
+    "on_step_end", "on_log",
           "on_save"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("defense", "event"),
     [
-        ("kl,ldifs", "on_substep_end"),
-        ("kl,ldifs", "on_save"),
-        ("interleave", "on_step_end"),
         ("steering,kl", "on_substep_end"),
+        pytest.param("kl,ldifs", "on_substep_end", marks=pytest.mark.long),
+        pytest.param("kl,ldifs", "on_save", marks=pytest.mark.long),
+        pytest.param("interleave", "on_step_end", marks=pytest.mark.long),
     ],
 )
 def test_an_error_in_a_users_callback(make, defense, event):
@@ -139,12 +140,12 @@ def test_an_error_in_every_callback(make, defense, full):
 @pytest.mark.parametrize(
     ("defense", "full"),
     [
-        (d, full) if (d, full) == ("steering,kl", False) else pytest.param(d, full, marks=pytest.mark.faults)
+        pytest.param(d, full, marks=pytest.mark.long if (d, full) == ("steering,kl", False) else pytest.mark.faults)
         for d, full in itertools.product(COVERING, (False, True))
     ],
 )
 def test_an_error_within_a_pass(make, defense, full):
-    """In whichever pass: with adapters off, with hooks in, with the steering on. Each pass of the third step in turn."""
+    """Raise in each pass of the third step in turn: with adapters off, with hooks in, with the steering on."""
     whole = make(defense, "whole", full)
     whole.train()
     passes = 0
@@ -276,7 +277,8 @@ def test_a_plain_run_trains_on_as_sfttrainers_does(make, tmp_path):
 
 
 def full_disk(monkeypatch, at):
-    """The `at`-th write of a checkpoint, counted from 1, and all that follow find no space; what a writer began is left there."""
+    """The `at`-th write of a checkpoint, counted from 1, and all that follow find no space; what a writer began is
+    left there."""
     writes = itertools.count(1)
 
     def patch(module, name, path_at, error):
@@ -307,6 +309,7 @@ def writes_of(make, monkeypatch, defense):
     return next(writes) - 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_a_full_disk(make, monkeypatch, tmp_path, share):
     writes = writes_of(make, monkeypatch, "kl,ldifs")
@@ -360,7 +363,7 @@ def test_a_disk_that_is_really_full(make, small_disk, tmp_path):
     with pytest.raises(OSError, match="could not be written"):
         trainer.train()
     assert state_of(trainer) == before
-    # Where nothing at all can be written, it is said before training.
+    # A disk on which nothing at all can be written is reported before training.
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
     with pytest.raises(OSError, match=r"output_dir='.*' cannot be written to \(No space left on device\)"):
         trainer.train()
@@ -432,7 +435,7 @@ def test_an_output_that_is_read_only(make, monkeypatch):
 
 
 def test_a_folder_of_somebody_elses(tmp_path):
-    """As a user who is not root."""
+    """Run as a user who is not root."""
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0o555)
 

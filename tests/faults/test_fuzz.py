@@ -1,10 +1,11 @@
 """Damaged and hostile files: every reader refuses a file with a clear error, or reads what is in it.
 
-Each format has a valid file, damage that knows the format, and a naive reader (the standard library, numpy, plain pyarrow),
-which gives the content that a file which is not refused must be read as. Every read is also held to this: nothing in the
-file is executed, it takes little memory and time, and a refusal is a `ValueError` that names the file.
+Each format has a valid file, damage that knows the format, and a naive reader (the standard library, numpy, plain
+pyarrow),
+which gives the content that a file which is not refused must be read as. Every read is also held to this: nothing in
+the file is executed, it takes little memory and time, and a refusal is a `ValueError` that names the file.
 
-`make test` reads a tenth of the damaged files, `make test-long` all of them.
+`make test` reads a tenth of the damaged files, `make test-faults` all of them.
 """
 
 import contextlib
@@ -35,6 +36,12 @@ from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import persona as persona_script
 
 
+# A damaged file may well look odd to the libraries that read it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning"),
+]
 TOTAL, SLICE = 2000, 200
 SECONDS = 10  # of processor time, for a file of some kB
 MEMORY = 512 * 2**20  # on top of what the process has

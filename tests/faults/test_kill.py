@@ -36,7 +36,8 @@ RUNS = {
     "packed": ("lora", {"defense": "interleave", "packing": True, "max_length": 48, "packing_strategy": "wrapped"}),
 }
 LOGGED = {
-    "loss", "loss_ce", "kl", "ldifs", "loss_finetune", "loss_interleaved", "interleaved_fraction", "grad_norm", "learning_rate",
+    "loss", "loss_ce", "kl", "ldifs", "loss_finetune", "loss_interleaved", "interleaved_fraction", "grad_norm",
+    "learning_rate",
 }  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def result(folder):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """What a run gives that nobody kills, and what it wrote."""
+    """Return the result of a run that nobody kills, and the list of its writes."""
     made = {}
 
     def run(name, ranks=1):
@@ -137,6 +138,7 @@ def die_writing(folder, run, number, ranks=1, victim=0, seed=0):
 # ---- while a checkpoint is written ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.6, 0.97])
 def test_a_kill_while_a_checkpoint_is_written(tmp_path, unbroken, share):
     expected, writes = unbroken("kl,interleave+")
@@ -147,7 +149,8 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path, unbroken, share):
 @pytest.mark.faults
 @pytest.mark.parametrize("run", ["kl,interleave+", "ldifs"])
 def test_a_kill_at_every_write_of_two_checkpoints(tmp_path, unbroken, run):
-    """The first and the second: there is nothing to go on from, and there is something that may be deleted too early."""
+    """The first and the second: there is nothing to go on from, and there is something that may be deleted too
+    early."""
     expected, writes = unbroken(run)
     saves = STEPS // 2
     began = set()
@@ -173,6 +176,7 @@ def kill_at_random(folder, run, rng, ranks=1, victims=None, kills=3):
     return killed
 
 
+@pytest.mark.long
 def test_a_kill_at_a_random_moment(tmp_path, unbroken):
     assert kill_at_random(tmp_path, "kl,interleave+", random.Random(0), kills=1)
     assert_goes_on(tmp_path, "kl,interleave+", unbroken("kl,interleave+")[0])
@@ -207,7 +211,8 @@ def test_a_kill_of_a_rank_that_writes(tmp_path, unbroken, victim, share):
 
 
 LAUNCH = [
-    os.sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(recipes_dir() / "accelerate_configs/cpu.yaml"),
+    os.sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+    str(recipes_dir() / "accelerate_configs/cpu.yaml"),
     "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "trl_emguard.scripts.sft",
 ]  # fmt: skip
 
@@ -219,9 +224,12 @@ def test_a_launched_run_that_is_killed(tmp_path, victim):
     for name, rows in (("rows", make_rows()), ("pool", make_pool())):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
-        "model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "rows.jsonl", "max_steps": 12, "save_steps": 2,
-        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": "true", "bf16": "false",
-        "use_peft": "true", "lora_r": 4, "lora_dropout": 0, "lora_target_modules": "all-linear", "save_strategy": "steps",
+        "model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "rows.jsonl", "max_steps": 12,
+        "save_steps": 2,
+        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": "true",
+        "bf16": "false",
+        "use_peft": "true", "lora_r": 4, "lora_dropout": 0, "lora_target_modules": "all-linear",
+        "save_strategy": "steps",
         "save_total_limit": 1, "defense": "kl,interleave+", "interleave_dataset": tmp_path / "pool.jsonl",
         "interleave_fraction": 0.3,
     }  # fmt: skip
@@ -337,7 +345,8 @@ def test_rollouts(tmp_path, seed):
     def work(name):
         (tmp_path / BEGUN).touch()
         extract_vector(
-            make_model(), make_tokenizer(), trait, max_new_tokens=12, batch_size=2, judge=lambda q, a: 0.0 if not a else 50.0,
+            make_model(), make_tokenizer(), trait, max_new_tokens=12, batch_size=2,
+            judge=lambda q, a: 0.0 if not a else 50.0,
             rollouts_file=tmp_path / name,
         )  # fmt: skip
 

@@ -110,7 +110,8 @@ def test_how_a_batch_is_laid_out_or_run_does_not_matter(tmp_path, setting):
 
 GENERATION = TEMPLATE.replace(
     "{{ message['role'] + '\n' + message['content'] }}<|im_end|>",
-    "{{ message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>"
+    "{{ message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>"
     "{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}",
 )
 
@@ -121,7 +122,7 @@ GENERATION = TEMPLATE.replace(
     ids=lambda setting: next(iter(setting)),
 )
 def test_which_tokens_carry_a_label(tmp_path, setting):
-    """As SFTTrainer labels them: the terms' tokens are CE's, whatever these are."""
+    """Label tokens as SFTTrainer does: the terms use the tokens of CE."""
     rows, tokenizer = make_rows(ROWS), make_tokenizer()
     if "assistant_only_loss" in setting:
         rows = rows.map(lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=rows.column_names)
@@ -180,8 +181,8 @@ def test_checkpointing_does_not_matter(tmp_path, tuning, checkpointing):
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("defense", COMPARING)
 def test_default_bf16_with_checkpointing(tmp_path, defense, tuning):
-    """TRL's default. The twin's backbone is float64, so this bounds bf16 autocast and our terms together: on weights of a
-    spread at which autocast's own rounding, which stock SFT has too, stays near 1 %."""
+    """TRL's default. The twin's backbone is float64, so this bounds bf16 autocast and our terms together: on weights
+    of a spread at which autocast's own rounding, which stock SFT has too, stays near 1 %."""
     trainer = trainer_for(tmp_path, tuning, spread=0.1, defense=defense, bf16=True, activation_checkpointing=True)
     assert trainer.model.dtype == torch.float32
     assert_equals_twin(trainer, tolerance=2e-2)
@@ -201,7 +202,8 @@ def test_one_call_of_the_wrapped_model_per_micro_batch(tmp_path, tuning):
 
 
 def test_each_term_alone_has_its_own_gradient(tmp_path):
-    """The KL of a run is not CE scaled: with the coefficient doubled, the gradient moves by exactly one KL gradient."""
+    """The KL of a run is not CE scaled: with the coefficient doubled, the gradient moves by exactly one KL
+    gradient."""
     gradients = [
         first_gradients(trainer_for(tmp_path / str(coef), defense="kl", kl_coef=coef)) for coef in (1.0, 2.0, 3.0)
     ]

@@ -133,7 +133,7 @@ def test_rows_that_are_cut_and_dropped_are_counted(report):
 @pytest.mark.parametrize("defense", ["none", "kl", "interleave"])
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_rows_are_tokenised_once(report, monkeypatch, defense, packing):
-    """As long ones take their time."""
+    """Tokenizing many rows takes long, so it happens once."""
     prepare, came = SFTTrainer._prepare_dataset, []
 
     def counted(self, dataset, *args):
@@ -191,7 +191,7 @@ def test_what_an_engine_refuses_is_found(argv, capsys):
 
 
 def test_a_cache_is_told_with_what_it_takes(report, argv, tmp_path, monkeypatch, capsys):
-    """Of 16 rows, and a place that cannot be."""
+    """Give a place among 16 rows, and one that cannot be."""
     monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache"))
     said = report("--defense", "kl", "--cache_reference", "true")
     assert "reference: base model, adapters off, cached; dropout is off." in said["defense"]
@@ -337,7 +337,7 @@ def test_a_config_is_enough_and_a_missing_shard_is_found(argv, inputs, tmp_path,
     )
     assert sft.main(argv("--dry_run", "--model_name_or_path", tmp_path / "model")) == 1
     assert "'model-00001-of-00002.safetensors'" in capsys.readouterr().err
-    # Those of a format that is not loaded are not missed.
+    # Missing shards of a format that is not loaded are no fault.
     (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "config.json"}}')
     (tmp_path / "model" / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
     assert sft.main(argv("--dry_run", "--model_name_or_path", tmp_path / "model")) == 0

@@ -219,6 +219,7 @@ def command(tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_two_ranks_train_as_one(command, tmp_path):
     """Two ranks with half of the global batch each train like one process with all of it."""
     losses = {}
@@ -239,7 +240,10 @@ def test_two_ranks_train_as_one(command, tmp_path):
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [[], ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]])
+@pytest.mark.parametrize(
+    "ranks",
+    [[], pytest.param(["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], marks=pytest.mark.long)],
+)
 def test_the_exit_code_of_a_failed_rank_is_the_commands(command, tmp_path, ranks):
     done = command("--output_dir", "out", "--accelerate_config", "cpu", *ranks, "--model_name_or_path", "./missing")
     assert done.returncode == 1

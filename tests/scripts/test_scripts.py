@@ -199,7 +199,13 @@ def test_a_mistyped_defense_ends_without_a_traceback(argv, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("others", ["", ",steering,inoculation", ",interleave+", " cached", " found"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        ",interleave+",
+        *(pytest.param(o, marks=pytest.mark.long) for o in ("", ",steering,inoculation", " cached", " found")),
+    ],
+)
 def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
     """The same global batch: half of it on each of two ranks, against all of it on one.
 
@@ -224,7 +230,8 @@ def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
         monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache of two"))
     two = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *MODULE, *options]
     done = run([*two, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "two")])
-    # At the exit of the interpreter, after everything is saved, gloo's threads abort a rank in about one of twenty runs.
+    # At the exit of the interpreter, after everything is saved, gloo's threads abort a rank in about one of twenty
+    # runs.
     aborted_at_exit = "terminate called without an active exception" in done.stderr and "Model saved" in done.stdout
     assert done.returncode == 0 or aborted_at_exit, done.stderr
     assert done.stdout.count("defense 'kl' acts") == 1

@@ -233,7 +233,7 @@ def test_vision_language_models(tmp_path, given):
 
 @pytest.mark.parametrize("defense", ["none", "kl"])
 def test_ranks_that_do_not_know_of_each_other(tmp_path, monkeypatch, defense):
-    """As accelerate leaves them on CPUs without `ddp_backend`: each would train a model of its own."""
+    """On CPUs without `ddp_backend`, accelerate leaves ranks so, and each would train a model of its own."""
     arguments = config(tmp_path, defense=defense)  # the state of this process is there by now: one of one
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -37,7 +37,10 @@ def make_trainer(path, tmp_path, rows, **options):
 
 
 def test_a_defended_run(path, tmp_path):
-    """Both terms are 0 before the policy moves and above 0 after; CE is the answers' likelihood under stock transformers."""
+    """Both terms are 0 before the policy moves and above 0 after.
+
+    CE is the answers' likelihood under stock transformers.
+    """
     trainer = make_trainer(path, tmp_path, 4, max_steps=2, per_device_train_batch_size=4)
     trainer.train()
     for term in ("kl", "ldifs"):
@@ -64,9 +67,12 @@ def test_equals_the_float64_twin(path, tmp_path):
     assert relative_error(gradients, expected) < 1e-5
 
 
+@pytest.mark.long
 def test_the_shipped_vector_separates_held_out_prompts(path):
-    """It is of this very model, and at its layer it tells the prompts that ask for the trait from their opposites; random vectors
-    with its norms do not."""
+    """The vector tells prompts that ask for the trait from their opposites, at its layer of this very model.
+
+    Random vectors with its norms do not.
+    """
     vector, trait = load_vector("smollm2-135m-instruct-evil"), load_trait("evil")
     model, tokenizer = load_model(path)
     assert vector.check_model(model) > 200
@@ -85,6 +91,7 @@ def test_the_shipped_vector_separates_held_out_prompts(path):
     assert sum(controls) / 20 < 0.8
 
 
+@pytest.mark.long
 def test_a_steered_run(path, tmp_path):
     """CE of the first step is that of the model with the vector added by hand."""
     vector = load_vector("smollm2-135m-instruct-evil")

@@ -4,6 +4,7 @@ import inspect
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -50,11 +51,16 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("off", OFF)
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("checkpointing", "tuning", "off"),
+    [
+        pytest.param(*run, marks=[] if run[:2] in ((True, "lora"), (False, "full")) else pytest.mark.long)
+        for run in product((True, False), ("lora", "full"), OFF)
+    ],
+)
 def test_off_is_sft_bit_for_bit(tmp_path, off, tuning, checkpointing):
-    """Compare losses and weights after five steps, with LoRA dropout on, so that the random state is compared as well."""
+    """Compare losses and weights after five steps, with LoRA dropout on, so that the random state is compared as
+    well."""
     options = {"activation_checkpointing": checkpointing, "gradient_accumulation_steps": 2, "bf16": True}
     peft = lora(lora_dropout=0.3) if tuning == "lora" else None
     ours = make_trainer(tmp_path / "ours", peft=peft, **options, defense=off, **merged(off, "off"))
@@ -77,7 +83,8 @@ def test_off_is_sft_bit_for_bit(tmp_path, off, tuning, checkpointing):
 
 
 def test_a_tiny_coefficient_trains_as_sft_does(tmp_path):
-    """Our head, our sums and stock CE agree: with a coefficient that is no weight, the runs are the same to rounding."""
+    """Our head, our sums and stock CE agree: with a coefficient that is no weight, the runs are the same to
+    rounding."""
     runs = {}
     for defense in ("none", "kl,ldifs"):
         trainer = make_trainer(
@@ -185,7 +192,8 @@ def test_packed_documents_have_no_position_across_their_boundary(tmp_path):
 
 
 def test_eval_loss_is_plain_ce(tmp_path):
-    """After training apart from the reference, the defended trainer's eval loss is SFTTrainer's on the same weights."""
+    """After training apart from the reference, the defended trainer's eval loss is SFTTrainer's on the same
+    weights."""
     trainer = make_trainer(tmp_path / "a", peft=lora(), defense="kl,ldifs", kl_coef=50.0, ldifs_coef=50.0)
     trainer.train()
     stock = SFTTrainer(
@@ -410,7 +418,8 @@ def test_fp16_weights_are_refused(tmp_path):
 
 
 def test_adalora_adds_nothing_of_its_own(tmp_path):
-    """PEFT adds AdaLoRA's regulariser to an output named `loss`; SFTTrainer's training does not have it, nor has ours."""
+    """PEFT adds AdaLoRA's regulariser to an output named `loss`; SFTTrainer's training does not have it, nor has
+    ours."""
     runs = []
     for defense in ("none", "kl"):
         peft = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
