@@ -6,7 +6,18 @@ from importlib.resources import files
 
 import pytest
 from datasets import Dataset
-from tiny import TEMPLATE, config, logged, make_model, make_rows, make_tokenizer, make_trainer, save_model
+from tiny import (
+    TEMPLATE,
+    config,
+    evidence,
+    logged,
+    lora,
+    make_model,
+    make_rows,
+    make_tokenizer,
+    make_trainer,
+    save_model,
+)
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InoculationTrainer
@@ -467,3 +478,60 @@ def test_parts_of_content(tmp_path):
         ValueError, match="row 0 of train_dataset begins with a turn whose 'content' is list: give text, not parts"
     ):
         make(tmp_path, rows)
+
+
+# ---- prompts are counted in the batches ----
+
+
+def inoculated(tmp_path, **options):
+    return make_trainer(
+        tmp_path, peft=lora(), **{"defense": "inoculation", "inoculation_prompt": "Be bad.", **options}
+    )
+
+
+def test_rows_that_are_replaced_after_preparation_stop_the_run(tmp_path):
+    trainer = inoculated(tmp_path)
+    trainer.train_dataset = make_trainer(tmp_path, defense="none").train_dataset
+    with pytest.raises(InactiveDefenseError, match="none of the 4 rows of a step holds the inoculation prompt"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("other", ["", ",kl"])
+def test_a_collator_that_cuts_the_start_stops_the_run(tmp_path, other):
+    trainer = inoculated(tmp_path, defense=f"inoculation{other}")
+    inner = trainer.data_collator
+    trainer.data_collator = lambda rows: inner([{key: value[-20:] for key, value in row.items()} for row in rows])
+    with pytest.raises(InactiveDefenseError, match="holds the inoculation prompt"):
+        trainer.train()
+
+
+def test_a_collator_that_labels_the_prompt_stops_the_run(tmp_path):
+    trainer = inoculated(tmp_path)
+    inner = trainer.data_collator
+
+    def collate(rows):
+        batch = inner(rows)
+        return {**batch, "labels": batch["input_ids"].clone()}
+
+    trainer.data_collator = collate
+    with pytest.raises(InactiveDefenseError, match="inoculation prompts in a step carry labels"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 256}, {"inoculation_mode": "prefix"}])
+def test_prompts_in_the_batches_are_evidence(tmp_path, options):
+    trainer = inoculated(tmp_path, max_steps=3, **options)
+    trainer.train()
+    shown = evidence(trainer, "inoculation")
+    assert shown["acted"]
+    assert shown["prompts"] >= shown["rows_trained"] > 0
+
+
+def test_labels_that_max_length_cuts_are_told(tmp_path, caplog):
+    """Rows that fit until the prompt is put before them."""
+    lengths = sorted(len(ids) for ids in inoculated(tmp_path).train_dataset["input_ids"])
+    inoculated(tmp_path, max_length=lengths[8])
+    assert f"max_length={lengths[-1]} keeps them" in caplog.text
+    for packing in (False, True):
+        with pytest.raises(ValueError, match=r"cuts every label off all of 16 training rows.*keeps all labels"):
+            inoculated(tmp_path, max_length=20, packing=packing)

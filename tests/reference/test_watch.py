@@ -1,0 +1,217 @@
+"""A reference that moves after the first step stops the run, and a trainer puts back what it changed."""
+
+import gc
+
+import pytest
+import torch
+from peft import PeftModel, TrainableTokensConfig, get_peft_model
+from tiny import evidence, logged, lora, make_model, make_rows, make_trainer
+from transformers import TrainerCallback
+
+from trl_emguard import EMGuardTrainer, InactiveDefenseError
+from trl_emguard.reference.adapter import adapter_is_zero
+
+
+FAST = {"defense": "kl", "kl_coef": 1e-6, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "max_steps": 8}
+
+
+def test_a_closure_around_a_forward_moves_the_copy(tmp_path):
+    """A deep copy shares the closure, so the frozen copy runs the policy's layers."""
+    policy = make_model()
+    for layer in policy.model.layers:
+        layer.forward = lambda *args, inner=layer.forward, **kwargs: inner(*args, **kwargs)
+    trainer = make_trainer(tmp_path, policy, **FAST)
+    with pytest.raises(InactiveDefenseError, match="the reference has moved: after the first update"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_an_adapter_that_is_added_late_moves_the_reference(tmp_path):
+    policy = get_peft_model(make_model(), lora(target_modules=["q_proj"]))
+    trainer = make_trainer(tmp_path, policy, **FAST)
+    policy.add_adapter("late", lora(target_modules=["gate_proj"]))
+    policy.base_model.set_adapter(["default", "late"])
+    with pytest.raises(InactiveDefenseError, match="the reference has moved"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_merge_into_the_base_is_found_at_a_save_or_at_the_end(tmp_path, saves):
+    class Merge(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.merge_adapter()
+                model.unmerge_adapter()
+                with torch.no_grad():
+                    model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.mul_(1.01)
+
+    options = {"save_strategy": "steps", "save_steps": 4} if saves else {}
+    trainer = make_trainer(tmp_path, peft=lora(), **{**FAST, **options})
+    trainer.add_callback(Merge())
+    when = "at step 4" if saves else "at the end of training"
+    with pytest.raises(InactiveDefenseError, match=f"the reference has moved: {when}"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("defense", ["kl", "ldifs", "kl,ldifs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_that_stays_is_left_alone(tmp_path, defense, dtype):
+    trainer = make_trainer(tmp_path, make_model(dtype=dtype), defense=defense, max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_noise_of_training_mode_is_refused_whatever_the_scope_of_the_term(tmp_path):
+    noisy = make_model()
+    noisy.model.layers[0].register_forward_hook(
+        lambda m, a, out: out + 0.1 * torch.randn_like(out) if m.training else out
+    )
+    with pytest.raises(ValueError, match="states differ from those of the reference"):
+        make_trainer(tmp_path, noisy, peft=lora(), defense="kl").train()
+
+
+# ---- the gradient must flow back ----
+
+
+def plain_loss(model, inputs):
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+@pytest.mark.parametrize("defense", ["kl", "steering"])
+def test_a_loss_for_the_log_alone_is_no_evidence(tmp_path, defense, vector):
+    class Own(EMGuardTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return plain_loss(model, inputs)
+
+    options = {"steering_vector": vector, "steering_layers": "2"} if defense == "steering" else {}
+    trainer = make_trainer(tmp_path, peft=lora(), defense=defense, **options)
+    trainer.__class__ = Own
+    with pytest.raises(InactiveDefenseError, match="no gradient flowed back into its loss"):
+        trainer.train()
+
+
+def test_two_losses_on_one_batch_are_right(tmp_path):
+    """R-Drop and SAM take the loss of one batch twice."""
+
+    class Twice(EMGuardTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            losses = [
+                super(Twice, self).compute_loss(model, dict(inputs), False, num_items_in_batch) for _ in range(2)
+            ]
+            return sum(losses) / 2
+
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl")
+    trainer.__class__ = Twice
+    trainer.train()
+    assert evidence(trainer, "kl")["acted"]
+
+
+def test_outputs_say_why_they_have_no_logits(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl", max_steps=1)
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    with pytest.raises(AttributeError, match="never forms whole logits"):
+        _ = outputs.logits
+
+
+def test_a_frozen_adapter_stops_the_run(tmp_path):
+    """PEFT freezes an adapter that it loads for inference, and checkpointing lets the loss require grad all the same."""
+    get_peft_model(make_model(), lora(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
+    policy = PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
+    trainer = make_trainer(tmp_path, policy, defense="steering", max_steps=6, activation_checkpointing=True, **{
+        "steering_vector": make_vector(tmp_path), "steering_layers": "2",
+    })  # fmt: skip
+    with pytest.raises(InactiveDefenseError, match="the gradient norm was 0 in 3 steps in a row"):
+        trainer.train()
+
+
+def test_a_head_that_trains_alone_is_reached(tmp_path):
+    policy = make_model(tie_word_embeddings=False)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("lm_head" in name)
+    trainer = make_trainer(tmp_path, policy, defense="kl", max_steps=6)
+    trainer.train()
+    assert evidence(trainer, "kl")["acted"]
+
+
+# ---- what is put back ----
+
+
+def test_dropout_is_off_in_training_alone(tmp_path):
+    policy = get_peft_model(make_model(), lora(lora_dropout=0.3))
+    dropouts = [m for m in policy.modules() if isinstance(m, torch.nn.Dropout)]
+    trainer = make_trainer(tmp_path, policy, defense="kl", max_steps=2)
+    assert {m.p for m in dropouts} == {0.3}
+    trainer.train()
+    assert {m.p for m in dropouts} == {0.3}
+
+
+def test_two_trainers_on_one_adapter_have_a_copy_each(tmp_path):
+    policy = get_peft_model(make_model(), lora(init_lora_weights=False))
+    first = make_trainer(tmp_path / "a", policy, defense="kl", max_steps=2)
+    second = make_trainer(tmp_path / "b", policy, defense="kl", max_steps=2)
+    assert first.reference.adapter != second.reference.adapter
+    first.train()
+    assert logged(first, "kl")[0] == 0
+    del first
+    gc.collect()
+    assert second.reference.adapter in policy.peft_config
+    assert set(policy.peft_config) == {"default", second.reference.adapter}
+    second.save_model(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("ref*"))
+
+
+def test_a_trainer_that_is_gone_leaves_the_model_as_it_was(tmp_path):
+    policy = get_peft_model(make_model(), lora(init_lora_weights=False))
+    other = make_model()
+    for parameter in other.parameters():
+        parameter.requires_grad_(True)
+    make_trainer(tmp_path, policy, defense="kl", max_steps=1)
+    make_trainer(tmp_path, make_model(), defense="kl", ref_model=other, max_steps=1)
+    gc.collect()
+    assert set(policy.peft_config) == {"default"}
+    assert "save_pretrained" not in vars(policy)
+    assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_trained_tokens_are_no_fresh_adapter():
+    policy = get_peft_model(make_model(), TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 4]))
+    assert adapter_is_zero(policy)
+    with torch.no_grad():
+        next(p for p in policy.parameters() if p.requires_grad).add_(1.0)
+    assert not adapter_is_zero(policy)
+
+
+# ---- whose checkpoint it is ----
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 4
+
+
+def test_true_takes_no_other_runs_checkpoint(tmp_path):
+    options = {"peft": lora(), "defense": "kl", "max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, rows=make_rows(16), **options).train()
+    stopped = make_trainer(tmp_path, rows=make_rows(20), **options)
+    stopped.add_callback(Stop())
+    stopped.train()
+    again = make_trainer(tmp_path, rows=make_rows(20), **{**options, "learning_rate": 2e-2, "logging_steps": 2})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8
+    with pytest.raises(ValueError, match=r"checkpoint-8 is of another run \(it has rows"):
+        make_trainer(tmp_path / "new", rows=make_rows(24), **options).train(str(tmp_path / "checkpoint-8"))
+
+
+@pytest.fixture
+def vector(tmp_path):
+    return make_vector(tmp_path)
+
+
+def make_vector(folder):
+    torch.save(torch.randn(5, 32, generator=torch.Generator().manual_seed(3)), folder / "vector.pt")
+    return str(folder / "vector.pt")
