@@ -93,7 +93,7 @@ def check_launch(args: TrainingArguments) -> None:
 
 
 def check_data(train_dataset: object) -> None:
-    """Refuse an empty set of training rows. SFTTrainer has errors of its own for rows that are missing or no data set."""
+    """Refuse an empty set of training rows. SFTTrainer has errors of its own for missing rows and other types."""
     if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
 

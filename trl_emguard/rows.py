@@ -37,6 +37,9 @@ class DefendedRows(SFTTrainer):
 
     defenses: list[Defense]
 
+    # Training rows that SFTTrainer has not tokenised yet; `None` where nothing waits for them.
+    _rows_to_prepare: Any = None
+
     def overrides(self, *hooks: str) -> bool:
         """Return whether any active defense overrides one of the hooks."""
         return any(getattr(type(d), hook) is not getattr(Defense, hook) for d in self.defenses for hook in hooks)
@@ -47,7 +50,7 @@ class DefendedRows(SFTTrainer):
             return rows  # SFTTrainer refuses them, in its own words
         for defense in self.defenses:
             rows = defense.prepare_rows(rows)
-        self._rows_to_prepare: Any = rows if self.defenses else None
+        self._rows_to_prepare = rows if self.defenses else None
         return rows
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):

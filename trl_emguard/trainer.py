@@ -32,6 +32,7 @@ from .guard.loss import LossGuard
 from .guard.scopes import ALL, positions_in_scope
 from .guard.sums import stacked
 from .guard.terms import check_layers_train, compared_positions, kept_positions, scaled_terms, wanted_layers
+from .models.head import check_head
 from .models.sharding import as_main_process
 from .models.shipped import resolve_model
 from .reference.adapter import trained_outside_adapters
@@ -212,6 +213,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return contexts if self.reference is None else [without_dropout(self.model), *contexts, self._watching()]
 
     def _before_training(self) -> None:
+        # Sharded weights are whole only inside of an engine's pass.
+        if self._own_loss and self._engine_facts().sharding is None:
+            check_head(self._bare_model())
         if isinstance(self.reference, CachedReference):
             rows = self._remove_unused_columns(self.train_dataset, description="Training")
             said = self.reference.fill(rows, self.data_collator, self._train_batch_size, self.args.disable_tqdm)

@@ -33,6 +33,10 @@ CHECKSUM_BYTES = 64 * 2**20
 STATE_PARTS = ("optimizer", "scheduler", "rng_state")
 
 
+# Trainer resumes without the optimizer's state, which users delete to save space: it is larger than the weights.
+OPTIMIZER = "optimizer"
+
+
 def begin_checkpoint(folder: str | os.PathLike) -> None:
     """Mark a folder as unfinished, and delete the files that an earlier run left there."""
     folder = Path(folder)
@@ -93,6 +97,8 @@ def _flaw_by_manifest(folder: Path) -> str | None:
     for name, (size, checksum) in files.items():
         path = folder / name
         if not path.is_file():
+            if name.startswith(OPTIMIZER):
+                continue
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
@@ -153,5 +159,9 @@ def _missing_part(files: dict[str, Path]) -> str | None:
     weights = [name for name in files if name.endswith((".safetensors", ".bin")) and name != TRAINING_ARGS_NAME]
     if not weights and not any(name.startswith("pytorch_model") for name in folders):
         return "there are no weights"
-    missing = [part for part in STATE_PARTS if not any(name.startswith(part) for name in files.keys() | folders)]
-    return f"{missing[0]} is missing" if 0 < len(missing) < len(STATE_PARTS) else None
+    missing = [
+        part
+        for part in STATE_PARTS
+        if part != OPTIMIZER and not any(name.startswith(part) for name in files.keys() | folders)
+    ]
+    return f"{missing[0]} is missing" if 0 < len(missing) < len(STATE_PARTS) - 1 else None

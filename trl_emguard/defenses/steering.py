@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..evidence import InactiveDefenseError
-from ..models.blocks import decoder_blocks
+from ..models.blocks import block_states, decoder_blocks
 from ..persona.vectors import PersonaVector, load_vector
 from .base import IN_TRAINING_DEFENSES, Defense, Paper
 from .options import check_choice, check_coefficient, listed_layers, option
@@ -225,8 +225,7 @@ class Steering(Defense):
             if not self._on:
                 return None
             self._fired.add(layer)
-            # Blocks return a tensor; older designs return a tuple that begins with it.
-            states = output if isinstance(output, torch.Tensor) else output[0]  # (B, T, H)
+            states = block_states(output, module)  # (B, T, H)
             direction = self._directions[layer].to(states.device)
             # The projection is fp32 as the direction is, under autocast too: bf16 would leave a part of it in the
             # states.

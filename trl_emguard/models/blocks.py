@@ -6,6 +6,7 @@ Index 0 means the input of block 1: the embeddings.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,23 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
         f"no list of {count} decoder blocks was found in {type(model).__name__}: this architecture is not supported "
         "by defenses that look at block outputs."
     )
+
+
+def block_states(output: Any, module: nn.Module) -> torch.Tensor:
+    """Return the states in a block's output, `(B, T, H)`.
+
+    Raises:
+        ValueError: the output has another shape. Some architectures keep several streams.
+    """
+    # Blocks return a tensor; those of older designs return a tuple that begins with it.
+    states = output if isinstance(output, torch.Tensor) else output[0]
+    if not isinstance(states, torch.Tensor) or states.dim() != 3:
+        shape = tuple(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
+        raise ValueError(
+            f"{type(module).__name__} returns states of shape {shape}, and not (rows, tokens, width): this architecture "
+            "is not supported by defenses that look at block outputs or change them."
+        )
+    return states
 
 
 @contextmanager
@@ -50,8 +68,7 @@ def record_blocks(
 
     def hook(layer: int):
         def record(module, args, output):
-            # Blocks return a tensor; those of older designs return a tuple that begins with it.
-            states[layer] = select(output if isinstance(output, torch.Tensor) else output[0])
+            states[layer] = select(block_states(output, module))
 
         return record
 

@@ -30,7 +30,8 @@ def resolve_model(name_or_path: str) -> str:
     if name_or_path in SHIPPED_MODELS and not Path(name_or_path).is_dir():
         return str(make_smollm2())
     path = Path(os.path.expanduser(name_or_path))
-    hint = did_you_mean(name_or_path, SHIPPED_MODELS, cutoff=0.8)
+    # A name with a slash is a hub id, whatever it resembles.
+    hint = "" if "/" in name_or_path else did_you_mean(name_or_path, SHIPPED_MODELS, cutoff=0.8)
     if hint and not path.is_dir():
         raise FileNotFoundError(f"model {name_or_path!r} is not known here.{hint}")
     if name_or_path.startswith(("/", ".", "~")):

@@ -1,9 +1,9 @@
 """Agreement of policy and reference before the first update."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..defenses.base import ReferenceDefense
 from .cached import CachedReference
@@ -14,7 +14,7 @@ def check_agreement(
     reference: Reference,
     defenses: Sequence[ReferenceDefense],
     sums: Mapping[str, float],
-    policy: nn.Module,
+    policy: Any,
     is_bf16: bool,
 ) -> None:
     """Refuse a reference that is not the model which training starts from.
@@ -63,7 +63,7 @@ def check_agreement(
             )
 
 
-def _allowed_difference(reference: Reference, policy: nn.Module, dtypes: set[torch.dtype]) -> float:
+def _allowed_difference(reference: Reference, policy: Any, dtypes: set[torch.dtype]) -> float:
     """Return the difference of states that rounding explains: 0 where both models compute alike."""
     is_fp32 = dtypes == {torch.float32}
     configs = getattr(policy, "peft_config", {}).values()

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from ..config import ReferenceOptions
 from ..defenses import DefenseArguments
@@ -102,7 +102,7 @@ def _metavar(action: argparse.Action) -> str:
         return "true|false"
     words = {int: "N", float: "X"}
     # The parser loses the type of `int | None`, and the default still tells it.
-    return words.get(action.type) or words.get(type(action.default), "TEXT")  # type: ignore[arg-type]
+    return words.get(cast(Any, action.type)) or words.get(type(action.default), "TEXT")
 
 
 def _shortened(text: str) -> str:

@@ -22,6 +22,32 @@ from .recipes import find_recipe
 COMMAND_LINE_ONLY = ("help", "help_all", "config")
 
 
+# Keys of other versions of TRL and transformers, and of axolotl and LLaMA-Factory, with what takes their place here.
+OTHER_NAMES = {
+    "torch_dtype": "it is named `dtype` now",
+    "max_seq_length": "it is named `max_length` now",
+    "sequence_len": "it is named `max_length` here",
+    "cutoff_len": "it is named `max_length` here",
+    "warmup_ratio": "it is `warmup_steps` now, where a number below 1 is a share of the steps",
+    "group_by_length": "it is `train_sampling_strategy: group_by_length` now",
+    "evaluation_strategy": "it is named `eval_strategy` now",
+    "overwrite_output_dir": "it is gone: a run writes into its output_dir, and resumes only where you say so",
+    "logging_dir": "it is gone: set the environment variable TENSORBOARD_LOGGING_DIR",
+    "dataset_mixture": "it is named `datasets` now",
+    "no_cuda": "it is named `use_cpu` now",
+    "tokenizer": "the tokenizer is the model's own",
+    "base_model": "it is named `model_name_or_path` here",
+    "micro_batch_size": "it is named `per_device_train_batch_size` here",
+    "num_epochs": "it is named `num_train_epochs` here",
+    "optimizer": "it is named `optim` here",
+    "lr_scheduler": "it is named `lr_scheduler_type` here",
+    "adapter": "it is `use_peft: true` here",
+    "lora_target": "it is named `lora_target_modules` here",
+    "sample_packing": "it is named `packing` here",
+    "val_set_size": "name evaluation rows by `dataset_test_split` and set `eval_strategy`",
+}
+
+
 class StrictParser(TrlParser):
     """[`~trl.TrlParser`] that refuses what it does not know, and says what is nearest.
 
@@ -106,13 +132,20 @@ class StrictParser(TrlParser):
         actions = {action.dest: action for action in reversed(self._actions)}
         for name in COMMAND_LINE_ONLY:
             del actions[name]
+        unknown = [str(key) for key in config if key != "env" and key not in actions]
+        if unknown:
+            # All wrong keys at once: a recipe of another tool or version has several.
+            self.error(" ".join(self._unknown_key(key, actions) for key in unknown))
         for key, value in config.items():
             if key == "env":
                 self._set_environment(value)
-            elif key not in actions:
-                self.error(self._unknown(str(key), actions, "key in the config file"))
             else:
                 self._check_config_value(key, value, actions[key])
+
+    def _unknown_key(self, key: str, known: Iterable[str]) -> str:
+        if key in OTHER_NAMES:
+            return f"unknown key in the config file {key!r}: {OTHER_NAMES[key]}."
+        return self._unknown(key, known, "key in the config file")
 
     def _check_config_value(self, key: str, value: Any, action: argparse.Action) -> None:
         types = set(get_args(self._hints[key])) or {self._hints[key]}
