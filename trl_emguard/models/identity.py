@@ -15,7 +15,7 @@ ORIGINALS = ("base_layer", "original_module")
 
 
 def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool = False) -> str:
-    """Return a hash over a sample of every weight.
+    """Return a hash over a sample of every weight; an empty text for a model on the meta device, which has no numbers.
 
     Call it before an engine takes the model: FSDP2's shards are left out. Weights that ZeRO-3 loaded in shards are
     gathered one by one, on every rank.
@@ -25,6 +25,8 @@ def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool 
         without: names of adapters whose weights are left out.
         is_plain: whether a weight has the name that it has in a model without adapters.
     """
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return ""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         parts = name.split(".")

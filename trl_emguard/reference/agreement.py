@@ -37,11 +37,7 @@ def check_agreement(
         dtypes.add(reference.model.dtype)
     cached = reference if isinstance(reference, CachedReference) else None
     tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)
-    hint = (
-        ""
-        if cached is None
-        else " Or the reference's states on disk are too coarse: set cache_reference=False."
-    )
+    hint = "" if cached is None else " Or the reference's states on disk are too coarse: set cache_reference=False."
     for term in defenses:
         mean = sums[f"{term.name}/value"] / max(sums[f"{term.name}/positions"], 1)
         allowed = tolerance
