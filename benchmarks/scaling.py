@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
-from trl_emguard.planning.dry_run import quantized
 from trl_emguard.planning.memory import (
     Engine,
     Run,
@@ -42,6 +41,7 @@ from trl_emguard.planning.memory import (
     peak,
     saved_activations,
 )
+from trl_emguard.planning.meta import quantized
 
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -2,7 +2,7 @@
 
 import copy
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
@@ -29,7 +29,15 @@ class DefendedRows(SFTTrainer):
 
     Rows pass the hooks `prepare_rows`, `check_tokenizer`, `prepare_tokenized`, `add_rows` and `train_loader`.
     Evaluation rows pass none.
+
+    Attributes:
+        whole_lengths: number of tokens in each training row before rows are cut and packed; `None` if they were not
+            counted.
     """
+
+    # Whether rows are counted before they are cut. A plan asks for it; training has no use for it.
+    counts_whole_rows: ClassVar[bool] = False
+    whole_lengths: list[int] | None = None
 
     # SFTTrainer sets them.
     completion_only_loss: bool
@@ -50,7 +58,8 @@ class DefendedRows(SFTTrainer):
             return rows  # SFTTrainer refuses them, in its own words
         for defense in self.defenses:
             rows = defense.prepare_rows(rows)
-        self._rows_to_prepare = rows if self.defenses else None
+        is_counted = self.counts_whole_rows and isinstance(rows, Dataset)
+        self._rows_to_prepare = rows if self.defenses or is_counted else None
         return rows
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
@@ -66,6 +75,8 @@ class DefendedRows(SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         first = next(iter(dataset))
         dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        if self.counts_whole_rows and isinstance(dataset, Dataset):
+            self.whole_lengths = [len(ids) for ids in dataset["input_ids"]]
         tokenizing = self._tokenizing(first, dataset, whole)
         for defense in self.defenses:
             dataset = defense.prepare_tokenized(dataset, tokenizing)

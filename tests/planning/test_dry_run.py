@@ -17,7 +17,7 @@ from tiny import make_model, make_pool, make_rows
 from trl import SFTTrainer
 
 from trl_emguard.models.identity import weight_checksums
-from trl_emguard.planning.dry_run import listening, show
+from trl_emguard.planning.report import listening, show
 from trl_emguard.scripts import sft
 
 
@@ -370,17 +370,9 @@ def test_several_processes_are_refused(argv, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--defense", "none"], "no defense acts"),
-        (["--defense", "ldifs", "--lora_dropout", "0.1"], "lora_dropout=0.1 is switched off"),
-        (["--defense", "kl", "--kl_coef", "0"], "no defense acts"),
-        ([], "nothing is evaluated"),
         (["--accelerate_config", "fsdp2", "--optim", "adamw_8bit"], "FSDP's shards"),
         (["--accelerate_config", "zero3_multi_node"], "main_process_ip=192.0.2.1 is a placeholder"),
         (["--accelerate_config", "cpu", "--num_processes", "3"], "num_processes=3 starts one process"),
-        (
-            ["--accelerate_config", "cpu", "--num_processes", "3", "--multi_gpu"],
-            "several processes on CPUs want use_cpu=True",
-        ),
     ],
 )
 def test_what_is_likely_not_meant_is_warned_of(report, more, words):

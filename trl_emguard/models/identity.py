@@ -25,7 +25,7 @@ ORIGINALS = ("base_layer", "original_module")
 
 
 def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool = False) -> str:
-    """Return a hash of a sample of every weight, to tell whether a resumed run has the same model.
+    """Return a hash of a sample of every weight; an empty text for a model on the meta device, which has no numbers.
 
     Call it before an engine takes the model: weights that FSDP2 has sharded are left out. Weights that ZeRO-3 loaded
     in shards are gathered one by one, so every rank must call it.
@@ -35,6 +35,8 @@ def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool 
         without: names of adapters to leave out.
         is_plain: whether a weight goes by the name that it has in a model without adapters.
     """
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return ""
     digest = hashlib.sha256()
     for name, _, sample in _samples(model, lambda name, _: set(without).isdisjoint(name.split("."))):
         digest.update((_plain(name) if is_plain else name).encode() + _bytes(sample))

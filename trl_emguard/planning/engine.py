@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import FullyShardedDataParallelPlugin, HfDeepSpeedConfig, str_to_bool
 from transformers import TrainingArguments
 
+from ..checks import Engine as EngineFacts
 from .memory import Engine
 
 
@@ -40,6 +41,15 @@ class Launch:
     offloads: bool = False
     on_cpu: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Facts that a launched trainer reads from its engine, apart from those that one process knows as well."""
+        return EngineFacts(
+            sharding="DeepSpeed" if self.engine.is_deepspeed else "FSDP" if self.fsdp is not None else None,
+            fsdp_version=getattr(self.fsdp, "fsdp_version", None),
+            fsdp_checkpointing=bool(getattr(self.fsdp, "activation_checkpointing", False)),
+        )
 
 
 def read_launch(arguments: argparse.Namespace | None) -> Launch:
@@ -128,7 +138,7 @@ def simulated_ranks(ranks: int) -> Iterator[None]:
         GradientState._reset_state()
 
 
-def check_engine(args: TrainingArguments, launch: Launch) -> None:
+def check_settings(args: TrainingArguments, launch: Launch) -> None:
     """Refuse arguments that transformers would refuse only after the engine has started.
 
     Raises:

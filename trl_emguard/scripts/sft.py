@@ -166,13 +166,16 @@ def dry_run(
     dataset_args: DatasetMixtureConfig,
     arguments: argparse.Namespace | None,
 ) -> None:
-    """Print what [`run`] would do, launched with what `accelerate launch` understood (`None`: in one process).
+    """Print a report of the things that [`run`] would do.
+
+    Args:
+        arguments: parsed arguments of `accelerate launch`; `None` for a run in this process.
 
     Raises:
-        ValueError, FileNotFoundError, InactiveDefenseError: what `run` would raise before its first step.
+        ValueError, FileNotFoundError, InactiveDefenseError: errors that `run` would raise before its first step.
     """
-    from ..planning.dry_run import dry_run, report
     from ..planning.engine import read_launch
+    from ..planning.report import dry_run, report
 
     check_model(training_args, model_args)
     report(

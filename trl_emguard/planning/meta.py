@@ -1,0 +1,145 @@
+"""Models without weights: on the meta device, where tensors have sizes and no numbers, and a trainer on one of them."""
+
+import copy
+import json
+import tempfile
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import transformers
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from safetensors import safe_open
+from torch import device, nn
+from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from ..checks import check_engine, load_config
+from ..config import EMGuardConfig
+from ..reference.choose import reference_kind
+from ..reference.kinds import ModelReference
+from ..trainer import EMGuardTrainer
+from .engine import Launch
+
+
+# Training rows and evaluation rows, the latter `None` if nothing is evaluated.
+Data = tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]
+
+
+def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
+    """Return the model that SFTTrainer would load, on the meta device.
+
+    Raises:
+        FileNotFoundError: some of the weight files that a folder's index names are missing.
+    """
+    _check_shards(Path(path))
+    given, config = dict(args.model_init_kwargs or {}), load_config(path, args)  # type: ignore[arg-type]
+    dtype = given.get("dtype", "float32")
+    kwargs = {
+        "dtype": config.dtype if dtype in ("auto", None) else dtype,
+        "attn_implementation": given.get("attn_implementation"),
+    }
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with device("meta"):
+        if architecture is None:
+            remote = given.get("trust_remote_code", args.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **kwargs)
+        else:
+            model = architecture._from_config(config, **kwargs)
+    quantization = given.get("quantization_config", quantization)
+    return model if quantization is None else quantized(model, quantization)
+
+
+def quantized(model: PreTrainedModel, how: BitsAndBytesConfig) -> PreTrainedModel:
+    """Return a model on the meta device with the layers that quantised loading would give it."""
+    quantizer = AutoHfQuantizer.from_config(how, pre_quantized=False)
+    quantizer.validate_environment(device_map=None)
+    quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None)
+    model.hf_quantizer = quantizer
+    return quantizer.postprocess_model(model)
+
+
+def read_first_rows(model: PreTrainedModel, folder: str) -> None:
+    """Give the weights of a meta model their first 64 rows from the files of its folder, for checks of identity."""
+    modules = dict(model.named_modules())
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                module, _, weight = name.rpartition(".")
+                if weight in dict(modules.get(module, nn.Module()).named_parameters(recurse=False)):
+                    rows = nn.Parameter(weights.get_slice(name)[:64], requires_grad=False)
+                    modules[module].register_parameter(weight, rows)
+
+
+def _check_shards(folder: Path) -> None:
+    # `from_pretrained` looks for safetensors first.
+    for index in chain(folder.glob("*.safetensors.index.json"), folder.glob("*.bin.index.json")):
+        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"model {str(folder)!r}: the file {name!r}, which {index.name} names, is missing."
+                )
+        return
+
+
+class MetaTrainer(EMGuardTrainer):
+    """[`EMGuardTrainer`] that counts its rows before they are cut, in a run without defenses as well."""
+
+    counts_whole_rows = True
+
+
+def meta_trainer(
+    path: str,
+    args: EMGuardConfig,
+    data: Data,
+    quantization: BitsAndBytesConfig | None,
+    peft_config: PeftConfig | None,
+    launch: Launch,
+) -> EMGuardTrainer:
+    """Build the trainer of a run on a meta model, and refuse what the launched run would refuse.
+
+    Args:
+        path: folder or hub id of the model.
+        args: configuration with complete `model_init_kwargs`.
+        data: training and evaluation rows.
+        quantization, peft_config: arguments of the trainer.
+        launch: launch of the run. Enter [`simulated_ranks`] before.
+
+    Raises:
+        ValueError, FileNotFoundError, InactiveDefenseError: errors that the run would raise.
+    """
+    given = _unplaced(args)
+    given.push_to_hub, given.model_init_kwargs = False, None
+    if launch.mixed_precision is not None and not (args.bf16 or args.fp16):  # a recipe's precision wins in a rank too
+        given.mixed_precision = launch.mixed_precision
+    revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory() as scratch:
+        given.output_dir = scratch  # the trainer makes this folder
+        trainer = MetaTrainer(
+            meta_model(path, args, quantization),
+            given,
+            train_dataset=data[0],
+            eval_dataset=data[1],
+            processing_class=AutoProcessor.from_pretrained(
+                path, revision=revision, trust_remote_code=args.trust_remote_code
+            ),
+            peft_config=peft_config,
+        )
+    trainer.args.output_dir = args.output_dir
+    # This process runs none of the engines, so the trainer is told, and asked again.
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = launch.engine.is_deepspeed, launch.fsdp is not None
+    check_engine(trainer.defenses, args, launch.facts)
+    if trainer.reference is not None and launch.engine.name == "zero3":
+        kind = reference_kind(trainer.model, None, args, is_sharded=True)
+        if isinstance(trainer.reference, ModelReference):
+            trainer.reference.kind, trainer.reference.source = kind, path
+    return trainer
+
+
+def _unplaced(args: EMGuardConfig) -> EMGuardConfig:
+    """Return a copy of the arguments under which Trainer leaves the model on its device."""
+    unplaced: Any = copy.copy(args)
+    # Trainer reads this from the class, where it is a property without a setter.
+    unplaced.__class__ = type(type(args).__name__, (type(args),), {"place_model_on_device": False})
+    return unplaced

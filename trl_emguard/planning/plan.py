@@ -1,0 +1,199 @@
+"""The plan of a run: steps, rows, tokens and compared positions, counted before training."""
+
+import math
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from datasets import Dataset
+from transformers.training_args import OptimizerNames
+
+from ..defenses import Defense, ReferenceDefense
+from ..guard.scopes import ALL, LABELS, positions_in_scope
+from ..guard.terms import wanted_layers
+from ..trainer import EMGuardTrainer
+from .engine import Launch
+from .memory import Run
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens and labels of rows, or of packs of rows.
+
+    Attributes:
+        tokens: number of tokens in each row.
+        labels: number of tokens in each row that are predicted in training.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: Dataset) -> "Counts":
+        """Count tokenised rows, packed or not."""
+        counts = cls()
+        columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
+        for row in rows.select_columns(columns):
+            ids, labels, documents = row["input_ids"], row["labels"], row.get("seq_lengths") or []
+            # Nothing predicts the first token of a document.
+            firsts = accumulate(documents[:-1], initial=0)
+            counts.tokens.append(len(ids))
+            counts.labels.append(
+                sum(label != -100 for label in labels) - sum(labels[first] != -100 for first in firsts)
+            )
+        return counts
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.tokens + other.tokens, self.labels + other.labels)
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run that follow from its trainer before training.
+
+    Attributes:
+        trainer: trainer of the run, on any device including the meta device.
+        launch: launch of the run.
+        steps: number of updates in the run.
+        steps_in_epoch: number of updates in an epoch.
+        rows: counts of the training rows; empty for a stream.
+        extra: counts of the rows that a defense brings into the batches of an epoch, by the defense's name.
+    """
+
+    trainer: EMGuardTrainer
+    launch: Launch
+    steps: int
+    steps_in_epoch: int
+    rows: Counts
+    extra: dict[str, Counts]
+
+    @classmethod
+    def of(cls, trainer: EMGuardTrainer, launch: Launch) -> "Plan":
+        """Advance a trainer to its first batch, and count.
+
+        Raises:
+            ValueError, InactiveDefenseError: errors that the run would raise before its first step.
+        """
+        args, rows = trainer.args, trainer.train_dataset
+        if args.resume_from_checkpoint:
+            trainer.check_resume(trainer.find_checkpoint(args.resume_from_checkpoint), compare_weights=False)
+        extra = _count_extra_rows(trainer)
+        loader = trainer.get_train_dataloader()
+        _, steps_in_epoch, *_, steps = trainer.set_initial_training_values(args, loader)
+        trainer.create_optimizer_and_scheduler(steps)
+        batch, marks = next(iter(loader)), {}
+        for defense in trainer.defenses:
+            marks |= defense.read_batch(batch).scopes
+        for term in _terms(trainer):
+            positions_in_scope(batch, term.tokens, marks)
+        if trainer.eval_dataset is not None:
+            next(iter(trainer.get_eval_dataloader()))
+        counts = Counts.of(rows) if isinstance(rows, Dataset) else Counts()
+        return cls(trainer, launch, steps, steps_in_epoch, counts, extra)
+
+    @property
+    def terms(self) -> list[ReferenceDefense]:
+        """Active defenses that compare the policy with a reference."""
+        return _terms(self.trainer)
+
+    @property
+    def all_rows(self) -> Counts:
+        """Counts of the training rows of an epoch and the rows that defenses bring in."""
+        return sum(self.extra.values(), self.rows)
+
+    @property
+    def rows_in_step(self) -> int:
+        """Training rows of a step, over all ranks and micro-batches."""
+        return self.rows_in_batch * self.trainer.args.gradient_accumulation_steps
+
+    @property
+    def rows_in_batch(self) -> int:
+        """Training rows of a micro-batch, over all ranks."""
+        return self.trainer.args.per_device_train_batch_size * self.launch.engine.ranks
+
+    def in_step(self, in_epoch: int) -> int:
+        """Return a step's share of a number that is counted over an epoch."""
+        return round(in_epoch * min(1, self.rows_in_step / self.rows.rows))
+
+    def positions(self, scope: str) -> int | None:
+        """Return the number of positions in a scope over an epoch, or `None` if it is not known before training."""
+        if scope in (LABELS, ALL):
+            if not self.rows.rows:
+                return None
+            counts = self.all_rows
+            return sum(counts.labels) if scope == LABELS else sum(counts.tokens) - counts.rows
+        marking = [defense.name for defense in self.trainer.defenses if scope in defense.scopes]
+        extra = [self.extra[name] for name in marking if name in self.extra]
+        return sum(sum(counts.labels) for counts in extra) if extra else None
+
+    def marked_tokens(self, defense: Defense) -> int | None:
+        """Return the tokens that a defense marks in the training rows themselves, or `None` if it marks none there."""
+        rows = self.trainer.train_dataset
+        if not defense.scopes or defense.name in self.extra or not isinstance(rows, Dataset):
+            return None
+        collate = self.trainer.loading(rows).collator
+        marks = (defense.read_batch(collate([row])).scopes for row in rows)
+        return sum(int(mask.sum()) for scopes in marks for mask in scopes.values())
+
+    def cached_numbers(self) -> int:
+        """Return the numbers that a cache of the reference's states would hold, over the rows of an epoch."""
+        scopes, run = {term.tokens for term in self.terms}, self.largest_batch()
+        # Marked positions are a part of those that predict a label.
+        counted = {ALL} if ALL in scopes else {LABELS} if LABELS in scopes else scopes
+        positions = sum(self.positions(scope) or 0 for scope in counted)
+        hidden_size = self.trainer.model.config.get_text_config().hidden_size
+        return positions * (run.has_divergence + run.layers) * hidden_size
+
+    def largest_batch(self) -> Run:
+        """Return the run's largest micro-batch, with its other settings that affect memory."""
+        trainer, args, terms, counts = self.trainer, self.trainer.args, self.terms, self.all_rows
+        rows, multiple = args.per_device_train_batch_size + self._extra_in_batch(), args.pad_to_multiple_of or 1
+        length = math.ceil(max(counts.tokens, default=args.max_length or 0) / multiple) * multiple
+        labels = max(counts.labels, default=length)
+        reference: Any = "none"
+        if trainer.reference is not None:
+            reference = "adapters off" if trainer.reference.shares_weights else "model"
+        return Run(
+            rows=rows,
+            length=length,
+            kept=rows * (length - 1 if any(term.tokens == ALL for term in terms) else labels),
+            micro_batches=args.gradient_accumulation_steps,
+            compute_itemsize=2 if trainer.accelerator.mixed_precision == "bf16" else trainer.model.dtype.itemsize,
+            optimizer=OptimizerNames(args.optim).value,
+            checkpointing=args.gradient_checkpointing,
+            guarded=any(defense.own_loss for defense in trainer.defenses),
+            reference=reference,
+            cached=bool(args.cache_reference),
+            has_divergence=any(term.divergence is not None for term in terms),
+            layers=len(wanted_layers(terms, trainer.model)),
+        )
+
+    def _extra_in_batch(self) -> int:
+        """Return the largest number of extra rows in a micro-batch of one rank."""
+        rows = self.rows.rows
+        if self.trainer.args.dataloader_drop_last:
+            rows -= rows % self.rows_in_batch
+        share = self.trainer.args.per_device_train_batch_size / max(rows, 1)
+        return sum(math.ceil(share * counts.rows) for counts in self.extra.values())
+
+
+def _terms(trainer: EMGuardTrainer) -> list[ReferenceDefense]:
+    return [defense for defense in trainer.defenses if isinstance(defense, ReferenceDefense)]
+
+
+def _count_extra_rows(trainer: EMGuardTrainer) -> dict[str, Counts]:
+    """Count the rows that defenses bring into the batches of an epoch, by the defense's name."""
+    args = trainer.args
+    planned = args.num_train_epochs, args.max_steps
+    # Defenses plan for the whole training, and here it is one epoch long.
+    args.num_train_epochs, args.max_steps = 1, -1
+    try:
+        trainer.loading(trainer.train_dataset)
+        extra = {defense.name: defense.extra_rows() for defense in trainer.defenses}
+    finally:
+        args.num_train_epochs, args.max_steps = planned
+    return {name: Counts.of(rows) for name, rows in extra.items() if rows is not None}

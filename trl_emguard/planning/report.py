@@ -1,0 +1,305 @@
+"""Report of a dry run: what a run would do, and every error that it would meet before its first step.
+
+The trainer of the run is built on the meta device, so no weights are loaded. Rows are tokenised and mixed as in the
+run, the first batch is collated, and optimizer and scheduler are made. Nothing is trained or written. With an
+accelerate file all of this happens in one process, which counts as the file's ranks.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from ..config import EMGuardConfig
+from ..defenses import Defense, ReferenceDefense
+from ..guard.scopes import ALL, LABELS
+from ..models.shipped import resolve_model
+from ..reference.cache import reference_cache_dir
+from ..trainer import EMGuardTrainer
+from .engine import Launch, check_settings, simulated_ranks
+from .memory import Shape, count_weights, memory_per_rank, network_per_step, peak
+from .meta import Data, meta_model, meta_trainer, read_first_rows
+from .plan import Plan
+
+
+# A line of the report: its subject and its text.
+Line = tuple[str, str]
+
+BYTES = {" GiB": 2**30, " MiB": 2**20, " KiB": 2**10, " bytes": 1}
+COUNT = {"B": 10**9, "M": 10**6, "k": 10**3, "": 1}
+
+
+def dry_run(
+    name: str,
+    args: EMGuardConfig,
+    data: Data,
+    quantization: BitsAndBytesConfig | None,
+    peft_config: PeftConfig | None,
+    launch: Launch,
+    heard: list[str],
+) -> list[Line]:
+    """Build everything that a run builds before its first step, and return the lines of the report.
+
+    Args:
+        name: name of the model on the command line.
+        args: configuration with complete `model_init_kwargs`.
+        data: training and evaluation rows.
+        quantization, peft_config: arguments of the trainer.
+        launch: launch of the run.
+        heard: warnings so far, from [`listening`]. Those that would not appear in the real run are removed.
+
+    Raises:
+        ValueError, FileNotFoundError, InactiveDefenseError: errors that the run would raise.
+    """
+    path = resolve_model(name)
+    _check_folder("output_dir", args.output_dir)
+    if args.cache_reference:
+        _check_folder("TRL_EMGUARD_CACHE/reference", str(reference_cache_dir()))
+    check_settings(args, launch)
+    with simulated_ranks(launch.engine.ranks):
+        trainer = meta_trainer(path, args, data, quantization, peft_config, launch)
+        _check_weights(trainer, path, args, heard)
+        plan = Plan.of(trainer, launch)
+        return [*describe(plan, name), *(("warning", note) for note in advice(plan))]
+
+
+def _check_folder(argument: str, folder: str) -> None:
+    """Raise `ValueError` if a folder cannot be made or written to; nothing is made."""
+    absolute = Path(folder).absolute()
+    existing = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{argument}={folder!r} cannot be written to: name another folder.")
+
+
+def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, heard: list[str]) -> None:
+    """Repeat the checks of the policy that warned, with the first rows of its weights."""
+    if not trainer.overrides("check_policy"):
+        return
+    model, repeated = meta_model(path, args, None), []
+    for defense in trainer.defenses:
+        with listening() as warned:
+            defense.check_policy(model)
+        if warned:
+            heard[:] = [text for text in heard if text not in warned]
+            repeated.append(defense)
+    if repeated:
+        read_first_rows(model, path)
+    for defense in repeated:
+        defense.check_policy(model)
+
+
+# ---- lines ----
+
+
+def describe(plan: Plan, name: str) -> list[Line]:
+    """Return the lines of a plan. `name` is the model's."""
+    trainer = plan.trainer
+    details = [(defense.name, text) for defense in trainer.defenses for text in _about_defense(defense, plan)]
+    told = {text for _, text in details}
+    return [
+        *(("model", text) for text in _about_model(trainer.model, name)),
+        *_about_data(plan),
+        *_about_batches(plan),
+        *(("defense", text) for text in trainer.describe() if text not in told),
+        *details,
+        *_about_memory(plan),
+    ]
+
+
+def _about_model(model: PreTrainedModel, name: str) -> list[str]:
+    weights, shape = count_weights(model), Shape.of(model.config)
+    dtype = str(model.dtype).removeprefix("torch.")
+    for bits in (4, 8):
+        if getattr(model, f"is_loaded_in_{bits}bit", False):
+            dtype = f"{bits} bits ({dtype} outside of the linear layers)"
+    trained = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+    size, share = _short(weights.trained, COUNT), weights.trained / weights.total
+    return [
+        f"{name}: {_short(weights.total, COUNT)} parameters in {dtype}, {shape.layers} blocks of width {shape.hidden}",
+        f"{size} of them are trained ({share:.2%}), in {', '.join(trained)}",
+    ]
+
+
+def _about_data(plan: Plan) -> list[Line]:
+    args, counts, whole = plan.trainer.args, plan.rows, plan.trainer.whole_lengths or []
+    if not counts.rows:
+        return [("data", "streamed: rows and tokens are not counted")]
+    unit, tokens, labels = _unit(plan), sum(counts.tokens), sum(counts.labels)
+    lines = [("data", f"{counts.rows} {unit}, {tokens} tokens, {labels} of them are trained on (labels)")]
+    cut = 0 if args.max_length is None else sum(length > args.max_length for length in whole)
+    if cut:
+        # Long rows that end early teach the model to stop early.
+        about = "warning" if cut > 0.05 * len(whole) and not args.packing else "data"
+        verb = "are longer than" if args.packing else "are cut at"
+        lines.append((about, f"{cut} of {len(whole)} rows {verb} max_length={args.max_length}"))
+    if not args.packing and len(whole) > counts.rows:
+        lines.append(("data", f"{len(whole) - counts.rows} rows have no label left and are dropped"))
+    if 0 in counts.labels:
+        lines.append(("data", f"{counts.labels.count(0)} {unit} have no label"))
+    return [*lines, ("data", f"the longest of the {unit} has {max(counts.tokens)} tokens")]
+
+
+def _unit(plan: Plan) -> str:
+    return "packs" if plan.trainer.args.packing else "rows"
+
+
+def _about_batches(plan: Plan) -> list[Line]:
+    args, engine, rows = plan.trainer.args, plan.launch.engine, plan.rows.rows
+    text = (
+        f"per_device {args.per_device_train_batch_size} x accumulation {args.gradient_accumulation_steps} x ranks "
+        f"{engine.ranks} ({engine.name}) = {plan.rows_in_step} rows a step; {plan.steps} steps"
+    )
+    if not rows:
+        return [("batch", text)]
+    text += f" = {plan.steps / plan.steps_in_epoch:.3g} epochs of {plan.steps_in_epoch}"
+    tokens, labels = (plan.in_step(sum(counts)) for counts in (plan.all_rows.tokens, plan.all_rows.labels))
+    lines = [("batch", f"{text}; about {tokens} tokens a step, {labels} of them labels")]
+    if plan.rows_in_step > rows:
+        lines.append(("warning", f"a step takes {plan.rows_in_step} rows, and there are {rows}."))
+    return lines
+
+
+def _about_defense(defense: Defense, plan: Plan) -> list[str]:
+    """Return lines about the places where a defense acts, as far as they are known."""
+    if isinstance(defense, ReferenceDefense):
+        places = {LABELS: "positions that predict a label", ALL: "positions that predict any real token"}
+        place = places.get(defense.tokens, "positions that predict a label of a mixed-in row")
+        layers = ", ".join(map(str, defense.layers(Shape.of(plan.trainer.model.config).layers)))
+        compared = f"the outputs of blocks {layers}" if layers else "next-token distributions"
+        positions = plan.positions(defense.tokens)
+        share = "" if positions is None else f", about {plan.in_step(positions)} a step"
+        return [f"weight {defense.coef:g} on {compared}, at {place}{share}"]
+    if defense.name in plan.extra:
+        counts = plan.extra[defense.name]
+        return [f"the mixed-in rows of an epoch: {sum(counts.tokens)} tokens, {sum(counts.labels)} labels"]
+    if defense.scopes:
+        tokens = plan.marked_tokens(defense)
+        return [] if tokens is None else [f"{tokens} tokens of mixed-in rows are in the {_unit(plan)}"]
+    return defense.describe()
+
+
+def _about_memory(plan: Plan) -> list[Line]:
+    model, engine, run = plan.trainer.model, plan.launch.engine, plan.largest_batch()
+    weights, shape = count_weights(model), Shape.of(model.config)
+    if not run.length:
+        return [("memory", "not estimated: a stream without max_length does not say how long its rows are")]
+    memory = memory_per_rank(weights, shape, run, engine)
+    place = f"at {run.rows} x {run.length} tokens (estimated; docs/scaling.md)"
+    lines = [
+        ("checkpointing", "blocks are recomputed in the backward pass" if run.checkpointing else "off"),
+        ("memory", f"about {_short(peak(memory, run))} per rank {place}"),
+    ]
+    lines += [("memory", f"{name}: {_short(size)}") for name, size in memory.items() if size]
+    if not run.guarded:
+        lines.append(("memory", "head: TRL's, which is not estimated"))
+    if run.cached and plan.terms:
+        size = _short(plan.cached_numbers() * model.dtype.itemsize)
+        lines.append(("disk", f"reference cache: about {size} in {reference_cache_dir()}, less what is there"))
+    network = {name: size for name, size in network_per_step(weights, run, engine).items() if size}
+    if network:
+        parts = ", ".join(f"{name} {_short(size)}" for name, size in network.items())
+        lines.append(("network", f"about {_short(sum(network.values()))} per rank and step: {parts}"))
+    return lines
+
+
+def advice(plan: Plan) -> list[str]:
+    """Return notes on settings that stop the run, or that cost memory or time."""
+    trainer, args, launch, run = plan.trainer, plan.trainer.args, plan.launch, plan.largest_batch()
+    engine, gpus = launch.engine, torch.cuda.device_count()
+    is_alone, has_bf16 = engine.name == "one process", trainer.accelerator.mixed_precision == "bf16"
+    notes = {
+        "this machine has no accelerator, and bf16=True is refused here without use_cpu=True.": (
+            args.bf16 and is_alone and not launch.on_cpu and not torch.accelerator.is_available()
+        ),
+        f"optim={run.optimizer}: bitsandbytes does not know FSDP's shards. Use adamw_torch.": (
+            launch.fsdp and "8bit" in run.optimizer
+        ),
+        f"this machine has {gpus} GPUs, and the launch has {engine.ranks} ranks (over all machines).": (
+            engine.ranks > gpus and not is_alone and not launch.on_cpu
+        ),
+        "the reference is a model of its own: the weights are in memory twice. With an adapter it takes none.": (
+            run.reference == "model" and not run.cached
+        ),
+        "dtype=float32 with bf16=True: the frozen weights take twice the memory of dtype=bfloat16, and are cast in "
+        "every pass.": is_peft_model(trainer.model) and trainer.model.dtype == torch.float32 and has_bf16,
+    }
+    return [*launch.notes, *(note for note, holds in notes.items() if holds)]
+
+
+def _short(number: int, units: dict[str, int] = BYTES) -> str:
+    """Return a number with three digits, in the largest unit that is not larger."""
+    unit = next((unit for unit, size in units.items() if number >= size), "")
+    value = number / units.get(unit, 1)
+    return f"{value:.3g}{unit}" if value < 999.5 else f"{value:.0f}{unit}"
+
+
+# ---- warnings and printing ----
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """Collect Python's warnings and the messages of every logger at WARNING or above, each once."""
+    heard: list[str] = []
+
+    def hear(text: object) -> None:
+        text = " ".join(str(text).split()).removeprefix("[RANK 0] ")
+        if text not in heard:
+            heard.append(text)
+
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: hear(record.getMessage())  # type: ignore[method-assign]
+    with ExitStack() as restored, warnings.catch_warnings():
+        for logger in map(logging.getLogger, (None, "transformers", "datasets", "trl", "peft", "accelerate")):
+            # The root logger hears a library's logger that propagates.
+            if logger.parent is None or not logger.propagate:
+                restored.callback(setattr, logger, "handlers", logger.handlers)
+                logger.handlers = [handler]
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = lambda message, *args, **kwargs: hear(message)
+        yield heard
+
+
+def report(call: Callable[[list[str]], list[Line]]) -> None:
+    """Print the lines and warnings of a dry run, even if it ends in an error.
+
+    Args:
+        call: function from the list of warnings to the lines of the report.
+    """
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    lines: list[Line] = []
+    with listening() as heard:
+        try:
+            lines = call(heard)
+        finally:
+            if not bars:
+                datasets.enable_progress_bars()
+            show(lines, heard)
+
+
+def show(lines: list[Line], heard: list[str]) -> None:
+    """Print a report: as a table in a terminal, otherwise as lines of `subject: text`."""
+    lines = [*lines, *(("warning", text) for text in heard)]
+    if not lines:
+        return  # an error came first, and its message follows
+    title, console = "dry run: nothing is trained or written", Console(markup=False)
+    if console.is_terminal:
+        table = Table("", title)
+        for about, group in groupby(lines, key=itemgetter(0)):
+            table.add_row(about, "\n".join(text for _, text in group), style="yellow" if about == "warning" else None)
+        console.print(table)
+    else:
+        print(title, *(f"{about}: {text}" for about, text in lines), sep="\n", flush=True)
