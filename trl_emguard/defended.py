@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +22,9 @@ from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, 
 from .guard.forward import Gate
 from .guard.loss import PassGuard
 from .guard.sums import Sums, stacked
-from .io.files import check_writable, written_whole
+from .io.files import check_writable
 from .models.sharding import as_main_process
-from .record import card_section, run_identity, why_other
+from .record import add_to_card, run_identity, why_other
 from .version import __version__
 
 
@@ -42,14 +41,9 @@ class DefendedTrainer(WholeCheckpoints):
     policy that forms a gradient, judges their evidence after each step, and writes `defense.json` beside what is
     saved. The trainer keeps its own loss.
 
+    Its config is a TRL config with [`DefenseArguments`] before it, which calls `check_defense` when it is made.
+
     ```python
-    >>> @dataclass
-    ... class DefendedDPOConfig(DefenseArguments, DPOConfig):
-    ...     def __post_init__(self):
-    ...         super().__post_init__()
-    ...         self.check_defense()
-
-
     >>> class DefendedDPOTrainer(DefendedTrainer, DPOTrainer): ...
     ```
 
@@ -382,12 +376,7 @@ class DefendedTrainer(WholeCheckpoints):
         super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():
             return
-        card = Path(self.args.output_dir) / "README.md"
-        text = card.read_text(encoding="utf-8")
-        section = card_section(self.defenses, self._verdict(), self._record()["reference"])
-        before, heading, after = text.partition("### Framework versions")
-        with written_whole(card) as scratch:
-            scratch.write_text(before + "\n".join(section) + "\n\n" + heading + after, encoding="utf-8")
+        add_to_card(self.args.output_dir, self.defenses, self._verdict(), self._record()["reference"])
 
 
 class _StepCallback(TrainerCallback):

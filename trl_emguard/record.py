@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from .defenses import Defense
+from .io.files import written_whole
 from .models.adapters import bare_model
 from .models.identity import fingerprint
 
@@ -81,8 +83,18 @@ def why_other(record: dict[str, Any] | None, current: dict[str, Any], compare_we
     return None
 
 
-def card_section(defenses: Sequence[Defense], verdict: str | None, reference: dict[str, Any] | None) -> list[str]:
-    """Return the lines of a model card on the defense."""
+def add_to_card(
+    folder: str, defenses: Sequence[Defense], verdict: str | None, reference: dict[str, Any] | None
+) -> None:
+    """Add a section on the defense to the model card in a folder."""
+    card = Path(folder) / "README.md"
+    before, heading, after = card.read_text(encoding="utf-8").partition("### Framework versions")
+    section = "\n".join(_card_section(defenses, verdict, reference))
+    with written_whole(card) as scratch:
+        scratch.write_text(before + section + "\n\n" + heading + after, encoding="utf-8")
+
+
+def _card_section(defenses: Sequence[Defense], verdict: str | None, reference: dict[str, Any] | None) -> list[str]:
     section = ["## Defense against emergent misalignment", ""]
     if verdict is not None:
         section += [f"**This model was not defended.** {verdict}", ""]

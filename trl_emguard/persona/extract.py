@@ -1,4 +1,16 @@
-"""Extraction of a persona vector: rollouts under pairs of system prompts, a filter, and a difference of means."""
+"""Extraction of a persona vector: rollouts under pairs of system prompts, a filter, and a difference of means.
+
+1. Every extraction question is answered under both prompts of every pair, sampled at temperature 1.
+2. A (pair, question) is kept if its two answers show the trait and its opposite. Without a judge: if each of the
+   two is likelier, in mean log-probability per token, under its own system prompt than under the other of the
+   pair. With one: if the first scores 50 or more, and the second less.
+3. v(l) is the mean over the kept positive answers of the state after block l, averaged over the answer's tokens,
+   minus the same over the kept negative answers. It is not normalised.
+4. Every held-out question is put under both prompts of every pair, and the state at the last prompt token, from
+   which the answer begins, is projected on v(l). The suggested layer is the one at which the two sides lie
+   farthest apart: the difference of their means over their pooled standard deviation. The layer is chosen on these
+   questions, so the separation at it is a little optimistic.
+"""
 
 import hashlib
 import json
@@ -117,16 +129,7 @@ def extract_vector(
 ) -> Extraction:
     """Extract the persona vector of a trait (Chen et al., 2507.21509).
 
-    1. Every extraction question is answered under both prompts of every pair, sampled at temperature 1.
-    2. A (pair, question) is kept if its two answers show the trait and its opposite. Without a judge: if each of the
-       two is likelier, in mean log-probability per token, under its own system prompt than under the other of the
-       pair. With one: if the first scores 50 or more, and the second less.
-    3. v(l) is the mean over the kept positive answers of the state after block l, averaged over the answer's tokens,
-       minus the same over the kept negative answers. It is not normalised.
-    4. Every held-out question is put under both prompts of every pair, and the state at the last prompt token, from
-       which the answer begins, is projected on v(l). The suggested layer is the one at which the two sides lie
-       farthest apart: the difference of their means over their pooled standard deviation. The layer is chosen on these
-       questions, so the separation at it is a little optimistic.
+    The four steps stand at the top of this module.
 
     Args:
         model: causal language model. The adapters of a PEFT model act as they stand.

@@ -85,7 +85,8 @@ class Plan:
         loader = trainer.get_train_dataloader()
         _, steps_in_epoch, *_, steps = trainer.set_initial_training_values(args, loader)
         trainer.create_optimizer_and_scheduler(steps)
-        batch, marks = next(iter(loader)), {}
+        batch = next(iter(loader))
+        marks: dict[str, Any] = {}
         for defense in trainer.defenses:
             marks |= defense.read_batch(batch).scopes
         for term in _terms(trainer):

@@ -81,13 +81,32 @@ def score_pool(
     """
     _check_arguments(tokenizer, rows, epsilon, max_length, batch_tokens)
     base = _check_adapters(model, adapters)
-    on_cpu = model.device.type == "cpu"
-    state = PartialState(cpu=on_cpu)
     encoded, unscored = encode_rows(base, tokenizer, rows, max_length, prompt_column, response_column)
     if not encoded:
         raise ValueError(f"none of the {len(rows)} rows of the pool can be scored. Row 0: {unscored[0]}.")
     key = scores_key(model, adapters, encoded)
-    output = None if output is None else Path(output)
+    path = None if output is None else Path(output)
+    nll = _score_all(model, adapters, encoded, key, path, batch_tokens, progress)
+    scored, left_out = _join(rows, nll, unscored, epsilon)
+    name, columns = public_name(base.config._name_or_path), (prompt_column, response_column)
+    info = ScoresInfo(name, tuple(adapters), epsilon, len(rows), left_out, *columns, key, __version__)
+    if path is not None:
+        _write_on_main_process(path, scored, info)
+    return scored, info
+
+
+def _score_all(
+    model: PeftModel,
+    adapters: Sequence[str],
+    encoded: Mapping[int, EncodedAnswer],
+    key: str,
+    output: Path | None,
+    batch_tokens: int | None,
+    progress: bool,
+) -> dict[int, list[float]]:
+    """Return the likelihoods of every row, scored by all processes or kept from an interrupted run."""
+    on_cpu = model.device.type == "cpu"
+    state = PartialState(cpu=on_cpu)
     nll = {} if output is None else resume_scores(output, key, encoded, len(adapters) + 1)
     state.wait_for_everyone()  # no process writes before every process has read
 
@@ -102,24 +121,15 @@ def score_pool(
             f"the processes do not see the same files: {parts_folder(output or Path())} must lie where all of them "
             "read and write."
         )
-    scored, left_out = _join(rows, nll, unscored, epsilon)
-    info = ScoresInfo(
-        model=public_name(base.config._name_or_path),
-        adapters=tuple(adapters),
-        epsilon=epsilon,
-        rows=len(rows),
-        unscored=left_out,
-        prompt_column=prompt_column,
-        response_column=response_column,
-        key=key,
-        trl_emguard=__version__,
-    )
-    if output is not None:
-        if state.is_main_process:
-            write_scores(output, scored, info)
-            shutil.rmtree(parts_folder(output), ignore_errors=True)
-        state.wait_for_everyone()
-    return scored, info
+    return nll
+
+
+def _write_on_main_process(output: Path, scored: Dataset, info: ScoresInfo) -> None:
+    state = PartialState()
+    if state.is_main_process:
+        write_scores(output, scored, info)
+        shutil.rmtree(parts_folder(output), ignore_errors=True)
+    state.wait_for_everyone()
 
 
 def encode_rows(
