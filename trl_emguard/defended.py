@@ -47,9 +47,6 @@ class DefendedTrainer(WholeCheckpoints):
     >>> class DefendedDPOTrainer(DefendedTrainer, DPOTrainer): ...
     ```
 
-    Args:
-        args, kwargs: arguments of the trainer. Its `args` must be a config with [`DefenseArguments`].
-
     Attributes:
         defenses: active defenses.
 

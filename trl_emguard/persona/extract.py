@@ -127,9 +127,7 @@ def extract_vector(
     rollouts_file: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> Extraction:
-    """Extract the persona vector of a trait (Chen et al., 2507.21509).
-
-    The four steps stand at the top of this module.
+    """Extract the persona vector of a trait (Chen et al., 2507.21509), in the four steps that this module names.
 
     Args:
         model: causal language model. The adapters of a PEFT model act as they stand.
