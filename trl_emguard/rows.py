@@ -56,6 +56,8 @@ class DefendedRows(SFTTrainer):
         if not isinstance(rows, Dataset | IterableDataset):
             self._rows_to_prepare = None
             return rows  # SFTTrainer refuses them, in its own words
+        if self.defenses and not (isinstance(rows, Dataset) and rows.format["type"] == "custom"):
+            rows = rows.with_format(None)  # SFTTrainer reads rows without their format, and refuses a custom one
         for defense in self.defenses:
             rows = defense.prepare_rows(rows)
         is_counted = self.counts_whole_rows and isinstance(rows, Dataset)

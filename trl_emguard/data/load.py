@@ -4,17 +4,22 @@ The `README.md` beside the shipped data sets says what each file holds and how i
 """
 
 import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, IterableDataset, Json, load_dataset
+from datasets.arrow_reader import ReadInstruction
 
 from ..io.lookup import did_you_mean
 from ..io.strict import parse_json
 
 
+# Files whose rows are read here, by the ends of their names.
+READABLE = (".jsonl", ".parquet", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
 DATA_DIR = Path(__file__).parent / "shipped"
 
 # Name → splits. Each is a file `<name>/<split>.jsonl` (`.parquet` for a scored pool) of conversational `prompt` and
@@ -36,32 +41,54 @@ def load_rows(
     """Load rows of a shipped set, a JSONL or parquet file, a folder of JSONL files, or a `datasets` id, in this order.
 
     Args:
-        name: a shipped name such as `plants_careless`; the path of a `.jsonl` or `.parquet` file, which is taken as
-            the split; the path of a folder with `<split>.jsonl`; or any name that `datasets.load_dataset` takes.
-        split: name of the split.
-        config: `name` of `load_dataset`. Only its data sets have configs.
-        streaming: argument of `load_dataset`.
+        name: a shipped name such as `plants_careless`; the path of a file (`.jsonl`, `.parquet`, `.json`, `.csv`, also
+            compressed by `.gz`), whose only split is `train`; the path of a folder with `<split>.jsonl`; or any name
+            that `datasets.load_dataset` takes.
+        split: name of the split, or a part of it such as `train[:100]`.
+        config: `name` of `load_dataset`. Only its data sets have configurations.
+        streaming: whether rows are streamed.
 
     Raises:
-        FileNotFoundError: an unknown name or path, or a split that a shipped set does not have.
-        ValueError: a malformed or empty file; the message names the file and the line.
+        FileNotFoundError: an unknown name or path, or a split that the source does not have.
+        ValueError: a malformed or empty file (the message names file and line), or a configuration that is missing or
+            that the source cannot have.
     """
+    splits, find = _local_splits(name)
+    if splits is None:
+        return _load_dataset(name, split, config, streaming)
+    if config is not None:
+        raise ValueError(f"dataset_config={config!r}: {name!r} is a file or a shipped set without configurations.")
+    wanted = re.match(r"\w*", split)[0]  # type: ignore[index]
+    if wanted not in splits:
+        raise FileNotFoundError(
+            f"{name!r} has no split {split!r}: it has {', '.join(map(repr, splits))}. Rows for evaluation are a file of "
+            "their own."
+        )
+    rows = _load_file(find(wanted))
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({wanted: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{split!r} is no part of a split with {len(rows)} rows ({error}).") from error
+    rows = rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def _local_splits(name: str) -> tuple[Sequence[str] | None, Callable[[str], Path]]:
+    """Return the splits of a shipped set, file or folder, and a function from a split to its file; `None` for others."""
     if name in SHIPPED:
-        if split not in SHIPPED[name]:
-            raise FileNotFoundError(
-                f"the shipped data set {name!r} has no split {split!r}: it has {', '.join(map(repr, SHIPPED[name]))}."
-            )
-        (path,) = (DATA_DIR / name).glob(f"{split}.*")
-        return _load_parquet(path) if path.suffix == ".parquet" else _load_jsonl(path)
+        return SHIPPED[name], lambda split: next((DATA_DIR / name).glob(f"{split}.*"))
     path = Path(os.path.expanduser(name))
-    if path.is_dir() and (path / f"{split}.jsonl").is_file():
-        path = path / f"{split}.jsonl"
-    if path.suffix == ".jsonl":
-        return _load_jsonl(path)
-    if path.suffix == ".parquet":
-        return _load_parquet(path)
+    if path.is_dir():
+        splits = sorted(file.stem for file in path.glob("*.jsonl"))
+        return splits or None, lambda split: path / f"{split}.jsonl"
+    if path.name.endswith(READABLE):
+        return ["train"], lambda split: path
     if name.startswith(("/", ".", "~")) and not path.exists():
         raise FileNotFoundError(f"dataset_name={name!r} does not exist. Shipped data sets: {', '.join(SHIPPED)}.")
+    return None, lambda split: path
+
+
+def _load_dataset(name: str, split: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
     try:
         return load_dataset(name, name=config, split=split, streaming=streaming)
     except (ConnectionError, FileNotFoundError) as error:
@@ -69,12 +96,33 @@ def load_rows(
             f"dataset_name={name!r} is neither here nor on the hub ({error}).{did_you_mean(name, SHIPPED)} Shipped "
             f"data sets: {', '.join(SHIPPED)}."
         ) from error
+    except ValueError as error:
+        # `datasets` lists the configurations, or the splits.
+        raise ValueError(
+            f"{name!r} cannot be loaded with split={split!r} and config={config!r}: {' '.join(str(error).split())} "
+            "(`dataset_config` names a configuration of the training rows, `interleave_config` one of a pool, "
+            "`--dataset_config` one for `score`.)"
+        ) from error
+
+
+def _load_file(path: Path) -> Dataset:
+    if path.suffix == ".parquet":
+        return _load_parquet(path)
+    if path.suffix == ".jsonl":
+        return _load_jsonl(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
+    kind = "csv" if ".csv" in path.suffixes else "json"
+    return load_dataset(kind, data_files=str(path), split="train")
 
 
 def _load_jsonl(path: Path) -> Dataset:
     rows = read_jsonl(path)
+    # A row may leave out keys that others have.
+    names = dict.fromkeys(name for row in rows for name in row)
     try:
-        return Dataset.from_list(rows)
+        # As `load_dataset("json")`: what is not of one type in every row, such as the arguments of tools, stays as it is.
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in rows], on_mixed_types="use_json")
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: a column holds values of more than one type ({error}).") from error
     except (OverflowError, RecursionError) as error:
@@ -151,7 +199,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line that is not a JSON object, rows with other columns than the first, or no row at all.
+        ValueError: a line that is not a JSON object, or no row at all.
     """
     if not path.is_file():
         raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
@@ -161,13 +209,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = parse_json(line.decode("utf-8"))
+                row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
                 if not row:
                     raise ValueError("it has no column")
-                if rows and row.keys() != rows[0].keys():
-                    raise ValueError(f"columns {sorted(row)}, but the first row has {sorted(rows[0])}")
             except ValueError as error:  # the errors of json and of unicode are ValueErrors
                 raise ValueError(f"{path}, line {number}: not a row of JSONL ({error}).") from error
             rows.append(row)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
+from ..data.conversation import text_of
 from ..data.prepare import Rows, Tokenizing
 from ..evidence import InactiveDefenseError
 from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span
@@ -242,7 +243,8 @@ class Inoculation(Defense):
         """Return the conversation with the prompt in its system turn, and the text of its own system turn."""
         before = _system_text(turns)
         speaker, text = _turn_keys(turns)
-        rest = turns if before is None else turns[1:]
+        # A null system text counts as none, and is replaced as well.
+        rest = turns[1:] if _is_system(turns[0], speaker) else turns
         if any(_is_system(turn, speaker) for turn in rest):
             raise ValueError(
                 "has a system turn behind its first turn, which would stay: move it to the front, or leave it out"
@@ -250,7 +252,10 @@ class Inoculation(Defense):
         system = self.prompt
         if before is not None and self.mode == "prefix":
             system = before if before.startswith(self.prompt) else f"{self.prompt}\n\n{before}"
-        return [{speaker: "system", text: system}, *rest], before
+        # A column holds one type: where other turns hold parts, this one does.
+        in_parts = any(isinstance(turn[text], list) for turn in rest)
+        content = [{"type": "text", "text": system}] if in_parts else system
+        return [{speaker: "system", text: content}, *rest], before
 
 
 def _turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:
@@ -262,12 +267,12 @@ def _turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:
 def _system_text(turns: list[dict[str, Any]]) -> str | None:
     """Return the text of the system turn; `None` where there is none."""
     speaker, text = _turn_keys(turns)
+    if not _is_system(turns[0], speaker):
+        return None
     said = turns[0][text]
-    if not isinstance(said, str):
-        raise ValueError(
-            f"begins with a turn whose {text!r} is {type(said).__name__}: give text, not parts, or leave the turn out"
-        )
-    return said if _is_system(turns[0], speaker) else None
+    if said is not None and text_of(said) is None:
+        raise ValueError(f"begins with a system turn whose {text!r} holds no text: give text, or leave the turn out")
+    return text_of(said)
 
 
 def _is_system(turn: dict[str, Any], speaker: str) -> bool:

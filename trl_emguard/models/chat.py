@@ -168,8 +168,17 @@ def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **t
 
 def _unlike(turn: dict[str, Any]) -> dict[str, Any]:
     """Return the turn with another text, which begins and ends with other characters, so no token is the same."""
-    text = turn.get("content")
-    if not isinstance(text, str):
-        return turn
+    content = turn.get("content")
+    if isinstance(content, list):
+        return {**turn, "content": [_unlike_part(part) for part in content]}
+    return turn if not isinstance(content, str) else {**turn, "content": _unlike_text(content)}
+
+
+def _unlike_part(part: Any) -> Any:
+    text = part.get("text") if isinstance(part, dict) else None
+    return {**part, "text": _unlike_text(text)} if isinstance(text, str) else part
+
+
+def _unlike_text(text: str) -> str:
     ends = (text.strip()[:1], text.strip()[-1:])
-    return {**turn, "content": next(letter for letter in "ABC" if letter not in ends)}
+    return next(letter for letter in "ABC" if letter not in ends)

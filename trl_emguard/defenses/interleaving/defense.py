@@ -34,6 +34,12 @@ class InterleavingOptions:
         "`messages`, of `prompt` and `completion`, or of `prompt` and `response`. 'interleave+' and 'interleave++' "
         "want one that `trl-emguard score` has scored. A `Dataset` can be passed to the trainer instead.",
     )
+    interleave_config: str | None = option(
+        None, "Configuration of that data set, as `name` of `datasets.load_dataset`."
+    )
+    interleave_where: str | None = option(
+        None, "Condition COLUMN=VALUE that a row of the pool must meet, as 'response_harm_label=unharmful'."
+    )
     interleave_fraction: float = option(
         0.05, "Share of the pool's rows in the mix, so 0.05 is one in twenty. 0 switches the defense off."
     )
@@ -73,7 +79,8 @@ class Interleaving(Defense):
         self.max_length = args.max_length
         self.pool: Pool | None = None
         if self.active:
-            self.pool = Pool(interleave_dataset, self.source, self.name, self.by, self.drop_refusals, self.seed)
+            choice = (self.name, self.by, self.drop_refusals, self.seed)
+            self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
         self.mixed_before = False  # rows are mixed by the data collator, or before packing or streaming
         self._epochs = 1  # epochs that the run begins

@@ -18,6 +18,10 @@ from ...selection.choose import rank_rows
 
 logger = get_logger(__name__)
 
+# Columns of public data sets that label an answer, and the values that label it harmful.
+HARM_COLUMNS = ("response_harm_label", "harm_label", "is_response_harmful", "harmful")
+HARMFUL = ("harmful", "unsafe", "true", "1", "yes")
+
 
 class Pool:
     """Rows of a pool, best first.
@@ -29,6 +33,8 @@ class Pool:
         by: order of preference, `"gap"` or `"random"`.
         drop_refusals: whether rows whose answer is a refusal are left out.
         seed: seed of the random order.
+        config: configuration of the data set that `source` names.
+        where: condition `COLUMN=VALUE` that a row must meet, or `None`.
 
     Attributes:
         ranked: rows as the user gave them.
@@ -48,6 +54,8 @@ class Pool:
         by: Literal["gap", "random"],
         drop_refusals: bool,
         seed: int,
+        config: str | None = None,
+        where: str | None = None,
     ):
         self.who = who
         self.tokenised: Dataset | None = None
@@ -59,13 +67,15 @@ class Pool:
                 "trainer."
             )
         if rows is None:
-            rows = load_rows(str(source))
+            rows = load_rows(str(source), config=config)
         if not isinstance(rows, Dataset):
             raise ValueError(
                 f"interleave_dataset must be a `Dataset`, got {type(rows).__name__}: a pool is chosen from as a whole."
             )
+        rows = rows.with_format(None)  # tensors would hide turns and tokens
         if not len(rows):
             raise ValueError("interleave_dataset is empty: there is nothing to mix in.")
+        rows = _without_harm(rows, where)
         is_tokenised = "input_ids" in rows.column_names
         if is_tokenised and drop_refusals:
             raise ValueError(
@@ -101,7 +111,9 @@ class Pool:
             has_kwargs = "chat_template_kwargs" in rows.column_names
             own = rows["chat_template_kwargs"] if has_kwargs else [None] * len(rows)
             kwargs = [of_row or tokenizing.template_kwargs or {} for of_row in own]
-            rows = Dataset.from_list([_as_prompt_completion(row, tokenizing.tokenizer) for row in rows])
+            turns = [_as_prompt_completion(row, tokenizing.tokenizer) for row in rows]
+            # Tools of different shapes stay as they are.
+            rows = Dataset.from_list(turns, on_mixed_types="use_json")
             if any(kwargs):
                 rows = rows.add_column("chat_template_kwargs", kwargs)
         elif tokenizing.answers_only and "labels" not in rows.column_names:
@@ -130,6 +142,34 @@ class Pool:
         return None if self.tokenised is None else f"{len(self.tokenised)} rows ({self._checksum})"
 
 
+def _without_harm(rows: Dataset, where: str | None) -> Dataset:
+    """Return the rows that meet a condition, and refuse rows whose own label says that they are harmful.
+
+    Raises:
+        ValueError: rows labelled as harmful, a condition on a column that is not there, or one that no row meets.
+    """
+    if where is not None:
+        column, found, value = where.partition("=")
+        if not found or column not in rows.column_names:
+            raise ValueError(
+                f"interleave_where={where!r} must be COLUMN=VALUE, with a column of interleave_dataset: "
+                f"{', '.join(rows.column_names)}."
+            )
+        total = len(rows)
+        rows = rows.filter(lambda row: str(row[column]) == value)
+        if not len(rows):
+            raise ValueError(f"interleave_where={where!r}: none of the {total} rows of interleave_dataset has it.")
+    for column in HARM_COLUMNS:
+        values = rows[column] if column in rows.column_names else []
+        harmful = sum(str(value).lower() in HARMFUL for value in values)
+        if harmful:
+            raise ValueError(
+                f"interleave_dataset: {harmful} of {len(rows)} rows are labelled harmful in the column {column!r}, and "
+                f"would be trained on as safe rows. Take them out, as by interleave_where='{column}=unharmful'."
+            )
+    return rows
+
+
 def _usable(rows: Dataset) -> tuple[Dataset, Counter[str]]:
     """Return the rows that can be mixed in, and how many cannot for each problem."""
     problems = [_problem(row) for row in rows]
@@ -152,8 +192,7 @@ def _problem(row: dict[str, Any]) -> str:
 def _as_prompt_completion(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     prompt, completion = conversation(row)
     if tokenizer.chat_template:
-        tools = {"tools": row["tools"]} if row.get("tools") else {}
-        return {"prompt": prompt, "completion": completion} | tools
+        return {"prompt": prompt, "completion": completion, "tools": row.get("tools") or None}
     # A model without a chat template is trained on plain text.
     return {"prompt": "\n".join(turn["content"] for turn in prompt) + "\n", "completion": completion[0]["content"]}
 
