@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import logged, lora, make_model, make_trainer
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
+from twin import bare
 
 from trl_emguard.checkpoints.resume import newest_whole_checkpoint
 from trl_emguard.defenses import LDIFS
@@ -161,7 +162,7 @@ def test_an_error_within_a_pass(make, defense, full):
                 if seen == strike + 1:
                     raise error
 
-        handle = decoder_blocks(trainer._bare_model())[2].register_forward_pre_hook(block)
+        handle = decoder_blocks(bare(trainer.model))[2].register_forward_pre_hook(block)
         before = state_of(trainer)
         try:
             trainer.train()

@@ -185,7 +185,7 @@ def test_default_bf16_with_checkpointing(tmp_path, defense, tuning):
     of a spread at which autocast's own rounding, which stock SFT has too, stays near 1 %."""
     trainer = trainer_for(tmp_path, tuning, spread=0.1, defense=defense, bf16=True, activation_checkpointing=True)
     assert trainer.model.dtype == torch.float32
-    assert_equals_twin(trainer, tolerance=2e-2)
+    assert_equals_twin(trainer, tolerance=4e-2)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
