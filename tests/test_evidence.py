@@ -94,7 +94,7 @@ def test_a_defense_that_dies_on_the_way_stops_the_run(tmp_path):
                 trainer.reference.switch.modules.clear()
 
     trainer.add_callback(Alias())
-    with pytest.raises(InactiveDefenseError, match="the reference became the policy"):
+    with pytest.raises(InactiveDefenseError, match="the reference has moved"):
         trainer.train()
     assert trainer.state.global_step == 4 + PATIENCE
     assert evidence(trainer, "ldifs")["acted"]

@@ -24,7 +24,7 @@ def check_arguments(args: Any, active: Sequence[type[Defense]]) -> None:
     Raises:
         ValueError: the message names the argument, its value and the fix.
     """
-    _check_cache(args, active)
+    _check_cache(args)
     names = ",".join(defense.name for defense in active if defense.own_loss)
     if not names:
         return
@@ -49,12 +49,13 @@ def check_arguments(args: Any, active: Sequence[type[Defense]]) -> None:
         )
 
 
-def _check_cache(args: Any, active: Sequence[type[Defense]]) -> None:
+def _check_cache(args: Any) -> None:
     if not isinstance(args.cache_reference, bool):
         raise ValueError(f"cache_reference={args.cache_reference!r} must be true or false.")
     if not args.cache_reference:
         return
-    if not any(issubclass(defense, ReferenceDefense) for defense in active):
+    named = [DEFENSES[name] for name in args.defense.split(",") if name in DEFENSES]
+    if not any(issubclass(defense, ReferenceDefense) for defense in named):
         known = " or ".join(repr(name) for name, d in DEFENSES.items() if issubclass(d, ReferenceDefense))
         raise ValueError(
             f"cache_reference=True with defense={args.defense!r}, which compares nothing to a reference: leave it "

@@ -1,6 +1,7 @@
 """Training rows of supervised fine-tuning on their way to batches, through the hooks of defenses."""
 
 import copy
+from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -113,6 +114,9 @@ class DefendedRows(SFTTrainer):
         of_run = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         rows = len(dataset) if isinstance(dataset, Dataset) else None
         plan = StreamPlan(rows, of_run if args.max_steps > 0 else None, args.max_steps)
+        if packing and rows is None:
+            lengths = [len(row["input_ids"]) for row in islice(dataset, STREAM_ROWS)]
+            plan = replace(plan, tokens_of_pack=args.max_length, mean_tokens=sum(lengths) / max(len(lengths), 1))
         if not packing:
             unshuffled = copy.copy(args)
             unshuffled.shuffle_dataset = False
@@ -124,6 +128,9 @@ class DefendedRows(SFTTrainer):
             dataset = dataset.shuffle(seed=args.seed)
         if packing:
             dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+            if isinstance(dataset, IterableDataset):
+                # Packs of a stream come longest row first, and added rows are often the longest.
+                dataset = dataset.shuffle(seed=args.seed, buffer_size=STREAM_ROWS)
         return dataset
 
     def _check_rows_came_by(self) -> None:
@@ -148,7 +155,10 @@ class DefendedRows(SFTTrainer):
         if not self.overrides("train_loader"):
             return super().get_train_dataloader()
         collator = self.data_collator
-        loading = self.loading(self._remove_unused_columns(self.train_dataset, description="Training"))
+        rows = self.train_dataset
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, description="Training")
+        loading = self.loading(rows)
         try:
             self.data_collator = loading.collator
             # A stream has no order.

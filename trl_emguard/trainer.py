@@ -39,7 +39,7 @@ from .reference.adapter import trained_outside_adapters
 from .reference.agreement import check_agreement
 from .reference.cached import CachedReference
 from .reference.choose import make_reference, without_dropout
-from .reference.kinds import ModelReference, Reference
+from .reference.kinds import Kind, ModelReference, Reference
 from .reference.watch import ReferenceWatch
 from .rows import DefendedRows
 
@@ -152,6 +152,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
         self._check_rows_came_by()
         self._watch: ReferenceWatch | None = None
+        self._moved_reference: str | None = None  # why
         self._wrapped: Any = None  # the policy in its engine's wrapper
         self.has_agreed = False  # whether policy and reference were found equal before the first update
         self._all_tokens: torch.Tensor | None = None
@@ -223,7 +224,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def _begin(self) -> None:
         super()._begin()
-        self._watch = None
+        self._watch = self._moved_reference = None
         self.has_agreed = self.has_agreed or self.state.global_step > 0
 
     def _end_step(self, control: Any) -> None:
@@ -231,10 +232,14 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         super()._end_step(control)
         if is_first:
             self._check_reference("after the first update")
+            control.should_save |= self._moved_reference is not None
 
     def _save_checkpoint(self, model, trial):
         self._check_reference(f"at step {self.state.global_step}")
         super()._save_checkpoint(model, trial)
+
+    def _verdict(self, final: bool = False) -> str | None:
+        return self._moved_reference or super()._verdict(final)
 
     def _record(self) -> dict[str, Any]:
         record = super()._record()
@@ -247,7 +252,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         """Whether the next step with labels is the first one, where policy and reference must be equal."""
         # A policy with something around its pass is not the reference, although the model is.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
-        return self.reference is not None and not self.has_agreed and not surrounded
+        is_own = self.reference is not None and self.reference.kind is not Kind.GIVEN
+        return is_own and not self.has_agreed and not surrounded
 
     def _watch_reference(self, model: Any, inputs: Mapping[str, Any]) -> None:
         """Record what the reference says of the first micro-batch of this training."""
@@ -277,8 +283,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._watch = None
 
     def _check_reference(self, when: str) -> None:
-        if self._watch is not None and self._watch.has_record:
-            self._watch.check(self._run_reference, when)
+        if self._watch is not None and self._watch.has_record and self._moved_reference is None:
+            self._moved_reference = self._watch.check(self._run_reference, when)
+            self.control.should_training_stop |= self._moved_reference is not None
 
     # ---- a training step ----
 

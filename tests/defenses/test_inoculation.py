@@ -311,7 +311,7 @@ def test_a_stream_that_begins_with_a_row_that_has_it(tmp_path):
     rows = Dataset.from_list([*ALREADY, *make_data("messages", False).to_list()]).to_iterable_dataset()
     trainer = make(tmp_path, rows, max_steps=1)
     assert sum(read.count(PROMPT) for read, _ in texts(trainer, trainer.train_dataset)) == 5
-    assert trainer.defenses[0].evidence() == {"rows": "streamed", "acted": True}
+    assert trainer.defenses[0].evidence()["rows"] == "streamed"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -325,7 +325,7 @@ def test_a_prompt_that_the_template_gives_anyway(tmp_path, streaming):
         make(tmp_path, rows.to_iterable_dataset() if streaming else rows, default)
     own = Dataset.from_list([*rows.to_list(), *make_data("messages", True).to_list()[:1]])
     trainer = make(tmp_path, own, default)
-    assert trainer.defenses[0].evidence() == {"rows": 5, "changed": 1, "acted": True}
+    assert trainer.defenses[0].evidence()["changed"] == 1
     assert set(trainer.train_dataset.column_names) == {"messages", "input_ids", "labels"}
 
 

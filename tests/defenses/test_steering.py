@@ -582,9 +582,6 @@ def test_a_callback_sees_the_plain_model(tmp_path, file, other):
 def test_response_tokens_with_an_adapter_that_adds_tokens(tmp_path, file):
     peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     trainer = make_trainer(tmp_path, peft=peft, defense="steering", steering_vector=file, steering_tokens="response")
-    with pytest.raises(
-        ValueError, match="steering_tokens='response' does not work with states of 56 positions for 53 labels"
-    ):
-        trainer.train()
-    assert trainer.state.global_step == 0
+    trainer.train()
+    assert trainer.defenses[0].evidence()["acted"]  # PEFT lengthens the labels as it does the rows
     make_trainer(tmp_path, peft=peft, defense="steering", steering_vector=file, max_steps=1).train()

@@ -161,7 +161,9 @@ def test_a_reference_loaded_again_must_be_the_model_that_training_started_from(t
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
     trainer = make_trainer(tmp_path / "out", model, defense="kl", ref_model_init_kwargs={"dtype": "float32"})
-    with pytest.raises(ValueError, match=r"before the first update, kl to the reference .* not 0.*Pass `ref_model`"):
+    with pytest.raises(
+        ValueError, match=r"before the first update, the policy's states differ .* not 0.*Pass `ref_model`"
+    ):
         trainer.train()
 
 

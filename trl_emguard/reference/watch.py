@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..evidence import InactiveDefenseError
 from ..guard.forward import States
 from ..guard.scopes import LABELS, positions_in_scope
 from ..models.sharding import gathered
@@ -55,25 +54,22 @@ class ReferenceWatch:
         self._answers = self._ask(run)
         self.noise = self._difference(self._ask(run))
 
-    def check(self, run: Pass, when: str) -> None:
-        """Stop a run whose reference has moved.
+    def check(self, run: Pass, when: str) -> str | None:
+        """Return that the reference has moved since the first step, and likely causes; `None` if it has not.
 
         Args:
             run: pass of the reference.
-            when: moment of the comparison, for the message.
-
-        Raises:
-            InactiveDefenseError: the reference says something else than in the first step.
+            when: moment of the comparison.
         """
         difference = self._difference(self._ask(run))
-        if not difference <= self.noise:
-            raise InactiveDefenseError(
-                f"the reference has moved: {when} it differs by {difference:.2g} of its states' length from what it was "
-                "in the first step, so the policy is not held to the model that training started from. Something trains "
-                "or changes weights that the reference shares: an adapter added or merged after the trainer was built, "
-                "weights unfrozen by a callback, or a forward that was replaced by a closure. Pass a `ref_model` of its "
-                "own, or leave that out."
-            )
+        if difference <= self.noise:
+            return None
+        return (
+            f"the reference has moved: {when} it differs by {difference:.2g} of its states' length from what it was in "
+            "the first step, so the policy is not held to the model that training started from. Something trains or "
+            "changes weights that the reference shares: an adapter added or merged after the trainer was built, weights "
+            "unfrozen by a callback, or a forward that was replaced by a closure. Change that, or pass a `ref_model`."
+        )
 
     @torch.no_grad()
     def _ask(self, run: Pass) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ accelerate launch -m trl_emguard.scripts.score …
 """
 
 import argparse
+import re
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -150,8 +151,9 @@ def name_adapters(options: list[str]) -> dict[str, str]:
     adapters: dict[str, str] = {}
     for option in options:
         name, equals, adapter = option.partition("=")
-        if not equals:
-            name, adapter = Path(option).resolve().name.replace(".", "_"), option
+        # A folder may have an equals sign in its name.
+        if not equals or Path(option).is_dir():
+            name, adapter = _name_of(Path(option).resolve()), option
         if name in adapters:
             raise ValueError(
                 f"--misaligned has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, "
@@ -159,6 +161,14 @@ def name_adapters(options: list[str]) -> dict[str, str]:
             )
         adapters[name] = adapter
     return adapters
+
+
+def _name_of(path: Path) -> str:
+    """Return an adapter's name from its path: the last part, and more of it where PEFT cannot keep that name."""
+    from ..selection.misaligned import is_adapter_name
+
+    last, parent = (re.sub(r"\W", "_", name) for name in (path.name, path.parent.name))
+    return last if is_adapter_name(last) else f"{parent}_{last}"
 
 
 def keep_where(rows: Dataset, condition: str) -> Dataset:

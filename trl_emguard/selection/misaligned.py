@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.identity import weight_checksums
@@ -56,10 +57,18 @@ def check_adapter_kind(name: str, config: PeftConfig) -> None:
         )
 
 
+def is_adapter_name(name: str) -> bool:
+    """Return whether PEFT can keep an adapter under a name, and tell it from the numbers of layers."""
+    return bool(name) and "." not in name and not name.isdecimal() and not hasattr(nn.ModuleDict(), name)
+
+
 def _load_config(name: str, path: str | os.PathLike) -> PeftConfig:
     """Load and check the config of an adapter."""
-    if not name or "." in name:
-        raise ValueError(f"adapter name {name!r} must not be empty or hold a dot: give another, NAME={path}.")
+    if not is_adapter_name(name):
+        raise ValueError(
+            f"adapter name {name!r} must not be empty, a number, hold a dot, or be a name of torch's own: give another, "
+            f"NAME={path}."
+        )
     try:
         config = PeftConfig.from_pretrained(str(path))
     # PEFT raises many types of errors on a damaged file.

@@ -1,6 +1,7 @@
 """Rows of a pool brought into batches: by the data collator, or before rows are packed or streamed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -92,19 +93,48 @@ def _laid_out_like(input_ids: torch.Tensor, rows: list[list[int]], marks: list[l
     )
 
 
-def mix_rows(rows: Dataset | IterableDataset, pool: Dataset, plan: MixPlan) -> Dataset | IterableDataset:
+@dataclass
+class Passes:
+    """Progress through a stream that may end, and begin again, before its plan does.
+
+    Attributes:
+        before: rows of the passes before this one.
+        at: rows up to now.
+    """
+
+    before: int = 0
+    at: int = 0
+
+    def begin(self) -> None:
+        """Begin a pass."""
+        self.before = self.at
+
+    def reset(self) -> None:
+        """Forget passes that only looked at the first rows."""
+        self.before = self.at = 0
+
+
+def mix_rows(
+    rows: Dataset | IterableDataset, pool: Dataset, plan: MixPlan, passes: Passes | None = None
+) -> Dataset | IterableDataset:
     """Mix rows of a pool into rows that will be packed or are streamed.
 
     Args:
         rows: tokenised rows, `input_ids` and `labels`.
         pool: rows of the same form, best first.
         plan: plan of the rows. A stream that is longer begins it again, as another epoch.
+        passes: progress through a stream.
 
     Returns:
         The same kind of data set, with `input_ids`, `labels` and [`INTERLEAVED`].
     """
 
+    passes = Passes() if passes is None else passes
+
     def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        if indices[0] == 0:
+            passes.begin()
+        passes.at = passes.before + indices[-1] + 1
         mixed: dict[str, list] = {"input_ids": [], "labels": [], INTERLEAVED: []}
 
         def add(row: dict[str, Any], kind: int) -> None:
@@ -114,7 +144,7 @@ def mix_rows(rows: Dataset | IterableDataset, pool: Dataset, plan: MixPlan) -> D
 
         for index, ids, labels in zip(indices, batch["input_ids"], batch["labels"], strict=True):
             add({"input_ids": ids, "labels": labels}, 0)
-            for i in plan.at(*divmod(index, plan.places)):
+            for i in plan.at(*divmod(passes.before + index, plan.places)):
                 add(pool[i], OF_POOL)
         return mixed
 

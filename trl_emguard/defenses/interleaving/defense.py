@@ -13,7 +13,7 @@ from ...data.prepare import Rows, StreamPlan, Tokenizing
 from ...evidence import InactiveDefenseError
 from ..base import IN_TRAINING_DEFENSES, Defense, Marks, Step
 from ..options import check_flag, option
-from .collator import INTERLEAVED, ROW_COUNTS, MixingCollator, mix_rows
+from .collator import INTERLEAVED, ROW_COUNTS, MixingCollator, Passes, mix_rows
 from .plan import MixPlan, planned_rows
 from .pool import Pool
 
@@ -83,6 +83,7 @@ class Interleaving(Defense):
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
         self.mixed_before = False  # rows are mixed by the data collator, or before packing or streaming
+        self._passes = Passes()  # through a stream
         self._epochs = 1  # epochs that the run begins
         self._counts = [0, 0]  # rows that the policy was trained on: of the training set, and of the pool
 
@@ -183,6 +184,8 @@ class Interleaving(Defense):
 
     def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
         self.mixed_before = True
+        # Packs of a stream are shuffled in a buffer, which reaches beyond the rows that the plan counts.
+        goes_on = plan.tokens_of_pack is not None
         if plan.rows is not None:
             places = plan.rows
         elif self.redraw or plan.rows_of_run is None:
@@ -192,11 +195,21 @@ class Interleaving(Defense):
             )
         else:
             # The pool's rows are a share of all rows that the run takes.
-            places = round(plan.rows_of_run * (1 - self.fraction))
-        return mix_rows(rows, self._pool_rows, self.make_plan(places))
+            places = round(self._rows_of_run(plan) * (1 - self.fraction))
+        return mix_rows(rows, self._pool_rows, self.make_plan(places, goes_on), self._passes)
+
+    def _rows_of_run(self, plan: StreamPlan) -> float:
+        """Return how many rows a run takes from a stream; in packs, as many as their tokens have room for."""
+        assert plan.rows_of_run is not None
+        if plan.tokens_of_pack is None:
+            return plan.rows_of_run
+        lengths = [len(ids) for ids in self._pool_rows["input_ids"]]
+        mean = (1 - self.fraction) * plan.mean_tokens + self.fraction * sum(lengths) / max(len(lengths), 1)
+        return plan.rows_of_run * plan.tokens_of_pack / max(mean, 1)
 
     def train_loader(self, loading: Loading) -> Loading:
         if self.mixed_before:
+            self._passes.reset()
             return replace(loading, collator=MixingCollator(loading.collator, None, None))
         order: Any = loading.order
         rows = PlacedRows(loading.rows)
@@ -215,8 +228,12 @@ class Interleaving(Defense):
     def _pool_rows(self) -> Dataset:
         return cast(Dataset, cast(Pool, self.pool).tokenised)
 
-    def make_plan(self, places: int) -> MixPlan:
+    def make_plan(self, places: int, goes_on: bool = False) -> MixPlan:
         """Make the plan for a number of training rows: of an epoch, or of a stream.
+
+        Args:
+            places: number of training rows.
+            goes_on: whether rows beyond them take further rows of the pool, and not the same ones again.
 
         Raises:
             ValueError: the pool is smaller than what they take from it, or nothing would be mixed in.
@@ -232,7 +249,7 @@ class Interleaving(Defense):
                 f"interleave_fraction={self.fraction} wants {rows} rows of the pool among {places} training rows, and "
                 f"interleave_dataset has {pool} that can be used: lower it, or give a larger pool."
             )
-        self.plan = MixPlan(places, rows, pool, self.redraw, self.seed)
+        self.plan = MixPlan(places, rows, pool, self.redraw or goes_on, self.seed)
         return self.plan
 
     def _plan_epochs(self, sampler: PlaceSampler, loading: Loading) -> MixPlan:
