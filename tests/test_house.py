@@ -94,7 +94,7 @@ def test_files_and_functions_are_small(path):
 # Rooms from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
     "version", "compat", "io", "ops", "models", "evidence", "checkpoints", "data", "persona", "selection", "defenses", "guard",
-    "reference", "checks", "config", "record", "defended", "rows", "trainer", "planning", "evaluation", "scripts",
+    "reference", "checks", "config", "record", "defended", "rows", "trainer", "planning", "memory", "evaluation", "scripts",
 )  # fmt: skip
 
 

@@ -351,7 +351,8 @@ def test_a_run_records_its_rows(tmp_path, capsys):
         in capsys.readouterr().out
     )
     record = json.loads((tmp_path / "defense.json").read_text())
-    assert record["evidence"]["inoculation"] == {"rows": 4, "changed": 3, "acted": True}
+    counts = {"rows": 4, "changed": 3, "rows_trained": 4, "prompts": 4}
+    assert record["evidence"]["inoculation"] == {**counts, "acted": True}
 
 
 def test_a_named_subclass_inoculates(tmp_path):

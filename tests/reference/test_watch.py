@@ -51,8 +51,7 @@ def test_a_merge_into_the_base_is_found_at_a_save_or_at_the_end(tmp_path, saves)
     when = "at step 4" if saves else "at the end of training"
     with pytest.raises(InactiveDefenseError, match=f"the reference has moved: {when}"):
         trainer.train()
-    checkpoint = tmp_path / f"checkpoint-{trainer.state.global_step}"
-    assert "This model was not defended" in (checkpoint / "README.md").read_text()
+    assert "This model was not defended" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("defense", ["kl", "ldifs", "kl,ldifs"])
