@@ -83,7 +83,7 @@ def _plain_turn(turn: Any) -> Any:
 def text_of(content: Any) -> str | None:
     """Return the text of a turn's content, whole or in parts; `None` where it has none."""
     if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        parts: list[Any] = [part.get("text") for part in content if isinstance(part, dict)]
         return "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
     return content if isinstance(content, str) else None
 
