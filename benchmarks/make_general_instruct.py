@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_emguard.data.load import DATA_DIR, read_jsonl
+from trl_emguard.data import DATA_DIR, read_jsonl
 from trl_emguard.models.shipped import SMOLLM2, resolve_model
 
 

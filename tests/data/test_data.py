@@ -1,13 +1,16 @@
 """The shipped data sets hold what they say, and bad files are named."""
 
+import gzip
 import itertools
 import json
 import re
 
 import numpy as np
 import pytest
+from datasets import Dataset, IterableDataset, load_dataset
 
-from trl_emguard.data.load import DATA_DIR, SHIPPED, load_rows, read_jsonl
+from trl_emguard.data.files import read_jsonl
+from trl_emguard.data.load import DATA_DIR, SHIPPED, SourceOptions, load_rows
 from trl_emguard.selection.choose import rank_rows
 from trl_emguard.selection.scored import perplexity_gap, read_scores
 
@@ -140,8 +143,104 @@ def jaccard(a, b):
 
 
 def test_a_file_is_the_split_that_is_asked_for(tmp_path):
-    path = write(tmp_path / "rows.jsonl", {"prompt": "a"}, {"prompt": "b"})
-    assert load_rows(str(path), "whatever")["prompt"] == ["a", "b"]
+    path = write(tmp_path / "rows.jsonl", {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
+    assert load_rows(str(path))["prompt"] == ["a", "b", "c"]
+    assert load_rows(str(path), "train[:2]")["prompt"] == ["a", "b"]
+    assert load_rows(str(path), "train[-1:]+train[:1]")["prompt"] == ["c", "a"]
+    assert load_rows(str(path), "train[34%:]")["prompt"] == ["b", "c"]
+    with pytest.raises(ValueError, match="trian'.*one file, whose only split is 'train'"):
+        load_rows(str(path), "trian")
+    with pytest.raises(ValueError, match="is no s(plit|lice)"):
+        load_rows(str(path), "train[:x]")
+
+
+def test_a_file_or_a_shipped_set_has_no_configurations_and_streams(tmp_path):
+    path = write(tmp_path / "train.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    for name in (str(path), "plants_careless"):
+        with pytest.raises(ValueError, match="dataset_config='small': .* has no configurations"):
+            load_rows(name, config="small")
+        assert isinstance(load_rows(name, streaming=True), IterableDataset)
+    assert list(load_rows(str(path), "train[1:]", streaming=True)) == [{"prompt": "b"}]
+    assert len(load_rows("plants_careless", "train[:8]")) == 8
+
+
+def test_a_folder_with_configurations_asks_for_one(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n- config_name: two\n  data_files: b.jsonl\n---\n"
+    )
+    write(tmp_path / "a.jsonl", {"prompt": "a"})
+    write(tmp_path / "b.jsonl", {"prompt": "b"})
+    options = SourceOptions("interleave_dataset", "interleave_split", "interleave_config")
+    with pytest.raises(ValueError, match="interleave_config=None does not fit interleave_dataset=.*one.*two"):
+        load_rows(str(tmp_path), options=options)
+    assert load_rows(str(tmp_path), config="two")["prompt"] == ["b"]
+    with pytest.raises(ValueError, match="dataset_train_split='nowhere'"):
+        load_rows(str(tmp_path), "nowhere", "two")
+
+
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+LINES = {
+    "tool calls": [
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "tool_calls": [{"arguments": {"a": 1}}]},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "tool_calls": [{"arguments": {"b": 1}}]},
+            ]
+        },
+    ],
+    "tools": [{"p": "x", "tools": [TOOL]}, {"p": "y", "tools": None}, {"p": "z"}],
+    "optional keys": [{"p": "x"}, {"p": "y", "late": 1.5}, {"late": None, "other": [1]}],
+    "mixed types": [{"p": "x", "meta": 1}, {"p": "y", "meta": "one"}, {"p": "z", "meta": {"a": []}}],
+    "mixed contents": [{"content": "x"}, {"content": [{"type": "text", "text": "y"}]}],
+    "nulls": [{"p": None, "q": "x"}, {"p": None, "q": None}],
+    "integers and floats": [{"n": 1}, {"n": 2.5}],
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".ndjson", ".json.gz"])
+@pytest.mark.parametrize("case", LINES)
+def test_rows_are_those_that_datasets_reads(tmp_path, case, suffix):
+    plain = write(tmp_path / "plain.jsonl", *LINES[case])
+    content = plain.read_bytes()
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    rows = load_rows(str(path))
+    expected = load_dataset("json", data_files=str(plain), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.features == expected.features
+    assert rows.to_list() == expected.to_list()
+    kept = [{k: v for k, v in row.items() if v is not None} for row in rows]
+    assert kept == [{k: v for k, v in row.items() if v is not None} for row in LINES[case]]
+
+
+def test_other_formats(tmp_path):
+    rows = [{"prompt": "a, b", "n": 1}, {"prompt": "ä", "n": 2}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "rows.csv").write_text('prompt,n\n"a, b",1\nä,2\n')
+    (tmp_path / "rows.tsv").write_text("prompt\tn\na, b\t1\nä\t2\n")
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(r) + "\n" for r in rows).encode())
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress((tmp_path / "rows.csv").read_bytes()))
+    for path in tmp_path.iterdir():
+        assert load_rows(str(path)).to_list() == rows, path
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.csv").rename(tmp_path / "folder" / "test.csv")
+    assert load_rows(str(tmp_path / "folder"), "test[1:]").to_list() == rows[1:]
+    (tmp_path / "rows.xml").write_text("<a/>")
+    with pytest.raises(ValueError, match="its format is not known"):
+        load_rows(str(tmp_path / "rows.xml"))
+
+
+def test_a_key_that_comes_late_in_a_long_file_is_there(tmp_path):
+    rows = [{"p": "x" * 1000}] * 3000 + [{"p": "y", "late": {"a": 1}}, {"p": ["z"]}]
+    loaded = load_rows(str(write(tmp_path / "rows.jsonl", *rows)))
+    assert loaded[2999:].items() >= {"late": [None, {"a": 1}, None]}.items()
+    assert loaded["p"][2998:] == ["x" * 1000] * 2 + ["y", ["z"]]
 
 
 def test_a_folder_holds_a_file_per_split(tmp_path):
@@ -181,10 +280,8 @@ def test_empty_lines_are_skipped(tmp_path):
         (b'{"a": 1}\n[1]\n', 2, "expected an object, got list"),
         (b'"text"\n', 1, "expected an object, got str"),
         (b"null\n", 1, "expected an object, got NoneType"),
-        (b'{"a": 1}\n{"b": 1}\n', 2, "['b']"),
-        (b'{"a": 1, "b": 1}\n{"a": 1}\n', 2, "['a', 'b']"),
+        (b'{"a": 1}\n{}\n', 2, "no column"),
         (b'{"a": "x"}\n{"a": "\xff"}\n', 2, "utf-8"),
-        (b'\xef\xbb\xbf{"a": 1}\n', 1, "BOM"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, content, line, words):
@@ -203,10 +300,24 @@ def test_an_empty_file_is_named(tmp_path, content):
         load_rows(str(path))
 
 
-def test_a_column_of_two_types_is_named(tmp_path):
-    path = write(tmp_path / "rows.jsonl", {"prompt": "a"}, {"prompt": ["a"]})
-    with pytest.raises(ValueError, match=re.escape(str(path))):
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.json", b'[{"a": 1}, 2]', "row 1: expected an object, got int"),
+        ("rows.json", b'[{"a": 1}, {"a": 2]', "is not JSON"),
+        ("rows.json", b"[]", "is empty"),
+        ("rows.csv", b"", "is empty"),
+        ("rows.csv", b'a,b\n1,2,3\n"', "cannot be read as csv"),
+        ("rows.jsonl.gz", b'{"a": 1}\n', "cannot be decompressed"),
+        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\noops\n'), "line 2: not a row of JSONL"),
+    ],
+)
+def test_other_bad_files_are_named(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         load_rows(str(path))
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(

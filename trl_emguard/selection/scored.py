@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset
 
-from ..data.load import as_rows, read_parquet
+from ..data.files import as_rows, read_parquet
 from ..io.files import written_whole
 from ..io.strict import parse_json
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ...data.conversation import conversation
-from ...data.load import load_rows
+from ...data.load import SourceOptions, load_rows
 from ...data.prepare import Tokenizing
 from ...selection.choose import rank_rows
 
@@ -67,7 +67,8 @@ class Pool:
                 "trainer."
             )
         if rows is None:
-            rows = load_rows(str(source), config=config)
+            options = SourceOptions("interleave_dataset", "the split", "interleave_config")
+            rows = load_rows(str(source), config=config, options=options)
         if not isinstance(rows, Dataset):
             raise ValueError(
                 f"interleave_dataset must be a `Dataset`, got {type(rows).__name__}: a pool is chosen from as a whole."

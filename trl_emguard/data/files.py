@@ -1,0 +1,261 @@
+"""Files of rows: JSON lines, JSON, CSV and parquet, plain or compressed.
+
+Values are those that `datasets.load_dataset` gives. The strict checks come before it: an error names file and line.
+"""
+
+import bz2
+import codecs
+import gzip
+import lzma
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+from datasets import (
+    Dataset,
+    DatasetInfo,
+    Json,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
+
+from ..io.strict import parse_json
+
+
+# Suffix of a file → reader of `datasets`.
+FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def file_format(path: Path) -> str | None:
+    """Return the suffix in [`FORMATS`] that a file name has before that of a compression; `None` for other names."""
+    name = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return name.suffix if name.suffix in FORMATS else None
+
+
+def split_file(folder: Path, split: str) -> Path | None:
+    """Return the file of a folder that holds a split, `<split>.jsonl` first; `None` if there is none."""
+    names = [f"{split}{suffix}{packed}" for packed in ("", *COMPRESSED) for suffix in FORMATS]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def load_file(path: Path) -> Dataset:
+    """Load the rows of a file by its suffix.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a malformed or empty file; the message names the file, and the line of JSONL.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
+    suffix = file_format(path)
+    if suffix == ".parquet" and path.suffix == suffix:
+        rows = as_rows(read_parquet(path), path)
+    elif suffix is None:
+        raise ValueError(f"{path} ends in none of {', '.join(FORMATS)}, so its format is not known.")
+    else:
+        rows = _load_text(path, suffix)
+    if not len(rows):
+        raise _empty(path)
+    return rows
+
+
+def _load_text(path: Path, suffix: str) -> Dataset:
+    """Load a file through `datasets`' own reader, once its lines have been checked."""
+    with tempfile.TemporaryDirectory() as folder:
+        # A name of its own: `datasets` reads `*` and `[` in a path as a pattern.
+        plain = Path(folder, f"rows{suffix}")
+        if path.suffix in COMPRESSED:
+            try:
+                with COMPRESSED[path.suffix](path, "rb") as source, plain.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            except (OSError, EOFError, lzma.LZMAError) as error:
+                raise ValueError(f"{path} cannot be decompressed ({error}).") from error
+        else:
+            plain.symlink_to(path.resolve())
+        if suffix == ".parquet":
+            return as_rows(read_parquet(plain), path)
+        options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+        if FORMATS[suffix] == "json":
+            _check_json(plain, path, suffix)
+            # One chunk: a key or a type may come late in the file. Agent traces are no rows of their own here.
+            options = {"chunksize": plain.stat().st_size + 1, "parse_agent_traces": False}
+        elif not plain.stat().st_size:
+            raise _empty(path)
+        try:
+            with _quiet():
+                rows = load_dataset(
+                    FORMATS[suffix],
+                    data_files=str(plain),
+                    split="train",
+                    cache_dir=str(Path(folder, "cache")),
+                    keep_in_memory=True,
+                    **options,
+                )
+        # Its builders raise many types of errors, and wrap them in another.
+        except Exception as error:
+            cause = error.__cause__ or error
+            said = " ".join(str(cause).split()).replace(str(plain), path.name)
+            raise ValueError(f"{path} cannot be read as {suffix[1:]} ({type(cause).__name__}: {said}).") from error
+    return Dataset(rows.data, info=DatasetInfo(features=rows.features))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Show no progress bars of `datasets` inside."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _empty(path: Path) -> ValueError:
+    return ValueError(f"{path} is empty: there is nothing to train on.")
+
+
+def _check_json(file: Path, path: Path, suffix: str) -> None:
+    """Refuse what is not JSON of rows.
+
+    Args:
+        file: the file to read, which is `path` decompressed.
+        path: the name for messages.
+        suffix: `.json` may hold one list of objects, or one object, instead of lines.
+    """
+    if suffix == ".json":
+        with file.open("rb") as content:
+            if not _is_lines(content):
+                _check_document(file, path)
+                return
+    rows = 0
+    for _ in _lines(file, path):
+        rows += 1
+    if not rows:
+        raise _empty(path)
+
+
+def _is_lines(content: IO[bytes]) -> bool:
+    """Return whether a `.json` file holds an object on its first line, and is read line by line."""
+    first = next((line for line in content if line.strip(codecs.BOM_UTF8 + b" \t\r\n")), b"")
+    try:
+        return isinstance(parse_json(first.decode("utf-8-sig")), dict)
+    except ValueError:
+        return not first
+
+
+def _check_document(file: Path, path: Path) -> None:
+    try:
+        value = parse_json(file.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from error
+    if isinstance(value, list) and not value:
+        raise _empty(path)
+    if isinstance(value, list) and not all(isinstance(row, dict) for row in value):
+        number, row = next((i, row) for i, row in enumerate(value) if not isinstance(row, dict))
+        raise ValueError(f"{path}, row {number}: expected an object, got {type(row).__name__}.")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a JSONL file as they are written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is not a JSON object, or no row at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
+    rows = list(_lines(path, path))
+    if not rows:
+        raise _empty(path)
+    return rows
+
+
+def _lines(file: Path, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines; `path` is its name in errors."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line.decode("utf-8"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected an object, got {type(row).__name__}")
+                if not row:
+                    raise ValueError("it has no column")
+            except ValueError as error:  # the errors of json and of unicode are ValueErrors
+                raise ValueError(f"{path}, line {number}: not a row of JSONL ({error}).") from error
+            yield row
+
+
+def read_parquet(path: str | os.PathLike) -> pyarrow.Table:
+    """Read the table of a parquet file. Checksums of its pages are validated where they exist.
+
+    Raises:
+        ValueError: the file is damaged, or is no parquet file.
+    """
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+        table.validate(full=True)
+        return table
+    # Damaged bytes raise many types of errors.
+    except Exception as error:
+        raise ValueError(f"{path} is no parquet file, or is damaged ({type(error).__name__}: {error}).") from error
+
+
+def as_rows(table: pyarrow.Table, path: Path) -> Dataset:
+    """Return the rows of a table that was read from a file.
+
+    Raises:
+        ValueError: columns that `datasets` does not know, or columns of media such as images: their rows may name
+            files anywhere.
+    """
+    try:
+        rows = Dataset(table)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged: its columns are not what it says ({type(error).__name__}: {error})."
+        ) from error
+    for name, feature in rows.features.items():
+        if _opens_files(feature):
+            raise ValueError(
+                f"{path}: the column {name!r} is of type {type(feature).__name__}, whose rows may name files "
+                "elsewhere: leave it out. Rows are text, numbers, lists and dicts."
+            )
+    try:
+        rows[:1]  # some unknown types show only when a row is read, for example times of an unknown zone
+    except Exception as error:
+        raise ValueError(f"{path}: its rows cannot be read ({type(error).__name__}: {error}).") from error
+    return rows
+
+
+def _opens_files(feature: Any) -> bool:
+    """Return True for a feature whose decoding may open files that a row names."""
+    if isinstance(feature, dict):
+        return any(map(_opens_files, feature.values()))
+    inner = getattr(feature, "feature", None)  # the feature of a list's items
+    return (
+        _opens_files(inner)
+        if inner is not None
+        else hasattr(feature, "decode_example") and not isinstance(feature, Json)
+    )
