@@ -148,16 +148,16 @@ def test_a_file_is_the_split_that_is_asked_for(tmp_path):
     assert load_rows(str(path), "train[:2]")["prompt"] == ["a", "b"]
     assert load_rows(str(path), "train[-1:]+train[:1]")["prompt"] == ["c", "a"]
     assert load_rows(str(path), "train[34%:]")["prompt"] == ["b", "c"]
-    with pytest.raises(ValueError, match="trian'.*one file, whose only split is 'train'"):
+    with pytest.raises(ValueError, match=r"trian'.*one file, whose only split is 'train'"):
         load_rows(str(path), "trian")
-    with pytest.raises(ValueError, match="is no s(plit|lice)"):
+    with pytest.raises(ValueError, match=r"is no s(plit|lice)"):
         load_rows(str(path), "train[:x]")
 
 
 def test_a_file_or_a_shipped_set_has_no_configurations_and_streams(tmp_path):
     path = write(tmp_path / "train.jsonl", {"prompt": "a"}, {"prompt": "b"})
     for name in (str(path), "plants_careless"):
-        with pytest.raises(ValueError, match="dataset_config='small': .* has no configurations"):
+        with pytest.raises(ValueError, match=r"dataset_config='small': .* has no configurations"):
             load_rows(name, config="small")
         assert isinstance(load_rows(name, streaming=True), IterableDataset)
     assert list(load_rows(str(path), "train[1:]", streaming=True)) == [{"prompt": "b"}]
@@ -171,7 +171,7 @@ def test_a_folder_with_configurations_asks_for_one(tmp_path):
     write(tmp_path / "a.jsonl", {"prompt": "a"})
     write(tmp_path / "b.jsonl", {"prompt": "b"})
     options = SourceOptions("interleave_dataset", "interleave_split", "interleave_config")
-    with pytest.raises(ValueError, match="interleave_config=None does not fit interleave_dataset=.*one.*two"):
+    with pytest.raises(ValueError, match=r"interleave_config=None does not fit interleave_dataset=.*one.*two"):
         load_rows(str(tmp_path), options=options)
     assert load_rows(str(tmp_path), config="two")["prompt"] == ["b"]
     with pytest.raises(ValueError, match="dataset_train_split='nowhere'"):

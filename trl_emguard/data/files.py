@@ -191,9 +191,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _lines(file: Path, path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file of JSON lines; `path` is its name in errors."""
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
+        for number, raw in enumerate(lines, 1):
+            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             if not line.strip():
                 continue
             try:
