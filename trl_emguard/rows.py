@@ -129,8 +129,11 @@ class DefendedRows(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.overrides("train_loader"):
             return super().get_train_dataloader()
-        collator = self.data_collator
-        loading = self.loading(self._remove_unused_columns(self.train_dataset, description="Training"))
+        collator, rows = self.data_collator, self.train_dataset
+        if isinstance(rows, Dataset):
+            # A stream's columns may be unknown. Its collator removes them.
+            rows = self._remove_unused_columns(rows, description="Training")
+        loading = self.loading(rows)
         try:
             self.data_collator = loading.collator
             # A stream has no order.
