@@ -377,7 +377,7 @@ def reference_forward(
 
 def held_bytes(trainer: SFTTrainer) -> int:
     """Bytes that a variant holds between two steps: weights, those of its reference, and the optimizer's state."""
-    own_reference = getattr(getattr(trainer, "_reference", None), "model", None)
+    own_reference = getattr(getattr(trainer, "reference", None), "model", None)
     models = [
         model for model in (trainer.model, getattr(trainer, "ref_model", None), own_reference) if model is not None
     ]

@@ -35,6 +35,8 @@ def _rows_checksum(rows: Any) -> str:
     if not isinstance(rows, Dataset):
         return "streamed"
     columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
+    if not columns:
+        return f"{len(rows)} rows"
     checksum = 0
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
         for name in columns:

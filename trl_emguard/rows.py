@@ -154,9 +154,9 @@ class DefendedRows(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.overrides("train_loader"):
             return super().get_train_dataloader()
-        collator = self.data_collator
-        rows = self.train_dataset
+        collator, rows = self.data_collator, self.train_dataset
         if isinstance(rows, Dataset):
+            # A stream's columns may be unknown. Its collator removes them.
             rows = self._remove_unused_columns(rows, description="Training")
         loading = self.loading(rows)
         try:

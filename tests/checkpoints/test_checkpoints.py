@@ -16,15 +16,14 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from trl_emguard import trainer as trainer_module
-from trl_emguard.checkpoints import manifest as checkpoints
+from trl_emguard.checkpoints import manifest, whole
 from trl_emguard.checkpoints.manifest import (
     MANIFEST,
     begin_checkpoint,
+    find_flaw,
     finish_checkpoint,
-    newest_whole_checkpoint,
-    why_torn,
 )
+from trl_emguard.checkpoints.resume import newest_whole_checkpoint
 from trl_emguard.evidence import read_defense_file
 
 
@@ -183,7 +182,7 @@ def test_a_damaged_defense_file_is_refused(tmp_path, content):
     trainer_for(tmp_path).train()
     folder = tmp_path / "checkpoint-4"
     (folder / "defense.json").write_text(content)
-    with pytest.raises(ValueError, match=r"is a torn checkpoint \(defense.json has"):
+    with pytest.raises(ValueError, match=r"is a corrupt checkpoint \(defense.json has"):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
     (folder / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"defense.json is damaged"):
@@ -249,12 +248,12 @@ def test_a_checkpoint_is_torn_if_any_file_of_it_is(run_folder, damage):
         before = (folder / name).read_bytes()
         DAMAGES[damage](folder / name)
         if (name, damage) == (MANIFEST, "deleted"):
-            assert why_torn(folder) is None  # as a stock checkpoint, which all of its files are there for
+            assert find_flaw(folder) is None  # as a stock checkpoint, which all of its files are there for
         else:
-            assert name in why_torn(folder) or name == MANIFEST
-            assert newest_whole_checkpoint(output) == (2, {"checkpoint-4": why_torn(folder)})
+            assert name in find_flaw(folder) or name == MANIFEST
+            assert newest_whole_checkpoint(output) == (2, {"checkpoint-4": find_flaw(folder)})
         (folder / name).write_bytes(before)
-    assert why_torn(folder) is None
+    assert find_flaw(folder) is None
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut", "emptied"])
@@ -270,9 +269,9 @@ def test_what_can_be_seen_of_a_checkpoint_without_a_manifest(run_folder, damage)
             if damage == "deleted"
             else set()
         )
-        assert (why_torn(folder) is None) == (path.name in harmless), (path.name, why_torn(folder))
+        assert (find_flaw(folder) is None) == (path.name in harmless), (path.name, find_flaw(folder))
         path.write_bytes(before)
-    assert why_torn(folder) is None
+    assert find_flaw(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -306,7 +305,7 @@ def test_sharded_checkpoints_of_other_trainers(tmp_path, files, flaw):
     for name, content in {"trainer_state.json": "{}", **files}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    found = why_torn(tmp_path)
+    found = find_flaw(tmp_path)
     assert found is None if flaw is None else re.search(flaw, found)
 
 
@@ -318,7 +317,7 @@ def test_torn_checkpoints_are_named_and_passed_over(run_folder, caplog):
     resumed = trainer_for(output)
     resumed.train(resume_from_checkpoint="true")
     assert (
-        "holds torn checkpoints, which are not resumed from: checkpoint-6 (trainer_state.json is missing), "
+        "holds checkpoints that are corrupt or of another run, which are not resumed from: checkpoint-6 (trainer_state.json is missing), "
         in caplog.text
     )
     assert "checkpoint-4 (optimizer.pt has " in caplog.text
@@ -331,43 +330,43 @@ def test_there_are_none_but_torn_checkpoints(run_folder):
     for step in (2, 4):
         begin_checkpoint(output / f"checkpoint-{step}")
     with pytest.raises(
-        ValueError, match=r"no whole checkpoint, only torn ones: checkpoint-4 \(it was never finished\), checkpoint-2"
+        ValueError, match=r"no whole checkpoint of this run, only checkpoint-4 \(it was never finished\), checkpoint-2"
     ):
         trainer_for(output).train(resume_from_checkpoint=True)
 
 
 def test_a_large_file_is_known_by_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "CHECKSUM_BYTES", 8)
+    monkeypatch.setattr(manifest, "CHECKSUM_BYTES", 8)
     for name, size in (("large", 9), ("small", 8)):
         (tmp_path / name).write_bytes(bytes(size))
     finish_checkpoint(tmp_path)
     flip(tmp_path / "large")
-    assert why_torn(tmp_path) is None
+    assert find_flaw(tmp_path) is None
     cut(tmp_path / "large")
-    assert why_torn(tmp_path) == "large has 6 bytes instead of 9"
+    assert find_flaw(tmp_path) == "large has 6 bytes instead of 9"
     finish_checkpoint(tmp_path)
     flip(tmp_path / "small")
-    assert why_torn(tmp_path) == "small has changed"
+    assert find_flaw(tmp_path) == "small has changed"
 
 
 def test_what_else_lies_in_a_checkpoint_does_not_tear_it(run_folder):
     folder = run_folder("ours") / "checkpoint-4"
     (folder / "README.md").write_text("edited")
     (folder / "notes.txt").write_text("added")
-    assert why_torn(folder) is None
+    assert find_flaw(folder) is None
 
 
 def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch):
-    whole = []
+    found = []
 
     def rotate(output_dir, *args, **kwargs):
-        whole.append(newest_whole_checkpoint(output_dir))
+        found.append(newest_whole_checkpoint(output_dir))
         rotate_checkpoints(output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "rotate_checkpoints", rotate)
+    monkeypatch.setattr(whole, "rotate_checkpoints", rotate)
     trainer = trainer_for(tmp_path, save_total_limit=1, push_to_hub=False)
     trainer.train()
-    assert whole == [(2, {}), (4, {})]
+    assert found == [(2, {}), (4, {})]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     stored = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
     assert stored.save_total_limit == trainer.args.save_total_limit == 1
@@ -377,7 +376,7 @@ def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
     trainer = trainer_for(tmp_path)
     pushed = []
     monkeypatch.setattr(
-        trainer, "_push_from_checkpoint", lambda folder: pushed.append((Path(folder).name, why_torn(folder)))
+        trainer, "_push_from_checkpoint", lambda folder: pushed.append((Path(folder).name, find_flaw(folder)))
     )
     trainer.args.push_to_hub = True
     trainer.train()

@@ -72,8 +72,8 @@ def test_a_finished_run_makes_no_further_step(tmp_path, trainer_class):
 def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path):
     trainer = make_plain(PlainTrainer, tmp_path)
     trainer.train()
-    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=r"is a corrupt checkpoint \(optimizer.pt is missing\)"):
+    (tmp_path / "checkpoint-4" / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match=r"is a corrupt checkpoint \(scheduler.pt is missing\)"):
         trainer.find_checkpoint(str(tmp_path / "checkpoint-4"))
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         trainer.find_checkpoint(str(tmp_path / "checkpoint-9"))

@@ -230,7 +230,7 @@ def test_a_pool_is_planned_for_all_ranks(report):
 def test_the_reference_is_named(report, peft, engine, kind):
     said = report("--defense", "kl", "--use_peft", peft, *engine)
     assert any(line.startswith(f"reference: {kind}") for line in said["defense"])
-    twice = any("in memory twice" in line for line in said["warning"])
+    twice = any("in memory twice" in line for line in said.get("warning", []))
     assert twice == (peft == "false") == any(line.startswith("reference: ") for line in said["memory"])
 
 
@@ -390,7 +390,7 @@ def test_a_step_that_is_larger_than_the_data_is_warned_of(report):
 
 def test_a_vector_of_this_model_is_known_without_its_weights(report):
     heard = "nothing shows that the persona vector was made with this model"
-    assert not any(heard in line for line in report("--defense", "steering")["warning"])
+    assert not any(heard in line for line in report("--defense", "steering").get("warning", []))
 
 
 # ---- what it leaves ----

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import tempfile
 from itertools import chain
 from pathlib import Path
@@ -17,10 +18,11 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ..checks import check_engine, load_config
 from ..config import EMGuardConfig
+from ..reference.cache import reference_cache_dir
 from ..reference.choose import reference_kind
 from ..reference.kinds import ModelReference
 from ..trainer import EMGuardTrainer
-from .engine import Launch
+from .engine import Launch, check_settings
 
 
 # Training rows and evaluation rows, the latter `None` if nothing is evaluated.
@@ -109,6 +111,10 @@ def meta_trainer(
     Raises:
         ValueError, FileNotFoundError, InactiveDefenseError: errors that the run would raise.
     """
+    _check_folder("output_dir", args.output_dir)
+    if args.cache_reference:
+        _check_folder("TRL_EMGUARD_CACHE/reference", str(reference_cache_dir()))
+    check_settings(args, launch)
     given = _unplaced(args)
     given.push_to_hub, given.model_init_kwargs = False, None
     if launch.mixed_precision is not None and not (args.bf16 or args.fp16):  # a recipe's precision wins in a rank too
@@ -135,6 +141,14 @@ def meta_trainer(
         if isinstance(trainer.reference, ModelReference):
             trainer.reference.kind, trainer.reference.source = kind, path
     return trainer
+
+
+def _check_folder(argument: str, folder: str) -> None:
+    """Raise `ValueError` if a folder cannot be made or written to; nothing is made."""
+    absolute = Path(folder).absolute()
+    existing = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{argument}={folder!r} cannot be written to: name another folder.")
 
 
 def _unplaced(args: EMGuardConfig) -> EMGuardConfig:

@@ -6,13 +6,11 @@ accelerate file all of this happens in one process, which counts as the file's r
 """
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import datasets
 import torch
@@ -28,7 +26,7 @@ from ..guard.scopes import ALL, LABELS
 from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
-from .engine import Launch, check_settings, simulated_ranks
+from .engine import Launch, simulated_ranks
 from .memory import Shape, count_weights, memory_per_rank, network_per_step, peak
 from .meta import Data, meta_model, meta_trainer, read_first_rows
 from .plan import Plan
@@ -64,23 +62,11 @@ def dry_run(
         ValueError, FileNotFoundError, InactiveDefenseError: errors that the run would raise.
     """
     path = resolve_model(name)
-    _check_folder("output_dir", args.output_dir)
-    if args.cache_reference:
-        _check_folder("TRL_EMGUARD_CACHE/reference", str(reference_cache_dir()))
-    check_settings(args, launch)
     with simulated_ranks(launch.engine.ranks):
         trainer = meta_trainer(path, args, data, quantization, peft_config, launch)
         _check_weights(trainer, path, args, heard)
         plan = Plan.of(trainer, launch)
         return [*describe(plan, name), *(("warning", note) for note in advice(plan))]
-
-
-def _check_folder(argument: str, folder: str) -> None:
-    """Raise `ValueError` if a folder cannot be made or written to; nothing is made."""
-    absolute = Path(folder).absolute()
-    existing = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{argument}={folder!r} cannot be written to: name another folder.")
 
 
 def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, heard: list[str]) -> None:
