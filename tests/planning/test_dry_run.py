@@ -74,7 +74,7 @@ BESIDE = {
     "kl,ldifs": ("--gradient_accumulation_steps", "2"),
     "interleave": ("--per_device_train_batch_size", "5"),
     "steering,kl": ("--max_length", "30", "--max_steps", "4"),
-    "interleave,inoculation": ("--packing", "true", "--max_length", "128"),
+    "interleave,inoculation": ("--packing", "true", "--max_length", "256"),
     "kl": ("--use_peft", "false", "--num_train_epochs", "2"),
 }
 
