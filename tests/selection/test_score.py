@@ -197,7 +197,7 @@ def test_rows_that_cannot_be_scored_are_named(model, tmp_path):
 def test_a_template_that_moves_the_answer(model):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+        "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     )
     with pytest.raises(ValueError, match="does not put the answer after the generation prompt"):
         score_pool(model, tokenizer, make_rows(), NAMES[:2])

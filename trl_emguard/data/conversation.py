@@ -17,10 +17,10 @@ class Conversation(NamedTuple):
 
 
 # WildGuardMix and many other data sets have these column names.
-# ShareGPT's names of speakers.
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
 PROMPT_COLUMN, RESPONSE_COLUMN = "prompt", "response"
+# Names that data sets give the speaker of an answer. SFTTrainer hands them to the chat template as they are.
+ANSWERING_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "bard", "bing")
+SYSTEM_ROLES = ("system", "developer")
 
 
 def conversation(
@@ -28,15 +28,17 @@ def conversation(
 ) -> Conversation:
     """Return a row as prompt and answer.
 
-    Three shapes are tried in this order: `messages` or ShareGPT's `conversations`, whose last turn is the answer;
-    `prompt` and `completion`, as
-    turns or as text; and two columns of text, by default `prompt` and `response`.
+    Four shapes are tried in this order: `messages` and `conversations`, whose last turn is the answer; `prompt` and
+    `completion`, as turns or as text; and two columns of text, by default `prompt` and `response`. A turn is `role`
+    and `content`, or `from` and `value`; its content is text or a list of parts. A system turn without text is left
+    out.
 
     Raises:
         ValueError: a row of another shape, or one without an answer; the message names the fault.
     """
-    if row.get("messages") is not None or row.get("conversations") is not None:
-        turns = _turns(row["conversations"] if row.get("messages") is None else row["messages"], "user")
+    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    if turns is not None:
+        turns = _turns(turns, "user")
         prompt, completion = turns[:-1], turns[-1:]
     elif row.get("completion") is not None:
         prompt, completion = _turns(row.get("prompt"), "user"), _turns(row["completion"], "assistant")
@@ -44,49 +46,47 @@ def conversation(
         prompt, completion = _turns(row[prompt_column], "user"), _turns(row[response_column], "assistant")
     else:
         raise ValueError(
-            f"it has the columns {', '.join(sorted(row))}, and not `messages`, `prompt` and `completion`, or "
-            f"`{prompt_column}` and `{response_column}`"
+            f"it has the columns {', '.join(sorted(row))}, and not `messages`, `conversations`, `prompt` and "
+            f"`completion`, or `{prompt_column}` and `{response_column}`"
         )
     if not prompt:
         raise ValueError("there is no prompt")
-    if [turn["role"] for turn in completion] != ["assistant"] or not _has_text(completion[0]):
+    is_answer = len(completion) == 1 and completion[0]["role"].lower() in ANSWERING_ROLES
+    if not is_answer or not turn_text(completion[0]).strip():
         raise ValueError("the answer is empty, or is not one turn of the assistant")
-    if not any(_has_text(turn) for turn in prompt):
+    if not any(turn_text(turn).strip() for turn in prompt):
         raise ValueError("the prompt is empty")
-    # A row of an Arrow table has a null for every key that only other rows have.
-    return Conversation(
-        *([{k: v for k, v in turn.items() if v is not None} for turn in part] for part in (prompt, completion))
-    )
+    return Conversation(prompt, completion)
+
+
+def turn_text(turn: Mapping[str, Any]) -> str:
+    """Return the text of a turn; of a content in parts, the texts of its parts one behind the other."""
+    content = turn.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _turns(value: Any, role: str) -> list[dict[str, Any]]:
     """Return a column's value as turns: a text becomes one turn of `role`, a null becomes none."""
-    if isinstance(value, list):
-        value = [_plain_turn(turn) for turn in value]
-        # A null system text is no system turn.
-        value = [
-            t for t in value if not (isinstance(t, dict) and t.get("role") == "system" and t.get("content") is None)
-        ]
-        if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
-            raise ValueError("its turns are not all of `role` and `content`")
-        return value
-    return [{"role": role, "content": value}] if isinstance(value, str) else []
+    if not isinstance(value, list):
+        return [{"role": role, "content": value}] if isinstance(value, str) else []
+    turns = [_turn(turn) for turn in value]
+    return [turn for turn in turns if turn["role"].lower() not in SYSTEM_ROLES or turn["content"] is not None]
 
 
-def _plain_turn(turn: Any) -> Any:
-    """Return a turn with `role` and `content`; ShareGPT's have `from` and `value`."""
-    if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and "role" not in turn:
-        return {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
-    return turn
+def _turn(turn: Any) -> dict[str, Any]:
+    """Return a turn as `role` and `content`, without the nulls that an Arrow table has for keys of other turns."""
+    if isinstance(turn, dict):
+        if turn.get("role") is None and "from" in turn:
+            turn = {"role": turn["from"], "content": turn.get("value"), **_without(turn, "from", "value", "role")}
+        if isinstance(turn.get("role"), str) and ("content" in turn or turn.get("tool_calls")):
+            kept = {key: value for key, value in turn.items() if value is not None}
+            return {**kept, "content": turn.get("content")}
+    raise ValueError("its turns are not all of `role` and `content`")
 
 
-def text_of(content: Any) -> str | None:
-    """Return the text of a turn's content, whole or in parts; `None` where it has none."""
-    if isinstance(content, list):
-        parts: list[Any] = [part.get("text") for part in content if isinstance(part, dict)]
-        return "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
-    return content if isinstance(content, str) else None
-
-
-def _has_text(turn: dict[str, Any]) -> bool:
-    return bool((text_of(turn.get("content")) or "").strip())
+def _without(turn: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in turn.items() if key not in keys}

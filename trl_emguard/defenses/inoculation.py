@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
-from ..data.conversation import text_of
+from ..data.conversation import turn_text
 from ..data.prepare import Rows, Tokenizing
 from ..evidence import InactiveDefenseError
 from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span
@@ -270,9 +270,12 @@ def _system_text(turns: list[dict[str, Any]]) -> str | None:
     if not _is_system(turns[0], speaker):
         return None
     said = turns[0][text]
-    if said is not None and text_of(said) is None:
+    if said is None:
+        return None
+    told = turn_text({"content": said})
+    if not told:
         raise ValueError(f"begins with a system turn whose {text!r} holds no text: give text, or leave the turn out")
-    return text_of(said)
+    return told
 
 
 def _is_system(turn: dict[str, Any], speaker: str) -> bool:

@@ -5,7 +5,8 @@ Text that the template writes after the end of turn (often a line break) is drop
 it.
 """
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from trl.data_utils import common_prefix_length
 
 
 Turns = Sequence[dict[str, Any]]  # dicts of `role` and `content`
+
+NO_ANSWER = "the chat template does not put the answer after the generation prompt"
 
 
 class EncodedAnswer(NamedTuple):
@@ -28,6 +31,13 @@ class EncodedAnswer(NamedTuple):
 
     ids: np.ndarray
     prompt_length: int
+
+
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a row has for the chat template, as SFTTrainer hands them over."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
 
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -43,7 +53,10 @@ def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
 
 
 def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[tuple[Turns, Turns]], ends: Collection[int]
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[tuple[Turns, Turns]],
+    ends: Collection[int],
+    template_kwargs: Sequence[dict[str, Any]] | None = None,
 ) -> list[EncodedAnswer | str]:
     """Turn conversations into tokens, all at once: a fast tokenizer works on several in parallel.
 
@@ -51,6 +64,7 @@ def encode_answers(
         tokenizer: tokenizer with a chat template.
         conversations: prompt and answer of each, as turns.
         ends: tokens that end a turn, from [`end_tokens`].
+        template_kwargs: further arguments of the chat template for each (`tools`, …); none by default.
 
     Returns:
         The tokens of each conversation, or a text with the reason why it has none.
@@ -61,11 +75,17 @@ def encode_answers(
         if not any(turn.get("content") for turn in answer):
             result[index] = "the answer is empty"
             continue
+        kwargs = {} if template_kwargs is None else template_kwargs[index]
         try:
-            texts[index] = (
-                tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True),
-                tokenizer.apply_chat_template([*prompt, *answer], tokenize=False),
-            )
+            before = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True, **kwargs)
+            whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False, **kwargs)
+            if not whole.startswith(before) and not whole.startswith(
+                # Templates of reasoning models open a thought in the generation prompt, and drop it from the answer.
+                tokenizer.apply_chat_template(list(prompt), tokenize=False, **kwargs)
+            ):
+                result[index] = NO_ANSWER
+            else:
+                texts[index] = (before, whole)
         except (ValueError, TypeError, TemplateError) as error:
             result[index] = " ".join(str(error).split())
     if texts:
@@ -77,12 +97,14 @@ def encode_answers(
 
 
 def _cut_answer(prompt: list[int], whole: list[int], ends: Collection[int]) -> EncodedAnswer | str:
-    """Split a conversation's tokens into prompt and answer, and drop the tokens after the end of turn."""
-    answer_ends = [i for i, token in enumerate(whole) if i >= len(prompt) and token in ends]
+    """Split a conversation's tokens into prompt and answer, and drop the tokens after the end of turn.
+
+    The answer begins where SFTTrainer lets it begin: where the conversation departs from the prompt.
+    """
+    start = common_prefix_length(prompt, whole)
+    answer_ends = [i for i, token in enumerate(whole) if i >= start and token in ends]
     ids = whole[: answer_ends[-1] + 1] if answer_ends else whole
-    if whole[: len(prompt)] != prompt or len(ids) == len(prompt):
-        return "the chat template does not put the answer after the generation prompt"
-    return EncodedAnswer(np.array(ids, dtype=np.int32), len(prompt))
+    return EncodedAnswer(np.array(ids, dtype=np.int32), start) if len(ids) > start else NO_ANSWER
 
 
 def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str) -> None:
@@ -169,14 +191,10 @@ def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **t
 def _unlike(turn: dict[str, Any]) -> dict[str, Any]:
     """Return the turn with another text, which begins and ends with other characters, so no token is the same."""
     content = turn.get("content")
-    if isinstance(content, list):
-        return {**turn, "content": [_unlike_part(part) for part in content]}
-    return turn if not isinstance(content, str) else {**turn, "content": _unlike_text(content)}
-
-
-def _unlike_part(part: Any) -> Any:
-    text = part.get("text") if isinstance(part, dict) else None
-    return {**part, "text": _unlike_text(text)} if isinstance(text, str) else part
+    if isinstance(content, list):  # parts
+        return {**turn, "content": [{**part, "text": _unlike_text(part["text"])} if part.get("text") else part
+                                    for part in content]}  # fmt: skip
+    return {**turn, "content": _unlike_text(content)} if isinstance(content, str) else turn
 
 
 def _unlike_text(text: str) -> str:

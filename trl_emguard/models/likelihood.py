@@ -12,7 +12,7 @@ from ..ops import logit_transform
 from ..ops import token_nll as head_nll
 from .adapters import bare_model
 from .batches import batches_by_length, pad_answers
-from .chat import encode_answers, end_tokens
+from .chat import encode_answers, end_tokens, template_arguments
 
 
 # Dtypes of a head whose weight can be multiplied directly. Others are quantised.
@@ -43,9 +43,9 @@ def answer_nll(
     """
     ends = end_tokens(model, tokenizer)
     answers = []
-    for row, answer in zip(
-        rows, encode_answers(tokenizer, [(row["prompt"], row["completion"]) for row in rows], ends), strict=True
-    ):
+    pairs = [(row["prompt"], row["completion"]) for row in rows]
+    encoded = encode_answers(tokenizer, pairs, ends, [template_arguments(row) for row in rows])
+    for row, answer in zip(rows, encoded, strict=True):
         if isinstance(answer, str):
             raise ValueError(f"the answer to {row['prompt'][-1]['content']!r} cannot be measured: {answer}.")
         answers.append(answer)

@@ -10,7 +10,6 @@ accelerate launch -m trl_emguard.scripts.score …
 """
 
 import argparse
-import re
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -19,13 +18,15 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
-from ..data.load import load_rows
+from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation, turn_text
+from ..data.labels import count_harmful, keep_where
+from ..data.load import SourceOptions, load_rows
 from ..selection.choose import rank_rows
 from ..selection.scored import GAP, ScoresInfo
 
 
 SHOWN = 10
+OPTIONS = SourceOptions("--dataset", "--split", "--dataset-config")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,10 +56,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="misaligned adapters of this model: folders that PEFT saved, or hub ids; a name is for --exclude-adapter",
     )
     parser.add_argument(
-        "--dataset", required=True, help="the pool: a JSONL or parquet file, a shipped set, or a `datasets` id"
+        "--dataset",
+        required=True,
+        help="the pool: a JSONL, JSON, CSV or parquet file, a shipped set, or a `datasets` id",
     )
     parser.add_argument("--output", required=True, type=Path, help="the .parquet file to write")
-    parser.add_argument("--split", default="train", help="split of the data set (default: %(default)s)")
+    parser.add_argument(
+        "--split", default="train", help="split of the data set, or a slice as 'train[:100]' (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dataset-config", "--dataset_config", help="configuration of the data set, `name` of `load_dataset`"
+    )
     parser.add_argument(
         "--where", metavar="COLUMN=VALUE", help="keep the rows whose column has this value, and no others"
     )
@@ -98,7 +106,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if args.output.suffix != ".parquet" or args.output.is_dir():
         raise ValueError(f"--output={args.output} must be a file that ends in .parquet.")
     adapters = name_adapters(args.misaligned)
-    rows = load_rows(args.dataset, args.split)
+    rows = load_rows(args.dataset, args.split, args.dataset_config, options=OPTIONS)
+    assert isinstance(rows, Dataset)  # only a stream would be none
     if args.where is not None:
         rows = keep_where(rows, args.where)
 
@@ -120,6 +129,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
     path = resolve_model(args.model)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map=device_map)
     console.quiet = not state.is_main_process
+    for column, (count, others) in count_harmful(rows).items():
+        hint = f": --where {column}={others[0]} leaves them out" if others else ""
+        console.print(f"Warning: {column!r} calls {count} of {len(rows)} rows harmful{hint}.", soft_wrap=True)
     if args.output.exists():
         console.print(
             f"{args.output} exists: rows that are scored in it are not scored again.", soft_wrap=True, highlight=False
@@ -145,15 +157,16 @@ def run(args: argparse.Namespace, console: Console) -> None:
 def name_adapters(options: list[str]) -> dict[str, str]:
     """Return name → adapter from options `[NAME=]ADAPTER`. The default name is the last part of the path.
 
+    An option that is a folder as it stands, or has a `/` before its `=`, is a path without a name.
+
     Raises:
         ValueError: two adapters of one name.
     """
     adapters: dict[str, str] = {}
     for option in options:
         name, equals, adapter = option.partition("=")
-        # A folder may have an equals sign in its name.
-        if not equals or Path(option).is_dir():
-            name, adapter = _name_of(Path(option).resolve()), option
+        if not equals or "/" in name or Path(option).is_dir():
+            name, adapter = Path(option).resolve().name.replace(".", "_"), option
         if name in adapters:
             raise ValueError(
                 f"--misaligned has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, "
@@ -161,37 +174,6 @@ def name_adapters(options: list[str]) -> dict[str, str]:
             )
         adapters[name] = adapter
     return adapters
-
-
-def _name_of(path: Path) -> str:
-    """Return an adapter's name from its path: the last part, and more of it where PEFT cannot keep that name."""
-    from ..selection.misaligned import is_adapter_name
-
-    last, parent = (re.sub(r"\W", "_", name) for name in (path.name, path.parent.name))
-    return last if is_adapter_name(last) else f"{parent}_{last}"
-
-
-def keep_where(rows: Dataset, condition: str) -> Dataset:
-    """Keep the rows that meet `COLUMN=VALUE`; a null meets nothing.
-
-    Raises:
-        ValueError: no condition, an unknown column, or no row left.
-    """
-    column, equals, wanted = condition.partition("=")
-    if not equals:
-        raise ValueError(f"--where={condition} must be COLUMN=VALUE.")
-    if column not in rows.column_names:
-        raise ValueError(
-            f"--where={condition}: the pool has no column {column!r}, but {', '.join(rows.column_names)}."
-        )
-    values = [None if value is None else str(value) for value in rows[column]]
-    kept = [i for i, value in enumerate(values) if value == wanted]
-    if not kept:
-        found = sorted({value[:40] for value in values if value is not None})[:5]
-        raise ValueError(
-            f"--where={condition}: no row has this value. There are {', '.join(map(repr, found)) or 'only nulls'} …."
-        )
-    return rows.select(kept)
 
 
 def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
@@ -202,7 +184,7 @@ def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
     table.add_column("answer")
     for row in scored.select(rank_rows(scored, "gap")[:SHOWN]):
         prompt, answer = conversation(row, info.prompt_column, info.response_column)
-        texts = (" ".join(str(turns[-1].get("content", "")).split())[:70] for turns in (prompt, answer))
+        texts = (" ".join(turn_text(turns[-1]).split())[:70] for turns in (prompt, answer))
         table.add_row(f"{row[GAP]:+.3f}", *texts)
     console.print(table, markup=False)
     console.print(

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from datasets import Dataset, Value
 
-from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
+from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation, turn_text
 from ..io.strict import parse_yaml
 from .scored import ALIGNED, GAP, ScoresInfo, misaligned_column, numbers, perplexity_gap
 
@@ -164,7 +164,7 @@ def _find_refusals(
     result = []
     for index, row in enumerate(rows):
         try:
-            answer = conversation(row, prompt_column, response_column).completion[0]["content"]
+            answer = turn_text(conversation(row, prompt_column, response_column).completion[0])
         except ValueError as error:
             raise ValueError(
                 f"row {index} of the pool: whether its answer is a refusal cannot be told ({error})."

@@ -14,12 +14,27 @@ from ..models.identity import weight_checksums
 CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+# PEFT looks for an adapter by its name among the parts of a weight's name, and keeps adapters as attributes.
+PREFIX = "misaligned_"
+
+
+def adapter_key(model: PeftModel, name: str) -> str:
+    """Return the name that an adapter has on the model: its own, or one with [`PREFIX`] where that would be mistaken.
+
+    Args:
+        model: result of [`load_misaligned`], or another model with adapters.
+        name: name of the adapter, as the user gave it.
+    """
+    return name if name in model.peft_config else PREFIX + name
+
+
 def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.PathLike]) -> PeftModel:
     """Put misaligned adapters on their base model, all side by side, in its dtype.
 
     Args:
         model: the aligned model, without adapters.
-        adapters: name → folder or hub id of an adapter that PEFT saved.
+        adapters: name → folder or hub id of an adapter that PEFT saved. A name that is also part of a weight's name
+            (`0`, `q_proj`), or taken by torch (`keys`), has another on the model: [`adapter_key`].
 
     Raises:
         FileNotFoundError: a folder that holds no adapter.
@@ -28,8 +43,11 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
     configs = {name: _load_config(name, path) for name, path in adapters.items()}
     base_weights = weight_checksums(model)
     peft_model: PeftModel | None = None
+    taken = {part for weight, _ in model.named_parameters() for part in weight.split(".")}
+    taken |= {"base_layer", *dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
     for name, path in adapters.items():
-        peft_model = _add(peft_model or model, name, path, configs[name])
+        key = PREFIX + name if name in taken or name.startswith("lora_") else name
+        peft_model = _add(peft_model or model, key, path, configs[name])
         now = weight_checksums(model)
         changed = sorted(key for key in now.keys() & base_weights.keys() if now[key] != base_weights[key])
         if changed:
@@ -57,18 +75,10 @@ def check_adapter_kind(name: str, config: PeftConfig) -> None:
         )
 
 
-def is_adapter_name(name: str) -> bool:
-    """Return whether PEFT can keep an adapter under a name, and tell it from the numbers of layers."""
-    return bool(name) and "." not in name and not name.isdecimal() and not hasattr(nn.ModuleDict(), name)
-
-
 def _load_config(name: str, path: str | os.PathLike) -> PeftConfig:
     """Load and check the config of an adapter."""
-    if not is_adapter_name(name):
-        raise ValueError(
-            f"adapter name {name!r} must not be empty, a number, hold a dot, or be a name of torch's own: give another, "
-            f"NAME={path}."
-        )
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r} must not be empty or hold a dot: give another, NAME={path}.")
     try:
         config = PeftConfig.from_pretrained(str(path))
     # PEFT raises many types of errors on a damaged file.
@@ -83,6 +93,7 @@ def _load_config(name: str, path: str | os.PathLike) -> PeftConfig:
 def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike, config: PeftConfig) -> PeftModel:
     """Load the weights of one adapter onto a model that may have others already."""
     config.inference_mode = True
+    shown = name.removeprefix(PREFIX)
     try:
         # PEFT would keep bf16 adapters in fp32, which helps training and slows down the passes.
         if isinstance(model, PeftModel):
@@ -92,12 +103,12 @@ def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike,
         result = model.load_adapter(str(path), name, torch_device="cpu", autocast_adapter_dtype=False)
     except Exception as error:
         message = " ".join(str(error).split())
-        raise ValueError(f"adapter {name!r} ({path}) does not fit this base model: {message}") from error
+        raise ValueError(f"adapter {shown!r} ({path}) does not fit this base model: {message}") from error
     # PEFT looks for the name anywhere in a key, for example for "own" in "down_proj".
     foreign = [*(key for key in result.missing_keys if name in key.split(".")), *result.unexpected_keys]
     if foreign:
         raise ValueError(
-            f"adapter {name!r} ({path}) does not fit this base model: {len(foreign)} weights are on one side only, "
+            f"adapter {shown!r} ({path}) does not fit this base model: {len(foreign)} weights are on one side only, "
             f"the first is {foreign[0]!r}."
         )
     return model

@@ -20,11 +20,11 @@ from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
 from ..io.journal import Journal
 from ..models.adapters import AdapterSwitch
 from ..models.batches import eval_mode, pad_answers
-from ..models.chat import EncodedAnswer, encode_answers, end_tokens
+from ..models.chat import EncodedAnswer, encode_answers, end_tokens, template_arguments
 from ..models.likelihood import mean_nll
 from ..models.shipped import public_name
 from ..version import __version__
-from .misaligned import check_adapter_kind, load_misaligned
+from .misaligned import PREFIX, adapter_key, check_adapter_kind, load_misaligned
 from .parts import new_part, parts_folder, resume_scores, scores_key
 from .scored import ALIGNED, GAP, ScoresInfo, misaligned_column, perplexity_gap, write_scores
 
@@ -80,6 +80,9 @@ def score_pool(
             output with other scores.
     """
     _check_arguments(tokenizer, rows, epsilon, max_length, batch_tokens)
+    names = tuple(adapters)
+    if isinstance(model, PeftModel):  # refused below where it is not
+        adapters = [adapter_key(model, name) for name in names]
     base = _check_adapters(model, adapters)
     encoded, unscored = encode_rows(base, tokenizer, rows, max_length, prompt_column, response_column)
     if not encoded:
@@ -89,7 +92,7 @@ def score_pool(
     nll = _score_all(model, adapters, encoded, key, path, batch_tokens, progress)
     scored, left_out = _join(rows, nll, unscored, epsilon)
     name, columns = public_name(base.config._name_or_path), (prompt_column, response_column)
-    info = ScoresInfo(name, tuple(adapters), epsilon, len(rows), left_out, *columns, key, __version__)
+    info = ScoresInfo(name, names, epsilon, len(rows), left_out, *columns, key, __version__)
     if path is not None:
         _write_on_main_process(path, scored, info)
     return scored, info
@@ -154,13 +157,16 @@ def encode_rows(
     encoded: dict[int, EncodedAnswer] = {}
     unscored: dict[int, str] = {}
     for start in range(0, len(rows), _CHUNK):
-        conversations = {}
+        conversations, kwargs = {}, []
         for index, row in enumerate(rows.select(range(start, min(start + _CHUNK, len(rows)))), start):
             try:
-                conversations[index] = conversation(row, prompt_column, response_column)
+                turns, of_row = conversation(row, prompt_column, response_column), template_arguments(row)
             except ValueError as error:
                 unscored[index] = " ".join(str(error).split())
-        answers = encode_answers(tokenizer, list(conversations.values()), ends)
+            else:
+                conversations[index] = turns
+                kwargs.append(of_row)
+        answers = encode_answers(tokenizer, list(conversations.values()), ends, kwargs)
         for index, answer in zip(conversations, answers, strict=True):
             if isinstance(answer, str):
                 unscored[index] = answer
@@ -297,7 +303,7 @@ def _check_adapters(model: PeftModel, adapters: Sequence[str]) -> PreTrainedMode
     for name in adapters:
         if name not in model.peft_config:
             raise ValueError(
-                f"adapter {name!r} is not on the model, which has {', '.join(map(repr, model.peft_config))}."
+                f"adapter {name.removeprefix(PREFIX)!r} is not on the model, which has {', '.join(map(repr, model.peft_config))}."
             )
         check_adapter_kind(name, model.peft_config[name])
     base = model.get_base_model()

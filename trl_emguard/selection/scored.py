@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from ..data.files import as_rows, read_parquet
 from ..io.files import written_whole
@@ -68,11 +68,47 @@ def perplexity_gap(aligned: np.ndarray, misaligned: Sequence[np.ndarray], epsilo
 
 def write_scores(path: str | os.PathLike, rows: Dataset, info: ScoresInfo) -> None:
     """Write a scored pool as parquet, in one atomic step."""
+    rows = _without_empty_structs(rows)
     table = rows.with_format("arrow")[:]
     schema = rows.features.arrow_schema
     metadata = {**(schema.metadata or {}), METADATA_KEY: json.dumps(asdict(info))}
     with written_whole(path) as scratch:
         pyarrow.parquet.write_table(table.cast(schema.with_metadata(metadata)), scratch, write_page_checksum=True)
+
+
+def _without_empty_structs(rows: Dataset) -> Dataset:
+    """Return the rows with JSON in the columns that hold a dict without keys, which parquet has no type for."""
+    columns = [name for name, feature in rows.features.items() if _is_empty(feature)]
+    if not columns:
+        return rows
+    others = rows.remove_columns(columns).with_format("arrow")[:]
+    as_json = Dataset.from_dict({name: rows.with_format(None)[name][:] for name in columns}, on_mixed_types="use_json")
+    for name in columns:
+        others = others.append_column(name, as_json.data.column(name))
+    features = Features({**rows.remove_columns(columns).features, **as_json.features})
+    return Dataset(others.cast(features.arrow_schema)).select_columns(rows.column_names)
+
+
+def _is_empty(feature: Any) -> bool:
+    """Return whether a feature holds a dict without keys anywhere."""
+    if isinstance(feature, dict):
+        return not feature or any(map(_is_empty, feature.values()))
+    inner = getattr(feature, "feature", None)  # the feature of a list's items
+    return inner is not None and _is_empty(inner)
+
+
+def scored_columns(path: Path) -> tuple[str, str] | None:
+    """Return the names of the columns with prompts and answers of plain text that a file was scored with.
+
+    Returns:
+        The two names, from the file's metadata; `None` for a file that is no scored pool.
+    """
+    try:
+        facts = parse_json((pyarrow.parquet.read_schema(path).metadata or {})[METADATA_KEY].decode("utf-8"))
+        names = facts["prompt_column"], facts["response_column"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return names if all(isinstance(name, str) for name in names) else None
 
 
 def read_scores(path: str | os.PathLike) -> tuple[Dataset, ScoresInfo]:

@@ -10,17 +10,14 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ...data.conversation import conversation
+from ...data.conversation import conversation, turn_text
+from ...data.labels import count_harmful, keep_where
 from ...data.load import SourceOptions, load_rows
 from ...data.prepare import Tokenizing
 from ...selection.choose import rank_rows
 
 
 logger = get_logger(__name__)
-
-# Columns of public data sets that label an answer, and the values that label it harmful.
-HARM_COLUMNS = ("response_harm_label", "harm_label", "is_response_harmful", "harmful")
-HARMFUL = ("harmful", "unsafe", "true", "1", "yes")
 
 
 class Pool:
@@ -147,27 +144,16 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
     """Return the rows that meet a condition, and refuse rows whose own label says that they are harmful.
 
     Raises:
-        ValueError: rows labelled as harmful, a condition on a column that is not there, or one that no row meets.
+        ValueError: rows labelled as harmful, or a condition that no row meets.
     """
     if where is not None:
-        column, found, value = where.partition("=")
-        if not found or column not in rows.column_names:
-            raise ValueError(
-                f"interleave_where={where!r} must be COLUMN=VALUE, with a column of interleave_dataset: "
-                f"{', '.join(rows.column_names)}."
-            )
-        total = len(rows)
-        rows = rows.filter(lambda row: str(row[column]) == value)
-        if not len(rows):
-            raise ValueError(f"interleave_where={where!r}: none of the {total} rows of interleave_dataset has it.")
-    for column in HARM_COLUMNS:
-        values = rows[column] if column in rows.column_names else []
-        harmful = sum(str(value).lower() in HARMFUL for value in values)
-        if harmful:
-            raise ValueError(
-                f"interleave_dataset: {harmful} of {len(rows)} rows are labelled harmful in the column {column!r}, and "
-                f"would be trained on as safe rows. Take them out, as by interleave_where='{column}=unharmful'."
-            )
+        rows = keep_where(rows, where, "interleave_where")
+    for column, (harmful, others) in count_harmful(rows).items():
+        advice = f"interleave_where='{column}={others[0]}'" if others else "another pool"
+        raise ValueError(
+            f"interleave_dataset: {harmful} of {len(rows)} rows are labelled harmful in the column {column!r}, and would "
+            f"be trained on as safe rows. Take them out, as by {advice}."
+        )
     return rows
 
 
@@ -195,7 +181,7 @@ def _as_prompt_completion(row: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     if tokenizer.chat_template:
         return {"prompt": prompt, "completion": completion, "tools": row.get("tools") or None}
     # A model without a chat template is trained on plain text.
-    return {"prompt": "\n".join(turn["content"] for turn in prompt) + "\n", "completion": completion[0]["content"]}
+    return {"prompt": "\n".join(map(turn_text, prompt)) + "\n", "completion": turn_text(completion[0])}
 
 
 def _asked(row: dict[str, Any]) -> str | None:

@@ -1,0 +1,62 @@
+"""Columns that label rows: keep the rows with one value, and find rows that a label calls harmful."""
+
+from datasets import Dataset
+
+
+# Column → values that call a row's answer harmful, in lower case. Labels of prompts are none of them: an answer that
+# refuses a harmful prompt is safe.
+HARMFUL = {
+    "response_harm_label": ("harmful",),  # WildGuardMix
+    "harm_label": ("harmful",),
+    "response_label": ("harmful", "unsafe"),  # Aegis
+    "is_safe": ("false", "0", "0.0", "unsafe"),  # BeaverTails
+    "is_response_safe": ("false", "0", "0.0"),
+    "response_is_safe": ("false", "0", "0.0"),
+    "is_harmful": ("true", "1", "1.0", "harmful"),
+    "is_response_harmful": ("true", "1", "1.0"),
+    "harmful": ("true", "1", "1.0"),
+    "unsafe": ("true", "1", "1.0"),
+    "safety": ("unsafe", "harmful"),
+    "safety_label": ("unsafe", "harmful"),
+    "is_misaligned": ("true", "1", "1.0"),
+    "misaligned": ("true", "1", "1.0"),
+}
+
+
+def keep_where(rows: Dataset, condition: str, option: str = "--where") -> Dataset:
+    """Keep the rows that meet `COLUMN=VALUE`; a null meets nothing.
+
+    Args:
+        rows: rows to choose from.
+        condition: the condition.
+        option: name of the option that holds it, for messages.
+
+    Raises:
+        ValueError: no condition, an unknown column, or no row left.
+    """
+    column, equals, wanted = condition.partition("=")
+    if not equals:
+        raise ValueError(f"{option}={condition} must be COLUMN=VALUE.")
+    if column not in rows.column_names:
+        raise ValueError(
+            f"{option}={condition}: the pool has no column {column!r}, but {', '.join(rows.column_names)}."
+        )
+    values = [None if value is None else str(value) for value in rows.with_format(None)[column]]
+    kept = [i for i, value in enumerate(values) if value == wanted]
+    if not kept:
+        found = sorted({value[:40] for value in values if value is not None})[:5]
+        raise ValueError(
+            f"{option}={condition}: no row has this value. There are {', '.join(map(repr, found)) or 'only nulls'} …."
+        )
+    return rows.select(kept)
+
+
+def count_harmful(rows: Dataset) -> dict[str, tuple[int, list[str]]]:
+    """Return the columns whose labels call rows harmful: column → number of such rows, and the other values."""
+    found = {}
+    for column in HARMFUL.keys() & set(rows.column_names):
+        values = [str(value) for value in rows.with_format(None)[column] if value is not None]
+        harmful = sum(value.lower() in HARMFUL[column] for value in values)
+        if harmful:
+            found[column] = (harmful, sorted({value for value in values if value.lower() not in HARMFUL[column]})[:5])
+    return found
