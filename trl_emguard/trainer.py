@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from transformers import (
@@ -284,7 +285,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def _check_reference(self, when: str) -> None:
         if self._watch is not None and self._watch.has_record and self._moved_reference is None:
-            self._moved_reference = self._watch.check(self._run_reference, when)
+            # Every rank stops, or none.
+            found = gather_object([self._watch.check(self._run_reference, when)])
+            self._moved_reference = next((text for text in found if text is not None), None)
             self.control.should_training_stop |= self._moved_reference is not None
 
     # ---- a training step ----
