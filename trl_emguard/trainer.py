@@ -1,11 +1,10 @@
 """`EMGuardTrainer`: SFTTrainer with in-training defenses against emergent misalignment."""
 
 import copy
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -52,14 +51,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     `defense="none"`, or a coefficient of 0, it is SFTTrainer, bit for bit.
 
     ```python
-    >>> from trl_emguard import EMGuardConfig, EMGuardTrainer
-
-    >>> trainer = EMGuardTrainer(
-    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
-    ...     args=EMGuardConfig(defense="kl"),
-    ...     train_dataset=dataset,
-    ...     peft_config=LoraConfig(),
-    ... )
+    >>> args = EMGuardConfig(defense="kl")
+    >>> trainer = EMGuardTrainer("Qwen/Qwen2.5-0.5B-Instruct", args, train_dataset=dataset, peft_config=LoraConfig())
     >>> trainer.train()
     ```
 
@@ -89,6 +82,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     # Defense of a named subclass.
     _defense: ClassVar[str | None] = None
+
+    _moved_reference: str | None = None  # why the run is not held to its reference any more
 
     def __init__(
         self,
@@ -153,7 +148,6 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
         self._check_rows_came_by()
         self._watch: ReferenceWatch | None = None
-        self._moved_reference: str | None = None  # why
         self._wrapped: Any = None  # the policy in its engine's wrapper
         self.has_agreed = False  # whether policy and reference were found equal before the first update
         self._all_tokens: torch.Tensor | None = None
@@ -253,8 +247,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         """Whether the next step with labels is the first one, where policy and reference must be equal."""
         # A policy with something around its pass is not the reference, although the model is.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
-        is_own = self.reference is not None and self.reference.kind is not Kind.GIVEN
-        return is_own and not self.has_agreed and not surrounded
+        return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
 
     def _watch_reference(self, model: Any, inputs: Mapping[str, Any]) -> None:
         """Record what the reference says of the first micro-batch of this training."""
@@ -266,14 +259,16 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Any:
         """Return the reference's states of a batch, from a pass of its own."""
-        assert self.reference is not None
-        layers = wanted_layers(self._terms, self._bare_model())
-        states = self.reference.before(batch, positions, positions, layers)
+        reference, layers = cast(Reference, self.reference), wanted_layers(self._terms, self._bare_model())
+        states = reference.before(batch, positions, positions, layers)
         if states is None:
-            inside = functools.partial(self.reference.inside, positions=positions, layers=layers)
-            with self._gate.armed(lambda bare, _, inputs: inside(bare, inputs), only_with_gradient=False):
+
+            def inside(bare: Any, _: Any, inputs: dict[str, Any]) -> Any:
+                return reference.inside(bare, inputs, positions, layers)
+
+            with self._gate.armed(inside, only_with_gradient=False):
                 states = self._wrapped(**batch)
-        self.reference.after()
+        reference.after()
         return states
 
     @contextmanager
@@ -368,8 +363,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._total_train_tokens += int(sums["real_tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
         if self._compares_start and sums["tokens"]:
-            assert self.reference is not None
-            check_agreement(self.reference, self._terms, sums, self.model, self.args.bf16)
+            check_agreement(cast(Reference, self.reference), self._terms, sums, self.model, self.args.bf16)
             self.has_agreed = True
         self._hand_over(sums)
 
