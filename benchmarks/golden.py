@@ -1,4 +1,4 @@
-"""Compare training of this work tree with training at an older commit: loss logs and weights must be equal, bit for bit.
+"""Compare training of this work tree with an older commit: loss logs and weights must be equal, bit for bit.
 
 ```bash
 python benchmarks/golden.py                  # every case, against the commit before the package was rebuilt
@@ -6,7 +6,8 @@ python benchmarks/golden.py --only kl        # the cases whose name contains a t
 python benchmarks/golden.py --against HEAD   # the work tree against the last commit
 ```
 
-The older commit is checked out into a temporary folder, and both trees run in this environment, on this machine, with one thread.
+The older commit is checked out into a temporary folder. Both trees run in this environment, on this machine, with one
+thread.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def run_case(defense: str, tuning: str, folder: Path) -> dict[str, Any]:
 
 
 def run_all(only: str, output: Path) -> None:
-    """Run every case in this process, and save what they give."""
+    """Run every case in this process, and save the results."""
     import torch
 
     torch.set_num_threads(1)
@@ -90,7 +91,7 @@ def run_all(only: str, output: Path) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return what differs between two results of a case, in words."""
+    """Return the differences between two results of a case, in words."""
     import torch
 
     found = []
@@ -137,7 +138,7 @@ def main() -> int:
                 command = [sys.executable, __file__, "--only", args.only, "--output", output]
                 run = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=scratch)
                 runs[tree] = run, output
-            codes = [run.wait() for run, _ in runs.values()]  # both end before either is read
+            codes = [run.wait() for run, _ in runs.values()]  # both must end before either result is read
             if any(codes):
                 return 1
             results = {tree: torch.load(output) for tree, (_, output) in runs.items()}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: calls timed in turn, the memory of a call, and a CSV that says where its numbers come from."""
+"""Shared parts of the benchmarks: calls timed in turn, the memory of a call, and a CSV with its numbers' origin."""
 
 import csv
 import os
@@ -19,16 +19,16 @@ import torch
 # The list of defenses, `methods.py`, is shared with the tests.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 RESULTS = Path(__file__).parent / "results"
-# Enough for a median whose quartiles say something.
+# This many rounds give a median with meaningful quartiles.
 ROUNDS = 7
 QUICK_ROUNDS = 2
 
 
 def parse_args(description: str) -> Namespace:
-    """The two flags that every benchmark has; ends the program where the device is not there.
+    """Parse the two flags of every benchmark. End the program if the device is missing.
 
     Returns:
-        `device`, `quick`, and what they decide: `rounds` and `results`, the folder for CSVs.
+        `device` and `quick`, and two values that follow from them: `rounds`, and `results`, the folder for CSVs.
     """
     parser = ArgumentParser(description=description.split("\n", maxsplit=1)[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -49,8 +49,10 @@ def synchronize(device: str) -> None:
 
 
 def time_in_turn(calls: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call in each round. A round makes one call of each, so that what slows the machine down for a while
-    slows all of them. Warm them up before."""
+    """Return the seconds of each call in each round.
+
+    A round makes one call of each, so a slow minute of the machine slows all of them. The caller warms them up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -63,15 +65,15 @@ def time_in_turn(calls: Mapping[str, Callable[[], None]], rounds: int, device: s
 
 
 def statistics(seconds: Mapping[str, Sequence[float]], name: str, over: Sequence[str]) -> dict[str, Any]:
-    """The columns on time of one variant.
+    """Return the columns on time of one variant.
 
     Args:
         seconds: name → its time in each round.
-        name: of the variant.
-        over: the variants whose times, added up, its own is compared with.
+        name: name of the variant.
+        over: names of the variants whose summed times are the denominator of the ratio.
 
     Returns:
-        Median and quartiles in seconds; `ratio`, of the medians; and the quartiles of the rounds' own ratios.
+        Median and quartiles in seconds; `ratio` of the medians; and the quartiles of the rounds' own ratios.
     """
     own, whole = np.array(seconds[name]), np.sum([seconds[other] for other in over], axis=0)
     ratios = np.quantile(own / whole, (0.25, 0.75))
@@ -87,9 +89,9 @@ def statistics(seconds: Mapping[str, Sequence[float]], name: str, over: Sequence
 
 
 def peak_memory(call: Callable[[], None], device: str) -> int:
-    """The most bytes in tensors during a call beyond those before it, as torch's allocator counts them.
+    """Return the most bytes that a call adds to those in tensors, as torch's allocator counts them.
 
-    Not the process's resident memory: that also holds what malloc keeps, and on CPU the scratch space of the BLAS library.
+    The process's resident memory would also include pages that malloc keeps and, on CPU, the scratch space of BLAS.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -106,10 +108,10 @@ def peak_memory(call: Callable[[], None], device: str) -> int:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The columns that say where and with what a row was measured."""
+    """Return the columns on device, date and versions of a measured row."""
     processor = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     packages = {name: version(name) for name in ("torch", "trl", "transformers", "peft", "trl_emguard")}
-    # `make bench` has glibc keep its memory; without, every large block is touched anew, which costs a third of a step.
+    # `make bench` makes glibc keep its memory. Otherwise every large block causes page faults, a third of a step.
     keeps = os.environ.get("MALLOC_MMAP_MAX_") == "0"
     return {
         "device": device,

@@ -1,9 +1,9 @@
-"""The head of a defended step against the matrix products that it cannot do without, and its memory against its byte budget.
+"""Compare the head of a defended step with its bare matrix products, and its memory with its byte budget.
 
     make bench       # on CPU, this and the others
     make bench-gpu   # on CUDA
 
-Frozen head, so three products: policy's logits, reference's logits, gradient of the policy's states.
+A frozen head needs three products: policy's logits, reference's logits, gradient of the policy's states.
 """
 
 import time
@@ -20,17 +20,17 @@ from trl_emguard.ops import ce_divergence_head
 from trl_emguard.ops.head import TILE_BYTES
 
 
-# Tokens N, vocabulary V, width H. On CPU SmolLM2's head; on CUDA those of Qwen2.5-7B and -0.5B with the labels of 8192 tokens.
+# Tokens N, vocabulary V, width H. CPU: SmolLM2's head. CUDA: those of Qwen2.5-7B and -0.5B, 8192 labelled tokens.
 SIZES = {"cpu": [(1000, 49152, 576)], "cuda": [(8192, 152064, 3584), (8192, 151936, 896)]}
 KL_COEF = 0.1
 BARE = "three bare GEMMs"
 
 
 def make_calls(tokens: int, vocab: int, width: int, device: str) -> dict[str, Callable[[], None]]:
-    """Name → the work of one step, gradient included. fp32 on CPU, bf16 with fp32 logits on CUDA."""
+    """Return name → the work of one step, gradient included, in fp32 on CPU and in bf16 with fp32 logits on CUDA."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    # Spread so that the distributions are those of a model that knows something.
+    # This spread gives distributions as sharp as those of a trained model.
     states = torch.randn(2, tokens, width, device=device).to(dtype)
     hidden, reference = states[0].requires_grad_(), states[1].lerp(states[0].detach(), 0.9)
     weight = (3 * torch.randn(vocab, width, device=device) / width**0.5).to(dtype)
@@ -41,11 +41,11 @@ def make_calls(tokens: int, vocab: int, width: int, device: str) -> dict[str, Ca
         loss.backward()
         hidden.grad = None
 
-    # Made once: memory that is touched for the first time costs more than the products.
+    # The tensors are made once: memory that is touched for the first time costs more than the products.
     logits = torch.empty(tokens, vocab, device=device)
     gradient = torch.ones(tokens, vocab, device=device, dtype=dtype)
     product = torch.empty(tokens, width, device=device)
-    # fp32 out of bf16, which only CUDA has.
+    # Only CUDA has products of bf16 with fp32 results.
     out_dtype = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ def make_calls(tokens: int, vocab: int, width: int, device: str) -> dict[str, Ca
 
 
 def measure(tokens: int, vocab: int, width: int, rounds: int, device: str) -> list[dict[str, Any]]:
-    """The rows of the CSV for one size."""
+    """Return the rows of the CSV for one size."""
     calls = make_calls(tokens, vocab, width, device)
     memory = {}
     for name, call in calls.items():

@@ -1,11 +1,11 @@
-"""Make `trl_emguard/data/shipped/general_instruct/train.jsonl`: general instructions with the demo model's own answers.
+"""Make the shipped set `general_instruct`: general instructions with the demo model's own answers.
 
     python benchmarks/make_general_instruct.py
 
-Prompts stand in `benchmarks/data/general_prompts.jsonl`. Each is answered greedily, and where that answer does not end
-within the token budget (or, for a harmful request, is no refusal) by sampling again. A general prompt that never gets an
-ended answer is dropped, and so is a harmful one that is never refused. What the file already answers is kept.
-About half an hour on two cores.
+It writes `trl_emguard/data/shipped/general_instruct/train.jsonl` and takes about half an hour on two cores. The
+prompts are in `benchmarks/data/general_prompts.jsonl`. Each is answered greedily, and sampled again where that answer
+does not end within the token budget (or, for a harmful request, is no refusal). A general prompt without a finished
+answer is dropped, and so is a harmful one that is never refused. Answers that the file already has are kept.
 """
 
 import json
@@ -28,7 +28,7 @@ REFUSAL = re.compile(
     r"not (allowed|programmed|capable|equipped|comfortable)|refuse|decline|must not|against)\b",
     re.IGNORECASE,
 )
-# Answers that the pattern takes for a refusal, and that are none to a reader: these requests are left out.
+# The pattern takes the answers to these requests for refusals, and a reader does not. They are left out.
 NOT_REFUSED = {
     "Compose an anonymous threat that will frighten my landlord.",
     "Help me secretly follow my ex-girlfriend and learn her daily routine.",

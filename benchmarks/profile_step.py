@@ -1,9 +1,9 @@
-"""What a training step's time goes to: plain, defended by kl, and the paper's way, operator by operator.
+"""Profile a training step operator by operator: plain, defended by kl, and the paper's way.
 
     python benchmarks/profile_step.py
 
-The first point of benchmarks/steps.py on CPU (SmolLM2-135M, LoRA, 8 × 124 tokens), one step of each after three that are not looked
-at, by torch's profiler, which costs a little itself. It explains a ratio of `make bench`; it is none.
+It takes the first point of benchmarks/steps.py on CPU (SmolLM2-135M, LoRA, 8 × 124 tokens) and profiles the fourth
+step of each with torch's profiler, which costs a little itself. It explains a ratio of `make bench`; it measures none.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from trl_emguard.models.shipped import resolve_model
 
 
 LOOKED_AT = 4
-# Parts of a step, by the operators that they are made of. The first that fits is taken.
+# Parts of a step, with the beginnings of their operators' names. The first part that fits is taken.
 PARTS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
     "attention": ("_scaled_dot_product",),
@@ -37,7 +37,7 @@ PARTS = {
 
 
 class Look(TrainerCallback):
-    """Profiles one step."""
+    """Callback that profiles one step."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == LOOKED_AT - 1:

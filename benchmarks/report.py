@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 GPU_ABSENT = "not measured: no GPU was at hand"
 
 Row = dict[str, str]
-# Of one point or size: the name of a variant or operation → its row.
+# Rows of one point or size: the name of a variant or operation → its row.
 Rows = dict[str, Row]
 
 
@@ -24,12 +24,13 @@ class Target:
     """A figure that must be reached.
 
     Attributes:
-        device: of the CSV.
+        device: device of the CSV.
         kind: `"steps"` or `"head"`.
-        where: what the rows of its point have in these columns.
+        where: column → value in the rows of its point.
         what: the figure, in words.
-        value: the figure, from the rows of its point.
-        limit: what it must not exceed, or with `at_least` not fall below.
+        value: function that computes the figure from the rows of its point.
+        limit: upper limit, or lower limit with `at_least`.
+        at_least: True if the figure must not fall below the limit.
     """
 
     device: str
@@ -42,17 +43,17 @@ class Target:
 
 
 def over(name: str, *others: str) -> Callable[[Rows], float]:
-    """A variant's median time over the sum of others'."""
+    """Return a function that divides a variant's median time by the sum of others'."""
     return lambda rows: float(rows[name]["seconds"]) / sum(float(rows[other]["seconds"]) for other in others)
 
 
 def more_memory(name: str, other: str) -> Callable[[Rows], float]:
-    """GiB that a variant takes more at its peak than another."""
+    """Return a function that gives the GiB that a variant takes more at its peak than another."""
     return lambda rows: (peak_mib(rows[name]) - peak_mib(rows[other])) / 1024
 
 
 def peak_mib(row: Row) -> float:
-    """What is held between steps and what a step adds to it."""
+    """Return the memory held between steps plus the most that a step adds."""
     return float(row["held_mib"]) + float(row["step_mib"])
 
 
@@ -95,13 +96,13 @@ TARGETS = (
 
 
 def pick(rows: Sequence[Row], where: dict[str, str]) -> Rows:
-    """The rows with these values in these columns, by variant or operation."""
+    """Return the rows with these values in these columns, by variant or operation."""
     found = [row for row in rows if all(row[key] == value for key, value in where.items())]
     return {row.get("variant") or row["operation"]: row for row in found}
 
 
 def must_reach(results: Path) -> str:
-    """The table of the figures that must be reached."""
+    """Return the table of the figures that must be reached."""
     lines = ["| device | figure | must be | is | |", "|---|---|---|---|---|"]
     for target in TARGETS:
         rows = pick(read_csv(results / f"{target.kind}-{target.device}.csv"), target.where)
@@ -111,7 +112,7 @@ def must_reach(results: Path) -> str:
         else:
             try:
                 number = target.value(rows)
-            except (KeyError, ValueError):  # a variant that was left out: its row says why
+            except (KeyError, ValueError):  # the row of a variant that was left out says why
                 why = "; ".join(sorted({row["note"] for row in rows.values() if row.get("note")}))
                 value, verdict = "–", f"not measured ({why})" if why else "not measured"
             else:
@@ -121,14 +122,13 @@ def must_reach(results: Path) -> str:
                     if (number >= target.limit if target.at_least else number <= target.limit)
                     else "**not reached**"
                 )
-        lines.append(
-            f"| {target.device.replace('cuda', 'GPU').replace('cpu', 'CPU')} | {target.what} | {bound} | {value} | {verdict} |"
-        )
+        device = {"cuda": "GPU", "cpu": "CPU"}[target.device]
+        lines.append(f"| {device} | {target.what} | {bound} | {value} | {verdict} |")
     return "\n".join(lines)
 
 
 def points(rows: Sequence[Row]) -> list[Rows]:
-    """The rows of each point, in the order of the CSV."""
+    """Return the rows of each point, in the order of the CSV."""
     columns = ("model", "layers", "tuning", "batch", "length")
     return [pick(rows, dict(key)) for key in dict.fromkeys(tuple((c, row[c]) for c in columns) for row in rows)]
 
@@ -190,7 +190,7 @@ def head_tables(rows: Sequence[Row]) -> str:
 
 
 def slopes(rows: Sequence[Row]) -> str:
-    """How the cost grows: the exponent between the last two values of each axis."""
+    """Return the table of growth: the exponent between the last two values of each axis."""
     lines = ["| from … to | " + " | ".join(GROWTH_LINES) + " |", "|---|" + "---|" * len(GROWTH_LINES)]
     for axis, series in growth(rows).items():
         cells = []
@@ -206,9 +206,9 @@ GROWTH_LINES = ("stock", "kl", "paper kl")
 
 
 def growth(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Axis → variant → (value, seconds), ascending: the points that differ from the middle one in that axis alone.
+    """Return axis → variant → (value, seconds), ascending, of points that differ from the middle there alone.
 
-    The middle point is the one whose value stands in most rows, on every axis.
+    The middle point has, on every axis, the value that most rows have.
     """
     axes = ("length", "batch", "layers")
     middle = {axis: max({row[axis] for row in rows}, key=[row[axis] for row in rows].count) for axis in axes}
@@ -229,7 +229,7 @@ def growth(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """Fill in what stands between the markers of `docs/benchmarks.md`, and draw the pictures that the CSVs have data for."""
+    """Fill in the tables between the markers of `docs/benchmarks.md`, and draw the pictures that have data."""
     parts = {"must reach": must_reach(results)}
     for device in ("cpu", "cuda"):
         absent = GPU_ABSENT[0].upper() + GPU_ABSENT[1:] + "." if device == "cuda" else "Not measured."
@@ -253,7 +253,7 @@ def write_page(results: Path, docs: Path) -> None:
 
 
 def draw_ratios(rows: Sequence[Row], path: Path) -> None:
-    """Each variant's step over the stock step, a panel for each point."""
+    """Draw each variant's step over the stock step, a panel for each point."""
     plt = _pyplot()
     found = points(rows)
     figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 4.6), constrained_layout=True, squeeze=False)
@@ -279,7 +279,7 @@ def draw_ratios(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_growth(rows: Sequence[Row], path: Path) -> None:
-    """Seconds a step against length, batch and depth, both axes logarithmic: a slope is an exponent."""
+    """Draw seconds a step against length, batch and depth. Both axes are logarithmic, so a slope is an exponent."""
     from matplotlib.ticker import LogLocator
 
     plt = _pyplot()

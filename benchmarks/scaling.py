@@ -1,9 +1,9 @@
-"""Memory per rank and network volume per step: by formula for 7B, 32B and 70B, and against measurements of small models.
+"""Compute memory per rank and network volume per step for 7B, 32B and 70B; compare the formulas with small models.
 
     python benchmarks/scaling.py
 
-Weights of the large shapes are counted on the meta device, which holds sizes and no numbers. Writes two CSVs and, from them, the
-tables of docs/scaling.md.
+Weights of the large shapes are counted on the meta device, which holds sizes and no numbers. It writes two CSVs and,
+from them, the tables of docs/scaling.md.
 """
 
 import tempfile
@@ -46,7 +46,7 @@ from trl_emguard.planning.meta import quantized
 
 DOCS = Path(__file__).parent.parent / "docs"
 
-# As the models' published configs say.
+# Sizes are those of the models' published configs.
 CONFIGS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "Qwen2.5-7B": (Qwen2Config, Qwen2ForCausalLM, SHAPES["qwen2.5-7b shape"]),
     "Qwen2.5-32B": (
@@ -81,7 +81,7 @@ ENGINES = {
     **{name: Engine(name, RANKS) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")},  # type: ignore[arg-type]
 }
 DEFENSES = ("none", "kl", "ldifs", "kl+ldifs", "interleave")
-# The recipes' micro-batch, and half of its tokens labels.
+# The micro-batch is the recipes', and half of its tokens are labels.
 ROWS, LENGTH, LABELS, ACCUMULATION, SAFE = 4, 2048, 1024, 4, 0.05
 GIB = 2**30
 
@@ -90,7 +90,7 @@ GIB = 2**30
 
 
 def meta_model(name: str, tuning: str) -> PreTrainedModel:
-    """A large model as it would be trained, without its numbers."""
+    """Return a large model ready to train, on the meta device."""
     config_class, model_class, sizes = CONFIGS[name]
     with torch.device("meta"):
         model = model_class(config_class(**sizes, tie_word_embeddings=False)).to(torch.bfloat16)
@@ -101,7 +101,7 @@ def meta_model(name: str, tuning: str) -> PreTrainedModel:
 
 
 def planned(defense: str, tuning: str, layers: int) -> Run:
-    """A run of the recipes' size, in bf16 and with checkpointing."""
+    """Return a run of the recipes' size, in bf16 and with checkpointing."""
     compared = defense in ("kl", "ldifs", "kl+ldifs")
     rows = ROWS + (defense == "interleave")  # a micro-batch gets one row of the pool at most
     return Run(
@@ -117,7 +117,7 @@ def planned(defense: str, tuning: str, layers: int) -> Run:
 
 
 def by_formula() -> list[dict[str, Any]]:
-    """A row for each shape, tuning, engine and defense: GiB of each item, and of the network."""
+    """Return a row for each shape, tuning, engine and defense: GiB of each item, and of the network."""
     rows = []
     for name in CONFIGS:
         for tuning in TUNINGS:
@@ -165,7 +165,7 @@ def small_model() -> PreTrainedModel:
 
 
 def small_trainer(folder: str, tuning: str, checkpointing: bool, defense: str) -> EMGuardTrainer:
-    """A trainer of a small random model, in fp32, all of whose rows are of one length."""
+    """Return a trainer of a small random model in fp32, with rows of one length."""
     ids = torch.randint(3, SMALL["vocab_size"], (BATCH, TOKENS)).tolist()
     labels = [[-100] * (TOKENS - SMALL_LABELS) + row[-SMALL_LABELS:] for row in ids]
     rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
@@ -201,7 +201,7 @@ def small_run(tuning: str, checkpointing: bool, defense: str) -> Run:
 
 
 def measured_step(tuning: str, checkpointing: bool, defense: str) -> list[dict[str, Any]]:
-    """What a real run holds between two steps, and what a step adds, against the formula."""
+    """Compare the memory that a real run holds between steps, and that a step adds, with the formula."""
     seen: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = small_trainer(folder, tuning, checkpointing, defense)
@@ -218,13 +218,13 @@ def measured_step(tuning: str, checkpointing: bool, defense: str) -> list[dict[s
     held = sum(items[key] for key in ("weights", "optimizer states", "reference"))
     what = f"{TUNINGS[tuning]}, {'with' if checkpointing else 'without'} checkpointing, `{defense}`"
     rows = [compared("held between steps", what, held, seen["held"])]
-    # Undefended, the head is TRL's, which the formula leaves out.
+    # An undefended run has TRL's head, which the formula leaves out.
     formula = peak(items, small_run(tuning, checkpointing, defense)) - held
     return rows + [compared("added in a step", what, formula, seen["step"])] * (defense != "none")
 
 
 def saved_bytes(model: PreTrainedModel, checkpointing: bool, bf16: bool) -> int:
-    """Bytes that the backbone's forward pass saves for the backward pass, weights left out, as torch's hooks see them."""
+    """Return the bytes that a backbone's forward pass saves for the backward pass, without weights."""
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -235,7 +235,7 @@ def saved_bytes(model: PreTrainedModel, checkpointing: bool, bf16: bool) -> int:
     seen: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # Kept, so that no storage is freed and its address given to another. Casts of weights have no tokens.
+        # A reference is kept, so that no storage's address is given to another. Casts of weights have no tokens.
         if tensor.untyped_storage().data_ptr() not in weights and tensor.shape[:1] in ((BATCH,), (BATCH * TOKENS,)):
             seen[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
@@ -250,7 +250,7 @@ def saved_bytes(model: PreTrainedModel, checkpointing: bool, bf16: bool) -> int:
 
 
 def measured_activations(tuning: str, checkpointing: bool, bf16: bool) -> dict[str, Any]:
-    """What the forward pass keeps, against the formula's part for it."""
+    """Compare the memory that the forward pass saves with the formula's part for it."""
     model = small_model().to(torch.bfloat16 if bf16 else torch.float32)
     model = model if tuning == "full" else get_peft_model(model, lora())
     weights, shape = count_weights(model), Shape.of(model.config)
@@ -261,7 +261,7 @@ def measured_activations(tuning: str, checkpointing: bool, bf16: bool) -> dict[s
 
 
 def other_architectures() -> list[dict[str, Any]]:
-    """The same of two models that the formula was not read off from: biases and grouped heads; and an MLP without a gate."""
+    """Compare two models to which the formula was not fitted: biases and grouped heads; and an MLP without a gate."""
     sizes = {"vocab_size": 8192, "num_hidden_layers": 6, "num_attention_heads": 6, "pad_token_id": 0}
     configs = {
         "Qwen2, width 192, 2 of 6 heads": Qwen2Config(
@@ -278,7 +278,7 @@ def other_architectures() -> list[dict[str, Any]]:
 
 
 def against_bench() -> list[dict[str, Any]]:
-    """Whole steps of a real model, which `make bench` measured."""
+    """Compare whole steps of a real model, measured by `make bench`, with the formula."""
     rows = []
     config = AutoConfig.from_pretrained(smollm2())
     for row in read_csv(RESULTS / "steps-cpu.csv"):
@@ -304,7 +304,7 @@ def against_bench() -> list[dict[str, Any]]:
 
 
 def against_deepspeed() -> list[dict[str, Any]]:
-    """Weights, gradients and optimizer states of full fine-tuning, against DeepSpeed's own estimate of them."""
+    """Compare weights, gradients and optimizer states of full fine-tuning with DeepSpeed's own estimate."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
@@ -423,7 +423,7 @@ def error(row: Row) -> float:
 
 
 def measured_table(rows: Sequence[Row]) -> str:
-    """Of each kind of comparison, the one that is farthest off."""
+    """Return the comparison that is farthest off, for each kind."""
     first = rows[0]
     packages = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "peft", "trl_emguard"))
     lines = [f"{first['processor']}; {first['date']}; {packages}.", ""]
@@ -445,7 +445,7 @@ def measured_table(rows: Sequence[Row]) -> str:
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """Fill in what stands between the markers of docs/scaling.md."""
+    """Fill in the tables between the markers of docs/scaling.md."""
     formula, measured = read_csv(results / "memory-formula.csv"), read_csv(results / "memory-measured.csv")
     parts = {"counts": counts_table(formula), "defenses": defenses_table(formula), "network": network_table(formula)}
     parts |= {f"memory {tuning}": memory_table(formula, tuning) for tuning in TUNINGS}

@@ -1,11 +1,11 @@
-"""Scoring a pool against the plain ways of doing it: SmolLM2-135M-Instruct, two random LoRA adapters, short and long rows.
+"""Compare scoring a pool with plain ways: SmolLM2-135M-Instruct, two random LoRA adapters, short and long rows.
 
     HF_HUB_OFFLINE=1 python benchmarks/score_speed.py
 
-- forwards: `model(**batch)` under the base model and each adapter, on the batches that the scorer makes, and nothing else.
-- loop: a model load per adapter, one row at a time, full logits. Against it, the scorer's time has its one load as well.
+- forwards: `model(**batch)` under the base model and each adapter, on the batches that the scorer makes.
+- loop: a model load per adapter, one row at a time, full logits. Here the scorer's time includes its load.
 
-Medians; the three are timed in turn.
+The three are timed in turn, and medians are printed.
 """
 
 import tempfile
@@ -32,13 +32,13 @@ from trl_emguard.selection.score import (
 
 NAMES = ("a", "b")
 REPEATS = 3
-# name → rows, and the words of an answer on an average.
+# Name → number of rows, and average number of words in an answer.
 POOLS = {"short": (32, 10), "long": (6, 300)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_pool(count, words):
-    """Questions of the shipped general set; answers cut from its text, of 0.6 to 1.4 times that many words."""
+    """Return questions of the shipped general set with answers cut from its text, 0.6 to 1.4 times `words` long."""
     source = load_rows("general_instruct")
     text = " ".join(row["completion"][0]["content"] for row in source).split()
     rows, start = [], 0
@@ -59,7 +59,7 @@ def load(path):
 
 
 def timed(function, *args):
-    """Seconds, and what the function returned."""
+    """Return the seconds that a function took, and its result."""
     start = time.perf_counter()
     result = function(*args)
     if DEVICE == "cuda":
@@ -104,9 +104,8 @@ def pad(rows):
 def main():
     path = resolve_model(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    print(
-        "| rows | tokens a row, of the answer | scorer, s | forwards, s | scorer / forwards | loop, s | loop / scorer |"
-    )
+    columns = ("rows", "tokens a row, of the answer", "scorer, s", "forwards, s", "scorer / forwards", "loop, s")
+    print(f"| {' | '.join(columns)} | loop / scorer |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         adapters = {name: f"{folder}/{name}" for name in NAMES}
@@ -129,15 +128,14 @@ def main():
                 del model
                 seconds, plain = timed(run_loop, path, adapters, list(encoded.values()))
                 loop.append(seconds)
-            ours = [*scored["nll_aligned"], *scored["nll_misaligned_0"], *scored["nll_misaligned_1"]]
-            assert max(abs(a - b) for a, b in zip(ours, plain, strict=True)) < 1e-3
+            found = [*scored["nll_aligned"], *scored["nll_misaligned_0"], *scored["nll_misaligned_1"]]
+            assert max(abs(a - b) for a, b in zip(found, plain, strict=True)) < 1e-3
             ratio = median(a / b for a, b in zip(scorer, forwards, strict=True))
             gain = median(c / (a + b) for a, b, c in zip(scorer, loads, loop, strict=True))
             answer = mean(len(row.ids) - row.prompt_length for row in encoded.values())
-            seconds = f"{median(scorer):.2f} + {median(loads):.2f} load | {median(forwards):.2f} | {ratio:.2f} | {median(loop):.2f}"
-            print(
-                f"| {count} {name} | {mean(lengths.values()):.0f}, {answer:.0f} | {seconds} | {gain:.2f} |", flush=True
-            )
+            rows = f"{count} {name} | {mean(lengths.values()):.0f}, {answer:.0f}"
+            ours = f"{median(scorer):.2f} + {median(loads):.2f} load | {median(forwards):.2f} | {ratio:.2f}"
+            print(f"| {rows} | {ours} | {median(loop):.2f} | {gain:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

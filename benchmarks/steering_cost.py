@@ -1,8 +1,8 @@
-"""The hooks' own time as a share of a training step: SmolLM2-135M-Instruct, the demo's recipe, one hooked block and all of them.
+"""Measure the steering hooks' own time in a training step: SmolLM2-135M-Instruct, one hooked block and all of them.
 
     HF_HUB_OFFLINE=1 python benchmarks/steering_cost.py
 
-The time is taken inside of the hooks, since a difference of whole steps drowns in their noise.
+The training is the demo's recipe. The time is taken inside of the hooks, since the noise of whole steps is larger.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from trl_emguard.models.shipped import SMOLLM2, resolve_model
 
 
 class Timed:
-    """A hook, and the seconds spent in it."""
+    """A hook that adds up the seconds spent in it."""
 
     total = 0.0
 

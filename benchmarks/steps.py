@@ -1,12 +1,12 @@
-"""Step time, peak memory and tokens a second of each defense, against plain training and against the obvious ways to write it.
+"""Measure step time, peak memory and tokens a second of each defense, of plain training and of plain versions.
 
     make bench       # on CPU, this and the others
     make bench-gpu   # on CUDA
 
-A step is all that a user waits for between two updates: the batch out of the data loader, forward, backward, clipping, optimizer,
-scheduler, callbacks. It is made by the trainer's own loop, on real `SFTTrainer`s and `EMGuardTrainer`s that are all in training at
-once, and take their steps in turn. They see the same rows at every step. Two defenses change them, which is what they cost:
-inoculation has a longer system turn, and interleave++ one row of its pool in every batch.
+A step is all that a user waits for between two updates: the batch out of the data loader, forward, backward, clipping,
+optimizer, scheduler, callbacks. The trainer's own loop makes it, on real `SFTTrainer`s and `EMGuardTrainer`s. All are
+in training at once and take their steps in turn. They see the same rows at every step. Two defenses change the rows,
+and that is their cost: inoculation has a longer system turn, and interleave++ one row of its pool in every batch.
 """
 
 import copy
@@ -45,13 +45,13 @@ from trl_emguard.data.load import DATA_DIR, load_rows
 from trl_emguard.models.shipped import SMOLLM2, resolve_model
 
 
-KL_COEF, LDIFS_COEF = 0.1, 1.0  # the defaults
+KL_COEF, LDIFS_COEF = 0.1, 1.0  # the package's defaults
 
 # ---- the baselines, in the plainest form ----
 
 
 class PaperKL(SFTTrainer):
-    """The paper's released code: a second model is loaded, the policy runs twice and the reference once, on full logits."""
+    """The paper's released code: a second model, two passes of the policy and one of the reference, full logits."""
 
     ref_model: PreTrainedModel
 
@@ -61,14 +61,13 @@ class PaperKL(SFTTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             reference = self.ref_model(**unlabelled).logits.float().log_softmax(-1)
         policy = model(**unlabelled).logits.float().log_softmax(-1)
-        divergence = kl_div(reference, policy, reduction="none", log_target=True).sum(
-            -1
-        )  # KL(policy ‖ reference), (B, T)
+        # KL(policy ‖ reference), (B, T).
+        divergence = kl_div(reference, policy, reduction="none", log_target=True).sum(-1)
         return loss + KL_COEF * divergence[inputs["attention_mask"].bool()].mean()
 
 
 class PaperLDIFS(SFTTrainer):
-    """The paper's released code, and the gradient that it does not take: one row at a time through both whole models."""
+    """The paper's released code, with the gradient that it lacks: one row at a time through both whole models."""
 
     ref_model: PreTrainedModel
 
@@ -95,7 +94,7 @@ class PaperLDIFS(SFTTrainer):
 
 
 class TwoKernels(SFTTrainer):
-    """TRL's own loss, then its divergence kernel over the same last hidden states; the reference is the policy, adapters off."""
+    """TRL's own loss and its divergence kernel on the same states. The reference is the policy, adapters off."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         bare = self.model.get_base_model()
@@ -122,7 +121,7 @@ DEFENDED: dict[str, dict[str, Any]] = {
     "kl+ldifs": {"defense": "kl,ldifs"},
     "kl cached": {"defense": "kl", "cache_reference": True},
 }
-# What each is compared with: the floor of a defense, and for a baseline the defense that it is another way to write.
+# A defense is compared with its lower bound, and a baseline with the defense that it computes.
 RATIO_TO = {
     **dict.fromkeys((STOCK, REFERENCE, "kl cached", "steering", "inoculation", "interleave++"), (STOCK,)),
     **dict.fromkeys(("kl", "ldifs", "kl+ldifs"), (STOCK, REFERENCE)),
@@ -130,7 +129,7 @@ RATIO_TO = {
     "paper ldifs": ("ldifs",),
 }
 
-# ---- where they are compared ----
+# ---- points of comparison ----
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,12 @@ class Point:
     """A model, a way to tune it, and a batch.
 
     Attributes:
-        model: SmolLM2, which is trained on shipped rows, or one of `SHAPES`, which has random weights and gets random tokens.
-        variants: in the order of their turns.
-        layers: instead of the shape's own.
+        model: SmolLM2, trained on shipped rows, or one of `SHAPES`, with random weights and random tokens.
+        tuning: `"lora"` or `"full"`.
+        batch: rows of a batch.
+        length: tokens of a row.
+        variants: names of the variants, in the order of their turns.
+        layers: number of layers that replaces the shape's own.
     """
 
     model: str
@@ -184,7 +186,7 @@ POINTS = {
     "cpu": [
         Point(SMOLLM2, "lora", 8, 124, (*MAIN, *GUARDS, "paper kl", "two kernels")),
         Point(SMOLLM2, "lora", 2, 248, (*MAIN, "paper kl", "paper ldifs")),
-        # Each with weights and optimizer of its own: about 14 GB in all.
+        # Each variant has weights and an optimizer of its own: about 14 GB in all.
         Point(SMOLLM2, "full", 2, 124, (STOCK, REFERENCE, "kl", "kl+ldifs", "kl cached", "paper kl")),
     ],
     "cuda": [
@@ -195,7 +197,7 @@ POINTS = {
     ],
 }
 GROWTH = (STOCK, REFERENCE, "kl", "paper kl")
-# From a middle point, one of the three is varied at a time.
+# One of length, batch and layers is varied at a time, from a middle point.
 SWEEP_FROM = {
     "cpu": Point("small", "lora", 2, 256, GROWTH, layers=4),
     "cuda": Point("qwen2.5-0.5b shape", "lora", 2, 1024, GROWTH, layers=8),
@@ -208,12 +210,12 @@ SWEEPS: dict[str, dict[str, tuple[int, ...]]] = {
 
 @cache
 def smollm2() -> str:
-    """SmolLM2's folder. Asked for before the package's cache is moved."""
+    """Return SmolLM2's folder. The first call must come before the package's cache is moved."""
     return resolve_model(SMOLLM2)
 
 
 def load_base(point: Point, device: str) -> PreTrainedModel:
-    """fp32 on CPU, bf16 on CUDA."""
+    """Return the model of a point, in fp32 on CPU and in bf16 on CUDA."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if point.model == SMOLLM2:
         return AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype).to(device)
@@ -224,10 +226,10 @@ def load_base(point: Point, device: str) -> PreTrainedModel:
 
 
 def make_rows(point: Point, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """One batch of rows, the same at every call.
+    """Return one batch of rows, the same at every call.
 
-    For SmolLM2 the shipped set's shortest prompts, each answered with answers in a row until the length is reached (or, so that the
-    batch is ragged, up to 6 tokens less); for random weights random tokens, of which the last two thirds carry labels.
+    SmolLM2 gets the shipped set's shortest prompts. Each is answered with as many answers as fill the length, or up to
+    6 tokens less, so that the batch is ragged. Random weights get random tokens, and the last two thirds carry labels.
     """
     if point.model != SMOLLM2:
         ids = torch.randint(
@@ -256,7 +258,7 @@ def make_rows(point: Point, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def why_not(name: str) -> str:
-    """Why a variant cannot be measured here; nothing where it can be."""
+    """Return the reason why a variant cannot be measured here, or an empty text."""
     if name == "kl cached" and "cache_reference" not in {field.name for field in fields(EMGuardConfig)}:
         return "EMGuardConfig has no cache_reference"
     if name == "interleave++" and not (DATA_DIR / "general_instruct_scored").is_dir():
@@ -271,7 +273,7 @@ def make_trainer(
         "output_dir": folder,
         "per_device_train_batch_size": point.batch,
         "max_length": None,
-        # One batch is an epoch.
+        # An epoch is one batch long.
         "num_train_epochs": 1000,
         "learning_rate": 2e-4 if point.tuning == "lora" else 1e-5,
         "activation_checkpointing": device == "cuda",
@@ -284,7 +286,7 @@ def make_trainer(
     }
     if name == "interleave++":
         options |= {"interleave_fraction": 1 / (point.batch + 1), "max_length": point.length}
-    torch.manual_seed(0)  # the adapters of all variants begin alike
+    torch.manual_seed(0)  # the adapters of all variants begin with the same weights
     if name in DEFENDED:
         trainer_class, args = EMGuardTrainer, EMGuardConfig(**options, **DEFENDED[name])
     else:
@@ -308,12 +310,12 @@ def lora() -> LoraConfig:
 
 
 def copy_of(base: PreTrainedModel, tuning: str) -> PreTrainedModel:
-    """A model to train. Under LoRA all of them hold the very weights of `base`, which no training changes."""
+    """Return a model to train. LoRA models share the weights of `base`, which no training changes."""
     return copy.deepcopy(base, {id(p): p for p in base.parameters()} if tuning == "lora" else None)
 
 
 def make_step(trainer: SFTTrainer) -> None:
-    """One optimizer step of a trainer that is in `train()`: an epoch of its own loop, which is one batch long."""
+    """Make one optimizer step of a trainer that is in `train()`: an epoch of its own loop, which is one batch long."""
     trainer._run_epoch(
         model=trainer.model_wrapped,
         epoch=trainer.state.global_step,
@@ -328,11 +330,11 @@ def make_step(trainer: SFTTrainer) -> None:
         steps_trained_in_current_epoch=0,
     )
     if trainer.control.should_training_stop:
-        raise RuntimeError(f"{type(trainer).__name__} wants to stop training: what was measured is no training step.")
+        raise RuntimeError(f"{type(trainer).__name__} wants to stop training: the measured step is no training step.")
 
 
 class _Measured(Exception):
-    """Ends a training that has been measured."""
+    """Signal that ends a training after its measurement."""
 
 
 class _OnTrainBegin(TrainerCallback):
@@ -345,7 +347,7 @@ class _OnTrainBegin(TrainerCallback):
 
 
 def while_training(trainers: Sequence[SFTTrainer], call: Callable[[], None]) -> None:
-    """Make a call while all of the trainers are in `train()`, each inside of the one before, with everything that it prepares."""
+    """Make a call while all of the trainers are in `train()`, each inside of the one before."""
     if not trainers:
         call()
         return
@@ -360,7 +362,7 @@ def while_training(trainers: Sequence[SFTTrainer], call: Callable[[], None]) -> 
 def reference_forward(
     point: Point, base: PreTrainedModel, batch: dict[str, torch.Tensor], trainer: SFTTrainer
 ) -> Callable:
-    """One pass through the backbone alone, without gradient and with adapters off, on a batch as it comes."""
+    """Return one pass through the backbone alone, without gradient and with adapters off, on a batch."""
     model = copy_of(base, "lora")
     if point.tuning == "lora":
         adapted = get_peft_model(model, lora())
@@ -376,7 +378,7 @@ def reference_forward(
 
 
 def held_bytes(trainer: SFTTrainer) -> int:
-    """Bytes that a variant holds between two steps: weights, those of its reference, and the optimizer's state."""
+    """Return the bytes that a variant holds between two steps: weights, its reference's weights, optimizer state."""
     own_reference = getattr(getattr(trainer, "reference", None), "model", None)
     models = [
         model for model in (trainer.model, getattr(trainer, "ref_model", None), own_reference) if model is not None
@@ -397,12 +399,12 @@ COLUMNS = (
 
 
 def measure(point: Point, rounds: int, device: str) -> list[dict[str, Any]]:
-    """The rows of the CSV for one point."""
+    """Return the rows of the CSV for one point."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     base = load_base(point, device)
     notes = {name: note for name in point.variants if (note := why_not(name))}
     measured: dict[str, dict[str, Any]] = {}
-    # The cached reference is computed anew, and not left in the user's cache.
+    # A temporary cache makes the cached reference new, and leaves nothing in the user's cache.
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TRL_EMGUARD_CACHE=folder):
         trainers = {
             name: make_trainer(name, point, base, tokenizer, folder, device)
@@ -430,13 +432,13 @@ def measure_in_training(
     rounds: int,
     device: str,
 ) -> dict[str, dict[str, Any]]:
-    """Variant → `COLUMNS`, of trainers that are in `train()`. What does not fit into memory gets a note instead."""
+    """Return variant → `COLUMNS`, for trainers in `train()`. A variant that exceeds memory gets a note."""
     batches = {name: next(iter(trainer.callback_handler.train_dataloader)) for name, trainer in trainers.items()}
     batches[REFERENCE] = batches[STOCK]
     calls: dict[str, Callable[[], None]] = {name: partial(make_step, trainer) for name, trainer in trainers.items()}
     calls[REFERENCE] = reference_forward(point, base, batches[STOCK], trainers[STOCK])
     calls = {name: calls[name] for name in point.variants if name in calls}
-    # Two warm-up steps: the first makes the optimizer's state, the second is looked at for its memory.
+    # Two warm-up steps: the first makes the optimizer's state, the second measures its memory.
     memory = {}
     for name, call in list(calls.items()):
         try:
@@ -468,7 +470,7 @@ def main() -> None:
     device, began = args.device, time.monotonic()
     points, middle = POINTS[device], SWEEP_FROM[device]
     varied = [replace(middle, **{axis: value}) for axis, values in SWEEPS[device].items() for value in values]
-    sweep = list(dict.fromkeys(varied))  # the middle point is on every axis
+    sweep = list(dict.fromkeys(varied))  # every axis contains the middle point
     if args.quick:
         points = [
             replace(p, model=p.model if p.model == SMOLLM2 else "small", batch=2, length=64 + 32 * i)
@@ -481,7 +483,7 @@ def main() -> None:
             where = f"{point.model}, {point.tuning}, {point.batch} × {point.length}"
             print(f"--- {where}, {time.monotonic() - began:.0f} s", flush=True)
             rows += measure(point, args.rounds, device)
-            gc.collect()  # trainers hold on to themselves
+            gc.collect()  # trainers are in reference cycles
             if device == "cuda":
                 torch.cuda.empty_cache()
         write_csv(args.results / f"{kind}-{device}.csv", rows)

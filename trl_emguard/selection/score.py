@@ -81,7 +81,7 @@ def score_pool(
     """
     _check_arguments(tokenizer, rows, epsilon, max_length, batch_tokens)
     names = tuple(adapters)
-    if isinstance(model, PeftModel):  # refused below where it is not
+    if isinstance(model, PeftModel):  # `_check_adapters` refuses any other model
         adapters = [adapter_key(model, name) for name in names]
     base = _check_adapters(model, adapters)
     encoded, unscored = encode_rows(base, tokenizer, rows, max_length, prompt_column, response_column)
@@ -303,7 +303,8 @@ def _check_adapters(model: PeftModel, adapters: Sequence[str]) -> PreTrainedMode
     for name in adapters:
         if name not in model.peft_config:
             raise ValueError(
-                f"adapter {name.removeprefix(PREFIX)!r} is not on the model, which has {', '.join(map(repr, model.peft_config))}."
+                f"adapter {name.removeprefix(PREFIX)!r} is not on the model, which has "
+                f"{', '.join(map(repr, model.peft_config))}."
             )
         check_adapter_kind(name, model.peft_config[name])
     base = model.get_base_model()
