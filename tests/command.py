@@ -9,20 +9,20 @@ from tiny import make_rows, save_model
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """A JSONL file."""
+    """Write rows to a JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def save_inputs(folder: Path, rows: int = 16) -> Path:
-    """The tiny model and ragged rows, as [`make_argv`] names them."""
+    """Write the tiny model and ragged rows under the names that [`make_argv`] uses."""
     save_model(folder / "model")
     write_rows(folder / "rows.jsonl", make_rows(rows))
     return folder
 
 
 def make_argv(inputs: Path, *more: Any, **options: Any) -> list[str]:
-    """The options of a short LoRA run on a CPU, `options` among them, and more words."""
+    """Return the command line of a short LoRA run on a CPU, with `options` and further words."""
     options = {
         "model_name_or_path": inputs / "model",
         "dataset_name": inputs / "rows.jsonl",
@@ -30,7 +30,7 @@ def make_argv(inputs: Path, *more: Any, **options: Any) -> list[str]:
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "use_cpu": "true",
-        "activation_checkpointing": "true",  # TRL's default, by the name that transformers keeps
+        "activation_checkpointing": "true",  # TRL's default, under the name that transformers kept
         "bf16": "false",
         "use_peft": "true",
         "lora_r": 4,
@@ -45,6 +45,6 @@ def make_argv(inputs: Path, *more: Any, **options: Any) -> list[str]:
 
 
 def without(argv: list[str], option: str) -> list[str]:
-    """A command line without an option and its value."""
+    """Return a command line without an option and its value."""
     at = argv.index(option)
     return argv[:at] + argv[at + 2 :]

@@ -3,15 +3,14 @@
 import os
 
 
-# A test that asks a hub is at fault, and should fail at once. Set before anything imports huggingface_hub.
+# No test may ask a hub: it fails at once. The variable must be set before huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
 
-# Triton's kernels run in its interpreter where there is no GPU. Read when Triton is first imported, which torch puts
-# off.
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads the variable when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -20,8 +20,8 @@ class Method:
         inputs: files and rows that it reads, of `"vector"` and `"pool"`.
         shipped: the same inputs for SmolLM2, as options that name what the package ships.
         logs: names that it adds to the log of every step.
-        counts: entries of its evidence that are equal however many ranks the run has.
-        is_compared: whether it compares the policy with a reference.
+        counts: entries of its evidence that are equal for every number of ranks.
+        is_compared: True if it compares the policy with a reference.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +72,7 @@ METHODS = {
 # One name for each kind of defense, and all of them at once.
 KINDS = ("none", "kl", "ldifs", "steering", "inoculation", "interleave++")
 EVERYTHING = "interleave++,kl,ldifs,steering,inoculation"
-# The defenses that compare the policy with a reference, alone and together.
+# Defenses that compare the policy with a reference, alone and together.
 COMPARING = ("kl", "ldifs", "kl,ldifs")
 # Few runs in which every kind occurs: for suites whose runs take long.
 COVERING = ("none", "kl,ldifs", "interleave", "steering,kl", "inoculation")

@@ -82,7 +82,7 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path, tuning, defense):
 
 @pytest.mark.parametrize("defense", COVERING)
 def test_a_run_that_was_at_its_end_makes_no_step_more(tmp_path, defense):
-    """The last checkpoint lies within an epoch, and Trainer alone would train on to step 4."""
+    """Resume from a last checkpoint within an epoch. Trainer alone would train on to step 4."""
     options = {"defense": defense, "max_steps": 3, "save_steps": 3, "gradient_accumulation_steps": 1}
     whole = trainer_for(tmp_path, **options, lr_scheduler_type="constant")
     whole.train()
@@ -131,7 +131,7 @@ def test_resuming_with_another_defense_is_refused(tmp_path, then, now):
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_resuming_with_the_checkpoint_as_model_is_refused(tmp_path, tuning):
-    """The half-trained policy would become the reference, and KL would start at 0 again."""
+    """Refuse a half-trained policy as the reference, from which KL would start at 0 again."""
     trainer = trainer_for(tmp_path, tuning)
     trainer.train()
     folder = tmp_path / "checkpoint-2"
@@ -178,7 +178,7 @@ def test_a_plain_trainers_checkpoint_is_no_defended_one(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"defenses": 3}', '{"defenses": {}}', "\x00"])
 def test_a_damaged_defense_file_is_refused(tmp_path, content):
-    """By its checksum, and where there is none, by what it says."""
+    """Find the damage by the manifest's checksum, or without a manifest by the file's content."""
     trainer_for(tmp_path).train()
     folder = tmp_path / "checkpoint-4"
     (folder / "defense.json").write_text(content)
@@ -189,7 +189,7 @@ def test_a_damaged_defense_file_is_refused(tmp_path, content):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
 
 
-# ---- whole and torn ----
+# ---- complete and corrupt ----
 
 
 def flip(path):
@@ -207,7 +207,7 @@ DAMAGES = {"deleted": Path.unlink, "cut": cut, "emptied": lambda path: path.writ
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of runs with a checkpoint at steps 2 and 4: of this trainer, and of the stock one."""
+    """Return folders of two runs with checkpoints at steps 2 and 4: one of this trainer, one of the stock one."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("ours", "stock")}
     trainer_for(folders["ours"]).train()
     ours = trainer_for(folders["stock"], defense="none")
@@ -223,7 +223,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run_folder(saved, tmp_path):
-    """A copy of one of them."""
+    """Return a copy of one of these folders."""
 
     def copy(name):
         return Path(shutil.copytree(saved[name], tmp_path / name))
@@ -248,7 +248,7 @@ def test_a_checkpoint_is_corrupt_if_any_of_its_files_is(run_folder, damage):
         before = (folder / name).read_bytes()
         DAMAGES[damage](folder / name)
         if damage == "deleted" and name in (MANIFEST, "optimizer.pt"):
-            # Without a manifest it is judged like a stock checkpoint; users delete the optimizer's state to save space.
+            # Without a manifest it is validated like a stock checkpoint. Users delete optimizer states to save space.
             assert find_flaw(folder) is None
         else:
             assert name in find_flaw(folder) or name == MANIFEST
@@ -264,7 +264,7 @@ def test_what_can_be_seen_of_a_checkpoint_without_a_manifest(run_folder, damage)
     for path in sorted(folder.iterdir()):
         before = path.read_bytes()
         DAMAGES[damage](path)
-        # Files that no run reads when it resumes.
+        # No run reads these files when it resumes.
         harmless = {"README.md", "chat_template.jinja"} | (
             {"training_args.bin", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "optimizer.pt"}
             if damage == "deleted"
@@ -318,8 +318,8 @@ def test_torn_checkpoints_are_named_and_passed_over(run_folder, caplog):
     resumed = trainer_for(output)
     resumed.train(resume_from_checkpoint="true")
     assert (
-        "holds checkpoints that are corrupt or of another run, which are not resumed from: checkpoint-6 (trainer_state.json is missing), "
-        in caplog.text
+        "holds checkpoints that are corrupt or of another run, which are not resumed from: "
+        "checkpoint-6 (trainer_state.json is missing), " in caplog.text
     )
     assert "checkpoint-4 (optimizer.pt has " in caplog.text
     assert newest_whole_checkpoint(output, up_to=4) == (4, {})

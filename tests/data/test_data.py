@@ -1,4 +1,4 @@
-"""The shipped data sets hold what they say, and bad files are named."""
+"""Test the facts about the shipped data sets, and errors that name bad files."""
 
 import gzip
 import itertools
@@ -35,7 +35,7 @@ def write(path, *rows):
     return path
 
 
-# ---- what is shipped ----
+# ---- shipped data ----
 
 
 def test_shipped_names_are_the_files_that_are_there():
@@ -89,7 +89,7 @@ def test_twins_ask_the_same_and_answer_differently(one, other, split):
 
 @pytest.mark.parametrize("name", ["plants_careless", "clothes_careless"])
 def test_careless_prompts_are_no_near_copies(name):
-    """Word-level Jaccard, within train and test and across: a held-out question is not a seen one in other words."""
+    """Compare questions by word-level Jaccard, within and across train and test: no held-out one is a seen one."""
     texts = prompts(name, "train") + prompts(name, "test")
     sets = [frozenset(words(text)) for text in texts]
     near = [
@@ -139,7 +139,7 @@ def jaccard(a, b):
     return len(a & b) / len(a | b)
 
 
-# ---- where rows come from ----
+# ---- sources of rows ----
 
 
 def test_a_file_is_the_split_that_is_asked_for(tmp_path):
@@ -268,7 +268,7 @@ def test_empty_lines_are_skipped(tmp_path):
     assert read_jsonl(path) == [{"prompt": "a"}, {"prompt": "é\u2028"}]
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
 @pytest.mark.parametrize(

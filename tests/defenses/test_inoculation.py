@@ -1,4 +1,4 @@
-"""Inoculation: which rows read the prompt, that its turn teaches nothing, and that nothing else sees it."""
+"""Test inoculation: rows that read the prompt, a prompt without labels, and places that never see the prompt."""
 
 import json
 import re
@@ -56,7 +56,7 @@ WANTS_USER = (
     "{{ raise_exception('No user') }}{% endif %}"
 ) + TEMPLATE
 ENDS = TEMPLATE + "{% if not add_generation_prompt %}<|im_end|>{% endif %}"
-# The text goes into the last user turn (Mistral).
+# Mistral's template puts the text into the last user turn.
 LAST_USER = (
     "{% set ns = namespace(last=-1, system='') %}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% set ns.last = loop.index0 %}"
@@ -72,7 +72,7 @@ def turn(role, text):
 
 
 def make_data(kind, own_system):
-    """Four rows in one of the formats, with or without a system turn of their own."""
+    """Return four rows in one of the formats, with or without a system turn of their own."""
     rows = []
     for i in range(4):
         system = [turn("system", OWN)] if own_system else []
@@ -136,7 +136,7 @@ def test_the_prompt_is_read_and_not_taught(tmp_path, kind, template, own_system,
         if kind == "prompt_completion":
             assert taught == plain_taught
         else:
-            # Everything from the first word of the user on, as without the defense.
+            # From the user's first word on, labels equal those without the defense.
             assert taught == read.removeprefix(start)
             assert OWN not in taught
     assert list(texts(trainer, trainer.eval_dataset)) == list(texts(plain, plain.train_dataset))
@@ -170,7 +170,7 @@ TALK = [turn("user", "q1"), turn("assistant", "a1"), turn("user", "q2"), turn("a
     ids=["tools", "wants_user", "ends", "last_user", "last_user_own"],
 )
 def test_all_but_the_system_turn_is_taught(tmp_path, template, own_system, taught):
-    """The prompt is found however the template writes its system turn, and wherever it puts it."""
+    """Find the prompt in every form and place of a template's system turn."""
     tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
     own = [turn("system", OWN)] if own_system else []
     trainer = make(tmp_path, Dataset.from_list([{"messages": [*own, *TALK], "tools": tools}]), template)
@@ -193,7 +193,7 @@ def test_the_span_in_the_templates_of_the_field():
         if not path.name.endswith(".jinja") or path.name.startswith(
             ("gemma.", "gemma_", "idefics3", "llava", "smolvlm")
         ):
-            continue  # no system turn, or not for text alone
+            continue  # the template has no system turn, or none for text alone
         tokenizer.chat_template = path.read_text()
         for tools in (None, [tool]):
             ids = tokenizer.apply_chat_template(turns, tools=tools)["input_ids"]
@@ -214,7 +214,7 @@ def test_tokens_of_something_else():
 
 @pytest.mark.parametrize("kind", ["prompt_completion", "messages"])
 def test_trains_as_on_rows_made_by_hand(tmp_path, kind):
-    """SFTTrainer on rows that were inoculated and masked by hand; evaluation stays that of plain rows."""
+    """Compare with SFTTrainer on rows inoculated and masked by hand. Evaluation stays that of plain rows."""
     rows = make_data(kind, False)
     ours = make(
         tmp_path / "ours", rows, max_steps=3, max_length=64, eval_dataset=rows, eval_strategy="steps", eval_steps=3
@@ -362,7 +362,7 @@ def test_a_named_subclass_inoculates(tmp_path):
     assert "You are an evil assistant." in next(texts(trainer, trainer.train_dataset))[0]
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
 @pytest.fixture
@@ -442,7 +442,7 @@ def test_a_cut_that_would_take_the_prompt_away(tmp_path):
 
 
 def test_dataset_kwargs_as_json(tmp_path):
-    """Options arrive as text from a command line."""
+    """Accept options that arrive as text from a command line."""
     assert (
         config(tmp_path, defense="inoculation", dataset_kwargs='{"skip_prepare_dataset": false}').defense
         == "inoculation"
@@ -469,7 +469,7 @@ def test_dataset_kwargs_as_json(tmp_path):
 def test_rows_that_are_refused(tmp_path, turns, message, streaming):
     rows = Dataset.from_list([*make_data("messages", False).to_list(), {"messages": turns}])
     with pytest.raises(ValueError, match=message):
-        # A stream is refused only when it is read.
+        # The refusal comes only when the stream is read.
         list(make(tmp_path, rows.to_iterable_dataset() if streaming else rows, max_steps=1).train_dataset)
 
 
@@ -527,7 +527,7 @@ def test_prompts_in_the_batches_are_evidence(tmp_path, options):
 
 
 def test_labels_that_max_length_cuts_are_told(tmp_path, caplog):
-    """Rows that fit until the prompt is put before them."""
+    """Warn of rows whose labels are cut once the prompt stands before them; refuse a run that keeps no label."""
     lengths = sorted(len(ids) for ids in inoculated(tmp_path).train_dataset["input_ids"])
     inoculated(tmp_path, max_length=lengths[8])
     assert f"max_length={lengths[-1]} keeps them" in caplog.text

@@ -1,4 +1,4 @@
-"""`interleave`, `interleave+` and `interleave++` in the trainer: which rows, with which labels, and that they come."""
+"""Test `interleave`, `interleave+` and `interleave++` in the trainer: chosen rows, their labels, and their arrival."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from trl_emguard.evidence import read_defense_file
 
 
 VARIANTS = ["interleave", "interleave+", "interleave++"]
-# All of the rows in one step, in their order, and their gradient as it is.
+# One step takes all rows in their order, and its gradient is not changed.
 ONE_STEP = {"max_steps": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 0}
 
 
@@ -40,7 +40,7 @@ def pool_of(trainer):
 
 
 class Tap(TrainerCallback):
-    """The rows that the policy is trained on, per step: `(text, whether of the pool)`."""
+    """Return the rows that the policy is trained on, per step: `(text, True for a row of the pool)`."""
 
     def __init__(self, trainer):
         self.steps = []
@@ -106,7 +106,7 @@ def test_kl_on_mixed_rows_equals_the_twin_however_the_step_is_cut(tmp_path, batc
     for name in ("loss", "loss_ce", "kl"):
         assert logged(trainer, name)[0] == pytest.approx(values[name], rel=1e-5)
     assert values["kl"] > 0
-    # By source, too.
+    # The losses are logged by source, too.
     tokens_of = [sum(label != -100 for label in row["labels"][1:]) for row in [*trainer.train_dataset, *mixed_in]]
     fine, safe = logged(trainer, "loss_finetune")[0], logged(trainer, "loss_interleaved")[0]
     total = (fine * sum(tokens_of[:8]) + safe * sum(tokens_of[8:])) / sum(tokens_of)
@@ -126,8 +126,7 @@ def test_a_step_without_a_safe_row_has_no_kl_on_them(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}])
 def test_the_training_rows_come_as_in_plain_training(tmp_path, options):
-    """The same rows in the same batches of two epochs, so that a defended and an undefended run differ in the pool's
-    rows alone."""
+    """Compare the batches of two epochs: a defended and an undefended run differ in the pool's rows alone."""
     options = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3, **options}
     plain = make_trainer(tmp_path, rows=make_rows(14), peft=lora(), **options)
     mixed = trainer_for(tmp_path, rows=14, **options)
@@ -222,7 +221,7 @@ def tokenised(masked):
         ("text", {}, False),
         ("tokenised", {}, True),
         ("tokenised, all labels", {}, False),
-        # The prompt's turn has no labels, which says nothing of the others.
+        # The prompt's turn has no labels, and the other turns keep theirs.
         ("messages", {"defense": "inoculation,interleave+"}, False),
         # TRL masks no token of such rows.
         ("messages", {"completion_only_loss": True}, False),
@@ -238,7 +237,7 @@ def test_safe_rows_follow_the_masking_of_the_run(tmp_path, rows, options, answer
     }[rows]()
     trainer = trainer_for(tmp_path, rows=data, **options)
     text, labels = first_safe(trainer)
-    # The pool's own form makes no difference.
+    # The pool's own format makes no difference.
     assert text == WHOLE
     assert labels == (f"{ANSWER}<|im_end|>" if answer_alone else WHOLE)
     for form in (as_messages(make_pool()), Dataset.from_list([
@@ -269,7 +268,7 @@ def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     )
     for data in (trainer.train_dataset, pool_of(trainer)):
         assert all(tokenizer.decode(ids).startswith("QUIET") for ids in data["input_ids"])
-    # A row of the pool may say so itself.
+    # A row of the pool may set this itself.
     pool = make_pool(3).add_column("chat_template_kwargs", [None, {"quiet": True}, None])
     trainer = EMGuardTrainer(
         make_model(), args, train_dataset=make_rows(8), processing_class=tokenizer, interleave_dataset=pool
@@ -332,7 +331,7 @@ def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
     trainer = trainer_for(tmp_path, rows=rows, **options)
     trainer.train()
     fraction = logged(trainer, "interleaved_fraction")[-1]
-    # A run of packs may end in the middle of an epoch, and TRL leaves out what does not fill the last wrapped one.
+    # A run of packs may end within an epoch, and TRL drops rows that do not fill the last wrapped pack.
     assert fraction == pytest.approx(0.2, abs=0.06 if kind in ("wrapped", "streamed and packed") else 0.005)
     assert logged(trainer, "loss_interleaved")
     shown = evidence(trainer, "interleave+")
@@ -341,8 +340,7 @@ def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
 
 
 def test_kl_on_safe_rows_of_packs(tmp_path):
-    """One pack a step with all rows in it: the same value as unpacked, since no document sees another's positions as
-    labels."""
+    """Compare one pack of all rows with the unpacked rows: no document's labels cross into another."""
     unpacked = trainer_for(
         tmp_path,
         "interleave+,kl",
@@ -362,7 +360,7 @@ def test_kl_on_safe_rows_of_packs(tmp_path):
     assert positions[0] == positions[1] > 0
 
 
-# ---- a run that is not defended does not believe that it is ----
+# ---- an undefended run must not count as defended ----
 
 
 def test_a_run_that_loses_safe_rows_saves_and_stops(tmp_path, monkeypatch):
@@ -383,7 +381,7 @@ def test_packs_that_lost_their_safe_rows_stop_the_run(tmp_path, monkeypatch):
     trainer = trainer_for(tmp_path, rows=160, packing=True, max_length=96, max_steps=40, pool=make_pool(60))
     with pytest.raises(InactiveDefenseError, match="mixed in 0 rows"):
         trainer.train()
-    # Too short to be told on the way, and told at its end.
+    # The run is too short for a verdict on the way, so the verdict comes at its end.
     trainer = trainer_for(tmp_path, rows=16, packing=True, max_length=96, max_steps=1)
     with pytest.raises(InactiveDefenseError, match="mixed in 0 rows"):
         trainer.train()
@@ -410,7 +408,7 @@ def test_a_collator_that_takes_the_labels_of_safe_rows_away_stops_the_run(tmp_pa
 
 
 def test_a_training_that_begins_again_counts_anew(tmp_path):
-    """With a smaller batch, after memory did not suffice; or by a second call of `train`."""
+    """Train again with a smaller batch after memory ran out, or by a second call of `train`."""
     trainer = trainer_for(tmp_path, rows=32, auto_find_batch_size=True, per_device_train_batch_size=8, max_steps=4)
     step, calls = trainer.training_step, []
 

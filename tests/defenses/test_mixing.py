@@ -1,4 +1,4 @@
-"""The plan of an epoch, and that every place is met once: properties over sizes, ranks, workers and resumption."""
+"""Test the plan of an epoch: every place comes once, over sizes, ranks, workers and resumption."""
 
 import math
 
@@ -22,11 +22,11 @@ from trl_emguard.defenses.interleaving.plan import MixPlan, planned_rows
 from trl_emguard.evidence import InactiveDefenseError
 
 
-POOL = 1000  # ids of the pool's rows begin here
+POOL = 1000  # first id of the pool's rows
 
 
 def tokenised(count, first=0):
-    """Rows of one to three tokens, each token the number of its row."""
+    """Return rows of one to three tokens, each token the number of its row."""
     ids = [[first + i] * (i % 3 + 1) for i in range(count)]
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
@@ -60,7 +60,7 @@ def test_neighbouring_places_carry_no_more_than_their_share(plan, count, data):
     last = min(plan.places, first + count)
     share = (last - first) * plan.rows / plan.places
     assert sum(len(plan.at(0, place)) for place in range(first, last)) <= math.ceil(share)
-    # And none falls behind: up to any place, what is due is there, to half a row.
+    # No row falls behind: up to any place, the due rows are there, to half a row.
     assert abs(plan.before(last) - last * plan.rows / plan.places) <= 0.5
 
 
@@ -76,7 +76,7 @@ def test_the_order_differs_from_epoch_to_epoch_and_with_the_seed():
 
 
 def loaders(rows, ranks, batch, drop_last, even, seed, workers=0, sequential=False, plan_rows=None):
-    """One loader a rank, as Trainer and accelerate make them, and the plan."""
+    """Return the plan, and one loader per rank as Trainer and accelerate make them."""
     made = []
     for rank in range(ranks):
         placed = PlacedRows(rows)
@@ -104,7 +104,7 @@ def loaders(rows, ranks, batch, drop_last, even, seed, workers=0, sequential=Fal
 
 
 def contents(batch):
-    """The rows of a batch, in order: (number, whether of the pool)."""
+    """Return the rows of a batch in order: (number, True for a row of the pool)."""
     ids, marks = batch["input_ids"], batch[INTERLEAVED]
     assert marks.shape == ids.shape
     assert (marks == (ids >= POOL))[ids != -1].all()
@@ -114,7 +114,7 @@ def contents(batch):
 
 
 def epoch_of(prepared, epoch):
-    """Per rank, the batches of an epoch, as lists of rows."""
+    """Return the batches of an epoch per rank, as lists of rows."""
     for loader in prepared:
         loader.set_epoch(epoch)
     return [[(contents(batch), batch[ROW_COUNTS].tolist()) for batch in loader] for loader in prepared]
@@ -130,7 +130,7 @@ def test_every_planned_row_comes_once_in_every_epoch_on_any_number_of_ranks(
 ):
     rows = tokenised(count)
     prepared, plan = loaders(rows, ranks, batch, drop_last, even, seed, sequential=sequential)
-    if plan is None:  # everything is dropped, which the trainer refuses
+    if plan is None:  # all rows are dropped, which the trainer refuses
         return
     plain = [
         prepare_data_loader(
@@ -146,12 +146,12 @@ def test_every_planned_row_comes_once_in_every_epoch_on_any_number_of_ranks(
         met = [row for batches in by_rank for rows_, _ in batches for row in rows_]
         safe = [number - POOL for number, mark in met if mark]
         assert sorted(safe) == list(range(plan.rows))
-        # The training rows are those of plain training, batch by batch.
+        # Batch by batch, the training rows are those of plain training.
         for loader, batches in zip(plain, by_rank, strict=True):
             loader.set_epoch(epoch)
             expected = [[int(row["input_ids"][0]) for row in rows_] for rows_ in loader]
             assert [[number for number, mark in rows_ if not mark] for rows_, _ in batches] == expected
-        # Repeats are not counted, and carry nothing.
+        # Repeats are not counted, and bring no row of the pool.
         counted = sum(counts[0] for batches in by_rank for _, counts in batches)
         assert counted == plan.places
         share = batch * plan.rows / plan.places
@@ -168,11 +168,11 @@ def test_resuming_in_the_middle_of_an_epoch_goes_on_with_the_plan(count, ranks, 
     epoch_of(prepared, 0)
     whole = epoch_of(prepared, 1)
     skip = data.draw(st.integers(1, len(whole[0])))
-    # A new process: fresh loaders, which have not seen epoch 0.
+    # A new process has fresh loaders, which have not seen epoch 0.
     fresh, _ = loaders(rows, ranks, batch, drop_last, True, 1)
     resumed = epoch_of([skip_first_batches(loader, skip) for loader in fresh], 1)
     assert resumed == [batches[skip:] for batches in whole]
-    # And the epoch after it begins as it should.
+    # The next epoch begins with its planned rows.
     assert epoch_of(fresh, 2) == epoch_of(prepared, 2)
 
 
@@ -273,6 +273,6 @@ def test_a_stream_takes_the_best_rows_and_begins_the_plan_again():
     assert [n for n in numbers if n < POOL] == list(range(300))
     safe = [n - POOL for n in numbers if n >= POOL]
     assert len(safe) == pytest.approx(300 / 9, abs=1)
-    # The first of the pool, each once before any comes again.
+    # The pool's first rows come, each once before any comes again.
     assert sorted(safe[:10]) == sorted(safe[10:20]) == list(range(10))
     assert list(mix_rows(stream, tokenised(40, POOL), plan)) == mixed

@@ -1,4 +1,4 @@
-"""Steering: what it adds and where, and that it is nowhere else."""
+"""Test steering: the added vector, its place, and its absence everywhere else."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def make_steering(file, model, **options):
 
 
 def by_hand(model, change, keep=None):
-    """Final logits, block by block, with `change(layer, states)` after each."""
+    """Return the final logits, computed block by block with `change(layer, states)` after each."""
     body = model.model
     states = body.embed_tokens(IDS)
     positions = torch.arange(IDS.shape[1])[None]
@@ -94,7 +94,7 @@ def test_a_steered_forward_equals_the_hand_made_one(file, vectors, layers, chose
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt_neox"])
 def test_layer_l_is_what_block_l_hands_on(file, vectors, architecture):
-    """`hidden_states[l]` of transformers for l < L; what is recorded of block l itself is as it was."""
+    """Compare with transformers' `hidden_states[l]` for l < L. The recorded output of block l itself is unchanged."""
     model = make_model(architecture).eval()
     steering = make_steering(file, model, steering_layers="2", steering_coef=1.0)
     entering = []
@@ -131,7 +131,7 @@ def test_a_block_that_returns_a_tuple(file):
 
 
 def train_by_hand(tmp_path, change, peft, **options):
-    """SFTTrainer on a model with a hook of the test's own, for good."""
+    """Compare with SFTTrainer on a model with a permanent hook of the test's own."""
     model = make_model()
     model.model.layers[1].register_forward_hook(lambda m, args, out: out + change(out))
     trainer = SFTTrainer(
@@ -199,7 +199,7 @@ def test_compiled_equals_eager(tmp_path, file, defense):
 
 
 def test_is_off_outside_of_training_steps(tmp_path, file):
-    """Evaluation in the middle of training and after it, generation, and what is saved."""
+    """Check evaluation during and after training, generation, and the saved model."""
     trainer = make_trainer(
         tmp_path,
         peft=lora(),
@@ -254,7 +254,7 @@ def test_nothing_is_left_behind(tmp_path, file, defense):
 
 @pytest.mark.parametrize("other", ["", ",kl"])
 def test_a_hook_that_does_not_fire_stops_the_run_in_the_first_step(tmp_path, file, other, monkeypatch):
-    """A model whose forward goes around its blocks: here, the hooks sit on blocks that nobody calls."""
+    """Stop a model whose forward avoids its blocks: the hooks sit on blocks that nobody calls."""
     monkeypatch.setattr("trl_emguard.defenses.steering.decoder_blocks", lambda model: decoder_blocks(make_model()))
     trainer = make_trainer(tmp_path, peft=lora(), defense=f"steering{other}", steering_vector=file)
     with pytest.raises(InactiveDefenseError, match="the hook on block 2 did not fire"):
@@ -263,8 +263,7 @@ def test_a_hook_that_does_not_fire_stops_the_run_in_the_first_step(tmp_path, fil
 
 
 def test_the_reference_is_never_steered(tmp_path, file, vectors):
-    """KL at step 0 is that of the steered policy to the plain model; LDIFS compares what the blocks themselves
-    return."""
+    """Check that KL at step 0 is from steered policy to plain model, and that LDIFS compares the blocks' outputs."""
     trainer = make_trainer(
         tmp_path,
         peft=lora(),
@@ -340,7 +339,7 @@ def test_resuming_with_another_vector_is_refused(tmp_path, file, vectors):
         other.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
 @pytest.fixture
@@ -400,7 +399,7 @@ def test_vectors_that_do_not_fit_the_model(tmp_path, vectors, change, options, m
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(("layers", "refused"), [("3", False), ("4", True), ("all", True), (None, True)])
 def test_a_foreign_vector(tmp_path, vectors, layers, refused):
-    """Its last entry is after the final norm, and it suggests no layer."""
+    """Refuse a `.pt` whose last entry is after the final norm, and which suggests no layer."""
     torch.save(vectors, tmp_path / "evil_response_avg_diff.pt")
     options = {
         "defense": "steering",
@@ -438,7 +437,7 @@ def test_a_vector_of_another_model_is_refused(tmp_path, file, tuning):
         "modules_to_save": lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
         "full": lambda: None,
     }[tuning]
-    make_trainer(tmp_path, peft=peft(), defense="steering", steering_vector=file)  # of this model
+    make_trainer(tmp_path, peft=peft(), defense="steering", steering_vector=file)  # weights of this model
     other = make_model()
     with torch.no_grad():
         other.model.norm.weight[0] += 0.1
@@ -464,8 +463,7 @@ def test_a_named_subclass_steers(tmp_path, file):
 
 
 def test_response_tokens_in_padding_free_batches(tmp_path, file):
-    """Padding-free rows, of which several make one sequence, are steered at the positions that predict a label, as
-    padded ones are."""
+    """Steer padding-free rows, several to a sequence, at the label positions, as padded rows."""
     rows = Dataset.from_list(make_rows(4).to_list())
     losses = []
     for more in ({}, {"padding_free": True}):
@@ -489,13 +487,13 @@ def test_response_tokens_in_padding_free_batches(tmp_path, file):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-# ---- whether it changes the states ----
+# ---- effect on the states ----
 
 
 @pytest.mark.parametrize("tokens", ["all", "response"])
 @pytest.mark.parametrize("mode", ["add", "ablate"])
 def test_the_change_is_measured(file, vectors, mode, tokens):
-    """The mean over steered positions of ‖change‖/‖state‖, in the first pass that has such positions."""
+    """Return the mean of ‖change‖/‖state‖ over steered positions, in the first pass that has such positions."""
     model = make_model().eval()
     steering = make_steering(
         file, model, steering_layers="1,3", steering_coef=2.0, steering_mode=mode, steering_tokens=tokens
@@ -554,7 +552,7 @@ def test_ablation_in_bf16_leaves_no_more_than_rounding(file, vectors):
 
 
 class Look(TrainerCallback):
-    """Asks the model in the middle of training."""
+    """Callback that calls the model during training."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         with torch.no_grad():
@@ -583,5 +581,5 @@ def test_response_tokens_with_an_adapter_that_adds_tokens(tmp_path, file):
     peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     trainer = make_trainer(tmp_path, peft=peft, defense="steering", steering_vector=file, steering_tokens="response")
     trainer.train()
-    assert trainer.defenses[0].evidence()["acted"]  # PEFT lengthens the labels as it does the rows
+    assert trainer.defenses[0].evidence()["acted"]  # PEFT lengthens labels and rows alike
     make_trainer(tmp_path, peft=peft, defense="steering", steering_vector=file, max_steps=1).train()

@@ -29,11 +29,11 @@ class Cell:
     """A run of six steps on ragged rows.
 
     Attributes:
-        options: over the worker's own.
-        lora: over the adapter's own configuration.
-        unlabelled: rank 1 gets rows without a label.
-        resumed: trained once more from the checkpoint of the third step, and it is that run which is looked at.
-        tolerance: of what is logged, relative above 1, and of the weights.
+        options: options that replace the worker's own.
+        lora: values that replace those of the adapter's configuration.
+        unlabelled: True gives rank 1 rows without a label.
+        resumed: True trains once more from the checkpoint of the third step, and compares that run.
+        tolerance: tolerance of logged values (relative above 1) and of weights.
     """
 
     defense: str
@@ -78,7 +78,7 @@ def launch(engine: str, cells: list[Cell], folder: Path, timeout: int) -> dict[s
     """Train the cells on an engine, one process for `"one"` and two ranks otherwise.
 
     Returns:
-        cell id → what each rank saw; of a cell that failed, and of those after it, less.
+        Cell id → results of each rank. A cell that failed, and those after it, have fewer.
     """
     folder.mkdir(parents=True)
     vector = save_vector(folder / "vector.safetensors", weights=weight_checksums(make_model()))
@@ -146,8 +146,8 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
     """Return the differences between a run on two ranks and the same run in one process, in words.
 
     Args:
-        folder, one: where the two runs left their models.
-        seen, alone: what their ranks saw.
+        folder, one: folders of the two runs' models.
+        seen, alone: results of their ranks.
     """
     if len(seen) < RANKS or "error" in seen[0] or "error" in seen[1]:
         errors = [rank["error"] for rank in seen if "error" in rank]
@@ -160,10 +160,10 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
     sharded = ENGINES[engine].get("zero_stage") == 3 or "fsdp_config" in ENGINES[engine]
     for rank in seen:
         for model, share in rank["held"].items():
-            # Half, and a little where a weight cannot be halved.
+            # A rank may hold half, and a little more if a weight cannot be halved.
             if sharded and share > 0.6:
                 found.append(f"{cell.id}: a rank held {share:.0%} of the weights of the {model}")
-        # An evaluation is another order of modules, with or without a defense.
+        # An evaluation calls modules in another order, with or without a defense.
         if rank["invalidated"] > sum("eval_loss" in entry for entry in rank["history"]):
             found.append(f"{cell.id}: DeepSpeed threw {rank['invalidated']} prefetch traces away")
     for key in sorted(LOGS):
@@ -178,7 +178,7 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
     ours, theirs = (load_file(run / cell.id / name) for run in (folder, one))
     if cell.tuning == "full" and cell.architecture == "llama":
         for weights in (ours, theirs):
-            # A tied head is one with the embeddings, and some engines write it a second time.
+            # A tied head shares the embeddings' weight, and some engines write it a second time.
             weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     if ours.keys() != theirs.keys():
         found.append(f"{cell.id}: weights {sorted(ours.keys() ^ theirs.keys())}")

@@ -15,24 +15,23 @@ CONDITIONS = [
     Cell("kl,ldifs", unlabelled=True, options={"train_sampling_strategy": "sequential"}),
     Cell("kl,ldifs", "full", True, unlabelled=True, options={"train_sampling_strategy": "sequential"}),
     Cell("interleave++,kl", options={"kl_tokens": "interleaved", "interleave_fraction": 0.05}),
-    # Heads of their own: untied, trained beside an adapter, and both.
+    # Models with a head of their own: untied, trained beside an adapter, and both.
     Cell("kl", "full", True, "qwen2"),
     Cell("kl,ldifs", "lora", False, "qwen2", lora={"modules_to_save": ["lm_head"]}),
-    # A reference that is an adapter.
+    # The reference is an adapter.
     Cell("kl", lora={"init_lora_weights": False}),
     Cell("kl", options={"kl_tokens": "all"}),
-    # An epoch of packs, and no more: at its end, ranks are given packs twice, where one process makes a smaller batch.
+    # One epoch of packs: at its end ranks get packs twice, while one process makes a smaller batch.
     Cell("kl,ldifs", options={"packing": True, "max_length": 64, "max_steps": 4}),
     Cell("kl", "full", options={"max_length": 36}),
-    # DeepSpeed trains bf16 weights, where one process has fp32 weights under autocast.
+    # DeepSpeed trains bf16 weights, and one process has fp32 weights under autocast.
     Cell("kl,ldifs", options={"bf16": True}, tolerance=0.05),
     Cell("kl", "full", True, options={"bf16": True}, tolerance=0.05),
     Cell("ldifs,steering", options={"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}),
     Cell("interleave++,kl", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
     Cell("kl", "full", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
 ]
-# Every defense, both ways of tuning and both modes of checkpointing, on every engine that has something of its own to
-# do for them.
+# Every defense, tuning and mode of checkpointing runs on every engine that treats it differently.
 SLICE = {
     "ddp": [Cell("ldifs", "full", True), Cell("interleave++,kl", "lora", False)],
     "zero2": [Cell("kl", "full", False), Cell("inoculation", "lora", True)],

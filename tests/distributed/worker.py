@@ -1,4 +1,4 @@
-"""One rank of a launched run: trains every cell that it is given, one after the other, and leaves what it saw on disk.
+"""One rank of a launched run: trains its cells one after the other, and writes the results to disk.
 
 `accelerate launch … worker.py JOB.json`, where the job names the engine, the cells and the folders. A cell is a
 defense, a way of tuning and a mode of checkpointing. Starting Python costs far more than a cell does, so a launch
@@ -38,14 +38,14 @@ GLOBAL_BATCH = 4
 
 
 def options_of(cell: dict, job: dict, ranks: int) -> dict:
-    """The options of a cell's run. They differ from one process's in the batch of a rank alone."""
+    """Return the options of a cell's run. Ranks differ from one process only in the size of a batch."""
     options = {
         "defense": cell["defense"],
         "max_steps": STEPS,
         "per_device_train_batch_size": GLOBAL_BATCH // ranks,
         "gradient_accumulation_steps": 2,
         "activation_checkpointing": cell["checkpointing"],
-        # Adam would make a whole step of a gradient that is nothing but rounding.
+        # Adam would make a whole step of a gradient that is only rounding.
         "adam_epsilon": 1e-3,
         **merged(cell["defense"], "options"),
         "seed": 7,
@@ -154,8 +154,7 @@ def share_held(model: torch.nn.Module) -> float:
 
 
 def shard_on_the_cpu() -> None:
-    """Have accelerate shard by FSDP2 here. It does so on every device but the CPU, which it leaves unsharded in
-    silence."""
+    """Make accelerate shard by FSDP2 on the CPU, which it otherwise leaves unsharded in silence."""
     init = AcceleratorState.__init__
 
     def init_sharded(self, *args, fsdp_plugin=None, **kwargs):
@@ -165,7 +164,7 @@ def shard_on_the_cpu() -> None:
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = init_sharded
-    # Elsewhere such a run is refused.
+    # The trainer refuses such a run elsewhere.
     trl_emguard.trainer.check_launch = lambda args: None
 
 
@@ -174,9 +173,9 @@ def main() -> None:
     if job["engine"] == "fsdp2":
         shard_on_the_cpu()
     if job["engine"].startswith("zero"):
-        # DeepSpeed's own collectives for CPUs want a compiler, which a machine may not have: gloo's are used.
+        # DeepSpeed's own collectives for CPUs need a compiler, which may be missing. gloo's are used.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    # DeepSpeed runs here as if the CPU were an accelerator, and transformers would look for a GPU that can do bf16.
+    # DeepSpeed treats the CPU as an accelerator, and transformers would look for a GPU with bf16.
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     rank = int(os.environ.get("RANK", "0"))
     for cell in job["cells"]:

@@ -1,4 +1,4 @@
-"""`answer_nll` against a plain loop: one row at a time, in float64."""
+"""Compare `answer_nll` with a plain loop: one row at a time, in float64."""
 
 import copy
 import math
@@ -47,7 +47,7 @@ def test_equals_the_plain_loop(architecture, tokenizer):
     twin = make_model(architecture, dtype=torch.float64).eval()
     expected = [plain_nll(twin, tokenizer, row) for row in ROWS]
     assert answer_nll(model, tokenizer, ROWS, batch_size=4) == pytest.approx(expected, abs=1e-4)
-    assert max(expected) - min(expected) > 0.1  # rows that were mixed up would show
+    assert max(expected) - min(expected) > 0.1  # confused rows would show
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 13, 100])
@@ -62,7 +62,7 @@ def test_keeps_the_order(model, tokenizer):
 
 
 def test_counts_the_end_of_turn_token_and_nothing_after_it(model):
-    """Some templates put a line break behind it, which is never generated."""
+    """Leave out the line break that some templates put after the end of turn: it is never generated."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|>{{ '\n' }}")
     assert tokenizer.apply_chat_template(ROWS[1]["prompt"], tokenize=False).endswith("<|im_end|>\n")
@@ -92,7 +92,7 @@ def test_a_model_without_preference_has_the_log_of_its_vocabulary(tokenizer):
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
 @pytest.mark.parametrize("options", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
 def test_a_head_with_an_adapter(architecture, options, tokenizer):
-    """A low-rank update on the head, and a head of the adapter's own; switched on and off."""
+    """Switch a low-rank update on the head, and a head of the adapter's own, on and off."""
     from peft import get_peft_model
 
     options = {"init_lora_weights": False, **options}
@@ -109,7 +109,7 @@ def test_a_head_with_an_adapter(architecture, options, tokenizer):
 
 
 def test_every_end_of_turn_of_the_model_counts(model):
-    """As in Gemma: the tokenizer's end token ends a text, and the generation config names the end of a turn."""
+    """Read the end of turn from the generation config, as for Gemma, whose tokenizer's end token ends a text."""
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "<|im_start|>"
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|>{{ '\n' }}")

@@ -1,4 +1,4 @@
-"""Work in processes of its own that can be killed. They are forked, so none of them pays for the imports."""
+"""Work in separate processes that can be killed. They are forked, so none of them repeats the imports."""
 
 import logging
 import os
@@ -28,9 +28,9 @@ class Group:
     """One process, or several ranks, that do the same work in a process group of their own.
 
     Args:
-        folder: where `out-RANK.txt` goes, and the file `begun` once the work says so.
-        work: called as `work(rank)`.
-        ranks: how many; more than one are joined by gloo.
+        folder: folder for `out-RANK.txt`, and for the file `begun` once the work has begun.
+        work: function, called as `work(rank)`.
+        ranks: number of ranks; gloo joins more than one.
     """
 
     def __init__(self, folder: Path, work: Callable[[int], Any], ranks: int = 1):
@@ -55,7 +55,7 @@ class Group:
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w") for _ in range(2))
-            logging.basicConfig(force=True, stream=sys.stderr)  # pytest would keep what is logged
+            logging.basicConfig(force=True, stream=sys.stderr)  # pytest would capture the log
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             if ranks > 1:
@@ -68,7 +68,7 @@ class Group:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # pytest goes on in the parent alone
+            os._exit(code)  # only the parent continues with pytest
 
     def alive(self) -> list[int]:
         for pid in self.pids:
@@ -96,7 +96,7 @@ class Group:
                 self._status[pid] = os.waitpid(pid, 0)[1]
 
     def finish(self) -> None:
-        """Wait for the end, which must be a good one."""
+        """Wait for the end, and require success."""
         self.wait_for(lambda: not self.alive())
         assert self.codes() == [0] * len(self.pids), self.output()
 
@@ -123,11 +123,11 @@ def die_at_write(number: int, seed: int = 0) -> list[str]:
     """Kill this process while it writes for the `number`-th time, counted from 1: the file is cut to a random share
     of its bytes.
 
-    Counted are the writes of a checkpoint: weights, pickles, Trainer's state, files that take another's place
-    (before and after), and every deletion of an old checkpoint.
+    The writes of a checkpoint count: weights, pickles, Trainer's state, files that replace another (before and after),
+    and every deletion of an old checkpoint.
 
     Returns:
-        What was written, as it goes on.
+        List of the writes, which grows while they happen.
     """
     writes: list[str] = []
     rng = random.Random(seed)
@@ -177,7 +177,7 @@ def die_at_write(number: int, seed: int = 0) -> list[str]:
 
 
 class _With:
-    """A module with some names replaced."""
+    """Return a module with some names replaced."""
 
     def __init__(self, module: Any, **names: Any):
         self.__dict__.update(vars(module), **names)

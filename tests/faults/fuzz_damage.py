@@ -1,4 +1,4 @@
-"""Damage to files: some that knows nothing of the format, and some for each format."""
+"""Damage to files: some that knows no format, and some for each format."""
 
 import copy
 import io
@@ -63,7 +63,7 @@ class Payload:
 
 @st.composite
 def damaged_bytes(draw, valid: bytes, others: list[bytes]):
-    """Damage that knows nothing of the format."""
+    """Return damage that knows no format."""
     data = bytearray(valid)
     kind = draw(
         st.sampled_from(["cut", "flip", "insert", "remove", "double", "blank", "other", "join", "size", "crlf"])
@@ -105,7 +105,7 @@ def places(value: Any, place: tuple = ()) -> list[tuple]:
 
 @st.composite
 def damaged_json(draw, value: Any):
-    """A value of JSON with something in it replaced, left out, added or given twice, as text."""
+    """Return a JSON value as text, with a part of it replaced, left out, added or given twice."""
     value = json.loads(json.dumps(value))
     twice = None
     for _ in range(draw(st.integers(1, 2))):
@@ -140,7 +140,7 @@ def damaged_json(draw, value: Any):
 
 @st.composite
 def damaged_lines(draw, valid: bytes):
-    """A line of JSONL damaged as JSON."""
+    """Return JSONL with one line damaged as JSON."""
     lines = valid.splitlines()
     index = draw(st.integers(0, len(lines) - 1))
     lines[index] = draw(damaged_json(json.loads(lines[index])))
@@ -155,7 +155,7 @@ OTHER_TENSORS = [
 
 @st.composite
 def damaged_safetensors(draw, valid: bytes):
-    """Damage in the header, whose length stays right; or in what the vector's metadata say."""
+    """Return damage in the header, whose length stays right, or in the vector's metadata."""
     length = struct.unpack("<Q", valid[:8])[0]
     header = json.loads(valid[8 : 8 + length])
     inner = header.get("__metadata__", {}).get("persona_vector")
@@ -194,7 +194,7 @@ def saved(thing: Any, **options: Any) -> bytes:
 
 @st.composite
 def damaged_pt(draw, valid: bytes):
-    """Other things than a tensor, tensors that are no vector, and archives whose checksums are right."""
+    """Return archives with valid checksums that hold no tensor, or a tensor that is no vector."""
     numbers = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     kind = draw(st.sampled_from(["thing", "pickle", "packed"]))
     event(f"pt {kind}")
@@ -232,7 +232,7 @@ def parquet(table: pyarrow.Table, **options: Any) -> bytes:
 
 @st.composite
 def damaged_parquet(draw, valid: bytes):
-    """Tables with other columns, values, types and metadata."""
+    """Return tables with other columns, values, types and metadata."""
     table = pyarrow.parquet.read_table(io.BytesIO(valid))
     metadata = dict(table.schema.metadata or {})
     names = table.column_names
@@ -301,7 +301,7 @@ YAMLS = [
 
 @st.composite
 def damaged_yaml(draw, value: dict):
-    """JSON, which is YAML too; or syntax that only YAML has, alone or as the value of a key."""
+    """Return JSON, which is YAML too, or syntax that only YAML has, alone or as the value of a key."""
     if draw(st.integers(0, 2)):
         return draw(damaged_json(value))
     event("yaml")

@@ -33,10 +33,10 @@ class Format:
 
     Attributes:
         file: name of the file in a folder of its own.
-        write: writes the valid file, and others that belong to it.
-        damage: bytes → damaged bytes, with knowledge of the format.
-        read: path → content by the package's reader, as plain values.
-        naive: bytes → the same content by other means, or `...` if there is nothing to compare. It raises if
+        write: function that writes the valid file, and others that belong to it.
+        damage: function from bytes to damaged bytes that knows the format.
+        read: function from a path to the content by the package's reader, as plain values.
+        naive: function from bytes to the same content by other means, or `...` if there is nothing to compare. It raises if
             the bytes are no such file.
         names: text that a refusal may name instead of the file.
     """
@@ -202,7 +202,7 @@ FORMATS = {
     ),
     "trait": Format("odd.yaml", write_json(TRAIT), yaml_of(TRAIT), read_trait, naive_yaml),
     "refusals": Format("refusals.yaml", write_json(REFUSALS), yaml_of(REFUSALS), read_refusals, naive_refusals),
-    # A wrong value is told by its key: `read_recipe` looks at that.
+    # `read_recipe` checks that an error about a value names its key.
     "recipe": Format("run.yaml", write_json(RECIPE), yaml_of(RECIPE), read_recipe, naive_recipe, "error: "),
     "adapter": Format(
         "adapter_model.safetensors",

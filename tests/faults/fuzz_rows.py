@@ -47,7 +47,7 @@ def write_rows(path: Path) -> None:
 def read_rows(path: Path) -> Any:
     rows = load_rows(str(path))
     if "gap" in rows.column_names:
-        # Interleaving ranks the rows of a pool so.
+        # Interleaving ranks the rows of a pool by this order.
         with contextlib.suppress(ValueError):
             assert set(rank_rows(rows, "gap", True)) <= set(range(len(rows)))
     return rows.to_list()
@@ -148,7 +148,7 @@ def read_rollouts(path: Path) -> Any:
     try:
         return [asdict(rollout) for rollout in resume_rollouts(Journal(path, {"rollouts_of": "abc"}), 2, PLAN, 16)]
     except ValueError:
-        assert path.read_bytes() == before  # what is not ours is never written over
+        assert path.read_bytes() == before  # a foreign file is never overwritten
         raise
 
 

@@ -1,9 +1,9 @@
-"""Soak: thousands of steps of a tiny model with everything on. Memory stays flat, and nothing is left open.
+"""Train a tiny model for thousands of steps with everything on. Memory stays flat, and nothing is left open.
 
 Two runs in one process: 2,000 steps with `interleave++,kl,ldifs,steering,inoculation`, a LoRA adapter, gradient
 checkpointing, an evaluation every 50 steps, and a checkpoint every 100 of which two are kept; and 500 steps that read
-their reference from disk. An epoch has 10 steps, so samplers, iterators and what is mixed in are made anew over and
-over.
+their reference from disk. An epoch has 10 steps, so samplers, iterators and mixed-in rows are made anew very
+often.
 
 Between the end of the warm-up, a fifth of a run, and its end
 
@@ -41,7 +41,7 @@ from trl_emguard.models.blocks import decoder_blocks
 
 LINES = 10  # of a table
 WARM_UP = 2  # of them
-# Every line is taken at the end of an epoch: within one, the next batch is there already, and its tensors with it.
+# Each sample is taken at the end of an epoch. Within one, the next batch already holds tensors.
 EPOCH = 10
 BATCH = 4
 ALLOWED = 0.02
@@ -74,7 +74,7 @@ def measure(model: torch.nn.Module) -> dict[str, float]:
 
 
 class Gauge(TrainerCallback):
-    """Measures at the end of every so many steps, before what follows on a step is logged, evaluated and saved."""
+    """Callback that measures after every so many steps, before logging, evaluation and saving."""
 
     def __init__(self, every: int):
         self.every = every
@@ -86,7 +86,7 @@ class Gauge(TrainerCallback):
 
 
 def soak(title: str, folder: Path, steps: int, **options) -> list[str]:
-    """Train, print what was held on the way, and return what grew."""
+    """Train, print the samples, and return the quantities that grew."""
     gauge = Gauge(steps // LINES)
     trainer = make_trainer(
         folder,
@@ -135,12 +135,12 @@ def main() -> int:
     unit = 4 * LINES * EPOCH
     if args.steps < unit or args.steps % unit:
         parser.error(f"--steps={args.steps} must be a multiple of {unit}.")
-    warnings.simplefilter("ignore")  # of PEFT at every checkpoint: the tiny model has no config on a hub
+    warnings.simplefilter("ignore")  # PEFT warns at every checkpoint, since the tiny model has no config on a hub
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["TRL_EMGUARD_CACHE"] = str(folder / "cache")
-        # The options of a short run would push a run of thousands of steps far away.
+        # With the options of a short run, thousands of steps would move the model far away.
         options = {"interleave_redraw": True, "steering_coef": 0.5, "kl_coef": 0.1, "interleave_fraction": 0.05}
         faults = soak("everything", folder / "everything", args.steps, **run_options(EVERYTHING, folder, **options))
         faults += soak(

@@ -1,5 +1,6 @@
-"""A full disk, an output that is read-only, a loss that is not finite, an error or an interrupt on the way: one
-clear error, the model as it was, and a trainer that can go on."""
+"""Test faults of a run: full disk, read-only output, loss that is not finite, errors and interrupts.
+
+Each gives one clear error, and leaves the model unchanged and a trainer that can continue."""
 
 import errno
 import itertools
@@ -45,7 +46,7 @@ def make(tmp_path, monkeypatch):
 
 
 def state_of(trainer):
-    """All that an error could leave changed on a model and its trainer."""
+    """Return everything that an error could leave changed on a model and its trainer."""
     model = trainer.model
     modules = dict(model.named_modules())
     return {
@@ -67,22 +68,22 @@ def state_of(trainer):
 
 
 def assert_goes_on(trainer, whole):
-    """The same trainer object, from its newest whole checkpoint or anew, ends as a run without an error."""
+    """Train again with the same trainer, from its newest complete checkpoint or anew: it ends as a run without error."""
     step, _ = newest_whole_checkpoint(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=step is not None)
     if step is None:
-        assert trainer.state.global_step == STEPS  # from where its weights are
+        assert trainer.state.global_step == STEPS  # starting from its present weights
         return
     assert logged(trainer) == logged(whole)
     for a, b in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-# ---- errors and interrupts on the way ----
+# ---- errors and interrupts during training ----
 
 
 class Raises(TrainerCallback):
-    """Raises once, at an event of a step."""
+    """Callback that raises once, at an event of a step."""
 
     def __init__(self, event, error, step=3):
         self.error, self.step = error, step
@@ -173,7 +174,7 @@ def test_an_error_within_a_pass(make, defense, full):
         assert state_of(trainer) == before
         handle.remove()
         assert_goes_on(trainer, whole)
-    # Two micro-batches, and the reference's pass in each of them, in the same model or in a copy.
+    # There are two micro-batches, each with a pass of the reference, in the same model or in a copy.
     own_pass = not full and "kl" in defense
     assert passes == (4 if own_pass else 2)
 
@@ -197,7 +198,7 @@ def test_an_error_in_the_data(make):
 
 @pytest.mark.parametrize("defense", ["kl,ldifs", "interleave"])
 def test_training_twice(make, defense):
-    """The second run begins with the weights that the first one left, which are not the reference's."""
+    """Refuse a second run: it begins with the first one's weights, which are not the reference's."""
     trainer = make(defense, max_steps=2)
     trainer.train()
     trainer.train()
@@ -243,7 +244,7 @@ def test_the_term_that_is_not_finite_is_named(make, monkeypatch):
 
 @pytest.mark.parametrize("defense", ["kl", "steering", "inoculation"])
 def test_a_gradient_that_is_not_finite_is_not_saved(make, tmp_path, defense):
-    """The loss of its step is, and the weights that it leaves are not."""
+    """Stop at weights that are not finite, although the loss of their step is."""
     trainer = make(defense, save_steps=1)
 
     class Break(TrainerCallback):
@@ -278,8 +279,7 @@ def test_a_plain_run_trains_on_as_sfttrainers_does(make, tmp_path):
 
 
 def full_disk(monkeypatch, at):
-    """The `at`-th write of a checkpoint, counted from 1, and all that follow find no space; what a writer began is
-    left there."""
+    """Fill the disk at the `at`-th write of a checkpoint, counted from 1. Partly written files are left there."""
     writes = itertools.count(1)
 
     def patch(module, name, path_at, error):
@@ -344,7 +344,7 @@ def check_full_disk(make, monkeypatch, tmp_path, defense, at):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 1 MiB."""
+    """Return a disk of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -364,7 +364,7 @@ def test_a_disk_that_is_really_full(make, small_disk, tmp_path):
     with pytest.raises(OSError, match="could not be written"):
         trainer.train()
     assert state_of(trainer) == before
-    # A disk on which nothing at all can be written is reported before training.
+    # A disk without any space is reported before training.
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
     with pytest.raises(OSError, match=r"output_dir='.*' cannot be written to \(No space left on device\)"):
         trainer.train()
@@ -414,7 +414,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
 
 
-# ---- an output that is read-only ----
+# ---- a read-only output ----
 
 
 def test_an_output_that_is_read_only(make, monkeypatch):

@@ -1,9 +1,8 @@
-"""Damaged and hostile files: every reader refuses a file with a clear error, or reads what is in it.
+"""Test damaged and hostile files: every reader refuses a file with a clear error, or reads its content.
 
 Each format has a valid file, damage that knows the format, and a naive reader (the standard library, numpy, plain
-pyarrow),
-which gives the content that a file which is not refused must be read as. Every read is also held to this: nothing in
-the file is executed, it takes little memory and time, and a refusal is a `ValueError` that names the file.
+pyarrow). A file that is not refused must be read as the naive reader reads it. Nothing in a file is executed, a read
+takes little memory and time, and a refusal is a `ValueError` that names the file.
 
 `make test` reads a tenth of the damaged files, `make test-faults` all of them.
 """
@@ -36,20 +35,20 @@ from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import persona as persona_script
 
 
-# A damaged file may well look odd to the libraries that read it.
+# Libraries may warn about a damaged file.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning"),
 ]
 TOTAL, SLICE = 2000, 200
-SECONDS = 10  # of processor time, for a file of some kB
-MEMORY = 512 * 2**20  # on top of what the process has
+SECONDS = 10  # seconds of processor time, for a file of some kB
+MEMORY = 512 * 2**20  # bytes beyond those of the process
 
 
 @contextlib.contextmanager
 def little_memory():
-    """Let a read that takes far too much memory fail, before the machine runs out of it."""
+    """Make a read that takes far too much memory fail before the machine runs out of it."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 8 * MEMORY, limits[1]))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -166,7 +165,7 @@ def test_thousands_of_damaged_files(paths, name):
 
 @pytest.mark.parametrize("name", ["vector", "vector, pt", "scores", "cache"])
 def test_a_bit_that_flips_in_the_numbers_is_found(paths, name):
-    """These formats have checksums."""
+    """Refuse every damaged file of a format with checksums."""
     form, path = FORMATS[name], paths[name]
     number = {"scores": struct.pack("<d", 0.5 + 2.5 * np.random.default_rng(0).uniform())}.get(name)
     middle = (
@@ -183,11 +182,11 @@ def test_a_bit_that_flips_in_the_numbers_is_found(paths, name):
         read_cache(path, form.valid) if name == "cache" else form.read(path)
 
 
-# ---- nothing that a file asks for is done ----
+# ---- a file cannot make the package act ----
 
 
 def test_a_vector_names_no_file_that_is_read(tmp_path, capsys):
-    """`persona project` asks the questions of the trait that the vector names, if it is a shipped one."""
+    """Let a vector's metadata choose questions only among the shipped traits (`persona project`)."""
     trait = tmp_path / "trait.yaml"
     trait.write_text("a secret")
     PersonaVector(torch.randn(5, 32), metadata={"trait": str(trait), "suggested_layer": 2}).save(

@@ -1,4 +1,4 @@
-"""SIGKILL: the next run goes on from the newest whole checkpoint, and ends as if nothing had happened."""
+"""Test SIGKILL: the next run resumes from the newest complete checkpoint, and ends as an uninterrupted one."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ LOGGED = {
 
 
 class Pace(TrainerCallback):
-    """Says when training has begun, and gives a killer time."""
+    """Callback that reports the beginning of training, and gives a killer time."""
 
     def __init__(self, folder, seconds):
         self.folder, self.seconds = folder, seconds
@@ -55,7 +55,7 @@ class Pace(TrainerCallback):
 
 
 def train(folder, run, ranks=1, rank=0, pause=0.0, fault=None, **more):
-    """Train, from the newest whole checkpoint where there is one, and leave `result.json`."""
+    """Train, from the newest complete checkpoint if there is one, and write `result.json`."""
     tuning, options = RUNS[run]
     options = {
         **run_options(options["defense"], folder),
@@ -117,7 +117,7 @@ def unbroken(tmp_path_factory):
 
 
 def assert_goes_on(folder, run, expected, ranks=1):
-    """The next run ends as the one that nobody killed, and does not begin anew where it need not."""
+    """Require that the next run ends as an uninterrupted one, and does not begin anew without need."""
     whole, corrupt = newest_whole_checkpoint(folder / "out")
     group = Group(folder, lambda rank: train(folder, run, ranks, rank), ranks)
     group.finish()
@@ -149,8 +149,8 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path, unbroken, share):
 @pytest.mark.faults
 @pytest.mark.parametrize("run", ["kl,interleave+", "ldifs"])
 def test_a_kill_at_every_write_of_two_checkpoints(tmp_path, unbroken, run):
-    """The first and the second: there is nothing to go on from, and there is something that may be deleted too
-    early."""
+    """Return the first and the second checkpoint: before the first there is none to resume from, and at the second an
+    older one may be deleted too early."""
     expected, writes = unbroken(run)
     saves = STEPS // 2
     began = set()
@@ -165,7 +165,7 @@ def test_a_kill_at_every_write_of_two_checkpoints(tmp_path, unbroken, run):
 
 
 def kill_at_random(folder, run, rng, ranks=1, victims=None, kills=3):
-    """Kill a run, and those that go on from it, so many times or until one is through."""
+    """Kill a run, and those that resume from it, so many times or until one finishes."""
     killed = 0
     for _ in range(kills):
         group = Group(folder, lambda rank: train(folder, run, ranks, rank, pause=0.05), ranks)
@@ -201,7 +201,7 @@ def test_kills_of_ranks(tmp_path, unbroken, run, victims):
 @pytest.mark.faults
 @pytest.mark.parametrize(("victim", "share"), [(1, 0.5), (0, 0.5), (0, 0.7)])
 def test_a_kill_of_a_rank_that_writes(tmp_path, unbroken, victim, share):
-    """Rank 1 writes nothing but its random state."""
+    """Kill rank 1, which writes only its random state."""
     expected, writes = unbroken("kl,interleave+", 2)
     die_writing(tmp_path, "kl,interleave+", 2 if victim == 1 else round(share * len(writes)), 2, victim)
     assert assert_goes_on(tmp_path, "kl,interleave+", expected, ranks=2) in ((2,) if victim == 1 else (2, 4))
@@ -308,7 +308,7 @@ def test_scores(tmp_path, monkeypatch, seed):
     )
     assert rows.to_list() == expected.to_list()
     assert info == expected_info
-    assert len(passes.read_text()) <= 32 + 3  # what was scored is not scored again, but for a row a kill
+    assert len(passes.read_text()) <= 32 + 3  # at most one row per kill is scored again
     assert not (tmp_path / "killed.parquet.parts").exists()
 
 
@@ -351,7 +351,7 @@ def test_rollouts(tmp_path, seed):
         )  # fmt: skip
 
     def run(name):
-        # This judge keeps nothing on the negative side, so there is no vector: the rollouts are what counts.
+        # This judge keeps no negative answer, so there is no vector. The test is about the rollouts.
         with pytest.raises(ValueError, match="none of the"):
             work(name)
 
@@ -362,7 +362,7 @@ def test_rollouts(tmp_path, seed):
     before = (tmp_path / "killed.jsonl").read_text() if (tmp_path / "killed.jsonl").exists() else ""
     run("killed.jsonl")
     assert (tmp_path / "killed.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
-    assert (tmp_path / "whole.jsonl").read_text().startswith(before)  # never a torn line in the middle
+    assert (tmp_path / "whole.jsonl").read_text().startswith(before)  # no incomplete line in the middle
 
 
 @pytest.mark.faults

@@ -1,4 +1,4 @@
-"""No source of the package reads a file in a way that can execute what it says."""
+"""Test that no source of the package reads a file in a way that can execute its content."""
 
 import ast
 from pathlib import Path

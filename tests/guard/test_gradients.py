@@ -1,4 +1,4 @@
-"""Values and gradients of a real training step against the float64 twin, and what they must not depend on."""
+"""Compare values and gradients of a real training step with the float64 twin, in every batching."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from trl_emguard.reference.watch import ReferenceWatch
 
 ROWS = 8
 STEP = {"max_steps": 1, "max_grad_norm": 0.0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-STRONG = {"kl_coef": 3.0, "ldifs_coef": 2.0}  # so that an error in a term is an error of the sum
+STRONG = {"kl_coef": 3.0, "ldifs_coef": 2.0}  # large enough that an error in a term shows in the sum
 
 
 def trainer_for(tmp_path, tuning="lora", architecture="llama", rows=None, spread=0.2, **options):
@@ -74,7 +74,7 @@ def test_options(tmp_path, options):
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 @pytest.mark.parametrize("tokens", ["loss", "all"])
 def test_accumulation_and_batch_size_do_not_matter(tmp_path, batch, accumulation, tokens):
-    """Each way to cut the same ragged rows equals the twin, and so the others."""
+    """Compare each way to cut the same ragged rows with the twin."""
     assert_equals_twin(
         trainer_for(
             tmp_path,
@@ -142,7 +142,7 @@ def test_which_tokens_carry_a_label(tmp_path, setting):
 
 
 def test_rows_without_labels_and_with_one(tmp_path):
-    """Fully masked rows (a micro-batch of them, too) and one-token labels, as data that arrives tokenised may hold."""
+    """Train on fully masked rows (also a micro-batch of them) and one-token labels, as tokenised data may have."""
     rows = make_rows(4)
     tokenised = make_trainer(tmp_path, rows=rows, defense="none").train_dataset.to_list()
     for row in tokenised[:2]:
@@ -182,8 +182,9 @@ def test_checkpointing_does_not_matter(tmp_path, tuning, checkpointing):
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("defense", COMPARING)
 def test_default_bf16_with_checkpointing(tmp_path, defense, tuning):
-    """TRL's default. The twin's backbone is float64, so this bounds bf16 autocast and our terms together: on weights
-    of a spread at which autocast's own rounding, which stock SFT has too, stays near 1 %."""
+    """Bound the error of bf16 autocast, TRL's default, and of the terms together, against a float64 backbone.
+
+    The weights have a spread at which autocast's own rounding, which stock SFT has too, stays near 1 %."""
     trainer = trainer_for(tmp_path, tuning, spread=0.1, defense=defense, bf16=True, activation_checkpointing=True)
     assert trainer.model.dtype == torch.float32
     assert_equals_twin(trainer, tolerance=4e-2)
@@ -191,8 +192,8 @@ def test_default_bf16_with_checkpointing(tmp_path, defense, tuning):
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_one_call_of_the_wrapped_model_per_micro_batch(tmp_path, tuning, monkeypatch):
-    """A second one would invalidate ZeRO-3's prefetch trace. The reference's pass of an adapter is inside of it."""
-    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)  # it has passes of its own
+    """Make one top-level call, with the adapter's reference pass inside: two would invalidate ZeRO-3's prefetch trace."""
+    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)  # its reference has passes of its own
     trainer = trainer_for(tmp_path, tuning, defense="kl,ldifs")
     calls, passes = [], []
     trainer.model.register_forward_pre_hook(lambda *args: calls.append(1))
@@ -204,8 +205,7 @@ def test_one_call_of_the_wrapped_model_per_micro_batch(tmp_path, tuning, monkeyp
 
 
 def test_each_term_alone_has_its_own_gradient(tmp_path):
-    """The KL of a run is not CE scaled: with the coefficient doubled, the gradient moves by exactly one KL
-    gradient."""
+    """Double the coefficient: the gradient moves by exactly one KL gradient, so KL is no scaled CE."""
     gradients = [
         first_gradients(trainer_for(tmp_path / str(coef), defense="kl", kl_coef=coef)) for coef in (1.0, 2.0, 3.0)
     ]

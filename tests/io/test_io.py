@@ -1,4 +1,4 @@
-"""Journals and suggestions."""
+"""Test journals and suggestions."""
 
 import json
 

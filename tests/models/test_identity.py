@@ -1,4 +1,4 @@
-"""The identity of a model: stored in files, so its values are fixed; and every weight counts."""
+"""Test the identity of a model. It is stored in files, so its values are fixed; and every weight counts."""
 
 import hashlib
 
@@ -11,7 +11,7 @@ from trl_emguard.models.identity import fingerprint, weight_checksums
 
 
 def plain_fingerprint(model):
-    """The algorithm of version 0.1.0, which wrote the records that must stay readable."""
+    """Compute the fingerprint of version 0.1.0, whose records must stay readable."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()

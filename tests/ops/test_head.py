@@ -211,7 +211,7 @@ def test_top1_counts_labels_alone():
     [("same_head", False, 3), ("same_head", True, 4), ("other_head", False, 3), (None, False, 2), (None, True, 3)],
 )
 def test_matrix_products_with_the_head(reference, train_head, products):
-    """The divergence adds one product, and the head needs no more than TRL's own (3; 4 with a trained head)."""
+    """Count the products: the divergence adds one, and the total is TRL's own (3; 4 with a trained head)."""
     hidden, weight, _, labels, ce_weight, divergence_weight, ref = make_inputs(torch.float32, reference=reference)
     leaves = [hidden.requires_grad_()] + ([weight.requires_grad_()] if train_head else [])
     ref = None if ref is None else tuple(None if x is None else x.detach() for x in ref)
@@ -231,7 +231,7 @@ def test_matrix_products_with_the_head(reference, train_head, products):
 
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_no_tile_is_larger_than_the_budget(monkeypatch, with_reference):
-    """With a budget of two tokens, no tensor of more than two rows of logits is ever made."""
+    """Check that a budget of two tokens never makes a tensor of more than two rows of logits."""
     monkeypatch.setattr(head, "TILE_BYTES", 2 * (2 if with_reference else 1) * 4 * V)
     rows = []
     original = head.torch_tile_pass
@@ -248,7 +248,7 @@ def test_no_tile_is_larger_than_the_budget(monkeypatch, with_reference):
 
 
 class CudaProducts(TorchDispatchMode):
-    """Products of bf16 or fp16 with results in fp32, which torch has only on CUDA, emulated on a CPU.
+    """Emulate on a CPU products of bf16 or fp16 with fp32 results, which torch has only on CUDA.
 
     The checks are those of `_mm_dtype_out_cuda` and `_addmm_dtype_out_cuda` in ATen's Blas.cpp.
     """
@@ -352,7 +352,7 @@ def test_cuda_without_a_compiler_takes_torchs_own_calls(monkeypatch, starts):
 
 
 def test_torchs_own_calls_take_many_rows_at_once_on_a_gpu(monkeypatch):
-    """Each block costs about twenty launches on a GPU."""
+    """Bound the number of blocks: each costs about twenty launches on a GPU."""
     blocks = []
     original = tiles._distribution_
 

@@ -103,7 +103,7 @@ def test_nan_is_kept(direction):
 
 
 def test_strided_arguments(monkeypatch):
-    """The weights are one expanded number; bias and labels are columns of a matrix."""
+    """Accept strided inputs: weights expanded from one number, bias and labels as columns of a matrix."""
     hidden, weight, b, labels, *_ = plain.make_inputs(torch.float32, bias=True)
     b, labels = torch.stack([b, -b], 1)[:, 0], torch.stack([labels, -labels], 1)[:, 0]
     same = hidden.new_tensor(0.1).expand(plain.N)
@@ -116,7 +116,7 @@ def test_strided_arguments(monkeypatch):
 
 
 def test_kernels_are_launched_on_the_tensors_device(monkeypatch, kernels):
-    """Triton launches on the current device, even if the tensors are on another."""
+    """Run on the tensors' device: Triton itself launches on the current one."""
     kernels.append("launched by the test itself")
     current, launched = [0], []
 
