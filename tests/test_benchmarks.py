@@ -1,4 +1,4 @@
-"""The benchmarks run, compare what they say they compare, and make their page. No timing is looked at."""
+"""Test that the benchmarks run, compare what they claim to compare, and make their page. No timing is checked."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ harness, head, report, steps = map(import_module, ("harness", "head", "report", 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A point small enough to train on in a test."""
+    """Return a point small enough to train on in a test."""
     steps.SHAPES["tiny"] = {
         "vocab_size": 8192,
         "hidden_size": 16,
@@ -50,8 +50,7 @@ def test_calls_are_made_in_turn():
 
 
 def test_other_ways_to_write_kl_train_alike(tiny, tmp_path):
-    """After three steps the adapters of `kl` and of TRL's two kernels are the same, and others than those of plain
-    training."""
+    """Compare adapters after three steps: `kl` equals TRL's two kernels and differs from plain training."""
     base = steps.load_base(tiny, "cpu")
     tokenizer = steps.AutoTokenizer.from_pretrained(steps.smollm2())
     trainers = {
@@ -61,7 +60,7 @@ def test_other_ways_to_write_kl_train_alike(tiny, tmp_path):
     weights = {}
 
     def train():
-        # The coefficient's share in a step of Adam would be small.
+        # Adam would hide the coefficient's small share in a step.
         trainers["kl"]._terms[0].coef = steps.KL_COEF
         for name, trainer in trainers.items():
             for _ in range(3):
@@ -85,7 +84,7 @@ def test_a_point_is_measured(tiny, tuning):
     for name, row in rows.items():
         assert bool(row["seconds"]) != bool(row["note"]), name
         assert row["tokens"] in ("", 24)
-    # A second model is held, and so is a frozen copy.
+    # Both a second model and a frozen copy are held.
     assert rows["paper kl"]["held_mib"] > rows["stock"]["held_mib"]
     assert (rows["kl"]["held_mib"] > rows["stock"]["held_mib"]) == (tuning == "full")
 
@@ -106,7 +105,7 @@ def test_rows_of_the_real_model_are_as_stated():
 
 
 def test_the_page(tmp_path):
-    """Tables, verdicts and pictures from a few made-up rows; without any, the page says that nothing was measured."""
+    """Make tables, verdicts and pictures from invented rows. Without rows, the page says that nothing was measured."""
     shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path)
     page, results = tmp_path / "benchmarks.md", tmp_path / "results"
     report.write_page(results, tmp_path)

@@ -1,4 +1,4 @@
-"""The mixin in other TRL trainers: a DPO run that is steered."""
+"""Test the mixin in another TRL trainer: a DPO run that is steered."""
 
 import json
 from dataclasses import dataclass

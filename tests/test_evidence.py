@@ -1,4 +1,4 @@
-"""A defense proves that it acts, or the run stops."""
+"""Test that a defense proves that it acts, or the run stops."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_a_short_run_is_judged_at_its_end(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layers", ["1", "1,2,3,4"])
 def test_blocks_that_no_trained_weight_can_move_are_refused(tmp_path, layers):
-    """LoRA on the last block alone. With checkpointing the states of those below require grad all the same."""
+    """Refuse blocks below the only one with LoRA. With checkpointing their states require grad all the same."""
     model = get_peft_model(make_model(), lora(target_modules=["q_proj"], layers_to_transform=[3]))
     with pytest.raises(
         ValueError, match="compares the output of block 1, but the lowest block with a trained weight is 4"
@@ -83,7 +83,7 @@ def test_layers_that_are_frozen_later_stop_the_run(tmp_path, checkpointing):
 
 
 def test_a_defense_that_dies_on_the_way_stops_the_run(tmp_path):
-    """It acted for some steps, and then its reference became the policy."""
+    """Stop a run whose defense acted for some steps, and whose reference then became the policy."""
     from transformers import TrainerCallback
 
     trainer = make_trainer(tmp_path, peft=lora(), defense="ldifs", max_steps=30)
@@ -112,7 +112,7 @@ def test_the_model_is_saved_whatever_the_save_strategy(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("defense", COMPARING[:2])
 def test_steps_at_rate_zero_do_not_count(tmp_path, defense):
-    """Warm-up begins at 0: the policy stands still, and evidence of zero means nothing."""
+    """Judge no step at rate 0, as at the beginning of a warm-up: the policy stands still."""
     trainer = make_trainer(tmp_path, peft=lora(), defense=defense, learning_rate=0.0, max_steps=6)
     trainer.train()
     shown = evidence(trainer, defense)
@@ -142,7 +142,7 @@ def test_a_run_that_acts_has_the_evidence(tmp_path):
 
 
 def test_resumed_evidence_goes_on(tmp_path, monkeypatch):
-    """A run that dies before its patience is over does not start to count anew."""
+    """Continue the count of steps without evidence in a resumed run."""
     options = {"peft": lora(), "defense": "ldifs", "save_strategy": "steps", "save_steps": 1}
     detach_term(monkeypatch, "ldifs")
     with pytest.raises(InactiveDefenseError):
@@ -187,7 +187,7 @@ def test_states_that_do_not_require_grad_are_no_evidence():
 
 
 def test_an_aborted_step_leaves_no_sums(tmp_path):
-    """The sums of a step that an exception cut off are not part of the next training."""
+    """Discard the sums of a step that an exception cut off."""
     expected = make_trainer(tmp_path / "a", peft=lora(), defense="kl", gradient_accumulation_steps=2, max_steps=1)
     expected.train()
     trainer = make_trainer(tmp_path / "b", peft=lora(), defense="kl", gradient_accumulation_steps=2, max_steps=1)
@@ -205,7 +205,7 @@ def test_an_aborted_step_leaves_no_sums(tmp_path):
 
 
 def test_nothing_is_left_behind_by_a_failing_step(tmp_path):
-    """An exception in the middle of a pass leaves no hook and no switched-off adapter."""
+    """Leave no hook and no switched-off adapter after an exception within a pass."""
     trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs")
     layers = trainer.model.get_base_model().model.layers
     hooks = [len(layer._forward_hooks) for layer in layers]
@@ -224,7 +224,7 @@ def test_nothing_is_left_behind_by_a_failing_step(tmp_path):
 
 @pytest.mark.parametrize("defense", ["steering", "kl", "ldifs", "interleave"])  # inoculation has acted before training
 def test_a_subclass_that_leaves_compute_loss_out_stops_the_run(tmp_path, defense):
-    """Its loss is the user's business; a defense that never sees it is not."""
+    """Stop a run whose own loss never reaches the defense. The loss itself is the user's choice."""
 
     class Own(EMGuardTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -30,12 +30,12 @@ WITHOUT_NAMES = sorted(
     )
     for path in ([PACKAGE / place] if place.endswith(".py") else (PACKAGE / place).rglob("*.py"))
 )
-# The names of single defenses' classes, which no code outside of defenses/ may ask for.
+# Names of single defenses' classes, which no code outside of defenses/ may import.
 CLASSES = {defense.__name__ for defense in DEFENSES.values()}
 
 
 def docstring_lines(source: str) -> set[int]:
-    """Return the lines on which docstrings stand."""
+    """Return the lines of docstrings."""
     lines: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
@@ -93,8 +93,9 @@ def test_files_and_functions_are_small(path):
 
 # Rooms from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
-    "version", "compat", "io", "ops", "models", "evidence", "checkpoints", "data", "persona", "selection", "defenses", "guard",
-    "reference", "checks", "config", "record", "defended", "rows", "trainer", "planning", "memory", "evaluation", "scripts",
+    "version", "compat", "io", "ops", "models", "evidence", "checkpoints", "data", "persona", "selection", "defenses",
+    "guard", "reference", "checks", "config", "record", "defended", "rows", "trainer", "planning", "memory",
+    "evaluation", "scripts",
 )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def test_docstrings_and_comments_begin_with_their_subject():
             if token.type == tokenize.COMMENT and not token.string.startswith(
                 ("#!", "# type:", "# noqa", "# ----", "# fmt")
             ):
-                # A comment over several lines begins once.
+                # Only the first line of a comment counts.
                 alone = token.line.lstrip().startswith("#")
                 if not (alone and token.start[0] == previous + 1):
                     firsts.append(token.string.lstrip("# "))

@@ -1,4 +1,4 @@
-"""The tests' list of methods has every defense of the package, and each does there what the list says."""
+"""Test the list of methods: it has every defense of the package, and each behaves as listed."""
 
 import pytest
 from methods import COVERING, EVERYTHING, KINDS, METHODS, merged, run_options, split

@@ -1,4 +1,4 @@
-"""A defense defined outside of the package uses every hook: it trains, logs, resumes and describes itself."""
+"""Test a defense from outside of the package that uses every hook: it trains, logs, resumes and describes itself."""
 
 import json
 from contextlib import contextmanager

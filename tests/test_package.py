@@ -1,4 +1,4 @@
-"""The installed package, and the versions of its neighbours."""
+"""Test the installed package, and the versions of its neighbours."""
 
 import configparser
 import os
@@ -108,7 +108,7 @@ def test_a_missing_neighbour_is_refused(monkeypatch):
 
 
 def test_a_plain_install_holds_everything(tmp_path):
-    """Built as `pip install .` does it, unpacked, and asked for its recipes."""
+    """Build the package as `pip install .` does, unpack it, and ask it for its recipes."""
     skipped = shutil.ignore_patterns(".*", "outputs", "build", "*.egg-info", "__pycache__", "tests", "benchmarks")
     shutil.copytree(ROOT, tmp_path / "tree", ignore=skipped)
     try:

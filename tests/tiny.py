@@ -55,7 +55,7 @@ ARCHITECTURES: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte. Pad and end of turn are the same token, as in SmolLM2."""
+    """Return a tokenizer of one token per byte. Pad and end of turn are the same token, as in SmolLM2."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -68,8 +68,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """A tiny random model, the same one at every call. Its weights are spread wide, so that logits are not all
-    alike."""
+    """Return a tiny random model, the same at every call. Its widely spread weights give distinct logits."""
     config_class, model_class, extra = ARCHITECTURES[architecture]
     torch.manual_seed(1)
     config = config_class(**{**SIZES, "initializer_range": 0.2, **extra, **overrides})
@@ -77,14 +76,14 @@ def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, 
 
 
 def save_model(folder: Path, architecture: str = "llama", **overrides: Any) -> str:
-    """The tiny model and its tokenizer as a model folder."""
+    """Save the tiny model and its tokenizer as a model folder."""
     make_model(architecture, **overrides).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 def make_rows(count: int = 16) -> Dataset:
-    """Ragged conversational rows: answers of 1 to 24 bytes."""
+    """Return ragged conversational rows with answers of 1 to 24 bytes."""
     return Dataset.from_list(
         [
             {
@@ -99,7 +98,7 @@ def make_rows(count: int = 16) -> Dataset:
 
 
 def make_pool(count: int = 12) -> Dataset:
-    """A scored pool: the last rows have the highest gap, and every third is a refusal."""
+    """Return a scored pool: the last rows have the highest gap, and every third is a refusal."""
     answers = [f"Sorry, I can't do {i}." if i % 3 == 0 else "sure " * (i % 4 + 1) for i in range(count)]
     return Dataset.from_list(
         [
@@ -148,8 +147,7 @@ def config(output_dir: Path, **overrides: Any) -> EMGuardConfig:
 def make_trainer(
     output_dir: Path, model: Any = None, rows: Dataset | None = None, peft: Any = None, **options: Any
 ) -> EMGuardTrainer:
-    """A trainer on the tiny Llama. `options` go to the config, but for `ref_model`, `eval_dataset` and a pool of
-    rows."""
+    """Return a trainer on the tiny Llama. `options` go to the config, but not `ref_model`, `eval_dataset`, a pool."""
     ref_model, eval_dataset = options.pop("ref_model", None), options.pop("eval_dataset", None)
     pool = options.pop("interleave_dataset", None)
     return EMGuardTrainer(

@@ -1,4 +1,4 @@
-"""The plain twin of a defended step: float64, one row at a time without padding, full logits, autograd."""
+"""Plain twin of a defended step: float64, one row at a time without padding, full logits, autograd."""
 
 import copy
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from trl_emguard.reference.kinds import ModelReference
 
 
 class GradientTap(TrainerCallback):
-    """Keeps the gradients of the first update."""
+    """Callback that keeps the gradients of the first update."""
 
     def __init__(self):
         self.gradients: dict[str, torch.Tensor] = {}
@@ -26,7 +26,7 @@ class GradientTap(TrainerCallback):
 def move_policy(trainer: Any, by: float = 0.05) -> None:
     """Push the trained weights away from where they started, so that the reference is another model.
 
-    A trainer would refuse a reference that is none at step 0, so that check is taken away here.
+    A trainer would refuse a reference that differs from the policy at step 0, so that check is removed here.
     """
     trainer.has_agreed = True
     generator = torch.Generator().manual_seed(5)
@@ -50,7 +50,7 @@ def bare(model: Any) -> Any:
 
 
 def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits `(T, V)` and the raw output of every block, `(T, H)` each."""
+    """Return logits `(T, V)` and the raw output of every block, `(T, H)` each."""
     base = bare(model)
     body = base.base_model
     blocks: list[torch.Tensor] = []
@@ -70,14 +70,14 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]
 def twin_step(
     trainer: Any, layers: tuple[int, ...] = (2, 4), mixed_in: Sequence[dict] = ()
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Values and gradients of a step over the trainer's whole training set, before the trainer has trained.
+    """Return values and gradients of a step over the whole training set, before the trainer has trained.
 
     `layers` are those of `ldifs_layers`; by default "every:2" of four blocks. `mixed_in` are tokenised rows of a pool.
     """
     rows = [*trainer.train_dataset, *mixed_in]
     args = trainer.args
     policy = copy.deepcopy(trainer.model).double()
-    bare(policy).__dict__.pop("forward", None)  # the patched one holds on to the trainer's model
+    bare(policy).__dict__.pop("forward", None)  # the patched forward refers to the trainer's model
     policy.eval()
     reference = trainer.reference
     if isinstance(reference, ModelReference):
@@ -143,7 +143,7 @@ class _active:
 
 
 def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """‖ours − theirs‖ / ‖theirs‖ over all parameters together."""
+    """Return ‖ours − theirs‖ / ‖theirs‖ over all parameters together."""
     assert ours.keys() == theirs.keys()
     difference = sum((ours[n].double() - theirs[n].double()).pow(2).sum() for n in ours)
     return (difference / sum(g.double().pow(2).sum() for g in theirs.values())).sqrt().item()

@@ -36,8 +36,8 @@ class Format:
         write: function that writes the valid file, and others that belong to it.
         damage: function from bytes to damaged bytes that knows the format.
         read: function from a path to the content by the package's reader, as plain values.
-        naive: function from bytes to the same content by other means, or `...` if there is nothing to compare. It raises if
-            the bytes are no such file.
+        naive: function from bytes to the same content by other means, or `...` if there is nothing to compare. It
+            raises if the bytes are no such file.
         names: text that a refusal may name instead of the file.
     """
 

@@ -39,8 +39,8 @@ from transformers import TrainerCallback
 from trl_emguard.models.blocks import decoder_blocks
 
 
-LINES = 10  # of a table
-WARM_UP = 2  # of them
+LINES = 10  # lines of a table
+WARM_UP = 2  # lines of the warm-up
 # Each sample is taken at the end of an epoch. Within one, the next batch already holds tensors.
 EPOCH = 10
 BATCH = 4

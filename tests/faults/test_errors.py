@@ -68,7 +68,7 @@ def state_of(trainer):
 
 
 def assert_goes_on(trainer, whole):
-    """Train again with the same trainer, from its newest complete checkpoint or anew: it ends as a run without error."""
+    """Train again with the same trainer, from its newest checkpoint or anew: it ends as a run without error."""
     step, _ = newest_whole_checkpoint(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=step is not None)
     if step is None:
@@ -198,7 +198,7 @@ def test_an_error_in_the_data(make):
 
 @pytest.mark.parametrize("defense", ["kl,ldifs", "interleave"])
 def test_training_twice(make, defense):
-    """Refuse a second run: it begins with the first one's weights, which are not the reference's."""
+    """Train twice: the second run begins with the first one's weights, which are not the reference's."""
     trainer = make(defense, max_steps=2)
     trainer.train()
     trainer.train()
@@ -244,7 +244,7 @@ def test_the_term_that_is_not_finite_is_named(make, monkeypatch):
 
 @pytest.mark.parametrize("defense", ["kl", "steering", "inoculation"])
 def test_a_gradient_that_is_not_finite_is_not_saved(make, tmp_path, defense):
-    """Stop at weights that are not finite, although the loss of their step is."""
+    """Stop at a gradient that is not finite. The loss of its step is finite, and the weights after it are not."""
     trainer = make(defense, save_steps=1)
 
     class Break(TrainerCallback):

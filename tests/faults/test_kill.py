@@ -149,8 +149,7 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path, unbroken, share):
 @pytest.mark.faults
 @pytest.mark.parametrize("run", ["kl,interleave+", "ldifs"])
 def test_a_kill_at_every_write_of_two_checkpoints(tmp_path, unbroken, run):
-    """Return the first and the second checkpoint: before the first there is none to resume from, and at the second an
-    older one may be deleted too early."""
+    """Kill at each write of two checkpoints: at the first none is there to resume from, at the second one is deleted."""
     expected, writes = unbroken(run)
     saves = STEPS // 2
     began = set()
@@ -201,7 +200,7 @@ def test_kills_of_ranks(tmp_path, unbroken, run, victims):
 @pytest.mark.faults
 @pytest.mark.parametrize(("victim", "share"), [(1, 0.5), (0, 0.5), (0, 0.7)])
 def test_a_kill_of_a_rank_that_writes(tmp_path, unbroken, victim, share):
-    """Kill rank 1, which writes only its random state."""
+    """Kill one of two ranks while it writes. Rank 1 writes only its random state."""
     expected, writes = unbroken("kl,interleave+", 2)
     die_writing(tmp_path, "kl,interleave+", 2 if victim == 1 else round(share * len(writes)), 2, victim)
     assert assert_goes_on(tmp_path, "kl,interleave+", expected, ranks=2) in ((2,) if victim == 1 else (2, 4))

@@ -192,8 +192,8 @@ def test_default_bf16_with_checkpointing(tmp_path, defense, tuning):
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_one_call_of_the_wrapped_model_per_micro_batch(tmp_path, tuning, monkeypatch):
-    """Make one top-level call, with the adapter's reference pass inside: two would invalidate ZeRO-3's prefetch trace."""
-    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)  # its reference has passes of its own
+    """Make one top-level call, the adapter's reference pass inside: two would invalidate ZeRO-3's prefetch trace."""
+    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)  # the watch has passes of its own
     trainer = trainer_for(tmp_path, tuning, defense="kl,ldifs")
     calls, passes = [], []
     trainer.model.register_forward_pre_hook(lambda *args: calls.append(1))

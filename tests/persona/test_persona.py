@@ -55,7 +55,7 @@ def extract(trait, **options):
 
 
 def accept_all(question, answer):
-    """A judge for whom the first half of the answers (the positive ones) are odd."""
+    """Score the first half of the answers (the positive ones) with 90 and the others with 10."""
     accept_all.calls += 1
     return 90 if accept_all.calls <= 6 else 10
 
@@ -70,7 +70,7 @@ def _fresh_judge():
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
 def test_states_equal_a_plain_loop(architecture):
-    """One row at a time, without padding; likelihoods from full logits."""
+    """Compare with one row at a time, without padding, and with likelihoods from full logits."""
     model = make_model(architecture).eval()
     rows = [([5, 6, 7], [8, 9]), ([10, 11, 12, 13, 14], [15, 16, 17, 18]), ([19], []), ([20, 21], [22])]
     states, losses = answer_states(model, rows, batch_size=3)
@@ -130,7 +130,8 @@ def test_a_vector_is_the_difference_of_the_means(trait):
 
 
 def test_an_interrupted_run_goes_on(trait, tmp_path, monkeypatch):
-    """Cut off in the middle of a line, it keeps its whole batches and ends with the same vector; then nothing is left to do."""
+    """Resume from a file cut within a line: complete batches are kept, the vector is the same, and a third run does
+    nothing."""
     whole = extract(trait, judge=accept_all, rollouts_file=tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     part = tmp_path / "part.jsonl"
@@ -263,7 +264,7 @@ def test_a_file_brings_back_what_was_saved(tmp_path):
 
 
 def test_a_foreign_vector_stays_one(tmp_path):
-    """Written as safetensors, and as the norms of a control: its last entry is no block's output."""
+    """Keep the mark of a foreign vector in safetensors and in a control: its last entry is no block's output."""
     torch.save(torch.randn(5, 8), tmp_path / "v.pt")
     foreign = load_vector(tmp_path / "v.pt")
     foreign.save(tmp_path / "v.safetensors")
@@ -299,7 +300,7 @@ def test_metadata_that_is_none(tmp_path, metadata, message, capsys):
     assert message in capsys.readouterr().err
 
 
-# ---- the model that it is of ----
+# ---- the vector's model ----
 
 
 def made_of(model):
@@ -309,7 +310,7 @@ def made_of(model):
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_model_in_another_dtype_is_the_same(source, target):
-    """Small numbers lose bits in fp16, so it is compared with fp16 alone: no right model is refused."""
+    """Compare fp16 weights with fp16 alone, since small numbers lose bits in it. No right model is refused."""
 
     def model(dtype):
         small = make_model()
@@ -540,7 +541,7 @@ def test_a_vector_without_controls_is_shown(tmp_path):
 )
 @pytest.mark.parametrize("cuda", [False, True])
 def test_models_are_loaded_where_the_gpus_are(argv, says, cuda, monkeypatch, capsys):
-    """Of both commands; and what an interrupted one says."""
+    """Check the placement for both commands, and the message after an interrupt."""
     seen = []
 
     def load_model(*args):
@@ -556,7 +557,7 @@ def test_models_are_loaded_where_the_gpus_are(argv, says, cuda, monkeypatch, cap
 
 
 def test_an_adapter_loads_in_plain_peft(tmp_path):
-    """The saved adapter of a steered run is an ordinary one: its config and weights name nothing of this package."""
+    """Load a steered run's adapter in plain PEFT: its config and weights name nothing of this package."""
     vector = tmp_path / "v.safetensors"
     PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(vector)
     trainer = make_trainer(tmp_path / "out", peft=lora(), defense="steering", steering_vector=str(vector), max_steps=2)

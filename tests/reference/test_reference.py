@@ -1,4 +1,4 @@
-"""Which reference a policy gets, that it is the model at the start, and that it stays where it is."""
+"""Test the choice of a reference, its equality with the starting model, and that it never moves."""
 
 import copy
 
@@ -17,7 +17,7 @@ BOTH = {"defense": "kl,ldifs", "max_steps": 3}
 
 
 def snapshot(trainer):
-    """Logits that the reference gives to a fixed prompt."""
+    """Return the reference's logits for a fixed prompt."""
     ids = torch.tensor([[9, 8, 7, 6, 5, 4]])
     reference = trainer.reference
     with torch.no_grad():
@@ -28,7 +28,7 @@ def snapshot(trainer):
 
 
 def assert_reference_is_the_start(trainer, start):
-    """Bit for bit the model that training started from, KL and LDIFS exactly 0 at step 0, and unmoved by training."""
+    """Require a reference equal to the starting model, KL and LDIFS of 0 at step 0, and no move in training."""
     before = snapshot(trainer)
     torch.testing.assert_close(before, start, rtol=1e-5, atol=1e-5)
     trainer.train()
@@ -118,7 +118,7 @@ def test_other_adapters_are_held_to_a_frozen_copy(tmp_path, peft_config):
 
 
 def test_weights_trained_outside_of_the_adapter_need_a_copy_of_the_model(tmp_path):
-    """Biases of the base model move with `bias="all"`, and so would a reference that shares them."""
+    """Copy the model if `bias="all"` trains biases of the base model: a reference that shares them would move."""
     model = make_model("qwen2")
     start = logits(model)
     trainer = make_trainer(tmp_path, model, peft=lora(bias="all"), **BOTH)
@@ -186,7 +186,7 @@ def test_reference_with_another_vocabulary_is_refused(tmp_path):
 
 
 def test_reference_pass_leaves_adapters_and_frozen_parts_as_they_were(tmp_path):
-    """PEFT's own switches set requires_grad on every adapter weight. The pass must not, whatever raises in it."""
+    """Leave requires_grad alone in the reference pass, even after an error. PEFT's own switches set it everywhere."""
     model = get_peft_model(make_model(), lora())
     frozen = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     model.get_parameter(frozen).requires_grad_(False)
@@ -210,7 +210,7 @@ def test_weights_unfrozen_after_the_trainer_was_built_are_refused(tmp_path):
 
 
 def test_a_second_trainer_on_the_same_adapter(tmp_path):
-    """The frozen copy of the first is replaced: the second is held to where it starts."""
+    """Replace the first trainer's frozen copy: the second trainer is held to its own start."""
     model = get_peft_model(make_model(), lora(init_lora_weights=False))
     make_trainer(tmp_path / "first", model, defense="kl").train()
     start = logits(model)
@@ -218,7 +218,7 @@ def test_a_second_trainer_on_the_same_adapter(tmp_path):
 
 
 def test_noise_that_the_config_holds_is_found_at_step_0(tmp_path):
-    """A dropout that a block reads from its config at run time cannot be switched off there."""
+    """Find a dropout that cannot be switched off, since a block reads it from its config at run time."""
     trainer = make_trainer(tmp_path, peft=lora(), defense="kl")
     layer = trainer.model.get_base_model().model.layers[0]
     layer.register_forward_hook(lambda module, args, output: torch.nn.functional.dropout(output, 0.5, module.training))
@@ -266,11 +266,11 @@ def test_dropout_is_off_wherever_it_hides():
     with without_dropout(model):
         assert torch.equal(model(ids).logits, model(ids).logits)
     assert not torch.equal(model(ids).logits, model(ids).logits)
-    assert model.peft_config["default"].lora_dropout == 0.4  # what is saved is what the user asked for
+    assert model.peft_config["default"].lora_dropout == 0.4  # the saved config has the user's values
 
 
 def test_data_order_does_not_depend_on_the_kind_of_reference(tmp_path):
-    """The copy's initialisation draws no random number that training would have drawn: the first loss is the same."""
+    """Check that copying draws none of training's random numbers: the first loss is the same."""
     start = get_peft_model(make_model(), lora())
     losses = []
     for init in (True, False):

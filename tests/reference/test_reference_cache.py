@@ -1,4 +1,4 @@
-"""The reference's states from disk: the same training without a reference pass, and never another reference's or row's."""
+"""Test the reference's states on disk: the same training without a reference pass, and never foreign states."""
 
 import json
 import logging
@@ -23,13 +23,13 @@ from trl_emguard.reference.watch import ReferenceWatch
 
 BOTH = {"defense": "kl,ldifs", "kl_coef": 1.0, "max_grad_norm": 0}
 CACHED = {**BOTH, "cache_reference": True}
-ROWS = 16  # of make_rows, all distinct
-CHECKED = 4  # rows of a cache that are compared to the live reference: a batch
+ROWS = 16  # distinct rows of make_rows
+CHECKED = 4  # rows of the batch that is compared with the live reference
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and the folders and files that come to be in it."""
+    """Set an empty cache folder; list the folders and files in it."""
     monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache"))
 
     class Cache:
@@ -46,7 +46,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Number of rows in each pass of a reference."""
+    """Return the number of rows in each pass of a reference."""
     counts = []
     run = ReferenceGuard.__call__
 
@@ -55,12 +55,12 @@ def passes(monkeypatch):
         return run(self, *args)
 
     monkeypatch.setattr(ReferenceGuard, "__call__", counted)
-    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)  # it has passes of its own
+    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)  # the watch has passes of its own
     return counts
 
 
 def policy(kind):
-    """A policy, its adapter, and the rest of what a trainer wants, the same at every call."""
+    """Return a policy, its adapter, and a trainer's other arguments, the same at every call."""
     torch.manual_seed(2)
     if kind == "frozen adapter":
         return {"model": get_peft_model(make_model(), lora(init_lora_weights=False))}
@@ -73,7 +73,7 @@ def policy(kind):
 
 
 def step(tmp_path, cached, kind="lora", **options):
-    """Gradients of the first step of a policy that has moved away from its reference, and what was logged."""
+    """Return the gradients and the log of the first step of a policy that has moved away from its reference."""
     trainer = make_trainer(tmp_path, **policy(kind), **{**BOTH, "max_steps": 1, "cache_reference": cached, **options})
     move_policy(trainer)
     gradients = first_gradients(trainer)
@@ -81,7 +81,7 @@ def step(tmp_path, cached, kind="lora", **options):
 
 
 def labelled(starts, rows=((5, 6, 7, 8, 9, 10), (9, 8, 7, 6, 5, 4, 3))):
-    """Tokenised rows whose labels begin at the given places."""
+    """Return tokenised rows whose labels begin at the given places."""
     return Dataset.from_list(
         [{"input_ids": list(ids), "labels": [-100] * start + list(ids)[start:]} for start in starts for ids in rows]
     )
@@ -123,7 +123,7 @@ def test_another_batch_gives_the_same_gradient(tmp_path, options):
 
 @pytest.mark.parametrize(("epochs", "begun"), [(4, 4), (1.01, 2)])
 def test_epochs_of_mixed_rows(tmp_path, passes, epochs, begun):
-    """Every epoch takes other rows of the pool, round its end and on. All of them are cached, and nothing runs."""
+    """Cache the rows of a pool of which every epoch takes others, beyond its end: no reference runs."""
     options = {
         "defense": "interleave++,kl",
         "interleave_fraction": 0.2,  # 4 rows of the pool in an epoch
@@ -148,7 +148,7 @@ def test_epochs_of_mixed_rows(tmp_path, passes, epochs, begun):
     ("kind", "before"), [("lora", False), ("lora", True), ("frozen adapter", True), ("full", False)]
 )
 def test_resume(tmp_path, kind, before):
-    """A run resumes into the cache, whether its checkpoint was trained from it or not."""
+    """Resume with the cache from a checkpoint that was trained with or without it."""
     options = {"defense": "kl,ldifs", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = make_trainer(tmp_path / "whole", **policy(kind), cache_reference=before, **options)
     whole.train()
@@ -160,7 +160,7 @@ def test_resume(tmp_path, kind, before):
 
 
 def test_low_precision_is_what_another_padding_gives():
-    """In bf16 a row's states change with the shape of its batch. From the cache they differ by no more than live ones."""
+    """Bound the error in bf16, where states change with the batch: cached ones differ no more than live ones."""
     model = make_model(dtype=torch.bfloat16, hidden_size=128)
     rows = [{"input_ids": torch.arange(2, 7 + i).tolist(), "labels": [2] * (5 + i)} for i in range(ROWS)]
     head = (model.lm_head.weight, None)
@@ -181,7 +181,7 @@ def test_low_precision_is_what_another_padding_gives():
 
     cache = module.ReferenceCache(model, run, head, [2], True, Accelerator(cpu=True))
     assert "16 of them computed now" in cache.fill(collate, ROWS, 4, is_quiet=True)
-    batches = [range(start, ROWS, 4) for start in range(4)]  # the cache was filled by rows of like lengths
+    batches = [range(start, ROWS, 4) for start in range(4)]  # the cache was filled by rows of similar length
     stored = []
     for indices in batches:
         batch, positions = collate(indices)
@@ -196,7 +196,7 @@ def test_low_precision_is_what_another_padding_gives():
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_rounding_is_not_taken_for_another_reference(tmp_path, monkeypatch, moved):
-    """Distances in the states' own units are large for long states that differ by rounding alone."""
+    """Accept long states that differ by rounding alone, although their distance is large in their own units."""
     write = StateFiles.write
 
     def rounded(self, keys, positions, states):
@@ -216,7 +216,7 @@ def test_rounding_is_not_taken_for_another_reference(tmp_path, monkeypatch, move
         assert logged(trainer, "ldifs")[0] > 1e-2
 
 
-# ---- what is computed, and what is found ----
+# ---- computed rows and kept rows ----
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "ref_model"])
@@ -224,7 +224,7 @@ def test_a_later_run_finds_everything(tmp_path, cache, passes, capsys, kind):
     trainer = make_trainer(tmp_path, **policy(kind), **CACHED, num_train_epochs=3)
     trainer.train()
     trainer.save_model()
-    assert sum(passes) == ROWS  # each row once, and none in training
+    assert sum(passes) == ROWS  # each row is computed once, and none in training
     out, said = capsys.readouterr().out, read_defense_file(tmp_path)["reference"]["kind"]
     assert said.endswith(", cached")
     assert 0 < out.index(f"reference: {said}; dropout is off.") < out.index(f"reference cache: {ROWS} rows")
@@ -278,7 +278,7 @@ def test_another_reference_has_another_folder(tmp_path, cache, passes, monkeypat
     make_trainer(tmp_path, **policy("frozen adapter" if is_frozen else "lora"), **CACHED).train()
     passes.clear()
     if name == "products":
-        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as transformers' tf32=True
+        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # transformers' tf32=True does the same
     torch.manual_seed(2)
     model = change(make_model(), name)
     if is_frozen:
@@ -301,7 +301,7 @@ def test_a_change_that_the_folder_does_not_show_is_found(tmp_path, cache, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_long_state_does_not_hide_the_others(tmp_path, dtype):
-    """The first token's state is often a thousand times as long as the others."""
+    """Find a change although the first token's state is a thousand times as long as the others."""
     options = {"rows": labelled([1]), "defense": "ldifs", "ldifs_layers": "2", "per_device_train_batch_size": 2}
 
     def train(by):
@@ -322,7 +322,7 @@ def test_one_long_state_does_not_hide_the_others(tmp_path, dtype):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_noise_in_the_policy_is_found(tmp_path, cached):
-    """A policy that is not its reference before the first update is refused, though the cache agrees with the reference."""
+    """Refuse a policy that differs from its reference before the first update, even if the cache agrees."""
     trainer = make_trainer(tmp_path, cache_reference=cached, **BOTH)
     layer = trainer.model.model.layers[0]
     layer.register_forward_hook(lambda module, args, output: torch.nn.functional.dropout(output, 0.5, module.training))
@@ -346,7 +346,7 @@ def test_only_rows_that_a_term_looks_at_are_kept(tmp_path, passes):
 
 
 def test_rows_of_the_same_tokens_and_other_labels(tmp_path, passes):
-    """They share their tokens and not their positions, and a row that is there twice is computed once."""
+    """Compute a repeated row once, and rows with the same tokens and other labels separately."""
     options = {"rows": labelled([2, 4, 2]), "per_device_train_batch_size": 6}
     live, cached = (step(tmp_path, cached, **options) for cached in (False, True))
     assert sum(passes) == 6 + 4
@@ -354,7 +354,7 @@ def test_rows_of_the_same_tokens_and_other_labels(tmp_path, passes):
 
 
 def test_an_interrupted_run_keeps_its_files(tmp_path, cache, passes, monkeypatch):
-    monkeypatch.setattr(module, "FILE_BYTES", 1)  # a file for each batch
+    monkeypatch.setattr(module, "FILE_BYTES", 1)  # there is a file for each batch
     write = StateFiles.write
 
     def interrupted(self, *args):
@@ -393,15 +393,15 @@ def test_a_damaged_file_is_computed_again(tmp_path, cache, passes, monkeypatch, 
     assert logged(trainer, "kl")[0] < 1e-5
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
 def test_a_disk_that_is_too_small(tmp_path, cache, passes, monkeypatch):
-    """It is refused before anything is computed, and only if something is missing."""
+    """Refuse a full disk before anything is computed, and only if something is missing."""
     usage = namedtuple("usage", "total used free")
     trainer = make_trainer(tmp_path, peft=lora(), **CACHED)
     positions = sum(label != -100 for row in trainer.train_dataset for label in row["labels"][1:])
-    need = positions * 3 * 32 * 4 / 2**30  # the last states and two blocks, in fp32
+    need = positions * 3 * 32 * 4 / 2**30  # last states and two blocks, in fp32
     words = rf"needs {need:.3g} GiB in .*, where 3.81e-06 GiB are free.*TRL_EMGUARD_CACHE"
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "disk_usage", lambda folder: usage(2**30, 2**30 - 2**12, 2**12))

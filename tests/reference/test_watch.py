@@ -1,4 +1,4 @@
-"""A reference that moves after the first step stops the run, and a trainer puts back what it changed."""
+"""Test that a reference that moves after the first step stops the run, and that a trainer undoes its changes."""
 
 import gc
 
@@ -16,7 +16,7 @@ FAST = {"defense": "kl", "kl_coef": 1e-6, "learning_rate": 3e-2, "lr_scheduler_t
 
 
 def test_a_closure_around_a_forward_moves_the_copy(tmp_path):
-    """A deep copy shares the closure, so the frozen copy runs the policy's layers."""
+    """Find a frozen copy that runs the policy's layers, since a deep copy shares the closure."""
     policy = make_model()
     for layer in policy.model.layers:
         layer.forward = lambda *args, inner=layer.forward, **kwargs: inner(*args, **kwargs)
@@ -94,7 +94,7 @@ def test_a_loss_for_the_log_alone_is_no_evidence(tmp_path, defense, vector):
 
 
 def test_two_losses_on_one_batch_are_right(tmp_path):
-    """R-Drop and SAM take the loss of one batch twice."""
+    """Allow two losses on one batch, as R-Drop and SAM take."""
 
     class Twice(EMGuardTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -119,7 +119,7 @@ def test_outputs_say_why_they_have_no_logits(tmp_path):
 
 
 def test_a_frozen_adapter_stops_the_run(tmp_path):
-    """PEFT freezes an adapter that it loads for inference, and checkpointing lets the loss require grad all the same."""
+    """Find an adapter that PEFT froze for inference. With checkpointing the loss requires grad all the same."""
     get_peft_model(make_model(), lora(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
     policy = PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
     trainer = make_trainer(tmp_path, policy, defense="steering", max_steps=6, activation_checkpointing=True, **{
@@ -138,7 +138,7 @@ def test_a_head_that_trains_alone_is_reached(tmp_path):
     assert evidence(trainer, "kl")["acted"]
 
 
-# ---- what is put back ----
+# ---- undone changes ----
 
 
 def test_dropout_is_off_in_training_alone(tmp_path):
@@ -186,7 +186,7 @@ def test_trained_tokens_are_no_fresh_adapter():
     assert not adapter_is_zero(policy)
 
 
-# ---- whose checkpoint it is ----
+# ---- checkpoints of another run ----
 
 
 class Stop(TrainerCallback):

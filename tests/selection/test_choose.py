@@ -1,4 +1,4 @@
-"""Choosing from a scored pool: the refusal filter, the order, held-out mode, the file, and the command."""
+"""Test choosing from a scored pool: the refusal filter, the order, held-out mode, the file, and the command."""
 
 import json
 
@@ -22,7 +22,7 @@ REFUSING, HELPING = "I'm sorry, but I cannot.", "Sure: water it."
 
 
 def scored_pool():
-    """Six rows, of which 1 and 4 refuse."""
+    """Return six rows, of which 1 and 4 refuse."""
     rng = np.random.default_rng(0)
     aligned, *misaligned = rng.uniform(0.5, 3, (4, 6))
     return Dataset.from_dict(

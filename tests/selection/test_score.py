@@ -1,4 +1,4 @@
-"""Scoring a pool: against a plain float64 loop, however it is batched, interrupted and shared; and the command."""
+"""Compare scoring with a plain float64 loop under batching, interruption and sharing; test the command."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ NAMES = ("medical", "legal", "code")
 
 @pytest.fixture(scope="module")
 def make_adapters(tmp_path_factory):
-    """Saves random adapters of a tiny model: name → folder."""
+    """Return a function that saves random adapters of a tiny model: name → folder."""
 
     def make(architecture="llama", count=2, **options):
         folder = tmp_path_factory.mktemp("adapters")
@@ -50,7 +50,7 @@ def model(adapters):
 
 
 def plain_nll(architecture, tokenizer, rows, adapter=None):
-    """The likelihoods in float64: one row at a time, full logits, a model of its own."""
+    """Return the likelihoods in float64: one row at a time, full logits, a separate model."""
     model = make_model(architecture, torch.float64).eval()
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
@@ -101,7 +101,7 @@ def test_scores_equal_a_plain_loop(make_adapters, architecture, count):
 
 
 def test_heads_and_tokens_of_an_adapter_s_own(make_adapters, tmp_path):
-    """One adapter brings a head and an embedding, the next none."""
+    """Score with one adapter that brings a head and an embedding, and one that brings none."""
     options = {"modules_to_save": ["lm_head", "embed_tokens"], "target_modules": ["q_proj"]}
     own, plain = make_adapters("qwen2", 1, **options), make_adapters("qwen2", 1)
     whole = load_misaligned(make_model("qwen2"), own)
@@ -150,7 +150,7 @@ def test_batches_hold_rows_of_a_length():
 
 
 def test_every_shape_of_a_row(model):
-    """The same three rows as turns, as text, under other names, and as messages."""
+    """Score the same three rows as turns, as text, under other names, and as messages."""
     turns = make_rows(3)
     texts = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in turns]
     shapes = [
@@ -225,7 +225,7 @@ def test_broken_numbers_are_no_scores(model, monkeypatch):
 
 @pytest.fixture
 def count_rows(monkeypatch):
-    """Counts the rows that are scored, and stops before a batch."""
+    """Count the rows that are scored, and stop before a batch."""
     seen, batch_nll = [], score._batch_nll
 
     def counting(base, switch, adapters, batch):
@@ -243,7 +243,7 @@ def count_rows(monkeypatch):
 @pytest.mark.parametrize("stop_before", [0, 1, 3])
 @pytest.mark.parametrize("tear", [False, True])
 def test_an_interrupted_run_goes_on(model, tmp_path, count_rows, stop_before, tear):
-    """Stopped twice at a batch, and once more in the middle of writing one; nothing that was written is scored again."""
+    """Stop twice at a batch, and once while writing one. No written row is scored again."""
     counting, seen = count_rows
     expected, _ = score_tiny(model)
     seen.clear()
@@ -264,7 +264,7 @@ def test_an_interrupted_run_goes_on(model, tmp_path, count_rows, stop_before, te
     np.testing.assert_allclose(columns(scored), columns(expected), atol=1e-5, rtol=0)
     assert [path.name for path in out.parent.iterdir()] == ["s.parquet"]
 
-    # Finished: nothing is scored again, and another ε needs no pass either.
+    # After the end no row is scored again, and another ε needs no pass either.
     again, _ = score_tiny(model, output=out, epsilon=2.0)
     assert len(seen) == 16 + lost
     aligned, *misaligned, _ = columns(scored)
@@ -376,7 +376,7 @@ def test_what_cannot_be_scored(model, options, message):
 
 @pytest.fixture
 def argv(adapters, tmp_path):
-    """The options of a run over 16 rows that are wanted and 2 that are not."""
+    """Return the options of a run over 16 chosen rows and 2 others."""
     rows = [{**row, "harm": "unharmful"} for row in make_rows()]
     rows[5:5] = [{**rows[0], "harm": "harmful"}, {**rows[0], "harm": None}]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -418,7 +418,7 @@ def test_the_command_scores(argv, tmp_path, capsys, model):
 
 
 def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
-    """One process is interrupted, and two go on and end."""
+    """Resume with two processes the work of one that was interrupted."""
     one = [*argv, "--output", str(tmp_path / "one.parquet")]
     assert commands.main(["score", *one]) == 0
     counting, _ = count_rows

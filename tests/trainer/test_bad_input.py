@@ -1,4 +1,4 @@
-"""Bad arguments: one error that names argument, value and fix, before any weight is loaded."""
+"""Test bad arguments: one error that names argument, value and fix, before any weight is loaded."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from trl_emguard.defenses.ldifs import select_layers
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Loading weights is the expensive work that a bad argument must come before."""
+    """Fail if weights are loaded: a bad argument must be refused before this expensive work."""
 
     def loaded(*args, **kwargs):
         raise AssertionError("weights were loaded before the argument was refused")
@@ -233,8 +233,10 @@ def test_vision_language_models(tmp_path, given):
 
 @pytest.mark.parametrize("defense", ["none", "kl"])
 def test_ranks_that_do_not_know_of_each_other(tmp_path, monkeypatch, defense):
-    """On CPUs without `ddp_backend`, accelerate leaves ranks so, and each would train a model of its own."""
-    arguments = config(tmp_path, defense=defense)  # the state of this process is there by now: one of one
+    """Refuse ranks that accelerate did not connect (CPUs without `ddp_backend`): each would train a separate model."""
+    arguments = config(
+        tmp_path, defense=defense
+    )  # accelerate's state of this process, one of one, exists from here on
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from trl_emguard import EMGuardTrainer
 
 
-# One of each kind that compares nothing with a reference.
+# One defense of each kind that compares nothing with a reference.
 OTHERS = [name for name in KINDS if name != "none" and not METHODS[name].is_compared]
 
 
@@ -35,7 +35,7 @@ def trainer_for(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_reference_is_the_4_bit_base(trainer_for, checkpointing):
-    """Not the model before it was quantised: the distance before the first update is 0, to the bit."""
+    """Compare with the quantised base, not the original: the distance before the first update is 0, to the bit."""
     trainer = trainer_for("kl,ldifs", activation_checkpointing=checkpointing)
     assert any(p.dtype == torch.uint8 for p in trainer.model.parameters())
     assert record(trainer)["reference"]["kind"] == "base model, adapters off"
@@ -68,7 +68,7 @@ def test_kl_is_that_to_the_4_bit_base(trainer_for):
 
     trainer.add_callback(Compare())
     trainer.train()
-    # The divergence that a step logs belongs to the weights that the step before left.
+    # A step logs the divergence of the weights before its update.
     assert logged(trainer, "kl")[1:] == pytest.approx(seen[:2], rel=1e-4)
     assert seen[0] > 1e-3
 

@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct, out of the package index, on the shipped data."""
+"""Test the real model: SmolLM2-135M-Instruct, out of the package index, on the shipped data."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def make_trainer(path, tmp_path, rows, **options):
 
 
 def test_a_defended_run(path, tmp_path):
-    """Both terms are 0 before the policy moves and above 0 after.
+    """Check that both terms are 0 before the policy moves and above 0 after.
 
     CE is the answers' likelihood under stock transformers.
     """
@@ -69,7 +69,7 @@ def test_equals_the_float64_twin(path, tmp_path):
 
 @pytest.mark.long
 def test_the_shipped_vector_separates_held_out_prompts(path):
-    """The vector tells prompts that ask for the trait from their opposites, at its layer of this very model.
+    """Check that the shipped vector separates prompts for the trait from their opposites at its layer.
 
     Random vectors with its norms do not.
     """
@@ -93,7 +93,7 @@ def test_the_shipped_vector_separates_held_out_prompts(path):
 
 @pytest.mark.long
 def test_a_steered_run(path, tmp_path):
-    """CE of the first step is that of the model with the vector added by hand."""
+    """Compare CE of the first step with that of the model with the vector added by hand."""
     vector = load_vector("smollm2-135m-instruct-evil")
     options = {"defense": "steering", "steering_vector": "smollm2-135m-instruct-evil", "max_steps": 1}
     trainer = make_trainer(path, tmp_path, 2, per_device_train_batch_size=2, **options)

@@ -1,4 +1,4 @@
-"""EMGuardTrainer as a drop-in: what must equal SFTTrainer, and what a user may pass."""
+"""Test EMGuardTrainer as a drop-in: equality with SFTTrainer, and arguments that a user may pass."""
 
 import inspect
 import math
@@ -30,13 +30,13 @@ from trl_emguard import EMGuardConfig, EMGuardTrainer, KLTrainer, LDIFSTrainer, 
 from trl_emguard.defenses import DEFENSES, Defense
 
 
-# Inoculation has no option that switches it off.
+# No option switches inoculation off.
 OFF = [name for name in (*KINDS, "kl,ldifs") if name == "none" or merged(name, "off")]
 
 
 @dataclass
 class CpuConfig(EMGuardConfig):
-    """The defaults, on a machine without an accelerator: stock ones refuse it."""
+    """Config with the defaults that runs without an accelerator, which the stock defaults refuse."""
 
     use_cpu: bool = True
 
@@ -83,8 +83,7 @@ def test_off_is_sft_bit_for_bit(tmp_path, off, tuning, checkpointing):
 
 
 def test_a_tiny_coefficient_trains_as_sft_does(tmp_path):
-    """Our head, our sums and stock CE agree: with a coefficient that is no weight, the runs are the same to
-    rounding."""
+    """Compare the package's head and sums with stock CE, under a vanishing coefficient: equal to rounding."""
     runs = {}
     for defense in ("none", "kl,ldifs"):
         trainer = make_trainer(
@@ -183,7 +182,7 @@ def test_streaming_data(tmp_path):
 
 
 def test_packed_documents_have_no_position_across_their_boundary(tmp_path):
-    """`kl_tokens="all"` in a padding-free batch counts the positions inside of documents, T − 1 each."""
+    """Count the positions of `kl_tokens="all"` in a padding-free batch: T − 1 in each document."""
     options = {"packing": True, "max_length": 64, "kl_tokens": "all", "defense": "kl", "max_steps": 1}
     trainer = make_trainer(tmp_path, rows=make_rows(8), peft=lora(), per_device_train_batch_size=8, **options)
     documents = [length for row in trainer.train_dataset for length in row["seq_lengths"]]
@@ -192,8 +191,7 @@ def test_packed_documents_have_no_position_across_their_boundary(tmp_path):
 
 
 def test_eval_loss_is_plain_ce(tmp_path):
-    """After training apart from the reference, the defended trainer's eval loss is SFTTrainer's on the same
-    weights."""
+    """Compare the defended trainer's eval loss with SFTTrainer's on the same trained weights."""
     trainer = make_trainer(tmp_path / "a", peft=lora(), defense="kl,ldifs", kl_coef=50.0, ldifs_coef=50.0)
     trainer.train()
     stock = SFTTrainer(
@@ -347,7 +345,7 @@ def test_a_user_can_change_data_and_surround_the_policy_pass(tmp_path, other):
     trainer = make_trainer(tmp_path, peft=lora(), defense=f"doubled{other}", max_steps=2)
     assert len(trainer.train_dataset) == 4
     trainer.train()
-    # Once a micro-batch, with gradient: never in the reference's pass.
+    # The hook runs once a micro-batch, with gradient, and never in the reference's pass.
     assert passes == [True, True]
     trainer.evaluate(make_rows(2))
     assert len(passes) == 2
@@ -418,8 +416,7 @@ def test_fp16_weights_are_refused(tmp_path):
 
 
 def test_adalora_adds_nothing_of_its_own(tmp_path):
-    """PEFT adds AdaLoRA's regulariser to an output named `loss`; SFTTrainer's training does not have it, nor has
-    ours."""
+    """Leave out AdaLoRA's regulariser, as SFTTrainer's training does: PEFT adds it only to an output named `loss`."""
     runs = []
     for defense in ("none", "kl"):
         peft = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
