@@ -149,7 +149,7 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path, unbroken, share):
 @pytest.mark.faults
 @pytest.mark.parametrize("run", ["kl,interleave+", "ldifs"])
 def test_a_kill_at_every_write_of_two_checkpoints(tmp_path, unbroken, run):
-    """Kill at each write of two checkpoints: at the first none is there to resume from, at the second one is deleted."""
+    """Kill at each write of two checkpoints. The first has none before it to resume from; the second deletes one."""
     expected, writes = unbroken(run)
     saves = STEPS // 2
     began = set()
