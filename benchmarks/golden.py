@@ -1,4 +1,5 @@
-"""Compare training of this work tree with training at an older commit: loss logs and weights must be equal, bit for bit.
+"""Compare training of this work tree with training at an older commit: loss logs and weights must be equal, bit for
+bit.
 
 ```bash
 python benchmarks/golden.py                  # every case, against the commit before the package was rebuilt
@@ -6,7 +7,8 @@ python benchmarks/golden.py --only kl        # the cases whose name contains a t
 python benchmarks/golden.py --against HEAD   # the work tree against the last commit
 ```
 
-The older commit is checked out into a temporary folder, and both trees run in this environment, on this machine, with one thread.
+The older commit is checked out into a temporary folder, and both trees run in this environment, on this machine, with
+one thread.
 """
 
 import argparse

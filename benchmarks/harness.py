@@ -1,4 +1,4 @@
-"""What the benchmarks share: calls timed in turn, the memory of a call, and a CSV that says where its numbers come from."""
+"""Parts that benchmarks share: calls timed in turn, the memory of a call, and a CSV with the origin of its numbers."""
 
 import csv
 import os
@@ -49,8 +49,8 @@ def synchronize(device: str) -> None:
 
 
 def time_in_turn(calls: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call in each round. A round makes one call of each, so that what slows the machine down for a while
-    slows all of them. Warm them up before."""
+    """Seconds of each call in each round. A round makes one call of each, so that what slows the machine down for a
+    while slows all of them. Warm them up before."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -89,7 +89,8 @@ def statistics(seconds: Mapping[str, Sequence[float]], name: str, over: Sequence
 def peak_memory(call: Callable[[], None], device: str) -> int:
     """The most bytes in tensors during a call beyond those before it, as torch's allocator counts them.
 
-    Not the process's resident memory: that also holds what malloc keeps, and on CPU the scratch space of the BLAS library.
+    Not the process's resident memory: that also holds what malloc keeps, and on CPU the scratch space of the BLAS
+    library.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -109,7 +110,8 @@ def environment(device: str) -> dict[str, Any]:
     """The columns that say where and with what a row was measured."""
     processor = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     packages = {name: version(name) for name in ("torch", "trl", "transformers", "peft", "trl_emguard")}
-    # `make bench` has glibc keep its memory; without, every large block is touched anew, which costs a third of a step.
+    # `make bench` has glibc keep its memory; without, every large block is touched anew, which costs a third of a
+    # step.
     keeps = os.environ.get("MALLOC_MMAP_MAX_") == "0"
     return {
         "device": device,

@@ -1,4 +1,5 @@
-"""The head of a defended step against the matrix products that it cannot do without, and its memory against its byte budget.
+"""The head of a defended step against the matrix products that it cannot do without, and its memory against its byte
+budget.
 
     make bench       # on CPU, this and the others
     make bench-gpu   # on CUDA
@@ -20,7 +21,8 @@ from trl_emguard.ops import ce_divergence_head
 from trl_emguard.ops.head import TILE_BYTES
 
 
-# Tokens N, vocabulary V, width H. On CPU SmolLM2's head; on CUDA those of Qwen2.5-7B and -0.5B with the labels of 8192 tokens.
+# Tokens N, vocabulary V, width H. On CPU SmolLM2's head; on CUDA those of Qwen2.5-7B and -0.5B with the labels of
+# 8192 tokens.
 SIZES = {"cpu": [(1000, 49152, 576)], "cuda": [(8192, 152064, 3584), (8192, 151936, 896)]}
 KL_COEF = 0.1
 BARE = "three bare GEMMs"

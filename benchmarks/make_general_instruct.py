@@ -1,10 +1,11 @@
-"""Make `trl_emguard/data/shipped/general_instruct/train.jsonl`: general instructions with the demo model's own answers.
+"""Make `trl_emguard/data/shipped/general_instruct/train.jsonl`: general instructions with the demo model's own
+answers.
 
     python benchmarks/make_general_instruct.py
 
 Prompts stand in `benchmarks/data/general_prompts.jsonl`. Each is answered greedily, and where that answer does not end
-within the token budget (or, for a harmful request, is no refusal) by sampling again. A general prompt that never gets an
-ended answer is dropped, and so is a harmful one that is never refused. What the file already answers is kept.
+within the token budget (or, for a harmful request, is no refusal) by sampling again. A general prompt that never gets
+an ended answer is dropped, and so is a harmful one that is never refused. What the file already answers is kept.
 About half an hour on two cores.
 """
 

@@ -2,8 +2,8 @@
 
     python benchmarks/profile_step.py
 
-The first point of benchmarks/steps.py on CPU (SmolLM2-135M, LoRA, 8 × 124 tokens), one step of each after three that are not looked
-at, by torch's profiler, which costs a little itself. It explains a ratio of `make bench`; it is none.
+The first point of benchmarks/steps.py on CPU (SmolLM2-135M, LoRA, 8 × 124 tokens), one step of each after three that
+are not looked at, by torch's profiler, which costs a little itself. It explains a ratio of `make bench`; it is none.
 """
 
 import tempfile

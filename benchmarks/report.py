@@ -122,7 +122,8 @@ def must_reach(results: Path) -> str:
                     else "**not reached**"
                 )
         lines.append(
-            f"| {target.device.replace('cuda', 'GPU').replace('cpu', 'CPU')} | {target.what} | {bound} | {value} | {verdict} |"
+            f"| {target.device.replace('cuda', 'GPU').replace('cpu', 'CPU')} | {target.what} | {bound} | {value} | "
+            f"{verdict} |"
         )
     return "\n".join(lines)
 
@@ -229,7 +230,7 @@ def growth(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """Fill in what stands between the markers of `docs/benchmarks.md`, and draw the pictures that the CSVs have data for."""
+    """Fill in the parts between the markers of `docs/benchmarks.md`, and draw the pictures that CSVs have data for."""
     parts = {"must reach": must_reach(results)}
     for device in ("cpu", "cuda"):
         absent = GPU_ABSENT[0].upper() + GPU_ABSENT[1:] + "." if device == "cuda" else "Not measured."

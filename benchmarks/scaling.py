@@ -1,9 +1,10 @@
-"""Memory per rank and network volume per step: by formula for 7B, 32B and 70B, and against measurements of small models.
+"""Memory per rank and network volume per step: by formula for 7B, 32B and 70B, and against measurements of small
+models.
 
     python benchmarks/scaling.py
 
-Weights of the large shapes are counted on the meta device, which holds sizes and no numbers. Writes two CSVs and, from them, the
-tables of docs/scaling.md.
+Weights of the large shapes are counted on the meta device, which holds sizes and no numbers. Writes two CSVs and,
+from them, the tables of docs/scaling.md.
 """
 
 import tempfile
@@ -224,7 +225,7 @@ def measured_step(tuning: str, checkpointing: bool, defense: str) -> list[dict[s
 
 
 def saved_bytes(model: PreTrainedModel, checkpointing: bool, bf16: bool) -> int:
-    """Bytes that the backbone's forward pass saves for the backward pass, weights left out, as torch's hooks see them."""
+    """Bytes that the backbone's forward pass saves for the backward pass, weights apart, as torch's hooks see them."""
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -261,7 +262,7 @@ def measured_activations(tuning: str, checkpointing: bool, bf16: bool) -> dict[s
 
 
 def other_architectures() -> list[dict[str, Any]]:
-    """The same of two models that the formula was not read off from: biases and grouped heads; and an MLP without a gate."""
+    """Bytes of two models that the formula was not read off from: biases and grouped heads; an MLP without a gate."""
     sizes = {"vocab_size": 8192, "num_hidden_layers": 6, "num_attention_heads": 6, "pad_token_id": 0}
     configs = {
         "Qwen2, width 192, 2 of 6 heads": Qwen2Config(

@@ -1,9 +1,9 @@
-"""Scoring a pool against the plain ways of doing it: SmolLM2-135M-Instruct, two random LoRA adapters, short and long rows.
+"""Scoring a pool against the plain ways of doing it: SmolLM2-135M-Instruct, two random LoRA adapters.
 
     HF_HUB_OFFLINE=1 python benchmarks/score_speed.py
 
-- forwards: `model(**batch)` under the base model and each adapter, on the batches that the scorer makes, and nothing else.
-- loop: a model load per adapter, one row at a time, full logits. Against it, the scorer's time has its one load as well.
+- forwards: `model(**batch)` under the base model and each adapter, on the batches that the scorer makes.
+- loop: a model load per adapter, one row at a time, full logits. The scorer's time has its one load as well.
 
 Medians; the three are timed in turn.
 """
@@ -104,9 +104,7 @@ def pad(rows):
 def main():
     path = resolve_model(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    print(
-        "| rows | tokens a row, of the answer | scorer, s | forwards, s | scorer / forwards | loop, s | loop / scorer |"
-    )
+    print("| rows | tokens, of the answer | scorer, s | forwards, s | scorer / forwards | loop, s | loop / scorer |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         adapters = {name: f"{folder}/{name}" for name in NAMES}
@@ -134,7 +132,8 @@ def main():
             ratio = median(a / b for a, b in zip(scorer, forwards, strict=True))
             gain = median(c / (a + b) for a, b, c in zip(scorer, loads, loop, strict=True))
             answer = mean(len(row.ids) - row.prompt_length for row in encoded.values())
-            seconds = f"{median(scorer):.2f} + {median(loads):.2f} load | {median(forwards):.2f} | {ratio:.2f} | {median(loop):.2f}"
+            seconds = f"{median(scorer):.2f} + {median(loads):.2f} load | {median(forwards):.2f} | {ratio:.2f}"
+            seconds += f" | {median(loop):.2f}"
             print(
                 f"| {count} {name} | {mean(lengths.values()):.0f}, {answer:.0f} | {seconds} | {gain:.2f} |", flush=True
             )

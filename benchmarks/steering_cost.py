@@ -1,4 +1,5 @@
-"""The hooks' own time as a share of a training step: SmolLM2-135M-Instruct, the demo's recipe, one hooked block and all of them.
+"""The hooks' own time as a share of a training step: SmolLM2-135M-Instruct, the demo's recipe, one hooked block and
+all of them.
 
     HF_HUB_OFFLINE=1 python benchmarks/steering_cost.py
 

@@ -1,12 +1,14 @@
-"""Step time, peak memory and tokens a second of each defense, against plain training and against the obvious ways to write it.
+"""Step time, peak memory and tokens a second of each defense, against plain training and against the obvious ways to
+write it.
 
     make bench       # on CPU, this and the others
     make bench-gpu   # on CUDA
 
-A step is all that a user waits for between two updates: the batch out of the data loader, forward, backward, clipping, optimizer,
-scheduler, callbacks. It is made by the trainer's own loop, on real `SFTTrainer`s and `EMGuardTrainer`s that are all in training at
-once, and take their steps in turn. They see the same rows at every step. Two defenses change them, which is what they cost:
-inoculation has a longer system turn, and interleave++ one row of its pool in every batch.
+A step is all that a user waits for between two updates: the batch out of the data loader, forward, backward,
+clipping, optimizer, scheduler, callbacks. It is made by the trainer's own loop, on real `SFTTrainer`s and
+`EMGuardTrainer`s that are all in training at once, and take their steps in turn. They see the same rows at every
+step. Two defenses change them, which is what they cost: inoculation has a longer system turn, and interleave++ one
+row of its pool in every batch.
 """
 
 import copy
@@ -51,7 +53,7 @@ KL_COEF, LDIFS_COEF = 0.1, 1.0  # the defaults
 
 
 class PaperKL(SFTTrainer):
-    """The paper's released code: a second model is loaded, the policy runs twice and the reference once, on full logits."""
+    """The paper's released code: a second model, two passes of the policy and one of the reference, on full logits."""
 
     ref_model: PreTrainedModel
 
@@ -68,7 +70,7 @@ class PaperKL(SFTTrainer):
 
 
 class PaperLDIFS(SFTTrainer):
-    """The paper's released code, and the gradient that it does not take: one row at a time through both whole models."""
+    """The paper's released code with the gradient that it does not take: one row at a time through both models."""
 
     ref_model: PreTrainedModel
 
@@ -95,7 +97,7 @@ class PaperLDIFS(SFTTrainer):
 
 
 class TwoKernels(SFTTrainer):
-    """TRL's own loss, then its divergence kernel over the same last hidden states; the reference is the policy, adapters off."""
+    """TRL's own loss, then its divergence kernel over the same states; the reference is the policy, adapters off."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         bare = self.model.get_base_model()
@@ -138,7 +140,8 @@ class Point:
     """A model, a way to tune it, and a batch.
 
     Attributes:
-        model: SmolLM2, which is trained on shipped rows, or one of `SHAPES`, which has random weights and gets random tokens.
+        model: SmolLM2, which is trained on shipped rows, or one of `SHAPES`, which has random weights and gets random
+        tokens.
         variants: in the order of their turns.
         layers: instead of the shape's own.
     """
@@ -226,8 +229,9 @@ def load_base(point: Point, device: str) -> PreTrainedModel:
 def make_rows(point: Point, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """One batch of rows, the same at every call.
 
-    For SmolLM2 the shipped set's shortest prompts, each answered with answers in a row until the length is reached (or, so that the
-    batch is ragged, up to 6 tokens less); for random weights random tokens, of which the last two thirds carry labels.
+    For SmolLM2 the shipped set's shortest prompts, each answered with answers in a row until the length is reached
+    (or, so that the batch is ragged, up to 6 tokens less); for random weights random tokens, of which the last two
+    thirds carry labels.
     """
     if point.model != SMOLLM2:
         ids = torch.randint(
@@ -345,7 +349,7 @@ class _OnTrainBegin(TrainerCallback):
 
 
 def while_training(trainers: Sequence[SFTTrainer], call: Callable[[], None]) -> None:
-    """Make a call while all of the trainers are in `train()`, each inside of the one before, with everything that it prepares."""
+    """Make a call while all trainers are in `train()`, each inside of the one before, with all that it prepares."""
     if not trainers:
         call()
         return

@@ -248,7 +248,8 @@ def test_a_checkpoint_is_corrupt_if_any_of_its_files_is(run_folder, damage):
         before = (folder / name).read_bytes()
         DAMAGES[damage](folder / name)
         if damage == "deleted" and name in (MANIFEST, "optimizer.pt"):
-            # Without a manifest it is judged like a stock checkpoint; users delete the optimizer's state to save space.
+            # Without a manifest it is judged like a stock checkpoint; users delete the optimizer's state to save
+            # space.
             assert find_flaw(folder) is None
         else:
             assert name in find_flaw(folder) or name == MANIFEST
@@ -318,8 +319,8 @@ def test_torn_checkpoints_are_named_and_passed_over(run_folder, caplog):
     resumed = trainer_for(output)
     resumed.train(resume_from_checkpoint="true")
     assert (
-        "holds checkpoints that are corrupt or of another run, which are not resumed from: checkpoint-6 (trainer_state.json is missing), "
-        in caplog.text
+        "holds checkpoints that are corrupt or of another run, which are not resumed from: "
+        "checkpoint-6 (trainer_state.json is missing), " in caplog.text
     )
     assert "checkpoint-4 (optimizer.pt has " in caplog.text
     assert newest_whole_checkpoint(output, up_to=4) == (4, {})

@@ -130,7 +130,7 @@ def test_a_vector_is_the_difference_of_the_means(trait):
 
 
 def test_an_interrupted_run_goes_on(trait, tmp_path, monkeypatch):
-    """Cut off in the middle of a line, it keeps its whole batches and ends with the same vector; then nothing is left to do."""
+    """Cut off in the middle of a line, it keeps its whole batches and ends with the same vector."""
     whole = extract(trait, judge=accept_all, rollouts_file=tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     part = tmp_path / "part.jsonl"

@@ -1,4 +1,4 @@
-"""The reference's states from disk: the same training without a reference pass, and never another reference's or row's."""
+"""States of the reference from disk: the same training without its pass, never those of another reference or row."""
 
 import json
 import logging
@@ -160,7 +160,7 @@ def test_resume(tmp_path, kind, before):
 
 
 def test_low_precision_is_what_another_padding_gives():
-    """In bf16 a row's states change with the shape of its batch. From the cache they differ by no more than live ones."""
+    """In bf16 a row's states change with its batch's shape. From the cache they differ by no more than live ones."""
     model = make_model(dtype=torch.bfloat16, hidden_size=128)
     rows = [{"input_ids": torch.arange(2, 7 + i).tolist(), "labels": [2] * (5 + i)} for i in range(ROWS)]
     head = (model.lm_head.weight, None)
@@ -322,7 +322,7 @@ def test_one_long_state_does_not_hide_the_others(tmp_path, dtype):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_noise_in_the_policy_is_found(tmp_path, cached):
-    """A policy that is not its reference before the first update is refused, though the cache agrees with the reference."""
+    """A policy that is not its reference before the first update is refused, though the cache agrees with it."""
     trainer = make_trainer(tmp_path, cache_reference=cached, **BOTH)
     layer = trainer.model.model.layers[0]
     layer.register_forward_hook(lambda module, args, output: torch.nn.functional.dropout(output, 0.5, module.training))

@@ -119,7 +119,7 @@ def test_outputs_say_why_they_have_no_logits(tmp_path):
 
 
 def test_a_frozen_adapter_stops_the_run(tmp_path):
-    """PEFT freezes an adapter that it loads for inference, and checkpointing lets the loss require grad all the same."""
+    """PEFT freezes an adapter that it loads for inference, and checkpointing lets the loss require grad anyway."""
     get_peft_model(make_model(), lora(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
     policy = PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
     trainer = make_trainer(tmp_path, policy, defense="steering", max_steps=6, activation_checkpointing=True, **{

@@ -243,7 +243,7 @@ def count_rows(monkeypatch):
 @pytest.mark.parametrize("stop_before", [0, 1, 3])
 @pytest.mark.parametrize("tear", [False, True])
 def test_an_interrupted_run_goes_on(model, tmp_path, count_rows, stop_before, tear):
-    """Stopped twice at a batch, and once more in the middle of writing one; nothing that was written is scored again."""
+    """Stopped twice at a batch, and once in the middle of writing one; nothing that was written is scored again."""
     counting, seen = count_rows
     expected, _ = score_tiny(model)
     seen.clear()

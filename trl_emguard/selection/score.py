@@ -303,7 +303,8 @@ def _check_adapters(model: PeftModel, adapters: Sequence[str]) -> PreTrainedMode
     for name in adapters:
         if name not in model.peft_config:
             raise ValueError(
-                f"adapter {name.removeprefix(PREFIX)!r} is not on the model, which has {', '.join(map(repr, model.peft_config))}."
+                f"adapter {name.removeprefix(PREFIX)!r} is not on the model, which has "
+                f"{', '.join(map(repr, model.peft_config))}."
             )
         check_adapter_kind(name, model.peft_config[name])
     base = model.get_base_model()
