@@ -120,11 +120,11 @@ def twin_step(
             ldifs = ldifs + (x - x0).pow(2).sum() / len(layers)
     names = args.defense.split(",")
     values = {"loss_ce": ce / tokens, "kl": kl / kl_tokens, "ldifs": ldifs / tokens}
-    loss = values["loss_ce"]
-    if "kl" in names:
-        loss = loss + args.kl_coef * kl / (tokens if args.kl_tokens == "interleaved" else kl_tokens)
-    if "ldifs" in names:
-        loss = loss + args.ldifs_coef * values["ldifs"]
+    terms = {
+        "kl": args.kl_coef * kl / (tokens if args.kl_tokens == "interleaved" else kl_tokens),
+        "ldifs": args.ldifs_coef * values["ldifs"],
+    }
+    loss = values["loss_ce"] + sum(term for name, term in terms.items() if name in names)
     loss.backward()
     gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     return {"loss": loss.item(), **{name: value.item() for name, value in values.items()}}, gradients

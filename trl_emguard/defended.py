@@ -333,8 +333,8 @@ class DefendedTrainer(WholeCheckpoints):
             trained = sum(p.requires_grad for p in self.model.parameters())
             raise InactiveDefenseError(
                 f"defense={self.args.defense!r}: the gradient norm was 0 in {self._still_steps} steps in a row, so "
-                f"nothing trains ({trained} weights have requires_grad=True). PEFT freezes an adapter that it loads for "
-                "inference: load it with `is_trainable=True`, or unfreeze the weights that are to be trained."
+                f"nothing trains ({trained} weights have requires_grad=True). PEFT freezes an adapter that it loads "
+                "for inference: load it with `is_trainable=True`, or unfreeze the weights that are to be trained."
             )
 
     def _verdict(self, final: bool = False) -> str | None:

@@ -67,8 +67,8 @@ def why_other(record: dict[str, Any] | None, current: dict[str, Any], compare_we
     if before != after:
         return (
             f"was held to another reference ({(record.get('reference') or {}).get('kind')}) than this run is "
-            f"({(current['reference'] or {}).get('kind')}). Resume with the model that training started from, not with "
-            "the checkpoint's: `resume_from_checkpoint` loads what was learned."
+            f"({(current['reference'] or {}).get('kind')}). Resume with the model that training started from, not "
+            "with the checkpoint's: `resume_from_checkpoint` loads what was learned."
         )
     # Checkpoints of earlier versions do not say which run they are of.
     names = ("model", "rows", "seed") if compare_weights else ("rows", "seed")

@@ -21,6 +21,8 @@ DEFENSES = (*KINDS, "interleave++,kl")
 LOGS = {"loss", "grad_norm", "loss_ce", "num_tokens", "mean_token_accuracy"}.union(*(m.logs for m in METHODS.values()))
 COUNTS = {count for method in METHODS.values() for count in method.counts}
 RANKS = 2
+# Passes of the reference beside the steps, in a run of six steps with a save.
+WATCHES = 6
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -152,6 +154,15 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
     if len(seen) < RANKS or "error" in seen[0] or "error" in seen[1]:
         errors = [rank["error"] for rank in seen if "error" in rank]
         return [f"{cell.id}: {errors[0] if errors else 'was not reached'}"]
+    found = [*_of_ranks(engine, cell, seen), *_of_logs(cell, seen, alone), *_of_weights(cell, folder, one)]
+    record, expected = (json.loads((run / cell.id / "defense.json").read_text()) for run in (folder, one))
+    for term, evidence in expected["evidence"].items():
+        if any(evidence.get(count) != record["evidence"][term].get(count) for count in COUNTS):
+            found.append(f"{cell.id}: evidence {record['evidence'][term]} instead of {evidence}")
+    return found
+
+
+def _of_ranks(engine: str, cell: Cell, seen: list[dict]) -> list[str]:
     found = []
     if [rank["ranks"] for rank in seen] != [RANKS] * RANKS:
         found.append(f"{cell.id}: ran on {seen[0]['ranks']} ranks")
@@ -166,6 +177,11 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
         # An evaluation calls modules in another order, with or without a defense.
         if rank["invalidated"] > sum("eval_loss" in entry for entry in rank["history"]):
             found.append(f"{cell.id}: DeepSpeed threw {rank['invalidated']} prefetch traces away")
+    return found
+
+
+def _of_logs(cell: Cell, seen: list[dict], alone: dict) -> list[str]:
+    found = []
     for key in sorted(LOGS):
         ours, theirs = ([entry[key] for entry in run["history"] if key in entry] for run in (seen[0], alone))
         if len(ours) != len(theirs) or any(
@@ -174,6 +190,10 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
             found.append(f"{cell.id}: {key} {ours} instead of {theirs}")
     if not [entry for entry in seen[0]["history"] if "loss" in entry]:
         found.append(f"{cell.id}: no loss was logged")
+    return found
+
+
+def _of_weights(cell: Cell, folder: Path, one: Path) -> list[str]:
     name = "adapter_model.safetensors" if cell.tuning == "lora" else "model.safetensors"
     ours, theirs = (load_file(run / cell.id / name) for run in (folder, one))
     if cell.tuning == "full" and cell.architecture == "llama":
@@ -181,16 +201,7 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
             # A tied head shares the embeddings' weight, and some engines write it a second time.
             weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     if ours.keys() != theirs.keys():
-        found.append(f"{cell.id}: weights {sorted(ours.keys() ^ theirs.keys())}")
-    else:
-        worst = max(theirs, key=lambda name: (ours[name] - theirs[name]).abs().max())
-        error = (ours[worst] - theirs[worst]).abs().max()
-        if not error <= cell.tolerance:
-            found.append(f"{cell.id}: {worst} differs by {error:.2g}")
-    record, expected = (json.loads((run / cell.id / "defense.json").read_text()) for run in (folder, one))
-    for term, evidence in expected["evidence"].items():
-        for count in sorted(COUNTS):
-            if evidence.get(count) != record["evidence"][term].get(count):
-                found.append(f"{cell.id}: evidence {record['evidence'][term]} instead of {evidence}")
-                break
-    return found
+        return [f"{cell.id}: weights {sorted(ours.keys() ^ theirs.keys())}"]
+    worst = max(theirs, key=lambda name: (ours[name] - theirs[name]).abs().max())
+    error = (ours[worst] - theirs[worst]).abs().max()
+    return [] if error <= cell.tolerance else [f"{cell.id}: {worst} differs by {error:.2g}"]

@@ -132,9 +132,6 @@ def die_at_write(number: int, seed: int = 0) -> list[str]:
     writes: list[str] = []
     rng = random.Random(seed)
 
-    def cut(path: str | os.PathLike) -> None:
-        os.truncate(path, int(os.path.getsize(path) * rng.random()))
-
     def count(name: str) -> bool:
         writes.append(name)
         return len(writes) == number
@@ -145,7 +142,7 @@ def die_at_write(number: int, seed: int = 0) -> list[str]:
         def write(*args, **kwargs):
             original(*args, **kwargs)
             if count(name):
-                cut(args[path_at])
+                os.truncate(args[path_at], int(os.path.getsize(args[path_at]) * rng.random()))
                 die()
 
         setattr(module, name, write)
@@ -165,15 +162,19 @@ def die_at_write(number: int, seed: int = 0) -> list[str]:
 
     def remove_or_die(path, *args, **kwargs):
         if "checkpoint-" in os.path.basename(path) and count("rmtree"):
-            files = sorted(p for p in Path(path).iterdir() if p.is_file())
-            for file in rng.sample(files, rng.randint(1, len(files) - 1)):
-                file.unlink()
+            _lose_files(Path(path), rng)
             die()
         rmtree(path, *args, **kwargs)
 
     Path.replace = replace_or_die  # type: ignore[method-assign,assignment]
     transformers.trainer_utils.shutil = _With(shutil, rmtree=remove_or_die)  # type: ignore[attr-defined]
     return writes
+
+
+def _lose_files(folder: Path, rng: random.Random) -> None:
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    for file in rng.sample(files, rng.randint(1, len(files) - 1)):
+        file.unlink()
 
 
 class _With:

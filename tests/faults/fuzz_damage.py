@@ -71,15 +71,13 @@ def damaged_bytes(draw, valid: bytes, others: list[bytes]):
     event(kind)
     start = draw(st.integers(0, len(data) - 1))
     end = min(len(data), start + draw(st.sampled_from([1, 2, 8, 64, 1000])))
-    if kind == "cut":
-        del data[start:]
+    if kind in ("cut", "remove"):
+        del data[start : None if kind == "cut" else end]
     elif kind == "flip":
         for _ in range(draw(st.integers(1, 4))):
             data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
     elif kind == "insert":
         data[start:start] = draw(st.sampled_from(CHUNKS) | st.binary(min_size=1, max_size=9))
-    elif kind == "remove":
-        del data[start:end]
     elif kind == "double":
         data[start:start] = data[start:end]
     elif kind == "blank":

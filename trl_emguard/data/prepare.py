@@ -35,7 +35,8 @@ class StreamPlan:
 
     Attributes:
         rows: rows of an epoch; `None` for a stream.
-        rows_of_run: rows, or packs of rows, that a run of `max_steps` takes, over all ranks; `None` where epochs decide.
+        rows_of_run: rows, or packs of rows, that a run of `max_steps` takes, over all ranks; `None` where epochs
+        decide.
         max_steps: optimizer steps of the run, 0 or less where epochs decide.
         tokens_of_pack: tokens of a pack, where a stream is packed; `None` elsewhere.
         mean_tokens: tokens of a training row there, on average over the first rows.

@@ -133,8 +133,8 @@ class Inoculation(Defense):
             )
         elif labelled:
             self._problem = (
-                f"{labelled} of {prompts} inoculation prompts in a step carry labels, so the model learns to write them: "
-                "the data collator sets labels of its own"
+                f"{labelled} of {prompts} inoculation prompts in a step carry labels, so the model learns to write "
+                "them: the data collator sets labels of its own"
             )
         return {}
 

@@ -40,8 +40,8 @@ def block_states(output: Any, module: nn.Module) -> torch.Tensor:
     if not isinstance(states, torch.Tensor) or states.dim() != 3:
         shape = tuple(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
         raise ValueError(
-            f"{type(module).__name__} returns states of shape {shape}, and not (rows, tokens, width): this architecture "
-            "is not supported by defenses that look at block outputs or change them."
+            f"{type(module).__name__} returns states of shape {shape}, and not (rows, tokens, width): this "
+            "architecture is not supported by defenses that look at block outputs or change them."
         )
     return states
 

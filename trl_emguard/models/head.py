@@ -29,8 +29,8 @@ def _whole(shards: DTensor) -> torch.Tensor:
 def check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose own logits are not those that its head makes of its last states.
 
-    Some architectures transform states before the head or logits after it in ways that the fused head does not know, and
-    a divergence would then be taken of other distributions than the model's.
+    Some architectures transform states before the head or logits after it in ways that the fused head does not know,
+    and a divergence would then be taken of other distributions than the model's.
 
     Args:
         model: causal language model without wrappers, with whole weights.
@@ -55,7 +55,7 @@ def check_head(model: PreTrainedModel) -> None:
     difference = ((logits.to(own.device) - own).abs().max() / own.abs().max().clamp(min=1e-6)).item()
     if not difference <= (1e-3 if own.dtype == model.dtype else 0.05):
         raise ValueError(
-            f"{type(model).__name__}: its own logits differ by {difference:.2g} of their size from what its head makes of "
-            "its last states, so this architecture changes states or logits in a way that the fused head does not know, "
-            "and no defense with a loss of its own can train it."
+            f"{type(model).__name__}: its own logits differ by {difference:.2g} of their size from what its head "
+            "makes of its last states, so this architecture changes states or logits in a way that the fused head "
+            "does not know, and no defense with a loss of its own can train it."
         )

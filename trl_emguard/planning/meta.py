@@ -1,4 +1,4 @@
-"""Models without weights: on the meta device, where tensors have sizes and no numbers, and a trainer on one of them."""
+"""Models without weights, on the meta device, where tensors have sizes and no numbers; and a trainer on one."""
 
 import copy
 import json

@@ -20,7 +20,8 @@ def check_agreement(
     """Refuse a reference that is not the model which training starts from.
 
     In the first step with labels both are the same model, so their states must be equal at every position that
-    predicts a label, and every distance must be 0. A model that the user passed may be another one, and is not checked.
+    predicts a label, and every distance must be 0. A model that the user passed may be another one, and is not
+    checked.
 
     Args:
         reference: the run's reference.
@@ -58,8 +59,8 @@ def check_agreement(
             allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(
-                f"before the first update, {term.name} to the reference ({reference.text}) is {mean:.3g} per token, not "
-                f"0: {advice}"
+                f"before the first update, {term.name} to the reference ({reference.text}) is {mean:.3g} per token, "
+                f"not 0: {advice}"
             )
 
 

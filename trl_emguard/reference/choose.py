@@ -145,9 +145,9 @@ def _check_vocabulary(policy: PreTrainedModel | PeftModel, reference: PreTrained
     sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"ref_model has {sizes[1]} tokens in its vocabulary and the model {sizes[0]}, since new tokens were added to "
-            "it (chat_template_path): resize the embeddings of `ref_model` in the same way, or save the model with the "
-            "new tokens first."
+            f"ref_model has {sizes[1]} tokens in its vocabulary and the model {sizes[0]}, since new tokens were "
+            "added to it (chat_template_path): resize the embeddings of `ref_model` in the same way, or save the "
+            "model with the new tokens first."
         )
 
 

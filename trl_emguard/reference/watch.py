@@ -65,10 +65,11 @@ class ReferenceWatch:
         if difference <= self.noise:
             return None
         return (
-            f"the reference has moved: {when} it differs by {difference:.2g} of its states' length from what it was in "
-            "the first step, so the policy is not held to the model that training started from. Something trains or "
-            "changes weights that the reference shares: an adapter added or merged after the trainer was built, weights "
-            "unfrozen by a callback, or a forward that was replaced by a closure. Change that, or pass a `ref_model`."
+            f"the reference has moved: {when} it differs by {difference:.2g} of its states' length from what it was "
+            "in the first step, so the policy is not held to the model that training started from. Something trains "
+            "or changes weights that the reference shares: an adapter added or merged after the trainer was built, "
+            "weights unfrozen by a callback, or a forward that was replaced by a closure. Change that, or pass a "
+            "`ref_model`."
         )
 
     @torch.no_grad()

@@ -151,8 +151,8 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
     for column, (harmful, others) in count_harmful(rows).items():
         advice = f"interleave_where='{column}={others[0]}'" if others else "another pool"
         raise ValueError(
-            f"interleave_dataset: {harmful} of {len(rows)} rows are labelled harmful in the column {column!r}, and would "
-            f"be trained on as safe rows. Take them out, as by {advice}."
+            f"interleave_dataset: {harmful} of {len(rows)} rows are labelled harmful in the column {column!r}, and "
+            f"would be trained on as safe rows. Take them out, as by {advice}."
         )
     return rows
 
