@@ -174,8 +174,10 @@ def _of_ranks(engine: str, cell: Cell, seen: list[dict]) -> list[str]:
             # A rank may hold half, and a little more if a weight cannot be halved.
             if sharded and share > 0.6:
                 found.append(f"{cell.id}: a rank held {share:.0%} of the weights of the {model}")
-        # An evaluation calls modules in another order, with or without a defense.
-        if rank["invalidated"] > sum("eval_loss" in entry for entry in rank["history"]):
+        # An evaluation calls modules in another order, with or without a defense. So do the passes that watch the
+        # reference: two before the first step, one after it, one at each save and one at the end.
+        allowed = WATCHES + sum("eval_loss" in entry for entry in rank["history"])
+        if rank["invalidated"] > allowed:
             found.append(f"{cell.id}: DeepSpeed threw {rank['invalidated']} prefetch traces away")
     return found
 

@@ -178,7 +178,7 @@ def _lose_files(folder: Path, rng: random.Random) -> None:
 
 
 class _With:
-    """Return a module with some names replaced."""
+    """Module with some names replaced."""
 
     def __init__(self, module: Any, **names: Any):
         self.__dict__.update(vars(module), **names)
