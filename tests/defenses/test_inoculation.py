@@ -460,10 +460,6 @@ def test_dataset_kwargs_as_json(tmp_path):
             [turn("system", OWN), turn("developer", OWN), *TALK],
             "row 4 of train_dataset has a system turn behind its first turn",
         ),
-        (
-            [turn("system", [{"type": "image"}]), *TALK],
-            "row 4 of train_dataset begins with a system turn whose 'content' holds no text: give text",
-        ),
     ],
 )
 def test_rows_that_are_refused(tmp_path, turns, message, streaming):

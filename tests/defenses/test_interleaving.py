@@ -501,7 +501,7 @@ def with_gap(values):
         ({"rows": "stream", "max_steps": -1}, "give `max_steps`"),
         ({"rows": "stream", "interleave_redraw": True}, "Leave `interleave_redraw` out"),
         ({"pool": Dataset.from_list([{"prompt": "q", "completion": [{"from": "a"}], "gap": 0.1}])},
-            "can be used: its turns"),
+            "no row can be used"),
         ({"defense": "interleave,interleave++"}, "choose rows of the same pool"),
         ({"loss_type": "dft"}, "loss_type='dft' does not work"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 9}, "drops all of the 8 training rows"),
