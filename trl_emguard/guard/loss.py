@@ -203,6 +203,8 @@ def _difference(policy: States, reference: States | None, rows: torch.Tensor) ->
     total = torch.zeros((), device=rows.device)
     for of_policy, of_reference in pairs:
         x, y = of_policy.float(), of_reference.to(of_policy.device).float()
-        share = (x - y).norm(dim=-1) / y.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        total = total + share.to(rows.device)[rows].sum()
+        length = y.norm(dim=-1)
+        share = (x - y).norm(dim=-1) / length.clamp(min=torch.finfo(torch.float32).tiny)
+        # States from disk are zeros where no term compares them.
+        total = total + share.where(length > 0, 0.0).to(rows.device)[rows].sum()
     return total
