@@ -56,7 +56,7 @@ class DefendedTrainer(WholeCheckpoints):
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
-    # Whether the trainer forms the loss that defenses with `own_loss` are part of, and calls the hooks on rows.
+    # Flags: the trainer forms the loss that defenses with `own_loss` are part of, and calls the hooks on rows.
     forms_own_loss: ClassVar[bool] = False
     prepares_rows: ClassVar[bool] = False
 

@@ -84,7 +84,7 @@ class Evidence:
 
     @property
     def is_unjudged(self) -> bool:
-        """Whether nothing can be said, because no step came after the policy had moved."""
+        """True if nothing can be said, because no step came after the policy had moved."""
         return not self.has_acted and self.judged_steps == 0
 
     def end_step(

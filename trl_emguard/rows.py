@@ -36,7 +36,7 @@ class DefendedRows(SFTTrainer):
             counted.
     """
 
-    # Whether rows are counted before they are cut. A plan asks for it; training has no use for it.
+    # Rows are counted before they are cut if this is set. A plan asks for it; training has no use for it.
     counts_whole_rows: ClassVar[bool] = False
     whole_lengths: list[int] | None = None
 

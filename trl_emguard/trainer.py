@@ -244,7 +244,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @property
     def _compares_start(self) -> bool:
-        """Whether the next step with labels is the first one, where policy and reference must be equal."""
+        """True if the next step with labels is the first one, where policy and reference must be equal."""
         # A policy with something around its pass is not the reference, although the model is.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)

@@ -33,7 +33,7 @@ IN_TRAINING_DEFENSES = Paper("In-Training Defenses against Emergent Misalignment
 
 @dataclass
 class Marks:
-    """What a defense reads from a micro-batch.
+    """Masks and counts that a defense reads from a micro-batch.
 
     Attributes:
         scopes: masks of tokens by the name of a scope, `(B, T)` boolean. CE is summed up for each, and a term may look
@@ -98,7 +98,7 @@ class Defense:
     switch: ClassVar[str] = ""
     # Keyword arguments of the trainer that the defense reads.
     inputs: ClassVar[tuple[str, ...]] = ()
-    # Whether the training loss must come from this package's forward, and not from the trainer's.
+    # Flag: the training loss must come from this package's forward, and not from the trainer's.
     own_loss: ClassVar[bool] = False
     # Names of the scopes that `read_batch` marks.
     scopes: ClassVar[tuple[str, ...]] = ()
@@ -129,7 +129,7 @@ class Defense:
 
     @property
     def active(self) -> bool:
-        """Whether the defense acts. One that its options switch off is named in the log, and has no hook called."""
+        """True if the defense acts. One that its options switch off is named in the log, and has no hook called."""
         return True
 
     def options(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Reference:
 
     @property
     def shares_weights(self) -> bool:
-        """Whether the reference runs on the policy's own base weights."""
+        """True if the reference runs on the policy's own base weights."""
         return self.kind in (Kind.ADAPTERS_OFF, Kind.ADAPTER_COPY)
 
     @property
