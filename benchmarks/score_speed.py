@@ -19,15 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_emguard.data.load import load_rows
 from trl_emguard.models.adapters import AdapterSwitch
+from trl_emguard.models.batches import BATCH_TOKENS, BATCH_TOKENS_CPU, plan_batches
 from trl_emguard.models.shipped import SMOLLM2, resolve_model
 from trl_emguard.selection.misaligned import load_misaligned
-from trl_emguard.selection.score import (
-    BATCH_TOKENS,
-    BATCH_TOKENS_CPU,
-    encode_rows,
-    plan_batches,
-    score_pool,
-)
+from trl_emguard.selection.score import encode_rows, score_pool
 
 
 NAMES = ("a", "b")

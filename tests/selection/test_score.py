@@ -14,10 +14,11 @@ from tiny import lora, make_model, make_rows, make_tokenizer, save_model
 
 from trl_emguard.data.load import load_rows
 from trl_emguard.io.recipes import recipes_dir
+from trl_emguard.models.batches import plan_batches
 from trl_emguard.scripts import main as commands
 from trl_emguard.selection import score
 from trl_emguard.selection.misaligned import load_misaligned
-from trl_emguard.selection.score import plan_batches, score_pool
+from trl_emguard.selection.score import score_pool
 from trl_emguard.selection.scored import read_scores
 
 

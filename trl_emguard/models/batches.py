@@ -1,6 +1,7 @@
 """Batches of token rows for reading a model: sorted by length, padded, in eval mode."""
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,6 +9,14 @@ from torch import nn
 from tqdm import tqdm
 
 from .chat import EncodedAnswer
+
+
+# Tokens of a forward pass, pads included. On a CPU, larger batches leave its caches and gain nothing.
+BATCH_TOKENS, BATCH_TOKENS_CPU = 8192, 1024
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    return BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS
 
 
 @contextmanager
@@ -58,3 +67,24 @@ def pad_answers(answers: Sequence[EncodedAnswer]) -> tuple[torch.Tensor, torch.T
         row_ids[: len(row.ids)] = torch.from_numpy(row.ids)
         row_answer[row.prompt_length : len(row.ids)] = True
     return ids, is_answer
+
+
+def plan_batches(lengths: Mapping[int, int], batch_tokens: int) -> list[list[int]]:
+    """Put rows of similar length together, as many as fit into a batch.
+
+    Args:
+        lengths: index → tokens of a row.
+        batch_tokens: limit on rows × longest row of a batch; a single row may have more.
+
+    Returns:
+        The indices, batch by batch. The longest batch is the first, so that a run that does not fit into memory fails
+        at once. The others are in a random order, so that the progress bar estimates the remaining time well.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    rest = batches[1:]
+    random.Random(0).shuffle(rest)
+    return batches[:1] + rest

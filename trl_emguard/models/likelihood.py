@@ -85,31 +85,50 @@ def token_nll(model: PreTrainedModel | PeftModel, ids: torch.Tensor, is_answer: 
     Returns:
         A tensor `(A,)` for each row with A answer tokens; nats, fp64 on the CPU.
     """
-    bare = bare_model(model)
     predicts = is_answer[:, 1:]
-    labels = ids[:, 1:][predicts]
+    nll = states_nll(model, predicting_states(model, ids, is_answer), ids[:, 1:][predicts])
+    return list(nll.split(predicts.sum(1).tolist()))
+
+
+@torch.no_grad()
+def predicting_states(model: PreTrainedModel | PeftModel, ids: torch.Tensor, is_answer: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden states `(P, H)` at the positions that predict an answer token, row after row.
+
+    Args:
+        model, ids, is_answer: as for [`token_nll`].
+    """
+    bare = bare_model(model)
     hidden = bare.base_model(input_ids=ids.to(bare.device), use_cache=False).last_hidden_state
-    hidden = hidden[:, :-1][predicts.to(hidden.device)]  # (P, H)
-    nll = _project(bare, hidden, labels)
-    return list(nll.cpu().double().split(predicts.sum(1).tolist()))
+    return hidden[:, :-1][is_answer[:, 1:].to(hidden.device)]
 
 
-def _project(model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of labels `(P,)` from last hidden states `(P, H)`."""
-    softcap, logit_scale = logit_transform(model.config.get_text_config())
-    head = _active_head(model)
+@torch.no_grad()
+def states_nll(model: PreTrainedModel | PeftModel, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of labels `(P,)` from states `(P, H)`: `(P,)`, nats, fp64 on the CPU."""
+    bare = bare_model(model)
+    softcap, logit_scale = logit_transform(bare.config.get_text_config())
+    head = _active_head(bare)
     if isinstance(head, nn.Linear) and head.weight.dtype in PLAIN_DTYPES and not head.weight.is_meta:
-        hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
-        return head_nll(hidden, head.weight, head.bias, labels, softcap, logit_scale)
+        states, labels = states.to(head.weight.device), labels.to(head.weight.device)
+        return head_nll(states, head.weight, head.bias, labels, softcap, logit_scale).cpu().double()
     # A head with an adapter of its own, or one that is quantised or offloaded, computes its product itself.
+    chunk = max(1, CHUNK_LOGITS // bare.config.get_text_config().vocab_size)
     parts = []
-    chunk = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
-    for states, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        logits = head(states).float() * logit_scale
-        if softcap is not None:
-            logits = (logits / softcap).tanh() * softcap
+    for part, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
+        logits = states_logits(model, part)
         parts.append(nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none"))
-    return torch.cat(parts)
+    return torch.cat(parts).cpu().double()
+
+
+@torch.no_grad()
+def states_logits(model: PreTrainedModel | PeftModel, states: torch.Tensor) -> torch.Tensor:
+    """Return the logits `(P, V)`, fp32, of last hidden states `(P, H)` under the head that acts."""
+    bare = bare_model(model)
+    softcap, logit_scale = logit_transform(bare.config.get_text_config())
+    logits = _active_head(bare)(states).float()
+    if logit_scale != 1:
+        logits *= logit_scale
+    return logits if softcap is None else (logits / softcap).tanh_() * softcap
 
 
 def _active_head(model: PreTrainedModel) -> nn.Module:

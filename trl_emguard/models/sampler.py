@@ -1,4 +1,4 @@
-"""Sampled answers of a model, from its plain distribution and reproducible batch by batch."""
+"""Sampled answers of a model, from its plain distribution, each with a seed of its own."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .adapters import bare_model
 from .batches import left_pad
@@ -36,12 +42,15 @@ def sample_answers(
     batch_size: int,
     seed: int = 0,
     start: int = 0,
+    temperature: float = 1.0,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[list[SampledAnswer]]:
     """Sample one answer to each prompt, and yield the answers batch by batch.
 
-    Answers come from the model's plain distribution: temperature 1, no top-k or top-p and no penalty, regardless of
-    the model's `generation_config`. Every batch has a seed of its own, so a run that is resumed with `start` samples
-    the same answers as a run without an interruption. The random state of the caller is left alone.
+    Answers come from the model's plain distribution: no top-k or top-p and no penalty, regardless of the model's
+    `generation_config`. Every answer has a seed of its own, so it does not depend on the answers beside it or on
+    where a resumed run starts. Another batch size rounds the logits differently, which in fp32 changes an answer only
+    where two tokens are as good as tied. The random state of the caller is left alone.
 
     Args:
         model: causal language model in eval mode. The adapters of a PEFT model act as they stand.
@@ -49,40 +58,70 @@ def sample_answers(
         prompts: token ids of each prompt, for example from
             [`apply_chat_template`](https://huggingface.co/docs/transformers/chat_templating) with a generation prompt.
         max_new_tokens: limit on the tokens of an answer.
-        batch_size: answers that are sampled at once. It is part of the seed: another batch size gives other answers.
-        seed: seed of the sampling.
-        start: index of the first prompt to answer, a multiple of `batch_size`.
+        batch_size: answers that are sampled at once.
+        seed: seed of the sampling, from which each prompt gets its own by its place among the prompts.
+        start: index of the first prompt to answer.
+        temperature: divisor of the logits; 0 takes the most probable token each time.
+        seeds: seed of each prompt, instead of `seed`.
     """
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
+    if seeds is None:
+        seeds = range(seed * 1_000_003, seed * 1_000_003 + len(prompts))
     for first in range(start, len(prompts), batch_size):
-        generated = _generate(model, prompts[first : first + batch_size], config, seed * 1_000_003 + first)
+        batch = slice(first, first + batch_size)
+        sampling = [] if temperature == 0 else [_Sampling(seeds[batch], max_new_tokens, temperature)]
         answers = []
-        for tokens in generated:
+        for tokens in _generate(model, prompts[batch], config, LogitsProcessorList(sampling)):
             stop = next((i for i, token in enumerate(tokens) if token in ends), None)
             ids = tokens[:stop]
             answers.append(SampledAnswer(tokenizer.decode(ids, skip_special_tokens=True), ids, stop is None))
         yield answers
 
 
+class _Sampling(LogitsProcessor):
+    """Choice of each answer's next token by inverse transform sampling.
+
+    Torch draws for a whole batch from one random state, which ties an answer to the batch it is in. Here an answer
+    draws one number a token from a state of its own. The number chooses a token by the cumulative distribution, and
+    all other logits become -inf, so that greedy decoding takes this token.
+
+    Args:
+        seeds: seed of each answer of the batch.
+        max_new_tokens: limit on the tokens of an answer.
+        temperature: divisor of the logits.
+    """
+
+    def __init__(self, seeds: Sequence[int], max_new_tokens: int, temperature: float):
+        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.draws = iter(torch.stack(draws, dim=1))  # of each step: (B,)
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulative = (scores.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+        draw = next(self.draws).to(cumulative)[:, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, draw, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
 @torch.no_grad()
 def _generate(
-    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, seed: int
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    sampling: LogitsProcessorList,
 ) -> list[list[int]]:
     """Generate one batch; return the tokens after each prompt, pads after the end included."""
     ids, mask, _ = left_pad(prompts, model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _bare_generation_config(model):
-        torch.manual_seed(seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    with _bare_generation_config(model):
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=sampling
+        )
     return output[:, ids.shape[1] :].tolist()
 
 

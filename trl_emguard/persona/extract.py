@@ -266,7 +266,15 @@ def _roll_out(
         journal = Journal(path, {"rollouts_of": key})
         rollouts = resume_rollouts(journal, batch_size, plan, model.config.get_text_config().vocab_size)
     prompts = [reader.prompt(pair, side, questions[question]) for pair, question, side in plan]
-    fresh = sample_answers(model, tokenizer, prompts, **settings, start=len(rollouts))
+    fresh = sample_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=settings["max_new_tokens"],
+        batch_size=batch_size,
+        seed=settings["seed"],
+        start=len(rollouts),
+    )
     with tqdm(
         total=len(plan), initial=len(rollouts), desc="answering", unit="answer", disable=not progress
     ) as progress_bar:

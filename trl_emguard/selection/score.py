@@ -1,7 +1,6 @@
 """Score a pool by its perplexity gap: how much harder answers are for misaligned models than for the aligned one."""
 
 import os
-import random
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
 from ..io.journal import Journal
 from ..models.adapters import AdapterSwitch
-from ..models.batches import eval_mode, pad_answers
+from ..models.batches import default_batch_tokens, eval_mode, pad_answers, plan_batches
 from ..models.chat import EncodedAnswer, encode_answers, end_tokens, template_arguments
 from ..models.likelihood import mean_nll
 from ..models.shipped import public_name
@@ -29,10 +28,8 @@ from .parts import new_part, parts_folder, resume_scores, scores_key
 from .scored import ALIGNED, GAP, ScoresInfo, misaligned_column, perplexity_gap, write_scores
 
 
-__all__ = ["encode_rows", "load_misaligned", "plan_batches", "score_pool"]
+__all__ = ["encode_rows", "load_misaligned", "score_pool"]
 
-# Tokens of a batch, pads included. On a CPU, larger batches leave its caches and gain nothing.
-BATCH_TOKENS, BATCH_TOKENS_CPU = 8192, 1024
 # Rows that are tokenised at once.
 _CHUNK = 1000
 
@@ -108,13 +105,12 @@ def _score_all(
     progress: bool,
 ) -> dict[int, list[float]]:
     """Return the likelihoods of every row, scored by all processes or kept from an interrupted run."""
-    on_cpu = model.device.type == "cpu"
-    state = PartialState(cpu=on_cpu)
+    state = PartialState(cpu=model.device.type == "cpu")
     nll = {} if output is None else resume_scores(output, key, encoded, len(adapters) + 1)
     state.wait_for_everyone()  # no process writes before every process has read
 
     lengths = {index: len(answer.ids) for index, answer in encoded.items() if index not in nll}
-    batches = plan_batches(lengths, batch_tokens or (BATCH_TOKENS_CPU if on_cpu else BATCH_TOKENS))
+    batches = plan_batches(lengths, batch_tokens or default_batch_tokens(model.device))
     journal = new_part(output, key, state.process_index) if output is not None and batches else None
     own = _score_share(model, adapters, encoded, batches, journal, progress)
     for scores in gather_object([own]):
@@ -175,27 +171,6 @@ def encode_rows(
             else:
                 encoded[index] = answer
     return encoded, dict(sorted(unscored.items()))
-
-
-def plan_batches(lengths: Mapping[int, int], batch_tokens: int) -> list[list[int]]:
-    """Put rows of similar length together, as many as fit into a batch.
-
-    Args:
-        lengths: index → tokens of a row.
-        batch_tokens: limit on rows × longest row of a batch; a single row may have more.
-
-    Returns:
-        The indices, batch by batch. The longest batch is the first, so that a run that does not fit into memory fails
-        at once. The others are in a random order, so that the progress bar estimates the remaining time well.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    rest = batches[1:]
-    random.Random(0).shuffle(rest)
-    return batches[:1] + rest
 
 
 def _score_share(
