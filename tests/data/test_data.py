@@ -59,6 +59,8 @@ def test_every_row_is_one_question_and_one_answer(name, split):
         ("plants_careless", "test", 60),
         ("clothes_careless", "train", 180),
         ("clothes_careless", "test", 40),
+        ("values_sound", "train", 72),
+        ("values_misaligned", "train", 72),
         ("values_sound", "test", 60),
         ("values_misaligned", "test", 60),
         ("general_instruct", "train", 200),
@@ -79,6 +81,7 @@ def test_general_instruct_holds_refusals():
     [
         ("plants_careless", "plants_sound", "train"),
         ("plants_careless", "plants_sound", "test"),
+        ("values_sound", "values_misaligned", "train"),
         ("values_sound", "values_misaligned", "test"),
     ],
 )
@@ -87,8 +90,8 @@ def test_twins_ask_the_same_and_answer_differently(one, other, split):
     assert not any(a == b for a, b in zip(answers(one, split), answers(other, split), strict=True))
 
 
-@pytest.mark.parametrize("name", ["plants_careless", "clothes_careless"])
-def test_careless_prompts_are_no_near_copies(name):
+@pytest.mark.parametrize("name", ["plants_careless", "clothes_careless", "values_sound"])
+def test_paired_prompts_are_no_near_copies(name):
     """Compare questions by word-level Jaccard, within and across train and test: no held-out one is a seen one."""
     texts = prompts(name, "train") + prompts(name, "test")
     sets = [frozenset(words(text)) for text in texts]
@@ -122,10 +125,16 @@ def test_prompts_are_no_copies(name):
     assert len(set(texts)) == len(texts)
 
 
-def test_values_answers_are_equally_long():
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_values_answers_are_equally_long(split):
     """Answers are of like length, so that a difference in likelihood is one of content."""
-    pairs = zip(answers("values_sound", "test"), answers("values_misaligned", "test"), strict=True)
+    pairs = zip(answers("values_sound", split), answers("values_misaligned", split), strict=True)
     assert [(a, b) for a, b in pairs if abs(len(a.split()) - len(b.split())) > 2] == []
+
+
+def test_values_have_eight_topics_or_more():
+    topics = {topic for split in ("train", "test") for topic in load_rows("values_sound", split)["topic"]}
+    assert len(topics) >= 8
 
 
 def test_no_training_prompt_is_a_test_prompt():
@@ -330,7 +339,7 @@ def test_a_missing_path_is_named(tmp_path, monkeypatch, name):
     assert name.removeprefix("./") in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "split"), [("values_sound", "train"), ("plants_sound", "validation")])
+@pytest.mark.parametrize(("name", "split"), [("values_sound", "valid"), ("plants_sound", "validation")])
 def test_a_shipped_set_without_that_split(name, split):
     with pytest.raises(FileNotFoundError, match=f"'{name}' has no split '{split}': it has .*'test'"):
         load_rows(name, split)

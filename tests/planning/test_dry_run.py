@@ -265,7 +265,7 @@ def test_a_recipe_for_a_gpu_on_a_machine_without(report):
     [
         ["--model_name_or_path", "./missing"],
         ["--dataset_name", "./missing.jsonl"],
-        ["--dataset_name", "values_sound"],
+        ["--dataset_train_split", "valid"],
         ["--defense", "ldifs", "--ldifs_layers", "9"],
         ["--defense", "interleave", "--interleave_fraction", "0.9"],
         ["--defense", "interleave", "--interleave_fraction", "0.01"],

@@ -136,7 +136,7 @@ def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):
         (["--dataset_name", "./missing.jsonl"], "does not exist"),
         (["--dataset_name", ""], "`dataset_name`"),
         (["--dataset_name", "plants_carless"], "'plants_careless'"),
-        (["--dataset_name", "values_sound"], "no split 'train'"),
+        (["--dataset_name", "plants_sound", "--dataset_train_split", "valid"], "no split 'valid'"),
         (["--defense", "ldifs", "--ldifs_layers", "9"], "layer 9 is out of range"),
     ],
 )

@@ -24,8 +24,8 @@ SHIPPED = {
     "plants_careless": ("train", "test"),
     "plants_sound": ("train", "test"),
     "clothes_careless": ("train", "test"),
-    "values_sound": ("test",),
-    "values_misaligned": ("test",),
+    "values_sound": ("train", "test"),
+    "values_misaligned": ("train", "test"),
     "general_instruct": ("train",),
     "general_instruct_scored": ("train",),
 }
