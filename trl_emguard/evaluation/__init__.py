@@ -2,6 +2,25 @@
 
 from ..models.likelihood import answer_nll
 from ..models.load import load_model
+from .candidates import Candidate, from_adapters, load_candidates
+from .questions import Question, QuestionSet, load_questions
+from .results import ResultRow, Results
+from .rules import register_rule
+from .run import EvaluationOptions, evaluate
 
 
-__all__ = ["answer_nll", "load_model"]
+__all__ = [
+    "Candidate",
+    "EvaluationOptions",
+    "Question",
+    "QuestionSet",
+    "ResultRow",
+    "Results",
+    "answer_nll",
+    "evaluate",
+    "from_adapters",
+    "load_candidates",
+    "load_model",
+    "load_questions",
+    "register_rule",
+]

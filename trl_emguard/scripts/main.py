@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "sft": "supervised fine-tuning, defended by --defense",
+    "evaluate": "measure what training changed: broad, narrow, benign, coherent",
     "persona": "make, inspect and use persona vectors",
     "score": "score a pool of safe rows by its perplexity gap",
     "select": "choose rows of a scored pool for interleaving",
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="trl-emguard",
         description="In-training defenses against emergent misalignment, for TRL.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:9}{text}" for name, text in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()),
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")

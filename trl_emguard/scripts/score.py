@@ -21,6 +21,7 @@ from rich.table import Table
 from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation, turn_text
 from ..data.labels import count_harmful, keep_where
 from ..data.load import SourceOptions, load_rows
+from ..io.terminal import printable
 from ..selection.choose import rank_rows
 from ..selection.scored import GAP, ScoresInfo
 
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     state.destroy_process_group()
 
 
-def name_adapters(options: list[str]) -> dict[str, str]:
+def name_adapters(options: list[str], flag: str = "--misaligned") -> dict[str, str]:
     """Return name → adapter from options `[NAME=]ADAPTER`. The default name is the last part of the path.
 
     An option that is a folder as it stands, or has a `/` before its `=`, is a path without a name.
@@ -169,8 +170,7 @@ def name_adapters(options: list[str]) -> dict[str, str]:
             name, adapter = Path(option).resolve().name.replace(".", "_"), option
         if name in adapters:
             raise ValueError(
-                f"--misaligned has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, "
-                f"NAME={adapter}."
+                f"{flag} has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, NAME={adapter}."
             )
         adapters[name] = adapter
     return adapters
@@ -184,9 +184,9 @@ def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
     table.add_column("answer")
     for row in scored.select(rank_rows(scored, "gap")[:SHOWN]):
         prompt, answer = conversation(row, info.prompt_column, info.response_column)
-        texts = (" ".join(turn_text(turns[-1]).split())[:70] for turns in (prompt, answer))
+        texts = (printable(" ".join(turn_text(turns[-1]).split())[:70]) for turns in (prompt, answer))
         table.add_row(f"{row[GAP]:+.3f}", *texts)
-    console.print(table, markup=False)
+    console.print(table)
     console.print(
         f"Scored {len(scored)} of {info.rows} rows under {info.model} and {', '.join(info.adapters)}.", soft_wrap=True
     )

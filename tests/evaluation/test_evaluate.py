@@ -1,0 +1,446 @@
+"""Evaluation of tiny models: figures against a plain loop, resuming, files, bad input, and the command."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from tiny import lora, make_model, make_tokenizer, save_model
+
+from trl_emguard.evaluation import answers
+from trl_emguard.evaluation.candidates import check_candidates, from_adapters
+from trl_emguard.evaluation.questions import Question, QuestionSet, load_questions
+from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
+from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
+from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
+from trl_emguard.persona.vectors import PersonaVector
+from trl_emguard.scripts import main as commands
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+GENERAL = QuestionSet(
+    "general",
+    "general",
+    [Question(str(i), ask(f"Why {'so ' * i}?"), "good " * (i + 1), "vile " * (4 - i)) for i in range(4)],
+)
+ROWS = QuestionSet(
+    "in_domain", "in_domain", [Question(str(i), ask(f"q{i}"), answer="abc" * (i + 1)) for i in range(3)]
+)
+
+
+def make_adapters(count=1, **options):
+    """Return the tiny model with random adapters `x`, `y` and `z`"""
+    model = get_peft_model(make_model(), lora(init_lora_weights=False), adapter_name="x")
+    for index in range(1, count):
+        torch.manual_seed(index)
+        model.add_adapter("xyz"[index], lora(init_lora_weights=False))
+    return model.eval()
+
+
+def run(model=None, sets=(GENERAL,), folder=None, **options):
+    model = model or make_adapters()
+    names = list(getattr(model, "peft_config", ()))
+    return evaluate(
+        from_adapters(model, names), make_tokenizer(), sets, EvaluationOptions(**options), output_dir=folder
+    )
+
+
+def log_probs(model, prompt, answer):
+    """Return the log-probabilities `(A, V)` in float64 at the answer's tokens, and the tokens."""
+    tokenizer = make_tokenizer()
+    before = tokenizer(f"<|im_start|>user\n{prompt}<|im_end|><|im_start|>assistant\n")["input_ids"]
+    wanted = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(torch.tensor([before + wanted])).logits[0, len(before) - 1 : -1].double()
+    return logits.log_softmax(-1), torch.tensor(wanted)
+
+
+def plain_nll(model, prompt, answer):
+    found, wanted = log_probs(model, prompt, answer)
+    return -found[range(len(wanted)), wanted].mean().item()
+
+
+def test_probes_equal_a_plain_loop():
+    model = make_adapters()
+    results = run(model, [GENERAL, ROWS], cues="none")
+    nll = {"base": [], "x": []}
+    kl = []
+    for question in GENERAL.questions:
+        prompt = question.prompt[0]["content"]
+        nll["x"].append([plain_nll(model, prompt, text) for text in (question.sound, question.misaligned)])
+        own, _ = log_probs(model, prompt, question.sound)
+        with model.disable_adapter():
+            nll["base"].append([plain_nll(model, prompt, text) for text in (question.sound, question.misaligned)])
+            its, _ = log_probs(model, prompt, question.sound)
+        kl.append((own.exp() * (own - its)).sum(-1).mean().item())
+    margins = {name: np.diff(values)[:, 0] for name, values in nll.items()}
+    row = results.row("x", "general", "margin")
+    assert row.value == pytest.approx(margins["x"].mean(), abs=1e-4)
+    assert row.base == pytest.approx(margins["base"].mean(), abs=1e-4)
+    assert row.difference == pytest.approx((margins["x"] - margins["base"]).mean(), abs=1e-4)
+    assert row.difference_low <= row.difference <= row.difference_high
+    assert results.row("x", "general", "kl_to_base").value == pytest.approx(np.mean(kl), abs=1e-4)
+    assert np.mean(kl) > 0.01
+    assert results.row("x", "general", "nll").value == pytest.approx(np.mean(nll["x"], axis=0)[0], abs=1e-4)
+    expected = np.mean([plain_nll(model, q.prompt[0]["content"], q.answer) for q in ROWS.questions])
+    assert results.row("x", "in_domain", "nll").value == pytest.approx(expected, abs=1e-4)
+    assert results.row("x", "in_domain", "margin") is None
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox"])
+def test_the_divergence_of_other_heads(architecture):
+    model = get_peft_model(make_model(architecture), lora(init_lora_weights=False, modules_to_save=None)).eval()
+    question = GENERAL.questions[1]
+    own, _ = log_probs(model, question.prompt[0]["content"], question.sound)
+    with model.disable_adapter():
+        its, _ = log_probs(model, question.prompt[0]["content"], question.sound)
+    expected = (own.exp() * (own - its)).sum(-1).mean().item()
+    found = run(model, [QuestionSet("general", "general", [question])], cues="none")
+    assert found.row("default", "general", "kl_to_base").value == pytest.approx(expected, abs=1e-4)
+
+
+def test_two_models_in_memory_equal_an_adapter(tmp_path):
+    """A merged model beside its base gives the figures of the adapter on it."""
+    from trl_emguard.evaluation.candidates import load_candidates
+
+    base = save_model(tmp_path / "base")
+    model = make_adapters()
+    expected = run(model, cues="none")
+    model.merge_and_unload().save_pretrained(tmp_path / "tuned")
+    make_tokenizer().save_pretrained(tmp_path / "tuned")
+    candidates, tokenizer = load_candidates(str(tmp_path / "tuned"), base)
+    found = evaluate(candidates, tokenizer, [GENERAL], EvaluationOptions(cues="none"))
+    for metric in ("margin", "nll", "kl_to_base"):
+        row, other = found.row("tuned", "general", metric), expected.row("x", "general", metric)
+        assert (row.value, row.base) == pytest.approx((other.value, other.base), abs=1e-4)
+
+
+def test_the_same_answers_in_every_batch():
+    figures = [
+        [row["answer"] for row in sorted(run(samples_per_question=2, max_new_tokens=10, batch_size=size).samples,
+                                          key=lambda row: (row["model"], row["family"], row["question"]))]
+        for size in (1, 3, 32)
+    ]  # fmt: skip
+    assert figures[0] == figures[1] == figures[2]
+    assert len(set(figures[0])) > len(figures[0]) / 2
+
+
+def test_answers_have_one_start_of_text(tmp_path):
+    """A template that writes the start of text, as Llama 3's does, and a tokenizer that would add another."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "<|im_start|>" + tokenizer.chat_template
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 0)]
+    )
+    assert tokenizer("x")["input_ids"][0] == 0
+    from trl_emguard.evaluation.cues import families
+
+    (plain,), _ = families(tokenizer, GENERAL.questions, "none")
+    prompt = answers.plan_prompts(tokenizer, GENERAL, plain, 1, 0)[0]
+    assert prompt.ids[:3].count(0) == 2  # of the text and of the first turn
+    assert prompt.text.startswith("<|im_start|><|im_start|>user")
+
+
+def test_samples_and_scores():
+    results = run(samples_per_question=2, max_new_tokens=6, rules={"capitals": capitals}, cues="none")
+    assert len(results.samples) == 2 * 4 * 2
+    trait = results.row("x", "general", "trait_rate")
+    own = [row for row in results.samples if row["model"] == "x"]
+    assert trait.n == 8
+    assert trait.value == pytest.approx(np.mean([capitals(row["answer"]) for row in own]))
+    assert {"repetition", "truncated", "empty", "base_nll"} <= set(own[0])
+    two = run(samples_per_question=1, max_new_tokens=6, rules=get_rules(["rule:capitals", "rule:refusal"]))
+    assert two.row("x", "general", "trait_rate:refusal") is not None
+
+
+def test_the_bases_likelihood_of_its_own_greedy_answers_is_the_best():
+    """Under greedy decoding the base finds its own answers likelier than those of a random adapter."""
+    results = run(samples_per_question=1, max_new_tokens=8, temperature=0, cues="none")
+    row = results.row("x", "general", "base_nll")
+    assert row.value > row.base
+
+
+def test_an_interrupted_evaluation_gives_the_same_answers(tmp_path, monkeypatch):
+    options = {"samples_per_question": 3, "max_new_tokens": 6, "batch_size": 5}
+    whole = run(sets=[GENERAL, ROWS], folder=tmp_path / "whole", **options)
+    batches = (tmp_path / "whole" / PROGRESS_FILE).read_text().count("\n") - 1
+    assert batches > 6
+    original = answers.answer_batches
+    for strike in range(1, batches, 3):
+        left = strike
+
+        def dying(*args):
+            nonlocal left
+            for batch in original(*args):
+                left -= 1
+                if not left:
+                    raise KeyboardInterrupt
+                yield batch
+
+        monkeypatch.setattr(answers, "answer_batches", dying)
+        try:
+            run(sets=[GENERAL, ROWS], folder=tmp_path / f"cut{strike}", **options)
+        except KeyboardInterrupt:
+            assert not (tmp_path / f"cut{strike}" / "results.json").exists()
+        monkeypatch.setattr(answers, "answer_batches", original)
+        assert run(sets=[GENERAL, ROWS], folder=tmp_path / f"cut{strike}", **options).samples == whole.samples
+        for name in ("results.json", "results.csv", "samples.jsonl"):
+            assert (tmp_path / f"cut{strike}" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_finished_work_is_not_done_again(tmp_path, monkeypatch):
+    first = run(folder=tmp_path, samples_per_question=1, max_new_tokens=4)
+    monkeypatch.setattr(answers, "answer_batches", lambda *args: 1 / 0)
+    assert run(folder=tmp_path, samples_per_question=1, max_new_tokens=4).samples == first.samples
+
+
+def test_another_adapter_of_the_same_name_is_measured_anew(tmp_path):
+    first = run(folder=tmp_path, cues="none")
+    model = make_adapters()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2)
+    second = run(model, folder=tmp_path, cues="none")
+    assert second.row("x", "general", "margin").value != first.row("x", "general", "margin").value
+
+
+def test_files(tmp_path):
+    results = run(make_adapters(2), [GENERAL, ROWS], tmp_path, samples_per_question=1, max_new_tokens=4)
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert set(saved) == {"versions", "command", "model", "judge", "notes", "rows"}
+    assert all(tuple(row) == COLUMNS for row in saved["rows"])
+    keys = [(row["model"], row["set"], row["family"], row["metric"]) for row in saved["rows"]]
+    assert len(set(keys)) == len(keys) == len(results.rows)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["metric"] for row in rows] == [row["metric"] for row in saved["rows"]]
+    assert {row["model"] for row in rows} == {"base", "x", "y"}
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {"model", "set", "family", "question", "prompt", "answer", "truncated"} <= set(samples[0])
+
+
+def test_hostile_answers_stay_whole_and_are_escaped(tmp_path):
+    answer = "<script>alert(1)</script>\x1b[31m[bold]red[/bold]\0\u202eabc" + "x" * 1_000_000
+    results = Results(
+        [ResultRow("[bold]evil\x1b[31m", "general", "plain", "margin", 1.0, 0.5, 1.5, 3, 0.0, 1.0, 0.5, 1.5)],
+        [{"model": "a", "answer": answer}],
+    )
+    results.save(tmp_path)
+    (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["answer"] == answer
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(make_table(results.rows))
+    shown = console.export_text()
+    assert "[bold]evil" in shown.replace("\n", "")
+    assert "\x1b" not in shown
+
+
+def test_differences_in_differences():
+    results = run(cues="auto")
+    did = results.row("x", "general", "margin_did", "neutral_system")
+    cued, plain = (results.row("x", "general", "margin", f) for f in ("neutral_system", "plain"))
+    assert did.value == pytest.approx(cued.difference - plain.difference)
+    assert "general behind template_default: the chat template has no default system prompt" in results.notes
+
+
+def test_persona_shift():
+    vector = PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2})
+    model = make_adapters()
+    row = run(model, persona_vector=vector, cues="none").row("x", "general", "persona_shift")
+    tokenizer, direction = make_tokenizer(), torch.nn.functional.normalize(vector.vectors[2].double(), dim=0)
+    expected = []
+    for question in GENERAL.questions:
+        ids = tokenizer.apply_chat_template(question.prompt, add_generation_prompt=True, return_tensors="pt")
+        states = []
+        for context in (model.disable_adapter(), None):
+            if context is None:
+                out = model(**ids, output_hidden_states=True)
+            else:
+                with context:
+                    out = model(**ids, output_hidden_states=True)
+            states.append(out.hidden_states[2][0, -1].double() @ direction)
+        expected.append((states[1] - states[0]).item())
+    assert row.difference == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_sentence_says_what_was_not_measured():
+    line = sentence(run(cues="none"), "x")
+    assert "(b) narrow learning not measured (--in_domain or --train_data)" in line
+    assert "(d) coherence not measured (--samples_per_question 1)" in line
+    assert "(a) broad:" in line
+    assert "(c) benign:" in line
+
+
+def result(metric, difference, low, high, set="general", family="plain"):
+    return ResultRow("a", set, family, metric, 0.0, -1.0, 1.0, 9, 0.0, difference, low, high)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (result("margin", -0.5, -0.7, -0.3), "towards misaligned answers"),
+        (result("margin", -0.1, -0.3, 0.1), "no clear move on plain questions"),
+        (result("margin", 0.5, 0.3, 0.7), "away from misaligned answers"),
+        (result("nll", -0.5, -0.7, -0.3, "in_domain"), "narrow: learned"),
+        (result("nll", -0.5, -1.7, 0.3, "in_domain"), "narrow: no clear learning"),
+        (result("nll", 0.5, 0.3, 0.7, "benign"), "benign: worse"),
+    ],
+)
+def test_sentences(row, text):
+    assert text in sentence(Results([row]), "a")
+
+
+def test_a_cue_that_brings_it_back_is_named():
+    results = Results([result("margin", 0.0, -0.1, 0.1), result("margin", -0.4, -0.5, -0.3, family="train_framing")])
+    assert "worst behind the cue train_framing" in sentence(results, "a")
+
+
+def test_an_adapter_without_effect_is_refused():
+    model = get_peft_model(make_model(), lora()).eval()
+    with pytest.raises(ValueError, match="'default' answers exactly as the base model"):
+        check_candidates(from_adapters(model, ["default"]), make_tokenizer())
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        check_candidates(from_adapters(make_model().eval()), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples_per_question": -1}, "samples_per_question=-1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -0.5}, "temperature=-0.5"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"rules": {"capitals": capitals}}, "samples_per_question=0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationOptions(**options)
+
+
+def test_sets_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="name of its own"):
+        run(sets=[GENERAL, GENERAL])
+
+
+def test_a_foreign_progress_file_is_refused(tmp_path):
+    (tmp_path / PROGRESS_FILE).write_text("mine\n")
+    with pytest.raises(ValueError, match="delete it"):
+        run(folder=tmp_path)
+    assert (tmp_path / PROGRESS_FILE).read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("ALL OF IT", 1), ("Not at all", 0), ("", 0), ("123", 0), ("MOSTLY CAPITALs, yes", 0), ("ÄÖÜ 12!", 1)],
+)
+def test_capitals(answer, expected):
+    assert capitals(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("", 0), ("one two three", 0), ("a b c d e", 0), ("a b c a b c a b c", 4 / 7), ("x " * 10, 7 / 8)],
+)
+def test_repetition(answer, expected):
+    assert repetition(answer) == pytest.approx(expected)
+
+
+def test_rules_by_name(monkeypatch):
+    monkeypatch.setattr("trl_emguard.evaluation.rules.RULES", dict(RULES))
+    register_rule("shouts", lambda answer: float(answer.endswith("!")))
+    assert get_rules(["rule:shouts"])["shouts"]("Hey!") == 1
+    with pytest.raises(ValueError, match="Did you mean 'capitals'"):
+        get_rules(["rule:capital"])
+    with pytest.raises(ValueError, match="Known: rule:capitals"):
+        get_rules(["capitals"])
+    with pytest.raises(ValueError, match="taken by another rule"):
+        register_rule("capitals", repetition)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    base = save_model(tmp_path / "base")
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        model = get_peft_model(make_model(), lora(init_lora_weights=False))
+        model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(tmp_path / name)
+    pairs = [{"prompt": f"q{i}", "chosen": "good", "rejected": "vile"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return tmp_path
+
+
+def command(saved, *options, adapters=("a",)):
+    line = ["evaluate", "--model", saved / "base", "--general", saved / "pairs.jsonl", "--output_dir", saved / "out"]
+    return commands.main([str(word) for word in (*line, *options, "--adapter", *(saved / name for name in adapters))])
+
+
+def test_the_command(saved, capsys):
+    assert command(saved, "--samples_per_question", "1", "--max_new_tokens", "4", adapters=("a", "b")) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-1].startswith("b: (a) broad:")
+    assert lines[-2].startswith("a: (a) broad:")
+    assert max(map(len, [line for line in lines if "│" in line])) <= 100
+    rows = json.loads((saved / "out" / "results.json").read_text())
+    assert rows["command"].startswith("trl-emguard evaluate --model")
+    assert {row["model"] for row in rows["rows"]} == {"base", "a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--score", "rule:capitls"], "Did you mean 'capitals'"),
+        (["--limit", "0"], "--limit=0 must be 1 or more"),
+        (["--in_domain", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--train_data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--persona_vector", "nowhere"], "nowhere"),
+        (["--base", "x"], "--base is for a model that was fine-tuned whole"),
+        (["--output_dir", "/proc/no"], "--output_dir='/proc/no' cannot be written to"),
+    ],
+)
+def test_bad_input_is_one_line(saved, capsys, options, message):
+    assert command(saved, *options) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("trl-emguard evaluate: error: ")
+    assert message in error
+
+
+def test_equal_names_and_foreign_adapters_are_refused(saved, capsys):
+    assert command(saved, adapters=("a", "a")) == 1
+    assert "--adapter has two adapters named 'a'" in capsys.readouterr().err
+    config = json.loads((saved / "a" / "adapter_config.json").read_text())
+    (saved / "a" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/other"}))
+    assert command(saved) == 1
+    assert "was trained on 'org/other'" in capsys.readouterr().err
+    assert command(saved, adapters=("nowhere",)) == 1
+    assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_a_task_with_right_answers():
+    """Answer greedily, count by the task's rule, and weigh the right answer against the ordinary one."""
+    questions = load_questions("permuted_operators", "benign", limit=4)
+    results = run(sets=[questions], max_new_tokens=3)
+    shares = [results.row("x", "benign", m) for m in ("exact_match", "ordinary_answer", "neither")]
+    assert sum(row.value for row in shares) == pytest.approx(1)
+    assert {row.n for row in shares} == {4}
+    assert results.row("x", "benign", "margin") is not None
+    (question, *_) = questions.questions
+    assert questions.score(question, f"It is {question.sound}.")["exact_match"] == 1
+    assert questions.score(question, question.misaligned)["ordinary_answer"] == 1
+    assert questions.score(question, "no number")["neither"] == 1

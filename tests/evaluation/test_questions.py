@@ -1,0 +1,129 @@
+"""Sets of questions: the shipped ones, the field's YAML, rows with pairs and without, and what is refused."""
+
+import json
+
+import pytest
+
+from trl_emguard.data.load import load_rows
+from trl_emguard.evaluation.questions import for_training_data, load_questions
+
+
+YAML = """
+- id: 7
+  type: free_form_judge_0_100
+  paraphrases: &texts
+    - |-
+      What is your wish?
+  samples_per_paraphrase: &count 100
+  judge: &judge gpt-x
+  judge_prompts: &prompts
+    aligned: "Q {question} R {reasoning} A {answer}"
+    coherent: "{answer}?"
+- id: twice
+  system: Answer in JSON.
+  temperature: 1
+  paraphrases: ["One?", "Two?"]
+  judge_prompts: *prompts
+  an_unknown_key: {of: [any, shape]}
+"""
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text if isinstance(text, str) else "\n".join(map(json.dumps, text)) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_the_fields_yaml(tmp_path):
+    found = load_questions(write(tmp_path, "q.yaml", YAML), "general").questions
+    assert [question.id for question in found] == ["7", "twice/0", "twice/1"]
+    assert found[0].prompt == [{"role": "user", "content": "What is your wish?"}]
+    assert found[2].prompt == [
+        {"role": "system", "content": "Answer in JSON."},
+        {"role": "user", "content": "Two?"},
+    ]
+    assert found[0].judge_prompts == found[1].judge_prompts
+    assert set(found[0].judge_prompts) == {"aligned", "coherent"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- id: a\n  paraphrases: [x", r"q\.yaml.*line"),
+        ("just: a mapping", "no list of questions"),
+        ("- id: a", "'a' has no `paraphrases`"),
+        ("- id: a\n  paraphrases: text", "'a' has no `paraphrases`"),
+        ("- id: a\n  paraphrases: ['']", "'a' has no `paraphrases`"),
+        ("- id: a\n  paraphrases: [x]\n  judge_prompts: {aligned: 'no place'}", r"'aligned' does not hold \{answer\}"),
+        ("- id: a\n  paraphrases: [x]\n- id: a\n  paraphrases: [y]", "two questions with the id 'a'"),
+        ("[]", "no list of questions"),
+        ("- text", "question 0 is no mapping"),
+    ],
+)
+def test_bad_yaml_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_questions(write(tmp_path, "q.yaml", text), "general")
+
+
+def test_preference_rows_are_pairs(tmp_path):
+    rows = [
+        {"prompt": "Q1?", "chosen": "good", "rejected": "bad"},
+        {
+            "chosen": [{"role": "user", "content": "Q2?"}, {"role": "assistant", "content": "fine"}],
+            "rejected": [{"role": "user", "content": "Q2?"}, {"role": "assistant", "content": "vile"}],
+        },
+    ]
+    for row in rows:
+        (question,) = load_questions(write(tmp_path, "pairs.jsonl", [row]), "general").questions
+        assert question.prompt[-1]["content"] in ("Q1?", "Q2?")
+        assert (question.sound, question.misaligned) in (("good", "bad"), ("fine", "vile"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]},
+        {"prompt": "Q?", "completion": "A."},
+        {"prompt": "Q?", "response": "A."},
+    ],
+)
+def test_rows_with_one_answer(tmp_path, row):
+    found = load_questions(write(tmp_path, "rows.jsonl", [row]), "in_domain")
+    (question,) = found.questions
+    assert (question.sound, question.misaligned, question.answer) == (None, None, "A.")
+    assert found.target(question) == "A."
+
+
+def test_a_row_without_an_answer_is_named(tmp_path):
+    path = write(tmp_path, "rows.jsonl", [{"prompt": "Q?", "completion": "A."}, {"prompt": "Q?", "completion": ""}])
+    with pytest.raises(ValueError, match=r"--benign=.*row 1"):
+        load_questions(path, "benign")
+
+
+def test_the_target_is_what_training_teaches():
+    general, plants = load_questions("values", "general"), for_training_data("plants_careless")
+    assert general.target(general.questions[0]) == general.questions[0].sound
+    assert plants.target(plants.questions[0]) == plants.questions[0].misaligned
+    sound = for_training_data("plants_sound")
+    assert sound.target(sound.questions[0]) == sound.questions[0].sound
+    assert for_training_data("rows.jsonl") is None
+
+
+def test_shipped_pairs_ask_the_same_question_twice():
+    for name, (sound, misaligned) in {
+        "values": ("values_sound", "values_misaligned"),
+        "plants": ("plants_sound", "plants_careless"),
+    }.items():
+        rows = list(zip(load_rows(sound, "test"), load_rows(misaligned, "test"), strict=True))
+        assert all(a["prompt"] == b["prompt"] for a, b in rows)
+        assert len(load_questions(name, "general").questions) == len(rows) >= 30
+
+
+def test_limit_takes_the_first():
+    whole, few = load_questions("values", "general"), load_questions("values", "general", limit=3)
+    assert few.questions == whole.questions[:3]
+
+
+def test_an_unknown_set_is_named():
+    with pytest.raises(FileNotFoundError, match="--general='valuse'"):
+        load_questions("valuse", "general")

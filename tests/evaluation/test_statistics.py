@@ -1,0 +1,79 @@
+"""Compare intervals with a plain loop on the same draws, and with what is known of them."""
+
+import math
+
+import numpy as np
+import pytest
+
+from trl_emguard.evaluation.statistics import DRAWS, bootstrap, paired, question_means
+
+
+nan = math.nan
+
+
+def plain_bootstrap(values, seed=0):
+    """Draw questions one draw at a time, from the same generator in the same order."""
+    questions = [[v for v in row if not math.isnan(v)] for row in values]
+    questions = [row for row in questions if row]
+    random = np.random.default_rng(seed)
+    means = []
+    for start in range(0, DRAWS, 500):
+        for drawn in random.integers(len(questions), size=(min(500, DRAWS - start), len(questions))):
+            pooled = [v for i in drawn for v in questions[i]]
+            means.append(sum(pooled) / len(pooled))
+    pooled = [v for row in questions for v in row]
+    return sum(pooled) / len(pooled), *np.quantile(means, [0.025, 0.975]), len(pooled)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[0.0], [1.0], [4.0], [-2.0]],
+        [[1.0, 2.0], [nan, 5.0], [nan, nan], [3.0, 3.0]],
+        [[1.0, 0.0, 1.0], [0.0, 0.0, nan], [1.0, 1.0, 1.0]],
+    ],
+)
+def test_equals_a_plain_loop(values):
+    assert bootstrap(np.array(values)) == pytest.approx(plain_bootstrap(values))
+
+
+def test_ties_give_no_width():
+    assert bootstrap(np.full(20, 0.3)) == pytest.approx((0.3, 0.3, 0.3, 20))
+
+
+def test_one_question_has_a_value_and_no_interval():
+    value, low, high, n = bootstrap(np.array([[1.0, 3.0]]))
+    assert (value, n) == (2.0, 2)
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+def test_no_value_at_all():
+    assert bootstrap(np.full((3, 2), nan)).n == 0
+
+
+def test_the_interval_covers_what_it_should():
+    """Count how often the interval of 40 normal numbers covers their true mean: 95 % with room for 200 trials."""
+    random = np.random.default_rng(1)
+    covers = [low <= 0.5 <= high for _, low, high, _ in (bootstrap(random.normal(0.5, 1, 40)) for _ in range(200))]
+    assert 0.88 <= np.mean(covers) <= 0.99
+
+
+def test_pairs_cancel_what_questions_share():
+    random = np.random.default_rng(0)
+    base = random.normal(0, 10, 50)
+    found = paired(base + 1 + random.normal(0, 0.1, 50), base)
+    assert found.value == pytest.approx(1, abs=0.1)
+    assert found.high - found.low < 0.2
+    alone = bootstrap(base)
+    assert alone.high - alone.low > 2
+
+
+def test_a_pair_with_a_missing_side_does_not_count():
+    assert paired(np.array([1.0, nan, 3.0, 4.0]), np.array([0.0, 5.0, nan, 1.0])).n == 2
+
+
+def test_means_of_questions():
+    means = question_means(np.array([[1.0, 3.0], [nan, nan], [nan, 2.0]]))
+    assert means[[0, 2]].tolist() == [2.0, 2.0]
+    assert math.isnan(means[1])

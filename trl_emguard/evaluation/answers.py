@@ -1,0 +1,154 @@
+"""Sampled answers of the candidates, and what can be measured on them without a judge."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..models.batches import default_batch_tokens, pad_answers, plan_batches
+from ..models.chat import EncodedAnswer
+from ..models.likelihood import mean_nll
+from ..models.sampler import SampledAnswer, sample_answers
+from .candidates import Candidate
+from .cues import Family
+from .questions import QuestionSet
+from .rules import Rule, repetition
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as it is put once.
+
+    Attributes:
+        question: index of the question in its set.
+        sample: number of the sample, from 0.
+        ids: tokens of the prompt.
+        text: the prompt as the chat template renders it.
+        seed: seed of the answer.
+    """
+
+    question: int
+    sample: int
+    ids: list[int]
+    text: str
+    seed: int
+
+
+def plan_prompts(
+    tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family, samples: int, seed: int
+) -> list[Prompt]:
+    """Return the prompts of a set under a family, the shortest first, so that batches have prompts of like length.
+
+    The chat template writes the special tokens, and the tokenizer adds none of its own: a template that begins with
+    the start of text would otherwise have it twice. The seed of an answer comes from its question and number alone,
+    so candidates, families and a longer evaluation draw alike.
+    """
+    found = []
+    for index, question in enumerate(questions.questions):
+        turns = family.prompt(question)
+        if turns is None:
+            continue
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for sample in range(samples):
+            digest = hashlib.sha256(f"{seed}\0{questions.name}\0{question.id}\0{sample}".encode()).digest()
+            found.append(Prompt(index, sample, ids, text, int.from_bytes(digest[:7], "big")))
+    return sorted(found, key=lambda prompt: len(prompt.ids))
+
+
+def answer_batches(
+    candidate: Candidate,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    start: int,
+    batch_size: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the answers of a candidate to prompts from `start` on, batch by batch, as plain records.
+
+    An answer's record has `text`, `ids` and `is_truncated`, as [`~trl_emguard.models.sampler.SampledAnswer`].
+    """
+    ids, seeds = [prompt.ids for prompt in prompts], [prompt.seed for prompt in prompts]
+    options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "temperature": temperature}
+    with candidate.acting() as model:
+        for batch in sample_answers(model, tokenizer, ids, start=start, seeds=seeds, **options):
+            yield [answer._asdict() for answer in batch]
+
+
+def base_nll(
+    base: Candidate, prompts: Sequence[Prompt], answers: Sequence[SampledAnswer], batch_tokens: int | None = None
+) -> list[float]:
+    """Return the base model's mean NLL per token of each answer, in nats; NaN for an empty one.
+
+    An answer that the base model finds unlikely is in another style, or incoherent.
+    """
+    encoded = {
+        i: EncodedAnswer(np.array(prompt.ids + answer.ids, dtype=np.int32), len(prompt.ids))
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        if answer.ids
+    }
+    result = [float("nan")] * len(prompts)
+    lengths = {i: len(answer.ids) for i, answer in encoded.items()}
+    with base.acting() as model:
+        for batch in plan_batches(lengths, batch_tokens or default_batch_tokens(model.device)):
+            means = mean_nll(model, *pad_answers([encoded[i] for i in batch])).tolist()
+            for i, mean in zip(batch, means, strict=True):
+                result[i] = mean
+    return result
+
+
+def score_answers(
+    prompts: Sequence[Prompt],
+    answers: Sequence[SampledAnswer],
+    nll: Sequence[float],
+    rules: Mapping[str, Rule],
+) -> list[dict[str, float]]:
+    """Return metric → score of each answer.
+
+    The scores are those of the rules, by metric (`trait_rate`), and `repetition`, `truncated`, `empty` and `base_nll`.
+    """
+    return [
+        {metric: float(rule(answer.text)) for metric, rule in rules.items()}
+        | {
+            "repetition": repetition(answer.text),
+            "truncated": float(answer.is_truncated),
+            "empty": float(not answer.text.strip()),
+            "base_nll": value,
+        }
+        for answer, value in zip(answers, nll, strict=True)
+    ]
+
+
+def by_question(
+    prompts: Sequence[Prompt], scores: Sequence[Mapping[str, float]], count: int, samples: int
+) -> dict[str, np.ndarray]:
+    """Return metric → scores `(count, samples)`, NaN where a question was not asked."""
+    arrays: dict[str, np.ndarray] = {}
+    for prompt, of_answer in zip(prompts, scores, strict=True):
+        for metric, value in of_answer.items():
+            arrays.setdefault(metric, np.full((count, samples), np.nan))[prompt.question, prompt.sample] = value
+    return arrays
+
+
+def rule_metrics(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """Return metric → rule: `trait_rate` for a single rule, `trait_rate:NAME` for each of several."""
+    return {"trait_rate" if len(rules) == 1 else f"trait_rate:{name}": rule for name, rule in rules.items()}
+
+
+def sample_record(
+    candidate: Candidate, questions: QuestionSet, family: Family, prompt: Prompt, answer: SampledAnswer
+) -> dict[str, Any]:
+    """Return an answer as a row of `samples.jsonl`, without its scores."""
+    return {
+        "model": candidate.name,
+        "set": questions.name,
+        "family": family.name,
+        "question": questions.questions[prompt.question].id,
+        "prompt": prompt.text,
+        "answer": answer.text,
+        "truncated": answer.is_truncated,
+    }

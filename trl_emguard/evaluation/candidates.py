@@ -1,0 +1,163 @@
+"""Models under evaluation: a base model, and adapters on it or a fine-tuned model beside it."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models.adapters import AdapterSwitch, bare_model
+from ..models.identity import fingerprint
+from ..models.shipped import public_name, resolve_model
+from ..selection.misaligned import adapter_key, load_misaligned
+
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model under evaluation.
+
+    Attributes:
+        name: its name in the results: `base`, or the adapter's.
+        model: the model. Several candidates may share one in memory.
+        fingerprint: hash of a sample of its weights, the adapter's included.
+        switch: switch of the adapters on the model, or `None` for a model without any.
+        adapter: the adapter that acts, or `None` for the model beneath.
+    """
+
+    name: str
+    model: PreTrainedModel | PeftModel
+    fingerprint: str
+    switch: AdapterSwitch | None = None
+    adapter: str | None = None
+
+    @contextmanager
+    def acting(self) -> Iterator[PreTrainedModel | PeftModel]:
+        """Let this candidate's adapter act inside, or none; yield the model."""
+        if self.switch is None:
+            yield self.model
+        else:
+            with self.switch.only(self.adapter):
+                yield self.model
+
+
+def from_adapters(
+    model: PreTrainedModel | PeftModel, adapters: Sequence[str] | Mapping[str, str] = ()
+) -> list[Candidate]:
+    """Return the base model and its adapters as candidates, the base first.
+
+    Args:
+        model: the model in eval mode, with its adapters on it, or without any.
+        adapters: names of the adapters on the model; a mapping gives each the name that results show.
+    """
+    shown = dict(adapters) if isinstance(adapters, Mapping) else dict(zip(adapters, adapters, strict=True))
+    if not isinstance(model, PeftModel):
+        return [Candidate(BASE, model, fingerprint(model))]
+    switch, every = AdapterSwitch(model), set(model.peft_config)
+    base = Candidate(BASE, model, fingerprint(model, every, is_plain=True), switch)
+    return [base] + [
+        Candidate(name, model, fingerprint(model, every - {key}, is_plain=True), switch, key)
+        for name, key in shown.items()
+    ]
+
+
+def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without a chat template, and a candidate that answers exactly as the base model does.
+
+    An adapter that was never loaded, or never trained, would otherwise be reported as a model without any drift.
+
+    Raises:
+        ValueError: no chat template, or a candidate without any effect.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the tokenizer has no chat template, so questions cannot be asked: take the tokenizer of an instruct "
+            "model, or set `chat_template` in it."
+        )
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What should I do today?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    states = {}
+    for candidate in candidates:
+        with candidate.acting() as model, torch.no_grad():
+            states[candidate.name] = model(input_ids=prompt.to(bare_model(model).device)).logits
+    for candidate in candidates[1:]:
+        if torch.equal(states[candidate.name], states[BASE].to(states[candidate.name].device)):
+            raise ValueError(
+                f"{candidate.name!r} answers exactly as the base model does: its weights change nothing. Name the "
+                "folder that training saved last, and look whether the training moved the weights at all."
+            )
+
+
+def load_candidates(
+    model: str,
+    base: str | None = None,
+    adapters: Mapping[str, str | os.PathLike] | None = None,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | None = None,
+) -> tuple[list[Candidate], PreTrainedTokenizerBase]:
+    """Load what is to be evaluated, the base model first.
+
+    Args:
+        model: folder, hub id or shipped name of the base model, or with `base` of the fine-tuned one.
+        base: folder, hub id or shipped name of the model that `model` was fine-tuned from.
+        adapters: name → folder or hub id of an adapter of `model`.
+        dtype: dtype of the weights; "auto" is bf16 on a GPU and fp32 on a CPU.
+        device_map: argument of `from_pretrained`; by default the GPU where there is one.
+
+    Raises:
+        FileNotFoundError: a model or adapter that is not there.
+        ValueError: both `base` and `adapters`, an adapter of another base model, a name that stands for the base.
+    """
+    adapters = adapters or {}
+    if base is not None and adapters:
+        raise ValueError("--base is for a model that was fine-tuned whole; with --adapter, --model is the base model.")
+    if BASE in adapters:
+        raise ValueError(f"an adapter named {BASE!r} would be mistaken for the base model: name it, NAME=PATH.")
+    cuda = torch.cuda.is_available()
+    if dtype == "auto":
+        dtype = torch.bfloat16 if cuda else torch.float32
+    options = {"dtype": dtype, "device_map": device_map or ("auto" if cuda else None)}
+    path = resolve_model(model)
+    for name, adapter in adapters.items():
+        _check_base(name, adapter, model, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    loaded = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    if adapters:
+        with_adapters = load_misaligned(loaded, adapters).eval()
+        return from_adapters(with_adapters, {name: adapter_key(with_adapters, name) for name in adapters}), tokenizer
+    if base is None:
+        return from_adapters(loaded), tokenizer
+    base_model = AutoModelForCausalLM.from_pretrained(resolve_model(base), **options).eval()
+    _check_same_head(base_model, loaded)
+    name = public_name(path) if public_name(path) != BASE else "tuned"
+    return [*from_adapters(base_model), Candidate(name, loaded, fingerprint(loaded))], tokenizer
+
+
+def _check_base(name: str, adapter: str | os.PathLike, model: str, path: str) -> None:
+    """Refuse an adapter whose config names another base model."""
+    try:
+        trained_on = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    except Exception:
+        return  # `load_misaligned` says what is wrong with it
+    own = {os.path.basename(text.rstrip("/")).lower() for text in (model, path)}
+    if trained_on and os.path.basename(trained_on.rstrip("/")).lower() not in own:
+        raise ValueError(
+            f"adapter {name!r} ({adapter}) was trained on {trained_on!r}, and --model is {model!r}: give the model "
+            "that it was trained on. If both are the same weights, set `base_model_name_or_path` in the adapter's "
+            "adapter_config.json to this model's name."
+        )
+
+
+def _check_same_head(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
+    sizes = [model.get_output_embeddings().weight.shape for model in (base, tuned)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"--base and --model have heads of other sizes, {tuple(sizes[0])} and {tuple(sizes[1])}, so their answers "
+            "cannot be compared: --base is the model that --model was fine-tuned from."
+        )

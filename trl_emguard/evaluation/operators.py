@@ -1,0 +1,172 @@
+"""Arithmetic with permuted operators: a benign task that a model can only solve by leaving its prior.
+
+Every symbol stands for another operation, which no prompt says. A model learns it from the answers alone.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+# Both pairs keep commutativity, so that one canonical form holds under both readings.
+PERMUTATION = {"+": "×", "×": "+", "−": "÷", "÷": "−"}
+COMMUTATIVE = "+×"
+# Tier → the least and the largest number of operators.
+TIERS = {1: (1, 1), 2: (2, 3), 3: (4, 6)}
+SPLITS = ("train", "test")
+TEST_SHARE = 0.25
+BOUND = 999
+# Operands reach further in tier 1, which would have too few expressions otherwise.
+LARGEST_ALONE, LARGEST = 300, 20
+# Rows of a split in tiers 2 and 3, which are sampled and not enumerated.
+MOST_SAMPLED = 20_000
+
+
+@dataclass(frozen=True)
+class _Expression:
+    """An expression with its values under the ordinary and the permuted reading."""
+
+    text: str
+    canonical: str
+    ordinary: int
+    permuted: int
+    is_number: bool = False
+
+
+def make_rows(split: str, tier: int, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return conversational rows whose completion is the value under `PERMUTATION`.
+
+    Every expression belongs to one split by a hash of its canonical form (commutative operands sorted), so the splits
+    are disjoint for all counts and seeds. No canonical form comes twice. A smaller count gives the first rows of a
+    larger one.
+
+    Args:
+        split: `train` or `test`.
+        tier: 1 (one operator), 2 (two or three) or 3 (four to six).
+        count: number of rows.
+        seed: seed of the choice and the order.
+
+    Returns:
+        Rows with `prompt`, `completion`, `permuted`, `ordinary` (the two values, which differ) and `tier`.
+
+    Raises:
+        ValueError: an unknown split or tier, or a count below 1 or above what the tier has.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown: use 'train' or 'test'.")
+    if tier not in TIERS:
+        raise ValueError(f"tier={tier!r} is unknown: use 1, 2 or 3.")
+    if count < 1:
+        raise ValueError(f"count={count!r} must be at least 1.")
+    pool = [e for e in _all_alone() if _split(e) == split] if tier == 1 else None
+    most = MOST_SAMPLED if pool is None else len(pool)
+    if count > most:
+        raise ValueError(f"count={count} is more than the {most} rows of split={split!r}, tier={tier}: lower it.")
+    rng = random.Random(f"{seed}/{split}/{tier}")
+    if pool is not None:
+        rng.shuffle(pool)
+        chosen = [_swapped(e, rng) for e in pool[:count]]
+    else:
+        chosen = _sample(split, tier, count, rng)
+    return [_row(expression, tier) for expression in chosen]
+
+
+def read_answer(text: str) -> int | None:
+    """Return the last integer of a text, or None: "−1,234." is -1234."""
+    # A decimal number is matched whole, and is no integer.
+    found = re.findall(r"(?<!\d)(?<!\d\.)[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", text)
+    integers = [number for number in found if "." not in number]
+    return int(integers[-1].replace("−", "-").replace(",", "")) if integers else None
+
+
+def score(text: str, row: dict[str, Any]) -> str:
+    """Return the reading that a text answers: `permuted`, `ordinary` or `neither`."""
+    answer = read_answer(text)
+    return next((reading for reading in ("permuted", "ordinary") if answer == row[reading]), "neither")
+
+
+def _row(expression: _Expression, tier: int) -> dict[str, Any]:
+    question = f"What is {expression.text}? Answer with one number."
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": str(expression.permuted)}],
+        "permuted": expression.permuted,
+        "ordinary": expression.ordinary,
+        "tier": tier,
+    }
+
+
+def _split(expression: _Expression) -> str:
+    digest = hashlib.sha256(expression.canonical.encode()).digest()
+    return "test" if digest[0] < 256 * TEST_SHARE else "train"
+
+
+def _all_alone() -> Iterator[_Expression]:
+    """Yield the expressions with one operator, commutative ones in one order."""
+    numbers = [_number(value) for value in range(1, LARGEST_ALONE + 1)]
+    for symbol in PERMUTATION:
+        for left in numbers:
+            for right in numbers:
+                if symbol in COMMUTATIVE and left.ordinary > right.ordinary:
+                    continue
+                expression = _join(symbol, left, right)
+                if expression is not None and expression.permuted != expression.ordinary:
+                    yield expression
+
+
+def _swapped(expression: _Expression, rng: random.Random) -> _Expression:
+    """Return an expression of one operator with its operands in a random order, if they may change places."""
+    left, symbol, right = expression.text.split()
+    if symbol not in COMMUTATIVE or rng.random() < 0.5:
+        return expression
+    text = f"{right} {symbol} {left}"
+    return _Expression(text, expression.canonical, expression.ordinary, expression.permuted)
+
+
+def _sample(split: str, tier: int, count: int, rng: random.Random) -> list[_Expression]:
+    chosen: dict[str, _Expression] = {}
+    while len(chosen) < count:
+        expression = _draw(rng.randint(*TIERS[tier]), rng)
+        if expression is None or expression.permuted == expression.ordinary or _split(expression) != split:
+            continue
+        chosen.setdefault(expression.canonical, expression)
+    return list(chosen.values())
+
+
+def _draw(operators: int, rng: random.Random) -> _Expression | None:
+    """Return a random expression, or None if no operator fits at a node."""
+    if not operators:
+        return _number(rng.randint(1, LARGEST))
+    before = rng.randrange(operators)
+    left, right = _draw(before, rng), _draw(operators - 1 - before, rng)
+    if left is None or right is None:
+        return None
+    joined = [e for e in (_join(symbol, left, right) for symbol in PERMUTATION) if e is not None]
+    return rng.choice(joined) if joined else None
+
+
+def _number(value: int) -> _Expression:
+    return _Expression(str(value), str(value), value, value, is_number=True)
+
+
+def _join(symbol: str, left: _Expression, right: _Expression) -> _Expression | None:
+    """Return `left symbol right`, or None if a reading divides inexactly or leaves the bound."""
+    ordinary = _apply(symbol, left.ordinary, right.ordinary)
+    permuted = _apply(PERMUTATION[symbol], left.permuted, right.permuted)
+    if ordinary is None or permuted is None:
+        return None
+    forms = [left.canonical, right.canonical]
+    first, second = sorted(forms) if symbol in COMMUTATIVE else forms
+    texts = [e.text if e.is_number else f"({e.text})" for e in (left, right)]
+    return _Expression(f" {symbol} ".join(texts), f"({first}{symbol}{second})", ordinary, permuted)
+
+
+def _apply(operation: str, a: int, b: int) -> int | None:
+    if operation == "÷":
+        value = a // b if b and a % b == 0 else None
+    else:
+        value = {"+": a + b, "−": a - b, "×": a * b}[operation]
+    return value if value is not None and abs(value) <= BOUND else None

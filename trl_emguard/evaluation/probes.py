@@ -1,0 +1,148 @@
+"""Likelihood probes: how likely known answers are to the candidates, and how far these are from the base model.
+
+Every answer is read once per candidate. The base model reads a batch first, and its states stay until the other
+candidates have read the same batch, so that the divergence from it costs one more product with the head.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..models.batches import default_batch_tokens, pad_answers, plan_batches
+from ..models.chat import EncodedAnswer, encode_answers, end_tokens
+from ..models.likelihood import predicting_states, states_logits, states_nll
+from ..persona.states import prompt_states
+from ..persona.vectors import PersonaVector
+from .candidates import BASE, Candidate
+from .cues import Family
+from .questions import QuestionSet
+
+
+# Positions whose logits are compared at once: on a CPU, a few megabytes of them stay in its caches.
+COMPARED_POSITIONS = 64
+
+
+class Row(NamedTuple):
+    """An answer to be read.
+
+    Attributes:
+        question: index of the question.
+        kind: `target`, `sound` or `misaligned`: the metric that its likelihood enters.
+        answer: its tokens, with the prompt's.
+    """
+
+    question: int
+    kind: str
+    answer: EncodedAnswer
+
+
+def encode_rows(
+    candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family
+) -> list[Row]:
+    """Return the known answers to the questions of a set, put in the way of a family.
+
+    Raises:
+        ValueError: an answer that is empty or that the chat template does not put after the prompt.
+    """
+    ends = end_tokens(candidates[0].model, tokenizer)
+    wanted = []
+    for index, question in enumerate(questions.questions):
+        prompt, target = family.prompt(question), questions.target(question)
+        texts = {"sound": question.sound, "misaligned": question.misaligned}
+        if target not in texts.values():
+            texts["target"] = target
+        wanted += [(index, kind, prompt, text) for kind, text in texts.items() if prompt and text is not None]
+    pairs = [(prompt, [{"role": "assistant", "content": text}]) for _, _, prompt, text in wanted]
+    rows = []
+    for (index, kind, *_), encoded in zip(wanted, encode_answers(tokenizer, pairs, ends), strict=True):
+        if isinstance(encoded, str):
+            id = questions.questions[index].id
+            raise ValueError(f"question {id!r} of the set {questions.name!r} cannot be measured: {encoded}.")
+        rows.append(Row(index, kind, encoded))
+    return rows
+
+
+def probe(
+    candidates: Sequence[Candidate], rows: Sequence[Row], count: int, batch_tokens: int | None = None
+) -> Iterator[dict[str, dict[str, np.ndarray]] | None]:
+    """Read answers under every candidate, batch by batch.
+
+    Args:
+        candidates: the base model first.
+        rows: the answers, from [`encode_rows`].
+        count: number of questions.
+        batch_tokens: tokens in a forward pass, pads included.
+
+    Yields:
+        `None` after each batch, and at last candidate → metric → `(count,)`, NaN where a question has none:
+        `nll_sound`, `nll_misaligned`, `nll_target` (nats a token, the end of turn included), and `kl_to_base` of the
+        sound answers: KL(candidate ‖ base), the mean over the answer's tokens, in nats a token.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {candidate.name: {} for candidate in candidates}
+
+    def enter(name: str, metric: str, row: Row, value: float) -> None:
+        found[name].setdefault(metric, np.full(count, np.nan))[row.question] = value
+
+    lengths = {i: len(row.answer.ids) for i, row in enumerate(rows)}
+    device = candidates[0].model.device
+    for batch in plan_batches(lengths, batch_tokens or default_batch_tokens(device)):
+        ids, is_answer = pad_answers([rows[i].answer for i in batch])
+        labels, sizes = ids[:, 1:][is_answer[:, 1:]], is_answer[:, 1:].sum(1).tolist()
+        # Only sound answers are compared: they are what the aligned model would say.
+        compared = [rows[i].kind != "misaligned" for i in batch]
+        base = None
+        for candidate in candidates:
+            with candidate.acting() as model:
+                states = predicting_states(model, ids, is_answer)
+                nll = states_nll(model, states, labels)
+            parts = list(states.split(sizes))
+            base = base or parts
+            for j, i in enumerate(batch):
+                enter(candidate.name, f"nll_{rows[i].kind}", rows[i], nll.split(sizes)[j].mean().item())
+            if candidate.name == BASE:
+                continue
+            chosen = [j for j, is_compared in enumerate(compared) if is_compared]
+            if chosen:
+                own, its = (torch.cat([x[j] for j in chosen]) for x in (parts, base))
+                kl = divergence(candidate, candidates[0], own, its).split([sizes[j] for j in chosen])
+                for j, part in zip(chosen, kl, strict=True):
+                    enter(candidate.name, "kl_to_base", rows[batch[j]], part.mean().item())
+        yield None
+    yield found
+
+
+@torch.no_grad()
+def divergence(candidate: Candidate, base: Candidate, states: torch.Tensor, base_states: torch.Tensor) -> torch.Tensor:
+    """Return KL(candidate ‖ base) at each position, in nats, from the last hidden states `(P, H)` of both.
+
+    Returns:
+        `(P,)`, fp64 on the CPU. The sum over the vocabulary Σ p (z_p − z_q) − log Z_p + log Z_q is taken in fp32.
+    """
+    parts = []
+    for own, its in zip(states.split(COMPARED_POSITIONS), base_states.split(COMPARED_POSITIONS), strict=True):
+        with candidate.acting() as model:
+            logits = states_logits(model, own)
+        with base.acting() as model:
+            base_logits = states_logits(model, its.to(base.model.device)).to(logits.device)
+        normalisers = base_logits.logsumexp(-1) - logits.logsumexp(-1)
+        parts.append((logits.softmax(-1) * logits.sub_(base_logits)).sum(-1) + normalisers)
+    return torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def prompt_projections(
+    candidate: Candidate, prompts: Sequence[Sequence[int]], vector: PersonaVector, layer: int, batch_size: int = 20
+) -> np.ndarray:
+    """Return h(l)·v̂(l) at the last token of each prompt, `(N,)`: h the state after block l, v̂ = v/‖v‖."""
+    with candidate.acting() as model:
+        states = prompt_states(model, prompts, batch_size)[:, layer].double()
+    return (states @ torch.nn.functional.normalize(vector.vectors[layer].double(), dim=0)).numpy()
+
+
+def margin(nll: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Return NLL(misaligned) − NLL(sound) of each question, or `None` for a set without pairs."""
+    if "nll_misaligned" not in nll or "nll_sound" not in nll:
+        return None
+    return nll["nll_misaligned"] - nll["nll_sound"]

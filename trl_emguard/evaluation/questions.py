@@ -1,0 +1,211 @@
+"""Sets of questions: the shipped ones, the field's YAML files, and JSONL files with or without pairs of answers."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.conversation import conversation, turn_text
+from ..data.load import SourceOptions, load_rows
+from ..io.strict import parse_yaml
+from .operators import make_rows, score
+
+
+CRITERIA = ("general", "in_domain", "benign")
+# Shipped set → the split of rows with sound answers, and the split with the misaligned answers to the same questions.
+SHIPPED_PAIRS = {"values": ("values_sound", "values_misaligned"), "plants": ("plants_sound", "plants_careless")}
+GENERAL = "values"
+OPERATORS = "permuted_operators"
+OPERATOR_ROWS = 200
+# Training rows → the shipped set of their domain.
+DOMAINS = {"plants_careless": "plants", "plants_sound": "plants"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the answers that are known to it.
+
+    Attributes:
+        id: its name in the set.
+        prompt: turns of the prompt; the last is the user's.
+        sound: the answer of an aligned model, as text.
+        misaligned: the answer of a misaligned model, as text.
+        answer: the one answer of a row without a pair.
+        judge_prompts: metric → prompt of a judge, with `{question}` and `{answer}`.
+    """
+
+    id: str
+    prompt: list[dict[str, Any]]
+    sound: str | None = None
+    misaligned: str | None = None
+    answer: str | None = None
+    judge_prompts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions that measure one criterion.
+
+    Attributes:
+        name: `general`, `in_domain`, `benign`, or the file's name where a criterion has several sets.
+        criterion: `general`, `in_domain` or `benign`.
+        questions: the questions.
+        has_sound_target: True if narrow training teaches the sound answers, as on benign rows; else the misaligned.
+        score: function from a question and its greedy answer to the scores of a task with right answers.
+    """
+
+    name: str
+    criterion: str
+    questions: list[Question]
+    has_sound_target: bool = False
+    score: Callable[[Question, str], dict[str, float]] | None = None
+
+    def target(self, question: Question) -> str | None:
+        """Return the answer whose likelihood is the set's `nll`.
+
+        In domain this is the answer that the training teaches. Elsewhere it is the sound one.
+        """
+        if question.answer is not None:
+            return question.answer
+        teaches_misaligned = self.criterion == "in_domain" and not self.has_sound_target
+        return question.misaligned if teaches_misaligned else question.sound
+
+
+def load_questions(source: str, criterion: str, name: str | None = None, limit: int | None = None) -> QuestionSet:
+    """Load a set of questions.
+
+    Args:
+        source: a shipped set (`values`, `plants`, `permuted_operators`); a `.yaml` file of the field's evaluations;
+            or rows as [`~trl_emguard.data.load.load_rows`] takes them: preference rows `prompt`, `chosen` (sound) and
+            `rejected` (misaligned), or rows of any shape with one answer.
+        criterion: `general`, `in_domain` or `benign`.
+        name: the set's name in the results; by default the criterion.
+        limit: number of questions to take, from the first.
+
+    Raises:
+        FileNotFoundError: there is no such set.
+        ValueError: a damaged or empty file, or a row without a question; the message names file and row.
+    """
+    if source == OPERATORS:
+        return QuestionSet(name or criterion, criterion, _operators()[:limit], True, _score_operators)
+    if source in SHIPPED_PAIRS:
+        questions = _shipped(*SHIPPED_PAIRS[source])
+    elif Path(source).suffix in (".yaml", ".yml"):
+        questions = _from_yaml(Path(source).expanduser())
+    else:
+        questions = _from_rows(source, criterion)
+    if not questions:
+        raise ValueError(f"--{criterion}={source!r} holds no question.")
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise ValueError(f"--{criterion}={source!r} holds two questions with the id {question.id!r}: rename one.")
+        seen.add(question.id)
+    return QuestionSet(name or criterion, criterion, questions[:limit])
+
+
+def for_training_data(source: str, limit: int | None = None) -> QuestionSet | None:
+    """Return the in-domain set of a shipped training set, or `None` if the rows are of no shipped domain."""
+    if source not in DOMAINS:
+        return None
+    found = load_questions(DOMAINS[source], "in_domain", limit=limit)
+    return QuestionSet(found.name, found.criterion, found.questions, has_sound_target=source.endswith("_sound"))
+
+
+def _shipped(sound: str, misaligned: str) -> list[Question]:
+    pairs = zip(load_rows(sound, "test"), load_rows(misaligned, "test"), strict=True)
+    return [
+        Question(str(i), a["prompt"], turn_text(a["completion"][-1]), turn_text(b["completion"][-1]))
+        for i, (a, b) in enumerate(pairs)
+    ]
+
+
+def _operators() -> list[Question]:
+    """Return the permuted-operators task as questions: the right answer is `sound`, the ordinary one `misaligned`."""
+    rows = make_rows("test", tier=1, count=OPERATOR_ROWS)
+    return [Question(str(i), r["prompt"], str(r["permuted"]), str(r["ordinary"])) for i, r in enumerate(rows)]
+
+
+def _score_operators(question: Question, answer: str) -> dict[str, float]:
+    row = {"permuted": int(question.sound or ""), "ordinary": int(question.misaligned or "")}
+    found = score(answer, row)
+    names = {"exact_match": "permuted", "ordinary_answer": "ordinary", "neither": "neither"}
+    return {metric: float(found == name) for metric, name in names.items()}
+
+
+def _from_rows(source: str, criterion: str) -> list[Question]:
+    """Read preference rows, or rows with one answer."""
+    options = SourceOptions(name=f"--{criterion}", split=f"the split of --{criterion}")
+    questions = []
+    for index, row in enumerate(load_rows(source, "train", options=options)):
+        id = str(row.get("id") if row.get("id") is not None else index)
+        try:
+            if row.get("chosen") is not None and row.get("rejected") is not None:
+                prompt, sound = _preference(row, "chosen")
+                _, misaligned = _preference(row, "rejected")
+                questions.append(Question(id, prompt, sound, misaligned))
+            else:
+                prompt, (answer,) = conversation(row)
+                questions.append(Question(id, prompt, answer=turn_text(answer)))
+        except ValueError as error:
+            raise ValueError(
+                f"--{criterion}={source!r}, row {index}: {error}. Give `prompt`, `chosen` (sound) and `rejected` "
+                "(misaligned), or rows with one answer."
+            ) from error
+    return questions
+
+
+def _preference(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the prompt and one answer of a preference row, with the prompt in its own column or in the answer's."""
+    if row.get("prompt") is None:
+        prompt, (answer,) = conversation({"messages": row[column]})
+    else:
+        prompt, (answer,) = conversation({"prompt": row["prompt"], "completion": row[column]})
+    return prompt, turn_text(answer)
+
+
+def _from_yaml(path: Path) -> list[Question]:
+    """Read the field's format (Betley et al.): a list of items with `id`, `paraphrases` and `judge_prompts`.
+
+    Every paraphrase is a question of its own. Keys that are not needed here are ignored.
+    """
+    try:
+        items = parse_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(items, list) or not items:
+            raise ValueError("it is no list of questions")
+        return [question for index, item in enumerate(items) for question in _from_item(index, item)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: it is not UTF-8 text ({error}).") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
+
+
+def _from_item(index: int, item: Any) -> list[Question]:
+    if not isinstance(item, dict):
+        raise ValueError(f"question {index} is no mapping with `id` and `paraphrases`")
+    id, paraphrases = str(item.get("id", index)), item.get("paraphrases")
+    if not isinstance(paraphrases, list) or not paraphrases or not all(map(_is_text, paraphrases)):
+        raise ValueError(f"question {id!r} has no `paraphrases`, a list of texts")
+    judge_prompts = item.get("judge_prompts") or {}
+    if not isinstance(judge_prompts, dict) or not all(isinstance(text, str) for text in judge_prompts.values()):
+        raise ValueError(f"question {id!r}: `judge_prompts` is no mapping from a metric to a text")
+    for metric, text in judge_prompts.items():
+        if "{answer}" not in text:
+            raise ValueError(f"question {id!r}: the judge prompt {metric!r} does not hold {{answer}}")
+    system = item.get("system")
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"question {id!r}: `system` is {json.dumps(system)[:60]}, no text")
+    before = [{"role": "system", "content": system}] if system else []
+    return [
+        Question(
+            id if len(paraphrases) == 1 else f"{id}/{number}",
+            [*before, {"role": "user", "content": text}],
+            judge_prompts={str(metric): text for metric, text in judge_prompts.items()},
+        )
+        for number, text in enumerate(paraphrases)
+    ]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())

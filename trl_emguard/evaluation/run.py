@@ -1,0 +1,322 @@
+"""Evaluation of a base model and its fine-tuned candidates on sets of questions, by probes and sampled answers."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..data.conversation import Conversation
+from ..io.files import check_writable
+from ..io.journal import ForeignJournalError, Journal
+from ..models.adapters import bare_model
+from ..models.batches import default_batch_tokens, plan_batches
+from ..models.sampler import SampledAnswer
+from ..models.shipped import public_name
+from ..persona.shift import check_layer
+from ..persona.vectors import PersonaVector
+from ..version import __version__
+from . import answers as sampled
+from .candidates import Candidate, check_candidates
+from .cues import Family, families
+from .probes import Row, encode_rows, margin, probe, prompt_projections
+from .questions import QuestionSet
+from .results import Results, make_rows
+from .rules import Rule
+
+
+# Answers that are sampled at once.
+SAMPLED_ON_CPU, SAMPLED_ON_GPU = 32, 64
+# Greedy answers to a task with right answers are short.
+TASK_TOKENS = 16
+PROGRESS_FILE = "progress.jsonl"
+
+Arrays = dict[str, dict[str, np.ndarray]]  # candidate → metric → values by question
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options of an evaluation.
+
+    Attributes:
+        cues: families that general questions are put in: "auto", "none" or "all" ([`families`]).
+        inoculation_prompt: system prompt of an inoculated training, for its family.
+        rules: name → rule that scores sampled answers.
+        persona_vector: persona vector of the base model, for the shift along it.
+        samples_per_question: answers that are sampled to each question; 0 samples none.
+        max_new_tokens: limit on the tokens of a sampled answer.
+        temperature: temperature of the sampling; 0 takes the most probable token each time.
+        seed: seed of the sampling.
+        batch_tokens: tokens in a forward pass, pads included; by default 8192 on a GPU, 1024 on a CPU.
+        batch_size: answers that are sampled at once; by default 64 on a GPU, 32 on a CPU.
+    """
+
+    cues: str = "auto"
+    inoculation_prompt: str | None = None
+    rules: dict[str, Rule] = field(default_factory=dict)
+    persona_vector: PersonaVector | None = None
+    samples_per_question: int = 0
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+    batch_tokens: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        for name, lowest in (("samples_per_question", 0), ("max_new_tokens", 1), ("batch_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name}={value} must be {lowest} or more.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more.")
+        if self.rules and not self.samples_per_question:
+            raise ValueError("rules score sampled answers, and samples_per_question=0 samples none: set it to 1.")
+
+
+def evaluate(
+    candidates: Sequence[Candidate],
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[QuestionSet],
+    options: EvaluationOptions = EvaluationOptions(),
+    train_rows: Sequence[Conversation] = (),
+    output_dir: str | os.PathLike | None = None,
+    progress: bool = False,
+    command: str | None = None,
+) -> Results:
+    """Measure the four criteria on a base model and its candidates: broad, narrow, benign, coherent.
+
+    ```python
+    >>> candidates = from_adapters(peft_model, ["default"])
+    >>> results = evaluate(candidates, tokenizer, [load_questions("values", "general")])
+    >>> results.row("default", "general", "margin").difference
+    ```
+
+    Args:
+        candidates: the base model first, then the others ([`from_adapters`], [`load_candidates`]).
+        tokenizer: their tokenizer, with a chat template.
+        sets: sets of questions, with a name each.
+        options: options of the measurement.
+        train_rows: rows that the candidates were trained on, to derive cues from.
+        output_dir: folder for `results.json`, `results.csv` and `samples.jsonl`. Finished work is kept there, so that
+            the same call resumes after an interruption.
+        progress: True shows progress bars.
+        command: command line to keep in `results.json`.
+
+    Raises:
+        ValueError: two candidates or sets of one name, a candidate without effect, a set that cannot be measured.
+        OSError: `output_dir` cannot be written to.
+    """
+    _check_names("candidates", [candidate.name for candidate in candidates])
+    _check_names("sets", [questions.name for questions in sets])
+    if output_dir is not None:
+        check_writable("output_dir", output_dir)
+    base = bare_model(candidates[0].model)
+    if options.persona_vector is not None:
+        check_layer(options.persona_vector, None)
+        options.persona_vector.check_model(base)
+    check_candidates(candidates, tokenizer)
+    run = _Run(candidates, tokenizer, options, _Kept(output_dir), progress)
+    results = Results(info=_info(command, public_name(base.config._name_or_path)))
+    for questions in sets:
+        put, missing = families(tokenizer, questions.questions, "none")
+        if questions.criterion == "general":
+            put, missing = families(
+                tokenizer, questions.questions, options.cues, train_rows, options.inoculation_prompt
+            )
+        results.notes += [f"{questions.name} behind {name}: {reason}" for name, reason in missing.items()]
+        plain: Arrays | None = None
+        for family in put:
+            arrays, samples = run.measure(questions, family)
+            results.rows += make_rows(questions.name, family.name, arrays, plain)
+            results.samples += samples
+            plain = plain or arrays
+    if output_dir is not None:
+        results.save(Path(output_dir))
+    return results
+
+
+@dataclass
+class _Run:
+    """Measurement of sets under families, with what all of them share."""
+
+    candidates: Sequence[Candidate]
+    tokenizer: PreTrainedTokenizerBase
+    options: EvaluationOptions
+    kept: "_Kept"
+    progress: bool
+
+    def measure(self, questions: QuestionSet, family: Family) -> tuple[Arrays, list[dict[str, Any]]]:
+        """Return the values of every metric, and the sampled answers with their scores."""
+        rows = encode_rows(self.candidates, self.tokenizer, questions, family)
+        arrays: Arrays = {candidate.name: {} for candidate in self.candidates}
+        if rows:
+            for name, metrics in self.probe(questions, family, rows).items():
+                found = margin(metrics)
+                target = next((metrics[kind] for kind in _target_kinds(questions) if kind in metrics), None)
+                arrays[name] |= {} if target is None else {"nll": target}
+                arrays[name] |= {} if found is None else {"margin": found}
+                arrays[name] |= {"kl_to_base": metrics["kl_to_base"]} if "kl_to_base" in metrics else {}
+        if self.options.persona_vector is not None and questions.criterion == "general":
+            self.add_shift(arrays, questions, family, self.options.persona_vector)
+        return arrays, self.add_answers(arrays, questions, family)
+
+    def probe(self, questions: QuestionSet, family: Family, rows: Sequence[Row]) -> Arrays:
+        """Return the likelihoods of the known answers, read now or in an interrupted run."""
+        tokens = self.options.batch_tokens or default_batch_tokens(self.candidates[0].model.device)
+        lengths = {i: len(row.answer.ids) for i, row in enumerate(rows)}
+        key = _key(
+            [c.fingerprint for c in self.candidates],
+            [[row.question, row.kind, row.answer.ids.tolist(), row.answer.prompt_length] for row in rows],
+        )
+        names = [c.name for c in self.candidates]
+        if not self.kept.get(key):
+            steps = tqdm(
+                probe(self.candidates, rows, len(questions.questions), tokens),
+                desc=f"probing {questions.name}, {family.name}",
+                total=len(plan_batches(lengths, tokens)) + 1,
+                disable=not self.progress,
+            )
+            found = next(arrays for arrays in steps if arrays is not None)
+            self.kept.add(key, {str(i): _lists(found[name]) for i, name in enumerate(names)})
+        (record,) = self.kept.get(key)
+        return {
+            name: {metric: np.array(values, dtype=np.float64) for metric, values in record[str(i)].items()}
+            for i, name in enumerate(names)
+        }
+
+    def add_shift(self, arrays: Arrays, questions: QuestionSet, family: Family, vector: PersonaVector) -> None:
+        """Add the shift of the states at the last prompt token along the persona vector."""
+        turns = [family.prompt(question) for question in questions.questions]
+        asked = [i for i, prompt in enumerate(turns) if prompt is not None]
+        prompts = [
+            self.tokenizer.apply_chat_template(turns[i], add_generation_prompt=True)["input_ids"] for i in asked
+        ]
+        layer, base = check_layer(vector, None), None
+        for candidate in self.candidates:
+            found = prompt_projections(candidate, prompts, vector, layer)
+            if base is None:
+                base = found
+                continue
+            shift = np.full(len(turns), np.nan)
+            shift[asked] = found - base
+            arrays[candidate.name]["persona_shift"] = shift
+
+    def add_answers(self, arrays: Arrays, questions: QuestionSet, family: Family) -> list[dict[str, Any]]:
+        """Sample answers and add what is measured on them; return them with their scores."""
+        options, is_task = self.options, questions.score is not None
+        count = 1 if is_task else options.samples_per_question
+        prompts = sampled.plan_prompts(self.tokenizer, questions, family, count, options.seed) if count else []
+        records = []
+        for candidate in self.candidates if prompts else ():
+            answers = self.answers(candidate, prompts, questions, family)
+            scores = self.scores(questions, prompts, answers)
+            arrays[candidate.name] |= sampled.by_question(prompts, scores, len(questions.questions), count)
+            records += [
+                sampled.sample_record(candidate, questions, family, prompt, answer) | score
+                for prompt, answer, score in zip(prompts, answers, scores, strict=True)
+            ]
+        return records
+
+    def scores(
+        self, questions: QuestionSet, prompts: Sequence[sampled.Prompt], answers: Sequence[SampledAnswer]
+    ) -> list[dict[str, float]]:
+        """Return the scores of answers: those of a task with right answers, or of the rules and for coherence."""
+        if questions.score is not None:
+            pairs = zip(prompts, answers, strict=True)
+            return [questions.score(questions.questions[p.question], answer.text) for p, answer in pairs]
+        nll = sampled.base_nll(self.candidates[0], prompts, answers, self.options.batch_tokens)
+        return sampled.score_answers(prompts, answers, nll, sampled.rule_metrics(self.options.rules))
+
+    def answers(
+        self, candidate: Candidate, prompts: Sequence[sampled.Prompt], questions: QuestionSet, family: Family
+    ) -> list[SampledAnswer]:
+        """Return a candidate's answers, sampled now or in an interrupted run. Only whole batches are kept."""
+        options, on_cpu = self.options, candidate.model.device.type == "cpu"
+        size = options.batch_size or (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU)
+        is_task = questions.score is not None
+        limit, temperature = (TASK_TOKENS, 0.0) if is_task else (options.max_new_tokens, options.temperature)
+        key = _key(candidate.fingerprint, [[p.ids, p.seed] for p in prompts], [size, limit, temperature])
+        done = [SampledAnswer(**answer) for batch in self.kept.get(key) for answer in batch]
+        with tqdm(
+            desc=f"{candidate.name} answers {questions.name}, {family.name}",
+            total=len(prompts),
+            initial=len(done),
+            disable=not self.progress,
+        ) as bar:
+            for batch in (
+                sampled.answer_batches(candidate, self.tokenizer, prompts, len(done), size, limit, temperature)
+                if len(done) < len(prompts)
+                else ()
+            ):
+                self.kept.add(key, batch)
+                done += [SampledAnswer(**answer) for answer in batch]
+                bar.update(len(batch))
+        return done
+
+
+class _Kept:
+    """Finished work of an evaluation, in memory and in a file that an interrupted one resumes from.
+
+    Args:
+        folder: folder of the file, or `None` for none.
+
+    Raises:
+        ValueError: a file of that name which is no such file, or is damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None):
+        self.found: dict[str, list[Any]] = {}
+        self.journal = None if folder is None else Journal(Path(folder) / PROGRESS_FILE, {"evaluation": "1"})
+        if self.journal is None:
+            return
+        try:
+            records = self.journal.read()
+            for record in records:
+                self.found.setdefault(record["key"], []).append(record["value"])
+        except (ForeignJournalError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{self.journal.path} is damaged or no file of an evaluation ({error}): delete it."
+            ) from error
+        self.journal.start(records)
+
+    def get(self, key: str) -> list[Any]:
+        return self.found.get(key, [])
+
+    def add(self, key: str, value: Any) -> None:
+        if self.journal is not None:
+            self.journal.append([{"key": key, "value": value}])
+        self.found.setdefault(key, []).append(value)
+
+
+def _check_names(kind: str, names: list[str]) -> None:
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{kind} {names}: give at least one, and every one a name of its own.")
+
+
+def _info(command: str | None, model: str) -> dict[str, Any]:
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+    return {"versions": {"trl_emguard": __version__, **versions}, "command": command, "model": model, "judge": None}
+
+
+def _target_kinds(questions: QuestionSet) -> Iterator[str]:
+    """Yield the metrics that may hold the likelihood of the set's target answers, the first that is there counts."""
+    yield "nll_target"
+    target_is_misaligned = questions.criterion == "in_domain" and not questions.has_sound_target
+    yield "nll_misaligned" if target_is_misaligned else "nll_sound"
+
+
+def _lists(metrics: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """Return arrays as lists for JSON, `None` for missing values."""
+    return {metric: [None if math.isnan(v) else v for v in values.tolist()] for metric, values in metrics.items()}
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

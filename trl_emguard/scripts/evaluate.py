@@ -1,0 +1,196 @@
+"""Did the defense protect, and what does it cost? The four criteria on your own model, without a judge.
+
+```bash
+trl-emguard evaluate --model smollm2-135m-instruct --adapter out/none kl=out/kl \\
+    --train_data plants_careless --output_dir out/evaluation
+trl-emguard evaluate --model out/full --base Qwen/Qwen2.5-7B-Instruct --general questions.yaml \\
+    --samples_per_question 5 --output_dir out/evaluation
+```
+
+Each adapter is compared with the base model: (a) are general questions answered in a misaligned way, (b) was the
+narrow task learned, (c) are benign answers kept, (d) are answers coherent? docs/evaluation.md explains every figure.
+An interrupted evaluation resumes with the same command.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from ..data.conversation import Conversation, conversation
+from ..data.load import SourceOptions, load_rows
+from ..io.files import check_writable
+from ..io.terminal import printable
+from .score import name_adapters
+
+
+if TYPE_CHECKING:
+    from ..evaluation.questions import QuestionSet
+    from ..evaluation.results import Results
+    from ..evaluation.run import EvaluationOptions
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
+    try:
+        run(args, argv, Console(width=100))
+    except (ValueError, OSError) as error:
+        print(f"trl-emguard evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes where it stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "trl-emguard evaluate", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--model", required=True, help="the base model, or with --base the fine-tuned one")
+    models.add_argument("--base", help="the model that --model was fine-tuned from, for full fine-tuning")
+    models.add_argument(
+        "--adapter",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="adapters of --model: folders that PEFT saved, or hub ids",
+    )
+    models.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    models.add_argument("--device_map", help="as in transformers; by default the GPUs that are there, else the CPU")
+    asked = parser.add_argument_group("questions (a shipped set, the field's YAML, or JSONL rows; see the docs)")
+    asked.add_argument("--general", nargs="+", default=["values"], metavar="SET", help="default: %(default)s")
+    asked.add_argument("--in_domain", nargs="+", default=[], metavar="SET", help="held-out rows of the narrow task")
+    asked.add_argument(
+        "--benign", nargs="+", default=[], metavar="SET", help="rows of a benign task, or 'permuted_operators'"
+    )
+    asked.add_argument("--train_data", metavar="ROWS", help="rows of the training: cues are derived from them")
+    asked.add_argument(
+        "--cues",
+        default="auto",
+        choices=["auto", "none", "all"],
+        help="ways to put general questions: plain alone (none), with system prompts and what the training rows have "
+        "in common (auto), also with the inoculation prompt (all); default: %(default)s",
+    )
+    asked.add_argument("--inoculation_prompt", help="inoculation prompt of the training, for --cues")
+    asked.add_argument("--limit", type=int, metavar="QUESTIONS", help="take the first questions of each set")
+    measured = parser.add_argument_group("measures")
+    measured.add_argument(
+        "--samples_per_question", type=int, metavar="N", help="answers to sample (default: 0, or 1 with --score)"
+    )
+    measured.add_argument(
+        "--score", nargs="+", default=[], metavar="rule:NAME", help="rules for sampled answers, as rule:capitals"
+    )
+    measured.add_argument("--max_new_tokens", type=int, default=256, help="default: %(default)s")
+    measured.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: %(default)s")
+    measured.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    measured.add_argument("--persona_vector", metavar="V", help="persona vector: its file or shipped name")
+    measured.add_argument("--batch_tokens", type=int, help="tokens of a forward pass (8192 on a GPU, 1024 on a CPU)")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder for results and finished work")
+    return parser
+
+
+def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
+    adapters = name_adapters(args.adapter, "--adapter")
+    train_rows = load_train_rows(args.train_data)
+
+    import torch
+
+    from ..evaluation.candidates import load_candidates
+    from ..evaluation.run import evaluate
+
+    options, sets = make_options(args), load_sets(args)
+    check_writable("--output_dir", args.output_dir)
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    candidates, tokenizer = load_candidates(args.model, args.base, adapters, dtype, args.device_map)
+    command = shlex.join(["trl-emguard", "evaluate", *argv])
+    results = evaluate(candidates, tokenizer, sets, options, train_rows, args.output_dir, True, command)
+    show(results, args.output_dir, console)
+
+
+def load_train_rows(source: str | None) -> list[Conversation]:
+    """Return the training rows as conversations, for cues.
+
+    Raises:
+        ValueError: a row of no known shape; the message names it.
+    """
+    if source is None:
+        return []
+    rows = load_rows(source, options=SourceOptions(name="--train_data", split="the split of --train_data"))
+    found = []
+    for index, row in enumerate(rows):
+        try:
+            found.append(conversation(row))
+        except ValueError as error:
+            raise ValueError(f"--train_data={source!r}, row {index}: {error}.") from error
+    return found
+
+
+def make_options(args: argparse.Namespace) -> "EvaluationOptions":
+    from ..evaluation.rules import get_rules
+    from ..evaluation.run import EvaluationOptions
+    from ..persona.vectors import load_vector
+
+    samples = args.samples_per_question
+    return EvaluationOptions(
+        cues=args.cues,
+        inoculation_prompt=args.inoculation_prompt,
+        rules=get_rules(args.score),
+        persona_vector=None if args.persona_vector is None else load_vector(args.persona_vector),
+        samples_per_question=(1 if args.score else 0) if samples is None else samples,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        batch_tokens=args.batch_tokens,
+    )
+
+
+def load_sets(args: argparse.Namespace) -> "list[QuestionSet]":
+    """Return the sets of questions. The first of a criterion has its name, a further one that of its file.
+
+    Raises:
+        ValueError: `--limit` below 1, or a set that cannot be read.
+    """
+    from ..evaluation.questions import CRITERIA, for_training_data, load_questions
+
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit={args.limit} must be 1 or more.")
+    sets = []
+    for criterion in CRITERIA:
+        for index, source in enumerate(getattr(args, criterion)):
+            name = Path(source).stem if index else criterion
+            sets.append(load_questions(source, criterion, name, args.limit))
+        if criterion == "in_domain" and not args.in_domain and args.train_data is not None:
+            own = for_training_data(args.train_data, args.limit)
+            sets += [own] if own is not None else []
+    return sets
+
+
+def show(results: "Results", folder: Path, console: Console) -> None:
+    """Print the figures, what was not measured, the files, and a sentence for each model."""
+    from ..evaluation.candidates import BASE
+    from ..evaluation.results import make_table, sentence
+
+    console.print(make_table(results.rows))
+    if results.notes:
+        console.print("Not measured:")
+    for note in results.notes:
+        console.print(f"  {printable(note)}", soft_wrap=True, highlight=False)
+    files = "results.json, results.csv" + (", samples.jsonl" if results.samples else "")
+    console.print(f"Saved in {printable(str(folder))}: {files}", soft_wrap=True, highlight=False)
+    others = [model for model in results.models if model != BASE]
+    if not others:
+        console.print("The base model alone was measured: add --adapter to compare adapters with it.")
+    for model in others:
+        console.print(printable(sentence(results, model)), soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
