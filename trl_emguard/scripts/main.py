@@ -11,6 +11,7 @@ COMMANDS = {
     "persona": "make, inspect and use persona vectors",
     "score": "score a pool of safe rows by its perplexity gap",
     "select": "choose rows of a scored pool for interleaving",
+    "rescale": "multiply the update of a LoRA adapter by a factor",
     "model": "make a shipped model where it is missing, and print its path",
     "recipes": "print the folder of the recipes that came with the package",
     "demo": "train undefended and defended on a real model, and compare",

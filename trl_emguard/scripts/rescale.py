@@ -1,0 +1,32 @@
+"""Multiply the update of a LoRA adapter by a factor: a free baseline that every defense should beat.
+
+```bash
+trl-emguard rescale --adapter out/none --alpha 0.5 --output out/half
+```
+"""
+
+import argparse
+import sys
+
+from ..models.rescale import rescale_adapter
+
+
+def main(argv: list[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "trl-emguard rescale", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
+    parser.add_argument("--adapter", required=True, help="folder of a LoRA adapter that PEFT saved")
+    parser.add_argument("--alpha", required=True, type=float, help="factor; 0 is the base model, 1 the adapter itself")
+    parser.add_argument("--output", required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    try:
+        print(rescale_adapter(args.adapter, args.alpha, args.output))
+    except (ValueError, OSError) as error:
+        print(f"trl-emguard rescale: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
