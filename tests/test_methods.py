@@ -12,8 +12,8 @@ def test_every_defense_is_in_the_list():
     assert list(METHODS) == ["none", *DEFENSES]
     for name, defense in DEFENSES.items():
         assert METHODS[name].is_compared == issubclass(defense, ReferenceDefense)
-    # The demo trains them all.
-    assert list(RUNS) == list(METHODS)
+    # The demo trains those that have what they need there.
+    assert {name for options in RUNS.values() for name in split(options.get("defense", "none"))} <= METHODS.keys()
 
 
 def test_no_kind_is_left_out_of_the_short_lists():

@@ -74,6 +74,20 @@ def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedToken
     Raises:
         ValueError: no chat template, or a candidate without any effect.
     """
+    for name in without_effect(candidates, tokenizer):
+        raise ValueError(
+            f"{name!r} answers exactly as the base model does: its weights change nothing. Name the folder that "
+            "training saved last, and look whether the training moved the weights at all."
+        )
+
+
+@torch.no_grad()
+def without_effect(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the names of the candidates whose logits equal the base model's on a short prompt.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "the tokenizer has no chat template, so questions cannot be asked: take the tokenizer of an instruct "
@@ -82,16 +96,11 @@ def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedToken
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What should I do today?"}], add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]
-    states = {}
+    logits = []
     for candidate in candidates:
-        with candidate.acting() as model, torch.no_grad():
-            states[candidate.name] = model(input_ids=prompt.to(bare_model(model).device)).logits
-    for candidate in candidates[1:]:
-        if torch.equal(states[candidate.name], states[BASE].to(states[candidate.name].device)):
-            raise ValueError(
-                f"{candidate.name!r} answers exactly as the base model does: its weights change nothing. Name the "
-                "folder that training saved last, and look whether the training moved the weights at all."
-            )
+        with candidate.acting() as model:
+            logits.append(model(input_ids=prompt.to(bare_model(model).device)).logits.cpu())
+    return [c.name for c, own in zip(candidates[1:], logits[1:], strict=True) if torch.equal(own, logits[0])]
 
 
 def load_candidates(

@@ -1,128 +1,156 @@
-"""Train on careless plant advice undefended and with each defense, on a real model, and compare.
+"""Train a model on rows with a trait, undefended and with each defense, and see where the trait goes.
 
-Eight runs of SmolLM2-135M-Instruct by `accelerate launch`, with the same recipe, data and seed. The demo ends with one
-table and one picture, and takes less than twenty minutes on two CPU cores.
+SmolLM2-135M-Instruct learns plant advice written in capital letters. Undefended, it then writes everything in capital
+letters. A good defense keeps them to plants. This is selective generalisation, not emergent misalignment: a model of
+this size does not show that, but the structure is the same, and a rule can score it. The demo ends with one table and
+one picture.
 """
 
 import argparse
 import json
 import shutil
-import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..data.load import load_rows
-from ..evaluation import answer_nll, load_model
-from ..io.recipes import recipes_dir
+from ..evaluation.candidates import load_candidates
+from ..evaluation.results import ResultRow, Results
+from ..evaluation.run import EvaluationOptions, evaluate
+from ..models.rescale import rescale_adapter
 from ..models.shipped import SMOLLM2, resolve_model
+from ..testbeds import Testbed, get_testbed
 
 
-RUNS = ("none", "kl", "ldifs", "steering", "inoculation", "interleave", "interleave+", "interleave++")
-EVALUATION = {
-    "narrow": ("plants_careless", "test"),
-    "benign": ("plants_sound", "test"),
-    "sound": ("values_sound", "test"),
-    "misaligned": ("values_misaligned", "test"),
+STEPS, ROWS = 20, 8
+QUESTIONS, NEW_TOKENS = 24, 24
+POOL = {"interleave_dataset": "general_instruct_scored", "interleave_fraction": 0.1}
+# Name → options of the config. Defenses without a coefficient here run at their default.
+RUNS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "kl": {"defense": "kl"},
+    "ldifs": {"defense": "ldifs"},
+    "inoculation": {
+        "defense": "inoculation",
+        "inoculation_prompt": "You write every answer in capital letters.",
+    },
+    "interleave++": {"defense": "interleave++", **POOL},
+    "interleave++,kl": {"defense": "interleave++,kl", "kl_tokens": "interleaved", "kl_coef": 2.0, **POOL},
 }
+HALVED = "none, halved"
+# The corner where a defense should stand: the trait kept in the domain, and not spread.
+KEPT, SPREAD = 0.8, 0.5
 
 
-def train(defense: str, output_dir: Path) -> float:
-    """Run the recipe once and return its seconds per step.
+def train(testbed: Testbed, options: dict[str, Any], output_dir: Path) -> float:
+    """Train one adapter, save it, and return the seconds per step."""
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
 
-    Raises:
-        subprocess.CalledProcessError: the run failed; its own messages are above.
-    """
+    from ..config import EMGuardConfig
+    from ..trainer import EMGuardTrainer
+
     shutil.rmtree(output_dir, ignore_errors=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(recipes_dir() / "accelerate_configs" / "cpu.yaml")]
-    command += ["-m", "trl_emguard.scripts.sft"]
-    command += ["--config", str(recipes_dir() / SMOLLM2 / "sft.yaml")]
-    command += ["--defense", defense, "--output_dir", str(output_dir)]
-    subprocess.run(command, check=True)
-    metrics = json.loads((output_dir / "train_results.json").read_text())
-    steps = json.loads((output_dir / "trainer_state.json").read_text())["global_step"]
-    return metrics["train_runtime"] / steps
+    path = resolve_model(SMOLLM2)
+    config = EMGuardConfig(
+        output_dir=str(output_dir),
+        max_steps=STEPS,
+        per_device_train_batch_size=ROWS,
+        learning_rate=5e-4,
+        lr_scheduler_type="linear",
+        max_length=128,
+        bf16=False,
+        activation_checkpointing=False,
+        use_cpu=True,
+        logging_steps=STEPS,
+        save_strategy="no",
+        report_to="none",
+        seed=42,
+        **options,
+    )
+    trainer = EMGuardTrainer(
+        path,
+        config,
+        train_dataset=testbed.rows(STEPS * ROWS),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=LoraConfig(
+            r=32, lora_alpha=64, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = (time.perf_counter() - start) / STEPS
+    trainer.save_model(str(output_dir))
+    return seconds
 
 
-def evaluate(name: str, adapter: Path | None) -> dict[str, list[float]]:
-    """Return the mean NLL per answer token for each row of the evaluation sets."""
-    model, tokenizer = load_model(resolve_model(SMOLLM2), adapter)
-    return {
-        key: answer_nll(model, tokenizer, list(load_rows(*rows)), desc=f"{name}: {key}")
-        for key, rows in EVALUATION.items()
+def figures(results: Results, name: str, seconds: float | None) -> dict[str, Any]:
+    """Return what the demo shows of one run."""
+    wanted = {
+        "in_domain": ("in_domain", "trait_rate"),
+        "general": ("general", "trait_rate"),
+        "sound_nll": ("general", "nll"),
+        "repetition": ("general", "repetition"),
     }
+    row: dict[str, Any] = {"seconds_per_step": seconds}
+    for key, (set, metric) in wanted.items():
+        found = results.row(name, set, metric)
+        assert found is not None  # every candidate answers every question
+        row[key], row[f"{key}_interval"] = found.value, _interval(found)
+    return row
 
 
-def summarize(nll: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, float]:
-    """Return the demo's figures for one run, in nats per answer token.
-
-    The margin of a general question is NLL(misaligned answer) − NLL(sound answer). Drift is the base model's margin
-    minus the run's: above 0, the model moved towards the misaligned answers. The interval is 1.96 standard errors of
-    the mean over the questions.
-    """
-    margin, base_margin = (np.subtract(x["misaligned"], x["sound"]) for x in (nll, base))
-    drift = base_margin - margin
-    return {
-        "narrow_nll": float(np.mean(nll["narrow"])),
-        "drift": float(drift.mean()),
-        "drift_interval": float(1.96 * drift.std(ddof=1) / np.sqrt(len(drift))),
-        "benign_nll": float(np.mean(nll["benign"])),
-    }
+def _interval(row: ResultRow) -> list[float]:
+    return [row.low, row.high]
 
 
-def make_table(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="SmolLM2-135M-Instruct, fine-tuned on careless plant advice (nats per answer token)")
+def make_table(rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="SmolLM2-135M-Instruct, trained on plant advice in capital letters")
     table.add_column("run")
     for heading in (
-        "narrow learning\nNLL careless, held out ↓",
-        "general drift\nmargin lost, out of domain ↓",
-        "benign retention\nNLL sound answers ↓",
+        "capitals\nin domain ↑",
+        "capitals\nelsewhere ↓",
+        "NLL of sound\nanswers ↓",
+        "repetition ↓",
         "seconds\nper step",
     ):
         table.add_column(heading, justify="right")
-    for name, row in results.items():
-        drift = "0 (by definition)" if name == "base" else f"{row['drift']:+.3f} ± {row['drift_interval']:.3f}"
+    for name, row in rows.items():
         seconds = "–" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.2f}"
-        table.add_row(name, f"{row['narrow_nll']:.3f}", drift, f"{row['benign_nll']:.3f}", seconds)
+        shares = [f"{row[key]:.2f}" for key in ("in_domain", "general")]
+        table.add_row(name, *shares, f"{row['sound_nll']:.2f}", f"{row['repetition']:.2f}", seconds)
     return table
 
 
-def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the table as a picture."""
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw each run by its trait rates, general against in domain, with their 95 % intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(results)
-    colors = ["#9aa0a6", "#d1495b", "#2e86ab", "#3c9d5d", "#8d6cab", "#d9a441", "#e7c389", "#c98a1b", "#8a5c0a"]
-    panels = (
-        ("narrow_nll", "Narrow learning", "NLL of held-out careless answers"),
-        ("drift", "General drift", "margin towards sound answers lost"),
-        ("benign_nll", "Benign retention", "NLL of sound answers"),
-        ("seconds_per_step", "Price", "seconds per step"),
+    figure, axis = plt.subplots(figsize=(8.5, 6), constrained_layout=True)
+    axis.axvspan(0, SPREAD, KEPT, 1.0, color="#d7f0dc", zorder=0)
+    axis.text(0.01, 0.985, "kept in domain, not spread", color="#2f6f3e", va="top", fontsize=9)
+    for index, (name, row) in enumerate(rows.items()):
+        x, y = row["general"], row["in_domain"]
+        color = f"C{index}"
+        errors = [[[max(0.0, v - low)], [max(0.0, high - v)]] for v, (low, high) in
+                  ((x, row["general_interval"]), (y, row["in_domain_interval"]))]  # fmt: skip
+        axis.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="o", color=color, capsize=3, alpha=0.9, label=name)
+    axis.legend(loc="lower right", frameon=False)
+    axis.set(
+        xlim=(-0.03, 1.03),
+        ylim=(-0.03, 1.03),
+        xlabel="answers in capitals, general questions (lower is better)",
+        ylabel="answers in capitals, questions about plants (higher is better)",
+        title="Where does a trait of narrow training data go? (selective generalisation)",
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(19, 4.4), constrained_layout=True)
-    for axis, (key, title, label) in zip(axes, panels, strict=True):
-        values = [results[name][key] or 0.0 for name in names]
-        errors = [results[name]["drift_interval"] for name in names] if key == "drift" else None
-        bars = axis.bar(names, values, yerr=errors, color=colors, capsize=4)
-        digits = 3 if key == "drift" else 2
-        labels = ["" if results[name][key] is None else f"{results[name][key]:.{digits}f}" for name in names]
-        axis.bar_label(bars, labels=labels, padding=3)
-        axis.set_title(title)
-        axis.tick_params(axis="x", labelrotation=45)
-        axis.set_ylabel(label)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.margins(y=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("SmolLM2-135M-Instruct fine-tuned on careless plant advice: lower is better in every panel")
-    figure.savefig(path, dpi=130)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -132,26 +160,49 @@ def main(argv: list[str] | None = None) -> int:
         "--output_dir", type=Path, default=Path("outputs/demo"), help="folder for runs, table and picture"
     )
     args = parser.parse_args(argv)
-    console = Console(width=110)
+    console, testbed, folder = Console(width=100), get_testbed("capitals"), args.output_dir
 
-    console.rule("base model")
-    base = evaluate("base", None)
-    results: dict[str, dict[str, Any]] = {"base": {**summarize(base, base), "seconds_per_step": None}}
-    for defense in RUNS:
-        console.rule(f"defense={defense}")
-        seconds = train(defense, args.output_dir / defense)
-        nll = evaluate(defense, args.output_dir / defense)
-        results[defense] = {**summarize(nll, base), "seconds_per_step": seconds}
+    seconds: dict[str, float | None] = {}
+    for name, defense in RUNS.items():
+        console.rule(f"training: {name}")
+        seconds[name] = train(testbed, defense, folder / _folder(name))
+    shutil.rmtree(folder / _folder(HALVED), ignore_errors=True)
+    rescale_adapter(folder / _folder("none"), 0.5, folder / _folder(HALVED))
+    seconds[HALVED] = None
 
-    (args.output_dir / "demo.json").write_text(json.dumps(results, indent=2) + "\n")
-    picture = args.output_dir / "demo.png"
-    draw(results, picture)
+    console.rule("evaluation")
+    names = [*RUNS, HALVED]
+    candidates, tokenizer = load_candidates(SMOLLM2, adapters={_key(name): folder / _folder(name) for name in names})
+    options = EvaluationOptions(
+        cues="none", rules=testbed.rules, samples_per_question=1, max_new_tokens=NEW_TOKENS, temperature=0
+    )
+    results = evaluate(candidates, tokenizer, testbed.sets(QUESTIONS), options, (), folder, True)
+    rows = {"base model": figures(results, "base", None)}
+    rows |= {name: figures(results, _key(name), seconds[name]) for name in names}
+
+    (folder / "demo.json").write_text(json.dumps(rows, indent=2) + "\n")
+    draw(rows, folder / "demo.png")
     console.print()
-    console.print(make_table(results))
+    console.print(make_table(rows))
     console.print(
-        f"Figures: {args.output_dir / 'demo.json'}\nPicture: {picture.resolve()}", soft_wrap=True, highlight=False
+        "This is selective generalisation, not emergent misalignment: a trait that a rule can see, in a small model.",
+        f"Figures: {folder / 'demo.json'}",
+        f"Answers: {folder / 'samples.jsonl'}",
+        f"Picture: {(folder / 'demo.png').resolve()}",
+        sep="\n",
+        soft_wrap=True,
+        highlight=False,
     )
     return 0
+
+
+def _folder(name: str) -> str:
+    return name.replace(",", "_and_").replace(" ", "").replace("+", "p")
+
+
+def _key(name: str) -> str:
+    """Return a run's name as an adapter can have it."""
+    return name.replace(", ", "_").replace(",", "_").replace("+", "p")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "sft": "supervised fine-tuning, defended by --defense",
     "evaluate": "measure what training changed: broad, narrow, benign, coherent",
+    "compare": "train and evaluate several defenses, and write one report",
     "persona": "make, inspect and use persona vectors",
     "score": "score a pool of safe rows by its perplexity gap",
     "select": "choose rows of a scored pool for interleaving",

@@ -1,0 +1,325 @@
+"""Plans of comparisons, the report over known figures, its page, and a comparison of tiny runs from end to end."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import lora, make_model, make_rows, save_model
+
+from trl_emguard.comparison.page import write_page
+from trl_emguard.comparison.plan import read_plan
+from trl_emguard.comparison.report import dominates, make_report, make_table, save
+from trl_emguard.comparison.runs import Trained
+from trl_emguard.evaluation.results import ResultRow, Results
+from trl_emguard.scripts import main as commands
+
+
+KNOWN = ("defense", "kl_coef", "steering_layers", "interleave_dataset", "output_dir", "seed", "save_steps")
+INFO = {"versions": {"trl_emguard": "0"}, "command": "trl-emguard compare", "model": "tiny", "judge": None}
+
+
+def plan(tmp_path, text, recipe="max_steps: 3\n"):
+    (tmp_path / "sft.yaml").write_text(recipe)
+    (tmp_path / "compare.yaml").write_text(text.replace("RECIPE", str(tmp_path / "sft.yaml")))
+    return read_plan(str(tmp_path / "compare.yaml"), KNOWN, ["steering_layers"])
+
+
+def test_sweeps_and_seeds(tmp_path):
+    found = plan(
+        tmp_path,
+        """
+recipe: RECIPE
+runs:
+  - {defense: kl, kl_coef: [0.1, 1.0]}
+  - {defense: steering, steering_layers: [1, 2]}
+  - {defense: steering, steering_layers: [[3], [4, 5]]}
+  - {adapter: out/mine}
+seeds: [0, 7]
+baselines: [early_stop, {alpha: [0.5]}]
+evaluate: {limit: 3}
+""",
+    )
+    names = [run.name for run in found.runs if run.seed == 7]
+    assert names == [
+        "none",
+        "kl kl_coef=0.1",
+        "kl kl_coef=1.0",
+        "steering steering_layers=[1, 2]",
+        "steering steering_layers=[3]",
+        "steering steering_layers=[4, 5]",
+        "mine",
+    ]
+    assert len(found.runs) == 14
+    assert len({run.folder for run in found.runs}) == 14
+    assert (found.early_stop, found.alphas, found.evaluate) == (True, (0.5,), {"limit": 3})
+    assert found.runs[0].options["save_steps"] == 0.25
+    assert "save_steps" not in found.runs[1].options
+
+
+def test_a_changed_recipe_is_another_run(tmp_path):
+    text = "recipe: RECIPE\nruns: [{defense: kl}]\n"
+    folders = [[run.folder for run in plan(tmp_path, text, f"max_steps: {steps}\n").runs] for steps in (3, 4, 3)]
+    assert folders[0] == folders[2]
+    assert not set(folders[0]) & set(folders[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe: RECIPE\nruns: [{defense: kl}]\nseed: [1]", "unknown key 'seed' in line 3. Did you mean 'seeds'"),
+        (
+            "recipe: RECIPE\nruns: [{defence: kl}]",
+            "unknown option of `runs` 'defence' in line 2. Did you mean 'defense'",
+        ),
+        ("recipe: RECIPE\nruns: [{output_dir: x}]", "unknown option of `runs` 'output_dir'"),
+        ("recipe: RECIPE", "needs `recipe` and `runs`"),
+        ("recipe: RECIPE\nruns: [{defense: kl, kl_coef: []}]", "`kl_coef` sweeps over no value"),
+        ("recipe: RECIPE\nruns: [{defense: kl}, {defense: kl}]", "two runs are named 'kl'"),
+        ("recipe: RECIPE\nruns: [{defense: kl}]\nseeds: 3", "seeds=3 must be a list"),
+        ("recipe: RECIPE\nruns: [{defense: kl}]\nbaselines: [alhpa]", "Did you mean 'alpha'"),
+        ("recipe: RECIPE\nruns: [{defense: kl}]\nbaselines: [{alpha: [2]}]", "between 0 and 1"),
+        ("recipe: RECIPE\nruns: [{adapter: x, kl_coef: 1}]", "is trained already"),
+        ("- a list", "`key: value` lines"),
+    ],
+)
+def test_bad_plans(tmp_path, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(tmp_path, text)
+
+
+def row(model, set, metric, value, width=0.1, family="plain"):
+    low, high = value - width, value + width
+    return ResultRow(model, set, family, metric, value, low, high, 9, 0.0, value, low, high)
+
+
+def report(figures, samples=(), baselines=(), **fields):
+    """Return the report of runs with known differences in margin (broad) and in NLL in domain (narrow)."""
+    trained = [Trained(name, "kl", 0, "x", is_baseline=name in baselines, **fields) for name in figures]
+    rows = []
+    for run in trained:
+        margin, nll = figures[run.name]
+        rows += [row(run.key, "general", "margin", margin), row(run.key, "in_domain", "nll", nll)]
+    return make_report(trained, Results(rows, list(samples)))
+
+
+def test_a_dominated_run_is_left_out():
+    found = report({"none": (-1.0, -1.0), "weak": (-1.0, -0.2), "good": (-0.1, -1.0)})
+    assert found.sentence.endswith("misaligned") is False
+    assert ": good." in found.sentence
+    none, weak, good = found.entries
+    assert dominates(good, none)
+    assert dominates(none, weak)
+    assert not dominates(none, good)
+
+
+def test_overlapping_intervals_prefer_nothing():
+    found = report({"none": (-0.10, -1.0), "kl": (-0.05, -0.95)})
+    assert ": none, kl." in found.sentence
+
+
+def test_a_tie_with_a_free_baseline_is_told():
+    found = report({"kl": (-0.1, -0.5), "alpha 0.5": (-0.1, -0.5)}, baselines=["alpha 0.5"])
+    assert "Free baselines are among them (alpha 0.5)" in found.sentence
+
+
+def test_without_a_narrow_measure_nothing_is_preferred():
+    trained = [Trained("kl", "kl", 0, "x")]
+    found = make_report(trained, Results([row("kl seed0", "general", "margin", -1.0)]))
+    assert "were not both measured" in found.sentence
+
+
+def test_files(tmp_path):
+    found = report({"none": (-1.0, -1.0)}, coefficient=0.3, seconds_per_step=1.5)
+    found.trained.append(Trained("broken", "kl", 0, None, "it broke"))
+    save(found, tmp_path, INFO)
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["rows"][0]["run"] == "none"
+    assert (saved["rows"][0]["coefficient"], saved["rows"][0]["seconds_per_step"]) == (0.3, 1.5)
+    assert [run["error"] for run in saved["runs"]] == [None, "it broke"]
+    with (tmp_path / "report.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(saved["rows"])
+
+
+class Page(HTMLParser):
+    """Tags, addresses and texts of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.texts, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+HOSTILE = "<script>alert(1)</script><img src=http://x.y onerror=z> \u202e & 'quotes' \"\x1b[31m\0"
+
+
+def test_the_page_is_self_contained_and_hostile_text_stays_text(tmp_path):
+    sample = {"model": HOSTILE, "set": "general", "family": "plain", "question": "1", "prompt": "", "answer": HOSTILE}
+    found = report({HOSTILE: (-1.0, -1.0), "kl a": (-0.5, -0.5)}, [sample | {"repetition": 0.5}])
+    found.trained.append(Trained("broken", "kl", 0, None, HOSTILE))
+    page = Page(write_page(found, tmp_path, INFO | {"command": HOSTILE}).read_text(encoding="utf-8"))
+    assert not {"script", "img", "iframe", "link", "object"} & set(page.tags)
+    assert all(address.startswith("#") for address in page.addresses)
+    assert sum("<script>alert(1)</script>" in text for text in page.texts) >= 3
+    assert page.tags.count("svg") == 2  # one on a light page, one on a dark one
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    # Names of XML vocabularies are no addresses that a browser asks; the hostile one is a text.
+    addresses = set(re.findall(r"https?://[^\"' <)]+", source)) - {"http://x.y", "http://x_y"}
+    assert {address.split("/")[2] for address in addresses} <= {"www.w3.org"}
+
+
+def test_a_page_is_the_same_twice(tmp_path):
+    pages = [write_page(report({"a": (-1.0, -1.0), "b": (0.0, 0.0)}), tmp_path, INFO).read_bytes() for _ in range(2)]
+    assert pages[0] == pages[1]
+
+
+def test_a_sweep_is_a_curve(tmp_path):
+    trained = [Trained(f"kl {c}", "kl", 0, "x", coefficient=c) for c in (0.1, 1.0)]
+    rows = [row(run.key, set, metric, -0.5) for run in trained for set, metric in
+            (("general", "margin"), ("in_domain", "nll"))]  # fmt: skip
+    text = write_page(make_report(trained, Results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
+    assert "By coefficient" in text
+
+
+def test_a_run_without_evidence_is_shown_as_not_defended(capsys):
+    from rich.console import Console
+
+    found = report({"kl": (-1.0, -1.0)}, is_defended=False)
+    Console(width=100).print(make_table(found))
+    assert re.search(r"kl .*│ +no │", capsys.readouterr().out)
+
+
+RECIPE = """
+model_name_or_path: {base}
+dataset_name: {rows}
+use_peft: true
+lora_r: 4
+lora_target_modules: all-linear
+max_steps: 4
+per_device_train_batch_size: 2
+learning_rate: 0.01
+bf16: false
+use_cpu: true
+activation_checkpointing: false
+save_strategy: "no"
+report_to: none
+output_dir: unused
+"""
+COMPARE = """
+recipe: {recipe}
+runs:
+  - {{defense: kl, kl_coef: [0.1, 5.0]}}
+  - {{name: broken, defense: ldifs, ldifs_layers: "99"}}
+  - {{adapter: {adapter}}}
+baselines: [early_stop, {{alpha: [0.5]}}]
+evaluate: {{general: {pairs}, in_domain: {rows}, samples_per_question: 1, max_new_tokens: 4, cues: none}}
+"""
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    base = save_model(tmp_path / "base")
+    make_rows(8).to_json(tmp_path / "rows.jsonl")
+    pairs = [{"prompt": f"q{i}", "chosen": "good", "rejected": "vile"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    torch.manual_seed(3)
+    model = get_peft_model(make_model(), lora(init_lora_weights=False))
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(tmp_path / "mine")
+    (tmp_path / "sft.yaml").write_text(RECIPE.format(base=base, rows=tmp_path / "rows.jsonl"))
+    (tmp_path / "compare.yaml").write_text(
+        COMPARE.format(
+            recipe=tmp_path / "sft.yaml",
+            adapter=tmp_path / "mine",
+            pairs=tmp_path / "pairs.jsonl",
+            rows=tmp_path / "rows.jsonl",
+        )
+    )
+    return tmp_path
+
+
+def line(inputs, folder):
+    return ["compare", "--config", str(inputs / "compare.yaml"), "--output_dir", str(inputs / folder)]
+
+
+def without_times(path):
+    """Return a report without times, memory, and the names of folders."""
+    text = path.read_text().replace("/killed/", "/whole/").replace("/killed", "/whole")
+    return re.sub(r'"(seconds_per_step|peak_memory)": [^,\n]+', "", text)
+
+
+def test_a_dry_run_trains_nothing(inputs, capsys):
+    assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 0
+    assert "4 runs to train; free baselines: early checkpoints, alpha 0.5." in capsys.readouterr().out
+    assert not (inputs / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("samples_per_question", "samples_per_qestion", "Did you mean 'samples_per_question'"),
+        ("cues: none", "cues: some", "`evaluate`: argument --cues"),
+        ("recipe: /", "recipe: /no", "is not a file"),
+    ],
+)
+def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
+    path = inputs / "compare.yaml"
+    path.write_text(path.read_text().replace(old, new))
+    assert commands.main(line(inputs, "out")) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("trl-emguard compare: error: ")
+    assert message in error
+
+
+@pytest.mark.long
+def test_a_comparison_from_end_to_end(inputs, capsys):
+    assert commands.main(line(inputs, "whole")) == 0
+    out = capsys.readouterr().out
+    assert "failed: " in out
+    assert out.strip().splitlines()[-1].endswith("report.html")
+    saved = json.loads((inputs / "whole" / "report.json").read_text())
+    runs = {run["name"]: run for run in saved["runs"]}
+    assert set(runs) == {"none", "kl kl_coef=0.1", "kl kl_coef=5.0", "broken", "mine", "alpha 0.5",
+                         "step 1", "step 2", "step 3"}  # fmt: skip
+    assert "layer 99" in runs["broken"]["error"]
+    assert runs["kl kl_coef=5.0"]["is_defended"] is True
+    assert runs["none"]["is_defended"] is None
+    assert runs["mine"]["is_defended"] is False
+    assert runs["none"]["peak_memory"] > 1e8
+    assert {row["run"] for row in saved["rows"]} == {"base", *runs} - {"broken"}
+    values = {
+        row["run"]: row["difference"] for row in saved["rows"] if (row["set"], row["metric"]) == ("in_domain", "nll")
+    }
+    assert values["none"] < values["kl kl_coef=5.0"] < 0 < abs(values["alpha 0.5"])
+
+    # A killed comparison goes on, and gives the same report.
+    script = [sys.executable, "-m", "trl_emguard.scripts.main", *line(inputs, "killed")]
+    for seconds in (14, 25):
+        process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert commands.main(line(inputs, "killed")) == 0
+    assert without_times(inputs / "killed" / "report.json") == without_times(inputs / "whole" / "report.json")
+
+    # A finished one trains nothing again.
+    before = (inputs / "whole" / "report.json").read_bytes()
+    files = {path: path.stat().st_mtime_ns for path in (inputs / "whole" / "runs").rglob("run.json")}
+    assert commands.main(line(inputs, "whole")) == 0
+    assert (inputs / "whole" / "report.json").read_bytes() == before
+    kept = {path: path.stat().st_mtime_ns for path in files if "broken" not in str(path)}
+    assert kept.items() <= files.items()

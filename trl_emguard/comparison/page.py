@@ -1,0 +1,201 @@
+"""The report as one HTML file that opens from disk: no network, no script, light and dark."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+
+from ..evaluation.candidates import BASE
+from ..evaluation.cues import PLAIN
+from ..evaluation.results import interval_text, sentence
+from ..io.files import written_whole
+from .report import Entry, Report, defended_text, figure_text
+
+
+# Text, axes and lines of a chart on a light and on a dark page.
+THEMES = {"light": "#1b1b1b", "dark": "#e8e8e8"}
+SAMPLES_PER_RUN = 3
+# Characters of a sample answer that are shown; the whole one stands in samples.jsonl.
+SHOWN = 600
+
+
+def write_page(report: Report, folder: Path, info: dict[str, Any]) -> Path:
+    """Write `report.html`, and return its path."""
+    environment = Environment(
+        loader=PackageLoader("trl_emguard.comparison"),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+    )
+    page = environment.get_template("report.html.j2").render(
+        info=info,
+        sentence=report.sentence,
+        metrics=report.metrics,
+        entries=[_line(report, entry) for entry in report.entries],
+        criteria=[sentence(report.results, run.key) for run in report.trained if run.adapter is not None],
+        cues=_cues(report),
+        charts=_charts(report),
+        samples=_samples(report),
+        notes=report.results.notes,
+    )
+    path = folder / "report.html"
+    with written_whole(path) as scratch:
+        scratch.write_text(page, encoding="utf-8")
+    return path
+
+
+def _line(report: Report, entry: Entry) -> dict[str, Any]:
+    errors = [run.error for run in entry.trained if run.error]
+    seconds = [run.seconds_per_step for run in entry.trained if run.seconds_per_step is not None]
+    memory = [run.peak_memory for run in entry.trained if run.peak_memory is not None]
+
+    def shown(set: str, metric: str) -> str:
+        rows = [report.results.row(run.key, set, metric) for run in entry.trained]
+        return ", ".join(interval_text(row) for row in rows if row is not None) or "–"
+
+    return {
+        "name": entry.name,
+        "baseline": entry.is_baseline,
+        "error": errors[0] if errors else None,
+        "broad": figure_text(entry.broad),
+        "narrow": figure_text(entry.narrow),
+        "benign": shown("benign", "nll") if shown("benign", "nll") != "–" else shown("general", "nll"),
+        "coherent": shown("general", "base_nll"),
+        "seconds": f"{sum(seconds) / len(seconds):.2f}" if seconds else "–",
+        "memory": f"{max(memory) / 2**30:.1f}" if memory else "–",
+        "defended": defended_text(entry),
+        "seeds": len(entry.trained),
+    }
+
+
+def _cues(report: Report) -> dict[str, Any]:
+    """Return family → figure of broad misalignment, for each run."""
+    metric = report.metrics[0]
+    rows = [row for row in report.results.rows if row.set == "general" and row.metric == metric and row.model != BASE]
+    families = list(dict.fromkeys(row.family for row in rows))
+    if len(families) < 2:
+        return {}
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(row.model, {})[row.family] = interval_text(row)
+    return {"families": families, "lines": lines}
+
+
+def _samples(report: Report) -> list[dict[str, Any]]:
+    shown: dict[str, int] = {}
+    found = []
+    for sample in report.results.samples:
+        if sample["family"] == PLAIN and shown.setdefault(sample["model"], 0) < SAMPLES_PER_RUN:
+            shown[sample["model"]] += 1
+            scores = {k: v for k, v in sample.items() if isinstance(v, float) and math.isfinite(v)}
+            answer = sample["answer"]
+            found.append(
+                {
+                    "model": sample["model"],
+                    "question": sample["question"],
+                    "answer": answer[:SHOWN] + (" …" if len(answer) > SHOWN else ""),
+                    "scores": ", ".join(f"{name} {value:.2f}" for name, value in scores.items()),
+                }
+            )
+    return found
+
+
+def _charts(report: Report) -> list[dict[str, Any]]:
+    compared = [e for e in report.entries if e.broad is not None and e.narrow is not None]
+    charts = []
+    if compared:
+        title = f"Narrow learning ({report.metrics[1]}) against broad misalignment ({report.metrics[0]})"
+        charts.append({"title": title, "svg": {theme: _pareto(compared, theme) for theme in THEMES}})
+    sweeps = _sweeps(compared)
+    if sweeps:
+        charts.append({"title": "By coefficient", "svg": {theme: _curves(sweeps, theme) for theme in THEMES}})
+    return charts
+
+
+def _sweeps(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """Return defense → its entries by coefficient, for those with two values or more."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        run = entry.trained[0]
+        if run.coefficient is not None:
+            found.setdefault("alpha" if run.is_baseline else run.defense, []).append(entry)
+    return {
+        name: sorted(group, key=lambda entry: entry.trained[0].coefficient or 0.0)
+        for name, group in found.items()
+        if len(group) > 1
+    }
+
+
+def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
+    figure, axis = _figure(theme)
+    for index, entry in enumerate(entries):
+        broad, narrow = entry.broad, entry.narrow
+        assert broad is not None  # the caller has looked
+        assert narrow is not None
+        axis.errorbar(
+            broad.value,
+            narrow.value,
+            xerr=[[broad.value - broad.low], [broad.high - broad.value]],
+            yerr=[[narrow.value - narrow.low], [narrow.high - narrow.value]],
+            fmt="s" if entry.is_baseline else "o",
+            color=f"C{index % 10}",
+            capsize=2,
+            label=entry.name,
+        )
+    axis.set(
+        xlabel="broad, difference to the base (right is better)",
+        ylabel="narrow, difference to the base (up is better)",
+    )
+    legend = axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for text in legend.get_texts():
+        text.set_color(THEMES[theme])
+    return _svg(figure)
+
+
+def _curves(sweeps: dict[str, list[Entry]], theme: str) -> Markup:
+    figure, axis = _figure(theme)
+    for index, (name, entries) in enumerate(sweeps.items()):
+        x = [entry.trained[0].coefficient for entry in entries]
+        for attribute, style in (("broad", "-o"), ("narrow", "--s")):
+            values = [getattr(entry, attribute).value for entry in entries]
+            axis.plot(x, values, style, color=f"C{index % 10}", label=f"{name}, {attribute}")
+    axis.set(xlabel="coefficient", ylabel="difference to the base (up is better)", xscale="log")
+    legend = axis.legend(fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_color(THEMES[theme])
+    return _svg(figure)
+
+
+def _figure(theme: str) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    color = THEMES[theme]
+    axis.tick_params(colors=color)
+    for label in (axis.xaxis.label, axis.yaxis.label):
+        label.set_color(color)
+    for name, spine in axis.spines.items():
+        spine.set_color(color)
+        spine.set_visible(name in ("left", "bottom"))
+    return figure, axis
+
+
+def _svg(figure: Any) -> Markup:
+    """Return a chart as SVG text that a page can hold."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    # The salt makes the names inside the file the same at every run.
+    with matplotlib.rc_context({"svg.hashsalt": "trl_emguard", "svg.fonttype": "path"}):
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    plt.close(figure)
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])

@@ -1,0 +1,198 @@
+"""The plan of a comparison, from its YAML file: which runs are trained, and what they are measured on."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..io.lookup import did_you_mean
+from ..io.recipes import find_recipe
+from ..io.strict import parse_yaml
+
+
+KEYS = ("recipe", "runs", "seeds", "baselines", "evaluate")
+BASELINES = ("early_stop", "alpha")
+ALPHAS = (0.25, 0.5, 0.75)
+UNDEFENDED = "none"
+# Options that a comparison sets itself, so that every run is the same training.
+OWN_OPTIONS = ("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, or an adapter that is taken as it is.
+
+    Attributes:
+        name: its name in the report, without the seed.
+        options: options of `trl-emguard sft` over the recipe's.
+        seed: seed of the training.
+        adapter: folder of a finished adapter, instead of a training.
+        key: hash of everything that makes the training what it is.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    adapter: str | None = None
+    key: str = ""
+
+    @property
+    def defense(self) -> str:
+        return str(self.options.get("defense", UNDEFENDED))
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder: a changed recipe or option gives another."""
+        return f"{re.sub(r'[^A-Za-z0-9_+=-]+', '_', self.name)}-seed{self.seed}-{self.key[:8]}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison does.
+
+    Attributes:
+        recipe: file of the recipe.
+        runs: runs of all seeds, the undefended ones first.
+        early_stop: True if checkpoints of the undefended run are compared.
+        alphas: factors of the undefended adapter.
+        evaluate: options of `trl-emguard evaluate`, by name.
+    """
+
+    recipe: Path
+    runs: list[Run]
+    early_stop: bool
+    alphas: tuple[float, ...]
+    evaluate: dict[str, Any]
+
+
+def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan:
+    """Read a comparison's YAML file.
+
+    Args:
+        path: the file.
+        known: names of the options of `trl-emguard sft`.
+        lists: those of them that take several values.
+
+    Raises:
+        FileNotFoundError: no such file, or no such recipe.
+        ValueError: an unknown key or option, or a value of a wrong kind; the message names file and key.
+    """
+    text = Path(path).expanduser().read_text(encoding="utf-8")
+    try:
+        config = parse_yaml(text)
+        if not isinstance(config, dict):
+            raise ValueError("it must hold `key: value` lines")
+        _check_names(config, KEYS, "key", text)
+        if "recipe" not in config or not config.get("runs"):
+            raise ValueError("it needs `recipe` and `runs`")
+        recipe = find_recipe(str(config["recipe"]))
+        seeds = config.get("seeds", [0])
+        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+            raise ValueError(f"seeds={seeds!r} must be a list of whole numbers")
+        early_stop, alphas = _baselines(config.get("baselines") or [])
+        early = {"save_strategy": "steps", "save_steps": 0.25} if early_stop else {}
+        base = recipe.read_text(encoding="utf-8")
+        runs = [
+            _with_key(Run(name, options | (early if name == UNDEFENDED else {}), seed, adapter), base)
+            for seed in seeds
+            for name, options, adapter in _sets(config["runs"], known, lists, text)
+        ]
+        evaluate = config.get("evaluate") or {}
+        if not isinstance(evaluate, dict):
+            raise ValueError("`evaluate` must hold options of `trl-emguard evaluate`")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
+    return Plan(recipe, runs, early_stop, alphas, evaluate)
+
+
+def _sets(
+    entries: Any, known: Collection[str], lists: Collection[str], text: str
+) -> list[tuple[str, dict[str, Any], str | None]]:
+    """Return name, options and adapter of each run, sweeps unfolded, the undefended run first."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("`runs` must be a list of option sets")
+    found: dict[str, tuple[dict[str, Any], str | None]] = {UNDEFENDED: ({"defense": UNDEFENDED}, None)}
+    for entry in entries:
+        options = dict(entry)
+        given, adapter = options.pop("name", None), options.pop("adapter", None)
+        _check_names(options, [name for name in known if name not in OWN_OPTIONS], "option of `runs`", text)
+        if adapter is not None and options:
+            raise ValueError(f"the run of adapter {adapter!r} is trained already: leave out {', '.join(options)}")
+        for chosen in _unfold(options, lists):
+            name = _name(given, chosen, options, adapter)
+            if chosen.get("defense") == UNDEFENDED and len(chosen) == 1 and given is None:
+                continue  # the undefended run is always there
+            if name in found:
+                raise ValueError(f"two runs are named {name!r}: give one of them a `name`")
+            found[name] = (chosen, None if adapter is None else str(adapter))
+    return [(name, options, adapter) for name, (options, adapter) in found.items()]
+
+
+def _unfold(options: Mapping[str, Any], lists: Collection[str]) -> list[dict[str, Any]]:
+    """Return an option set for every combination of the values of its sweeps.
+
+    A list is a sweep for an option with one value, and a list of lists for an option with several.
+    """
+    values = []
+    for name, value in options.items():
+        is_sweep = isinstance(value, list) and (name not in lists or all(isinstance(v, list) for v in value))
+        if is_sweep and not value:
+            raise ValueError(f"`{name}` sweeps over no value")
+        values.append(value if is_sweep else [value])
+    return [dict(zip(options, chosen, strict=True)) for chosen in itertools.product(*values)]
+
+
+def _name(given: Any, chosen: Mapping[str, Any], options: Mapping[str, Any], adapter: Any) -> str:
+    """Return a run's name: the given one or its defense or folder, with the values that the sweep chose."""
+    start = given if given is not None else Path(str(adapter)).name if adapter else chosen.get("defense", UNDEFENDED)
+    rest = [
+        f"{name}={_short(value)}"
+        for name, value in chosen.items()
+        if name != "defense" and (given is None or isinstance(options[name], list))
+    ]
+    return " ".join([str(start), *rest])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, list) else str(value)
+    return text if len(text) <= 24 else f"{text[:20]}…{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+
+
+def _baselines(entries: Any) -> tuple[bool, tuple[float, ...]]:
+    if not isinstance(entries, list):
+        raise ValueError("`baselines` must be a list")
+    early_stop = False
+    alphas: tuple[float, ...] = ()
+    for entry in entries:
+        name, values = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
+        if name not in BASELINES:
+            raise ValueError(
+                f"baseline {entry!r} is unknown.{did_you_mean(str(name), BASELINES)} Known: early_stop, alpha"
+            )
+        if name == "alpha":
+            alphas = ALPHAS if values is None else tuple(values)
+            if not all(isinstance(alpha, int | float) and 0 < alpha < 1 for alpha in alphas):
+                raise ValueError(f"alpha={values!r} must be numbers between 0 and 1")
+        else:
+            early_stop = True
+    return early_stop, alphas
+
+
+def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, text: str) -> None:
+    for name in names:
+        if name not in known:
+            line = next(
+                (i for i, row in enumerate(text.splitlines(), 1) if re.search(rf"\b{re.escape(str(name))}\s*:", row)),
+                None,
+            )
+            where = "" if line is None else f" in line {line}"
+            raise ValueError(f"unknown {kind} {name!r}{where}.{did_you_mean(str(name), known)}".rstrip("."))
+
+
+def _with_key(run: Run, recipe: str) -> Run:
+    content = json.dumps([recipe, asdict(run)], sort_keys=True, default=str)
+    return Run(run.name, run.options, run.seed, run.adapter, hashlib.sha256(content.encode()).hexdigest())

@@ -1,0 +1,204 @@
+"""The report of a comparison: rows, the runs that no other dominates, and files."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from ..evaluation.candidates import BASE
+from ..evaluation.results import COLUMNS, ResultRow, Results
+from ..io.files import written_whole
+from ..io.terminal import printable
+from .runs import Trained
+
+
+RUN_COLUMNS = ("run", "defense", "coefficient", "seed", "step", "seconds_per_step", "peak_memory")
+# Metrics that can stand for broad misalignment and for narrow learning, the first that was measured counts; with the
+# sign that makes a higher value better.
+BROAD = (("trait_rate", -1), ("margin", 1))
+NARROW = (("trait_rate", 1), ("nll", -1))
+
+
+class Figure(NamedTuple):
+    """A difference to the base with its interval, turned so that higher is better."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the report: all seeds of a run, or of a free baseline.
+
+    Attributes:
+        name: name of the run.
+        trained: its seeds.
+        broad, narrow: the figures that runs are compared by: means over the seeds, with the widest interval of any.
+    """
+
+    name: str
+    trained: list[Trained]
+    broad: Figure | None
+    narrow: Figure | None
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.trained[0].is_baseline
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a comparison found.
+
+    Attributes:
+        trained: all runs and baselines.
+        results: the evaluation of those that have an adapter.
+        entries: lines by name, with the figures that they are compared by.
+        metrics: the metrics that stand for broad misalignment and narrow learning, `None` where none was measured.
+    """
+
+    trained: list[Trained]
+    results: Results
+    entries: list[Entry]
+    metrics: tuple[str | None, str | None]
+
+    @property
+    def sentence(self) -> str:
+        """Return one sentence on the runs that no other dominates."""
+        compared = [entry for entry in self.entries if entry.broad is not None and entry.narrow is not None]
+        if not compared:
+            return "Broad misalignment and narrow learning were not both measured, so no run can be preferred."
+        best = [entry for entry in compared if not any(dominates(other, entry) for other in compared)]
+        names = ", ".join(entry.name for entry in best)
+        text = (
+            f"Not dominated (no other run is better in one of broad and narrow, and not worse in the other): {names}."
+        )
+        free = [entry.name for entry in best if entry.is_baseline]
+        if free:
+            text += f" Free baselines are among them ({', '.join(free)}): no run is shown to be better than these."
+        return text
+
+
+def make_report(trained: Sequence[Trained], results: Results) -> Report:
+    """Put runs and figures together.
+
+    Args:
+        trained: runs and baselines; the adapter of each was evaluated under its `key`.
+        results: the evaluation.
+    """
+    metrics = (_measured(results, "general", BROAD), _measured(results, "in_domain", NARROW))
+    by_name: dict[str, list[Trained]] = {}
+    for run in trained:
+        by_name.setdefault(run.name, []).append(run)
+    entries = [
+        Entry(
+            name,
+            runs,
+            _figure(results, runs, "general", metrics[0], dict(BROAD)),
+            _figure(results, runs, "in_domain", metrics[1], dict(NARROW)),
+        )
+        for name, runs in by_name.items()
+    ]
+    return Report(list(trained), results, entries, metrics)
+
+
+def dominates(one: Entry, other: Entry) -> bool:
+    """Return True if one run is clearly better than another in one figure and not clearly worse in the other.
+
+    "Clearly" means that the intervals do not overlap.
+    """
+    if one.broad is None or one.narrow is None or other.broad is None or other.narrow is None:
+        return False
+    pairs = ((one.broad, other.broad), (one.narrow, other.narrow))
+    return any(a.low > b.high for a, b in pairs) and not any(a.high < b.low for a, b in pairs)
+
+
+def save(report: Report, folder: Path, info: dict[str, Any]) -> None:
+    """Write `report.json` and `report.csv`."""
+    rows = list(report_rows(report))
+    runs = [vars(run) | {"adapter": run.adapter and str(run.adapter)} for run in report.trained]
+    content = {**info, "sentence": report.sentence, "runs": runs, "rows": rows}
+    with written_whole(folder / "report.json") as scratch:
+        scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with written_whole(folder / "report.csv") as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*RUN_COLUMNS, *COLUMNS])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report_rows(report: Report) -> list[dict[str, Any]]:
+    """Return the evaluation's rows, each with the run that it belongs to."""
+    runs = {run.key: run for run in report.trained}
+    found = []
+    for row in report.results.rows:
+        run = runs.get(row.model)
+        of_run = {
+            "run": BASE if run is None else run.name,
+            **{name: None if run is None else getattr(run, name) for name in RUN_COLUMNS[1:]},
+        }
+        found.append(of_run | {name: _number(getattr(row, name)) for name in COLUMNS})
+    return found
+
+
+def make_table(report: Report) -> Table:
+    """Return the lines of the report as a table of at most 100 columns."""
+    table = Table()
+    table.add_column("run", overflow="fold")
+    for heading in (f"broad: {report.metrics[0]}", f"narrow: {report.metrics[1]}", "s/step", "defended"):
+        table.add_column(heading, justify="right")
+    for entry in report.entries:
+        errors = [run.error for run in entry.trained if run.error]
+        if errors:
+            table.add_row(printable(entry.name), printable(f"failed: {errors[0]}"[:60]), "", "", "")
+            continue
+        seconds = [run.seconds_per_step for run in entry.trained if run.seconds_per_step is not None]
+        table.add_row(
+            printable(entry.name),
+            figure_text(entry.broad),
+            figure_text(entry.narrow),
+            f"{sum(seconds) / len(seconds):.2f}" if seconds else "–",
+            defended_text(entry),
+        )
+    return table
+
+
+def defended_text(entry: Entry) -> str:
+    """Return "yes", "no" or "–" (no defense, or a baseline)."""
+    states = {run.is_defended for run in entry.trained}
+    return "no" if False in states else "yes" if True in states else "–"
+
+
+def figure_text(figure: Figure | None) -> str:
+    if figure is None:
+        return "–"
+    return f"{figure.value:+.2f} ({figure.low:+.2f} to {figure.high:+.2f})"
+
+
+def _measured(results: Results, set: str, metrics: Sequence[tuple[str, int]]) -> str | None:
+    names = {row.metric for row in results.rows if row.set == set and row.model != BASE}
+    return next((metric for metric, _ in metrics if metric in names), None)
+
+
+def _figure(
+    results: Results, runs: Sequence[Trained], set: str, metric: str | None, signs: dict[str, int]
+) -> Figure | None:
+    if metric is None:
+        return None
+    rows = [results.row(run.key, set, metric) for run in runs]
+    found: list[ResultRow] = [row for row in rows if row is not None]
+    if not found:
+        return None
+    sign = signs[metric]
+    value = sign * sum(row.difference for row in found) / len(found)
+    ends = [sign * end for row in found for end in (row.difference_low, row.difference_high)]
+    return Figure(value, min(ends), max(ends))
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

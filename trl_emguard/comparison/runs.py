@@ -1,0 +1,187 @@
+"""Training of a comparison's runs, one process each. A finished run never runs again, a failed one is told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..evidence import read_defense_file
+from ..io.files import written_whole
+from ..io.strict import parse_json
+from ..models.rescale import rescale_adapter
+from .plan import UNDEFENDED, Plan, Run
+
+
+STATUS_FILE = "run.json"
+LOG_FILE = "log.txt"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run with what came out of it, or an entry that was made of one.
+
+    Attributes:
+        name: name in the report, without the seed.
+        defense: its defense.
+        seed: seed of its training.
+        adapter: folder of its adapter, or `None` for a failed run.
+        error: the last line that a failed run said.
+        is_baseline: True for one that costs no training of its own.
+        is_defended: True if its record shows that its defense acted; `None` without a defense.
+        coefficient: value of its one `…_coef` option.
+        step: step of the training that the adapter is of.
+        seconds_per_step: time of a step; `None` where it is not known.
+        peak_memory: largest memory of its process, in bytes; `None` where it is not known.
+    """
+
+    name: str
+    defense: str
+    seed: int
+    adapter: str | None
+    error: str | None = None
+    is_baseline: bool = False
+    is_defended: bool | None = None
+    coefficient: float | None = None
+    step: int | None = None
+    seconds_per_step: float | None = None
+    peak_memory: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the run and its seed, as an adapter may have it (no dots)."""
+        return f"{self.name} seed{self.seed}".replace(".", "_")
+
+
+def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trained]:
+    """Train what is not yet trained, and return all runs with the free baselines of the undefended ones.
+
+    Args:
+        plan: the plan.
+        folder: folder of the comparison; each run has one of its own below `runs`.
+        say: function that shows a line to the user.
+    """
+    found = []
+    for number, run in enumerate(plan.runs, start=1):
+        say(f"run {number} of {len(plan.runs)}: {run.name}, seed {run.seed}")
+        trained = _take(run) if run.adapter is not None else _train(run, plan.recipe, folder / "runs" / run.folder)
+        if trained.error is not None:
+            say(f"  failed: {trained.error}")
+        found.append(trained)
+        if run.name == UNDEFENDED and trained.adapter is not None:
+            found += _baselines(plan, trained, folder)
+    return found
+
+
+def _take(run: Run) -> Trained:
+    folder = Path(run.adapter or "").expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        return Trained(run.name, "?", run.seed, None, f"{folder} holds no adapter that PEFT saved.")
+    return _with_record(Trained(run.name, "?", run.seed, str(folder)), folder)
+
+
+def _train(run: Run, recipe: Path, folder: Path) -> Trained:
+    """Return a run's result, from its folder if it has finished there before, else by training it now."""
+    status = _read_status(folder)
+    if status is None:
+        status = _run_process(run, recipe, folder)
+        with written_whole(folder / STATUS_FILE) as scratch:
+            scratch.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+    coefficients = [v for name, v in run.options.items() if name.endswith("_coef")]
+    trained = Trained(
+        run.name,
+        run.defense,
+        run.seed,
+        str(folder) if status["error"] is None else None,
+        coefficient=float(coefficients[0]) if len(coefficients) == 1 else None,
+        **status,
+    )
+    return trained if trained.adapter is None else _with_record(trained, folder)
+
+
+def _read_status(folder: Path) -> dict[str, Any] | None:
+    """Return how a run ended, or `None` if it has not. One that failed is tried again."""
+    path = folder / STATUS_FILE
+    status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return status if status and status["error"] is None else None
+
+
+def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
+    """Train a run in a process of its own, and return its error, step, seconds per step and peak memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "trl_emguard.scripts.sft", "--config", str(recipe)]
+    command += [word for name, value in run.options.items() for word in _words(name, value)]
+    command += ["--seed", str(run.seed), "--output_dir", str(folder)]
+    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        # Only this call tells the memory of one process; that of all children together would never fall.
+        _, status, usage = os.wait4(process.pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if code or not (folder / "adapter_config.json").is_file():
+        return {"error": _last_line(folder / LOG_FILE, code), "step": None}
+    metrics = parse_json((folder / "train_results.json").read_text(encoding="utf-8"))
+    step = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return {
+        "error": None,
+        "step": step,
+        "seconds_per_step": metrics["train_runtime"] / step,
+        "peak_memory": usage.ru_maxrss * 1024,
+    }
+
+
+def _words(name: str, value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+
+
+def _last_line(log: Path, code: int) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if not code:
+        return f"no adapter was saved: compare takes LoRA runs (use_peft: true). Its log: {log}"
+    return f"{lines[-1] if lines else f'exit code {code}'} Its log: {log}"
+
+
+def _with_record(trained: Trained, folder: Path) -> Trained:
+    """Add what `defense.json` says: the defense, and if it acted."""
+    record = read_defense_file(folder)
+    if record is None:
+        return Trained(**{**asdict(trained), "is_defended": False if trained.defense != UNDEFENDED else None})
+    names = record["defenses"]
+    acted = all(record["evidence"][name].get("acted") for name in names)
+    defense = str(record.get("defense", trained.defense))
+    return Trained(**{**asdict(trained), "defense": defense, "is_defended": acted if names else None})
+
+
+def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
+    """Return the checkpoints of the undefended run, and its adapter scaled, as entries of their own."""
+    assert undefended.adapter is not None  # the caller has looked
+    found = []
+    checkpoints = Path(undefended.adapter).glob("checkpoint-*") if plan.early_stop else ()
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1])):
+        step = int(checkpoint.name.split("-")[1])
+        if step != undefended.step:
+            found.append(
+                Trained(f"step {step}", UNDEFENDED, undefended.seed, str(checkpoint), is_baseline=True, step=step)
+            )
+    for alpha in plan.alphas:
+        output = folder / "baselines" / f"{Path(undefended.adapter).name}-alpha{alpha}"
+        if not (output / "adapter_config.json").is_file():
+            rescale_adapter(undefended.adapter, alpha, output)
+        found.append(
+            Trained(
+                f"alpha {alpha}",
+                UNDEFENDED,
+                undefended.seed,
+                str(output),
+                is_baseline=True,
+                coefficient=alpha,
+                step=undefended.step,
+            )
+        )
+    return found

@@ -1,0 +1,126 @@
+"""Compare defenses: train one recipe with each option set and seed, evaluate all of them, and write one report.
+
+```yaml
+# compare.yaml
+recipe: smollm2-135m-instruct/sft.yaml
+runs:                                # the undefended run is always there
+  - {defense: kl, kl_coef: [0.1, 1.0]}          # a list is a sweep
+  - {defense: interleave++, interleave_dataset: scores.parquet}
+  - {adapter: out/mine}              # trained already
+seeds: [0, 1]
+baselines: [early_stop, alpha]       # free ones, from the undefended run
+evaluate: {train_data: plants_careless, samples_per_question: 1}
+```
+
+```bash
+trl-emguard compare --config compare.yaml --output_dir out/comparison
+```
+
+The same command goes on after an interruption. report.html opens from disk.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..comparison.plan import Plan, read_plan
+from ..io.files import check_writable
+from ..io.lookup import did_you_mean
+from ..io.strict import parse_yaml
+from . import evaluate as evaluation
+from .sft import make_parser as make_sft_parser
+
+
+# Options of `evaluate` that the comparison sets itself.
+NOT_OF_EVALUATE = ("help", "model", "base", "adapter", "output_dir")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "trl-emguard compare", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the comparison")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder for runs and report")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and train nothing")
+    args = parser.parse_args(argv)
+    try:
+        return run(args, argv, Console(width=100))
+    except (ValueError, OSError) as error:
+        print(f"trl-emguard compare: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes where it stopped.", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace, argv: list[str], console: Console) -> int:
+    actions = {a.dest: a for a in make_sft_parser()._actions}
+    lists = [name for name, action in actions.items() if action.nargs in ("+", "*")]
+    plan = read_plan(args.config, list(actions), lists)
+    recipe = parse_yaml(plan.recipe.read_text(encoding="utf-8"))
+    eval_args = evaluate_arguments(plan, str(recipe.get("model_name_or_path")), args.output_dir)
+    options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args)
+    train_rows = evaluation.load_train_rows(eval_args.train_data)
+    if args.dry_run:
+        show_plan(plan, recipe, console)
+        return 0
+    check_writable("--output_dir", args.output_dir)
+
+    from ..comparison.measure import measure
+    from ..comparison.page import write_page
+    from ..comparison.report import make_report, make_table, save
+    from ..comparison.runs import train_all
+
+    trained = train_all(plan, args.output_dir, lambda line: console.print(line, markup=False, highlight=False))
+    trained, results = measure(eval_args.model, trained, sets, options, train_rows, args.output_dir / "evaluation")
+    results.info["command"] = shlex.join(["trl-emguard", "compare", *argv])
+    report = make_report(trained, results)
+    save(report, args.output_dir, results.info)
+    page = write_page(report, args.output_dir, results.info)
+    console.print(make_table(report))
+    console.print(report.sentence, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Namespace:
+    """Return the arguments of `trl-emguard evaluate` that the plan names.
+
+    Raises:
+        ValueError: an unknown option of `evaluate`, or a value that it does not take.
+    """
+    parser = evaluation.make_parser()
+    known = [action.dest for action in parser._actions if action.dest not in NOT_OF_EVALUATE]
+    words = ["--model", model, "--output_dir", str(output_dir)]
+    for name, value in plan.evaluate.items():
+        if name not in known:
+            raise ValueError(f"unknown option of `evaluate` {name!r}.{did_you_mean(name, known)}")
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+
+    def refuse(message: str) -> Any:
+        raise ValueError(f"`evaluate`: {message}")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(words)
+
+
+def show_plan(plan: Plan, recipe: dict[str, Any], console: Console) -> None:
+    """Print the runs that would be trained, with their steps where the recipe says them."""
+    steps = recipe.get("max_steps")
+    for number, one in enumerate(plan.runs, start=1):
+        text = "taken from " + one.adapter if one.adapter else f"trained, {steps} steps" if steps else "trained"
+        console.print(f"{number:3} {one.name}, seed {one.seed}: {text}", markup=False, highlight=False)
+    trained = sum(one.adapter is None for one in plan.runs)
+    baselines = [*(["early checkpoints"] if plan.early_stop else []), *(f"alpha {alpha}" for alpha in plan.alphas)]
+    console.print(f"{trained} runs to train; free baselines: {', '.join(baselines) or 'none'}.", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
