@@ -51,9 +51,9 @@ def _line(report: Report, entry: Entry) -> dict[str, Any]:
     seconds = [run.seconds_per_step for run in entry.trained if run.seconds_per_step is not None]
     memory = [run.peak_memory for run in entry.trained if run.peak_memory is not None]
 
-    def shown(set: str, metric: str) -> str:
+    def shown(set: str, metric: str) -> list[str]:
         rows = [report.results.row(run.key, set, metric) for run in entry.trained]
-        return ", ".join(interval_text(row) for row in rows if row is not None) or "–"
+        return [interval_text(row) for row in rows if row is not None]
 
     return {
         "name": entry.name,
@@ -61,8 +61,8 @@ def _line(report: Report, entry: Entry) -> dict[str, Any]:
         "error": errors[0] if errors else None,
         "broad": figure_text(entry.broad),
         "narrow": figure_text(entry.narrow),
-        "benign": shown("benign", "nll") if shown("benign", "nll") != "–" else shown("general", "nll"),
-        "coherent": shown("general", "base_nll"),
+        "benign": shown("benign", "nll") or shown("general", "nll") or ["–"],
+        "coherent": shown("general", "base_nll") or ["–"],
         "seconds": f"{sum(seconds) / len(seconds):.2f}" if seconds else "–",
         "memory": f"{max(memory) / 2**30:.1f}" if memory else "–",
         "defended": defended_text(entry),

@@ -147,12 +147,13 @@ def _unfold(options: Mapping[str, Any], lists: Collection[str]) -> list[dict[str
 
 
 def _name(given: Any, chosen: Mapping[str, Any], options: Mapping[str, Any], adapter: Any) -> str:
-    """Return a run's name: the given one or its defense or folder, with the values that the sweep chose."""
+    """Return a run's name: the given one, its defense or its folder, with its numbers and what the sweep chose."""
     start = given if given is not None else Path(str(adapter)).name if adapter else chosen.get("defense", UNDEFENDED)
     rest = [
         f"{name}={_short(value)}"
         for name, value in chosen.items()
-        if name != "defense" and (given is None or isinstance(options[name], list))
+        if name != "defense"
+        and (isinstance(options[name], list) or (given is None and isinstance(value, int | float)))
     ]
     return " ".join([str(start), *rest])
 
