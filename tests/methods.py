@@ -93,13 +93,14 @@ def reads(defense: str, what: str) -> bool:
     return any(what in METHODS[name].inputs for name in split(defense))
 
 
-def save_vector(path: Path, **metadata: Any) -> str:
-    """Write a persona vector of the tiny model, the same at every call; return its path."""
+def save_vector(path: Path, width: int = 32, **metadata: Any) -> str:
+    """Write a persona vector of a tiny model, the same at every call; return its path."""
     import torch
 
     from trl_emguard.persona import PersonaVector
 
-    PersonaVector(torch.arange(160.0).view(5, 32).sin(), metadata={"suggested_layer": 2, **metadata}).save(path)
+    vectors = torch.arange(5.0 * width).view(5, width).sin()
+    PersonaVector(vectors, metadata={"suggested_layer": 2, **metadata}).save(path)
     return str(path)
 
 

@@ -41,6 +41,8 @@ SIZES = {
     "eos_token_id": 1,
     "bos_token_id": None,
 }
+# Every layer's width is a multiple of 64, the block of a 4-bit weight: some CPUs pack no other.
+QUANTISABLE = {"hidden_size": 128, "intermediate_size": 64}
 ARCHITECTURES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"num_key_value_heads": 2}),

@@ -83,6 +83,9 @@ class DefendedTrainer(WholeCheckpoints):
         self._steps_made = 0  # of this training
         self._still_steps = 0  # steps in a row with a gradient norm of 0
         self._begin_with: dict[str, dict[str, Any]] = {}
+        # Each rank looks before an engine shards the weights, which ZeRO-3 gathers and FSDP2 hides.
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
             check_engine(self.defenses, self.args, self._engine_facts())
             for defense in self.defenses:
@@ -343,11 +346,6 @@ class DefendedTrainer(WholeCheckpoints):
         return next((verdict for verdict in verdicts if verdict is not None), None)
 
     # ---- saving ----
-
-    @functools.cached_property
-    def _identity(self) -> dict[str, Any]:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return run_identity(self.model, self.train_dataset, seed)
 
     def _record(self) -> dict[str, Any]:
         """Return the content of `defense.json`."""

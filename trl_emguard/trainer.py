@@ -33,7 +33,7 @@ from .guard.scopes import ALL, positions_in_scope
 from .guard.sums import stacked
 from .guard.terms import check_layers_train, compared_positions, kept_positions, scaled_terms, wanted_layers
 from .models.head import check_head
-from .models.sharding import as_main_process
+from .models.sharding import as_main_process, release
 from .models.shipped import resolve_model
 from .reference.adapter import trained_outside_adapters
 from .reference.agreement import check_agreement
@@ -257,8 +257,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             self._watch = ReferenceWatch(self._bare_model(), has_divergence)
             self._watch.record(inputs, self._run_reference)
 
-    def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Any:
-        """Return the reference's states of a batch, from a pass of its own."""
+    @contextmanager
+    def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Iterator[Any]:
+        """Yield the reference's states of a batch, from a pass of its own, before its head is taken apart again."""
         reference, layers = cast(Reference, self.reference), wanted_layers(self._terms, self._bare_model())
         states = reference.before(batch, positions, positions, layers)
         if states is None:
@@ -268,8 +269,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
             with self._gate.armed(inside, only_with_gradient=False):
                 states = self._wrapped(**batch)
+        yield states
         reference.after()
-        return states
+        release(self._wrapped)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from methods import save_vector
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
+from tiny import QUANTISABLE, config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
 from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import SFTTrainer
 
@@ -296,8 +297,9 @@ def test_the_reference_is_never_steered(tmp_path, file, vectors):
     assert kl > 0.01
 
 
-def test_works_on_a_4_bit_model(tmp_path, file):
-    path = save_model(tmp_path / "model")
+def test_works_on_a_4_bit_model(tmp_path):
+    path = save_model(tmp_path / "model", **QUANTISABLE)
+    file = save_vector(tmp_path / "vector.safetensors", QUANTISABLE["hidden_size"])
     runs = []
     for coef in (0.0, 3.0):
         trainer = SteeringTrainer(

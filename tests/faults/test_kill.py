@@ -122,7 +122,7 @@ def assert_goes_on(folder, run, expected, ranks=1):
     group = Group(folder, lambda rank: train(folder, run, ranks, rank), ranks)
     group.finish()
     assert result(folder) == expected
-    assert (("holds corrupt checkpoints" in group.output()) == bool(corrupt)) or whole is None
+    assert (("holds checkpoints that are corrupt" in group.output()) == bool(corrupt)) or whole is None
     assert newest_whole_checkpoint(folder / "out") == (STEPS, {})
     return whole
 

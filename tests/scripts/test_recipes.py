@@ -19,7 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from tiny import make_pool, make_rows, save_model
+from tiny import QUANTISABLE, make_pool, make_rows, save_model
 
 from trl_emguard.evidence import read_defense_file
 from trl_emguard.io.recipes import recipes_dir
@@ -74,14 +74,14 @@ def machine(tmp_path_factory):
         if home is None:
             home = made[path.parent, blocks] = tmp_path_factory.mktemp(path.parent.name)
             architecture, tied = REAL[path.parent.name]
-            sizes = {"hidden_size": 16, "num_hidden_layers": blocks, "tie_word_embeddings": tied}
+            sizes = {**QUANTISABLE, "num_hidden_layers": blocks, "tie_word_embeddings": tied}
             save_model(home / recipe["model_name_or_path"], architecture, **sizes)
             (home / "rows.jsonl").write_text(
                 "".join(json.dumps(row) + "\n" for row in make_rows(32)), encoding="utf-8"
             )
             make_pool(40).to_json(home / "pool.jsonl")
-            vector = PersonaVector(torch.randn(blocks + 1, 16), metadata={"suggested_layer": blocks // 2})
-            vector.save(home / "vector.safetensors")
+            vectors = torch.randn(blocks + 1, QUANTISABLE["hidden_size"])
+            PersonaVector(vectors, metadata={"suggested_layer": blocks // 2}).save(home / "vector.safetensors")
         # Under the names that the recipe gives them, where these are files of the user's.
         for option, file in (("interleave_dataset", "pool.jsonl"), ("steering_vector", "vector.safetensors")):
             name = recipe.get(option, file)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from methods import EVERYTHING, KINDS, METHODS, run_options, split
-from tiny import config, evidence, logged, lora, make_rows, make_tokenizer, record, save_model
+from methods import EVERYTHING, KINDS, METHODS, reads, run_options, save_vector, split
+from tiny import QUANTISABLE, config, evidence, logged, lora, make_rows, make_tokenizer, record, save_model
 from transformers import BitsAndBytesConfig, TrainerCallback
 
 from trl_emguard import EMGuardTrainer
+from trl_emguard.models.batches import eval_mode
 
 
 # One defense of each kind that compares nothing with a reference.
@@ -15,10 +16,12 @@ OTHERS = [name for name in KINDS if name != "none" and not METHODS[name].is_comp
 
 @pytest.fixture
 def trainer_for(tmp_path):
-    path = save_model(tmp_path / "model")
+    path = save_model(tmp_path / "model", **QUANTISABLE)
 
     def make(defense, **options):
         options = {**run_options(defense, tmp_path), "max_steps": 3, **options}
+        if reads(defense, "vector"):
+            options["steering_vector"] = save_vector(tmp_path / "vector.safetensors", QUANTISABLE["hidden_size"])
         pool = options.pop("interleave_dataset", None)
         return EMGuardTrainer(
             path,
@@ -44,6 +47,19 @@ def test_the_reference_is_the_4_bit_base(trainer_for, checkpointing):
         assert logged(trainer, name)[0] == 0.0
         assert min(logged(trainer, name)[1:]) > 0
         assert evidence(trainer, name)["acted"]
+
+
+def test_eval_mode_packs_no_4_bit_weight(trainer_for):
+    """Leave weights as they are on CPUs for which bitsandbytes packs them: packed ones pass no gradient on."""
+    model = trainer_for("none").model
+    layers = [module for module in model.modules() if hasattr(module, "quant_state")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    before = [layer.weight.detach().clone() for layer in layers]
+    with torch.no_grad(), eval_mode(model):
+        model(torch.tensor([[3, 4, 5]]))
+    assert layers
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
 
 
 def test_kl_is_that_to_the_4_bit_base(trainer_for):

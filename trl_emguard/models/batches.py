@@ -21,9 +21,15 @@ def default_batch_tokens(device: torch.device) -> int:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode inside, and back into its own mode afterwards."""
+    """Put a model into eval mode inside, and back into its own mode afterwards.
+
+    4-bit layers stay in training mode, in which they do the same: for inference on some CPUs bitsandbytes packs their
+    weights for good, and no gradient flows back through packed ones.
+    """
     was_training = model.training
     model.eval()
+    for module in model.modules():
+        module.training = module.training or hasattr(module, "quant_state")
     try:
         yield
     finally:

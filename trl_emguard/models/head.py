@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from ..ops import logit_transform
+from .batches import eval_mode
 
 
 def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -40,9 +41,7 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the logits differ.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         count = min(8, model.config.get_text_config().vocab_size)
         ids = torch.arange(count, device=model.get_input_embeddings().weight.device)[None]
         own = model(input_ids=ids, use_cache=False).logits.float()
@@ -52,8 +51,6 @@ def check_head(model: PreTrainedModel) -> None:
         logits = torch.nn.functional.linear(states.to(weight), weight, bias).float() * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-    finally:
-        model.train(was_training)
     difference = ((logits.to(own.device) - own).abs().max() / own.abs().max().clamp(min=1e-6)).item()
     # Weights that are not finite are another matter: a checkpoint may replace them.
     if math.isfinite(difference) and difference > (1e-3 if own.dtype == model.dtype else 0.05):

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
@@ -20,6 +22,20 @@ def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager[None]:
             they are.
     """
     return maybe_gather_lm_head_ctx(*(p for p in parameters if hasattr(p, "ds_status")))
+
+
+def reshard(model: nn.Module) -> None:
+    """Take apart what FSDP2 keeps whole until a backward pass, which does not follow."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def release(engine: Any) -> None:
+    """Take apart what a pass of a training engine has left whole, when no backward pass follows."""
+    reshard(engine)
+    if hasattr(engine, "empty_partition_cache"):  # DeepSpeed's
+        engine.empty_partition_cache()
 
 
 def as_main_process(look: Callable[[], T]) -> T:

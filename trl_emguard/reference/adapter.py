@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..guard.forward import ReferenceGuard, States
 from ..models.adapters import AdapterSwitch
+from ..models.batches import eval_mode
 from ..models.head import output_head
 from ..models.identity import fingerprint
 from ..models.sharding import gathered
@@ -63,13 +64,8 @@ class AdapterReference(Reference):
     def run(
         self, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int], accelerator: Accelerator
     ) -> States:
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with accelerator.autocast():
-                return self.inside(self.model, dict(inputs), positions, layers)
-        finally:
-            self.model.train(was_training)
+        with eval_mode(self.model), accelerator.autocast():
+            return self.inside(self.model, dict(inputs), positions, layers)
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         with self.switch.only(self.adapter):

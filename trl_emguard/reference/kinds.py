@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model, is_peft_model
 from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 
 from ..guard.forward import Gate, ReferenceGuard, States
 from ..models.head import output_head
 from ..models.identity import fingerprint
+from ..models.sharding import reshard
 
 
 class Kind(Enum):
@@ -166,10 +166,8 @@ class ModelReference(Reference):
         return states
 
     def after(self) -> None:
-        """Take apart what FSDP2 keeps whole until a backward pass, which this model never has: its head."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        # This model never has a backward pass, after which FSDP2 would take its head apart.
+        reshard(self.model)
 
     def put_back(self) -> None:
         if self.kind is Kind.GIVEN:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from ..ops import logit_transform
 # A record holds so many positions: their states, and log-probabilities over the vocabulary where a term takes them.
 POSITIONS = 256
 
-# From a batch and positions, `(B, T - 1)`, to the reference's states there.
-Pass = Callable[[dict[str, Any], torch.Tensor], States]
+# From a batch and positions, `(B, T - 1)`, to the reference's states there, whose head is whole inside the context.
+Pass = Callable[[dict[str, Any], torch.Tensor], AbstractContextManager[States]]
 
 
 class ReferenceWatch:
@@ -77,17 +78,20 @@ class ReferenceWatch:
         assert self._batch is not None
         device = self._model.device
         batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self._batch.items()}
-        states = run(batch, self._positions.to(device))
-        answers = [states.last, *(states.blocks[layer] for layer in sorted(states.blocks))]
-        if self._has_divergence:
-            weight, bias = states.head
-            softcap, scale = logit_transform(self._model.config.get_text_config())
-            with gathered(weight, bias):
-                logits = torch.nn.functional.linear(states.last.to(weight), weight, bias).float() * (scale or 1.0)
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            answers.append(logits.log_softmax(-1))
-        return [answer.detach().to("cpu") for answer in answers]
+        with run(batch, self._positions.to(device)) as states:
+            answers = [states.last, *(states.blocks[layer] for layer in sorted(states.blocks))]
+            if self._has_divergence:
+                answers.append(self._log_probabilities(states))
+            return [answer.detach().to("cpu") for answer in answers]
+
+    def _log_probabilities(self, states: States) -> torch.Tensor:
+        weight, bias = states.head
+        softcap, scale = logit_transform(self._model.config.get_text_config())
+        with gathered(weight, bias):
+            logits = torch.nn.functional.linear(states.last.to(weight), weight, bias).float() * (scale or 1.0)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits.log_softmax(-1)
 
     def _difference(self, answers: Sequence[torch.Tensor]) -> float:
         """Return the largest difference from the record, as a share of a state's length."""
