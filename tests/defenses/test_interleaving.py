@@ -172,6 +172,26 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path, save_at):
     assert record(resumed)["evidence"] == record(whole)["evidence"]
 
 
+@pytest.mark.parametrize("kind", ["rows", "stream", "stream, 2 workers"])
+@pytest.mark.parametrize(("before", "after", "save_at"), [(2, 3, 1), (2, 5, 3), (4, 2, 2), (2, 2, 2)])
+def test_a_resume_with_another_batch_size_goes_on_in_the_plan(tmp_path, kind, before, after, save_at):
+    """Compare with a run that had the second batch size from the start: the same batches from the same step on."""
+
+    def run(folder, batch, checkpoint=None):
+        rows = make_rows(40) if kind == "rows" else make_rows(40).to_iterable_dataset()
+        trainer = trainer_for(
+            tmp_path / folder, rows=rows, max_steps=8, save_strategy="steps", save_steps=save_at,
+            per_device_train_batch_size=batch, dataloader_num_workers=2 if "workers" in kind else 0,
+        )  # fmt: skip
+        tap = Tap(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return tap.steps
+
+    run("first", before)
+    resumed = run("resumed", after, str(tmp_path / "first" / f"checkpoint-{save_at}"))
+    assert resumed == run("whole", after)[save_at:]
+
+
 def test_another_pool_is_another_defense(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2}
     trainer_for(tmp_path, **options).train()

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ...data.places import PLACE, Loading, PlacedRows, PlaceSampler
 from ...data.prepare import Rows, StreamPlan, Tokenizing
@@ -14,7 +14,7 @@ from ...evidence import InactiveDefenseError
 from ..base import IN_TRAINING_DEFENSES, Defense, Marks, Step
 from ..options import check_flag, option
 from .collator import INTERLEAVED, ROW_COUNTS, MixingCollator, Passes, mix_rows
-from .plan import MixPlan, planned_rows
+from .plan import MixPlan, StreamMixPlan, planned_rows
 from .pool import Pool
 
 
@@ -83,9 +83,10 @@ class Interleaving(Defense):
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
         self.mixed_before = False  # rows are mixed by the data collator, or before packing or streaming
-        self._passes = Passes()  # through a stream
+        self._passes: Passes | None = None  # through a stream
         self._epochs = 1  # epochs that the run begins
         self._counts = [0, 0]  # rows that the policy was trained on: of the training set, and of the pool
+        self._counts_before = [0, 0]  # the same when this training began
 
     @property
     def active(self) -> bool:
@@ -184,8 +185,6 @@ class Interleaving(Defense):
 
     def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
         self.mixed_before = True
-        # Packs of a stream are shuffled in a buffer, which reaches beyond the rows that the plan counts.
-        goes_on = plan.tokens_of_pack is not None
         if plan.rows is not None:
             places = plan.rows
         elif self.redraw or plan.rows_of_run is None:
@@ -196,7 +195,9 @@ class Interleaving(Defense):
         else:
             # The pool's rows are a share of all rows that the run takes.
             places = round(self._rows_of_run(plan) * (1 - self.fraction))
-        return mix_rows(rows, self._pool_rows, self.make_plan(places, goes_on), self._passes)
+        if isinstance(rows, IterableDataset):
+            self._passes = Passes(rows.num_shards)
+        return mix_rows(rows, self._pool_rows, self.make_plan(places, self._passes is not None), self._passes)
 
     def _rows_of_run(self, plan: StreamPlan) -> float:
         """Return how many rows a run takes from a stream; in packs, as many as their tokens have room for."""
@@ -209,7 +210,8 @@ class Interleaving(Defense):
 
     def train_loader(self, loading: Loading) -> Loading:
         if self.mixed_before:
-            self._passes.reset()
+            if self._passes is not None:
+                self._passes.reset()
             return replace(loading, collator=MixingCollator(loading.collator, None, None))
         order: Any = loading.order
         rows = PlacedRows(loading.rows)
@@ -228,12 +230,12 @@ class Interleaving(Defense):
     def _pool_rows(self) -> Dataset:
         return cast(Dataset, cast(Pool, self.pool).tokenised)
 
-    def make_plan(self, places: int, goes_on: bool = False) -> MixPlan:
+    def make_plan(self, places: int, is_stream: bool = False) -> MixPlan:
         """Make the plan for a number of training rows: of an epoch, or of a stream.
 
         Args:
             places: number of training rows.
-            goes_on: whether rows beyond them take further rows of the pool, and not the same ones again.
+            is_stream: whether they are the run's, and not an epoch's.
 
         Raises:
             ValueError: the pool is smaller than what they take from it, or nothing would be mixed in.
@@ -249,7 +251,9 @@ class Interleaving(Defense):
                 f"interleave_fraction={self.fraction} wants {rows} rows of the pool among {places} training rows, and "
                 f"interleave_dataset has {pool} that can be used: lower it, or give a larger pool."
             )
-        self.plan = MixPlan(places, rows, pool, self.redraw or goes_on, self.seed)
+        numbers = (places, rows, pool, self.redraw, self.seed)
+        rate = self.fraction / (1 - self.fraction)
+        self.plan = StreamMixPlan(*numbers, rate) if is_stream else MixPlan(*numbers)
         return self.plan
 
     def _plan_epochs(self, sampler: PlaceSampler, loading: Loading) -> MixPlan:
@@ -309,6 +313,9 @@ class Interleaving(Defense):
 
     def begin(self, evidence: dict[str, Any]) -> None:
         self._counts = [int(evidence.get("rows_finetune", 0)), int(evidence.get("rows_interleaved", 0))]
+        self._counts_before = self._counts.copy()
+        if self._passes is not None:
+            self._passes.resumed.fill_(self._counts[0])
 
     def evidence(self) -> dict[str, Any]:
         finetune, interleaved = self._counts
@@ -317,11 +324,12 @@ class Interleaving(Defense):
     def verdict(self, final: bool = False) -> str | None:
         if self.plan is None:
             return None
-        finetune, interleaved = self._counts
+        # A run that is resumed with another batch size goes on elsewhere in its plan.
+        finetune, interleaved = (now - then for now, then in zip(self._counts, self._counts_before, strict=True))
         due = finetune * self.plan.rows / self.plan.places
         # Packs come in random order, so a count in between says little; none at all says enough.
         behind = due >= PATIENCE_ROWS and not interleaved if self.mixed_before else due - interleaved > 1
-        if not behind and not (final and finetune and not interleaved):
+        if not behind and not (final and finetune and not self._counts[1]):
             return None
         return (
             f"defense {self.name!r} has mixed in {interleaved} rows where {due:.1f} were due after {finetune} "
