@@ -1,5 +1,7 @@
 """Test `interleave`, `interleave+` and `interleave++` in the trainer: chosen rows, their labels, and their arrival."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -190,6 +192,40 @@ def test_a_resume_with_another_batch_size_goes_on_in_the_plan(tmp_path, kind, be
     run("first", before)
     resumed = run("resumed", after, str(tmp_path / "first" / f"checkpoint-{save_at}"))
     assert resumed == run("whole", after)[save_at:]
+
+
+def test_a_checkpoint_of_a_version_that_recorded_tokens_resumes(tmp_path):
+    """Earlier versions wrote the number of tokenised rows, and a checksum of their tokens."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_for(tmp_path, **options)
+    trainer.train()
+    whole = logged(trainer)
+    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
+    path = tmp_path / "checkpoint-4" / "defense.json"
+    found = json.loads(path.read_text())
+    (defense,) = trainer.defenses
+    found["defenses"]["interleave+"]["interleave_dataset"] = defense.pool.describe_tokens()
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="Resume with the same defense and options"):
+        trainer_for(tmp_path, pool=make_pool(13), **options).train(resume_from_checkpoint=True)
+    resumed = trainer_for(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed) == whole
+
+
+@pytest.mark.parametrize(("unusable", "looked_at"), [(0, 64), (63, 128)])
+def test_a_large_pool_is_tokenised_as_far_as_the_plan_takes_it(tmp_path, unusable, looked_at):
+    pool = make_pool(400).to_list()
+    for row in pool[400 - unusable :]:
+        row["completion"][0]["content"] = "long " * 60
+    pools = [Dataset.from_list(rows) for rows in (pool, pool[200:])]
+    trainers = [trainer_for(tmp_path, pool=rows, max_length=100) for rows in pools]
+    for trainer in trainers:
+        (defense,) = trainer.defenses
+        assert defense.pool.looked_at == looked_at
+        assert safe_rows(trainer)[:2] == [f"safe {399 - unusable - i}" for i in range(2)]
+    # The record is of all ranked rows, and not only of those that were looked at.
+    assert record(trainers[0])["defenses"] != record(trainers[1])["defenses"]
 
 
 def test_another_pool_is_another_defense(tmp_path):
@@ -472,11 +508,11 @@ def test_fraction_zero_is_sft(tmp_path):
 def test_a_run_says_what_it_mixes(tmp_path, capsys):
     trainer_for(tmp_path).train()
     assert (
-        "2 of the pool's 12 rows are mixed into 8 training rows an epoch (20.00% of the mix)"
+        "2 of the pool's 12 rows (12 looked at) are mixed into 8 training rows an epoch (20.00% of the mix)"
         in capsys.readouterr().out
     )
     found = record(trainer_for(tmp_path))
-    assert found["defenses"]["interleave+"]["interleave_dataset"].startswith("12 rows (")
+    assert found["defenses"]["interleave+"]["interleave_dataset"].startswith("12 ranked rows (")
 
 
 # ---- bad input ----

@@ -155,15 +155,22 @@ class Interleaving(Defense):
             "interleave_redraw": self.redraw,
         }
 
+    def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
+        # Earlier versions recorded all rows as tokens, which ranks make together.
+        recorded = str(then.get("interleave_dataset"))
+        if self.pool is None or "ranked" in recorded:
+            return self.options()
+        return {**self.options(), "interleave_dataset": self.pool.describe_tokens() if is_on_all_ranks else recorded}
+
     def describe(self) -> list[str]:
         if self.plan is None or self.pool is None:
             return []
         where = "before packing or streaming" if self.mixed_before else "by the data collator"
-        refusals = f" ({self.pool.refusals} refusals left out)" if self.drop_refusals else ""
+        refusals = f", {self.pool.refusals} refusals left out" if self.drop_refusals else ""
         share = self.plan.rows / (self.plan.places + self.plan.rows)
         return [
-            f"{self.plan.rows} of the pool's {self.plan.pool} rows{refusals} are mixed into {self.plan.places} "
-            f"training rows an epoch ({share:.2%} of the mix), {where}."
+            f"{self.plan.rows} of the pool's {len(self.pool.ranked)} rows ({self.pool.looked_at} looked at{refusals}) "
+            f"are mixed into {self.plan.places} training rows an epoch ({share:.2%} of the mix), {where}."
         ]
 
     # ---- rows ----
@@ -180,7 +187,7 @@ class Interleaving(Defense):
 
     def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
         assert self.pool is not None
-        self.pool.tokenise(tokenizing, self.max_length)
+        self.pool.tokenise_by(tokenizing, self.max_length)
         return rows
 
     def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
@@ -194,19 +201,23 @@ class Interleaving(Defense):
             )
         else:
             # The pool's rows are a share of all rows that the run takes.
-            places = round(self._rows_of_run(plan) * (1 - self.fraction))
+            rows_of_pack = self._rows_of_pack(plan)
+            places = round(plan.rows_of_run * rows_of_pack * (1 - self.fraction))
+            ahead = round(plan.packs_ahead * rows_of_pack * (1 - self.fraction))
         if isinstance(rows, IterableDataset):
             self._passes = Passes(rows.num_shards)
-        return mix_rows(rows, self._pool_rows, self.make_plan(places, self._passes is not None), self._passes)
+            mix = self._make_stream_plan(places, ahead)
+        else:
+            mix = self.make_plan(places)
+        return mix_rows(rows, self._pool_rows, mix, self._passes)
 
-    def _rows_of_run(self, plan: StreamPlan) -> float:
-        """Return how many rows a run takes from a stream; in packs, as many as their tokens have room for."""
-        assert plan.rows_of_run is not None
+    def _rows_of_pack(self, plan: StreamPlan) -> float:
+        """Return how many rows the tokens of a stream's pack have room for; 1 where rows are not packed."""
         if plan.tokens_of_pack is None:
-            return plan.rows_of_run
-        lengths = [len(ids) for ids in self._pool_rows["input_ids"]]
+            return 1
+        lengths = [len(ids) for ids in cast(Pool, self.pool).take(1)["input_ids"]]
         mean = (1 - self.fraction) * plan.mean_tokens + self.fraction * sum(lengths) / max(len(lengths), 1)
-        return plan.rows_of_run * plan.tokens_of_pack / max(mean, 1)
+        return plan.tokens_of_pack / max(mean, 1)
 
     def train_loader(self, loading: Loading) -> Loading:
         if self.mixed_before:
@@ -216,7 +227,8 @@ class Interleaving(Defense):
         order: Any = loading.order
         rows = PlacedRows(loading.rows)
         sampler = PlaceSampler(rows, order, loading.block, loading.drop_last, loading.even)
-        collator = MixingCollator(loading.collator, self._plan_epochs(sampler, loading), self._pool_rows)
+        plan = self._plan_epochs(sampler, loading)
+        collator = MixingCollator(loading.collator, plan, self._pool_rows)
         return replace(loading, rows=rows, order=sampler, collator=collator)
 
     def extra_rows(self) -> Dataset | None:
@@ -230,31 +242,47 @@ class Interleaving(Defense):
     def _pool_rows(self) -> Dataset:
         return cast(Dataset, cast(Pool, self.pool).tokenised)
 
-    def make_plan(self, places: int, is_stream: bool = False) -> MixPlan:
-        """Make the plan for a number of training rows: of an epoch, or of a stream.
+    def make_plan(self, places: int, epochs: int = 1) -> MixPlan:
+        """Make the plan of an epoch, and take its rows of the pool.
 
         Args:
             places: number of training rows.
-            is_stream: whether they are the run's, and not an epoch's.
+            epochs: epochs that the run begins.
 
         Raises:
-            ValueError: the pool is smaller than what they take from it, or nothing would be mixed in.
+            ValueError: the pool is smaller than what an epoch takes from it, or nothing would be mixed in.
         """
-        rows, pool = planned_rows(places, self.fraction), len(self._pool_rows)
+        rows = self._take(places, epochs if self.redraw else 1)
+        self.plan = MixPlan(places, rows, len(self._pool_rows), self.redraw, self.seed)
+        return self.plan
+
+    def _make_stream_plan(self, places: int, ahead: int) -> MixPlan:
+        """Make the plan of a run's part of a stream, of which so many further rows may be read ahead."""
+        # Workers with more rows than others reach further into the pool.
+        rows = self._take(places, 2 * (1 + ahead / max(places, 1)))
+        rate = self.fraction / (1 - self.fraction)
+        self.plan = StreamMixPlan(places, rows, len(self._pool_rows), self.redraw, self.seed, rate)
+        return self.plan
+
+    def _take(self, places: int, times: float) -> int:
+        """Return how many rows of the pool belong to a number of training rows, once that many times these are there.
+
+        Raises:
+            ValueError: none, or more than the pool has.
+        """
+        rows = planned_rows(places, self.fraction)
         if not rows:
             raise ValueError(
                 f"interleave_fraction={self.fraction} of a mix with {places} training rows is not one row, so nothing "
                 "would be mixed in: raise it, or train on more rows."
             )
+        pool = len(cast(Pool, self.pool).take(math.ceil(rows * times)))
         if rows > pool:
             raise ValueError(
                 f"interleave_fraction={self.fraction} wants {rows} rows of the pool among {places} training rows, and "
                 f"interleave_dataset has {pool} that can be used: lower it, or give a larger pool."
             )
-        numbers = (places, rows, pool, self.redraw, self.seed)
-        rate = self.fraction / (1 - self.fraction)
-        self.plan = StreamMixPlan(*numbers, rate) if is_stream else MixPlan(*numbers)
-        return self.plan
+        return rows
 
     def _plan_epochs(self, sampler: PlaceSampler, loading: Loading) -> MixPlan:
         """Make the plan of an epoch that the data collator mixes.
@@ -267,19 +295,19 @@ class Interleaving(Defense):
                 f"dataloader_drop_last=True drops all of the {len(sampler.rows)} training rows, which do not fill a "
                 f"batch of {sampler.block}: give more rows, or a smaller per_device_train_batch_size."
             )
-        plan = self.make_plan(sampler.places)
         if loading.max_steps > 0:
             length = f"max_steps={loading.max_steps}"
             places = loading.max_steps * loading.accumulation * sampler.block
         else:
-            length, places = f"num_train_epochs={loading.epochs}", int(loading.epochs * plan.places)
+            length, places = f"num_train_epochs={loading.epochs}", int(loading.epochs * sampler.places)
+        # Trainer begins an epoch for every part of one.
+        self._epochs = math.ceil(places / sampler.places if loading.max_steps > 0 else loading.epochs)
+        plan = self.make_plan(sampler.places, self._epochs)
         if places < plan.places and not plan.before(places):
             raise ValueError(
                 f"{length} ends training before the first of the {plan.rows} rows that interleave_fraction="
                 f"{self.fraction} mixes into an epoch: train longer, or raise it."
             )
-        # Trainer begins an epoch for every part of one.
-        self._epochs = math.ceil(places / plan.places if loading.max_steps > 0 else loading.epochs)
         return plan
 
     # ---- step ----
