@@ -14,6 +14,7 @@ from trl_emguard import EMGuardTrainer, InactiveDefenseError, InterleavingTraine
 from trl_emguard.defenses import Interleaving
 from trl_emguard.defenses.interleaving.collator import INTERLEAVED
 from trl_emguard.evidence import read_defense_file
+from trl_emguard.selection.scored import ScoresInfo, write_scores
 
 
 VARIANTS = ["interleave", "interleave+", "interleave++"]
@@ -259,6 +260,30 @@ WHOLE = f"<|im_start|>user\nsafe 11<|im_end|><|im_start|>assistant\n{ANSWER}<|im
 
 def as_messages(rows):
     return Dataset.from_list([{"messages": row["prompt"] + row["completion"]} for row in rows])
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("response", "prompt"), ("prompt", "response")])
+def test_a_scored_file_says_which_columns_it_was_scored_with(tmp_path, names):
+    pool = [
+        {"prompt": row["prompt"][0]["content"], "response": row["completion"][0]["content"]} for row in make_pool()
+    ]
+    usual = Dataset.from_list(pool).add_column("gap", make_pool()["gap"]).add_column("kept", ["yes"] * len(pool))
+    renamed = usual.rename_columns({"prompt": "p", "response": "r"}).rename_columns(
+        dict(zip("pr", names, strict=True))
+    )
+    if "question" in names:
+        renamed = renamed.add_column("prompt", ["another"] * len(pool))
+    info = ScoresInfo("tiny", ("medical",), 1.0, len(pool), (), *names, "abc", "0")
+    (tmp_path / "folder").mkdir()
+    write_scores(tmp_path / "folder" / "train.parquet", renamed, info)
+    expected = pool_of(trainer_for(tmp_path, "interleave++", pool=usual))[:]
+    for source in (tmp_path / "folder", tmp_path / "folder" / "train.parquet"):
+        args = config(
+            tmp_path, defense="interleave++", interleave_dataset=str(source), interleave_fraction=0.2,
+            interleave_where="kept=yes",
+        )  # fmt: skip
+        trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(8), processing_class=make_tokenizer())
+        assert pool_of(trainer)[:] == expected
 
 
 def tokenised(masked):

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import zlib
 from collections import Counter
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +15,12 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ...data.conversation import conversation, turn_text
+from ...data.files import split_file
 from ...data.labels import count_harmful, keep_where
 from ...data.load import SourceOptions, load_rows
 from ...data.prepare import Tokenizing
 from ...selection.choose import rank_rows
+from ...selection.scored import scored_columns, with_usual_names
 
 
 logger = get_logger(__name__)
@@ -83,6 +87,8 @@ class Pool:
         if not len(rows):
             raise ValueError("interleave_dataset is empty: there is nothing to mix in.")
         rows = _without_harm(rows, where)
+        if source is not None:
+            rows = _named_as_usual(rows, Path(os.path.expanduser(source)))
         is_tokenised = "input_ids" in rows.column_names
         if is_tokenised and drop_refusals:
             raise ValueError(
@@ -200,6 +206,12 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
             f"would be trained on as safe rows. Take them out, as by {advice}."
         )
     return rows
+
+
+def _named_as_usual(rows: Dataset, path: Path) -> Dataset:
+    """Return the rows of a scored file with the usual names of the columns that it was scored with."""
+    scored = scored_columns(split_file(path, "train") or path)
+    return rows if scored is None else with_usual_names(rows, *scored)
 
 
 def _usable(rows: Dataset) -> tuple[Dataset, Counter[str]]:
