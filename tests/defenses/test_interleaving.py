@@ -533,8 +533,8 @@ def test_fraction_zero_is_sft(tmp_path):
 def test_a_run_says_what_it_mixes(tmp_path, capsys):
     trainer_for(tmp_path).train()
     assert (
-        "2 of the pool's 12 rows (12 looked at) are mixed into 8 training rows an epoch (20.00% of the mix)"
-        in capsys.readouterr().out
+        "2 of the pool's 12 rows are mixed into 8 training rows an epoch (20.00% of the mix), by the data collator. "
+        "12 rows of the pool were looked at." in capsys.readouterr().out
     )
     found = record(trainer_for(tmp_path))
     assert found["defenses"]["interleave+"]["interleave_dataset"].startswith("12 ranked rows (")

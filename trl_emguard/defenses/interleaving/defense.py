@@ -166,11 +166,12 @@ class Interleaving(Defense):
         if self.plan is None or self.pool is None:
             return []
         where = "before packing or streaming" if self.mixed_before else "by the data collator"
-        refusals = f", {self.pool.refusals} refusals left out" if self.drop_refusals else ""
+        refusals = f" ({self.pool.refusals} refusals left out)" if self.drop_refusals else ""
         share = self.plan.rows / (self.plan.places + self.plan.rows)
         return [
-            f"{self.plan.rows} of the pool's {len(self.pool.ranked)} rows ({self.pool.looked_at} looked at{refusals}) "
-            f"are mixed into {self.plan.places} training rows an epoch ({share:.2%} of the mix), {where}."
+            f"{self.plan.rows} of the pool's {len(self.pool.ranked)} rows{refusals} are mixed into {self.plan.places} "
+            f"training rows an epoch ({share:.2%} of the mix), {where}. {self.pool.looked_at} rows of the pool were "
+            "looked at."
         ]
 
     # ---- rows ----
