@@ -186,7 +186,21 @@ def test_what_an_engine_refuses_is_found(argv, capsys):
         "--save_strategy",
         "steps",
     ]
-    assert sft.main(argv("--dry_run", *options, "--dataset_test_split", "train", "--accelerate_config", "fsdp2")) == 1
+    assert (
+        sft.main(
+            argv(
+                "--dry_run",
+                *options,
+                "--dataset_train_split",
+                "train[:20]",
+                "--dataset_test_split",
+                "train[20:]",
+                "--accelerate_config",
+                "fsdp2",
+            )
+        )
+        == 1
+    )
     assert "save_only_model=True" in capsys.readouterr().err
 
 

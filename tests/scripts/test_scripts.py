@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -117,6 +118,29 @@ def test_a_mixture_of_data_sets(mixture, tmp_path):
 def test_a_mixture_without_a_test_split_is_told(mixture, capsys):
     assert sft.main([*mixture, "--eval_strategy", "epoch"]) == 1
     assert "has no split 'test': it has 'train'. `test_split_size`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [
+        ("train", None, "dataset_test_split='test': .* one file, whose only split is 'train'"),
+        ("train", "train", "dataset_test_split='train' holds rows of dataset_train_split='train'"),
+        ("train[:8]", "train[7:]", "dataset_test_split='train\\[7:\\]' holds rows of dataset_train_split"),
+        ("train[:90%]", "test+train[50%:60%]", "holds rows of .* slices as 'train\\[:90%\\]' for training"),
+    ],
+)
+def test_evaluation_on_training_rows_is_refused(argv, capsys, train, test, words, dry):
+    options = argv("--eval_strategy", "epoch", "--dataset_train_split", train, *dry)
+    assert sft.main([*options, *([] if test is None else ["--dataset_test_split", test])]) == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_slices_that_do_not_meet_are_evaluated(argv, tmp_path):
+    splits = ["--dataset_train_split", "train[:75%]", "--dataset_test_split", "train[75%:]"]
+    assert sft.main(argv("--eval_strategy", "steps", "--eval_steps", "2", *splits)) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_loss" in entry for entry in history) == 1
 
 
 def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):

@@ -33,7 +33,7 @@ from trl import (
 
 from ..checkpoints.resume import asks_for_newest
 from ..config import EMGuardConfig
-from ..data.load import load_rows
+from ..data.load import SourceOptions, check_apart, load_rows
 from ..evidence import InactiveDefenseError
 from ..io.files import check_writable
 from ..models.shipped import resolve_model
@@ -236,6 +236,8 @@ def read_data(
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
     evaluates = training_args.eval_strategy != "no"
+    if evaluates:
+        check_apart(script_args.dataset_train_split, script_args.dataset_test_split)
     if dataset_args.datasets:
         splits = get_dataset(dataset_args)
         for split in [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates:
@@ -249,7 +251,9 @@ def read_data(
     else:
         name, config, streaming = script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
         train_dataset = load_rows(name, script_args.dataset_train_split, config, streaming)
-        eval_dataset = load_rows(name, script_args.dataset_test_split, config, streaming) if evaluates else None
+        options = SourceOptions(split="dataset_test_split")
+        test_split = script_args.dataset_test_split
+        eval_dataset = load_rows(name, test_split, config, streaming, options) if evaluates else None
 
     # `trl sft` passes these as well, and the user's own values win.
     training_args.model_init_kwargs = {
