@@ -11,9 +11,11 @@ from functools import partial
 import pytest
 import torch
 from command import make_argv, save_inputs, without, write_rows
-from tiny import make_pool
+from tiny import SIZES, config, logged, make_pool, make_rows, make_tokenizer
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from trl import SFTTrainer
 
+from trl_emguard import EMGuardTrainer
 from trl_emguard.evidence import InactiveDefenseError
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import PersonaVector
@@ -108,6 +110,56 @@ def mixture(inputs, argv, tmp_path, monkeypatch):
     part = f"  - path: json\n    data_files: {inputs / 'rows.jsonl'}\n"
     (tmp_path / "run.yaml").write_text(f"datasets:\n{part}{part}dataset_name:\n")
     return without(argv("--config", tmp_path / "run.yaml"), "--dataset_name")
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A model of text and images, whose vision tower has as many blocks as its decoder."""
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("gemma3")
+    sizes = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=5)
+    Gemma3ForConditionalGeneration(sizes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("peft", ["true", "false"])
+@pytest.mark.parametrize("defense", ["kl", "steering,ldifs", "interleave++,inoculation"])
+def test_a_model_that_sees_is_trained_on_text(argv, seeing, tmp_path, capsys, defense, peft):
+    make_pool(40).to_json(tmp_path / "pool.jsonl")
+    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(tmp_path / "vector.safetensors")
+    options = argv(
+        "--model_name_or_path", seeing, "--use_peft", peft, "--max_steps", 4,
+        "--interleave_dataset", tmp_path / "pool.jsonl", "--interleave_fraction", 0.2,
+        "--steering_vector", tmp_path / "vector.safetensors",
+        # Text alone leaves the vision tower without a gradient.
+        "--lora_target_modules", "q_proj", "v_proj",
+    )  # fmt: skip
+    options += ["--defense", defense]
+    assert sft.main([*options, "--dry_run"]) == 0
+    assert sft.main(options) == 0
+    saved = json.loads((tmp_path / "out" / "defense.json").read_text())
+    assert list(saved["defenses"]) == defense.split(",")
+    assert all(evidence["acted"] for evidence in saved["evidence"].values())
+    if defense == "kl":  # it is 0 in the first step
+        plain = EMGuardTrainer(
+            str(seeing), config(tmp_path, max_steps=1, seed=7), train_dataset=make_rows(16),
+            processing_class=make_tokenizer(),
+        )  # fmt: skip
+        plain.train()
+        assert losses(tmp_path / "out")[0] == pytest.approx(logged(plain)[0], rel=1e-4)
+
+
+def test_rows_with_images_are_refused(argv, seeing, tmp_path, capsys):
+    rows = [{**row, "images": []} for row in make_rows(8)]
+    options = argv("--model_name_or_path", seeing, "--dataset_name", write_rows(tmp_path / "rows.jsonl", rows))
+    assert sft.main([*options, "--defense", "kl"]) == 1
+    assert "does not support vision-language models" in capsys.readouterr().err
 
 
 def test_a_mixture_of_data_sets(mixture, tmp_path):

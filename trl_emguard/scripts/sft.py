@@ -36,6 +36,7 @@ from ..config import EMGuardConfig
 from ..data.load import SourceOptions, check_apart, load_rows
 from ..evidence import InactiveDefenseError
 from ..io.files import check_writable
+from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
@@ -139,11 +140,16 @@ def run(
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
     check_model(training_args, model_args)
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
+    path = resolve_model(model_args.model_name_or_path)
+    tokenizer = text_tokenizer(path, training_args, train_dataset)
+    if tokenizer is not None and training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = True  # text leaves the vision tower without gradients
     trainer = EMGuardTrainer(
-        model=resolve_model(model_args.model_name_or_path),
+        model=path,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
