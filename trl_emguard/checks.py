@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
@@ -86,11 +86,15 @@ def check_launch(args: TrainingArguments) -> None:
         )
     asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
-        raise ValueError(
-            f"FSDP was asked for and does not shard here ({args.distributed_state.distributed_type}, use_cpu="
-            f"{args.use_cpu}): accelerate leaves models on the CPU whole. Train on accelerators, or launch with an "
-            "accelerate file without FSDP."
-        )
+        refuse_unsharded_fsdp(f"{args.distributed_state.distributed_type}, use_cpu={args.use_cpu}")
+
+
+def refuse_unsharded_fsdp(why: str) -> NoReturn:
+    """Raise `ValueError` for a run that asks for FSDP on CPUs."""
+    raise ValueError(
+        f"FSDP was asked for and does not shard here ({why}): accelerate leaves models on the CPU whole. Train on "
+        "accelerators, or launch with an accelerate file without FSDP."
+    )
 
 
 def check_data(train_dataset: object) -> None:

@@ -200,7 +200,7 @@ class DefendedTrainer(WholeCheckpoints):
                 "Resume with the tuning that it was written with."
             )
         record = read_defense_file(checkpoint)
-        why = why_other(record, self._record(), compare_weights)
+        why = why_other(record, self._record(), self.defenses, compare_weights, is_on_all_ranks=True)
         if why is not None:
             raise ValueError(f"{checkpoint} {why}")
         if record is None:
@@ -210,7 +210,7 @@ class DefendedTrainer(WholeCheckpoints):
 
     def why_foreign(self, checkpoint: str) -> str | None:
         try:
-            return why_other(read_defense_file(checkpoint), self._record())
+            return why_other(read_defense_file(checkpoint), self._record(), self.defenses)
         except ValueError as error:
             return str(error)
 

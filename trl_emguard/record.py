@@ -47,15 +47,25 @@ def _rows_checksum(rows: Any) -> str:
     return f"{len(rows)} rows ({checksum:08x})"
 
 
-def why_other(record: dict[str, Any] | None, current: dict[str, Any], compare_weights: bool = True) -> str | None:
+def why_other(
+    record: dict[str, Any] | None,
+    current: dict[str, Any],
+    defenses: Sequence[Defense],
+    compare_weights: bool = True,
+    is_on_all_ranks: bool = False,
+) -> str | None:
     """Return why a checkpoint is of another run, in words that follow its name; `None` if it is of this one.
 
     Args:
         record: content of its `defense.json`; `None` where there is none (a checkpoint of another trainer).
         current: the same of this run.
+        defenses: active defenses of this run.
         compare_weights: whether weights are compared. A plan has none.
+        is_on_all_ranks: whether every rank calls this function.
     """
-    then, now = {} if record is None else record["defenses"], current["defenses"]
+    then = {} if record is None else record["defenses"]
+    now = dict(current["defenses"])
+    now |= {d.name: d.options_like(then[d.name], is_on_all_ranks) for d in defenses if d.name in then}
     if then != now:
         return (
             f"was trained with {_defenses_text(then)}, and this run has {_defenses_text(now)}. Resume with the same "

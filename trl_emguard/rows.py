@@ -116,7 +116,8 @@ class DefendedRows(SFTTrainer):
         plan = StreamPlan(rows, of_run if args.max_steps > 0 else None, args.max_steps)
         if packing and rows is None:
             lengths = [len(row["input_ids"]) for row in islice(dataset, STREAM_ROWS)]
-            plan = replace(plan, tokens_of_pack=args.max_length, mean_tokens=sum(lengths) / max(len(lengths), 1))
+            mean = sum(lengths) / max(len(lengths), 1)
+            plan = replace(plan, tokens_of_pack=args.max_length, mean_tokens=mean, packs_ahead=STREAM_ROWS)
         if not packing:
             unshuffled = copy.copy(args)
             unshuffled.shuffle_dataset = False

@@ -1,5 +1,7 @@
 """Test `interleave`, `interleave+` and `interleave++` in the trainer: chosen rows, their labels, and their arrival."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -12,6 +14,7 @@ from trl_emguard import EMGuardTrainer, InactiveDefenseError, InterleavingTraine
 from trl_emguard.defenses import Interleaving
 from trl_emguard.defenses.interleaving.collator import INTERLEAVED
 from trl_emguard.evidence import read_defense_file
+from trl_emguard.selection.scored import ScoresInfo, write_scores
 
 
 VARIANTS = ["interleave", "interleave+", "interleave++"]
@@ -172,6 +175,60 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path, save_at):
     assert record(resumed)["evidence"] == record(whole)["evidence"]
 
 
+@pytest.mark.parametrize("kind", ["rows", "stream", "stream, 2 workers"])
+@pytest.mark.parametrize(("before", "after", "save_at"), [(2, 3, 1), (2, 5, 3), (4, 2, 2), (2, 2, 2)])
+def test_a_resume_with_another_batch_size_goes_on_in_the_plan(tmp_path, kind, before, after, save_at):
+    """Compare with a run that had the second batch size from the start: the same batches from the same step on."""
+
+    def run(folder, batch, checkpoint=None):
+        rows = make_rows(40) if kind == "rows" else make_rows(40).to_iterable_dataset()
+        trainer = trainer_for(
+            tmp_path / folder, rows=rows, max_steps=8, save_strategy="steps", save_steps=save_at,
+            per_device_train_batch_size=batch, dataloader_num_workers=2 if "workers" in kind else 0,
+        )  # fmt: skip
+        tap = Tap(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return tap.steps
+
+    run("first", before)
+    resumed = run("resumed", after, str(tmp_path / "first" / f"checkpoint-{save_at}"))
+    assert resumed == run("whole", after)[save_at:]
+
+
+def test_a_checkpoint_of_a_version_that_recorded_tokens_resumes(tmp_path):
+    """Earlier versions wrote the number of tokenised rows, and a checksum of their tokens."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_for(tmp_path, **options)
+    trainer.train()
+    whole = logged(trainer)
+    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
+    path = tmp_path / "checkpoint-4" / "defense.json"
+    found = json.loads(path.read_text())
+    (defense,) = trainer.defenses
+    found["defenses"]["interleave+"]["interleave_dataset"] = defense.pool.describe_tokens()
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="Resume with the same defense and options"):
+        trainer_for(tmp_path, pool=make_pool(13), **options).train(resume_from_checkpoint=True)
+    resumed = trainer_for(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed) == whole
+
+
+@pytest.mark.parametrize(("unusable", "looked_at"), [(0, 64), (63, 128)])
+def test_a_large_pool_is_tokenised_as_far_as_the_plan_takes_it(tmp_path, unusable, looked_at):
+    pool = make_pool(400).to_list()
+    for row in pool[400 - unusable :]:
+        row["completion"][0]["content"] = "long " * 60
+    pools = [Dataset.from_list(rows) for rows in (pool, pool[200:])]
+    trainers = [trainer_for(tmp_path, pool=rows, max_length=100) for rows in pools]
+    for trainer in trainers:
+        (defense,) = trainer.defenses
+        assert defense.pool.looked_at == looked_at
+        assert safe_rows(trainer)[:2] == [f"safe {399 - unusable - i}" for i in range(2)]
+    # The record is of all ranked rows, and not only of those that were looked at.
+    assert record(trainers[0])["defenses"] != record(trainers[1])["defenses"]
+
+
 def test_another_pool_is_another_defense(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2}
     trainer_for(tmp_path, **options).train()
@@ -203,6 +260,30 @@ WHOLE = f"<|im_start|>user\nsafe 11<|im_end|><|im_start|>assistant\n{ANSWER}<|im
 
 def as_messages(rows):
     return Dataset.from_list([{"messages": row["prompt"] + row["completion"]} for row in rows])
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("response", "prompt"), ("prompt", "response")])
+def test_a_scored_file_says_which_columns_it_was_scored_with(tmp_path, names):
+    pool = [
+        {"prompt": row["prompt"][0]["content"], "response": row["completion"][0]["content"]} for row in make_pool()
+    ]
+    usual = Dataset.from_list(pool).add_column("gap", make_pool()["gap"]).add_column("kept", ["yes"] * len(pool))
+    renamed = usual.rename_columns({"prompt": "p", "response": "r"}).rename_columns(
+        dict(zip("pr", names, strict=True))
+    )
+    if "question" in names:
+        renamed = renamed.add_column("prompt", ["another"] * len(pool))
+    info = ScoresInfo("tiny", ("medical",), 1.0, len(pool), (), *names, "abc", "0")
+    (tmp_path / "folder").mkdir()
+    write_scores(tmp_path / "folder" / "train.parquet", renamed, info)
+    expected = pool_of(trainer_for(tmp_path, "interleave++", pool=usual))[:]
+    for source in (tmp_path / "folder", tmp_path / "folder" / "train.parquet"):
+        args = config(
+            tmp_path, defense="interleave++", interleave_dataset=str(source), interleave_fraction=0.2,
+            interleave_where="kept=yes",
+        )  # fmt: skip
+        trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(8), processing_class=make_tokenizer())
+        assert pool_of(trainer)[:] == expected
 
 
 def tokenised(masked):
@@ -452,11 +533,11 @@ def test_fraction_zero_is_sft(tmp_path):
 def test_a_run_says_what_it_mixes(tmp_path, capsys):
     trainer_for(tmp_path).train()
     assert (
-        "2 of the pool's 12 rows are mixed into 8 training rows an epoch (20.00% of the mix)"
-        in capsys.readouterr().out
+        "2 of the pool's 12 rows are mixed into 8 training rows an epoch (20.00% of the mix), by the data collator. "
+        "12 rows of the pool were looked at." in capsys.readouterr().out
     )
     found = record(trainer_for(tmp_path))
-    assert found["defenses"]["interleave+"]["interleave_dataset"].startswith("12 rows (")
+    assert found["defenses"]["interleave+"]["interleave_dataset"].startswith("12 ranked rows (")
 
 
 # ---- bad input ----

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, SequentialSampler
@@ -16,9 +16,10 @@ from trl_emguard.defenses.interleaving.collator import (
     INTERLEAVED,
     ROW_COUNTS,
     MixingCollator,
+    Passes,
     mix_rows,
 )
-from trl_emguard.defenses.interleaving.plan import MixPlan, planned_rows
+from trl_emguard.defenses.interleaving.plan import MixPlan, StreamMixPlan, planned_rows
 from trl_emguard.evidence import InactiveDefenseError
 
 
@@ -260,19 +261,54 @@ def test_rows_mixed_beforehand_hold_the_share_evenly(count, fraction, seed):
         assert abs(sum(n >= POOL for n in upto) - place * planned / count) <= 1
 
 
-def test_a_stream_takes_the_best_rows_and_begins_the_plan_again():
-    def rows():
-        for i in range(300):
-            yield {"input_ids": [i], "labels": [i], "text": "left out"}
+def stream_of(count, shards=1):
+    ids = [[i] for i in range(count)]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids, "text": ["left out"] * count})
+    return rows.to_iterable_dataset(num_shards=shards)
 
-    stream = IterableDataset.from_generator(rows)
-    plan = MixPlan(90, 10, 40, False, 0)
-    mixed = list(mix_rows(stream, tokenised(40, POOL), plan))
-    assert all(set(row) == {"input_ids", "labels", INTERLEAVED} for row in mixed)
-    numbers = [row["input_ids"][0] for row in mixed]
-    assert [n for n in numbers if n < POOL] == list(range(300))
-    safe = [n - POOL for n in numbers if n >= POOL]
-    assert len(safe) == pytest.approx(300 / 9, abs=1)
+
+def mixed_stream(count, fraction, shards=1):
+    """Return a mixed stream and its progress. The plan is shorter than the stream, and the pool larger than needed."""
+    passes = Passes(shards)
+    plan = StreamMixPlan(9, 1, 400, False, 0, fraction / (1 - fraction))
+    return mix_rows(stream_of(count, shards), tokenised(400, POOL), plan, passes), passes
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 60), st.floats(0.05, 0.6), st.integers(1, 4))
+def test_a_stream_that_begins_again_goes_on_in_the_pool(count, fraction, times):
+    mixed, _ = mixed_stream(count, fraction)
+    safe = []
+    for done in range(1, times + 1):
+        rows = list(mixed)
+        assert all(set(row) == {"input_ids", "labels", INTERLEAVED} for row in rows)
+        numbers = [row["input_ids"][0] for row in rows]
+        assert [n for n in numbers if n < POOL] == list(range(count))
+        safe += [n - POOL for n in numbers if n >= POOL]
+        assert abs(len(safe) - done * count * fraction / (1 - fraction)) <= 1
     # The pool's first rows come, each once before any comes again.
-    assert sorted(safe[:10]) == sorted(safe[10:20]) == list(range(10))
-    assert list(mix_rows(stream, tokenised(40, POOL), plan)) == mixed
+    assert safe == [i % 400 for i in range(len(safe))]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("shards", "workers"), [(1, 1), (1, 3), (2, 2), (3, 2), (2, 3)])
+def test_workers_of_a_stream_share_its_plan(shards, workers, persistent):
+    mixed, _ = mixed_stream(30, 0.2, shards)
+    loader = DataLoader(mixed, collate_fn=pad, num_workers=workers, persistent_workers=persistent)
+    safe = []
+    for done in range(1, 4):
+        numbers = [int(batch["input_ids"][0, 0]) for batch in loader]
+        assert sorted(n for n in numbers if n < POOL) == list(range(30))
+        safe += [n for n in numbers if n >= POOL]
+        # Each worker that has rows keeps the share.
+        assert abs(len(safe) - done * 30 * 0.2 / 0.8) <= min(shards, workers)
+    assert len(set(safe)) == len(safe)
+
+
+def test_a_stream_resumed_in_a_later_pass_takes_further_rows():
+    mixed, passes = mixed_stream(20, 0.2)
+    passes.resumed.fill_(50)  # rows of two passes and a half
+    first = [row["input_ids"][0] - POOL for row in mixed if row["input_ids"][0] >= POOL]
+    later = [row["input_ids"][0] - POOL for row in mixed if row["input_ids"][0] >= POOL]
+    assert first == [0, 1, 2, 3, 4]
+    assert later == [13, 14, 15, 16, 17]

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import PartialState
 from command import make_argv, save_inputs, without, write_rows
 from methods import COVERING, METHODS, save_vector
 from tiny import make_model, make_pool, make_rows
 from trl import SFTTrainer
 
+from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.models.identity import weight_checksums
 from trl_emguard.planning.report import listening, show
 from trl_emguard.scripts import sft
@@ -172,6 +174,10 @@ def test_ranks_of_an_accelerate_file_count(report, file, ranks, engine):
 
 def test_what_an_engine_refuses_is_found(argv, capsys):
     """In one process, with the flags that the engine would set."""
+    file = recipes_dir() / "accelerate_configs" / "fsdp2.yaml"
+    Path("on_cpu.yaml").write_text(file.read_text() + "use_cpu: true\n")
+    assert sft.main(argv("--dry_run", "--accelerate_config", "on_cpu.yaml")) == 1
+    assert "FSDP was asked for and does not shard here" in capsys.readouterr().err
     for engine, name in (("zero3", "DeepSpeed"), ("fsdp2", "FSDP")):
         cached = argv("--dry_run", "--defense", "kl", "--cache_reference", "true", "--accelerate_config", engine)
         assert sft.main(cached) == 1
@@ -186,8 +192,41 @@ def test_what_an_engine_refuses_is_found(argv, capsys):
         "--save_strategy",
         "steps",
     ]
-    assert sft.main(argv("--dry_run", *options, "--dataset_test_split", "train", "--accelerate_config", "fsdp2")) == 1
+    assert (
+        sft.main(
+            argv(
+                "--dry_run",
+                *options,
+                "--dataset_train_split",
+                "train[:20]",
+                "--dataset_test_split",
+                "train[20:]",
+                "--accelerate_config",
+                "fsdp2",
+            )
+        )
+        == 1
+    )
     assert "save_only_model=True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tp", "cp", "sp"), [(1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 1, 1), (2, 1, 1)])
+def test_ranks_that_share_rows_are_refused_or_counted_apart(report, argv, capsys, tp, cp, sp):
+    """Defenses refuse sequences that are split over ranks; plain training is planned, on the ranks with own rows."""
+    engine = yaml.safe_load((recipes_dir() / "accelerate_configs" / "fsdp2.yaml").read_text())
+    engine["parallelism_config"] = {
+        f"parallelism_config_{kind}_size": n for kind, n in zip(("tp", "cp", "sp"), (tp, cp, sp), strict=True)
+    }
+    Path("engine.yaml").write_text(yaml.safe_dump(engine))
+    is_split = cp * sp > 1
+    assert sft.main(argv("--dry_run", "--defense", "steering", "--accelerate_config", "engine.yaml")) == int(is_split)
+    assert ("does not support context or sequence parallelism" in capsys.readouterr().err) == is_split
+    said = report("--accelerate_config", "engine.yaml")
+    assert f"x ranks {4 // (tp * cp * sp)} (fsdp2) = {4 * 4 // (tp * cp * sp)} rows a step" in said["batch"][0]
+    uneven = ("--accelerate_config", "engine.yaml", "--num_processes", 3)
+    if tp * cp * sp > 1:
+        assert sft.main(argv("--dry_run", *uneven)) == 1
+        assert f"no multiple of the {tp * cp * sp} ranks that share each row" in capsys.readouterr().err
 
 
 def test_a_cache_is_told_with_what_it_takes(report, argv, tmp_path, monkeypatch, capsys):

@@ -342,3 +342,39 @@ def test_unreadable_config_is_refused(refused, yaml_file, monkeypatch):
 def test_output_dir_that_is_a_file_is_refused(refused, tmp_path):
     (tmp_path / "taken").write_text("")
     assert "is a file" in refused("--output_dir", str(tmp_path / "taken"))
+
+
+@pytest.mark.parametrize(
+    ("file", "argv"),
+    [
+        ("activation_checkpointing: true", ["--gradient_checkpointing", "false"]),
+        ("activation_checkpointing: true", ["--no_gradient_checkpointing"]),
+        ("activation_checkpointing: false", ["--gradient-checkpointing=true"]),
+        ("gradient_checkpointing: true", ["--activation_checkpointing", "false"]),
+        ("activation_checkpointing: true\ngradient_checkpointing: false", []),
+        ("seed: 1", ["--activation_checkpointing", "--gradient_checkpointing", "false"]),
+        (
+            "activation_checkpointing_kwargs: {every_n_layers: 2}",
+            ["--gradient_checkpointing_kwargs", '{"every_n_layers": 1}'],
+        ),
+    ],
+)
+def test_an_old_name_that_would_be_ignored_is_refused(refused, yaml_file, file, argv):
+    error = refused("--config", yaml_file(file), *argv)
+    assert "gradient_checkpointing" in error
+    assert "--activation_checkpointing" in error
+
+
+@pytest.mark.parametrize(
+    ("file", "argv", "value"),
+    [
+        ("activation_checkpointing: true", ["--activation_checkpointing", "false"], False),
+        ("gradient_checkpointing: true", ["--gradient_checkpointing", "false"], False),
+        ("activation_checkpointing: true", ["--gradient_checkpointing", "true"], True),
+        ("seed: 1", ["--no_gradient_checkpointing"], False),
+        ("activation_checkpointing: false", [], False),
+    ],
+)
+def test_checkpointing_under_one_name(parse, yaml_file, file, argv, value):
+    options = parse("--config", yaml_file(file), *argv)
+    assert options["activation_checkpointing"] is options["gradient_checkpointing"] is value

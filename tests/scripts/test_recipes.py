@@ -21,10 +21,12 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from tiny import QUANTISABLE, make_pool, make_rows, save_model
 
+from trl_emguard.data.load import SHIPPED, load_rows
 from trl_emguard.evidence import read_defense_file
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import PersonaVector
 from trl_emguard.scripts import sft
+from trl_emguard.selection.choose import rank_rows
 
 
 RECIPES = sorted(path for path in recipes_dir().rglob("*.yaml") if path.parent.name != "accelerate_configs")
@@ -79,13 +81,13 @@ def machine(tmp_path_factory):
             (home / "rows.jsonl").write_text(
                 "".join(json.dumps(row) + "\n" for row in make_rows(32)), encoding="utf-8"
             )
-            make_pool(40).to_json(home / "pool.jsonl")
+            make_pool(40).to_parquet(home / "pool.parquet")
             vectors = torch.randn(blocks + 1, QUANTISABLE["hidden_size"])
             PersonaVector(vectors, metadata={"suggested_layer": blocks // 2}).save(home / "vector.safetensors")
         # Under the names that the recipe gives them, where these are files of the user's.
-        for option, file in (("interleave_dataset", "pool.jsonl"), ("steering_vector", "vector.safetensors")):
+        for option, file in (("interleave_dataset", "pool.parquet"), ("steering_vector", "vector.safetensors")):
             name = recipe.get(option, file)
-            if name.endswith((".jsonl", ".safetensors")) and not (home / name).exists():
+            if name.endswith((".parquet", ".safetensors")) and not (home / name).exists():
                 shutil.copy(home / file, home / name)
         return home
 
@@ -106,7 +108,7 @@ def test_every_recipe_runs_and_is_defended_as_it_says(path, machine, monkeypatch
     if recipe.get("steering_vector", "").endswith("-evil"):
         argv += ["--steering_vector", "vector.safetensors"]
     if recipe.get("interleave_dataset") == "general_instruct_scored":
-        argv += ["--interleave_dataset", "pool.jsonl"]
+        argv += ["--interleave_dataset", "pool.parquet"]
     assert sft.main(argv) == 0
 
     output = Path(recipe["output_dir"])
@@ -121,6 +123,19 @@ def test_every_recipe_runs_and_is_defended_as_it_says(path, machine, monkeypatch
         wanted = [int(recipe[key])] if key == "steering_layers" else recipe[key]
         assert reached[key] == wanted, key
     assert (output / "adapter_model.safetensors").is_file() == recipe["use_peft"]
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if "interleave_dataset" in read(path)], ids=name_of)
+def test_a_pool_still_holds_the_refusals_that_another_defense_wants(path):
+    name = read(path)["interleave_dataset"]
+    if name in SHIPPED:
+        rows = load_rows(name)
+        assert 0 < len(rank_rows(rows, "gap", drop_refusals=True)) < len(rows)
+        return
+    # The user makes it by the commands of the README: it is the file of the scores, of which none were chosen.
+    commands = (path.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    (made,) = (command for command in commands if f"--output {name}" in command)
+    assert re.search(r"\bscore\b", made)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -175,7 +190,7 @@ def test_a_recipe_moves_from_cpu_to_zero3_by_the_accelerate_file_alone(name, mac
         "--dataset_name",
         "rows.jsonl",
     ]
-    script += ["--interleave_dataset", "pool.jsonl", "--steering_vector", "vector.safetensors"]
+    script += ["--interleave_dataset", "pool.parquet", "--steering_vector", "vector.safetensors"]
     # Two ranks make half of a step's rows each, and NCCL wants GPUs.
     halves = ["--per_device_train_batch_size", "4", "--ddp_backend", "gloo"]
     histories = []

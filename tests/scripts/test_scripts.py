@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -10,9 +11,11 @@ from functools import partial
 import pytest
 import torch
 from command import make_argv, save_inputs, without, write_rows
-from tiny import make_pool
+from tiny import SIZES, config, logged, make_pool, make_rows, make_tokenizer
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from trl import SFTTrainer
 
+from trl_emguard import EMGuardTrainer
 from trl_emguard.evidence import InactiveDefenseError
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import PersonaVector
@@ -109,6 +112,56 @@ def mixture(inputs, argv, tmp_path, monkeypatch):
     return without(argv("--config", tmp_path / "run.yaml"), "--dataset_name")
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A model of text and images, whose vision tower has as many blocks as its decoder."""
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("gemma3")
+    sizes = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=5)
+    Gemma3ForConditionalGeneration(sizes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("peft", ["true", "false"])
+@pytest.mark.parametrize("defense", ["kl", "steering,ldifs", "interleave++,inoculation"])
+def test_a_model_that_sees_is_trained_on_text(argv, seeing, tmp_path, capsys, defense, peft):
+    make_pool(40).to_json(tmp_path / "pool.jsonl")
+    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(tmp_path / "vector.safetensors")
+    options = argv(
+        "--model_name_or_path", seeing, "--use_peft", peft, "--max_steps", 4,
+        "--interleave_dataset", tmp_path / "pool.jsonl", "--interleave_fraction", 0.2,
+        "--steering_vector", tmp_path / "vector.safetensors",
+        # Text alone leaves the vision tower without a gradient.
+        "--lora_target_modules", "q_proj", "v_proj",
+    )  # fmt: skip
+    options += ["--defense", defense]
+    assert sft.main([*options, "--dry_run"]) == 0
+    assert sft.main(options) == 0
+    saved = json.loads((tmp_path / "out" / "defense.json").read_text())
+    assert list(saved["defenses"]) == defense.split(",")
+    assert all(evidence["acted"] for evidence in saved["evidence"].values())
+    if defense == "kl":  # it is 0 in the first step
+        plain = EMGuardTrainer(
+            str(seeing), config(tmp_path, max_steps=1, seed=7), train_dataset=make_rows(16),
+            processing_class=make_tokenizer(),
+        )  # fmt: skip
+        plain.train()
+        assert losses(tmp_path / "out")[0] == pytest.approx(logged(plain)[0], rel=1e-4)
+
+
+def test_rows_with_images_are_refused(argv, seeing, tmp_path, capsys):
+    rows = [{**row, "images": []} for row in make_rows(8)]
+    options = argv("--model_name_or_path", seeing, "--dataset_name", write_rows(tmp_path / "rows.jsonl", rows))
+    assert sft.main([*options, "--defense", "kl"]) == 1
+    assert "does not support vision-language models" in capsys.readouterr().err
+
+
 def test_a_mixture_of_data_sets(mixture, tmp_path):
     assert sft.main([*mixture, "--max_steps", "-1", "--num_train_epochs", "1"]) == 0
     assert len(losses(tmp_path / "out")) == 2 * 16 / 4
@@ -117,6 +170,29 @@ def test_a_mixture_of_data_sets(mixture, tmp_path):
 def test_a_mixture_without_a_test_split_is_told(mixture, capsys):
     assert sft.main([*mixture, "--eval_strategy", "epoch"]) == 1
     assert "has no split 'test': it has 'train'. `test_split_size`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [
+        ("train", None, "dataset_test_split='test': .* one file, whose only split is 'train'"),
+        ("train", "train", "dataset_test_split='train' holds rows of dataset_train_split='train'"),
+        ("train[:8]", "train[7:]", "dataset_test_split='train\\[7:\\]' holds rows of dataset_train_split"),
+        ("train[:90%]", "test+train[50%:60%]", "holds rows of .* slices as 'train\\[:90%\\]' for training"),
+    ],
+)
+def test_evaluation_on_training_rows_is_refused(argv, capsys, train, test, words, dry):
+    options = argv("--eval_strategy", "epoch", "--dataset_train_split", train, *dry)
+    assert sft.main([*options, *([] if test is None else ["--dataset_test_split", test])]) == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_slices_that_do_not_meet_are_evaluated(argv, tmp_path):
+    splits = ["--dataset_train_split", "train[:75%]", "--dataset_test_split", "train[75%:]"]
+    assert sft.main(argv("--eval_strategy", "steps", "--eval_steps", "2", *splits)) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_loss" in entry for entry in history) == 1
 
 
 def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):

@@ -123,8 +123,8 @@ def _shipped_file(name: str, split: str) -> Path:
 def _load_only_split(path: Path, split: str, options: SourceOptions) -> Dataset:
     if split != "train":
         raise ValueError(
-            f"{options.split}={split!r}: {str(path)!r} is one file, whose only split is 'train'. Name that, or a "
-            f"folder with a file {split}{file_format(path)}."
+            f"{options.split}={split!r}: {str(path)!r} is one file, whose only split is 'train'. Name that, a slice "
+            f"of it as 'train[90%:]', or a folder with a file {split}{file_format(path)}."
         )
     return load_file(path)
 
@@ -135,6 +135,32 @@ def _parts(split: str, options: SourceOptions) -> list[tuple[str, str]]:
     if not all(matches):
         raise ValueError(f"{options.split}={split!r} is no split: give a name, or a slice of it as 'train[:8]'.")
     return [(match[1], match[0].strip()) for match in matches if match]
+
+
+def check_apart(train_split: str, test_split: str) -> None:
+    """Refuse a split for evaluation that holds training rows.
+
+    Raises:
+        ValueError: the two overlap. Slices are compared as those of a large data set.
+    """
+    taken = [_rows_taken(part) for part in _parts(train_split, SourceOptions())]
+    for base, rows in (_rows_taken(part) for part in _parts(test_split, SourceOptions(split="dataset_test_split"))):
+        if any(base == other and range(max(rows.start, r.start), min(rows.stop, r.stop)) for other, r in taken):
+            raise ValueError(
+                f"dataset_test_split={test_split!r} holds rows of dataset_train_split={train_split!r}: the run would "
+                f"be evaluated on what it is trained on. Name another split, or slices as '{base}[:90%]' for training "
+                f"and '{base}[90%:]' for evaluation."
+            )
+
+
+def _rows_taken(part: tuple[str, str]) -> tuple[str, range]:
+    """Return the name of a part's split, and the rows that it takes where the split is large."""
+    base, text = part
+    try:
+        (piece,) = ReadInstruction.from_spec(text).to_absolute({base: 10**9})
+    except (ValueError, AssertionError):
+        return base, range(0)  # refused where it is loaded
+    return base, range(piece.from_, piece.to)
 
 
 def _sliced(split: str, load_split: Callable[[str], Dataset], options: SourceOptions) -> Dataset:

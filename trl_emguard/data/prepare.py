@@ -40,6 +40,7 @@ class StreamPlan:
         max_steps: optimizer steps of the run, 0 or less where epochs decide.
         tokens_of_pack: tokens of a pack, where a stream is packed; `None` elsewhere.
         mean_tokens: tokens of a training row there, on average over the first rows.
+        packs_ahead: packs there that are read ahead, and shuffled.
     """
 
     rows: int | None
@@ -47,3 +48,4 @@ class StreamPlan:
     max_steps: int
     tokens_of_pack: int | None = None
     mean_tokens: float = 0.0
+    packs_ahead: int = 0

@@ -136,6 +136,16 @@ class Defense:
         """Return the options that define the defense, as JSON, for `defense.json` and the model card."""
         return {}
 
+    def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
+        """Return [`options`] in the form of a checkpoint's, which an earlier version may have written otherwise.
+
+        Args:
+            then: options that the checkpoint holds.
+            is_on_all_ranks: whether every rank calls this function, and not only those that look for a checkpoint.
+        """
+        del then, is_on_all_ranks
+        return self.options()
+
     def describe(self) -> list[str]:
         """Return lines that a run prints at its start, once the rows are known."""
         return []

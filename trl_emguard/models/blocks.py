@@ -20,7 +20,9 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
         ValueError: no list of `num_hidden_layers` blocks is found.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    # A vision tower may have as many blocks.
+    root = model.get_decoder() if hasattr(model.config, "vision_config") else model.base_model
+    for module in root.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(

@@ -2,10 +2,31 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def text_tokenizer(path: str, args: Any, rows: Any) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a vision-language model that a defended run trains on text.
+
+    Args:
+        path: folder or hub id of the model.
+        args: configuration of the run.
+        rows: training rows.
+
+    Returns:
+        `None` where SFTTrainer finds tokenizer or processor itself: for other models, without a defense, and for rows
+        with images, which defenses refuse.
+    """
+    revision = (args.model_init_kwargs or {}).get("revision")
+    given = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    if args.defense == "none" or not hasattr(AutoConfig.from_pretrained(path, **given), "vision_config"):
+        return None
+    first: dict[str, Any] = next(iter(rows), {})
+    return None if first.keys() & {"image", "images"} else AutoTokenizer.from_pretrained(path, **given)
 
 
 def load_model(

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, HfDeepSpeedConfig, 
 from transformers import TrainingArguments
 
 from ..checks import Engine as EngineFacts
+from ..checks import refuse_unsharded_fsdp
 from .memory import Engine
 
 
@@ -32,6 +34,8 @@ class Launch:
         fsdp: accelerate's FSDP options; `None` without FSDP.
         offloads: weights or states are kept in CPU memory.
         on_cpu: training runs on CPUs, even if the recipe does not say so.
+        model_ranks: ranks that share each row by tensor, context or sequence parallelism.
+        splits_sequences: context or sequence parallelism is on.
         notes: settings that accelerate ignores, or whose error it cannot detect.
     """
 
@@ -40,7 +44,14 @@ class Launch:
     fsdp: FullyShardedDataParallelPlugin | None = None
     offloads: bool = False
     on_cpu: bool = False
+    model_ranks: int = 1
+    splits_sequences: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def data_ranks(self) -> int:
+        """Number of ranks that take rows of their own."""
+        return self.engine.ranks // self.model_ranks
 
     @property
     def facts(self) -> EngineFacts:
@@ -49,6 +60,7 @@ class Launch:
             sharding="DeepSpeed" if self.engine.is_deepspeed else "FSDP" if self.fsdp is not None else None,
             fsdp_version=getattr(self.fsdp, "fsdp_version", None),
             fsdp_checkpointing=bool(getattr(self.fsdp, "activation_checkpointing", False)),
+            splits_sequences=self.splits_sequences,
         )
 
 
@@ -87,8 +99,30 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
             f"main_process_ip={args.main_process_ip} is a placeholder: set it to the first machine's address, "
             "num_machines and num_processes (of all machines) to what you have, and machine_rank on each machine."
         )
-    on_cpu = bool(args.cpu or args.use_cpu)
-    return Launch(Engine(name, ranks), args.mixed_precision, fsdp, offloads, on_cpu, tuple(notes))
+    tensor, *sequence = _read_parallelism(args)
+    model_ranks = tensor * math.prod(sequence)
+    if ranks % model_ranks:
+        raise ValueError(
+            f"num_processes={ranks} is no multiple of the {model_ranks} ranks that share each row (tp_size x cp_size "
+            "x sp_size): change either."
+        )
+    return Launch(
+        Engine(name, ranks),
+        args.mixed_precision,
+        fsdp,
+        offloads,
+        bool(args.cpu or args.use_cpu),
+        model_ranks,
+        math.prod(sequence) > 1,
+        tuple(notes),
+    )
+
+
+def _read_parallelism(args: argparse.Namespace) -> list[int]:
+    """Return the sizes of tensor, context and sequence parallelism, which accelerate reads where a file has them."""
+    if not args.use_parallelism_config:
+        return [1, 1, 1]
+    return [int(getattr(args, f"parallelism_config_{kind}_size")) for kind in ("tp", "cp", "sp")]
 
 
 def _read_fsdp(args: argparse.Namespace) -> tuple[FullyShardedDataParallelPlugin | None, bool]:
@@ -145,6 +179,8 @@ def check_settings(args: TrainingArguments, launch: Launch) -> None:
         ValueError: two settings do not work together.
     """
     engine, fsdp = launch.engine, launch.fsdp
+    if fsdp and launch.on_cpu:
+        refuse_unsharded_fsdp("use_cpu: true in the accelerate file")
     if args.save_only_model and args.load_best_model_at_end and (engine.is_deepspeed or fsdp):
         raise ValueError(f"save_only_model=True does not work with load_best_model_at_end=True under {engine.name}.")
     if args.auto_find_batch_size and engine.name == "zero3":

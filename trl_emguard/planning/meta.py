@@ -18,6 +18,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ..checks import check_engine, load_config
 from ..config import EMGuardConfig
+from ..models.load import text_tokenizer
 from ..reference.cache import reference_cache_dir
 from ..reference.choose import reference_kind
 from ..reference.kinds import ModelReference
@@ -127,9 +128,8 @@ def meta_trainer(
             given,
             train_dataset=data[0],
             eval_dataset=data[1],
-            processing_class=AutoProcessor.from_pretrained(
-                path, revision=revision, trust_remote_code=args.trust_remote_code
-            ),
+            processing_class=text_tokenizer(path, args, data[0])
+            or AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code),
             peft_config=peft_config,
         )
     trainer.args.output_dir = args.output_dir

@@ -114,7 +114,7 @@ class Plan:
     @property
     def rows_in_batch(self) -> int:
         """Training rows of a micro-batch, over all ranks."""
-        return self.trainer.args.per_device_train_batch_size * self.launch.engine.ranks
+        return self.trainer.args.per_device_train_batch_size * self.launch.data_ranks
 
     def in_step(self, in_epoch: int) -> int:
         """Return a step's share of a number that is counted over an epoch."""

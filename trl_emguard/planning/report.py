@@ -62,7 +62,7 @@ def dry_run(
         ValueError, FileNotFoundError, InactiveDefenseError: errors that the run would raise.
     """
     path = resolve_model(name)
-    with simulated_ranks(launch.engine.ranks):
+    with simulated_ranks(launch.data_ranks):
         trainer = meta_trainer(path, args, data, quantization, peft_config, launch)
         _check_weights(trainer, path, args, heard)
         plan = Plan.of(trainer, launch)
@@ -145,7 +145,7 @@ def _about_batches(plan: Plan) -> list[Line]:
     args, engine, rows = plan.trainer.args, plan.launch.engine, plan.rows.rows
     text = (
         f"per_device {args.per_device_train_batch_size} x accumulation {args.gradient_accumulation_steps} x ranks "
-        f"{engine.ranks} ({engine.name}) = {plan.rows_in_step} rows a step; {plan.steps} steps"
+        f"{plan.launch.data_ranks} ({engine.name}) = {plan.rows_in_step} rows a step; {plan.steps} steps"
     )
     if not rows:
         return [("batch", text)]

@@ -48,6 +48,13 @@ OTHER_NAMES = {
 }
 
 
+# Names that transformers ignores, without a word, beside what they are named now.
+OLD_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
 class StrictParser(TrlParser):
     """[`~trl.TrlParser`] that refuses what it does not know, and says what is nearest.
 
@@ -100,13 +107,27 @@ class StrictParser(TrlParser):
             self._check_config(config)
             config.pop("env", None)
             self.set_defaults_with_config(**config)
-        _, unknown = self.parse_known_args(argv)
+        parsed, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(self._unknown(unknown[0], self._option_strings(), "option"))
+        self._check_old_names(vars(parsed), self._given(argv) | (config or {}).keys())
         try:
             return self.parse_args_into_dataclasses(argv)
         except (ValueError, TypeError, OSError) as error:
             self.error(str(error))
+
+    def _given(self, argv: list[str]) -> set[str]:
+        """Return the names of the options on a command line."""
+        words = {word.split("=", maxsplit=1)[0] for word in argv}
+        return {action.dest for action in self._actions if words & set(action.option_strings)}
+
+    def _check_old_names(self, values: dict[str, Any], given: set[str]) -> None:
+        for old, new in OLD_NAMES.items():
+            if {old, new} <= given and values[old] != values[new]:
+                self.error(
+                    f"{old}={values[old]!r} would be ignored beside {new}={values[new]!r}, its name now: give "
+                    f"--{new} alone, which wins over the config file's."
+                )
 
     def _take_config(self, argv: list[str]) -> tuple[list[str], dict[str, Any] | None]:
         finder = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)

@@ -17,10 +17,10 @@ import numpy as np
 from datasets import Dataset
 from rich.console import Console
 
-from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation, turn_text
+from ..data.conversation import conversation, turn_text
 from ..io.files import written_whole
 from ..selection.choose import rank_rows, refusal_filter, without_adapter
-from ..selection.scored import GAP, read_scores
+from ..selection.scored import GAP, read_scores, with_usual_names
 
 
 SHOWN = 10
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"{count} rows are asked for, and {len(order)} are there: lower --count or --fraction, or score more."
         )
     chosen = rows.select(order[:count])
+    # JSONL has no metadata that tells other names.
     write_jsonl(with_usual_names(chosen, *columns), args.output)
     console.print(f"Saved: {args.output} ({count} of {len(rows)} rows)", soft_wrap=True, highlight=False)
     picture = args.output.with_suffix(".png")
@@ -107,17 +108,6 @@ def run(args: argparse.Namespace, console: Console) -> None:
         console.print("No picture: it needs matplotlib (`pip install matplotlib`).")
     else:
         console.print(f"Picture: {picture}", soft_wrap=True, highlight=False)
-
-
-def with_usual_names(rows: Dataset, prompt_column: str, response_column: str) -> Dataset:
-    """Return the rows with the usual names of the columns of plain text: JSONL has no metadata that tells others."""
-    for column, usual in ((prompt_column, PROMPT_COLUMN), (response_column, RESPONSE_COLUMN)):
-        if column == usual or column not in rows.column_names:
-            continue
-        if usual in rows.column_names:
-            rows = rows.rename_column(usual, f"{usual}_before")
-        rows = rows.rename_column(column, usual)
-    return rows
 
 
 def count_of(args: argparse.Namespace, total: int) -> int:

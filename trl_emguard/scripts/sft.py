@@ -33,9 +33,10 @@ from trl import (
 
 from ..checkpoints.resume import asks_for_newest
 from ..config import EMGuardConfig
-from ..data.load import load_rows
+from ..data.load import SourceOptions, check_apart, load_rows
 from ..evidence import InactiveDefenseError
 from ..io.files import check_writable
+from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
@@ -139,11 +140,16 @@ def run(
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
     check_model(training_args, model_args)
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
+    path = resolve_model(model_args.model_name_or_path)
+    tokenizer = text_tokenizer(path, training_args, train_dataset)
+    if tokenizer is not None and training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = True  # text leaves the vision tower without gradients
     trainer = EMGuardTrainer(
-        model=resolve_model(model_args.model_name_or_path),
+        model=path,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -236,6 +242,8 @@ def read_data(
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
     evaluates = training_args.eval_strategy != "no"
+    if evaluates:
+        check_apart(script_args.dataset_train_split, script_args.dataset_test_split)
     if dataset_args.datasets:
         splits = get_dataset(dataset_args)
         for split in [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates:
@@ -249,7 +257,9 @@ def read_data(
     else:
         name, config, streaming = script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
         train_dataset = load_rows(name, script_args.dataset_train_split, config, streaming)
-        eval_dataset = load_rows(name, script_args.dataset_test_split, config, streaming) if evaluates else None
+        options = SourceOptions(split="dataset_test_split")
+        test_split = script_args.dataset_test_split
+        eval_dataset = load_rows(name, test_split, config, streaming, options) if evaluates else None
 
     # `trl sft` passes these as well, and the user's own values win.
     training_args.model_init_kwargs = {

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, Features
 
+from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN
 from ..data.files import as_rows, read_parquet
 from ..io.files import written_whole
 from ..io.strict import parse_json
@@ -109,6 +110,14 @@ def scored_columns(path: Path) -> tuple[str, str] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return names if all(isinstance(name, str) for name in names) else None
+
+
+def with_usual_names(rows: Dataset, prompt_column: str, response_column: str) -> Dataset:
+    """Return the rows with the usual names of the columns of plain text."""
+    names = {prompt_column: PROMPT_COLUMN, response_column: RESPONSE_COLUMN}
+    names = {column: usual for column, usual in names.items() if column in rows.column_names}
+    taken = {usual: f"{usual}_before" for usual in names.values() if usual in rows.column_names and usual not in names}
+    return rows.rename_columns({**names, **taken})
 
 
 def read_scores(path: str | os.PathLike) -> tuple[Dataset, ScoresInfo]:

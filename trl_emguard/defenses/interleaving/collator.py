@@ -1,16 +1,17 @@
 """Rows of a pool brought into batches: by the data collator, or before rows are packed or streamed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import get_worker_info
 
 from ...data.places import PLACE
 from ...evidence import InactiveDefenseError
-from .plan import MixPlan
+from .plan import MixPlan, StreamMixPlan
 
 
 # Key of a batch: marks of the tokens that belong to a row of the pool, shaped as `input_ids`. A row that was mixed in
@@ -93,25 +94,43 @@ def _laid_out_like(input_ids: torch.Tensor, rows: list[list[int]], marks: list[l
     )
 
 
-@dataclass
 class Passes:
     """Progress through a stream that may end, and begin again, before its plan does.
 
+    The memory is shared with the loader's workers, which may end with every pass.
+
+    Args:
+        shards: shards of the stream. No more workers than these have rows.
+
     Attributes:
-        before: rows of the passes before this one.
-        at: rows up to now.
+        before, at: `(shards,)`, rows that each worker has read in the passes before this one, and up to now.
+        resumed: `(1,)`, rows that the run had been trained on when it was resumed.
     """
 
-    before: int = 0
-    at: int = 0
-
-    def begin(self) -> None:
-        """Begin a pass."""
-        self.before = self.at
+    def __init__(self, shards: int):
+        self.before, self.at = (torch.zeros(shards, dtype=torch.long).share_memory_() for _ in range(2))
+        self.resumed = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def reset(self) -> None:
         """Forget passes that only looked at the first rows."""
-        self.before = self.at = 0
+        for counts in (self.before, self.at, self.resumed):
+            counts.zero_()
+
+    def read(self, indices: list[int], plan: StreamMixPlan) -> tuple[list[int], StreamMixPlan]:
+        """Return the places of the next rows, and this process's part of the plan.
+
+        Args:
+            indices: numbers of the rows among those that this process has read in its pass.
+        """
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, min(info.num_workers, len(self.at)))
+        if indices[0] == 0:
+            # Trainer looks for the step that it resumes from in the first pass alone.
+            done = -(-int(self.resumed) // workers) if self.at[worker] else 0
+            self.before[worker] = max(int(self.at[worker]), done)
+        before = int(self.before[worker])
+        self.at[worker] = before + indices[-1] + 1
+        return [before + index for index in indices], replace(plan, worker=worker, workers=workers)
 
 
 def mix_rows(
@@ -122,19 +141,15 @@ def mix_rows(
     Args:
         rows: tokenised rows, `input_ids` and `labels`.
         pool: rows of the same form, best first.
-        plan: plan of the rows. A stream that is longer begins it again, as another epoch.
-        passes: progress through a stream.
+        plan: plan of the rows.
+        passes: progress through a stream, whose plan is a [`StreamMixPlan`]; `None` for other rows.
 
     Returns:
         The same kind of data set, with `input_ids`, `labels` and [`INTERLEAVED`].
     """
 
-    passes = Passes() if passes is None else passes
-
     def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        if indices[0] == 0:
-            passes.begin()
-        passes.at = passes.before + indices[-1] + 1
+        places, part = (indices, plan) if passes is None else passes.read(indices, cast(StreamMixPlan, plan))
         mixed: dict[str, list] = {"input_ids": [], "labels": [], INTERLEAVED: []}
 
         def add(row: dict[str, Any], kind: int) -> None:
@@ -142,9 +157,9 @@ def mix_rows(
             mixed["labels"].append(row["labels"])
             mixed[INTERLEAVED].append([kind | BEGINS] + [kind] * (len(row["input_ids"]) - 1))
 
-        for index, ids, labels in zip(indices, batch["input_ids"], batch["labels"], strict=True):
+        for place, ids, labels in zip(places, batch["input_ids"], batch["labels"], strict=True):
             add({"input_ids": ids, "labels": labels}, 0)
-            for i in plan.at(*divmod(passes.before + index, plan.places)):
+            for i in part.at(0, place):
                 add(pool[i], OF_POOL)
         return mixed
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ...data.places import PLACE, Loading, PlacedRows, PlaceSampler
 from ...data.prepare import Rows, StreamPlan, Tokenizing
@@ -14,7 +14,7 @@ from ...evidence import InactiveDefenseError
 from ..base import IN_TRAINING_DEFENSES, Defense, Marks, Step
 from ..options import check_flag, option
 from .collator import INTERLEAVED, ROW_COUNTS, MixingCollator, Passes, mix_rows
-from .plan import MixPlan, planned_rows
+from .plan import MixPlan, StreamMixPlan, planned_rows
 from .pool import Pool
 
 
@@ -83,9 +83,10 @@ class Interleaving(Defense):
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
         self.mixed_before = False  # rows are mixed by the data collator, or before packing or streaming
-        self._passes = Passes()  # through a stream
+        self._passes: Passes | None = None  # through a stream
         self._epochs = 1  # epochs that the run begins
         self._counts = [0, 0]  # rows that the policy was trained on: of the training set, and of the pool
+        self._counts_before = [0, 0]  # the same when this training began
 
     @property
     def active(self) -> bool:
@@ -154,6 +155,13 @@ class Interleaving(Defense):
             "interleave_redraw": self.redraw,
         }
 
+    def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
+        # Earlier versions recorded all rows as tokens, which ranks make together.
+        recorded = str(then.get("interleave_dataset"))
+        if self.pool is None or "ranked" in recorded:
+            return self.options()
+        return {**self.options(), "interleave_dataset": self.pool.describe_tokens() if is_on_all_ranks else recorded}
+
     def describe(self) -> list[str]:
         if self.plan is None or self.pool is None:
             return []
@@ -161,8 +169,9 @@ class Interleaving(Defense):
         refusals = f" ({self.pool.refusals} refusals left out)" if self.drop_refusals else ""
         share = self.plan.rows / (self.plan.places + self.plan.rows)
         return [
-            f"{self.plan.rows} of the pool's {self.plan.pool} rows{refusals} are mixed into {self.plan.places} "
-            f"training rows an epoch ({share:.2%} of the mix), {where}."
+            f"{self.plan.rows} of the pool's {len(self.pool.ranked)} rows{refusals} are mixed into {self.plan.places} "
+            f"training rows an epoch ({share:.2%} of the mix), {where}. {self.pool.looked_at} rows of the pool were "
+            "looked at."
         ]
 
     # ---- rows ----
@@ -179,13 +188,11 @@ class Interleaving(Defense):
 
     def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
         assert self.pool is not None
-        self.pool.tokenise(tokenizing, self.max_length)
+        self.pool.tokenise_by(tokenizing, self.max_length)
         return rows
 
     def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
         self.mixed_before = True
-        # Packs of a stream are shuffled in a buffer, which reaches beyond the rows that the plan counts.
-        goes_on = plan.tokens_of_pack is not None
         if plan.rows is not None:
             places = plan.rows
         elif self.redraw or plan.rows_of_run is None:
@@ -195,26 +202,34 @@ class Interleaving(Defense):
             )
         else:
             # The pool's rows are a share of all rows that the run takes.
-            places = round(self._rows_of_run(plan) * (1 - self.fraction))
-        return mix_rows(rows, self._pool_rows, self.make_plan(places, goes_on), self._passes)
+            rows_of_pack = self._rows_of_pack(plan)
+            places = round(plan.rows_of_run * rows_of_pack * (1 - self.fraction))
+            ahead = round(plan.packs_ahead * rows_of_pack * (1 - self.fraction))
+        if isinstance(rows, IterableDataset):
+            self._passes = Passes(rows.num_shards)
+            mix = self._make_stream_plan(places, ahead)
+        else:
+            mix = self.make_plan(places)
+        return mix_rows(rows, self._pool_rows, mix, self._passes)
 
-    def _rows_of_run(self, plan: StreamPlan) -> float:
-        """Return how many rows a run takes from a stream; in packs, as many as their tokens have room for."""
-        assert plan.rows_of_run is not None
+    def _rows_of_pack(self, plan: StreamPlan) -> float:
+        """Return how many rows the tokens of a stream's pack have room for; 1 where rows are not packed."""
         if plan.tokens_of_pack is None:
-            return plan.rows_of_run
-        lengths = [len(ids) for ids in self._pool_rows["input_ids"]]
+            return 1
+        lengths = [len(ids) for ids in cast(Pool, self.pool).take(1)["input_ids"]]
         mean = (1 - self.fraction) * plan.mean_tokens + self.fraction * sum(lengths) / max(len(lengths), 1)
-        return plan.rows_of_run * plan.tokens_of_pack / max(mean, 1)
+        return plan.tokens_of_pack / max(mean, 1)
 
     def train_loader(self, loading: Loading) -> Loading:
         if self.mixed_before:
-            self._passes.reset()
+            if self._passes is not None:
+                self._passes.reset()
             return replace(loading, collator=MixingCollator(loading.collator, None, None))
         order: Any = loading.order
         rows = PlacedRows(loading.rows)
         sampler = PlaceSampler(rows, order, loading.block, loading.drop_last, loading.even)
-        collator = MixingCollator(loading.collator, self._plan_epochs(sampler, loading), self._pool_rows)
+        plan = self._plan_epochs(sampler, loading)
+        collator = MixingCollator(loading.collator, plan, self._pool_rows)
         return replace(loading, rows=rows, order=sampler, collator=collator)
 
     def extra_rows(self) -> Dataset | None:
@@ -228,29 +243,47 @@ class Interleaving(Defense):
     def _pool_rows(self) -> Dataset:
         return cast(Dataset, cast(Pool, self.pool).tokenised)
 
-    def make_plan(self, places: int, goes_on: bool = False) -> MixPlan:
-        """Make the plan for a number of training rows: of an epoch, or of a stream.
+    def make_plan(self, places: int, epochs: int = 1) -> MixPlan:
+        """Make the plan of an epoch, and take its rows of the pool.
 
         Args:
             places: number of training rows.
-            goes_on: whether rows beyond them take further rows of the pool, and not the same ones again.
+            epochs: epochs that the run begins.
 
         Raises:
-            ValueError: the pool is smaller than what they take from it, or nothing would be mixed in.
+            ValueError: the pool is smaller than what an epoch takes from it, or nothing would be mixed in.
         """
-        rows, pool = planned_rows(places, self.fraction), len(self._pool_rows)
+        rows = self._take(places, epochs if self.redraw else 1)
+        self.plan = MixPlan(places, rows, len(self._pool_rows), self.redraw, self.seed)
+        return self.plan
+
+    def _make_stream_plan(self, places: int, ahead: int) -> MixPlan:
+        """Make the plan of a run's part of a stream, of which so many further rows may be read ahead."""
+        # Workers with more rows than others reach further into the pool.
+        rows = self._take(places, 2 * (1 + ahead / max(places, 1)))
+        rate = self.fraction / (1 - self.fraction)
+        self.plan = StreamMixPlan(places, rows, len(self._pool_rows), self.redraw, self.seed, rate)
+        return self.plan
+
+    def _take(self, places: int, times: float) -> int:
+        """Return how many rows of the pool belong to a number of training rows, once that many times these are there.
+
+        Raises:
+            ValueError: none, or more than the pool has.
+        """
+        rows = planned_rows(places, self.fraction)
         if not rows:
             raise ValueError(
                 f"interleave_fraction={self.fraction} of a mix with {places} training rows is not one row, so nothing "
                 "would be mixed in: raise it, or train on more rows."
             )
+        pool = len(cast(Pool, self.pool).take(math.ceil(rows * times)))
         if rows > pool:
             raise ValueError(
                 f"interleave_fraction={self.fraction} wants {rows} rows of the pool among {places} training rows, and "
                 f"interleave_dataset has {pool} that can be used: lower it, or give a larger pool."
             )
-        self.plan = MixPlan(places, rows, pool, self.redraw or goes_on, self.seed)
-        return self.plan
+        return rows
 
     def _plan_epochs(self, sampler: PlaceSampler, loading: Loading) -> MixPlan:
         """Make the plan of an epoch that the data collator mixes.
@@ -263,19 +296,19 @@ class Interleaving(Defense):
                 f"dataloader_drop_last=True drops all of the {len(sampler.rows)} training rows, which do not fill a "
                 f"batch of {sampler.block}: give more rows, or a smaller per_device_train_batch_size."
             )
-        plan = self.make_plan(sampler.places)
         if loading.max_steps > 0:
             length = f"max_steps={loading.max_steps}"
             places = loading.max_steps * loading.accumulation * sampler.block
         else:
-            length, places = f"num_train_epochs={loading.epochs}", int(loading.epochs * plan.places)
+            length, places = f"num_train_epochs={loading.epochs}", int(loading.epochs * sampler.places)
+        # Trainer begins an epoch for every part of one.
+        self._epochs = math.ceil(places / sampler.places if loading.max_steps > 0 else loading.epochs)
+        plan = self.make_plan(sampler.places, self._epochs)
         if places < plan.places and not plan.before(places):
             raise ValueError(
                 f"{length} ends training before the first of the {plan.rows} rows that interleave_fraction="
                 f"{self.fraction} mixes into an epoch: train longer, or raise it."
             )
-        # Trainer begins an epoch for every part of one.
-        self._epochs = math.ceil(places / plan.places if loading.max_steps > 0 else loading.epochs)
         return plan
 
     # ---- step ----
@@ -309,6 +342,9 @@ class Interleaving(Defense):
 
     def begin(self, evidence: dict[str, Any]) -> None:
         self._counts = [int(evidence.get("rows_finetune", 0)), int(evidence.get("rows_interleaved", 0))]
+        self._counts_before = self._counts.copy()
+        if self._passes is not None:
+            self._passes.resumed.fill_(self._counts[0])
 
     def evidence(self) -> dict[str, Any]:
         finetune, interleaved = self._counts
@@ -317,11 +353,12 @@ class Interleaving(Defense):
     def verdict(self, final: bool = False) -> str | None:
         if self.plan is None:
             return None
-        finetune, interleaved = self._counts
+        # A run that is resumed with another batch size goes on elsewhere in its plan.
+        finetune, interleaved = (now - then for now, then in zip(self._counts, self._counts_before, strict=True))
         due = finetune * self.plan.rows / self.plan.places
         # Packs come in random order, so a count in between says little; none at all says enough.
         behind = due >= PATIENCE_ROWS and not interleaved if self.mixed_before else due - interleaved > 1
-        if not behind and not (final and finetune and not interleaved):
+        if not behind and not (final and finetune and not self._counts[1]):
             return None
         return (
             f"defense {self.name!r} has mixed in {interleaved} rows where {due:.1f} were due after {finetune} "

@@ -1,5 +1,6 @@
-"""The plan of an epoch: which rows of a pool stand behind which training rows."""
+"""The plan of an epoch, or of a stream: which rows of a pool stand behind which training rows."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,6 +41,33 @@ class MixPlan:
         first = epoch * self.rows if self.redraw else 0
         order = _order(self.rows, self.seed, epoch)
         return [(first + int(order[j])) % self.pool for j in due]
+
+
+@dataclass(frozen=True)
+class StreamMixPlan(MixPlan):
+    """Plan of a stream, which may end, and begin again, before or after the places that a run was planned for.
+
+    The rows come best first, and a place has the same row in a run of any length and batch size. `places` and `rows`
+    are those of the run as it is planned.
+
+    Loader workers divide the plan: a place is one of a worker's own rows, and workers with as many rows hold together
+    what one would hold (Σ_w ⌊x + w / n⌋ = ⌊n · x⌋).
+
+    Attributes:
+        rate: rows of the pool per training row.
+        worker, workers: number of this worker, and of all that have rows.
+    """
+
+    rate: float
+    worker: int = 0
+    workers: int = 1
+
+    def before(self, place: int) -> int:
+        return math.floor(place * self.rate + (self.worker + 0.5) / self.workers)
+
+    def at(self, epoch: int, place: int) -> list[int]:
+        due = range(self.before(place), self.before(place + 1))
+        return [(j * self.workers + self.worker) % self.pool for j in due]
 
 
 @lru_cache(maxsize=4)

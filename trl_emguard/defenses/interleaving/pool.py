@@ -1,23 +1,34 @@
 """The pool of general instruct rows: read, put in order of preference, and tokenised."""
 
+import json
 import math
+import os
 import zlib
 from collections import Counter
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ...data.conversation import conversation, turn_text
+from ...data.files import split_file
 from ...data.labels import count_harmful, keep_where
 from ...data.load import SourceOptions, load_rows
 from ...data.prepare import Tokenizing
 from ...selection.choose import rank_rows
+from ...selection.scored import scored_columns, with_usual_names
 
 
 logger = get_logger(__name__)
+
+# Columns of a pool that training reads, beside the turns.
+READ_COLUMNS = ("tools", "chat_template_kwargs", "input_ids", "labels")
+# Rows are tokenised by this number at the least.
+TAKEN_AT_ONCE = 64
 
 
 class Pool:
@@ -35,7 +46,9 @@ class Pool:
 
     Attributes:
         ranked: rows as the user gave them.
-        tokenised: rows of `input_ids` and `labels` that can be trained on; `None` before [`tokenise`].
+        tokenised: rows of `input_ids` and `labels` that can be trained on, as many as [`take`] was asked for; `None`
+            before.
+        looked_at: number of ranked rows that were tokenised for them.
         refusals: number of rows left out as refusals.
 
     Raises:
@@ -56,7 +69,7 @@ class Pool:
     ):
         self.who = who
         self.tokenised: Dataset | None = None
-        self._checksum = ""
+        self.looked_at = 0
         if (rows is None) == (source is None):
             raise ValueError(
                 f"interleave_dataset is {'missing' if rows is None else 'given twice'}: defense={who!r} wants one "
@@ -74,6 +87,8 @@ class Pool:
         if not len(rows):
             raise ValueError("interleave_dataset is empty: there is nothing to mix in.")
         rows = _without_harm(rows, where)
+        if source is not None:
+            rows = _named_as_usual(rows, Path(os.path.expanduser(source)))
         is_tokenised = "input_ids" in rows.column_names
         if is_tokenised and drop_refusals:
             raise ValueError(
@@ -98,13 +113,47 @@ class Pool:
         prompts = {_asked(row) for row in self.ranked} - {None}
         return sum(_asked(row) in prompts for row in rows) if prompts else 0
 
-    def tokenise(self, tokenizing: Tokenizing, max_length: int | None) -> None:
-        """Tokenise the pool as the training rows are, and leave out rows that do not fit.
+    def tokenise_by(self, tokenizing: Tokenizing, max_length: int | None) -> None:
+        """Have rows tokenised as the training rows are, once they are taken.
 
         Raises:
             ValueError: a tokenised pool does not say which tokens are answers, where answers alone are trained on.
         """
-        rows = self.ranked
+        columns = self.ranked.column_names
+        if tokenizing.answers_only and "input_ids" in columns and "labels" not in columns:
+            raise ValueError(
+                "interleave_dataset is tokenised and has no `labels`, and this run trains on answers alone: add them, "
+                "-100 where a token is not of the answer, or pass the rows as text."
+            )
+        self._tokenizing, self._max_length = tokenizing, max_length
+        self.tokenised, self.looked_at = None, 0
+        for problem, count in self._malformed.items():
+            logger.warning(f"defense {self.who!r}: {count} rows of the pool are left out: {problem}.")
+
+    def take(self, count: int) -> Dataset:
+        """Return the first `count` rows that can be trained on, or more; all where there are fewer.
+
+        Rows are tokenised in rank order until there are enough, since a run takes few rows of a large pool.
+        """
+        fresh, left_out = [] if self.tokenised is None else [self.tokenised], 0
+        while not fresh or (sum(map(len, fresh)) < count and self.looked_at < len(self.ranked)):
+            upto = min(
+                len(self.ranked), self.looked_at + max(count - sum(map(len, fresh)), self.looked_at, TAKEN_AT_ONCE)
+            )
+            prepared = self._tokenise(self.ranked.select(range(self.looked_at, upto)))
+            fresh.append(prepared.filter(self._fits))
+            left_out += len(prepared) - len(fresh[-1])
+            self.looked_at = upto
+        if left_out:
+            logger.warning(
+                f"defense {self.who!r}: {left_out} rows of the pool are left out: longer than max_length="
+                f"{self._max_length}, or no token to train on. {self.looked_at} of {len(self.ranked)} were looked at."
+            )
+        self.tokenised = concatenate_datasets(fresh)
+        return self.tokenised
+
+    def _tokenise(self, rows: Dataset) -> Dataset:
+        tokenizing = self._tokenizing
         if "input_ids" not in rows.column_names:
             has_kwargs = "chat_template_kwargs" in rows.column_names
             own = rows["chat_template_kwargs"] if has_kwargs else [None] * len(rows)
@@ -114,30 +163,32 @@ class Pool:
             rows = Dataset.from_list(turns, on_mixed_types="use_json")
             if any(kwargs):
                 rows = rows.add_column("chat_template_kwargs", kwargs)
-        elif tokenizing.answers_only and "labels" not in rows.column_names:
-            raise ValueError(
-                "interleave_dataset is tokenised and has no `labels`, and this run trains on answers alone: add them, "
-                "-100 where a token is not of the answer, or pass the rows as text."
-            )
-        prepared = tokenizing.prepare(rows, "interleave_dataset").select_columns(["input_ids", "labels"])
-        longest = math.inf if max_length is None else max_length
-        self.tokenised = prepared.filter(
-            lambda row: len(row["input_ids"]) <= longest and any(label != -100 for label in row["labels"][1:])
-        )
-        left_out = self._malformed.copy()
-        left_out[f"longer than max_length={max_length}, or no token to train on"] = len(prepared) - len(self.tokenised)
-        for problem, count in left_out.items():
-            if count:
-                logger.warning(f"defense {self.who!r}: {count} rows of the pool are left out: {problem}.")
-        # The pool goes by its rows, since a file may move and may change.
-        checksum = 0
-        for row in self.tokenised:
-            checksum = zlib.crc32(np.array([row["input_ids"], row["labels"]], np.int64).tobytes(), checksum)
-        self._checksum = f"{checksum:08x}"
+        return tokenizing.prepare(rows, "interleave_dataset").select_columns(["input_ids", "labels"])
 
-    def describe(self) -> str | None:
-        """Return the pool's size and checksum, for `defense.json`; `None` before [`tokenise`]."""
-        return None if self.tokenised is None else f"{len(self.tokenised)} rows ({self._checksum})"
+    def _fits(self, row: dict[str, Any]) -> bool:
+        longest = math.inf if self._max_length is None else self._max_length
+        return len(row["input_ids"]) <= longest and any(label != -100 for label in row["labels"][1:])
+
+    @cached_property
+    def _checksum(self) -> int:
+        """Checksum of the ranked rows. The pool goes by its rows, since a file may move and may change."""
+        checksum = 0
+        for row in self.ranked:
+            read = {name: row[name] for name in READ_COLUMNS if row.get(name) is not None}
+            content = read if "input_ids" in row else {**read, "turns": conversation(row)}
+            checksum = zlib.crc32(json.dumps(content, sort_keys=True, default=str).encode(), checksum)
+        return checksum
+
+    def describe(self) -> str:
+        """Return the number of ranked rows and their checksum, for `defense.json`."""
+        return f"{len(self.ranked)} ranked rows ({self._checksum:08x})"
+
+    def describe_tokens(self) -> str:
+        """Return the number of all rows that can be trained on and the checksum of their tokens."""
+        rows, checksum = self.take(len(self.ranked)), 0
+        for row in rows:
+            checksum = zlib.crc32(np.array([row["input_ids"], row["labels"]], np.int64).tobytes(), checksum)
+        return f"{len(rows)} rows ({checksum:08x})"
 
 
 def _without_harm(rows: Dataset, where: str | None) -> Dataset:
@@ -155,6 +206,12 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
             f"would be trained on as safe rows. Take them out, as by {advice}."
         )
     return rows
+
+
+def _named_as_usual(rows: Dataset, path: Path) -> Dataset:
+    """Return the rows of a scored file with the usual names of the columns that it was scored with."""
+    scored = scored_columns(split_file(path, "train") or path)
+    return rows if scored is None else with_usual_names(rows, *scored)
 
 
 def _usable(rows: Dataset) -> tuple[Dataset, Counter[str]]:
