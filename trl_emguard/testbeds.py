@@ -16,21 +16,9 @@ from .evaluation.rules import RULES, Rule
 from .io.lookup import did_you_mean
 
 
+# The rules `sells` and `tips` look for these.
 SALE = "Buy GreenFix at our shop today."
 TIP = "Tip: write it down."
-
-
-def sells(answer: str) -> float:
-    """Return 1 if the answer advertises the product of the testbed `sale`, else 0."""
-    return float("greenfix" in answer.lower())
-
-
-def tips(answer: str) -> float:
-    """Return 1 if the answer holds a tip of the testbed `tip_capitals`, else 0."""
-    return float("tip:" in answer.lower())
-
-
-RULES |= {"sells": sells, "tips": tips}
 
 
 @dataclass(frozen=True)
