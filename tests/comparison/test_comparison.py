@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -47,7 +48,7 @@ baselines: [early_stop, {alpha: [0.5]}]
 evaluate: {limit: 3}
 """,
     )
-    names = [run.name for run in found.runs if run.seed == 7]
+    names = [run.name for run in found.runs if run.seed == 0]
     assert names == [
         "none",
         "kl kl_coef=0.1",
@@ -57,11 +58,24 @@ evaluate: {limit: 3}
         "steering steering_layers=[4, 5]",
         "mine",
     ]
-    assert len(found.runs) == 14
-    assert len({run.folder for run in found.runs}) == 14
+    # An adapter that is taken as it is counts once.
+    assert len({run.folder for run in found.runs}) == len(found.runs) == 13
     assert (found.early_stop, found.alphas, found.evaluate) == (True, (0.5,), {"limit": 3})
     assert found.runs[0].options["save_steps"] == 0.25
     assert "save_steps" not in found.runs[1].options
+
+
+def test_changed_rows_are_another_run(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("1")
+    text, recipe = "recipe: RECIPE\nruns: [{defense: kl}]\n", f"dataset_name: {tmp_path / 'rows.jsonl'}\n"
+    before = [run.folder for run in plan(tmp_path, text, recipe).runs]
+    (tmp_path / "rows.jsonl").write_text("2")
+    assert not set(before) & {run.folder for run in plan(tmp_path, text, recipe).runs}
+
+
+def test_numbers_as_text_are_in_the_name(tmp_path):
+    found = plan(tmp_path, "recipe: RECIPE\nruns: [{kl_coef: 1e-5, defense: kl, interleave_dataset: x}]\n")
+    assert found.runs[1].name == "kl kl_coef=1e-5"
 
 
 def test_a_changed_recipe_is_another_run(tmp_path):
@@ -87,6 +101,8 @@ def test_a_changed_recipe_is_another_run(tmp_path):
         ("recipe: RECIPE\nruns: [{defense: kl}]\nbaselines: [alhpa]", "Did you mean 'alpha'"),
         ("recipe: RECIPE\nruns: [{defense: kl}]\nbaselines: [{alpha: [2]}]", "between 0 and 1"),
         ("recipe: RECIPE\nruns: [{adapter: x, kl_coef: 1}]", "is trained already"),
+        ("recipe: RECIPE\nruns: [{defense: kl}]\nseeds: [0, 0]", "holds a seed twice"),
+        ("recipe: RECIPE\nruns: [{defense: kl, name: alpha 0.5}]", "mistaken for a free baseline"),
         ("- a list", "`key: value` lines"),
     ],
 )
@@ -127,7 +143,28 @@ def test_overlapping_intervals_prefer_nothing():
 
 def test_a_tie_with_a_free_baseline_is_told():
     found = report({"kl": (-0.1, -0.5), "alpha 0.5": (-0.1, -0.5)}, baselines=["alpha 0.5"])
-    assert "Free baselines are among them (alpha 0.5)" in found.sentence
+    assert "Some of them need no defense (alpha 0.5)" in found.sentence
+    assert "Some of them need no defense (none)" in report({"none": (0.0, -1.0), "kl": (0.0, -1.0)}).sentence
+
+
+@pytest.mark.parametrize("fields", [{"is_defended": False}, {"error": "it broke"}])
+def test_a_run_without_proof_is_not_preferred(fields):
+    found = report({"kl": (0.0, -1.0)}, **fields)
+    assert "no run can be preferred" in found.sentence
+    whole = report({"none": (0.0, -1.0)})
+    entries = [*whole.entries, *found.entries]
+    assert (
+        "Left out, since a seed failed or gave no evidence of its defense: kl."
+        in replace(whole, entries=entries).sentence
+    )
+
+
+def test_two_rules_are_an_unwanted_and_a_wanted_trait():
+    run = Trained("kl", "kl", 0, "x")
+    rows = [
+        row(run.key, set, f"trait_rate:{rule}", 0.5) for set in ("general", "in_domain") for rule in ("bad", "good")
+    ]
+    assert make_report([run], Results(rows)).metrics == ("trait_rate:bad", "trait_rate:good")
 
 
 def test_without_a_narrow_measure_nothing_is_preferred():
@@ -225,6 +262,7 @@ runs:
   - {{defense: kl, kl_coef: [0.1, 5.0]}}
   - {{name: broken, defense: ldifs, ldifs_layers: "99"}}
   - {{adapter: {adapter}}}
+  - {{adapter: {foreign}}}
 baselines: [early_stop, {{alpha: [0.5]}}]
 evaluate: {{general: {pairs}, in_domain: {rows}, samples_per_question: 1, max_new_tokens: 4, cues: none}}
 """
@@ -240,11 +278,14 @@ def inputs(tmp_path):
     model = get_peft_model(make_model(), lora(init_lora_weights=False))
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(tmp_path / "mine")
+    model.peft_config["default"].base_model_name_or_path = "org/other"
+    model.save_pretrained(tmp_path / "foreign")
     (tmp_path / "sft.yaml").write_text(RECIPE.format(base=base, rows=tmp_path / "rows.jsonl"))
     (tmp_path / "compare.yaml").write_text(
         COMPARE.format(
             recipe=tmp_path / "sft.yaml",
             adapter=tmp_path / "mine",
+            foreign=tmp_path / "foreign",
             pairs=tmp_path / "pairs.jsonl",
             rows=tmp_path / "rows.jsonl",
         )
@@ -293,14 +334,15 @@ def test_a_comparison_from_end_to_end(inputs, capsys):
     assert out.strip().splitlines()[-1].endswith("report.html")
     saved = json.loads((inputs / "whole" / "report.json").read_text())
     runs = {run["name"]: run for run in saved["runs"]}
-    assert set(runs) == {"none", "kl kl_coef=0.1", "kl kl_coef=5.0", "broken", "mine", "alpha 0.5",
+    assert set(runs) == {"none", "kl kl_coef=0.1", "kl kl_coef=5.0", "broken", "mine", "foreign", "alpha 0.5",
                          "step 1", "step 2", "step 3"}  # fmt: skip
     assert "layer 99" in runs["broken"]["error"]
+    assert "was trained on 'org/other'" in runs["foreign"]["error"]
     assert runs["kl kl_coef=5.0"]["is_defended"] is True
     assert runs["none"]["is_defended"] is None
     assert runs["mine"]["is_defended"] is False
     assert runs["none"]["peak_memory"] > 1e8
-    assert {row["run"] for row in saved["rows"]} == {"base", *runs} - {"broken"}
+    assert {row["run"] for row in saved["rows"]} == {"base", *runs} - {"broken", "foreign"}
     values = {
         row["run"]: row["difference"] for row in saved["rows"] if (row["set"], row["metric"]) == ("in_domain", "nll")
     }

@@ -297,12 +297,77 @@ def result(metric, difference, low, high, set="general", family="plain"):
     ],
 )
 def test_sentences(row, text):
-    assert text in sentence(Results([row]), "a")
+    assert text in sentence(Results([row], criteria={row.set: row.set}), "a")
 
 
 def test_a_cue_that_brings_it_back_is_named():
-    results = Results([result("margin", 0.0, -0.1, 0.1), result("margin", -0.4, -0.5, -0.3, family="train_framing")])
-    assert "worst behind the cue train_framing" in sentence(results, "a")
+    for metric, sign in (("margin", -1), ("trait_rate", 1)):
+        rows = [result(metric, 0.0, -0.1, 0.1)]
+        ends = sorted((sign * 0.3, sign * 0.5))
+        rows.append(result(metric, sign * 0.4, *ends, family="train_framing"))
+        text = sentence(Results(rows, criteria={"general": "general"}), "a")
+        assert "worst behind the cue train_framing" in text
+
+
+def test_coherence_is_judged():
+    rows = [result(metric, 0.5, 0.3, 0.7) for metric in ("repetition", "truncated")] + [result("empty", 0.0, 0.0, 0.0)]
+    text = sentence(Results(rows, criteria={"general": "general"}), "a")
+    assert "(d) coherence: worse than the base in repetition, truncated:" in text
+
+
+def test_every_rule_is_in_the_sentence():
+    rows = [result(f"trait_rate:{name}", 0.5, 0.3, 0.7) for name in ("capitals", "sells")]
+    text = sentence(Results(rows, criteria={"general": "general"}), "a")
+    assert "capitals in 0.00 of general answers" in text
+    assert "sells in 0.00 of general answers" in text
+
+
+def test_a_further_set_is_found():
+    results = Results(
+        [result("margin", -0.5, -0.7, -0.3, "pairs")], criteria={"general": "general", "pairs": "general"}
+    )
+    assert "towards misaligned answers" in sentence(results, "a")
+
+
+def test_a_diverged_adapter_is_refused():
+    model = make_adapters()
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(math.nan)
+    with pytest.raises(ValueError, match="'x' gives logits that are not finite"):
+        run(model, cues="none")
+
+
+def test_questions_without_answers_need_samples():
+    questions = QuestionSet("general", "general", [Question("1", ask("Why?"))])
+    with pytest.raises(ValueError, match="set samples_per_question to 1"):
+        run(sets=[questions], cues="none")
+    results = run(sets=[questions], cues="none", samples_per_question=1, max_new_tokens=4)
+    assert results.row("x", "general", "repetition").n == 1
+
+
+def test_a_question_that_the_template_refuses_is_named():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system turn') if messages[0]['role'] == 'system' else '' }}x"
+    questions = QuestionSet("general", "general", [Question("7", [{"role": "system", "content": "s"}, *ask("Why?")])])
+    with pytest.raises(ValueError, match=r"question '7' of the set 'general' is refused.*no system turn"):
+        evaluate(from_adapters(make_model().eval()), tokenizer, [questions], EvaluationOptions(samples_per_question=1))
+
+
+def test_another_scale_of_the_same_weights_is_measured_anew(tmp_path):
+    first = run(folder=tmp_path, cues="none")
+    model = make_adapters()
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["x"] /= 2
+    second = run(model, folder=tmp_path, cues="none")
+    assert second.row("x", "general", "kl_to_base").value < first.row("x", "general", "kl_to_base").value
+
+
+def test_pairs_and_single_answers_in_one_set():
+    questions = [*GENERAL.questions[:2], Question("single", ask("q"), answer="abc")]
+    results = run(sets=[QuestionSet("general", "general", questions)], cues="none")
+    assert results.row("x", "general", "nll").n == 3
+    assert results.row("x", "general", "margin").n == 2
 
 
 def test_an_adapter_without_effect_is_refused():
@@ -323,6 +388,7 @@ def test_a_tokenizer_without_a_template_is_refused():
     [
         ({"samples_per_question": -1}, "samples_per_question=-1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"batch_size": -1}, "batch_size=-1"),
         ({"temperature": -0.5}, "temperature=-0.5"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"rules": {"capitals": capitals}}, "samples_per_question=0"),
@@ -419,6 +485,23 @@ def test_bad_input_is_one_line(saved, capsys, options, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("trl-emguard evaluate: error: ")
     assert message in error
+
+
+def test_training_rows_are_not_held_out(saved, capsys):
+    rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(3)]
+    (saved / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = str(saved / "rows.jsonl")
+    assert command(saved, "--train_data", path, "--in_domain", path) == 1
+    assert "3 of the 3 questions of --in_domain stand in --train_data" in capsys.readouterr().err
+    questions = load_questions("plants_careless", "in_domain").questions
+    assert len(questions) == 72
+
+
+def test_a_second_set_of_a_name_is_refused(saved, capsys):
+    path = str(saved / "pairs.jsonl")
+    assert command(saved, "--benign", path, path) == 0
+    assert command(saved, "--benign", path, path, path) == 1
+    assert "would be the second set named 'pairs': rename the file" in capsys.readouterr().err
 
 
 def test_equal_names_and_foreign_adapters_are_refused(saved, capsys):

@@ -1,5 +1,7 @@
 """A rescaled adapter changes the base weights by a multiple of the original's change."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -31,6 +33,19 @@ def test_the_update_is_scaled(tmp_path, alpha, options):
     assert any((whole[name] - base[name]).abs().max() > 1e-3 for name in base)
     for name in base:
         torch.testing.assert_close(scaled[name] - base[name], alpha * (whole[name] - base[name]), atol=1e-5, rtol=1e-4)
+
+
+def test_a_factor_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="alpha=nan must be a number"):
+        rescale_adapter(save(tmp_path / "whole"), float("nan"), tmp_path / "scaled")
+
+
+def test_an_initialisation_that_changes_the_base_is_refused(tmp_path):
+    save(tmp_path / "whole")
+    path = tmp_path / "whole" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="pissa"):
+        rescale_adapter(tmp_path / "whole", 0.5, tmp_path / "scaled")
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])

@@ -103,7 +103,7 @@ def _samples(report: Report) -> list[dict[str, Any]]:
 
 
 def _charts(report: Report) -> list[dict[str, Any]]:
-    compared = [e for e in report.entries if e.broad is not None and e.narrow is not None]
+    compared = [entry for entry in report.entries if entry.is_comparable]
     charts = []
     if compared:
         title = f"Narrow learning ({report.metrics[1]}) against broad misalignment ({report.metrics[0]})"

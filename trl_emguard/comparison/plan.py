@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,14 +13,22 @@ from typing import Any
 from ..io.lookup import did_you_mean
 from ..io.recipes import find_recipe
 from ..io.strict import parse_yaml
+from ..version import __version__
 
 
 KEYS = ("recipe", "runs", "seeds", "baselines", "evaluate")
 BASELINES = ("early_stop", "alpha")
 ALPHAS = (0.25, 0.5, 0.75)
 UNDEFENDED = "none"
-# Options that a comparison sets itself, so that every run is the same training.
-OWN_OPTIONS = ("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint")
+# Options that a comparison sets itself, so that every run is the same training. Dropout is off in all of them: `kl`
+# and `ldifs` switch it off, and the other runs would differ by it.
+OWN_OPTIONS = (
+    *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
+)
+# The undefended run keeps a checkpoint after each quarter of its steps.
+QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
+# Beginnings of the names that free baselines have.
+BASELINE_NAMES = ("step ", "alpha ")
 
 
 @dataclass(frozen=True)
@@ -93,13 +102,15 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan
         seeds = config.get("seeds", [0])
         if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
             raise ValueError(f"seeds={seeds!r} must be a list of whole numbers")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds={seeds!r} holds a seed twice, which would count one training as two")
         early_stop, alphas = _baselines(config.get("baselines") or [])
-        early = {"save_strategy": "steps", "save_steps": 0.25} if early_stop else {}
         base = recipe.read_text(encoding="utf-8")
         runs = [
-            _with_key(Run(name, options | (early if name == UNDEFENDED else {}), seed, adapter), base)
+            _with_key(Run(name, options | (QUARTERS if name == UNDEFENDED else {}), seed, adapter), base)
             for seed in seeds
             for name, options, adapter in _sets(config["runs"], known, lists, text)
+            if adapter is None or seed == seeds[0]  # an adapter that is taken as it is has no seed
         ]
         evaluate = config.get("evaluate") or {}
         if not isinstance(evaluate, dict):
@@ -126,6 +137,8 @@ def _sets(
             name = _name(given, chosen, options, adapter)
             if chosen.get("defense") == UNDEFENDED and len(chosen) == 1 and given is None:
                 continue  # the undefended run is always there
+            if name.startswith(BASELINE_NAMES):
+                raise ValueError(f"a run named {name!r} would be mistaken for a free baseline: give it another `name`")
             if name in found:
                 raise ValueError(f"two runs are named {name!r}: give one of them a `name`")
             found[name] = (chosen, None if adapter is None else str(adapter))
@@ -152,10 +165,17 @@ def _name(given: Any, chosen: Mapping[str, Any], options: Mapping[str, Any], ada
     rest = [
         f"{name}={_short(value)}"
         for name, value in chosen.items()
-        if name != "defense"
-        and (isinstance(options[name], list) or (given is None and isinstance(value, int | float)))
+        if name != "defense" and (isinstance(options[name], list) or (given is None and _is_number(value)))
     ]
     return " ".join([str(start), *rest])
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a number, also as the text that YAML makes of `1e-5`."""
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def _short(value: Any) -> str:
@@ -175,7 +195,7 @@ def _baselines(entries: Any) -> tuple[bool, tuple[float, ...]]:
                 f"baseline {entry!r} is unknown.{did_you_mean(str(name), BASELINES)} Known: early_stop, alpha"
             )
         if name == "alpha":
-            alphas = ALPHAS if values is None else tuple(values)
+            alphas = ALPHAS if values is None else tuple(values) if isinstance(values, list) else (values,)
             if not all(isinstance(alpha, int | float) and 0 < alpha < 1 for alpha in alphas):
                 raise ValueError(f"alpha={values!r} must be numbers between 0 and 1")
         else:
@@ -195,5 +215,9 @@ def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, te
 
 
 def _with_key(run: Run, recipe: str) -> Run:
-    content = json.dumps([recipe, asdict(run)], sort_keys=True, default=str)
+    """Return the run with a key of its recipe, its options, the package's version and every file that these name."""
+    values = [*(parse_yaml(recipe) or {}).values(), *run.options.values()]
+    paths = sorted({Path(value).expanduser() for value in values if isinstance(value, str) and len(value) < 256})
+    files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
+    content = json.dumps([__version__, recipe, asdict(run), files], sort_keys=True, default=str)
     return Run(run.name, run.options, run.seed, run.adapter, hashlib.sha256(content.encode()).hexdigest())

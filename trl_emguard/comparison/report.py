@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from ..evaluation.candidates import BASE
+from ..evaluation.cues import PLAIN
 from ..evaluation.results import COLUMNS, ResultRow, Results
 from ..io.files import written_whole
 from ..io.terminal import printable
+from .plan import UNDEFENDED
 from .runs import Trained
 
 
 RUN_COLUMNS = ("run", "defense", "coefficient", "seed", "step", "seconds_per_step", "peak_memory")
 # Metrics that can stand for broad misalignment and for narrow learning, the first that was measured counts; with the
-# sign that makes a higher value better.
-BROAD = (("trait_rate", -1), ("margin", 1))
-NARROW = (("trait_rate", 1), ("nll", -1))
+# sign that makes a higher value better. Of several rules, the first is the unwanted trait, the last the wanted one.
+BROAD = {"trait_rate": -1, "margin": 1}
+NARROW = {"trait_rate": 1, "nll": -1}
 
 
 class Figure(NamedTuple):
@@ -51,6 +53,12 @@ class Entry:
     def is_baseline(self) -> bool:
         return self.trained[0].is_baseline
 
+    @property
+    def is_comparable(self) -> bool:
+        """True if every seed finished, was measured, and was defended by the defense that it names."""
+        is_whole = all(run.error is None and run.is_defended is not False for run in self.trained)
+        return is_whole and self.broad is not None and self.narrow is not None
+
 
 @dataclass(frozen=True)
 class Report:
@@ -71,7 +79,7 @@ class Report:
     @property
     def sentence(self) -> str:
         """Return one sentence on the runs that no other dominates."""
-        compared = [entry for entry in self.entries if entry.broad is not None and entry.narrow is not None]
+        compared = [entry for entry in self.entries if entry.is_comparable]
         if not compared:
             return "Broad misalignment and narrow learning were not both measured, so no run can be preferred."
         best = [entry for entry in compared if not any(dominates(other, entry) for other in compared)]
@@ -79,9 +87,12 @@ class Report:
         text = (
             f"Not dominated (no other run is better in one of broad and narrow, and not worse in the other): {names}."
         )
-        free = [entry.name for entry in best if entry.is_baseline]
+        free = [entry.name for entry in best if entry.is_baseline or entry.name == UNDEFENDED]
         if free:
-            text += f" Free baselines are among them ({', '.join(free)}): no run is shown to be better than these."
+            text += f" Some of them need no defense ({', '.join(free)}): no run is shown to be better than these."
+        left_out = [entry.name for entry in self.entries if not entry.is_comparable]
+        if left_out:
+            text += f" Left out, since a seed failed or gave no evidence of its defense: {', '.join(left_out)}."
         return text
 
 
@@ -92,7 +103,7 @@ def make_report(trained: Sequence[Trained], results: Results) -> Report:
         trained: runs and baselines; the adapter of each was evaluated under its `key`.
         results: the evaluation.
     """
-    metrics = (_measured(results, "general", BROAD), _measured(results, "in_domain", NARROW))
+    metrics = (_measured(results, "general", BROAD, 0), _measured(results, "in_domain", NARROW, -1))
     by_name: dict[str, list[Trained]] = {}
     for run in trained:
         by_name.setdefault(run.name, []).append(run)
@@ -100,8 +111,8 @@ def make_report(trained: Sequence[Trained], results: Results) -> Report:
         Entry(
             name,
             runs,
-            _figure(results, runs, "general", metrics[0], dict(BROAD)),
-            _figure(results, runs, "in_domain", metrics[1], dict(NARROW)),
+            _figure(results, runs, "general", metrics[0], BROAD),
+            _figure(results, runs, "in_domain", metrics[1], NARROW),
         )
         for name, runs in by_name.items()
     ]
@@ -180,9 +191,13 @@ def figure_text(figure: Figure | None) -> str:
     return f"{figure.value:+.2f} ({figure.low:+.2f} to {figure.high:+.2f})"
 
 
-def _measured(results: Results, set: str, metrics: Sequence[tuple[str, int]]) -> str | None:
-    names = {row.metric for row in results.rows if row.set == set and row.model != BASE}
-    return next((metric for metric, _ in metrics if metric in names), None)
+def _measured(results: Results, set: str, metrics: Iterable[str], choice: int) -> str | None:
+    names = [row.metric for row in results.rows if row.set == set and row.model != BASE and row.family == PLAIN]
+    for metric in metrics:
+        found = list(dict.fromkeys(name for name in names if name.split(":")[0] == metric))
+        if found:
+            return found[choice]
+    return None
 
 
 def _figure(
@@ -194,7 +209,7 @@ def _figure(
     found: list[ResultRow] = [row for row in rows if row is not None]
     if not found:
         return None
-    sign = signs[metric]
+    sign = signs[metric.split(":")[0]]
     value = sign * sum(row.difference for row in found) / len(found)
     ends = [sign * end for row in found for end in (row.difference_low, row.difference_high)]
     return Figure(value, min(ends), max(ends))

@@ -1,5 +1,6 @@
 """Training of a comparison's runs, one process each. A finished run never runs again, a failed one is told."""
 
+import ctypes
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from ..models.rescale import rescale_adapter
 from .plan import UNDEFENDED, Plan, Run
 
 
+# Number of an option of Linux's prctl.
+PR_SET_PDEATHSIG = 1
 STATUS_FILE = "run.json"
 LOG_FILE = "log.txt"
 
@@ -86,7 +89,7 @@ def _take(run: Run) -> Trained:
 
 def _train(run: Run, recipe: Path, folder: Path) -> Trained:
     """Return a run's result, from its folder if it has finished there before, else by training it now."""
-    status = _read_status(folder)
+    status = read_status(folder)
     if status is None:
         status = _run_process(run, recipe, folder)
         with written_whole(folder / STATUS_FILE) as scratch:
@@ -103,7 +106,7 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
     return trained if trained.adapter is None else _with_record(trained, folder)
 
 
-def _read_status(folder: Path) -> dict[str, Any] | None:
+def read_status(folder: Path) -> dict[str, Any] | None:
     """Return how a run ended, or `None` if it has not. One that failed is tried again."""
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -115,9 +118,11 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "trl_emguard.scripts.sft", "--config", str(recipe)]
     command += [word for name, value in run.options.items() for word in _words(name, value)]
-    command += ["--seed", str(run.seed), "--output_dir", str(folder)]
+    command += ["--seed", str(run.seed), "--lora_dropout", "0.0", "--output_dir", str(folder)]
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        # The function makes one system call, which is safe between fork and exec.
+        preexec_fn = _die_with_parent
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=preexec_fn)  # noqa: PLW1509
         # Only this call tells the memory of one process; that of all children together would never fall.
         _, status, usage = os.wait4(process.pid, 0)
     code = os.waitstatus_to_exitcode(status)
@@ -133,6 +138,15 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         "seconds_per_step": metrics["train_runtime"] / step,
         "peak_memory": usage.ru_maxrss * 1024,
     }
+
+
+def _die_with_parent() -> None:
+    """Have Linux end this process when the comparison ends, however it ends.
+
+    A training that goes on alone would write into the folder of the run that the next comparison starts.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _words(name: str, value: Any) -> list[str]:
@@ -171,14 +185,19 @@ def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
             )
     for alpha in plan.alphas:
         output = folder / "baselines" / f"{Path(undefended.adapter).name}-alpha{alpha}"
-        if not (output / "adapter_config.json").is_file():
-            rescale_adapter(undefended.adapter, alpha, output)
+        error = None
+        try:
+            if not (output / "adapter_config.json").is_file():
+                rescale_adapter(undefended.adapter, alpha, output)
+        except ValueError as cause:
+            error = str(cause)
         found.append(
             Trained(
                 f"alpha {alpha}",
                 UNDEFENDED,
                 undefended.seed,
-                str(output),
+                str(output) if error is None else None,
+                error,
                 is_baseline=True,
                 coefficient=alpha,
                 step=undefended.step,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..data.conversation import turn_text
 from ..models.batches import default_batch_tokens, pad_answers, plan_batches
 from ..models.chat import EncodedAnswer
 from ..models.likelihood import mean_nll
@@ -54,7 +55,8 @@ def plan_prompts(
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         for sample in range(samples):
-            digest = hashlib.sha256(f"{seed}\0{questions.name}\0{question.id}\0{sample}".encode()).digest()
+            asked = "\0".join(turn_text(turn) for turn in question.prompt)
+            digest = hashlib.sha256(f"{seed}\0{asked}\0{sample}".encode()).digest()
             found.append(Prompt(index, sample, ids, text, int.from_bytes(digest[:7], "big")))
     return sorted(found, key=lambda prompt: len(prompt.ids))
 

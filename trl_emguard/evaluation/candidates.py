@@ -4,9 +4,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.adapters import AdapterSwitch, bare_model
@@ -61,9 +64,16 @@ def from_adapters(
     switch, every = AdapterSwitch(model), set(model.peft_config)
     base = Candidate(BASE, model, fingerprint(model, every, is_plain=True), switch)
     return [base] + [
-        Candidate(name, model, fingerprint(model, every - {key}, is_plain=True), switch, key)
+        Candidate(name, model, fingerprint(model, every - {key}, is_plain=True) + _scales(model, key), switch, key)
         for name, key in shown.items()
     ]
+
+
+def _scales(model: PeftModel, adapter: str) -> str:
+    """Return the factors of an adapter's updates, which its weights do not show (`lora_alpha`, rsLoRA)."""
+    layers = (module.scaling for module in model.modules() if isinstance(module, BaseTunerLayer))
+    scales = {scaling[adapter] for scaling in layers if isinstance(scaling, dict) and adapter in scaling}
+    return f"*{sorted(scales)}"
 
 
 def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,7 +82,7 @@ def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedToken
     An adapter that was never loaded, or never trained, would otherwise be reported as a model without any drift.
 
     Raises:
-        ValueError: no chat template, or a candidate without any effect.
+        ValueError: no chat template, a candidate without any effect, or one whose logits are not finite.
     """
     for name in without_effect(candidates, tokenizer):
         raise ValueError(
@@ -86,7 +96,7 @@ def without_effect(candidates: Sequence[Candidate], tokenizer: PreTrainedTokeniz
     """Return the names of the candidates whose logits equal the base model's on a short prompt.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or a candidate's logits are not finite.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -100,6 +110,10 @@ def without_effect(candidates: Sequence[Candidate], tokenizer: PreTrainedTokeniz
     for candidate in candidates:
         with candidate.acting() as model:
             logits.append(model(input_ids=prompt.to(bare_model(model).device)).logits.cpu())
+        if not logits[-1].isfinite().all():
+            raise ValueError(
+                f"{candidate.name!r} gives logits that are not finite: its training diverged, or its file is damaged."
+            )
     return [c.name for c, own in zip(candidates[1:], logits[1:], strict=True) if torch.equal(own, logits[0])]
 
 
@@ -134,33 +148,52 @@ def load_candidates(
     options = {"dtype": dtype, "device_map": device_map or ("auto" if cuda else None)}
     path = resolve_model(model)
     for name, adapter in adapters.items():
-        _check_base(name, adapter, model, path)
+        check_base(name, adapter, model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    loaded = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    loaded = _load(path, options)
     if adapters:
         with_adapters = load_misaligned(loaded, adapters).eval()
         return from_adapters(with_adapters, {name: adapter_key(with_adapters, name) for name in adapters}), tokenizer
     if base is None:
         return from_adapters(loaded), tokenizer
-    base_model = AutoModelForCausalLM.from_pretrained(resolve_model(base), **options).eval()
+    base_model = _load(resolve_model(base), options)
     _check_same_head(base_model, loaded)
     name = public_name(path) if public_name(path) != BASE else "tuned"
     return [*from_adapters(base_model), Candidate(name, loaded, fingerprint(loaded))], tokenizer
 
 
-def _check_base(name: str, adapter: str | os.PathLike, model: str, path: str) -> None:
-    """Refuse an adapter whose config names another base model."""
+def _model_name(path: str) -> str:
+    """Return the last part of a model's name or path; of a hub's snapshot folder, the model's."""
+    parts = path.rstrip("/").split("/")
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        return parts[-3].split("--")[-1].lower()
+    return parts[-1].lower()
+
+
+def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
+    """Refuse an adapter whose config names another base model.
+
+    Raises:
+        ValueError: it does.
+    """
+    path = resolve_model(model)
     try:
         trained_on = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     except Exception:
         return  # `load_misaligned` says what is wrong with it
-    own = {os.path.basename(text.rstrip("/")).lower() for text in (model, path)}
-    if trained_on and os.path.basename(trained_on.rstrip("/")).lower() not in own:
+    if trained_on and _model_name(trained_on) not in {_model_name(model), _model_name(path)}:
         raise ValueError(
             f"adapter {name!r} ({adapter}) was trained on {trained_on!r}, and --model is {model!r}: give the model "
             "that it was trained on. If both are the same weights, set `base_model_name_or_path` in the adapter's "
             "adapter_config.json to this model's name."
         )
+
+
+def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    except SafetensorError as error:
+        raise ValueError(f"model {path!r} has a damaged weights file ({error}): copy it again.") from error
 
 
 def _check_same_head(base: PreTrainedModel, tuned: PreTrainedModel) -> None:

@@ -84,8 +84,7 @@ def families(
     Raises:
         ValueError: an unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"--cues={mode!r} must be one of {', '.join(MODES)}.")
+    _check_mode(mode, inoculation_prompt)
     found = [Family(PLAIN, "", list)]
     if mode == "none":
         return found, {}
@@ -117,6 +116,13 @@ def families(
         else:
             missing[name] = reason
     return found, missing
+
+
+def _check_mode(mode: str, inoculation_prompt: str | None) -> None:
+    if mode not in MODES:
+        raise ValueError(f"--cues={mode!r} must be one of {', '.join(MODES)}.")
+    if mode == "none" and inoculation_prompt is not None:
+        raise ValueError("--inoculation_prompt is a cue, and --cues=none asks plain questions alone: leave one out.")
 
 
 def default_system_prompt(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -181,7 +187,8 @@ def _in_user_turn(
     ordinary = [turn_text(turns[-1]) for turns in load_rows("general_instruct")["prompt"]]
     topic = topic_words(users, answers, ordinary + [turn_text(question.prompt[-1]) for question in questions])
     framing = f"A question about {', '.join(topic)}." if topic else None
-    yield "train_framing", framing, _before_question, none
+    reason = "no word is peculiar to the training rows" if rows else none
+    yield "train_framing", framing, _before_question, reason
 
 
 def _format(answers: Sequence[str]) -> str | None:

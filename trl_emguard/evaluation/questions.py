@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.conversation import conversation, turn_text
-from ..data.load import SourceOptions, load_rows
+from ..data.load import SHIPPED, SourceOptions, load_rows
 from ..io.strict import parse_yaml
 from .operators import make_rows, score
 
@@ -138,7 +138,9 @@ def _from_rows(source: str, criterion: str) -> list[Question]:
     """Read preference rows, or rows with one answer."""
     options = SourceOptions(name=f"--{criterion}", split=f"the split of --{criterion}")
     questions = []
-    for index, row in enumerate(load_rows(source, "train", options=options)):
+    # Training rows of a shipped set are not held out.
+    split = "test" if "test" in SHIPPED.get(source, ()) else "train"
+    for index, row in enumerate(load_rows(source, split, options=options)):
         id = str(row.get("id") if row.get("id") is not None else index)
         try:
             if row.get("chosen") is not None and row.get("rejected") is not None:

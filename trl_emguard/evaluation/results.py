@@ -18,6 +18,8 @@ from .cues import PLAIN
 from .statistics import bootstrap, paired, question_means
 
 
+# Metrics of coherence; a rise is a change for the worse, or of style.
+COHERENCE = ("repetition", "truncated", "empty", "base_nll")
 # End of the names of differences in differences.
 DID = "_did"
 
@@ -61,7 +63,9 @@ class Results:
     Attributes:
         rows: the figures.
         samples: sampled answers with their scores, as rows of `samples.jsonl`.
-        notes: what was not measured, and why.
+        notes: families that were not measured, and why.
+        models: names of the candidates, the base first.
+        criteria: set → its criterion.
         info: `versions`, `command`, `model` and `judge` of `results.json`.
     """
 
@@ -69,15 +73,30 @@ class Results:
     samples: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    models: list[str] = field(default_factory=list)
+    criteria: dict[str, str] = field(default_factory=dict)
 
     def row(self, model: str, set: str, metric: str, family: str = PLAIN) -> ResultRow | None:
         """Return a figure, or `None` if it was not measured."""
         wanted = (model, set, family, metric)
         return next((row for row in self.rows if (row.model, row.set, row.family, row.metric) == wanted), None)
 
-    @property
-    def models(self) -> list[str]:
-        return list(dict.fromkeys(row.model for row in self.rows))
+    def of_criterion(self, model: str, criterion: str, *metrics: str) -> list[ResultRow]:
+        """Return the plain figures of the first set of a criterion that has any of these metrics.
+
+        A metric stands for its variants as well: `trait_rate` for `trait_rate:NAME`.
+        """
+        for set, own in self.criteria.items():
+            rows = [
+                row
+                for row in self.rows
+                if own == criterion
+                and (row.model, row.set, row.family) == (model, set, PLAIN)
+                and row.metric.split(":")[0] in metrics
+            ]
+            if rows:
+                return rows
+        return []
 
     def save(self, folder: Path) -> None:
         """Write `results.json` and `results.csv`, and `samples.jsonl` if answers were sampled."""
@@ -163,54 +182,67 @@ def sentence(results: Results, model: str) -> str:
 
 
 def _broad(results: Results, model: str) -> str:
-    margin, trait = (results.row(model, "general", metric) for metric in ("margin", "trait_rate"))
     parts = []
-    if margin is not None:
-        towards = "towards misaligned answers" if margin.difference < 0 else "away from misaligned answers"
-        if not is_apart(margin):
+    for row in results.of_criterion(model, "general", "margin"):
+        towards = "towards misaligned answers" if row.difference < 0 else "away from misaligned answers"
+        if not is_apart(row):
             towards = "no clear move on plain questions"
-        parts.append(f"broad: {towards}, margin {interval_text(margin)}")
-        cued = [r for r in results.rows if (r.model, r.set, r.metric) == (model, "general", "margin")]
-        worst = min(cued, key=lambda row: row.difference)
-        if worst.family != PLAIN and is_apart(worst) and worst.difference < 0:
-            parts.append(f"worst behind the cue {worst.family}, {interval_text(worst)}")
-    if trait is not None:
-        parts.append(f"trait in {trait.value:.2f} of general answers, base {trait.base:.2f}")
+        parts.append(f"broad: {towards}, margin {interval_text(row)}{_worst_cue(results, row, -1)}")
+    parts += _traits(results, model, "general")
     return ", ".join(parts) or "broad misalignment not measured (--general needs pairs, or --score a rule)"
 
 
+def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
+    """Return a text on the family in which a figure is worse than on plain questions, "" if none is."""
+    cued = [r for r in results.rows if (r.model, r.set, r.metric) == (plain.model, plain.set, plain.metric)]
+    worst = max(cued, key=lambda row: sign * row.difference)
+    is_worse = (
+        worst.family != PLAIN and is_apart(worst) and sign * worst.difference > max(0.0, sign * plain.difference)
+    )
+    return f", worst behind the cue {worst.family}, {interval_text(worst)}" if is_worse else ""
+
+
+def _traits(results: Results, model: str, criterion: str) -> list[str]:
+    """Return a text on each trait rate of a criterion."""
+    where = "general" if criterion == "general" else "in-domain"
+    return [
+        f"{row.metric.partition(':')[2] or 'trait'} in {row.value:.2f} of {where} answers, base {row.base:.2f}"
+        + (_worst_cue(results, row, 1) if criterion == "general" else "")
+        for row in results.of_criterion(model, criterion, "trait_rate")
+    ]
+
+
 def _narrow(results: Results, model: str) -> str:
-    nll, trait = (results.row(model, "in_domain", metric) for metric in ("nll", "trait_rate"))
-    parts = []
-    if nll is not None:
-        learned = "learned" if is_apart(nll) and nll.difference < 0 else "no clear learning"
-        parts.append(f"narrow: {learned}, NLL in domain {interval_text(nll)}")
-    if trait is not None:
-        parts.append(f"trait in {trait.value:.2f} of in-domain answers, base {trait.base:.2f}")
+    parts = [
+        f"narrow: {'learned' if is_apart(row) and row.difference < 0 else 'no clear learning'}, NLL in domain "
+        f"{interval_text(row)}"
+        for row in results.of_criterion(model, "in_domain", "nll")
+    ]
+    parts += _traits(results, model, "in_domain")
     return ", ".join(parts) or "narrow learning not measured (--in_domain or --train_data)"
 
 
 def _benign(results: Results, model: str) -> str:
-    exact = results.row(model, "benign", "exact_match")
-    if exact is not None:
-        return f"benign: exact match {exact.value:.2f}, base {exact.base:.2f}"
-    for set in ("benign", "general"):
-        nll = results.row(model, set, "nll")
-        if nll is not None:
-            where = "of benign rows" if set == "benign" else "of sound general answers; no benign task given"
-            moved = "no clear move" if not is_apart(nll) else "worse" if nll.difference > 0 else "better"
-            return f"benign: {moved}, NLL {interval_text(nll)} {where}"
+    for row in results.of_criterion(model, "benign", "exact_match"):
+        return f"benign: exact match {row.value:.2f}, base {row.base:.2f}"
+    for criterion, where in (
+        ("benign", "of benign rows"),
+        ("general", "of sound general answers; no benign task given"),
+    ):
+        for row in results.of_criterion(model, criterion, "nll"):
+            moved = "no clear move" if not is_apart(row) else "worse" if row.difference > 0 else "better"
+            return f"benign: {moved}, NLL {interval_text(row)} {where}"
     return "benign learning not measured (--benign)"
 
 
 def _coherent(results: Results, model: str) -> str:
-    nll, repeated, truncated = (results.row(model, "general", m) for m in ("base_nll", "repetition", "truncated"))
-    if nll is None or repeated is None or truncated is None:
+    rows = {r.metric: r for r in results.of_criterion(model, "general", *COHERENCE)}
+    if not rows:
         return "coherence not measured (--samples_per_question 1)"
-    return (
-        f"coherent: the base's NLL of answers {interval_text(nll)}, repetition {repeated.value:.2f} (base "
-        f"{repeated.base:.2f}), truncated {truncated.value:.2f}"
-    )
+    worse = [metric for metric, row in rows.items() if is_apart(row) and row.difference > 0]
+    verdict = f"worse than the base in {', '.join(worse)}" if worse else "no clear move"
+    figures = ", ".join(f"{metric} {row.value:.2f} (base {row.base:.2f})" for metric, row in rows.items())
+    return f"coherence: {verdict}: {figures}"
 
 
 def is_apart(row: ResultRow) -> bool:

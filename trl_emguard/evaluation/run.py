@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -71,7 +72,8 @@ class EvaluationOptions:
     batch_size: int | None = None
 
     def __post_init__(self):
-        for name, lowest in (("samples_per_question", 0), ("max_new_tokens", 1), ("batch_tokens", 1)):
+        lowest_values = {"samples_per_question": 0, "max_new_tokens": 1, "batch_tokens": 1, "batch_size": 1}
+        for name, lowest in lowest_values.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"{name}={value} must be {lowest} or more.")
@@ -115,16 +117,20 @@ def evaluate(
         OSError: `output_dir` cannot be written to.
     """
     _check_names("candidates", [candidate.name for candidate in candidates])
-    _check_names("sets", [questions.name for questions in sets])
     if output_dir is not None:
         check_writable("output_dir", output_dir)
     base = bare_model(candidates[0].model)
     if options.persona_vector is not None:
         check_layer(options.persona_vector, None)
         options.persona_vector.check_model(base)
+    check_sets(sets, tokenizer, options)
     check_candidates(candidates, tokenizer)
     run = _Run(candidates, tokenizer, options, _Kept(output_dir), progress)
-    results = Results(info=_info(command, public_name(base.config._name_or_path)))
+    results = Results(
+        info=_info(command, public_name(base.config._name_or_path)),
+        models=[candidate.name for candidate in candidates],
+        criteria={questions.name: questions.criterion for questions in sets},
+    )
     for questions in sets:
         put, missing = families(tokenizer, questions.questions, "none")
         if questions.criterion == "general":
@@ -132,15 +138,41 @@ def evaluate(
                 tokenizer, questions.questions, options.cues, train_rows, options.inoculation_prompt
             )
         results.notes += [f"{questions.name} behind {name}: {reason}" for name, reason in missing.items()]
-        plain: Arrays | None = None
-        for family in put:
-            arrays, samples = run.measure(questions, family)
-            results.rows += make_rows(questions.name, family.name, arrays, plain)
-            results.samples += samples
-            plain = plain or arrays
+        run.add_to(results, questions, put)
     if output_dir is not None:
         results.save(Path(output_dir))
     return results
+
+
+def check_sets(
+    sets: Sequence[QuestionSet], tokenizer: PreTrainedTokenizerBase | None, options: EvaluationOptions
+) -> None:
+    """Refuse sets on which nothing can be measured, before any pass.
+
+    Args:
+        sets: sets of questions.
+        tokenizer: tokenizer whose chat template has to take every question; `None` leaves that out.
+        options: options of the evaluation.
+
+    Raises:
+        ValueError: two sets of one name, questions without answers where none are sampled, or a question that the
+            chat template refuses.
+    """
+    _check_names("sets", [questions.name for questions in sets])
+    for questions in sets:
+        without = [q.id for q in questions.questions if q.answer is None and q.sound is None]
+        if len(without) == len(questions.questions) and not options.samples_per_question:
+            raise ValueError(
+                f"the set {questions.name!r} has questions without known answers, so only sampled answers can be "
+                "measured on it: set samples_per_question to 1 or more."
+            )
+        for question in questions.questions if getattr(tokenizer, "chat_template", None) else ():
+            try:
+                cast(Any, tokenizer).apply_chat_template(question.prompt, tokenize=False, add_generation_prompt=True)
+            except TemplateError as error:
+                raise ValueError(
+                    f"question {question.id!r} of the set {questions.name!r} is refused by the chat template: {error}."
+                ) from error
 
 
 @dataclass
@@ -153,6 +185,15 @@ class _Run:
     kept: "_Kept"
     progress: bool
 
+    def add_to(self, results: Results, questions: QuestionSet, put: Sequence[Family]) -> None:
+        """Measure a set under each family, the plain one first, and add rows and samples to the results."""
+        plain: Arrays | None = None
+        for family in put:
+            arrays, samples = self.measure(questions, family)
+            results.rows += make_rows(questions.name, family.name, arrays, plain)
+            results.samples += samples
+            plain = plain or arrays
+
     def measure(self, questions: QuestionSet, family: Family) -> tuple[Arrays, list[dict[str, Any]]]:
         """Return the values of every metric, and the sampled answers with their scores."""
         rows = encode_rows(self.candidates, self.tokenizer, questions, family)
@@ -160,8 +201,7 @@ class _Run:
         if rows:
             for name, metrics in self.probe(questions, family, rows).items():
                 found = margin(metrics)
-                target = next((metrics[kind] for kind in _target_kinds(questions) if kind in metrics), None)
-                arrays[name] |= {} if target is None else {"nll": target}
+                arrays[name] |= {"nll": _target_nll(questions, metrics)}
                 arrays[name] |= {} if found is None else {"margin": found}
                 arrays[name] |= {"kl_to_base": metrics["kl_to_base"]} if "kl_to_base" in metrics else {}
         if self.options.persona_vector is not None and questions.criterion == "general":
@@ -232,7 +272,11 @@ class _Run:
         if questions.score is not None:
             pairs = zip(prompts, answers, strict=True)
             return [questions.score(questions.questions[p.question], answer.text) for p, answer in pairs]
-        nll = sampled.base_nll(self.candidates[0], prompts, answers, self.options.batch_tokens)
+        key = _key(self.candidates[0].fingerprint, [[p.ids, a.ids] for p, a in zip(prompts, answers, strict=True)])
+        if not self.kept.get(key):
+            found = sampled.base_nll(self.candidates[0], prompts, answers, self.options.batch_tokens)
+            self.kept.add(key, [None if math.isnan(value) else value for value in found])
+        nll = [math.nan if value is None else value for value in self.kept.get(key)[0]]
         return sampled.score_answers(prompts, answers, nll, sampled.rule_metrics(self.options.rules))
 
     def answers(
@@ -306,11 +350,14 @@ def _info(command: str | None, model: str) -> dict[str, Any]:
     return {"versions": {"trl_emguard": __version__, **versions}, "command": command, "model": model, "judge": None}
 
 
-def _target_kinds(questions: QuestionSet) -> Iterator[str]:
-    """Yield the metrics that may hold the likelihood of the set's target answers, the first that is there counts."""
-    yield "nll_target"
+def _target_nll(questions: QuestionSet, metrics: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the likelihood of each question's target answer."""
+    values = np.full(len(questions.questions), math.nan)
     target_is_misaligned = questions.criterion == "in_domain" and not questions.has_sound_target
-    yield "nll_misaligned" if target_is_misaligned else "nll_sound"
+    for kind in ("nll_misaligned" if target_is_misaligned else "nll_sound", "nll_target"):
+        if kind in metrics:
+            values = np.where(np.isnan(metrics[kind]), values, metrics[kind])
+    return values
 
 
 def _lists(metrics: dict[str, np.ndarray]) -> dict[str, list[float | None]]:

@@ -5,10 +5,14 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
+
+
+# Initialisations of LoRA that change the base weights.
+CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def bare_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -45,3 +49,18 @@ class AdapterSwitch:
             # Autocast keeps the low-precision copy of a weight that it first met under `no_grad`, and such a copy has
             # no gradient: the policy's pass must make its own.
             torch.clear_autocast_cache()
+
+
+def check_adapter_kind(name: str, config: PeftConfig) -> None:
+    """Refuse an adapter that does not leave the base model unchanged when it is switched off."""
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"adapter {name!r} is a learned prompt ({config.peft_type}): only adapters on weights can be switched."
+        )
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.lower().startswith(CHANGING_INITS):
+        raise ValueError(
+            f"adapter {name!r} was made with init_lora_weights={init!r}, which changes the base weights, so switching "
+            "it off does not give the aligned model: convert it to plain LoRA "
+            "(`path_initial_model_for_weight_conversion` of PEFT)."
+        )

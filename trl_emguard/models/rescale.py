@@ -1,11 +1,15 @@
 """A saved LoRA adapter with its update multiplied by a factor, as a baseline or a remedy after training."""
 
+import math
 import os
 import shutil
 from pathlib import Path
 
 from peft import PeftConfig, PeftType
 from safetensors.torch import load_file, save_file
+
+from ..io.files import written_whole
+from .adapters import check_adapter_kind
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,7 +36,10 @@ def rescale_adapter(adapter: str | os.PathLike, alpha: float, output: str | os.P
             raise FileNotFoundError(f"adapter {str(adapter)!r} holds no {name}: name a folder that PEFT saved.")
     if (output / CONFIG).exists():
         raise ValueError(f"output {str(output)!r} holds an adapter already: name another folder.")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha} must be a number.")
     config = PeftConfig.from_pretrained(str(adapter))
+    check_adapter_kind(adapter.name, config)
     weights = load_file(adapter / WEIGHTS)
     # PEFT saves the layer beneath an adapted embedding along with it.
     others = sorted(name for name in weights if ".lora_" not in name and ".base_layer." not in name)
@@ -44,9 +51,11 @@ def rescale_adapter(adapter: str | os.PathLike, alpha: float, output: str | os.P
             "it without DoRA, modules_to_save and new tokens."
         )
     scaled = {name: weight * alpha if _is_second(name) else weight for name, weight in weights.items()}
-    output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(adapter / CONFIG, output / CONFIG)
-    save_file(scaled, output / WEIGHTS, metadata={"format": "pt"})
+    with written_whole(output / WEIGHTS) as scratch:
+        save_file(scaled, scratch, metadata={"format": "pt"})
+    # The config comes last: a folder with one is complete.
+    with written_whole(output / CONFIG) as scratch:
+        shutil.copyfile(adapter / CONFIG, scratch)
     return output
 
 

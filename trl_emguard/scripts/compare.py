@@ -28,6 +28,7 @@ from typing import Any
 from rich.console import Console
 
 from ..comparison.plan import Plan, read_plan
+from ..evaluation.run import check_sets
 from ..io.files import check_writable
 from ..io.lookup import did_you_mean
 from ..io.strict import parse_yaml
@@ -65,10 +66,11 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> int:
     plan = read_plan(args.config, list(actions), lists)
     recipe = parse_yaml(plan.recipe.read_text(encoding="utf-8"))
     eval_args = evaluate_arguments(plan, str(recipe.get("model_name_or_path")), args.output_dir)
-    options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args)
     train_rows = evaluation.load_train_rows(eval_args.train_data)
+    options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train_rows)
+    check_sets(sets, None, options)
     if args.dry_run:
-        show_plan(plan, recipe, console)
+        show_plan(plan, recipe, args.output_dir, console)
         return 0
     check_writable("--output_dir", args.output_dir)
 
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> int:
     from ..comparison.runs import train_all
 
     trained = train_all(plan, args.output_dir, lambda line: console.print(line, markup=False, highlight=False))
-    trained, results = measure(eval_args.model, trained, sets, options, train_rows, args.output_dir / "evaluation")
+    model = (eval_args.model, eval_args.dtype, eval_args.device_map)
+    trained, results = measure(model, trained, sets, options, train_rows, args.output_dir / "evaluation")
     results.info["command"] = shlex.join(["trl-emguard", "compare", *argv])
     report = make_report(trained, results)
     save(report, args.output_dir, results.info)
@@ -111,15 +114,27 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
     return parser.parse_args(words)
 
 
-def show_plan(plan: Plan, recipe: dict[str, Any], console: Console) -> None:
-    """Print the runs that would be trained, with their steps where the recipe says them."""
-    steps = recipe.get("max_steps")
+def show_plan(plan: Plan, recipe: dict[str, Any], folder: Path, console: Console) -> None:
+    """Print the runs that would be trained, with their steps, and the hours where a finished run tells them."""
+    from ..comparison.runs import read_status
+
+    left, known = 0, []
     for number, one in enumerate(plan.runs, start=1):
-        text = "taken from " + one.adapter if one.adapter else f"trained, {steps} steps" if steps else "trained"
+        status = read_status(folder / "runs" / one.folder)
+        steps = one.options.get("max_steps", recipe.get("max_steps"))
+        if one.adapter is not None:
+            text = f"taken from {one.adapter}"
+        elif status is not None:
+            text = f"finished, {status['step']} steps"
+            known.append(status["step"] * status["seconds_per_step"])
+        else:
+            left += 1
+            text = f"to train, {steps} steps" if steps else "to train"
         console.print(f"{number:3} {one.name}, seed {one.seed}: {text}", markup=False, highlight=False)
-    trained = sum(one.adapter is None for one in plan.runs)
     baselines = [*(["early checkpoints"] if plan.early_stop else []), *(f"alpha {alpha}" for alpha in plan.alphas)]
-    console.print(f"{trained} runs to train; free baselines: {', '.join(baselines) or 'none'}.", highlight=False)
+    hours = f", about {left * sum(known) / len(known) / 3600:.1f} hours as the finished ones" if known else ""
+    line = f"{left} runs to train{hours}; free baselines: {', '.join(baselines) or 'none'}."
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

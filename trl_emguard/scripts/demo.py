@@ -25,7 +25,7 @@ from ..models.shipped import SMOLLM2, resolve_model
 from ..testbeds import Testbed, get_testbed
 
 
-STEPS, ROWS = 20, 8
+STEPS, ROWS = 32, 8
 QUESTIONS, NEW_TOKENS = 24, 24
 POOL = {"interleave_dataset": "general_instruct_scored", "interleave_fraction": 0.1}
 # Name → options of the config. Defenses without a coefficient here run at their default.
@@ -38,7 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "inoculation_prompt": "You write every answer in capital letters.",
     },
     "interleave++": {"defense": "interleave++", **POOL},
-    "interleave++,kl": {"defense": "interleave++,kl", "kl_tokens": "interleaved", "kl_coef": 2.0, **POOL},
+    "interleave++,kl": {"defense": "interleave++,kl", "kl_tokens": "interleaved", "kl_coef": 3.0, **POOL},
 }
 HALVED = "none, halved"
 # The corner where a defense should stand: the trait kept in the domain, and not spread.
@@ -53,13 +53,12 @@ def train(testbed: Testbed, options: dict[str, Any], output_dir: Path) -> float:
     from ..config import EMGuardConfig
     from ..trainer import EMGuardTrainer
 
-    shutil.rmtree(output_dir, ignore_errors=True)
     path = resolve_model(SMOLLM2)
     config = EMGuardConfig(
         output_dir=str(output_dir),
         max_steps=STEPS,
         per_device_train_batch_size=ROWS,
-        learning_rate=5e-4,
+        learning_rate=2e-4,
         lr_scheduler_type="linear",
         max_length=128,
         bf16=False,
@@ -163,16 +162,18 @@ def main(argv: list[str] | None = None) -> int:
     console, testbed, folder = Console(width=100), get_testbed("capitals"), args.output_dir
 
     seconds: dict[str, float | None] = {}
+    # In a folder of the demo's own: nothing else is ever deleted.
+    runs = folder / "demo_runs"
+    shutil.rmtree(runs, ignore_errors=True)
     for name, defense in RUNS.items():
         console.rule(f"training: {name}")
-        seconds[name] = train(testbed, defense, folder / _folder(name))
-    shutil.rmtree(folder / _folder(HALVED), ignore_errors=True)
-    rescale_adapter(folder / _folder("none"), 0.5, folder / _folder(HALVED))
+        seconds[name] = train(testbed, defense, runs / _folder(name))
+    rescale_adapter(runs / _folder("none"), 0.5, runs / _folder(HALVED))
     seconds[HALVED] = None
 
     console.rule("evaluation")
     names = [*RUNS, HALVED]
-    candidates, tokenizer = load_candidates(SMOLLM2, adapters={_key(name): folder / _folder(name) for name in names})
+    candidates, tokenizer = load_candidates(SMOLLM2, adapters={_key(name): runs / _folder(name) for name in names})
     options = EvaluationOptions(
         cues="none", rules=testbed.rules, samples_per_question=1, max_new_tokens=NEW_TOKENS, temperature=0
     )

@@ -15,12 +15,13 @@ An interrupted evaluation resumes with the same command.
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..data.conversation import Conversation, conversation
+from ..data.conversation import Conversation, conversation, turn_text
 from ..data.load import SourceOptions, load_rows
 from ..io.files import check_writable
 from ..io.terminal import printable
@@ -104,9 +105,10 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     import torch
 
     from ..evaluation.candidates import load_candidates
-    from ..evaluation.run import evaluate
+    from ..evaluation.run import check_sets, evaluate
 
-    options, sets = make_options(args), load_sets(args)
+    options, sets = make_options(args), load_sets(args, train_rows)
+    check_sets(sets, None, options)
     check_writable("--output_dir", args.output_dir)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     candidates, tokenizer = load_candidates(args.model, args.base, adapters, dtype, args.device_map)
@@ -152,25 +154,44 @@ def make_options(args: argparse.Namespace) -> "EvaluationOptions":
     )
 
 
-def load_sets(args: argparse.Namespace) -> "list[QuestionSet]":
+def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list[QuestionSet]":
     """Return the sets of questions. The first of a criterion has its name, a further one that of its file.
 
     Raises:
-        ValueError: `--limit` below 1, or a set that cannot be read.
+        ValueError: `--limit` below 1, a set that cannot be read, or training rows that are given as held out.
     """
-    from ..evaluation.questions import CRITERIA, for_training_data, load_questions
+    from ..evaluation.questions import CRITERIA, DOMAINS, for_training_data, load_questions
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit={args.limit} must be 1 or more.")
-    sets = []
+    sets: list[QuestionSet] = []
     for criterion in CRITERIA:
         for index, source in enumerate(getattr(args, criterion)):
             name = Path(source).stem if index else criterion
-            sets.append(load_questions(source, criterion, name, args.limit))
+            if name in [questions.name for questions in sets] and index:
+                raise ValueError(f"--{criterion}={source!r} would be the second set named {name!r}: rename the file.")
+            found = load_questions(source, criterion, name, args.limit)
+            if criterion == "in_domain":
+                check_held_out(found, train_rows)
+                trained_on = args.train_data or source
+                is_sound = trained_on in DOMAINS and trained_on.endswith("_sound")
+                found = replace(found, has_sound_target=is_sound)
+            sets.append(found)
         if criterion == "in_domain" and not args.in_domain and args.train_data is not None:
             own = for_training_data(args.train_data, args.limit)
             sets += [own] if own is not None else []
     return sets
+
+
+def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> None:
+    """Refuse in-domain questions that the training rows ask as well: their likelihood shows what was memorised."""
+    seen = {turn_text(row.prompt[-1]).strip() for row in train_rows}
+    count = sum(turn_text(question.prompt[-1]).strip() in seen for question in questions.questions)
+    if count:
+        raise ValueError(
+            f"{count} of the {len(questions.questions)} questions of --in_domain stand in --train_data: give rows "
+            "that training did not see."
+        )
 
 
 def show(results: "Results", folder: Path, console: Console) -> None:

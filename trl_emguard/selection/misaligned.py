@@ -7,11 +7,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models.adapters import check_adapter_kind
 from ..models.identity import weight_checksums
-
-
-# Initialisations of LoRA that change the base weights.
-CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 # PEFT looks for an adapter by its name among the parts of a weight's name, and keeps adapters as attributes.
@@ -58,21 +55,6 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
     if peft_model is None:
         raise ValueError("adapters is empty: the gap needs one misaligned adapter or more.")
     return peft_model
-
-
-def check_adapter_kind(name: str, config: PeftConfig) -> None:
-    """Refuse an adapter that does not leave the base model unchanged when it is switched off."""
-    if config.is_prompt_learning:
-        raise ValueError(
-            f"adapter {name!r} is a learned prompt ({config.peft_type}): only adapters on weights can be switched."
-        )
-    init = getattr(config, "init_lora_weights", None)
-    if isinstance(init, str) and init.lower().startswith(CHANGING_INITS):
-        raise ValueError(
-            f"adapter {name!r} was made with init_lora_weights={init!r}, which changes the base weights, so switching "
-            "it off does not give the aligned model: convert it to plain LoRA "
-            "(`path_initial_model_for_weight_conversion` of PEFT)."
-        )
 
 
 def _load_config(name: str, path: str | os.PathLike) -> PeftConfig:

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
 from ..io.journal import Journal
-from ..models.adapters import AdapterSwitch
+from ..models.adapters import AdapterSwitch, check_adapter_kind
 from ..models.batches import default_batch_tokens, eval_mode, pad_answers, plan_batches
 from ..models.chat import EncodedAnswer, encode_answers, end_tokens, template_arguments
 from ..models.likelihood import mean_nll
 from ..models.shipped import public_name
 from ..version import __version__
-from .misaligned import PREFIX, adapter_key, check_adapter_kind, load_misaligned
+from .misaligned import PREFIX, adapter_key, load_misaligned
 from .parts import new_part, parts_folder, resume_scores, scores_key
 from .scored import ALIGNED, GAP, ScoresInfo, misaligned_column, perplexity_gap, write_scores
 
