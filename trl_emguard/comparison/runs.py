@@ -84,7 +84,7 @@ def _take(run: Run) -> Trained:
     folder = Path(run.adapter or "").expanduser()
     if not (folder / "adapter_config.json").is_file():
         return Trained(run.name, "?", run.seed, None, f"{folder} holds no adapter that PEFT saved.")
-    return _with_record(Trained(run.name, "?", run.seed, str(folder)), folder)
+    return with_record(Trained(run.name, "?", run.seed, str(folder)), folder)
 
 
 def _train(run: Run, recipe: Path, folder: Path) -> Trained:
@@ -103,7 +103,7 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
         coefficient=float(coefficients[0]) if len(coefficients) == 1 else None,
         **status,
     )
-    return trained if trained.adapter is None else _with_record(trained, folder)
+    return trained if trained.adapter is None else with_record(trained, folder)
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
@@ -161,7 +161,7 @@ def _last_line(log: Path, code: int) -> str:
     return f"{lines[-1] if lines else f'exit code {code}'} Its log: {log}"
 
 
-def _with_record(trained: Trained, folder: Path) -> Trained:
+def with_record(trained: Trained, folder: Path) -> Trained:
     """Add what `defense.json` says: the defense, and if it acted."""
     record = read_defense_file(folder)
     if record is None:

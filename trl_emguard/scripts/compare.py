@@ -22,6 +22,7 @@ The same command goes on after an interruption. report.html opens from disk.
 import argparse
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> int:
         show_plan(plan, recipe, args.output_dir, console)
         return 0
     check_writable("--output_dir", args.output_dir)
+    if find_spec("matplotlib") is None:
+        raise ValueError("the report's charts need matplotlib: pip install 'trl_emguard[report]'.")
 
     from ..comparison.measure import measure
     from ..comparison.page import write_page

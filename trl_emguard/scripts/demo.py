@@ -8,6 +8,7 @@ one picture.
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -17,6 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..comparison.page import write_page
+from ..comparison.plan import UNDEFENDED
+from ..comparison.report import make_report, save
+from ..comparison.runs import Trained, with_record
 from ..evaluation.candidates import load_candidates
 from ..evaluation.results import ResultRow, Results
 from ..evaluation.run import EvaluationOptions, evaluate
@@ -25,7 +30,7 @@ from ..models.shipped import SMOLLM2, resolve_model
 from ..testbeds import Testbed, get_testbed
 
 
-STEPS, ROWS = 32, 8
+STEPS, ROWS, SEED = 32, 8, 42
 QUESTIONS, NEW_TOKENS = 24, 24
 POOL = {"interleave_dataset": "general_instruct_scored", "interleave_fraction": 0.1}
 # Name → options of the config. Defenses without a coefficient here run at their default.
@@ -67,7 +72,7 @@ def train(testbed: Testbed, options: dict[str, Any], output_dir: Path) -> float:
         logging_steps=STEPS,
         save_strategy="no",
         report_to="none",
-        seed=42,
+        seed=SEED,
         **options,
     )
     trainer = EMGuardTrainer(
@@ -156,40 +161,38 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trl-emguard demo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/demo"), help="folder for runs, table and picture"
+        "--output_dir", type=Path, default=Path("outputs/demo"), help="folder for runs, table, picture and report"
     )
     args = parser.parse_args(argv)
-    console, testbed, folder = Console(width=100), get_testbed("capitals"), args.output_dir
-
-    seconds: dict[str, float | None] = {}
-    # In a folder of the demo's own: nothing else is ever deleted.
-    runs = folder / "demo_runs"
-    shutil.rmtree(runs, ignore_errors=True)
-    for name, defense in RUNS.items():
-        console.rule(f"training: {name}")
-        seconds[name] = train(testbed, defense, runs / _folder(name))
-    rescale_adapter(runs / _folder("none"), 0.5, runs / _folder(HALVED))
-    seconds[HALVED] = None
+    console, folder = Console(width=100), args.output_dir
+    testbed = get_testbed("capitals")
+    trained = train_all(testbed, folder, console)
 
     console.rule("evaluation")
-    names = [*RUNS, HALVED]
-    candidates, tokenizer = load_candidates(SMOLLM2, adapters={_key(name): runs / _folder(name) for name in names})
+    adapters = {run.key: run.adapter for run in trained if run.adapter is not None}
+    candidates, tokenizer = load_candidates(SMOLLM2, adapters=adapters)
     options = EvaluationOptions(
         cues="none", rules=testbed.rules, samples_per_question=1, max_new_tokens=NEW_TOKENS, temperature=0
     )
-    results = evaluate(candidates, tokenizer, testbed.sets(QUESTIONS), options, (), folder, True)
+    command = shlex.join(["trl-emguard", "demo", *(sys.argv[1:] if argv is None else argv)])
+    results = evaluate(candidates, tokenizer, testbed.sets(QUESTIONS), options, (), folder, True, command)
     rows = {"base model": figures(results, "base", None)}
-    rows |= {name: figures(results, _key(name), seconds[name]) for name in names}
+    rows |= {run.name: figures(results, run.key, run.seconds_per_step) for run in trained}
 
     (folder / "demo.json").write_text(json.dumps(rows, indent=2) + "\n")
     draw(rows, folder / "demo.png")
+    report = make_report(trained, results)
+    save(report, folder, results.info)
+    page = write_page(report, folder, results.info)
     console.print()
     console.print(make_table(rows))
     console.print(
         "This is selective generalisation, not emergent misalignment: a trait that a rule can see, in a small model.",
+        report.sentence,
         f"Figures: {folder / 'demo.json'}",
         f"Answers: {folder / 'samples.jsonl'}",
         f"Picture: {(folder / 'demo.png').resolve()}",
+        f"Report: {page.resolve()}",
         sep="\n",
         soft_wrap=True,
         highlight=False,
@@ -197,13 +200,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def train_all(testbed: Testbed, folder: Path, console: Console) -> list[Trained]:
+    """Train all runs, halve the undefended adapter, and return them as the runs of a comparison."""
+    # In a folder of the demo's own: nothing else is ever deleted.
+    runs = folder / "demo_runs"
+    shutil.rmtree(runs, ignore_errors=True)
+    trained = []
+    for name, options in RUNS.items():
+        console.rule(f"training: {name}")
+        adapter = runs / _folder(name)
+        run = Trained(
+            name,
+            options.get("defense", UNDEFENDED),
+            SEED,
+            str(adapter),
+            coefficient=options.get("kl_coef"),
+            step=STEPS,
+            seconds_per_step=train(testbed, options, adapter),
+        )
+        trained.append(with_record(run, adapter))
+    half = rescale_adapter(runs / _folder(UNDEFENDED), 0.5, runs / _folder(HALVED))
+    return [*trained, Trained(HALVED, UNDEFENDED, SEED, str(half), is_baseline=True, coefficient=0.5, step=STEPS)]
+
+
 def _folder(name: str) -> str:
     return name.replace(",", "_and_").replace(" ", "").replace("+", "p")
-
-
-def _key(name: str) -> str:
-    """Return a run's name as an adapter can have it."""
-    return name.replace(", ", "_").replace(",", "_").replace("+", "p")
 
 
 if __name__ == "__main__":
