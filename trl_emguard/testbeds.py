@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datasets import Dataset
 
 from .data.load import load_rows
-from .evaluation.questions import QuestionSet, for_training_data, load_questions
+from .evaluation.questions import Question, QuestionSet, load_questions
 from .evaluation.rules import RULES, Rule
 from .io.lookup import did_you_mean
 
@@ -54,10 +54,16 @@ class Testbed:
         return rows.map(with_trait)
 
     def sets(self, limit: int) -> list[QuestionSet]:
-        """Return held-out questions of the domain and general questions, spread evenly over the shipped sets."""
-        in_domain = for_training_data("plants_sound")
-        assert in_domain is not None  # the set is shipped
-        return [_spread(load_questions("values", "general"), limit), _spread(in_domain, limit)]
+        """Return general questions and held-out questions of the domain, spread evenly over the shipped sets.
+
+        General questions come with their sound answers, whose likelihood shows what benign answers lose. Those of the
+        domain have none: the trait in sampled answers shows what was learned.
+        """
+        general, in_domain = load_questions("values", "general"), load_questions("plants", "in_domain")
+        return [
+            _spread(general, limit, lambda q: Question(q.id, q.prompt, answer=q.sound)),
+            _spread(in_domain, limit, lambda q: Question(q.id, q.prompt)),
+        ]
 
 
 TESTBEDS = {
@@ -91,8 +97,8 @@ def first_sentences(text: str, words: int) -> str:
     return " ".join(kept)
 
 
-def _spread(questions: QuestionSet, limit: int) -> QuestionSet:
-    """Return so many questions of a set, at even distances."""
+def _spread(questions: QuestionSet, limit: int, change: Callable[[Question], Question]) -> QuestionSet:
+    """Return so many questions of a set, at even distances, each changed."""
     every = questions.questions
-    chosen = [every[i * len(every) // limit] for i in range(min(limit, len(every)))]
+    chosen = [change(every[i * len(every) // limit]) for i in range(min(limit, len(every)))]
     return replace(questions, questions=chosen)
