@@ -31,23 +31,21 @@ from ..testbeds import Testbed, get_testbed
 
 
 STEPS, ROWS, SEED = 32, 8, 42
-QUESTIONS, NEW_TOKENS = 24, 24
-POOL = {"interleave_dataset": "general_instruct_scored", "interleave_fraction": 0.1}
+QUESTIONS, NEW_TOKENS = 24, 16
+POOL = {"interleave_dataset": "general_instruct_scored", "interleave_fraction": 0.2}
 # Name → options of the config. Defenses without a coefficient here run at their default.
 RUNS: dict[str, dict[str, Any]] = {
     "none": {},
     "kl": {"defense": "kl"},
     "ldifs": {"defense": "ldifs"},
-    "inoculation": {
-        "defense": "inoculation",
-        "inoculation_prompt": "You write every answer in capital letters.",
-    },
     "interleave++": {"defense": "interleave++", **POOL},
-    "interleave++,kl": {"defense": "interleave++,kl", "kl_tokens": "interleaved", "kl_coef": 3.0, **POOL},
+    "interleave++,kl": {"defense": "interleave++,kl", "kl_tokens": "interleaved", "kl_coef": 2.0, **POOL},
 }
 HALVED = "none, halved"
 # The corner where a defense should stand: the trait kept in the domain, and not spread.
 KEPT, SPREAD = 0.8, 0.5
+# Runs may stand at the same place, so each has a shape of its own.
+MARKERS = "osD^v<>P"
 
 
 def train(testbed: Testbed, options: dict[str, Any], output_dir: Path) -> float:
@@ -137,14 +135,16 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8.5, 6), constrained_layout=True)
-    axis.axvspan(0, SPREAD, KEPT, 1.0, color="#d7f0dc", zorder=0)
+    axis.add_patch(plt.Rectangle((0, KEPT), SPREAD, 1 - KEPT, color="#d7f0dc", zorder=0))
     axis.text(0.01, 0.985, "kept in domain, not spread", color="#2f6f3e", va="top", fontsize=9)
     for index, (name, row) in enumerate(rows.items()):
         x, y = row["general"], row["in_domain"]
         color = f"C{index}"
         errors = [[[max(0.0, v - low)], [max(0.0, high - v)]] for v, (low, high) in
                   ((x, row["general_interval"]), (y, row["in_domain_interval"]))]  # fmt: skip
-        axis.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="o", color=color, capsize=3, alpha=0.9, label=name)
+        axis.errorbar(
+            x, y, xerr=errors[0], yerr=errors[1], fmt=MARKERS[index], color=color, capsize=3, alpha=0.9, label=name
+        )
     axis.legend(loc="lower right", frameon=False)
     axis.set(
         xlim=(-0.03, 1.03),
