@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from tiny import config, evidence, logged, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer, record
 from transformers import TrainerCallback
-from trl import SFTTrainer
+from trl import SFTTrainer, pack_dataset
 from twin import first_gradients, move_policy, relative_error, twin_step
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InterleavingTrainer
@@ -418,6 +418,21 @@ def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
     shown = evidence(trainer, "interleave+")
     if kind in ("packed", "padding_free"):
         assert shown == {"rows_finetune": 80, "rows_interleaved": 20, "acted": True}
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_rows_that_the_user_has_packed_hold_the_share(tmp_path, padding_free):
+    """Count the documents in packs that come with `seq_lengths`; a row of the pool is a document of its own."""
+    plain = trainer_for(tmp_path, defense="none", rows=make_rows(40)).train_dataset
+    packs = pack_dataset(plain.select_columns(["input_ids", "labels"]), 96)
+    options = {"max_steps": -1, "num_train_epochs": 1, "padding_free": padding_free}
+    trainer = trainer_for(tmp_path, rows=packs, **options)
+    trainer.train()
+    assert evidence(trainer, "interleave+")["rows_interleaved"] == 10
+    assert logged(trainer, "interleaved_fraction")[-1] == pytest.approx(0.2)
+    for changed in ({"packing": True, "max_length": 96}, {"rows": packs.to_iterable_dataset(), "max_steps": 4}):
+        with pytest.raises(ValueError, match="the training rows are packed already"):
+            trainer_for(tmp_path, **{"rows": packs, **options, **changed})
 
 
 def test_kl_on_safe_rows_of_packs(tmp_path):
