@@ -197,8 +197,8 @@ class Interleaving(Defense):
         if "seq_lengths" in next(iter(rows)):
             raise ValueError(
                 f"defense={self.name!r}: the training rows are packed already, and packing=True or a stream would "
-                "lose where the documents of a pack begin. Pass them as a `Dataset` and leave `packing` out, or pass rows "
-                "that are not packed."
+                "lose where the documents of a pack begin. Pass them as a `Dataset` and leave `packing` out, or pass "
+                "rows that are not packed."
             )
         if plan.rows is not None:
             places = plan.rows
