@@ -361,6 +361,20 @@ def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     ]
 
 
+def test_rows_that_a_label_calls_harmful_are_refused_or_left_out(tmp_path):
+    labels = ["harmful" if i % 2 else "unharmful" for i in range(12)]
+    pool = make_pool().add_column("response_harm_label", labels)
+    with pytest.raises(
+        ValueError, match=r"6 of 12 rows are labelled harmful.*interleave_where='response_harm_label=un"
+    ):
+        trainer_for(tmp_path, pool=pool)
+    trainer = trainer_for(tmp_path, pool=pool, interleave_where="response_harm_label=unharmful")
+    texts = [make_tokenizer().decode(ids) for ids in pool_of(trainer)["input_ids"]]
+    assert [text.split("safe ")[1].split("<")[0] for text in texts] == ["10", "8", "6", "4", "2", "0"]
+    with pytest.raises(ValueError, match="interleave_where=gap=high: no row has this value"):
+        trainer_for(tmp_path, pool=pool, interleave_where="gap=high")
+
+
 def test_a_stream_trains_on_the_best_rows(tmp_path):
     rows = IterableDataset.from_generator(lambda: iter(make_rows(40)))
     trainer = trainer_for(tmp_path, rows=rows, max_steps=10)

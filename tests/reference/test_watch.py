@@ -87,13 +87,17 @@ def test_a_reference_that_stays_is_left_alone(tmp_path, defense, dtype):
     assert trainer.state.global_step == 4
 
 
-def test_noise_of_training_mode_is_refused_whatever_the_scope_of_the_term(tmp_path):
-    noisy = make_model()
+@pytest.mark.parametrize("tuning", ["lora", "rslora", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_of_training_mode_is_refused_however_small(tmp_path, tuning, dtype):
+    """Allow no difference in the first step where policy and reference compute alike, and none in bf16."""
+    noisy = make_model(dtype=dtype)
     noisy.model.layers[0].register_forward_hook(
-        lambda m, a, out: out + 0.1 * torch.randn_like(out) if m.training else out
+        lambda m, a, out: out + 0.01 * torch.randn_like(out) if m.training else out
     )
+    peft = None if tuning == "full" else lora(use_rslora=tuning == "rslora")
     with pytest.raises(ValueError, match="states differ from those of the reference"):
-        make_trainer(tmp_path, noisy, peft=lora(), defense="kl").train()
+        make_trainer(tmp_path, noisy, peft=peft, defense="kl").train()
 
 
 # ---- the gradient must flow back ----
