@@ -504,6 +504,7 @@ def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
         (["--misaligned", "./nowhere"], "'./nowhere' holds no adapter_config.json"),
         (["--misaligned", "law=./other"], "two adapters named 'law'"),
         (["--dataset", "./nowhere.jsonl"], "does not exist"),
+        (["--dataset-config", "two"], "--dataset-config='two': "),
         (["--where", "harm"], "--where=harm must be COLUMN=VALUE"),
         (["--where", "danger=no"], "the pool has no column 'danger', but prompt, completion, harm"),
         (["--where", "harm=None"], "no row has this value. There are 'harmful', 'unharmful'"),
