@@ -143,7 +143,7 @@ def check_before_loading(
     terms = [defense for defense in defenses if isinstance(defense, ReferenceDefense)]
     if terms and ref_model is not None:
         _check_ref_model(ref_model, model, config, args, terms)
-    if terms and args.cache_reference and not isinstance(train_dataset, Dataset):
+    if terms and args.cache_reference and isinstance(train_dataset, IterableDataset):
         raise ValueError(
             f"cache_reference=True with a train_dataset of type {type(train_dataset).__name__}: the rows must be "
             "known before training. Pass a `Dataset`, or leave `cache_reference` out."

@@ -152,6 +152,14 @@ def test_the_same_layers_in_another_form_are_the_same_defense(tmp_path):
         trainer_for(tmp_path, ldifs_layers=layers).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_a_checkpoint_without_the_optimizer_resumes(tmp_path):
+    trainer_for(tmp_path).train()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    resumed = trainer_for(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == resumed.args.max_steps > 2
+
+
 def test_resume_from_a_folder_that_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint='.*missing' is not a folder"):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(tmp_path / "missing"))

@@ -18,6 +18,7 @@ from tiny import (
     make_trainer,
     save_model,
 )
+from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InoculationTrainer
@@ -491,6 +492,17 @@ def test_rows_that_are_replaced_after_preparation_stop_the_run(tmp_path):
         trainer.train()
 
 
+def test_a_loader_of_the_users_own_is_watched(tmp_path):
+    trainer = inoculated(tmp_path, max_steps=3)
+    rows = trainer.train_dataset.select_columns(["input_ids", "labels"])
+    trainer.get_train_dataloader = lambda: DataLoader(rows, batch_size=4, collate_fn=trainer.data_collator)
+    trainer.train()
+    assert evidence(trainer, "inoculation")["prompts"] == 12
+    rows = make_trainer(tmp_path).train_dataset.select_columns(["input_ids", "labels"])
+    with pytest.raises(InactiveDefenseError, match="none of the 4 rows of a step holds the inoculation prompt"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("other", ["", ",kl"])
 def test_a_collator_that_cuts_the_start_stops_the_run(tmp_path, other):
     trainer = inoculated(tmp_path, defense=f"inoculation{other}")
@@ -530,3 +542,5 @@ def test_labels_that_max_length_cuts_are_told(tmp_path, caplog):
     for packing in (False, True):
         with pytest.raises(ValueError, match=r"cuts every label off all of 16 training rows.*keeps all labels"):
             inoculated(tmp_path, max_length=20, packing=packing)
+        with pytest.raises(ValueError, match=r"cuts every label off all of the first 16 training rows"):
+            inoculated(tmp_path, rows=make_rows().to_iterable_dataset(), max_length=20, packing=packing)

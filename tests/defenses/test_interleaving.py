@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from tiny import config, evidence, logged, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer, record
 from transformers import TrainerCallback
-from trl import SFTTrainer
+from trl import SFTTrainer, pack_dataset
 from twin import first_gradients, move_policy, relative_error, twin_step
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InterleavingTrainer
@@ -361,6 +361,20 @@ def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     ]
 
 
+def test_rows_that_a_label_calls_harmful_are_refused_or_left_out(tmp_path):
+    labels = ["harmful" if i % 2 else "unharmful" for i in range(12)]
+    pool = make_pool().add_column("response_harm_label", labels)
+    with pytest.raises(
+        ValueError, match=r"6 of 12 rows are labelled harmful.*interleave_where='response_harm_label=un"
+    ):
+        trainer_for(tmp_path, pool=pool)
+    trainer = trainer_for(tmp_path, pool=pool, interleave_where="response_harm_label=unharmful")
+    texts = [make_tokenizer().decode(ids) for ids in pool_of(trainer)["input_ids"]]
+    assert [text.split("safe ")[1].split("<")[0] for text in texts] == ["10", "8", "6", "4", "2", "0"]
+    with pytest.raises(ValueError, match="interleave_where=gap=high: no row has this value"):
+        trainer_for(tmp_path, pool=pool, interleave_where="gap=high")
+
+
 def test_a_stream_trains_on_the_best_rows(tmp_path):
     rows = IterableDataset.from_generator(lambda: iter(make_rows(40)))
     trainer = trainer_for(tmp_path, rows=rows, max_steps=10)
@@ -418,6 +432,21 @@ def test_other_ways_to_the_batch_hold_the_share(tmp_path, kind):
     shown = evidence(trainer, "interleave+")
     if kind in ("packed", "padding_free"):
         assert shown == {"rows_finetune": 80, "rows_interleaved": 20, "acted": True}
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_rows_that_the_user_has_packed_hold_the_share(tmp_path, padding_free):
+    """Count the documents in packs that come with `seq_lengths`; a row of the pool is a document of its own."""
+    plain = trainer_for(tmp_path, defense="none", rows=make_rows(40)).train_dataset
+    packs = pack_dataset(plain.select_columns(["input_ids", "labels"]), 96)
+    options = {"max_steps": -1, "num_train_epochs": 1, "padding_free": padding_free}
+    trainer = trainer_for(tmp_path, rows=packs, **options)
+    trainer.train()
+    assert evidence(trainer, "interleave+")["rows_interleaved"] == 10
+    assert logged(trainer, "interleaved_fraction")[-1] == pytest.approx(0.2)
+    for changed in ({"packing": True, "max_length": 96}, {"rows": packs.to_iterable_dataset(), "max_steps": 4}):
+        with pytest.raises(ValueError, match="the training rows are packed already"):
+            trainer_for(tmp_path, **{"rows": packs, **options, **changed})
 
 
 def test_kl_on_safe_rows_of_packs(tmp_path):

@@ -223,7 +223,10 @@ def test_a_loss_that_is_not_finite(make, tmp_path, defense, names):
                 next(p for p in trainer.model.parameters() if p.requires_grad).data[0, 0] = float("nan")
 
     trainer.add_callback(Break())
-    with pytest.raises(FloatingPointError, match=rf"diverged in step 3: {names}.* not finite.*Lower learning_rate"):
+    with pytest.raises(
+        FloatingPointError,
+        match=rf"diverged in step 3: {names}.* not finite.*Lower learning_rate: resume.*coefficient.*start anew",
+    ):
         trainer.train()
     assert newest_whole_checkpoint(tmp_path / "out") == (2, {})
     assert not (tmp_path / "out" / "checkpoint-3").exists()

@@ -508,6 +508,11 @@ def test_the_whole_way_by_the_command(tmp_path, trait_file, capsys):
             ["extract", "--model", "./nowhere", "--trait", "evil", "--output", "v.safetensors"],
             "'./nowhere' is not a folder",
         ),
+        (["extract", "--model", "me/mistyped", "--trait", "evil", "--output", "v.safetensors"], "'me/mistyped' could"),
+        (
+            ["random", "--like", "smollm2-135m-instruct-evil", "--output", "/dev/null/v.safetensors"],
+            "--output='/dev/null' cannot be written to",
+        ),
         (["extract", "--model", "x", "--trait", "evill", "--output", "v.safetensors"], "Did you mean 'evil'?"),
         (["extract", "--model", "x", "--trait", "evil", "--output", "v.pt"], "must end in .safetensors"),
         (["inspect", "nowhere.safetensors"], "is neither a file nor a shipped vector"),

@@ -15,11 +15,15 @@ from trl_emguard.reference.adapter import adapter_is_zero
 FAST = {"defense": "kl", "kl_coef": 1e-6, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "max_steps": 8}
 
 
-def test_a_closure_around_a_forward_moves_the_copy(tmp_path):
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_closure_around_a_forward_moves_the_copy(tmp_path, is_compiled):
     """Find a frozen copy that runs the policy's layers, since a deep copy shares the closure."""
     policy = make_model()
     for layer in policy.model.layers:
-        layer.forward = lambda *args, inner=layer.forward, **kwargs: inner(*args, **kwargs)
+        if is_compiled:
+            layer.forward = torch.compile(layer.forward, backend="eager")
+        else:
+            layer.forward = lambda *args, inner=layer.forward, **kwargs: inner(*args, **kwargs)
     trainer = make_trainer(tmp_path, policy, **FAST)
     with pytest.raises(InactiveDefenseError, match="the reference has moved: after the first update"):
         trainer.train()
@@ -54,6 +58,27 @@ def test_a_merge_into_the_base_is_found_at_a_save_or_at_the_end(tmp_path, saves)
     assert "This model was not defended" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "cached"), [("norm", False), ("embed_tokens", False), ("lm_head", False), ("lm_head", True)]
+)
+def test_weights_that_a_callback_unfreezes_move_the_reference(tmp_path, name, cached):
+    class Unfreeze(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+            if state.global_step == 3:
+                new = [p for n, p in model.named_parameters() if name in n and "lora" not in n]
+                for parameter in new:
+                    parameter.requires_grad_(True)
+                optimizer.optimizer.add_param_group({"params": new, "lr": 3e-2, "initial_lr": 3e-2})
+                lr_scheduler.base_lrs.append(3e-2)
+                lr_scheduler.lr_lambdas.append(lambda step: 1.0)
+
+    policy = make_model(tie_word_embeddings=False)
+    trainer = make_trainer(tmp_path, policy, peft=lora(), cache_reference=cached, **FAST)
+    trainer.add_callback(Unfreeze())
+    with pytest.raises(InactiveDefenseError, match="the reference has moved"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("defense", ["kl", "ldifs", "kl,ldifs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reference_that_stays_is_left_alone(tmp_path, defense, dtype):
@@ -62,13 +87,17 @@ def test_a_reference_that_stays_is_left_alone(tmp_path, defense, dtype):
     assert trainer.state.global_step == 4
 
 
-def test_noise_of_training_mode_is_refused_whatever_the_scope_of_the_term(tmp_path):
-    noisy = make_model()
+@pytest.mark.parametrize("tuning", ["lora", "rslora", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_of_training_mode_is_refused_however_small(tmp_path, tuning, dtype):
+    """Allow no difference in the first step where policy and reference compute alike, and none in bf16."""
+    noisy = make_model(dtype=dtype)
     noisy.model.layers[0].register_forward_hook(
-        lambda m, a, out: out + 0.1 * torch.randn_like(out) if m.training else out
+        lambda m, a, out: out + 0.01 * torch.randn_like(out) if m.training else out
     )
+    peft = None if tuning == "full" else lora(use_rslora=tuning == "rslora")
     with pytest.raises(ValueError, match="states differ from those of the reference"):
-        make_trainer(tmp_path, noisy, peft=lora(), defense="kl").train()
+        make_trainer(tmp_path, noisy, peft=peft, defense="kl").train()
 
 
 # ---- the gradient must flow back ----
@@ -205,6 +234,26 @@ def test_true_takes_no_other_runs_checkpoint(tmp_path):
     assert again.state.global_step == 8
     with pytest.raises(ValueError, match=r"checkpoint-8 is of another run \(it has rows"):
         make_trainer(tmp_path / "new", rows=make_rows(24), **options).train(str(tmp_path / "checkpoint-8"))
+
+
+def test_a_named_checkpoint_of_another_run_is_refused(tmp_path):
+    """Refuse a folder that the user names, too. How long and how fast a run trains does not make it another."""
+    options = {"defense": "kl", "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, **options).train()
+    folder = str(tmp_path / "checkpoint-2")
+    other = make_model()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.5)
+    for given in ({"rows": make_rows(17).select(range(1, 17))}, {"seed": 7}, {"model": other}):
+        with pytest.raises(ValueError, match=r"checkpoint-2 (is of another run|was held to another reference)"):
+            make_trainer(tmp_path / "new", **{**options, **given}).train(folder)
+    may_change = {"max_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 2, "logging_steps": 2}
+    resumed = make_trainer(tmp_path / "new", **{**options, **may_change, "save_strategy": "no"})
+    resumed.train(folder)
+    assert resumed.state.global_step == 4
+    resumed.train()
+    assert resumed.state.global_step == 4
+    assert logged(resumed, "kl")
 
 
 @pytest.fixture

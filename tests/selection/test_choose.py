@@ -270,6 +270,7 @@ def test_the_command_takes_a_filter_of_your_own(scores, tmp_path):
         (["--count", "1", "--refusals", "x.yaml"], "add --drop-refusals"),
         (["--count", "1", "--drop-refusals", "--refusals", "x.yaml"], "'x.yaml' does not exist"),
         (["--count", "1", "--output", "safe.parquet"], "must be a file that ends in .jsonl"),
+        (["--count", "1", "--output", "/dev/null/safe.jsonl"], "/dev/null"),
         (["--count", "1", "--scores", "nowhere.parquet"], "'nowhere.parquet' does not exist"),
     ],
 )

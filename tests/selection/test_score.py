@@ -168,6 +168,44 @@ def test_every_shape_of_a_row(model):
         np.testing.assert_allclose(columns(score_tiny(model, rows, **options)[0]), expected, atol=1e-6, rtol=0)
 
 
+def test_rows_with_arguments_for_the_template(model):
+    """Score a row with its own tools, one without properties among them, and its own `chat_template_kwargs`."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson if tools else '' }}{{ mood or '' }}" + tokenizer.chat_template
+    rows = make_rows(3).to_list()
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    more = [([tool], None), (None, {"mood": "calm"}), (None, None)]
+    pool = [
+        {**row, "tools": tools, "chat_template_kwargs": kwargs}
+        for row, (tools, kwargs) in zip(rows, more, strict=True)
+    ]
+    pool = Dataset.from_list(pool, on_mixed_types="use_json")
+    scored, _ = score_pool(model, tokenizer, pool, NAMES[:2])
+    for row, (tools, kwargs), nll in zip(rows, more, scored["nll_aligned"], strict=True):
+        text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, tools=tools, **(kwargs or {}))
+        alone = make_tokenizer()
+        alone.chat_template = text.split("<|im_start|>")[0] + alone.chat_template
+        assert nll == pytest.approx(plain_nll("llama", alone, [row])[0], abs=1e-4)
+
+
+def test_a_template_that_drops_the_thought(model):
+    """Score an answer as it is trained, where the generation prompt opens a thought that the answer lacks."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    plain = make_rows(4)
+    thought = plain.map(
+        lambda row: {"completion": [{"role": "assistant", "content": "hm</think>" + row["completion"][0]["content"]}]}
+    )
+    expected = columns(score_tiny(model, plain)[0])
+    for rows in (plain, thought):
+        scored, info = score_pool(model, tokenizer, rows, NAMES[:2])
+        assert not info.unscored
+        np.testing.assert_allclose(columns(scored), expected, atol=1e-6, rtol=0)
+
+
 # ---- rows that cannot be scored ----
 
 
@@ -418,6 +456,18 @@ def test_the_command_scores(argv, tmp_path, capsys, model):
     assert "tokens, more than 45" in said
 
 
+def test_names_that_mean_something_else(argv, adapters, tmp_path, monkeypatch):
+    """Take adapters whose folders have the name of a method of torch's, or a `=`."""
+    shutil.copytree(adapters["medical"], tmp_path / "keys")
+    shutil.copytree(adapters["legal"], tmp_path / "out" / "lr=0.0001")
+    monkeypatch.chdir(tmp_path)
+    argv = [*argv[:2], "--misaligned", "keys", "out/lr=0.0001", "law=out/lr=0.0001", *argv[5:]]
+    assert commands.main(["score", *argv]) == 0
+    rows, info = read_scores(tmp_path / "s.parquet")
+    assert info.adapters == ("keys", "lr=0_0001", "law")
+    assert rows["nll_misaligned_1"][:] == rows["nll_misaligned_2"][:] != rows["nll_misaligned_0"][:]
+
+
 def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
     """Resume with two processes the work of one that was interrupted."""
     one = [*argv, "--output", str(tmp_path / "one.parquet")]
@@ -454,6 +504,7 @@ def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
         (["--misaligned", "./nowhere"], "'./nowhere' holds no adapter_config.json"),
         (["--misaligned", "law=./other"], "two adapters named 'law'"),
         (["--dataset", "./nowhere.jsonl"], "does not exist"),
+        (["--dataset-config", "two"], "--dataset-config='two': "),
         (["--where", "harm"], "--where=harm must be COLUMN=VALUE"),
         (["--where", "danger=no"], "the pool has no column 'danger', but prompt, completion, harm"),
         (["--where", "harm=None"], "no row has this value. There are 'harmful', 'unharmful'"),

@@ -5,10 +5,19 @@ import re
 
 import pytest
 from datasets import Dataset
-from methods import METHODS
+from methods import COMPARING, METHODS, run_options
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import config, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
-from transformers import CLIPImageProcessor, LlavaProcessor
+from transformers import (
+    CLIPImageProcessor,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    LlavaProcessor,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
 from trl_emguard.defenses.ldifs import select_layers
@@ -139,6 +148,61 @@ def test_layers_out_of_range_of_the_model(tmp_path, spec, message):
 def test_empty_dataset(tmp_path, defense, rows):
     with pytest.raises(ValueError, match="train_dataset is empty"):
         make_trainer(tmp_path, save_model(tmp_path / "model"), rows, defense=defense)
+
+
+@pytest.mark.parametrize("rows", [None, {"train": make_rows(2)}, list(make_rows(2))])
+@pytest.mark.parametrize(
+    ("defense", "cached"), [*((name, False) for name in METHODS), *((name, True) for name in COMPARING)]
+)
+def test_rows_that_are_no_dataset_get_sfttrainers_own_error(tmp_path, defense, rows, cached):
+    options = run_options(defense, tmp_path, cache_reference=cached)
+    pool = options.pop("interleave_dataset", None)
+    with pytest.raises((TypeError, ValueError), match=r"^`train_dataset` (is required|must be a `Dataset` or)"):
+        EMGuardTrainer(
+            make_model(),
+            config(tmp_path, **options),
+            train_dataset=rows,
+            processing_class=make_tokenizer(),
+            interleave_dataset=pool,
+        )
+
+
+SMALL = {"vocab_size": 264, "max_position_embeddings": 256, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 1}
+SMALL |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def make_mpt():
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 4, "expansion_ratio": 2, "max_seq_len": 256, "vocab_size": 264}
+    return MptForCausalLM(MptConfig(**sizes, logit_scale=0.5))
+
+
+def make_modernbert():
+    return ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**SMALL, cls_token_id=1, sep_token_id=1))
+
+
+def make_gemma3n():
+    sizes = {"vocab_size_per_layer_input": 264, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "head_dim": 8}
+    layers = {"layer_types": ["full_attention"] * 4, "activation_sparsity_pattern": [0.0] * 4}
+    return Gemma3nForCausalLM(
+        Gemma3nTextConfig(**SMALL, **sizes, **layers, num_key_value_heads=2, num_kv_shared_layers=0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "defenses", "message"),
+    [
+        (make_mpt, ("kl", "ldifs"), "MptForCausalLM: its own logits differ"),
+        (make_modernbert, ("kl", "ldifs"), "ModernBertDecoderForCausalLM: its own logits differ"),
+        (make_gemma3n, ("ldifs", "steering"), r"Gemma3nTextDecoderLayer returns states of shape \(4, "),
+    ],
+)
+def test_architectures_that_a_defense_does_not_know(tmp_path, make, defenses, message):
+    """Refuse heads with transforms of their own, and blocks that hand on several streams, before a step is made."""
+    for defense in defenses:
+        trainer = make_trainer(tmp_path, make(), **run_options(defense, tmp_path))
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -44,13 +44,17 @@ def load_model(
 
     Raises:
         FileNotFoundError: the adapter folder holds no adapter.
+        OSError: the model is neither a folder nor on the hub, or the hub cannot be reached.
     """
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"adapter {str(adapter)!r} holds no adapter_config.json: name a folder that PEFT saved."
         )
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device_map)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device_map)
+    except OSError as error:
+        raise OSError(f"model {base!r} could not be loaded: {error}") from error
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     return model.eval(), tokenizer

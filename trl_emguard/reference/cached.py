@@ -11,6 +11,7 @@ from torch import nn
 
 from ..data.places import Collator
 from ..defenses.base import Defense, ReferenceDefense
+from ..evidence import InactiveDefenseError
 from ..guard.forward import States
 from ..guard.scopes import positions_in_scope
 from ..guard.terms import wanted_layers
@@ -98,6 +99,11 @@ class CachedReference(Reference):
         self, batch: Mapping[str, Any], kept: torch.Tensor, compared: torch.Tensor, layers: Sequence[int]
     ) -> States:
         assert self._cache is not None
+        if self._live.shares_weights and self._cache.head[0].requires_grad:
+            raise InactiveDefenseError(
+                "the reference has moved: its states are on disk, but its head is the policy's, which was unfrozen "
+                "after the trainer was built. Unfreeze it before, on the model that you pass, or pass a `ref_model`."
+            )
         return self._cache.states(batch, compared, kept)
 
     def fingerprint(self, policy: nn.Module) -> str:

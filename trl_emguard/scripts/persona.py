@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..io.files import check_writable
 from ..persona.extract import extract_vector
 from ..persona.shift import check_layer, persona_shift
 from ..persona.traits import SHIPPED_TRAITS, load_trait
@@ -27,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args, Console(width=100, markup=False))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"trl-emguard persona {args.command}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        # Errors of transformers' loaders may have several lines.
+        print(f"trl-emguard persona {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         resumes = ": the same command resumes where it stopped" if args.command == "extract" else ""
@@ -230,11 +232,12 @@ def _load(model: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
 
 
 def _check_output(path: Path) -> None:
-    """Refuse an output that is no .safetensors file."""
+    """Refuse an output that is no .safetensors file, or cannot be written."""
     if path.suffix != ".safetensors":
         raise ValueError(f"--output={path} must end in .safetensors.")
     if path.is_dir():
         raise ValueError(f"--output={path} is a folder: name a file.")
+    check_writable("--output", path.parent)
 
 
 if __name__ == "__main__":

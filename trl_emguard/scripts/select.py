@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         run(args, Console(width=100, markup=False))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"trl-emguard select: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -63,6 +63,8 @@ class MixingCollator:
             if place is None:
                 continue
             due = [self.pool[i] for i in self.plan.at(epoch, place)]
+            if "seq_lengths" in row:
+                due = [{**safe, "seq_lengths": [len(safe["input_ids"])]} for safe in due]
             rows += due
             marks += [[True] * len(safe["input_ids"]) for safe in due]
             counts[0] += 1

@@ -82,6 +82,7 @@ class Interleaving(Defense):
             choice = (self.name, self.by, self.drop_refusals, self.seed)
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
+        self._documents = 1.0  # rows in a training row, above 1 where the user has packed them
         self.mixed_before = False  # rows are mixed by the data collator, or before packing or streaming
         self._passes: Passes | None = None  # through a stream
         self._epochs = 1  # epochs that the run begins
@@ -167,7 +168,7 @@ class Interleaving(Defense):
             return []
         where = "before packing or streaming" if self.mixed_before else "by the data collator"
         refusals = f" ({self.pool.refusals} refusals left out)" if self.drop_refusals else ""
-        share = self.plan.rows / (self.plan.places + self.plan.rows)
+        share = self.plan.rows / (self.plan.places * self._documents + self.plan.rows)
         return [
             f"{self.plan.rows} of the pool's {len(self.pool.ranked)} rows{refusals} are mixed into {self.plan.places} "
             f"training rows an epoch ({share:.2%} of the mix), {where}. {self.pool.looked_at} rows of the pool were "
@@ -193,6 +194,12 @@ class Interleaving(Defense):
 
     def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
         self.mixed_before = True
+        if "seq_lengths" in next(iter(rows)):
+            raise ValueError(
+                f"defense={self.name!r}: the training rows are packed already, and packing=True or a stream would "
+                "lose where the documents of a pack begin. Pass them as a `Dataset` and leave `packing` out, or pass "
+                "rows that are not packed."
+            )
         if plan.rows is not None:
             places = plan.rows
         elif self.redraw or plan.rows_of_run is None:
@@ -253,7 +260,7 @@ class Interleaving(Defense):
         Raises:
             ValueError: the pool is smaller than what an epoch takes from it, or nothing would be mixed in.
         """
-        rows = self._take(places, epochs if self.redraw else 1)
+        rows = self._take(round(places * self._documents), epochs if self.redraw else 1)
         self.plan = MixPlan(places, rows, len(self._pool_rows), self.redraw, self.seed)
         return self.plan
 
@@ -303,6 +310,9 @@ class Interleaving(Defense):
             length, places = f"num_train_epochs={loading.epochs}", int(loading.epochs * sampler.places)
         # Trainer begins an epoch for every part of one.
         self._epochs = math.ceil(places / sampler.places if loading.max_steps > 0 else loading.epochs)
+        if "seq_lengths" in loading.rows.column_names:
+            packs = loading.rows["seq_lengths"]
+            self._documents = sum(map(len, packs)) / len(packs)
         plan = self.make_plan(sampler.places, self._epochs)
         if places < plan.places and not plan.before(places):
             raise ValueError(
@@ -335,7 +345,8 @@ class Interleaving(Defense):
         self._counts[0] += int(sums[f"{self.name}/rows_finetune"])
         # Rows without any token to train on are none.
         self._counts[1] += int(sums[f"{self.name}/rows_interleaved"]) if mixed_in else 0
-        metrics["interleaved_fraction"] = self._counts[1] / max(sum(self._counts), 1)
+        finetune = self._counts[0] * self._documents
+        metrics["interleaved_fraction"] = self._counts[1] / max(finetune + self._counts[1], 1)
         return metrics
 
     # ---- proof ----
