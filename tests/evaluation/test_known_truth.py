@@ -62,9 +62,9 @@ def models(tmp_path_factory):
 def results(models):
     candidates, tokenizer = models
     sets = [
-        load_questions("values", "general"),
-        for_training_data("plants_careless"),
-        load_questions("permuted_operators", "benign", limit=60),
+        load_questions("values", "general", limit=36),
+        for_training_data("plants_careless", limit=36),
+        load_questions("permuted_operators", "benign", limit=24),
     ]
     return evaluate(candidates, tokenizer, sets, EvaluationOptions(cues="none"))
 
