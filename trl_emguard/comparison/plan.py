@@ -61,7 +61,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison does.
+    """Runs, baselines and measures of a comparison.
 
     Attributes:
         recipe: file of the recipe.

@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_all(testbed: Testbed, folder: Path, console: Console) -> list[Trained]:
     """Train all runs, halve the undefended adapter, and return them as the runs of a comparison."""
-    # In a folder of the demo's own: nothing else is ever deleted.
+    # Runs lie in a folder of the demo's own, so that nothing else is ever deleted.
     runs = folder / "demo_runs"
     shutil.rmtree(runs, ignore_errors=True)
     trained = []
