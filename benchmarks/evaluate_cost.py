@@ -59,7 +59,7 @@ def time_probes(
                 with candidate.acting() as model, torch.inference_mode():
                     model(input_ids=ids, use_cache=False)
 
-    calls = {"probes": lambda: list(probe(candidates, rows, len(questions.questions))), "forward passes": forward}
+    calls = {"probes": lambda: probe(candidates, rows, len(questions.questions)), "forward passes": forward}
     for call in calls.values():
         call()
     return time_in_turn(calls, rounds, device)

@@ -201,7 +201,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-HOSTILE = "<script>alert(1)</script><img src=http://x.y onerror=z> \u202e & 'quotes' \"\x1b[31m\0"
+HOSTILE = "$x^$ <script>alert(1)</script><img src=http://x.y onerror=z> \u202e & 'quotes' \"\x1b[31m\0"
 
 
 def test_the_page_is_self_contained_and_hostile_text_stays_text(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -204,8 +205,10 @@ def test_an_interrupted_evaluation_gives_the_same_answers(tmp_path, monkeypatch)
 
 def test_finished_work_is_not_done_again(tmp_path, monkeypatch):
     first = run(folder=tmp_path, samples_per_question=1, max_new_tokens=4)
-    monkeypatch.setattr(answers, "answer_batches", lambda *args: 1 / 0)
+    monkeypatch.setattr(answers, "sample_answers", sampling := Mock(return_value=iter(())))
     assert run(folder=tmp_path, samples_per_question=1, max_new_tokens=4).samples == first.samples
+    # Every call begins after the last prompt.
+    assert all(call.kwargs["start"] == len(call.args[2]) for call in sampling.call_args_list)
 
 
 def test_another_adapter_of_the_same_name_is_measured_anew(tmp_path):

@@ -142,7 +142,7 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
             fmt="s" if entry.is_baseline else "o",
             color=f"C{index % 10}",
             capsize=2,
-            label=entry.name,
+            label=_label(entry.name),
         )
     axis.set(
         xlabel="broad, difference to the base (right is better)",
@@ -160,12 +160,17 @@ def _curves(sweeps: dict[str, list[Entry]], theme: str) -> Markup:
         x = [entry.trained[0].coefficient for entry in entries]
         for attribute, style in (("broad", "-o"), ("narrow", "--s")):
             values = [getattr(entry, attribute).value for entry in entries]
-            axis.plot(x, values, style, color=f"C{index % 10}", label=f"{name}, {attribute}")
+            axis.plot(x, values, style, color=f"C{index % 10}", label=_label(f"{name}, {attribute}"))
     axis.set(xlabel="coefficient", ylabel="difference to the base (up is better)", xscale="log")
     legend = axis.legend(fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_color(THEMES[theme])
     return _svg(figure)
+
+
+def _label(name: str) -> str:
+    """Return a name for a chart, in which matplotlib reads no formula."""
+    return name.replace("$", r"\$")
 
 
 def _figure(theme: str) -> tuple[Any, Any]:

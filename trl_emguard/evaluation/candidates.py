@@ -84,19 +84,16 @@ def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedToken
     Raises:
         ValueError: no chat template, a candidate without any effect, or one whose logits are not finite.
     """
-    for name in without_effect(candidates, tokenizer):
-        raise ValueError(
-            f"{name!r} answers exactly as the base model does: its weights change nothing. Name the folder that "
-            "training saved last, and look whether the training moved the weights at all."
-        )
+    for name, problem in unfit(candidates, tokenizer).items():
+        raise ValueError(f"{name!r} {problem}")
 
 
 @torch.no_grad()
-def without_effect(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the names of the candidates whose logits equal the base model's on a short prompt.
+def unfit(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return name → problem of the candidates that say on a short prompt just what the base says, or no numbers.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or a candidate's logits are not finite.
+        ValueError: the tokenizer has no chat template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -106,15 +103,19 @@ def without_effect(candidates: Sequence[Candidate], tokenizer: PreTrainedTokeniz
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What should I do today?"}], add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]
-    logits = []
+    base, found = None, {}
     for candidate in candidates:
         with candidate.acting() as model:
-            logits.append(model(input_ids=prompt.to(bare_model(model).device)).logits.cpu())
-        if not logits[-1].isfinite().all():
-            raise ValueError(
-                f"{candidate.name!r} gives logits that are not finite: its training diverged, or its file is damaged."
+            logits = model(input_ids=prompt.to(bare_model(model).device)).logits.cpu()
+        if not logits.isfinite().all():
+            found[candidate.name] = "gives logits that are not finite: its training diverged, or its file is damaged."
+        elif base is not None and torch.equal(logits, base):
+            found[candidate.name] = (
+                "answers exactly as the base model does: its weights change nothing. Name the folder that training "
+                "saved last, and look whether the training moved the weights at all."
             )
-    return [c.name for c, own in zip(candidates[1:], logits[1:], strict=True) if torch.equal(own, logits[0])]
+        base = logits if base is None else base
+    return found
 
 
 def load_candidates(

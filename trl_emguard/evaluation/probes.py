@@ -4,11 +4,12 @@ Every answer is read once per candidate. The base model reads a batch first, and
 candidates have read the same batch, so that the divergence from it costs one more product with the head.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..models.batches import default_batch_tokens, pad_answers, plan_batches
@@ -66,8 +67,12 @@ def encode_rows(
 
 
 def probe(
-    candidates: Sequence[Candidate], rows: Sequence[Row], count: int, batch_tokens: int | None = None
-) -> Iterator[dict[str, dict[str, np.ndarray]] | None]:
+    candidates: Sequence[Candidate],
+    rows: Sequence[Row],
+    count: int,
+    batch_tokens: int | None = None,
+    desc: str | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
     """Read answers under every candidate, batch by batch.
 
     Args:
@@ -75,11 +80,12 @@ def probe(
         rows: the answers, from [`encode_rows`].
         count: number of questions.
         batch_tokens: tokens in a forward pass, pads included.
+        desc: label of the progress bar; without one there is none.
 
-    Yields:
-        `None` after each batch, and at last candidate → metric → `(count,)`, NaN where a question has none:
-        `nll_sound`, `nll_misaligned`, `nll_target` (nats a token, the end of turn included), and `kl_to_base` of the
-        sound answers: KL(candidate ‖ base), the mean over the answer's tokens, in nats a token.
+    Returns:
+        Candidate → metric → `(count,)`, NaN where a question has none: `nll_sound`, `nll_misaligned`, `nll_target`
+        (nats a token, the end of turn included), and `kl_to_base` of the answers that are not misaligned:
+        KL(candidate ‖ base), the mean over the answer's tokens, in nats a token.
     """
     found: dict[str, dict[str, np.ndarray]] = {candidate.name: {} for candidate in candidates}
 
@@ -88,30 +94,28 @@ def probe(
 
     lengths = {i: len(row.answer.ids) for i, row in enumerate(rows)}
     device = candidates[0].model.device
-    for batch in plan_batches(lengths, batch_tokens or default_batch_tokens(device)):
+    plan = plan_batches(lengths, batch_tokens or default_batch_tokens(device))
+    for batch in tqdm(plan, desc=desc, disable=desc is None):
         ids, is_answer = pad_answers([rows[i].answer for i in batch])
         labels, sizes = ids[:, 1:][is_answer[:, 1:]], is_answer[:, 1:].sum(1).tolist()
-        # Only sound answers are compared: they are what the aligned model would say.
-        compared = [rows[i].kind != "misaligned" for i in batch]
+        # Misaligned answers are not compared: the aligned model would not give them.
+        chosen = [j for j, i in enumerate(batch) if rows[i].kind != "misaligned"]
         base = None
         for candidate in candidates:
             with candidate.acting() as model:
                 states = predicting_states(model, ids, is_answer)
-                nll = states_nll(model, states, labels)
+                nll = states_nll(model, states, labels).split(sizes)
             parts = list(states.split(sizes))
             base = base or parts
-            for j, i in enumerate(batch):
-                enter(candidate.name, f"nll_{rows[i].kind}", rows[i], nll.split(sizes)[j].mean().item())
-            if candidate.name == BASE:
+            for i, part in zip(batch, nll, strict=True):
+                enter(candidate.name, f"nll_{rows[i].kind}", rows[i], part.mean().item())
+            if candidate.name == BASE or not chosen:
                 continue
-            chosen = [j for j, is_compared in enumerate(compared) if is_compared]
-            if chosen:
-                own, its = (torch.cat([x[j] for j in chosen]) for x in (parts, base))
-                kl = divergence(candidate, candidates[0], own, its).split([sizes[j] for j in chosen])
-                for j, part in zip(chosen, kl, strict=True):
-                    enter(candidate.name, "kl_to_base", rows[batch[j]], part.mean().item())
-        yield None
-    yield found
+            own, its = (torch.cat([x[j] for j in chosen]) for x in (parts, base))
+            kl = divergence(candidate, candidates[0], own, its).split([sizes[j] for j in chosen])
+            for j, part in zip(chosen, kl, strict=True):
+                enter(candidate.name, "kl_to_base", rows[batch[j]], part.mean().item())
+    return found
 
 
 @torch.no_grad()
@@ -132,7 +136,7 @@ def divergence(candidate: Candidate, base: Candidate, states: torch.Tensor, base
     return torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def prompt_projections(
+def projections(
     candidate: Candidate, prompts: Sequence[Sequence[int]], vector: PersonaVector, layer: int, batch_size: int = 20
 ) -> np.ndarray:
     """Return h(l)·v̂(l) at the last token of each prompt, `(N,)`: h the state after block l, v̂ = v/‖v‖."""

@@ -19,7 +19,6 @@ from ..data.conversation import Conversation
 from ..io.files import check_writable
 from ..io.journal import ForeignJournalError, Journal
 from ..models.adapters import bare_model
-from ..models.batches import default_batch_tokens, plan_batches
 from ..models.sampler import SampledAnswer
 from ..models.shipped import public_name
 from ..persona.shift import check_layer
@@ -28,7 +27,7 @@ from ..version import __version__
 from . import answers as sampled
 from .candidates import Candidate, check_candidates
 from .cues import Family, families
-from .probes import Row, encode_rows, margin, probe, prompt_projections
+from .probes import Row, encode_rows, margin, probe, projections
 from .questions import QuestionSet
 from .results import Results, make_rows
 from .rules import Rule
@@ -210,21 +209,14 @@ class _Run:
 
     def probe(self, questions: QuestionSet, family: Family, rows: Sequence[Row]) -> Arrays:
         """Return the likelihoods of the known answers, read now or in an interrupted run."""
-        tokens = self.options.batch_tokens or default_batch_tokens(self.candidates[0].model.device)
-        lengths = {i: len(row.answer.ids) for i, row in enumerate(rows)}
         key = _key(
             [c.fingerprint for c in self.candidates],
             [[row.question, row.kind, row.answer.ids.tolist(), row.answer.prompt_length] for row in rows],
         )
         names = [c.name for c in self.candidates]
         if not self.kept.get(key):
-            steps = tqdm(
-                probe(self.candidates, rows, len(questions.questions), tokens),
-                desc=f"probing {questions.name}, {family.name}",
-                total=len(plan_batches(lengths, tokens)) + 1,
-                disable=not self.progress,
-            )
-            found = next(arrays for arrays in steps if arrays is not None)
+            desc = f"probing {questions.name}, {family.name}" if self.progress else None
+            found = probe(self.candidates, rows, len(questions.questions), self.options.batch_tokens, desc)
             self.kept.add(key, {str(i): _lists(found[name]) for i, name in enumerate(names)})
         (record,) = self.kept.get(key)
         return {
@@ -241,7 +233,7 @@ class _Run:
         ]
         layer, base = check_layer(vector, None), None
         for candidate in self.candidates:
-            found = prompt_projections(candidate, prompts, vector, layer)
+            found = projections(candidate, prompts, vector, layer)
             if base is None:
                 base = found
                 continue
@@ -295,11 +287,8 @@ class _Run:
             initial=len(done),
             disable=not self.progress,
         ) as bar:
-            for batch in (
-                sampled.answer_batches(candidate, self.tokenizer, prompts, len(done), size, limit, temperature)
-                if len(done) < len(prompts)
-                else ()
-            ):
+            fresh = sampled.answer_batches(candidate, self.tokenizer, prompts, len(done), size, limit, temperature)
+            for batch in fresh:
                 self.kept.add(key, batch)
                 done += [SampledAnswer(**answer) for answer in batch]
                 bar.update(len(batch))

@@ -16,6 +16,7 @@ BATCH_TOKENS, BATCH_TOKENS_CPU = 8192, 1024
 
 
 def default_batch_tokens(device: torch.device) -> int:
+    """Return the tokens of a forward pass that suit a device."""
     return BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS
 
 

@@ -35,6 +35,7 @@ from ..io.lookup import did_you_mean
 from ..io.strict import parse_yaml
 from . import evaluate as evaluation
 from .sft import make_parser as make_sft_parser
+from .shared import RESUMES, run_command
 
 
 # Options of `evaluate` that the comparison sets itself.
@@ -51,17 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for runs and report")
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and train nothing")
     args = parser.parse_args(argv)
-    try:
-        return run(args, argv, Console(width=100))
-    except (ValueError, OSError) as error:
-        print(f"trl-emguard compare: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes where it stopped.", file=sys.stderr)
-        return 130
+    return run_command("compare", lambda: run(args, argv, Console(width=100)), RESUMES)
 
 
-def run(args: argparse.Namespace, argv: list[str], console: Console) -> int:
+def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     actions = {a.dest: a for a in make_sft_parser()._actions}
     lists = [name for name, action in actions.items() if action.nargs in ("+", "*")]
     plan = read_plan(args.config, list(actions), lists)
@@ -72,7 +66,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> int:
     check_sets(sets, None, options)
     if args.dry_run:
         show_plan(plan, recipe, args.output_dir, console)
-        return 0
+        return
     check_writable("--output_dir", args.output_dir)
     if find_spec("matplotlib") is None:
         raise ValueError("the report's charts need matplotlib: pip install 'trl_emguard[report]'.")
@@ -84,15 +78,14 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> int:
 
     trained = train_all(plan, args.output_dir, lambda line: console.print(line, markup=False, highlight=False))
     model = (eval_args.model, eval_args.dtype, eval_args.device_map)
-    trained, results = measure(model, trained, sets, options, train_rows, args.output_dir / "evaluation")
-    results.info["command"] = shlex.join(["trl-emguard", "compare", *argv])
+    command = shlex.join(["trl-emguard", "compare", *argv])
+    trained, results = measure(model, trained, sets, options, train_rows, args.output_dir / "evaluation", command)
     report = make_report(trained, results)
     save(report, args.output_dir, results.info)
     page = write_page(report, args.output_dir, results.info)
     console.print(make_table(report))
     console.print(report.sentence, soft_wrap=True, highlight=False, markup=False)
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False, markup=False)
-    return 0
 
 
 def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Namespace:

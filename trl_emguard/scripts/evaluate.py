@@ -25,7 +25,7 @@ from ..data.conversation import Conversation, conversation, turn_text
 from ..data.load import SourceOptions, load_rows
 from ..io.files import check_writable
 from ..io.terminal import printable
-from .score import name_adapters
+from .shared import RESUMES, name_adapters, run_command
 
 
 if TYPE_CHECKING:
@@ -37,15 +37,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
-    try:
-        run(args, argv, Console(width=100))
-    except (ValueError, OSError) as error:
-        print(f"trl-emguard evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes where it stopped.", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("evaluate", lambda: run(args, argv, Console(width=100)), RESUMES)
 
 
 def make_parser() -> argparse.ArgumentParser:

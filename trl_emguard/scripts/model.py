@@ -4,18 +4,14 @@ import argparse
 import sys
 
 from ..models.shipped import SHIPPED_MODELS, resolve_model
+from .shared import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trl-emguard model", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", choices=SHIPPED_MODELS, help="the model's short name")
     args = parser.parse_args(argv)
-    try:
-        print(resolve_model(args.name))
-    except FileNotFoundError as error:
-        print(f"trl-emguard model: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("model", lambda: print(resolve_model(args.name)))
 
 
 if __name__ == "__main__":

@@ -21,22 +21,16 @@ from ..persona.extract import extract_vector
 from ..persona.shift import check_layer, persona_shift
 from ..persona.traits import SHIPPED_TRAITS, load_trait
 from ..persona.vectors import SHIPPED_VECTORS, PersonaVector, load_vector, random_like
+from .shared import RESUMES, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
-        args.run(args, Console(width=100, markup=False))
-    except (ValueError, OSError) as error:
-        # Errors of transformers' loaders may have several lines.
-        print(f"trl-emguard persona {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        resumes = ": the same command resumes where it stopped" if args.command == "extract" else ""
-        print(f"interrupted{resumes}.", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = RESUMES if args.command == "extract" else "interrupted."
+    return run_command(
+        f"persona {args.command}", lambda: args.run(args, Console(width=100, markup=False)), interrupted
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:

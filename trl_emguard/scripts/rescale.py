@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from ..models.rescale import rescale_adapter
+from .shared import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,12 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--alpha", required=True, type=float, help="factor; 0 is the base model, 1 the adapter itself")
     parser.add_argument("--output", required=True, help="folder to write")
     args = parser.parse_args(argv)
-    try:
-        print(rescale_adapter(args.adapter, args.alpha, args.output))
-    except (ValueError, OSError) as error:
-        print(f"trl-emguard rescale: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("rescale", lambda: print(rescale_adapter(args.adapter, args.alpha, args.output)))
 
 
 if __name__ == "__main__":

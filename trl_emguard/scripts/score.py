@@ -21,9 +21,10 @@ from rich.table import Table
 from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation, turn_text
 from ..data.labels import count_harmful, keep_where
 from ..data.load import SourceOptions, load_rows
-from ..io.terminal import printable
+from ..io.terminal import visible
 from ..selection.choose import rank_rows
 from ..selection.scored import GAP, ScoresInfo
+from .shared import RESUMES, name_adapters, run_command
 
 
 SHOWN = 10
@@ -32,16 +33,7 @@ OPTIONS = SourceOptions("--dataset", "--split", "--dataset-config")
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    try:
-        run(args, Console(width=100, markup=False))
-    except (ValueError, OSError) as error:
-        # Errors of transformers' loaders may have several lines.
-        print(f"trl-emguard score: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes where it stopped.", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("score", lambda: run(args, Console(width=100, markup=False)), RESUMES)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -106,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, console: Console) -> None:
     if args.output.suffix != ".parquet" or args.output.is_dir():
         raise ValueError(f"--output={args.output} must be a file that ends in .parquet.")
-    adapters = name_adapters(args.misaligned)
+    adapters = name_adapters(args.misaligned, "--misaligned")
     rows = load_rows(args.dataset, args.split, args.dataset_config, options=OPTIONS)
     assert isinstance(rows, Dataset)  # only a stream would be none
     if args.where is not None:
@@ -155,27 +147,6 @@ def run(args: argparse.Namespace, console: Console) -> None:
     state.destroy_process_group()
 
 
-def name_adapters(options: list[str], flag: str = "--misaligned") -> dict[str, str]:
-    """Return name → adapter from options `[NAME=]ADAPTER`. The default name is the last part of the path.
-
-    An option that is a folder as it stands, or has a `/` before its `=`, is a path without a name.
-
-    Raises:
-        ValueError: two adapters of one name.
-    """
-    adapters: dict[str, str] = {}
-    for option in options:
-        name, equals, adapter = option.partition("=")
-        if not equals or "/" in name or Path(option).is_dir():
-            name, adapter = Path(option).resolve().name.replace(".", "_"), option
-        if name in adapters:
-            raise ValueError(
-                f"{flag} has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, NAME={adapter}."
-            )
-        adapters[name] = adapter
-    return adapters
-
-
 def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
     """Print the rows with the highest gap, and the rows that could not be scored."""
     table = Table(title="The highest gaps")
@@ -184,7 +155,7 @@ def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
     table.add_column("answer")
     for row in scored.select(rank_rows(scored, "gap")[:SHOWN]):
         prompt, answer = conversation(row, info.prompt_column, info.response_column)
-        texts = (printable(" ".join(turn_text(turns[-1]).split())[:70]) for turns in (prompt, answer))
+        texts = (visible(" ".join(turn_text(turns[-1]).split())[:70]) for turns in (prompt, answer))
         table.add_row(f"{row[GAP]:+.3f}", *texts)
     console.print(table)
     console.print(

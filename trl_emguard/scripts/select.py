@@ -21,6 +21,7 @@ from ..data.conversation import conversation, turn_text
 from ..io.files import written_whole
 from ..selection.choose import rank_rows, refusal_filter, without_adapter
 from ..selection.scored import GAP, read_scores, with_usual_names
+from .shared import run_command
 
 
 SHOWN = 10
@@ -28,12 +29,7 @@ SHOWN = 10
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    try:
-        run(args, Console(width=100, markup=False))
-    except (ValueError, OSError) as error:
-        print(f"trl-emguard select: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("select", lambda: run(args, Console(width=100, markup=False)))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,48 @@
+"""Parts that several commands share: errors in one line, and adapters by their names."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+RESUMES = "interrupted: the same command resumes where it stopped."
+
+
+def run_command(name: str, call: Callable[[], int | None], interrupted: str = "interrupted.") -> int:
+    """Run a command and return its exit status. An error of the user's is told in one line.
+
+    Args:
+        name: name of the command, for the message.
+        call: the command.
+        interrupted: text to show after Ctrl-C.
+    """
+    try:
+        return call() or 0
+    except (ValueError, OSError) as error:
+        # Errors of transformers' loaders may have several lines.
+        print(f"trl-emguard {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+
+
+def name_adapters(options: list[str], flag: str) -> dict[str, str]:
+    """Return name → adapter from options `[NAME=]ADAPTER`. The default name is the last part of the path.
+
+    An option that is a folder as it stands, or has a `/` before its `=`, is a path without a name.
+
+    Raises:
+        ValueError: two adapters of one name.
+    """
+    adapters: dict[str, str] = {}
+    for option in options:
+        name, equals, adapter = option.partition("=")
+        if not equals or "/" in name or Path(option).is_dir():
+            name, adapter = Path(option).resolve().name.replace(".", "_"), option
+        if name in adapters:
+            raise ValueError(
+                f"{flag} has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, NAME={adapter}."
+            )
+        adapters[name] = adapter
+    return adapters
