@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,17 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import lora, make_model, make_rows, save_model
 
+from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
 from trl_emguard.comparison.plan import read_plan
 from trl_emguard.comparison.report import dominates, make_report, make_table, save
 from trl_emguard.comparison.runs import Trained
+from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.results import ResultRow, Results
+from trl_emguard.evaluation.run import EvaluationOptions
 from trl_emguard.scripts import main as commands
 
 
@@ -365,3 +370,28 @@ def test_a_comparison_from_end_to_end(inputs, capsys):
     assert (inputs / "whole" / "report.json").read_bytes() == before
     kept = {path: path.stat().st_mtime_ns for path in files if "broken" not in str(path)}
     assert kept.items() <= files.items()
+
+
+def test_adapters_that_cannot_be_measured_do_not_end_a_comparison(inputs):
+    """One diverged, one damaged and one that changes nothing are failed runs; the good one is measured."""
+    folders = {name: inputs / name for name in ("mine", "diverged", "damaged", "idle")}
+    for name in ("diverged", "damaged", "idle"):
+        shutil.copytree(folders["mine"], folders[name])
+        weights = load_file(folders["mine"] / "adapter_model.safetensors")
+        fill = {"diverged": float("nan"), "idle": 0.0}.get(name)
+        if fill is None:
+            (folders[name] / "adapter_model.safetensors").write_bytes(b"no tensors")
+        else:
+            save_file({k: v * 0 + fill for k, v in weights.items()}, folders[name] / "adapter_model.safetensors")
+    trained = [Trained(name, "none", 0, str(folder)) for name, folder in folders.items()]
+    sets = [load_questions(str(inputs / "pairs.jsonl"), "general")]
+    model = (str(inputs / "base"), "float32", None)
+    options = EvaluationOptions(cues="none")
+    trained, results = measure(model, trained, sets, options, [], inputs / "evaluation", "a command")
+    assert results.models == ["base", "mine seed0"]
+    assert results.info["command"] == "a command"
+    errors = {run.name: run.error for run in trained}
+    assert errors["mine"] is None
+    assert "logits that are not finite" in errors["diverged"]
+    assert "its weights change nothing" in errors["idle"]
+    assert errors["damaged"]
