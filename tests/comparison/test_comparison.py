@@ -320,6 +320,8 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("samples_per_question", "samples_per_qestion", "Did you mean 'samples_per_question'"),
         ("cues: none", "cues: some", "`evaluate`: argument --cues"),
         ("recipe: /", "recipe: /no", "is not a file"),
+        ("defense: kl", "defense: klx", "the run 'klx kl_coef=0.1': defense='klx'"),
+        ("0.1, 5.0", "-1", "the run 'kl kl_coef=-1': kl_coef=-1"),
     ],
 )
 def test_bad_configs_are_one_line(inputs, capsys, old, new, message):

@@ -90,6 +90,8 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan
         FileNotFoundError: no such file, or no such recipe.
         ValueError: an unknown key or option, or a value of a wrong kind; the message names file and key.
     """
+    if not Path(path).expanduser().is_file():
+        raise FileNotFoundError(f"--config={path!r} is not a file.")
     text = Path(path).expanduser().read_text(encoding="utf-8")
     try:
         config = parse_yaml(text)
@@ -116,7 +118,8 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan
         if not isinstance(evaluate, dict):
             raise ValueError("`evaluate` must hold options of `trl-emguard evaluate`")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}.") from error
+        message = str(error).rstrip(".")
+        raise ValueError(f"{path}: {message}" + ("" if message.endswith("?") else ".")) from error
     return Plan(recipe, runs, early_stop, alphas, evaluate)
 
 

@@ -116,9 +116,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     """Train a run in a process of its own, and return its error, step, seconds per step and peak memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "trl_emguard.scripts.sft", "--config", str(recipe)]
-    command += [word for name, value in run.options.items() for word in _words(name, value)]
-    command += ["--seed", str(run.seed), "--lora_dropout", "0.0", "--output_dir", str(folder)]
+    command = [sys.executable, "-m", "trl_emguard.scripts.sft", *sft_arguments(run, recipe, folder)]
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
         # The function makes one system call, which is safe between fork and exec.
         preexec_fn = _die_with_parent
@@ -138,6 +136,13 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         "seconds_per_step": metrics["train_runtime"] / step,
         "peak_memory": usage.ru_maxrss * 1024,
     }
+
+
+def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
+    """Return the arguments of `trl-emguard sft` that train a run into a folder."""
+    options = [word for name, value in run.options.items() for word in _words(name, value)]
+    own = ["--seed", str(run.seed), "--lora_dropout", "0.0", "--output_dir", str(folder)]
+    return ["--config", str(recipe), *options, *own]
 
 
 def _die_with_parent() -> None:

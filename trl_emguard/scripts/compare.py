@@ -24,7 +24,7 @@ import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     train_rows = evaluation.load_train_rows(eval_args.train_data)
     options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train_rows)
     check_sets(sets, None, options)
+    check_options(plan)
     if args.dry_run:
         show_plan(plan, recipe, args.output_dir, console)
         return
@@ -88,6 +89,28 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False, markup=False)
 
 
+def check_options(plan: Plan) -> None:
+    """Refuse options of a run that `trl-emguard sft` refuses, before the first run is trained.
+
+    Raises:
+        ValueError: a value that an option does not take; the message names the run.
+    """
+    from ..comparison.runs import sft_arguments
+
+    for one in plan.runs:
+        if one.adapter is None:
+            parser = make_sft_parser()
+            parser.error = _raise  # type: ignore[method-assign]
+            try:
+                parser.parse(sft_arguments(one, plan.recipe, Path("unused")))
+            except ValueError as error:
+                raise ValueError(f"the run {one.name!r}: {error}") from error
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(" ".join(message.split()))
+
+
 def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Namespace:
     """Return the arguments of `trl-emguard evaluate` that the plan names.
 
@@ -103,11 +126,11 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, values)]
 
-    def refuse(message: str) -> Any:
-        raise ValueError(f"`evaluate`: {message}")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_args(words)
+    parser.error = _raise  # type: ignore[method-assign]
+    try:
+        return parser.parse_args(words)
+    except ValueError as error:
+        raise ValueError(f"`evaluate`: {error}") from error
 
 
 def show_plan(plan: Plan, recipe: dict[str, Any], folder: Path, console: Console) -> None:
