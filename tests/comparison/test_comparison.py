@@ -143,7 +143,7 @@ def test_a_dominated_run_is_left_out():
 
 def test_overlapping_intervals_prefer_nothing():
     found = report({"none": (-0.10, -1.0), "kl": (-0.05, -0.95)})
-    assert ": none, kl." in found.sentence
+    assert ": none; kl." in found.sentence
 
 
 def test_a_tie_with_a_free_baseline_is_told():

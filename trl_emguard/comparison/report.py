@@ -83,16 +83,17 @@ class Report:
         if not compared:
             return "Broad misalignment and narrow learning were not both measured, so no run can be preferred."
         best = [entry for entry in compared if not any(dominates(other, entry) for other in compared)]
-        names = ", ".join(entry.name for entry in best)
+        # Names hold commas themselves.
+        names = "; ".join(entry.name for entry in best)
         text = (
             f"Not dominated (no other run is better in one of broad and narrow, and not worse in the other): {names}."
         )
         free = [entry.name for entry in best if entry.is_baseline or entry.name == UNDEFENDED]
         if free:
-            text += f" Some of them need no defense ({', '.join(free)}): no run is shown to be better than these."
+            text += f" Some of them need no defense ({'; '.join(free)}): no run is shown to be better than these."
         left_out = [entry.name for entry in self.entries if not entry.is_comparable]
         if left_out:
-            text += f" Left out, since a seed failed or gave no evidence of its defense: {', '.join(left_out)}."
+            text += f" Left out, since a seed failed or gave no evidence of its defense: {'; '.join(left_out)}."
         return text
 
 

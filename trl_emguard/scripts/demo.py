@@ -41,7 +41,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "interleave++": {"defense": "interleave++", **POOL},
     "interleave++,kl": {"defense": "interleave++,kl", "kl_tokens": "interleaved", "kl_coef": 2.0, **POOL},
 }
-HALVED = "none, halved"
+HALVED = "none halved"
+NOTE = "This is selective generalisation, not emergent misalignment: a trait that a rule can see, in a small model."
 # The corner where a defense should stand: the trait kept in the domain, and not spread.
 KEPT, SPREAD = 0.8, 0.5
 # Runs may stand at the same place, so each has a shape of its own.
@@ -181,13 +182,14 @@ def main(argv: list[str] | None = None) -> int:
 
     (folder / "demo.json").write_text(json.dumps(rows, indent=2) + "\n")
     draw(rows, folder / "demo.png")
+    results.info["note"] = NOTE
     report = make_report(trained, results)
     save(report, folder, results.info)
     page = write_page(report, folder, results.info)
     console.print()
     console.print(make_table(rows))
     console.print(
-        "This is selective generalisation, not emergent misalignment: a trait that a rule can see, in a small model.",
+        NOTE,
         report.sentence,
         f"Figures: {folder / 'demo.json'}",
         f"Answers: {folder / 'samples.jsonl'}",
