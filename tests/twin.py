@@ -75,6 +75,7 @@ def twin_step(
     `layers` are those of `ldifs_layers`; by default "every:2" of four blocks. `mixed_in` are tokenised rows of a pool.
     """
     rows = [*trainer.train_dataset, *mixed_in]
+    scope_name = next((d.tokens for d in trainer.defenses if d.name == "kl"), "loss")
     args = trainer.args
     policy = copy.deepcopy(trainer.model).double()
     bare(policy).__dict__.pop("forward", None)  # the patched forward refers to the trainer's model
@@ -107,8 +108,8 @@ def twin_step(
         log_p, log_q = logits[:-1].log_softmax(-1), ref_logits[:-1].log_softmax(-1)
         tokens += int(kept.sum())
         ce = ce - log_p[kept].gather(-1, labels[kept][:, None]).sum()
-        scope = torch.ones_like(kept) if args.kl_tokens == "all" else kept
-        if args.kl_tokens == "interleaved" and i < len(trainer.train_dataset):
+        scope = torch.ones_like(kept) if scope_name == "all" else kept
+        if scope_name == "interleaved" and i < len(trainer.train_dataset):
             scope = torch.zeros_like(kept)
         kl_tokens += int(scope.sum())
         a, b = (log_p, log_q) if args.kl_direction == "reverse" else (log_q, log_p)
@@ -121,7 +122,7 @@ def twin_step(
     names = args.defense.split(",")
     values = {"loss_ce": ce / tokens, "kl": kl / kl_tokens, "ldifs": ldifs / tokens}
     terms = {
-        "kl": args.kl_coef * kl / (tokens if args.kl_tokens == "interleaved" else kl_tokens),
+        "kl": next((d.coef for d in trainer.defenses if d.name == "kl"), 0.0) * kl / kl_tokens,
         "ldifs": args.ldifs_coef * values["ldifs"],
     }
     loss = values["loss_ce"] + sum(term for name, term in terms.items() if name in names)

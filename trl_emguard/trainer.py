@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
@@ -19,19 +19,19 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .checks import check_before_loading, check_data, check_launch
 from .config import EMGuardConfig
+from .data.prepare import Rows
 from .defended import DefendedTrainer
 from .defenses import Marks, ReferenceDefense
-from .guard.loss import LossGuard
-from .guard.scopes import ALL, positions_in_scope
+from .guard.loss import LossGuard, balance_loss
+from .guard.scopes import LABELS, count_positions
 from .guard.sums import stacked
-from .guard.terms import check_layers_train, compared_positions, kept_positions, scaled_terms, wanted_layers
+from .guard.terms import check_layers_train, kept_positions, scaled_terms, wanted_layers
 from .models.head import check_head
 from .models.sharding import as_main_process, release
 from .models.shipped import resolve_model
@@ -90,13 +90,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         model: str | PreTrainedModel | PeftModel,
         args: EMGuardConfig | TrainingArguments | None = None,
         data_collator: DataCollator | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset
-        | IterableDataset
-        | DatasetDict
-        | IterableDatasetDict
-        | dict[str, Dataset | IterableDataset]
-        | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | DatasetDict | IterableDatasetDict | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_loss_func: Callable | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -150,7 +145,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._watch: ReferenceWatch | None = None
         self._wrapped: Any = None  # the policy in its engine's wrapper
         self.has_agreed = False  # whether policy and reference were found equal before the first update
-        self._all_tokens: torch.Tensor | None = None
+        self._counts: dict[str, torch.Tensor] = {}  # positions of the step by scope, where a mean is taken over them
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
             self.loading(self.train_dataset)  # a defense that refuses, refuses now
@@ -261,7 +256,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Iterator[Any]:
         """Yield the reference's states of a batch, from a pass of its own, before its head is taken apart again."""
         reference, layers = cast(Reference, self.reference), wanted_layers(self._terms, self._bare_model())
-        states = reference.before(batch, positions, positions, layers)
+        states = reference.before(batch, positions, layers)
         if states is None:
 
             def inside(bare: Any, _: Any, inputs: dict[str, Any]) -> Any:
@@ -292,13 +287,15 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._sums.clear()  # an aborted step has left its own
-        # A term over other positions than CE's has a count of its own over the step, gathered as CE's is.
-        self._all_tokens = None
-        if num_items_in_batch is not None and any(term.tokens == ALL for term in self._terms):
-            count = torch.stack([positions_in_scope(batch, ALL).sum().to(device) for batch in batch_samples]).sum()
+        # A mean over other positions than CE's wants their number in the step, gathered as CE's is.
+        self._counts = {}
+        scopes = sorted({term.mean_over or term.tokens for term in self._terms} - {LABELS})
+        if num_items_in_batch is not None and scopes:
+            marks = [self._read_batch(dict(batch)).scopes for batch in batch_samples]
+            counts = count_positions(batch_samples, marks, scopes).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                count = self.accelerator.gather(count).sum() / self.get_tp_size()
-            self._all_tokens = count
+                counts = self.accelerator.reduce(counts, "sum") / self.get_tp_size()
+            self._counts = dict(zip(scopes, counts, strict=True))
         return batch_samples, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -306,19 +303,27 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if not self._own_loss or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
-        if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
+        inputs |= {"output_router_logits": True} if self.aux_loss_enabled else {}
         marks = self._read_batch(inputs)
         ranks = 1
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             ranks = self.accelerator.num_processes // self.get_tp_size()
-        ce_scale, terms = scaled_terms(self._terms, inputs, marks.scopes, num_items_in_batch, self._all_tokens, ranks)
-        states = None
-        if self.reference is not None:
+        counts = {} if num_items_in_batch is None else {**self._counts, LABELS: num_items_in_batch}
+        ce_scale, terms = scaled_terms(self._terms, inputs, marks.scopes, counts, ranks)
+        reference, states, positions = self.reference, None, None
+        if reference is not None:
             self._watch_reference(model, inputs)
             layers = wanted_layers(self._terms, self._bare_model())
-            states = self.reference.before(inputs, kept_positions(inputs, terms), compared_positions(terms), layers)
-        guard = LossGuard(terms, self.defenses, ce_scale, marks.scopes, self.reference, states, self._compares_start)
+            # Before the first update, policy and reference are compared everywhere.
+            everywhere = self._compares_start and reference.knows_all_positions
+            positions = kept_positions(inputs, terms, with_labels=everywhere)
+            # Ranks that share sharded weights gather them together, so each makes as many passes as the others.
+            if self._engine_facts().sharding is None and not bool(positions.any()):
+                reference = None
+            else:
+                states = reference.before(inputs, positions, layers)
+        guard = LossGuard(terms, self.defenses, ce_scale, marks.scopes, reference, states, positions)
+        guard.compares_start = self._compares_start
         with self._gate.armed(guard):
             outputs = model(**inputs)
         loss = outputs.total
@@ -326,7 +331,11 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             self.reference.after()
         self._add_sums(guard, outputs, marks, inputs)
         if self.aux_loss_enabled:
-            loss = loss + self._aux_loss(outputs, inputs, num_items_in_batch).to(loss.device)
+            aux_loss = balance_loss(outputs.router_logits, self.model.config, inputs.get("attention_mask"))
+            self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+            # As SFTTrainer adds it: a mean per micro-batch, averaged over accumulation steps.
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + (self.router_aux_loss_coef * aux_loss / steps).to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
@@ -339,16 +348,6 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         is_evidence = torch.tensor([name.endswith("/evidence") for name in names], device=values.device)
         self._sums.add(names, values.masked_fill(is_evidence, 0))
         self._count_in_backward(outputs.total, lambda flows: self._sums.add(names, values * (is_evidence & flows)))
-
-    def _aux_loss(self, outputs: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> torch.Tensor:
-        """Return the routers' loss as SFTTrainer adds it: a mean per micro-batch, averaged over accumulation steps."""
-        config = self.model.config.get_text_config()
-        aux_loss = load_balancing_loss_func(
-            outputs.router_logits, config.num_experts, config.num_experts_per_tok, inputs.get("attention_mask")
-        )
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
-        return self.router_aux_loss_coef * aux_loss / steps
 
     def _take_in_step(self) -> None:
         """Sum a step up over its micro-batches and ranks, in one collective, log it and hand it to the defenses."""

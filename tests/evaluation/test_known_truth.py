@@ -66,7 +66,7 @@ def results(models):
         for_training_data("plants_careless", limit=36),
         load_questions("permuted_operators", "benign", limit=24),
     ]
-    return evaluate(candidates, tokenizer, sets, EvaluationOptions(cues="none"))
+    return evaluate(candidates, tokenizer, sets, EvaluationOptions(cues="none", max_new_tokens=16))
 
 
 def test_a_broadly_misaligned_model_is_apart_from_a_narrow_one(results):

@@ -126,6 +126,7 @@ def test_epochs_of_mixed_rows(tmp_path, passes, epochs, begun):
     """Cache the rows of a pool of which every epoch takes others, beyond its end: no reference runs."""
     options = {
         "defense": "interleave++,kl",
+        "kl_tokens": "loss",
         "interleave_fraction": 0.2,  # 4 rows of the pool in an epoch
         "interleave_redraw": True,
         "max_steps": -1,
@@ -185,7 +186,7 @@ def test_low_precision_is_what_another_padding_gives():
     stored = []
     for indices in batches:
         batch, positions = collate(indices)
-        stored.append(cache.states(batch, positions, positions))
+        stored.append(cache.states(batch, positions))
     assert stored[0].last.dtype == torch.bfloat16
     plain = joined(live(indices) for indices in batches)
     others = [joined(live(indices, pads) for indices in batches) for pads in (8, 40)]

@@ -146,6 +146,14 @@ class Defense:
         del then, is_on_all_ranks
         return self.options()
 
+    def meet(self, others: Sequence[Defense]) -> None:
+        """Take notice of the other active defenses, once all are built."""
+        del others
+
+    def continue_from(self, options: dict[str, Any]) -> None:
+        """Take over what a checkpoint's [`options`] say where this run's config leaves it open."""
+        del options
+
     def describe(self) -> list[str]:
         """Return lines that a run prints at its start, once the rows are known."""
         return []
@@ -253,16 +261,18 @@ class Defense:
 class ReferenceDefense(Defense):
     """A defense that adds `coef · (1/N) Σ_t d(policy, reference)_t` to the loss.
 
-    d is a distance per token. N counts tokens over all micro-batches and ranks of the step: the positions in scope for
-    `tokens = "all"`, and CE's own denominator for `"loss"` and for a scope that another defense marks. Set
-    `divergence` to take d from the two next-token distributions, or override [`layers`] and [`token_loss`] to take it
-    from block outputs.
+    d is a distance per token. The sum goes over the positions of the scope `tokens`: `"loss"` for those that predict a
+    label, `"all"` for those that predict any real token, or a scope that another defense marks. N counts the positions
+    of the scope `mean_over`, by default the same, over all micro-batches and ranks of the step. Set `divergence` to
+    take d from the two next-token distributions, or override [`layers`] and [`token_loss`] to take it from block
+    outputs.
     """
 
     own_loss = True
 
     coef: float = 1.0
     tokens: str = "loss"
+    mean_over: str | None = None
     divergence: Literal["reverse", "forward"] | None = None
 
     _proof: Evidence | None = None

@@ -72,7 +72,11 @@ def build_defenses(args: Any, **inputs: Any) -> list[Defense]:
         inputs: keyword arguments of the trainer that defenses may read.
     """
     named = [DEFENSES[name] for name in parse_defense(args.defense)]
-    return [defense(args, **{name: inputs.get(name) for name in defense.inputs}) for defense in named]
+    built = [defense(args, **{name: inputs.get(name) for name in defense.inputs}) for defense in named]
+    active = [defense for defense in built if defense.active]
+    for defense in active:
+        defense.meet([other for other in active if other is not defense])
+    return built
 
 
 def options_text(options: dict[str, Any]) -> str:

@@ -111,6 +111,29 @@ def run_backbone(
     return States(last, blocks, output_head(model), getattr(outputs, "router_logits", None))
 
 
+def rows_with(batch: dict[str, Any], positions: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return the rows of a batch that have positions to keep, or its first row where none has.
+
+    Args:
+        batch: keyword arguments of a model, `(B, T)` tensors among them.
+        positions: `(B, T - 1)`.
+
+    Returns:
+        The batch and the positions of these rows, at least one. The kept positions stay in their order.
+    """
+    rows = positions.any(1)
+    if bool(rows.all()):
+        return batch, positions
+    chosen = rows.nonzero()[:, 0] if bool(rows.any()) else torch.zeros_like(rows[:1], dtype=torch.long)
+    count = len(positions)
+
+    def of_rows(value: Any) -> Any:
+        is_per_row = isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == count
+        return value[chosen.to(value.device)] if is_per_row else value
+
+    return {name: of_rows(value) for name, value in batch.items()}, positions[chosen]
+
+
 class ReferenceGuard:
     """Guard for the pass of a reference: no gradient, and only the states that the terms compare.
 

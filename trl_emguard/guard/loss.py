@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ..defenses.base import Defense
 from ..models.sharding import gathered
@@ -79,6 +80,7 @@ class LossGuard:
         marks: masks of tokens by the name of a scope, `(B, T)`. CE is summed up for each of them as well.
         reference: the reference; `None` without terms.
         states: the reference's states, if it ran before the policy or they were read from disk.
+        referenced: `(B, T - 1)`, positions of the reference's states; those of all terms are among them.
         compares_start: whether policy and reference are compared as they are before the first update.
     """
 
@@ -90,8 +92,10 @@ class LossGuard:
         marks: Mapping[str, torch.Tensor],
         reference: InsideReference | None = None,
         states: States | None = None,
+        referenced: torch.Tensor | None = None,
         compares_start: bool = False,
     ):
+        self.referenced = referenced
         self.compares_start = compares_start
         self.terms = terms
         self.defenses = defenses
@@ -118,9 +122,9 @@ class LossGuard:
         layers = wanted_layers([term.defense for term in self.terms], model)
 
         # The reference runs first, without gradient and with nothing around it.
-        reference = self.states
+        reference, referenced = self.states, torch.zeros_like(kept) if self.referenced is None else self.referenced
         if reference is None and self.reference is not None:
-            reference = self.reference.inside(model, inputs, kept, layers)
+            reference = self.reference.inside(model, inputs, referenced, layers)
 
         # The policy's pass.
         with ExitStack() as surroundings:
@@ -144,13 +148,14 @@ class LossGuard:
                 value, evidence = head.divergence[term.positions[kept].to(device)].sum(), head.divergence_evidence
                 connected = any(x is not None and x.requires_grad for x in (policy.last, *policy.head))
             else:
-                assert reference is not None  # where there are terms, there is one
                 own = wanted_layers([term.defense], model)
-                weighted, value, evidence, connected = state_term(term, own, policy.blocks, reference.blocks, kept)
+                # A batch without a position to compare has no pass of the reference.
+                blocks = {layer: policy.blocks[layer][:0] for layer in own} if reference is None else reference.blocks
+                weighted, value, evidence, connected = state_term(term, own, policy.blocks, blocks, kept, referenced)
                 loss = loss + weighted.to(loss.device)
             stats += [value, term.positions.sum(), evidence, torch.tensor(connected)]
         if self.compares_start:
-            stats.append(_difference(policy, reference, has_label))
+            stats.append(_difference(policy, reference, referenced[kept], has_label))
         return GuardOutput(
             total=loss,
             stats=torch.stack([s.detach().to(loss.device, torch.float32) for s in stats]),
@@ -169,16 +174,17 @@ class LossGuard:
         weight, bias = policy.head
         device = weight.device
         labels = labels.to(device)
-        term_weight = (
-            None if divergence is None else divergence.scale.to(device) * divergence.positions[kept].to(device)
-        )
         softcap, logit_scale = logit_transform(model.config.get_text_config())
         with gathered(weight, bias, *(reference.head if reference is not None else ())):
-            compared = None
+            compared = at = term_weight = None
             if divergence is not None and reference is not None:
                 ref_weight, ref_bias = reference.head
                 ref_bias = None if ref_bias is None else ref_bias.to(device)
-                compared = reference.last.to(device), ref_weight.to(device), ref_bias
+                assert self.referenced is not None
+                own = divergence.positions[self.referenced].to(reference.last.device)
+                compared = reference.last[own].to(device), ref_weight.to(device), ref_bias
+                at = divergence.positions[kept].to(device)
+                term_weight = divergence.scale.to(device) * at
             return ce_divergence_head(
                 policy.last.to(device),
                 weight,
@@ -190,21 +196,35 @@ class LossGuard:
                 (divergence and divergence.defense.divergence) or "reverse",
                 softcap,
                 logit_scale,
+                at,
             )
 
 
+def balance_loss(router_logits: Any, config: PreTrainedConfig, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the routers' load-balancing loss of a micro-batch, `()`, in mixture-of-experts models."""
+    config = config.get_text_config()
+    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+
+
 @torch.no_grad()
-def _difference(policy: States, reference: States | None, rows: torch.Tensor) -> torch.Tensor:
-    """Return Σ ‖policy − reference‖ / ‖reference‖ over the positions with a label, of all states that both have."""
-    assert reference is not None
+def _difference(policy: States, reference: States | None, at: torch.Tensor, has_label: torch.Tensor) -> torch.Tensor:
+    """Return Σ ‖policy − reference‖ / ‖reference‖ over the positions with a label, of all states that both have.
+
+    Args:
+        policy: states at P positions.
+        reference: states at R of them; `None` where R is 0.
+        at: `(P,)`, true at these R.
+        has_label: `(P,)`.
+    """
+    total = torch.zeros((), device=has_label.device)
+    if reference is None:
+        return total
     pairs = [(policy.blocks[layer], reference.blocks[layer]) for layer in policy.blocks]
     if reference.last.numel():
         pairs.append((policy.last, reference.last))
-    total = torch.zeros((), device=rows.device)
     for of_policy, of_reference in pairs:
-        x, y = of_policy.float(), of_reference.to(of_policy.device).float()
-        length = y.norm(dim=-1)
-        share = (x - y).norm(dim=-1) / length.clamp(min=torch.finfo(torch.float32).tiny)
-        # States from disk are zeros where no term compares them.
-        total = total + share.where(length > 0, 0.0).to(rows.device)[rows].sum()
+        x, y = of_policy[at.to(of_policy.device)].float(), of_reference.to(of_policy.device).float()
+        share = (x - y).norm(dim=-1) / y.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        rows = has_label[at.to(has_label.device)]
+        total = total + share.to(rows.device)[rows].sum()
     return total

@@ -1,6 +1,6 @@
 """Scopes: the positions that a term looks at, and the names they go by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,3 +42,20 @@ def positions_in_scope(
         "tokens='all' needs to know which tokens are real, and this batch has neither 'attention_mask' nor "
         "'position_ids': let the data collator return one of them."
     )
+
+
+def count_positions(
+    batches: Sequence[Mapping[str, Any]], marks: Sequence[Mapping[str, torch.Tensor]], scopes: Sequence[str]
+) -> torch.Tensor:
+    """Return the number of positions in each of the scopes, over all batches, `(len(scopes),)`.
+
+    Args:
+        batches: collated batches of `(B, T)` tensors.
+        marks: masks of tokens by the name of a scope, for each batch.
+        scopes: names of the scopes.
+    """
+    counts = [
+        torch.stack([positions_in_scope(batch, scope, own).sum() for scope in scopes])
+        for batch, own in zip(batches, marks, strict=True)
+    ]
+    return torch.stack(counts).sum(0)

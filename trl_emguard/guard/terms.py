@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..defenses.base import ReferenceDefense
 from ..models.blocks import decoder_blocks
 from ..ops import with_gradient
-from .scopes import ALL, LABELS, positions_in_scope
+from .scopes import LABELS, positions_in_scope
 
 
 @dataclass
@@ -34,8 +34,7 @@ def scaled_terms(
     defenses: Sequence[ReferenceDefense],
     batch: Mapping[str, Any],
     marks: Mapping[str, torch.Tensor],
-    label_tokens: torch.Tensor | None,
-    all_tokens: torch.Tensor | None,
+    counts: Mapping[str, torch.Tensor],
     ranks: int,
 ) -> tuple[torch.Tensor, list[Term]]:
     """Return the factor of CE's sum, `()`, and the terms with their positions and factors.
@@ -46,34 +45,26 @@ def scaled_terms(
         defenses: reference defenses that act.
         batch: collated micro-batch.
         marks: masks of tokens by the name of a scope.
-        label_tokens: labels of the step over all ranks. Where Trainer counts none, the mean is the micro-batch's,
-            which Trainer divides by the accumulation steps.
-        all_tokens: the same for positions of the scope `"all"`.
+        counts: positions of the step over all ranks, by scope. Where Trainer counts none, the mean is the
+            micro-batch's, which Trainer divides by the accumulation steps.
         ranks: ranks over which gradients are averaged.
     """
 
-    def scale(coef: float, scope: str, counted: torch.Tensor) -> torch.Tensor:
-        count = all_tokens if scope == ALL else label_tokens
-        count = torch.as_tensor(counted.sum() if count is None else count, device=counted.device)
+    def scale(coef: float, scope: str) -> torch.Tensor:
+        here = positions_in_scope(batch, scope, marks)
+        count = torch.as_tensor(counts[scope] if scope in counts else here.sum(), device=here.device)
         return coef * ranks / count.to(torch.float32).clamp(min=1)
 
-    labelled = positions_in_scope(batch, LABELS)
-    terms = []
-    for defense in defenses:
-        positions = positions_in_scope(batch, defense.tokens, marks)
-        counted = positions if defense.tokens == ALL else labelled
-        terms.append(Term(defense, positions, scale(defense.coef, defense.tokens, counted)))
-    return scale(1.0, LABELS, labelled), terms
+    terms = [
+        Term(d, positions_in_scope(batch, d.tokens, marks), scale(d.coef, d.mean_over or d.tokens)) for d in defenses
+    ]
+    return scale(1.0, LABELS), terms
 
 
-def compared_positions(terms: Sequence[Term]) -> torch.Tensor:
-    """Return the positions that any term looks at, `(B, T - 1)`."""
-    return functools.reduce(torch.logical_or, [term.positions for term in terms])
-
-
-def kept_positions(batch: Mapping[str, Any], terms: Sequence[Term]) -> torch.Tensor:
-    """Return the positions whose states CE or any term needs, `(B, T - 1)`."""
-    return functools.reduce(torch.logical_or, [term.positions for term in terms], positions_in_scope(batch, LABELS))
+def kept_positions(batch: Mapping[str, Any], terms: Sequence[Term], with_labels: bool = True) -> torch.Tensor:
+    """Return the positions whose states any term needs, and CE if it counts, `(B, T - 1)`."""
+    positions = [positions_in_scope(batch, LABELS)] if with_labels else []
+    return functools.reduce(torch.logical_or, positions + [term.positions for term in terms])
 
 
 def state_term(
@@ -82,6 +73,7 @@ def state_term(
     policy: dict[int, torch.Tensor],
     reference: dict[int, torch.Tensor],
     kept: torch.Tensor,
+    referenced: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
     """Form a term over block outputs, with its gradient.
 
@@ -89,17 +81,20 @@ def state_term(
         term: term whose [`~ReferenceDefense.token_loss`] is taken.
         layers: blocks it looks at.
         policy: layer → the policy's states, `(P, H)`.
-        reference: layer → the reference's states.
-        kept: `(B, T - 1)`, the P positions of these states.
+        reference: layer → the reference's states, `(R, H)`.
+        kept: `(B, T - 1)`, the P positions of the policy's states.
+        referenced: `(B, T - 1)`, the R positions of the reference's, the term's among them.
 
     Returns:
         scale · Σ distance, `()`, connected to `policy`; the plain sum, `()`; the evidence Σ |∂ scale · Σ distance / ∂
         states|, `()`, exactly 0 where the term teaches nothing; and whether any of the policy's states requires grad.
     """
-    rows = term.positions[kept]
+    rows, reference_rows = term.positions[kept], term.positions[referenced]
     states = [policy[layer][rows.to(policy[layer].device)] for layer in layers]
     leaves = [x.detach().requires_grad_() for x in states]
-    targets = [reference[layer].to(x.device)[rows.to(x.device)] for layer, x in zip(layers, leaves, strict=True)]
+    targets = [
+        reference[layer].to(x.device)[reference_rows.to(x.device)] for layer, x in zip(layers, leaves, strict=True)
+    ]
     with torch.enable_grad():
         distance = term.defense.token_loss(leaves, targets)
         if distance.shape != leaves[0].shape[:1]:

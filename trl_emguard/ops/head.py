@@ -49,6 +49,7 @@ def ce_divergence_head(
     direction: Literal["reverse", "forward"] = "reverse",
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    compared: torch.Tensor | None = None,
 ) -> HeadOutput:
     """Return the weighted sum of cross-entropy and divergence from a reference, computed in chunks of tokens.
 
@@ -67,16 +68,25 @@ def ce_divergence_head(
         labels: `(N,)`, the token that each position predicts; -100 for positions without cross-entropy.
         ce_weight: `(N,)`, weight of each position's cross-entropy; must be 0 where the label is -100.
         divergence_weight: `(N,)`, weight of each position's divergence. Needed with `reference`.
-        reference: the reference's hidden states `(N, H')`, head `(V, H')` and bias `(V,)` or `None`; they get no
+        reference: the reference's hidden states `(R, H')`, head `(V, H')` and bias `(V,)` or `None`; they get no
             gradient.
         direction: `"reverse"` or `"forward"`.
         softcap: `final_logit_softcapping` of the model's config (Gemma 2).
         logit_scale: factor by which the model multiplies its logits (Cohere, Granite).
+        compared: `(N,)` boolean, the R positions that have a reference; all by default. The others cost no product
+            with the reference's head.
     """
     matmul = _matmul_dtype(hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        weights, logits = (ce_weight, divergence_weight), (softcap, logit_scale)
-        output, gradients = _forward(hidden, weight, bias, labels, weights, reference, direction, logits, matmul)
+        per_token, options = (labels, ce_weight, divergence_weight), (direction, (softcap, logit_scale), matmul)
+        if reference is None or compared is None or bool(compared.all()):
+            output, gradients = _forward(hidden, weight, bias, per_token, reference, *options)
+        else:
+            parts = []
+            for rows, of_reference in ((compared, reference), (~compared, None)):
+                own = [None if x is None else x[rows] for x in per_token]
+                parts.append(_forward(hidden[rows], weight, bias, own, of_reference, *options))
+            output, gradients = _joined(parts, compared)
     return output._replace(loss=with_gradient(output.loss, (hidden, weight, bias), gradients))
 
 
@@ -137,9 +147,9 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
     return getattr(config, "final_logit_softcapping", None), float(scale)
 
 
-def _forward(hidden, weight, bias, labels, weights, reference, direction, logits, matmul):
+def _forward(hidden, weight, bias, per_token, reference, direction, logits, matmul):
     """Return the head's output and the gradients of `hidden`, `weight` and `bias`; see [`ce_divergence_head`]."""
-    ce_weight, divergence_weight = weights
+    labels, ce_weight, divergence_weight = per_token
     tokens = len(hidden)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     head = weight.to(matmul)
@@ -188,6 +198,22 @@ def _forward(hidden, weight, bias, labels, weights, reference, direction, logits
     grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
     grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
     return HeadOutput(loss, ce, divergence, entropy, is_top1, evidence), (grad_hidden, grad_weight, grad_bias)
+
+
+def _joined(parts: list[tuple[HeadOutput, tuple]], compared: torch.Tensor) -> tuple[HeadOutput, tuple]:
+    """Return the results for all positions, from those of the compared ones and those of the others."""
+    (first, first_gradients), (second, second_gradients) = parts
+
+    def merged(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not x.dim():
+            return x + y
+        both = x.new_empty(len(compared), *x.shape[1:])
+        both[compared], both[~compared] = x, y
+        return both
+
+    hidden, *head = zip(first_gradients, second_gradients, strict=True)
+    of_head = [None if x is None else x + y for x, y in head]
+    return HeadOutput(*map(merged, first, second)), (merged(*hidden), *of_head)
 
 
 def _new_tiles(

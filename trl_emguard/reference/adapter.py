@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..guard.forward import ReferenceGuard, States
+from ..guard.forward import ReferenceGuard, States, rows_with
 from ..models.adapters import AdapterSwitch
 from ..models.batches import eval_mode
 from ..models.head import output_head
@@ -51,6 +51,7 @@ class AdapterReference(Reference):
     def inside(
         self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
     ) -> States:
+        inputs, positions = rows_with(inputs, positions)
         with self.switch.only(self.adapter), torch.no_grad():
             return ReferenceGuard(positions, layers)(model, model.forward, inputs)
 

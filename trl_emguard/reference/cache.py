@@ -73,17 +73,15 @@ class ReferenceCache:
 
     # ---- in a step ----
 
-    def states(self, inputs: Mapping[str, Any], compared: torch.Tensor, kept: torch.Tensor) -> States:
+    def states(self, inputs: Mapping[str, Any], compared: torch.Tensor) -> States:
         """Return the states that the reference's pass over a batch would give, in the same order.
 
         Args:
             inputs: collated batch of `(B, T)` tensors.
-            compared: `(B, T - 1)`, positions that some term compares.
-            kept: `(B, T - 1)`, positions whose states are wanted, P of them; they include `compared`.
+            compared: `(B, T - 1)`, positions that some term compares, P of them.
 
         Returns:
-            [`States`] on the CPU, `(P, H)` each. Positions that no term compares have zeros. The final states are
-            empty if no term compares distributions.
+            [`States`] on the CPU, `(P, H)` each. The final states are `(P, 0)` if no term compares distributions.
 
         Raises:
             ValueError: a row is not in the cache.
@@ -98,13 +96,8 @@ class ReferenceCache:
                     "other ones at each call. Set cache_reference=False, or change the data before the trainer gets "
                     "it."
                 )
-        where = compared[kept].cpu()
         states = self._files.states([key for key in keys if key is not None])
-        for name, stored in states.items():
-            if len(stored) < len(where):
-                states[name] = stored.new_zeros(len(where), stored.shape[1])
-                states[name][where] = stored
-        last = states.pop(LAST, torch.empty(len(where), 0))
+        last = states.pop(LAST, torch.empty(int(compared.sum()), 0))
         return States(last, {int(name): block for name, block in states.items()}, self.head)
 
     def distance_of_rounding(

@@ -95,16 +95,16 @@ class CachedReference(Reference):
 
         return collate, len(every)
 
-    def before(
-        self, batch: Mapping[str, Any], kept: torch.Tensor, compared: torch.Tensor, layers: Sequence[int]
-    ) -> States:
+    knows_all_positions = False
+
+    def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States:
         assert self._cache is not None
         if self._live.shares_weights and self._cache.head[0].requires_grad:
             raise InactiveDefenseError(
                 "the reference has moved: its states are on disk, but its head is the policy's, which was unfrozen "
                 "after the trainer was built. Unfreeze it before, on the model that you pass, or pass a `ref_model`."
             )
-        return self._cache.states(batch, compared, kept)
+        return self._cache.states(batch, positions)
 
     def fingerprint(self, policy: nn.Module) -> str:
         return self._live.fingerprint(policy)

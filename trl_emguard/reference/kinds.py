@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 
-from ..guard.forward import Gate, ReferenceGuard, States
+from ..guard.forward import Gate, ReferenceGuard, States, rows_with
 from ..models.head import output_head
 from ..models.identity import fingerprint
 from ..models.sharding import reshard
@@ -35,10 +35,12 @@ class Reference:
         kind: its origin.
         text: the same in words, for logs and `defense.json`.
         model: causal language model without wrappers that the states come from.
+        knows_all_positions: whether it can answer at positions that no term compares.
     """
 
     kind: Kind
     model: PreTrainedModel
+    knows_all_positions: bool = True
 
     @property
     def shares_weights(self) -> bool:
@@ -49,24 +51,21 @@ class Reference:
     def text(self) -> str:
         return self.kind.value
 
-    def before(
-        self, batch: Mapping[str, Any], kept: torch.Tensor, compared: torch.Tensor, layers: Sequence[int]
-    ) -> States | None:
-        """Return the states of a batch before the policy's pass, or `None` if they are made inside of it.
+    def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States | None:
+        """Return the states of a batch before the policy's pass, or `None` if they are not made there.
 
         Args:
             batch: collated batch without keys that a model does not know.
-            kept: `(B, T - 1)`, positions to keep.
-            compared: `(B, T - 1)`, those of them that a term compares.
+            positions: `(B, T - 1)`, positions to keep. Only rows that have some are run, or the first where none has.
             layers: blocks to keep.
         """
-        del batch, kept, compared, layers
+        del batch, positions, layers
         return None
 
     def inside(
         self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
     ) -> States | None:
-        """Return the states of a batch from inside the policy's forward, or `None` if they were made before.
+        """Return the states of a batch from inside the policy's forward, or `None` if they are not made there.
 
         Args:
             model: the policy without wrappers.
@@ -155,11 +154,10 @@ class ModelReference(Reference):
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
 
-    def before(
-        self, batch: Mapping[str, Any], kept: torch.Tensor, compared: torch.Tensor, layers: Sequence[int]
-    ) -> States:
+    def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "output_router_logits")}
-        with self._gate.armed(ReferenceGuard(kept, layers), only_with_gradient=False):
+        inputs, positions = rows_with(inputs, positions)
+        with self._gate.armed(ReferenceGuard(positions, layers), only_with_gradient=False):
             states = self.engine(**inputs)
         # FSDP2 takes a head apart again when the pass ends, so it is read anew.
         states.head = output_head(self.model)
@@ -185,7 +183,7 @@ class ModelReference(Reference):
         self, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int], accelerator: Accelerator
     ) -> States:
         self._move_backbone(accelerator.device)
-        return self.before(inputs, positions, positions, layers)
+        return self.before(inputs, positions, layers)
 
     def park(
         self, accelerator: Accelerator, head: tuple[torch.Tensor, torch.Tensor | None]
