@@ -95,7 +95,7 @@ def project_adapter(
     config, weights = read_lora(adapter)
     if config.layer_replication:
         raise ValueError(f"adapter {str(adapter)!r} has layer_replication, so its layers are not those of the models.")
-    factors = _factors(adapter, weights)
+    factors, record = _factors(adapter, weights), read_record(adapter, weights)
     before, after = WeightFiles("base", base), WeightFiles("aligned", aligned)
     _check_models(before, after, factors, config.fan_in_fan_out)
     check_writable("output", output)
@@ -104,7 +104,6 @@ def project_adapter(
         "base": {"name": before.name, "fingerprint": before.fingerprint()},
         "aligned": {"name": after.name, "fingerprint": after.fingerprint()},
     }
-    record = read_record(adapter, weights)
     if record is not None:
         _check_same(adapter, record, threshold, pair)
     else:
