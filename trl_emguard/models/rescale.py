@@ -2,17 +2,9 @@
 
 import math
 import os
-import shutil
 from pathlib import Path
 
-from peft import PeftConfig, PeftType
-from safetensors.torch import load_file, save_file
-
-from ..io.files import written_whole
-from .adapters import check_adapter_kind
-
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from .lora_files import CONFIG, read_lora, write_lora
 
 
 def rescale_adapter(adapter: str | os.PathLike, alpha: float, output: str | os.PathLike) -> Path:
@@ -31,31 +23,13 @@ def rescale_adapter(adapter: str | os.PathLike, alpha: float, output: str | os.P
         ValueError: an adapter whose update is not a product of two matrices alone, or an output that is there.
     """
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
-    for name in (CONFIG, WEIGHTS):
-        if not (adapter / name).is_file():
-            raise FileNotFoundError(f"adapter {str(adapter)!r} holds no {name}: name a folder that PEFT saved.")
+    _, weights = read_lora(adapter)
     if (output / CONFIG).exists():
         raise ValueError(f"output {str(output)!r} holds an adapter already: name another folder.")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha} must be a number.")
-    config = PeftConfig.from_pretrained(str(adapter))
-    check_adapter_kind(adapter.name, config)
-    weights = load_file(adapter / WEIGHTS)
-    # PEFT saves the layer beneath an adapted embedding along with it.
-    others = sorted(name for name in weights if ".lora_" not in name and ".base_layer." not in name)
-    is_linear = config.peft_type == PeftType.LORA and not getattr(config, "use_dora", False)
-    if not is_linear or others:
-        what = others[0] if others else f"{config.peft_type}, use_dora={getattr(config, 'use_dora', False)}"
-        raise ValueError(
-            f"adapter {str(adapter)!r} is no plain LoRA ({what}), so its update cannot be scaled by a factor: train "
-            "it without DoRA, modules_to_save and new tokens."
-        )
     scaled = {name: weight * alpha if _is_second(name) else weight for name, weight in weights.items()}
-    with written_whole(output / WEIGHTS) as scratch:
-        save_file(scaled, scratch, metadata={"format": "pt"})
-    # The config comes last: a folder with one is complete.
-    with written_whole(output / CONFIG) as scratch:
-        shutil.copyfile(adapter / CONFIG, scratch)
+    write_lora(adapter, scaled, output)
     return output
 
 

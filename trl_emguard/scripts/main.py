@@ -13,6 +13,7 @@ COMMANDS = {
     "score": "score a pool of safe rows by its perplexity gap",
     "select": "choose rows of a scored pool for interleaving",
     "rescale": "multiply the update of a LoRA adapter by a factor",
+    "project": "project a LoRA adapter onto its model's alignment (SafeLoRA)",
     "model": "make a shipped model where it is missing, and print its path",
     "recipes": "print the folder of the recipes that came with the package",
     "demo": "train undefended and defended on a real model, and compare",

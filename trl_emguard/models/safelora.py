@@ -1,0 +1,293 @@
+"""SafeLoRA: the updates of a trained LoRA adapter, projected onto what the model's alignment changed.
+
+Source: Hsu et al., *Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language Models*,
+arXiv 2405.16833.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..io.files import check_writable, written_whole
+from ..io.strict import parse_json
+from .lora_files import read_lora, write_lora
+from .shipped import public_name
+from .weight_files import WeightFiles
+
+
+RECORD = "safelora.json"
+FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+DTYPES = ("BF16", "F16", "F32", "F64")
+# Factors A and B of each layer's update B·A.
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerProjection:
+    """An adapted layer under the projection.
+
+    Attributes:
+        name: name of the layer in the model.
+        cosine: cos(C·BA, BA), from 0 to 1; `None` where the update BA is zero.
+        ratio: ‖C·BA‖ / ‖BA‖ in Frobenius norms, since C also scales; `None` where the update is zero.
+        is_projected: whether B became C·B.
+    """
+
+    name: str
+    cosine: float | None
+    ratio: float | None
+    is_projected: bool
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Record of a projected adapter, as its `safelora.json` holds it.
+
+    Attributes:
+        threshold: τ.
+        base, aligned, adapter: name and fingerprint of what was read.
+        weights: fingerprint of the weights that were written.
+        layers: the adapted layers.
+    """
+
+    threshold: float
+    base: dict[str, str]
+    aligned: dict[str, str]
+    adapter: dict[str, str]
+    weights: str
+    layers: list[LayerProjection]
+
+
+@torch.no_grad()
+def project_adapter(
+    adapter: str | os.PathLike, base: str, aligned: str, output: str | os.PathLike, threshold: float = 0.3
+) -> Projection:
+    """Write a LoRA adapter whose updates are projected where they point away from the model's alignment.
+
+    With V = W_aligned − W_base and C = V Vᵀ / ‖V‖_F, a layer's B becomes C·B where cos(C·BA, BA) ≤ `threshold`. All
+    else stays as it is. The models are read layer by layer, and computed with in float64 on the CPU.
+
+    An adapter that was projected before with the same models and threshold is copied unchanged.
+
+    Args:
+        adapter: folder of a LoRA adapter that PEFT saved.
+        base: weights from before the alignment: a model folder, a shipped name, or a hub id in the hub's cache.
+        aligned: weights from after it, which the adapter was trained on.
+        output: folder to write, which must be empty or missing. The record goes to `safelora.json` there.
+        threshold: τ. Cosines are never negative, so −1 projects no layer, and 1 projects all.
+
+    Raises:
+        FileNotFoundError: an adapter or a model that is not there.
+        ValueError: an adapter that is no plain LoRA of linear layers, or was projected otherwise before; models that
+            fit neither it nor each other; a layer that the alignment did not change; an output that is not empty.
+    """
+    adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold} must lie between -1 and 1: cosines are compared with it.")
+    if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
+        raise ValueError(f"output {str(output)!r} is there, and not an empty folder: name another.")
+    config, weights = read_lora(adapter)
+    if config.layer_replication:
+        raise ValueError(f"adapter {str(adapter)!r} has layer_replication, so its layers are not those of the models.")
+    factors, record = _factors(adapter, weights), read_record(adapter, weights)
+    before, after = WeightFiles("base", base), WeightFiles("aligned", aligned)
+    _check_models(before, after, factors, config.fan_in_fan_out)
+    check_writable("output", output)
+
+    pair = {
+        "base": {"name": before.name, "fingerprint": before.fingerprint()},
+        "aligned": {"name": after.name, "fingerprint": after.fingerprint()},
+    }
+    if record is not None:
+        _check_same(adapter, record, threshold, pair)
+    else:
+        origin = {"name": public_name(str(adapter)), "fingerprint": _fingerprint(weights)}
+        layers = []
+        for name, (a, b) in factors.items():
+            projected, cosine, ratio = _project(name, a, b, before, after, config.fan_in_fan_out)
+            layers.append(LayerProjection(name, cosine, ratio, cosine is not None and cosine <= threshold))
+            if layers[-1].is_projected:
+                weights[_key(name, "B")] = projected
+        record = Projection(threshold, **pair, adapter=origin, weights=_fingerprint(weights), layers=layers)
+    # The record comes first: no projected adapter may pass for one as training left it.
+    with written_whole(output / RECORD) as scratch:
+        scratch.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    write_lora(adapter, weights, output)
+    return record
+
+
+def read_record(adapter: Path, weights: dict[str, torch.Tensor]) -> Projection | None:
+    """Return the record of a projected adapter; `None` where there is none.
+
+    Args:
+        adapter: folder of the adapter.
+        weights: its weights.
+
+    Raises:
+        ValueError: the record is damaged, or of other weights.
+    """
+    path = adapter / RECORD
+    if not path.is_file():
+        return None
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        record = Projection(**{**content, "layers": [LayerProjection(**layer) for layer in content["layers"]]})
+        for model in (record.base, record.aligned):
+            if not all(isinstance(model[key], str) for key in ("name", "fingerprint")):
+                raise TypeError("`base` and `aligned` must say their `name` and `fingerprint`")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): copy the adapter again.") from error
+    if record.weights != _fingerprint(weights):
+        raise ValueError(
+            f"{path} is not of the weights beside it, so nobody can say whether they are projected. Delete it if "
+            "training wrote them."
+        )
+    return record
+
+
+def project_factor(
+    a: torch.Tensor, b: torch.Tensor, direction: torch.Tensor
+) -> tuple[torch.Tensor, float | None, float | None]:
+    """Return C·B with C = V Vᵀ / ‖V‖_F, cos(C·BA, BA) and ‖C·BA‖ / ‖BA‖, without forming C or BA.
+
+    Args:
+        a: factor A, `(r, k)`, fp64.
+        b: factor B, `(d, r)`, fp64.
+        direction: V, `(d, k)`, fp64, not zero.
+
+    Returns:
+        C·B, `(d, r)`, and the two numbers; they are `None` where BA is zero.
+    """
+    projected = direction @ (direction.T @ b) / torch.linalg.vector_norm(direction)
+    # With Aᵀ = Q R and orthonormal columns in Q, ⟨X A, Y A⟩ = ⟨X Rᵀ, Y Rᵀ⟩ for any X and Y.
+    factor = torch.linalg.qr(a.T, mode="r").R.T
+    before, after = b @ factor, projected @ factor
+    norm, norm_after = torch.linalg.vector_norm(before).item(), torch.linalg.vector_norm(after).item()
+    if norm == 0:
+        return projected, None, None
+    # An update that C takes to zero has nothing of the direction. Rounding may lead above 1.
+    cosine = min((before * after).sum().item() / (norm * norm_after), 1.0) if norm_after else 0.0
+    return projected, cosine, norm_after / norm
+
+
+def _project(
+    name: str, a: torch.Tensor, b: torch.Tensor, base: WeightFiles, aligned: WeightFiles, is_transposed: bool
+) -> tuple[torch.Tensor, float | None, float | None]:
+    """Project a layer's factor B, and refuse a layer without a direction.
+
+    Args:
+        name: name of the layer.
+        a, b: the factors of its update.
+        base, aligned: the models.
+        is_transposed: whether the models hold the layer's weight as `(k, d)`.
+    """
+    direction = aligned.read(f"{name}.weight").double()
+    direction -= base.read(f"{name}.weight").double()
+    norm = torch.linalg.vector_norm(direction).item()
+    if norm == 0:
+        raise ValueError(
+            f"base {base.name!r} and aligned {aligned.name!r} have the same weights in the layer {name!r}, so the "
+            "direction of the alignment is not known there: name the weights from before the alignment as the base, "
+            "or train the adapter on layers that the alignment changed."
+        )
+    projected, cosine, ratio = project_factor(a.double(), b.double(), direction.T if is_transposed else direction)
+    if not all(math.isfinite(number) for number in (norm, cosine or 0.0, ratio or 0.0)):
+        raise ValueError(
+            f"the layer {name!r} of base {base.name!r}, aligned {aligned.name!r} or the adapter holds numbers that "
+            "are not finite: its training diverged, or its file is damaged."
+        )
+    return projected.to(b.dtype), cosine, ratio
+
+
+def _key(layer: str, factor: str) -> str:
+    return f"base_model.model.{layer}.lora_{factor}.weight"
+
+
+def _factors(adapter: Path, weights: dict[str, torch.Tensor]) -> Factors:
+    """Return the factors of each adapted layer.
+
+    Raises:
+        ValueError: another weight than a factor of a linear layer, or a factor without the other.
+    """
+    layers = []
+    for name, weight in weights.items():
+        match = FACTOR.fullmatch(name)
+        if match is None or weight.dim() != 2:
+            raise ValueError(
+                f"adapter {str(adapter)!r} is no plain LoRA of linear layers: it holds {name!r} of shape "
+                f"{tuple(weight.shape)}, which SafeLoRA does not know. Train it without lora_bias, and on linear "
+                "layers alone."
+            )
+        layers.append(match[1])
+    factors = {}
+    for layer in dict.fromkeys(layers):
+        a, b = weights.get(_key(layer, "A")), weights.get(_key(layer, "B"))
+        if a is None or b is None or len(a) != b.shape[1]:
+            raise ValueError(
+                f"adapter {str(adapter)!r} has no fitting pair A, B for the layer {layer!r}: it is damaged."
+            )
+        factors[layer] = a, b
+    if not factors:
+        raise ValueError(f"adapter {str(adapter)!r} holds no weights: name a folder that training saved.")
+    return factors
+
+
+def _check_models(base: WeightFiles, aligned: WeightFiles, factors: Factors, is_transposed: bool) -> None:
+    """Refuse models that do not fit to each other, or lack a layer of the adapter."""
+    if base.model_type != aligned.model_type:
+        raise ValueError(
+            f"base {base.name!r} is a {base.model_type} and aligned {aligned.name!r} a {aligned.model_type}: name the "
+            "weights of one model from before and after its alignment."
+        )
+    for name in base.stored.keys() & aligned.stored.keys():
+        shapes = [model.stored[name].shape for model in (base, aligned)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{name!r} has shape {shapes[0]} in base {base.name!r} and {shapes[1]} in aligned {aligned.name!r}: "
+                "name the weights of one model from before and after its alignment."
+            )
+    for layer, (a, b) in factors.items():
+        shape = (len(b), a.shape[1])
+        for argument, model in (("base", base), ("aligned", aligned)):
+            stored = model.stored.get(f"{layer}.weight")
+            if stored is None:
+                raise ValueError(
+                    f"{argument} {model.name!r} holds no weight of the layer {layer!r}, which the adapter "
+                    "changes: name the models that belong to the adapter."
+                )
+            if stored.dtype not in DTYPES:
+                raise ValueError(
+                    f"{argument} {model.name!r} holds the layer {layer!r} as {stored.dtype}: name the model before "
+                    "its quantisation."
+                )
+            if stored.shape != (shape[::-1] if is_transposed else shape):
+                raise ValueError(
+                    f"the adapter changes a weight of shape {shape} in the layer {layer!r}, and {argument} "
+                    f"{model.name!r} has {stored.shape} there: name the models that belong to the adapter."
+                )
+
+
+def _check_same(adapter: Path, record: Projection, threshold: float, pair: dict[str, dict[str, str]]) -> None:
+    """Refuse to project an adapter anew that was projected with other models or another threshold."""
+    earlier = {"base": record.base["fingerprint"], "aligned": record.aligned["fingerprint"]}
+    if record.threshold == threshold and earlier == {key: model["fingerprint"] for key, model in pair.items()}:
+        return
+    raise ValueError(
+        f"adapter {str(adapter)!r} was projected already (base {record.base['name']!r}, aligned "
+        f"{record.aligned['name']!r}, threshold {record.threshold}), and would be projected twice: name the adapter "
+        "that training saved."
+    )
+
+
+def _fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
+        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
