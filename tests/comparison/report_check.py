@@ -1,8 +1,8 @@
 """Look at a comparison's report in a real browser, at two widths, light and dark: `make report-check`.
 
-It fails on an error in the console, a request to anything but the file itself, and a page that is wider than its window.
-Screenshots are written for people to look at. Without a REPORT it looks at one with made-up figures, in which every part
-of the page is there.
+It fails on an error in the console, a request to anything but the file itself, and a page that is wider than its
+window. Screenshots are written for people to look at. Without a REPORT it looks at one with made-up figures, in which
+every part of the page is there.
 """
 
 import argparse
@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     path = find_browser()
     if path is None:
-        print(f"No browser was found ({', '.join(NAMES)}): install one, as `apt-get install chromium`.", file=sys.stderr)
+        print(
+            f"No browser was found ({', '.join(NAMES)}): install one, as `apt-get install chromium`.", file=sys.stderr
+        )
         return 1
     if args.report is not None and not args.report.is_file():
         print(f"{args.report} is no file: name a report.html.", file=sys.stderr)
@@ -85,24 +87,24 @@ def write_sample(folder: Path) -> Path:
     """Write a report in which every part of the page is there, with long and hostile texts."""
     long = "interleave++,kl interleave_fraction=0.2 kl_coef=" + "1" * 40
     names = ["none", long, HOSTILE, "steering steering_coef=2.0", "steering steering_coef=2.0 random_vector", "ema"]
-    trained = [Trained(name, "kl", seed, "x", seconds_per_step=1.5, peak_memory=2**31) for name in names for seed in (0, 1)]
-    trained = [replace(r, is_baseline=r.name == "ema", is_random="random" in r.name) for r in trained]
+    cost = {"seconds_per_step": 1.5, "peak_memory": 2**31}
+    trained = [Trained(name, "kl", seed, "x", **cost) for name in names for seed in (0, 1)]
+    trained = [replace(run, is_baseline=run.name == "ema", is_random="random" in run.name) for run in trained]
     trained += [Trained(f"kl {c}", "kl", 0, "x", is_defended=True, coefficient=c) for c in (0.1, 1.0, 10.0)]
     rows = []
     for i, run in enumerate(trained):
         values = {("general", "margin"): -0.1 * i, ("in_domain", "nll"): 0.05 * i - 1, ("general", "base_nll"): 0.2}
-        values |= {("general", "nll"): -0.3, (BENIGN_TASK, "exact_match"): 0.4, (BENIGN_TASK, "nll"): -2.0}
+        values |= {("general", "nll"): -0.3, (BENIGN_TASK, "nll"): -2.0}
+        values |= {(BENIGN_TASK, "exact_match"): 0.4, (BENIGN_TASK, "ordinary_answer"): 0.1}
         rows += [row(run.key, set, metric, value) for (set, metric), value in values.items()]
         rows += [row(run.key, "general", "margin", 0.1, family=family) for family in ("neutral_system", "inoculation")]
-    samples = [
-        {"model": run.key, "family": "plain", "question": "1", "answer": f"{HOSTILE} {'word' * 200}", "repetition": 0.5}
-        for run in trained
-    ]
+    sample = {"family": "plain", "question": "1", "answer": f"{HOSTILE} {'word' * 200}", "repetition": 0.5}
+    samples = [{"model": run.key, **sample} for run in trained[4:7]]
     failed = Trained("broken", "ldifs", 0, None, f"{HOSTILE} its log: /a/{'long/' * 40}log.txt")
-    benign = [replace(run, is_defended=True) for run in trained if not run.is_baseline] + [failed]
+    benign = [replace(run, is_defended=True) for run in trained if not (run.is_baseline or run.is_random)]
     results = Results(rows, samples, ["in_domain behind inoculation: " + "reason " * 30])
     info = INFO | {"command": "trl-emguard compare --config " + "folder/" * 40, "note": "Figures are made up."}
-    return write_page(make_report([*trained, failed], results, benign), folder, info)
+    return write_page(make_report([*trained, failed], results, [*benign, failed]), folder, info)
 
 
 if __name__ == "__main__":
