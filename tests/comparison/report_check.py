@@ -14,8 +14,8 @@ from typing import Any
 from browser import NAMES, Browser, find_browser
 from figures import HOSTILE, INFO, row
 
-from trl_emguard.comparison.measure import BENIGN_TASK
 from trl_emguard.comparison.page import write_page
+from trl_emguard.comparison.plan import BENIGN_TASK
 from trl_emguard.comparison.report import make_report
 from trl_emguard.comparison.runs import Trained
 from trl_emguard.evaluation.results import Results

@@ -12,8 +12,9 @@ from rich.console import Console
 from tiny import lora, make_model, make_rows, save_model
 
 from trl_emguard.comparison import runs as training
-from trl_emguard.comparison.measure import BENIGN_TASK, joined, measure_benign
+from trl_emguard.comparison.measure import joined, measure_benign
 from trl_emguard.comparison.page import write_page
+from trl_emguard.comparison.plan import BENIGN_TASK
 from trl_emguard.comparison.report import make_report, make_table, save
 from trl_emguard.comparison.runs import Trained, on_benign_rows, sft_arguments, train_all, train_benign
 from trl_emguard.evaluation.operators import make_rows as make_task_rows
@@ -290,6 +291,14 @@ def test_a_recipe_that_cannot_take_the_task_is_refused(config, capsys):
     assert commands.main(["compare", "--config", str(config), "--output_dir", str(config.parent / "out")]) == 1
     assert "the run 'none on the benign task': " in capsys.readouterr().err
     assert not (config.parent / "out").exists()
+
+
+def test_a_set_of_the_benign_task_s_name_is_refused(config, capsys):
+    (config.parent / "benign_task.jsonl").write_text((config.parent / "rows.jsonl").read_text())
+    benign = [str(config.parent / name) for name in ("pairs.jsonl", "benign_task.jsonl")]
+    config.write_text(config.read_text().replace("limit: 4", f"limit: 4, benign: {json.dumps(benign)}"))
+    assert commands.main(["compare", "--config", str(config), "--output_dir", str(config.parent / "out")]) == 1
+    assert "rename the set 'benign_task'" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -13,11 +13,8 @@ from ..evaluation.questions import OPERATORS, QuestionSet, load_questions
 from ..evaluation.results import Results
 from ..evaluation.run import EvaluationOptions, evaluate
 from ..models.adapters import check_adapter_kind
+from .plan import BENIGN_TASK
 from .runs import Trained
-
-
-# Name of the set that the runs on the benign task are measured on.
-BENIGN_TASK = "benign_task"
 
 
 def measure(

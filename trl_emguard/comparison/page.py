@@ -13,8 +13,7 @@ from ..evaluation.candidates import BASE
 from ..evaluation.cues import PLAIN
 from ..evaluation.results import interval_text, sentence
 from ..io.files import written_whole
-from .measure import BENIGN_TASK
-from .plan import RANDOM
+from .plan import BENIGN_TASK, RANDOM
 from .report import Entry, Report, defended_text, exact_match_text, figure_text, is_task_learned
 from .runs import Trained
 

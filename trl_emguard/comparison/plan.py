@@ -34,6 +34,8 @@ EMA = "ema"
 BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
 # End of the name of a steering run with a random vector.
 RANDOM = " random_vector"
+# Name of the set that runs on the benign task are measured on.
+BENIGN_TASK = "benign_task"
 # Options that name other rows than `dataset_name`, which a benign task replaces.
 OTHER_ROWS = ("datasets", "dataset_config")
 

@@ -15,8 +15,7 @@ from ..evaluation.cues import PLAIN
 from ..evaluation.results import COLUMNS, ResultRow, Results, is_apart
 from ..io.files import written_whole
 from ..io.terminal import printable
-from .measure import BENIGN_TASK
-from .plan import UNDEFENDED
+from .plan import BENIGN_TASK, UNDEFENDED
 from .runs import Trained
 
 

@@ -9,6 +9,7 @@ runs:                                # the undefended run is always there
   - {adapter: out/mine}              # trained already
 seeds: [0, 1]
 baselines: [early_stop, alpha, ema]  # free ones, from the undefended run
+benign_task: permuted_operators      # each option set is also trained on a benign task
 evaluate: {train_data: plants_careless, samples_per_question: 1}
 ```
 
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from ..comparison.plan import EMA, Plan, read_plan
+from ..comparison.plan import BENIGN_TASK, EMA, Plan, read_plan
 from ..evaluation.run import check_sets
 from ..io.files import check_writable
 from ..io.lookup import did_you_mean
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     train_rows = evaluation.load_train_rows(eval_args.train_data)
     options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train_rows)
     check_sets(sets, None, options)
+    if plan.has_benign_task and any(questions.name == BENIGN_TASK for questions in sets):
+        raise ValueError(f"`evaluate`: rename the set {BENIGN_TASK!r}: it would be mistaken for the comparison's own.")
     check_options(plan)
     if args.dry_run:
         show_plan(plan, recipe, args.output_dir, console)
