@@ -7,7 +7,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import lora, make_model, make_trainer
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_emguard import EMACallback
@@ -123,11 +126,22 @@ def test_a_decay_that_is_none_is_refused(decay):
         EMACallback(decay)
 
 
-@pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-3", "FSDP"])
+@pytest.fixture
+def mesh():
+    """Return a mesh of two ranks, of which only this one is there."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-3", "FSDP", "tensor parallelism"])
 @pytest.mark.parametrize("hook", ["on_init_end", "on_train_begin"])
-def test_sharded_weights_are_refused(engine, hook):
+def test_sharded_weights_are_refused(engine, hook, mesh):
     model = make_model()
-    if engine == "FSDP":
+    if engine == "tensor parallelism":
+        norm = model.model.norm
+        norm.weight = torch.nn.Parameter(distribute_tensor(norm.weight.data, mesh, [Shard(0)]))
+    elif engine == "FSDP":
         block = model.model.layers[0]
         block.__class__ = type("Sharded", (FSDPModule, type(block)), {})
     else:
