@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # glibc hands large blocks back to the system after every use, and touching fresh ones costs a third of a step on CPU.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 
-.PHONY: setup demo test test-long test-faults test-distributed soak lint docs bench bench-gpu clean
+.PHONY: setup demo test test-long test-faults test-distributed soak report-check lint docs bench bench-gpu clean
 
 setup: .venv/.ready
 
@@ -44,6 +44,10 @@ test-faults: setup
 # 2,000 steps with everything on, about three minutes: memory stays flat, and nothing is left open.
 soak: setup
 	$(OFFLINE) PYTHONPATH=tests $(BIN)/python tests/faults/soak.py
+
+# A comparison's report in a headless Chromium, at two widths, light and dark; screenshots in outputs/report-check.
+report-check: setup
+	$(OFFLINE) $(BIN)/python tests/comparison/report_check.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .config import EMGuardConfig
     from .defenses import Defense, ReferenceDefense, register
     from .evidence import InactiveDefenseError
+    from .models.ema import EMACallback
     from .trainer import (
         EMGuardTrainer,
         InoculationTrainer,
@@ -32,10 +33,12 @@ _ROOMS = {
     "ReferenceDefense": "defenses",
     "register": "defenses",
     "InactiveDefenseError": "evidence",
+    "EMACallback": "models.ema",
 }
 
 __all__ = [
     "Defense",
+    "EMACallback",
     "EMGuardConfig",
     "EMGuardTrainer",
     "InactiveDefenseError",

@@ -13,29 +13,20 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from figures import HOSTILE, INFO, plan, report, row
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import lora, make_model, make_rows, save_model
 
 from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
-from trl_emguard.comparison.plan import read_plan
+from trl_emguard.comparison.plan import Baselines
 from trl_emguard.comparison.report import dominates, make_report, make_table, save
 from trl_emguard.comparison.runs import Trained
 from trl_emguard.evaluation.questions import load_questions
-from trl_emguard.evaluation.results import ResultRow, Results
+from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.run import EvaluationOptions
 from trl_emguard.scripts import main as commands
-
-
-KNOWN = ("defense", "kl_coef", "steering_layers", "interleave_dataset", "output_dir", "seed", "save_steps")
-INFO = {"versions": {"trl_emguard": "0"}, "command": "trl-emguard compare", "model": "tiny", "judge": None}
-
-
-def plan(tmp_path, text, recipe="max_steps: 3\n"):
-    (tmp_path / "sft.yaml").write_text(recipe)
-    (tmp_path / "compare.yaml").write_text(text.replace("RECIPE", str(tmp_path / "sft.yaml")))
-    return read_plan(str(tmp_path / "compare.yaml"), KNOWN, ["steering_layers"])
 
 
 def test_sweeps_and_seeds(tmp_path):
@@ -65,7 +56,7 @@ evaluate: {limit: 3}
     ]
     # An adapter that is taken as it is counts once.
     assert len({run.folder for run in found.runs}) == len(found.runs) == 13
-    assert (found.early_stop, found.alphas, found.evaluate) == (True, (0.5,), {"limit": 3})
+    assert (found.baselines, found.evaluate) == (Baselines(early_stop=True, alphas=(0.5,)), {"limit": 3})
     assert found.runs[0].options["save_steps"] == 0.25
     assert "save_steps" not in found.runs[1].options
 
@@ -107,28 +98,18 @@ def test_a_changed_recipe_is_another_run(tmp_path):
         ("recipe: RECIPE\nruns: [{defense: kl}]\nbaselines: [{alpha: [2]}]", "between 0 and 1"),
         ("recipe: RECIPE\nruns: [{adapter: x, kl_coef: 1}]", "is trained already"),
         ("recipe: RECIPE\nruns: [{defense: kl}]\nseeds: [0, 0]", "holds a seed twice"),
-        ("recipe: RECIPE\nruns: [{defense: kl, name: alpha 0.5}]", "mistaken for a free baseline"),
+        ("recipe: RECIPE\nruns: [{defense: kl, name: alpha 0.5}]", "mistaken for a baseline"),
+        ("recipe: RECIPE\nruns: [{defense: kl, name: ema}]", "mistaken for a baseline"),
+        ("recipe: RECIPE\nruns: [{defense: kl, name: kl random_vector}]", "mistaken for a baseline"),
+        ("recipe: RECIPE\nruns: [{defense: kl}]\nbaselines: [{ema: 0.9}]", "Known: early_stop, alpha, ema, random"),
+        ("recipe: RECIPE\nruns: [{defense: kl}]\nbaselines: [random_vector]", "no run has that defense"),
+        ("recipe: RECIPE\nruns: [{defense: kl}]\nbenign_task: permuted", "Did you mean 'permuted_operators'"),
         ("- a list", "`key: value` lines"),
     ],
 )
 def test_bad_plans(tmp_path, text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(tmp_path, text)
-
-
-def row(model, set, metric, value, width=0.1, family="plain"):
-    low, high = value - width, value + width
-    return ResultRow(model, set, family, metric, value, low, high, 9, 0.0, value, low, high)
-
-
-def report(figures, samples=(), baselines=(), **fields):
-    """Return the report of runs with known differences in margin (broad) and in NLL in domain (narrow)."""
-    trained = [Trained(name, "kl", 0, "x", is_baseline=name in baselines, **fields) for name in figures]
-    rows = []
-    for run in trained:
-        margin, nll = figures[run.name]
-        rows += [row(run.key, "general", "margin", margin), row(run.key, "in_domain", "nll", nll)]
-    return make_report(trained, Results(rows, list(samples)))
 
 
 def test_a_dominated_run_is_left_out():
@@ -204,9 +185,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
-
-
-HOSTILE = "$x^$ <script>alert(1)</script><img src=http://x.y onerror=z> \u202e & 'quotes' \"\x1b[31m\0"
 
 
 def test_the_page_is_self_contained_and_hostile_text_stays_text(tmp_path):

@@ -9,10 +9,11 @@ from peft import PeftConfig, load_peft_weights
 
 from ..data.conversation import Conversation
 from ..evaluation.candidates import BASE, check_base, load_candidates, unfit
-from ..evaluation.questions import QuestionSet
+from ..evaluation.questions import OPERATORS, QuestionSet, load_questions
 from ..evaluation.results import Results
 from ..evaluation.run import EvaluationOptions, evaluate
 from ..models.adapters import check_adapter_kind
+from .plan import BENIGN_TASK
 from .runs import Trained
 
 
@@ -55,6 +56,44 @@ def measure(
         replace(run, adapter=None, error=f"it {problems[run.key]}") if run.key in problems else run for run in trained
     ]
     return trained, evaluate(kept, tokenizer, sets, options, train_rows, folder, True, command)
+
+
+def measure_benign(
+    model: tuple[str, str, str | None],
+    benign: Sequence[Trained],
+    options: EvaluationOptions,
+    limit: int | None,
+    folder: Path,
+    command: str,
+) -> tuple[list[Trained], Results]:
+    """Evaluate the runs that were trained on the benign task, on that task alone.
+
+    Args:
+        model, folder, command: as for [`measure`].
+        benign: the runs.
+        options: options of the other runs' evaluation.
+        limit: number of questions to take, from the first.
+
+    Returns:
+        The runs, and results with the one set `benign_task`; without rows if every run failed.
+    """
+    if all(run.adapter is None for run in benign):
+        return list(benign), Results()
+    task = load_questions(OPERATORS, "benign", BENIGN_TASK, limit)
+    # The task is scored by itself, without the other sets' rules and samples.
+    options = EvaluationOptions("none", batch_tokens=options.batch_tokens, seed=options.seed)
+    return measure(model, benign, [task], options, (), folder, command)
+
+
+def joined(results: Results, benign: Results) -> Results:
+    """Return the results of both evaluations, those on the benign task first among the criteria."""
+    return replace(
+        results,
+        rows=results.rows + benign.rows,
+        samples=results.samples + benign.samples,
+        notes=results.notes + benign.notes,
+        criteria=benign.criteria | results.criteria,
+    )
 
 
 def _checked(run: Trained, model: str) -> Trained:

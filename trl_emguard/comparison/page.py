@@ -13,7 +13,9 @@ from ..evaluation.candidates import BASE
 from ..evaluation.cues import PLAIN
 from ..evaluation.results import interval_text, sentence
 from ..io.files import written_whole
-from .report import Entry, Report, defended_text, figure_text
+from .plan import BENIGN_TASK, RANDOM
+from .report import Entry, Report, defended_text, exact_match_text, figure_text, is_task_learned
+from .runs import Trained
 
 
 # Text, axes and lines of a chart on a light and on a dark page.
@@ -35,6 +37,8 @@ def write_page(report: Report, folder: Path, info: dict[str, Any]) -> Path:
         metrics=report.metrics,
         entries=[_line(report, entry) for entry in report.entries],
         criteria=[sentence(report.results, run.key) for run in report.trained if run.adapter is not None],
+        benign=[_benign_line(report, entry) for entry in report.entries if entry.benign],
+        is_task_learned=is_task_learned(report),
         cues=_cues(report),
         charts=_charts(report),
         samples=_samples(report),
@@ -52,22 +56,40 @@ def _line(report: Report, entry: Entry) -> dict[str, Any]:
     memory = [run.peak_memory for run in entry.trained if run.peak_memory is not None]
 
     def shown(set: str, metric: str) -> list[str]:
-        rows = [report.results.row(run.key, set, metric) for run in entry.trained]
-        return [interval_text(row) for row in rows if row is not None]
+        return _shown(report, entry.trained, set, metric)
 
     return {
         "name": entry.name,
-        "baseline": entry.is_baseline,
+        "baseline": entry.is_baseline or entry.is_random,
+        "free": entry.is_baseline,
         "error": errors[0] if errors else None,
         "broad": figure_text(entry.broad),
         "narrow": figure_text(entry.narrow),
         "benign": shown("benign", "nll") or shown("general", "nll") or ["–"],
+        "exact_match": exact_match_text(report, entry),
         "coherent": shown("general", "base_nll") or ["–"],
         "seconds": f"{sum(seconds) / len(seconds):.2f}" if seconds else "–",
         "memory": f"{max(memory) / 2**30:.1f}" if memory else "–",
-        "defended": defended_text(entry),
+        "defended": defended_text(entry.trained),
         "seeds": len(entry.trained),
     }
+
+
+def _benign_line(report: Report, entry: Entry) -> dict[str, Any]:
+    errors = [run.error for run in entry.benign if run.error]
+    metrics = ("exact_match", "ordinary_answer", "nll")
+    return {
+        "name": entry.name,
+        "error": errors[0] if errors else None,
+        "figures": [_shown(report, entry.benign, BENIGN_TASK, metric) or ["–"] for metric in metrics],
+        "defended": defended_text(entry.benign),
+    }
+
+
+def _shown(report: Report, runs: Sequence[Trained], set: str, metric: str) -> list[str]:
+    """Return the differences to the base in a figure, of each run that has it."""
+    rows = [report.results.row(run.key, set, metric) for run in runs]
+    return [interval_text(row) for row in rows if row is not None]
 
 
 def _cues(report: Report) -> dict[str, Any]:
@@ -120,7 +142,8 @@ def _sweeps(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     for entry in entries:
         run = entry.trained[0]
         if run.coefficient is not None:
-            found.setdefault("alpha" if run.is_baseline else run.defense, []).append(entry)
+            name = "alpha" if run.is_baseline else run.defense + (RANDOM if run.is_random else "")
+            found.setdefault(name, []).append(entry)
     return {
         name: sorted(group, key=lambda entry: entry.trained[0].coefficient or 0.0)
         for name, group in found.items()
@@ -139,7 +162,7 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
             narrow.value,
             xerr=[[broad.value - broad.low], [broad.high - broad.value]],
             yerr=[[narrow.value - narrow.low], [narrow.high - narrow.value]],
-            fmt="s" if entry.is_baseline else "o",
+            fmt="s" if entry.is_baseline or entry.is_random else "o",
             color=f"C{index % 10}",
             capsize=2,
             label=_label(entry.name),

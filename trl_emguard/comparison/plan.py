@@ -6,29 +6,38 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.questions import OPERATORS
 from ..io.lookup import did_you_mean
 from ..io.recipes import find_recipe
 from ..io.strict import parse_yaml
 from ..version import __version__
 
 
-KEYS = ("recipe", "runs", "seeds", "baselines", "evaluate")
-BASELINES = ("early_stop", "alpha")
+KEYS = ("recipe", "runs", "seeds", "baselines", "benign_task", "evaluate")
+BASELINES = ("early_stop", "alpha", "ema", "random_vector")
 ALPHAS = (0.25, 0.5, 0.75)
 UNDEFENDED = "none"
 # Options that a comparison sets itself, so that every run is the same training. Dropout is off in all of them: `kl`
 # and `ldifs` switch it off, and the other runs would differ by it.
 OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
+    "ema",
 )
 # The undefended run keeps a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
-# Beginnings of the names that free baselines have.
-BASELINE_NAMES = ("step ", "alpha ")
+# Names of free baselines, or their beginnings.
+EMA = "ema"
+BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
+# End of the name of a steering run with a random vector.
+RANDOM = " random_vector"
+# Name of the set that runs on the benign task are measured on.
+BENIGN_TASK = "benign_task"
+# Options that name other rows than `dataset_name`, which a benign task replaces.
+OTHER_ROWS = ("datasets", "dataset_config")
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Run:
         options: options of `trl-emguard sft` over the recipe's.
         seed: seed of the training.
         adapter: folder of a finished adapter, instead of a training.
+        is_random: True if a random vector of equal norms stands in for the steering vector.
         key: hash of everything that makes the training what it is.
     """
 
@@ -47,6 +57,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     adapter: str | None = None
+    is_random: bool = False
     key: str = ""
 
     @property
@@ -60,22 +71,48 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Baselines:
+    """Baselines that a defense should beat.
+
+    Attributes:
+        early_stop: True if checkpoints of the undefended run are compared.
+        alphas: factors of the undefended adapter.
+        ema: True if the moving average of the undefended run's weights is compared.
+        random_vector: True if every steering run has one with a random vector beside it.
+    """
+
+    early_stop: bool = False
+    alphas: tuple[float, ...] = ()
+    ema: bool = False
+    random_vector: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Runs, baselines and measures of a comparison.
 
     Attributes:
         recipe: file of the recipe.
         runs: runs of all seeds, the undefended ones first.
-        early_stop: True if checkpoints of the undefended run are compared.
-        alphas: factors of the undefended adapter.
+        baselines: the baselines.
+        has_benign_task: True if every option set is also trained on permuted operators.
         evaluate: options of `trl-emguard evaluate`, by name.
     """
 
     recipe: Path
     runs: list[Run]
-    early_stop: bool
-    alphas: tuple[float, ...]
+    baselines: Baselines
+    has_benign_task: bool
     evaluate: dict[str, Any]
+
+    @property
+    def benign_runs(self) -> list[Run]:
+        """The runs that are also trained on the benign task."""
+        return [run for run in self.runs if self.has_benign_task and run.adapter is None and not run.is_random]
+
+    def option(self, run: Run, name: str) -> Any:
+        """Return the value of an option in a run, from its own options or the recipe; `None` if neither has it."""
+        return run.options.get(name, _recipe(self.recipe).get(name))
 
 
 def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan:
@@ -106,13 +143,17 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan
             raise ValueError(f"seeds={seeds!r} must be a list of whole numbers")
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"seeds={seeds!r} holds a seed twice, which would count one training as two")
-        early_stop, alphas = _baselines(config.get("baselines") or [])
-        base = recipe.read_text(encoding="utf-8")
+        baselines = _baselines(config.get("baselines") or [])
+        sets = _sets(config["runs"], known, lists, text)
+        if baselines.random_vector:
+            sets = _with_random_vectors(sets, _recipe(recipe))
+        has_benign_task = _has_benign_task(config.get("benign_task"), sets, _recipe(recipe))
+        kept = QUARTERS | ({"ema": True} if baselines.ema else {})
         runs = [
-            _with_key(Run(name, options | (QUARTERS if name == UNDEFENDED else {}), seed, adapter), base)
+            _with_key(replace(run, seed=seed, options=run.options | (kept if run.name == UNDEFENDED else {})), recipe)
             for seed in seeds
-            for name, options, adapter in _sets(config["runs"], known, lists, text)
-            if adapter is None or seed == seeds[0]  # an adapter that is taken as it is has no seed
+            for run in sets
+            if run.adapter is None or seed == seeds[0]  # an adapter that is taken as it is has no seed
         ]
         evaluate = config.get("evaluate") or {}
         if not isinstance(evaluate, dict):
@@ -120,16 +161,18 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan
     except ValueError as error:
         message = str(error).rstrip(".")
         raise ValueError(f"{path}: {message}" + ("" if message.endswith("?") else ".")) from error
-    return Plan(recipe, runs, early_stop, alphas, evaluate)
+    return Plan(recipe, runs, baselines, has_benign_task, evaluate)
 
 
-def _sets(
-    entries: Any, known: Collection[str], lists: Collection[str], text: str
-) -> list[tuple[str, dict[str, Any], str | None]]:
-    """Return name, options and adapter of each run, sweeps unfolded, the undefended run first."""
+def _recipe(path: Path) -> dict[str, Any]:
+    return parse_yaml(path.read_text(encoding="utf-8")) or {}
+
+
+def _sets(entries: Any, known: Collection[str], lists: Collection[str], text: str) -> list[Run]:
+    """Return the runs of one seed, sweeps unfolded, the undefended run first."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("`runs` must be a list of option sets")
-    found: dict[str, tuple[dict[str, Any], str | None]] = {UNDEFENDED: ({"defense": UNDEFENDED}, None)}
+    found = {UNDEFENDED: Run(UNDEFENDED, {"defense": UNDEFENDED})}
     for entry in entries:
         options = dict(entry)
         given, adapter = options.pop("name", None), options.pop("adapter", None)
@@ -140,12 +183,39 @@ def _sets(
             name = _name(given, chosen, options, adapter)
             if chosen.get("defense") == UNDEFENDED and len(chosen) == 1 and given is None:
                 continue  # the undefended run is always there
-            if name.startswith(BASELINE_NAMES):
-                raise ValueError(f"a run named {name!r} would be mistaken for a free baseline: give it another `name`")
+            if BASELINE_NAMES.match(name) or name.endswith(RANDOM):
+                raise ValueError(f"a run named {name!r} would be mistaken for a baseline: give it another `name`")
             if name in found:
                 raise ValueError(f"two runs are named {name!r}: give one of them a `name`")
-            found[name] = (chosen, None if adapter is None else str(adapter))
-    return [(name, options, adapter) for name, (options, adapter) in found.items()]
+            found[name] = Run(name, chosen, adapter=None if adapter is None else str(adapter))
+    return list(found.values())
+
+
+def _with_random_vectors(runs: list[Run], recipe: Mapping[str, Any]) -> list[Run]:
+    """Return the runs, each steering one followed by one with a random vector."""
+    found = []
+    for run in runs:
+        found.append(run)
+        defenses = str(run.options.get("defense", recipe.get("defense"))).split(",")
+        if run.adapter is None and "steering" in [name.strip() for name in defenses]:
+            found.append(replace(run, name=run.name + RANDOM, is_random=True))
+    if len(found) == len(runs):
+        raise ValueError("the baseline random_vector stands beside steering runs, and no run has that defense")
+    return found
+
+
+def _has_benign_task(value: Any, runs: list[Run], recipe: Mapping[str, Any]) -> bool:
+    """Return True if runs are also trained on the benign task, whose rows replace the recipe's."""
+    if value is None:
+        return False
+    if value != OPERATORS:
+        raise ValueError(
+            f"benign_task={value!r} is unknown.{did_you_mean(str(value), [OPERATORS])} Known: {OPERATORS}"
+        )
+    for name in OTHER_ROWS:
+        if any({**recipe, **run.options}.get(name) is not None for run in runs):
+            raise ValueError(f"benign_task trains on rows of its own, and `{name}` would ask for others: leave it out")
+    return True
 
 
 def _unfold(options: Mapping[str, Any], lists: Collection[str]) -> list[dict[str, Any]]:
@@ -186,24 +256,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:20]}…{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
-def _baselines(entries: Any) -> tuple[bool, tuple[float, ...]]:
+def _baselines(entries: Any) -> Baselines:
     if not isinstance(entries, list):
         raise ValueError("`baselines` must be a list")
-    early_stop = False
-    alphas: tuple[float, ...] = ()
+    found: dict[str, Any] = {}
     for entry in entries:
         name, values = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
-        if name not in BASELINES:
+        # Of the baselines, only alpha takes values.
+        if name not in BASELINES or (values is not None and name != "alpha"):
             raise ValueError(
-                f"baseline {entry!r} is unknown.{did_you_mean(str(name), BASELINES)} Known: early_stop, alpha"
+                f"baseline {entry!r} is unknown.{did_you_mean(str(name), BASELINES)} Known: {', '.join(BASELINES)}"
             )
         if name == "alpha":
             alphas = ALPHAS if values is None else tuple(values) if isinstance(values, list) else (values,)
             if not all(isinstance(alpha, int | float) and 0 < alpha < 1 for alpha in alphas):
                 raise ValueError(f"alpha={values!r} must be numbers between 0 and 1")
+            found["alphas"] = alphas
         else:
-            early_stop = True
-    return early_stop, alphas
+            found[name] = True
+    return Baselines(**found)
 
 
 def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, text: str) -> None:
@@ -217,10 +288,11 @@ def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, te
             raise ValueError(f"unknown {kind} {name!r}{where}.{did_you_mean(str(name), known)}".rstrip("."))
 
 
-def _with_key(run: Run, recipe: str) -> Run:
+def _with_key(run: Run, recipe: Path) -> Run:
     """Return the run with a key of its recipe, its options, the package's version and every file that these name."""
-    values = [*(parse_yaml(recipe) or {}).values(), *run.options.values()]
+    text = recipe.read_text(encoding="utf-8")
+    values = [*(parse_yaml(text) or {}).values(), *run.options.values()]
     paths = sorted({Path(value).expanduser() for value in values if isinstance(value, str) and len(value) < 256})
     files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
-    content = json.dumps([__version__, recipe, asdict(run), files], sort_keys=True, default=str)
-    return Run(run.name, run.options, run.seed, run.adapter, hashlib.sha256(content.encode()).hexdigest())
+    content = json.dumps([__version__, text, asdict(run), files], sort_keys=True, default=str)
+    return replace(run, key=hashlib.sha256(content.encode()).hexdigest())

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,10 @@ from rich.table import Table
 
 from ..evaluation.candidates import BASE
 from ..evaluation.cues import PLAIN
-from ..evaluation.results import COLUMNS, ResultRow, Results
+from ..evaluation.results import COLUMNS, ResultRow, Results, is_apart
 from ..io.files import written_whole
 from ..io.terminal import printable
-from .plan import UNDEFENDED
+from .plan import BENIGN_TASK, UNDEFENDED
 from .runs import Trained
 
 
@@ -42,16 +42,24 @@ class Entry:
         name: name of the run.
         trained: its seeds.
         broad, narrow: the figures that runs are compared by: means over the seeds, with the widest interval of any.
+        benign: the same seeds, trained on the benign task.
     """
 
     name: str
     trained: list[Trained]
     broad: Figure | None
     narrow: Figure | None
+    benign: list[Trained] = field(default_factory=list)
 
     @property
     def is_baseline(self) -> bool:
+        """True for a free baseline."""
         return self.trained[0].is_baseline
+
+    @property
+    def is_random(self) -> bool:
+        """True for steering along a random vector."""
+        return self.trained[0].is_random
 
     @property
     def is_comparable(self) -> bool:
@@ -91,18 +99,25 @@ class Report:
         free = [entry.name for entry in best if entry.is_baseline or entry.name == UNDEFENDED]
         if free:
             text += f" Some of them need no defense ({'; '.join(free)}): no run is shown to be better than these."
+        random = [entry.name for entry in best if entry.is_random]
+        if random:
+            text += (
+                f" Some of them steer along a random vector ({'; '.join(random)}): the persona vector is not shown to "
+                "matter."
+            )
         left_out = [entry.name for entry in self.entries if not entry.is_comparable]
         if left_out:
             text += f" Left out, since a seed failed or gave no evidence of its defense: {'; '.join(left_out)}."
         return text
 
 
-def make_report(trained: Sequence[Trained], results: Results) -> Report:
+def make_report(trained: Sequence[Trained], results: Results, benign: Sequence[Trained] = ()) -> Report:
     """Put runs and figures together.
 
     Args:
         trained: runs and baselines; the adapter of each was evaluated under its `key`.
         results: the evaluation.
+        benign: the runs' trainings on the benign task, evaluated on the set `benign_task` under the same keys.
     """
     metrics = (_measured(results, "general", BROAD, 0), _measured(results, "in_domain", NARROW, -1))
     by_name: dict[str, list[Trained]] = {}
@@ -114,6 +129,7 @@ def make_report(trained: Sequence[Trained], results: Results) -> Report:
             runs,
             _figure(results, runs, "general", metrics[0], BROAD),
             _figure(results, runs, "in_domain", metrics[1], NARROW),
+            [run for run in benign if run.name == name],
         )
         for name, runs in by_name.items()
     ]
@@ -134,8 +150,10 @@ def dominates(one: Entry, other: Entry) -> bool:
 def save(report: Report, folder: Path, info: dict[str, Any]) -> None:
     """Write `report.json` and `report.csv`."""
     rows = list(report_rows(report))
-    runs = [vars(run) | {"adapter": run.adapter and str(run.adapter)} for run in report.trained]
-    content = {**info, "sentence": report.sentence, "runs": runs, "rows": rows}
+    benign = [vars(run) for entry in report.entries for run in entry.benign]
+    of_task = {"benign_runs": benign} if benign else {}
+    runs = [vars(run) for run in report.trained]
+    content = {**info, "sentence": report.sentence, "runs": runs, **of_task, "rows": rows}
     with written_whole(folder / "report.json") as scratch:
         scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     with written_whole(folder / "report.csv") as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
@@ -162,27 +180,43 @@ def make_table(report: Report) -> Table:
     """Return the lines of the report as a table of at most 100 columns."""
     table = Table()
     table.add_column("run", overflow="fold")
-    for heading in (f"broad: {report.metrics[0]}", f"narrow: {report.metrics[1]}", "s/step", "defended"):
+    has_task = any(entry.benign for entry in report.entries)
+    headings = [f"broad: {report.metrics[0]}", f"narrow: {report.metrics[1]}", *(["benign"] if has_task else [])]
+    for heading in (*headings, "s/step", "defended"):
         table.add_column(heading, justify="right")
     for entry in report.entries:
         errors = [run.error for run in entry.trained if run.error]
         if errors:
-            table.add_row(printable(entry.name), printable(f"failed: {errors[0]}"[:60]), "", "", "")
+            table.add_row(printable(entry.name), printable(f"failed: {errors[0]}"[:60]))
             continue
         seconds = [run.seconds_per_step for run in entry.trained if run.seconds_per_step is not None]
         table.add_row(
             printable(entry.name),
             figure_text(entry.broad),
             figure_text(entry.narrow),
+            *([exact_match_text(report, entry)] if has_task else []),
             f"{sum(seconds) / len(seconds):.2f}" if seconds else "–",
-            defended_text(entry),
+            defended_text(entry.trained),
         )
     return table
 
 
-def defended_text(entry: Entry) -> str:
+def exact_match_text(report: Report, entry: Entry) -> str:
+    """Return the share of right answers to the benign task, of each seed that was trained on it."""
+    rows = [report.results.row(run.key, BENIGN_TASK, "exact_match") for run in entry.benign]
+    return ", ".join(f"{row.value:.2f}" for row in rows if row is not None) or "–"
+
+
+def is_task_learned(report: Report) -> bool:
+    """Return True if an undefended run learned the benign task: without that, the others say nothing."""
+    runs = [run for entry in report.entries if entry.name == UNDEFENDED for run in entry.benign]
+    rows = [report.results.row(run.key, BENIGN_TASK, "exact_match") for run in runs]
+    return any(row is not None and row.difference > 0 and is_apart(row) for row in rows)
+
+
+def defended_text(trained: Sequence[Trained]) -> str:
     """Return "yes", "no" or "–" (no defense, or a baseline)."""
-    states = {run.is_defended for run in entry.trained}
+    states = {run.is_defended for run in trained}
     return "no" if False in states else "yes" if True in states else "–"
 
 

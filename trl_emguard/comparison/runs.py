@@ -6,22 +6,30 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.operators import make_rows
+from ..evaluation.questions import OPERATORS
 from ..evidence import read_defense_file
 from ..io.files import written_whole
 from ..io.strict import parse_json
+from ..models.ema import EMA_FOLDER
 from ..models.rescale import rescale_adapter
-from .plan import UNDEFENDED, Plan, Run
+from ..persona.vectors import load_vector, random_like
+from .plan import EMA, UNDEFENDED, Plan, Run
 
 
 # Number of an option of Linux's prctl.
 PR_SET_PDEATHSIG = 1
 STATUS_FILE = "run.json"
 LOG_FILE = "log.txt"
+# Folders of a comparison: runs, and the same option sets trained on the benign task.
+RUNS, BENIGN = "runs", "benign"
+# Training rows of the benign task, of the 6,583 that its first tier has.
+BENIGN_ROWS = 4000
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Trained:
         adapter: folder of its adapter, or `None` for a failed run.
         error: the last line that a failed run said.
         is_baseline: True for one that costs no training of its own.
+        is_random: True for a steering run with a random vector, a baseline that is trained.
         is_defended: True if its record shows that its defense acted; `None` without a defense.
         coefficient: value of its one `…_coef` option.
         step: step of the training that the adapter is of.
@@ -48,6 +57,7 @@ class Trained:
     adapter: str | None
     error: str | None = None
     is_baseline: bool = False
+    is_random: bool = False
     is_defended: bool | None = None
     coefficient: float | None = None
     step: int | None = None
@@ -71,13 +81,63 @@ def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trai
     found = []
     for number, run in enumerate(plan.runs, start=1):
         say(f"run {number} of {len(plan.runs)}: {run.name}, seed {run.seed}")
-        trained = _take(run) if run.adapter is not None else _train(run, plan.recipe, folder / "runs" / run.folder)
+        if run.adapter is not None:
+            trained = _take(run)
+        else:
+            ready = _with_random_vector(run, plan, folder) if run.is_random else run
+            trained = _train(ready, plan.recipe, folder / RUNS / run.folder)
         if trained.error is not None:
             say(f"  failed: {trained.error}")
         found.append(trained)
         if run.name == UNDEFENDED and trained.adapter is not None:
             found += _baselines(plan, trained, folder)
     return found
+
+
+def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Callable[[str], None]) -> list[Trained]:
+    """Train each option set on the benign task, for as many steps as it was trained on the recipe's rows.
+
+    Args:
+        plan: the plan.
+        trained: its runs, trained.
+        folder: folder of the comparison.
+        say: function that shows a line to the user.
+
+    Returns:
+        One for each run of `plan.benign_runs`, with that run's `key`.
+    """
+    if not plan.benign_runs:
+        return []
+    rows = folder / BENIGN / f"{OPERATORS}.jsonl"
+    with written_whole(rows) as scratch, scratch.open("w", encoding="utf-8") as file:
+        for row in make_rows("train", tier=1, count=BENIGN_ROWS):
+            file.write(json.dumps({name: row[name] for name in ("prompt", "completion")}, ensure_ascii=False) + "\n")
+    steps = {run.key: run.step for run in trained}
+    found = []
+    for number, run in enumerate(plan.benign_runs, start=1):
+        say(f"benign task {number} of {len(plan.benign_runs)}: {run.name}, seed {run.seed}")
+        own = Trained(run.name, run.defense, run.seed, None, "the run itself failed, so the task was not trained.")
+        if steps[own.key] is not None:
+            own = _train(on_benign_rows(run, rows, steps[own.key]), plan.recipe, folder / BENIGN / run.folder)
+        if own.error is not None:
+            say(f"  failed: {own.error}")
+        found.append(own)
+    return found
+
+
+def on_benign_rows(run: Run, rows: Path, steps: int | None) -> Run:
+    """Return a run with the rows of the benign task in place of the recipe's, and nothing else to save."""
+    task = {"dataset_name": str(rows), "dataset_train_split": "train", "max_steps": steps, "eval_strategy": "no"}
+    options = {"defense": UNDEFENDED} if run.name == UNDEFENDED else run.options
+    return replace(run, options=options | task)
+
+
+def _with_random_vector(run: Run, plan: Plan, folder: Path) -> Run:
+    """Return a run whose steering vector is random, one for each seed, made from the vector that it stands for."""
+    vector = random_like(load_vector(plan.option(run, "steering_vector")), run.seed)
+    path = folder / "vectors" / f"random-{vector.metadata['like']}-seed{run.seed}.safetensors"
+    vector.save(path)
+    return replace(run, options=run.options | {"steering_vector": str(path)})
 
 
 def _take(run: Run) -> Trained:
@@ -100,6 +160,7 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
         run.defense,
         run.seed,
         str(folder) if status["error"] is None else None,
+        is_random=run.is_random,
         coefficient=float(coefficients[0]) if len(coefficients) == 1 else None,
         **status,
     )
@@ -178,34 +239,26 @@ def with_record(trained: Trained, folder: Path) -> Trained:
 
 
 def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
-    """Return the checkpoints of the undefended run, and its adapter scaled, as entries of their own."""
+    """Return what comes of the undefended run without a training: checkpoints, its adapter scaled, an average."""
     assert undefended.adapter is not None  # the caller has looked
+    source = Path(undefended.adapter)
+    like = Trained("", UNDEFENDED, undefended.seed, None, is_baseline=True, step=undefended.step)
     found = []
-    checkpoints = Path(undefended.adapter).glob("checkpoint-*") if plan.early_stop else ()
+    checkpoints = source.glob("checkpoint-*") if plan.baselines.early_stop else ()
     for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1])):
         step = int(checkpoint.name.split("-")[1])
         if step != undefended.step:
-            found.append(
-                Trained(f"step {step}", UNDEFENDED, undefended.seed, str(checkpoint), is_baseline=True, step=step)
-            )
-    for alpha in plan.alphas:
-        output = folder / "baselines" / f"{Path(undefended.adapter).name}-alpha{alpha}"
+            found.append(replace(like, name=f"step {step}", adapter=str(checkpoint), step=step))
+    for alpha in plan.baselines.alphas:
+        output = folder / "baselines" / f"{source.name}-alpha{alpha}"
         error = None
         try:
             if not (output / "adapter_config.json").is_file():
-                rescale_adapter(undefended.adapter, alpha, output)
+                rescale_adapter(source, alpha, output)
         except ValueError as cause:
             error = str(cause)
-        found.append(
-            Trained(
-                f"alpha {alpha}",
-                UNDEFENDED,
-                undefended.seed,
-                str(output) if error is None else None,
-                error,
-                is_baseline=True,
-                coefficient=alpha,
-                step=undefended.step,
-            )
-        )
+        adapter = str(output) if error is None else None
+        found.append(replace(like, name=f"alpha {alpha}", adapter=adapter, error=error, coefficient=alpha))
+    if plan.baselines.ema:
+        found.append(replace(like, name=EMA, adapter=str(source / EMA_FOLDER)))
     return found

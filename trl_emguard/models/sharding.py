@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
@@ -22,6 +23,17 @@ def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager[None]:
             they are.
     """
     return maybe_gather_lm_head_ctx(*(p for p in parameters if hasattr(p, "ds_status")))
+
+
+def sharding_engine(model: nn.Module) -> str | None:
+    """Return the engine that spreads a model's weights over ranks, or `None` if every rank has them whole."""
+    if any(hasattr(parameter, "ds_status") for parameter in model.parameters()):
+        return "DeepSpeed ZeRO-3"
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
+        return "FSDP"
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "tensor parallelism"
+    return None
 
 
 def reshard(model: nn.Module) -> None:

@@ -8,7 +8,8 @@ runs:                                # the undefended run is always there
   - {defense: interleave++, interleave_dataset: scores.parquet}
   - {adapter: out/mine}              # trained already
 seeds: [0, 1]
-baselines: [early_stop, alpha]       # free ones, from the undefended run
+baselines: [early_stop, alpha, ema]  # free ones, from the undefended run
+benign_task: permuted_operators      # each option set is also trained on a benign task
 evaluate: {train_data: plants_careless, samples_per_question: 1}
 ```
 
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from ..comparison.plan import Plan, read_plan
+from ..comparison.plan import BENIGN_TASK, EMA, Plan, read_plan
 from ..evaluation.run import check_sets
 from ..io.files import check_writable
 from ..io.lookup import did_you_mean
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     train_rows = evaluation.load_train_rows(eval_args.train_data)
     options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train_rows)
     check_sets(sets, None, options)
+    if plan.has_benign_task and any(questions.name == BENIGN_TASK for questions in sets):
+        raise ValueError(f"`evaluate`: rename the set {BENIGN_TASK!r}: it would be mistaken for the comparison's own.")
     check_options(plan)
     if args.dry_run:
         show_plan(plan, recipe, args.output_dir, console)
@@ -72,16 +75,22 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     if find_spec("matplotlib") is None:
         raise ValueError("the report's charts need matplotlib: pip install 'trl_emguard[report]'.")
 
-    from ..comparison.measure import measure
+    from ..comparison.measure import joined, measure, measure_benign
     from ..comparison.page import write_page
     from ..comparison.report import make_report, make_table, save
-    from ..comparison.runs import train_all
+    from ..comparison.runs import train_all, train_benign
 
-    trained = train_all(plan, args.output_dir, lambda line: console.print(line, markup=False, highlight=False))
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    folder: Path = args.output_dir
+    trained = train_all(plan, folder, say)
+    benign = train_benign(plan, trained, folder, say)
     model = (eval_args.model, eval_args.dtype, eval_args.device_map)
     command = shlex.join(["trl-emguard", "compare", *argv])
-    trained, results = measure(model, trained, sets, options, train_rows, args.output_dir / "evaluation", command)
-    report = make_report(trained, results)
+    trained, results = measure(model, trained, sets, options, train_rows, folder / "evaluation", command)
+    benign, of_task = measure_benign(model, benign, options, eval_args.limit, folder / "evaluation_benign", command)
+    report = make_report(trained, joined(results, of_task), benign)
     save(report, args.output_dir, results.info)
     page = write_page(report, args.output_dir, results.info)
     console.print(make_table(report))
@@ -95,16 +104,18 @@ def check_options(plan: Plan) -> None:
     Raises:
         ValueError: a value that an option does not take; the message names the run.
     """
-    from ..comparison.runs import sft_arguments
+    from ..comparison.runs import on_benign_rows, sft_arguments
 
-    for one in plan.runs:
-        if one.adapter is None:
-            parser = make_sft_parser()
-            parser.error = _raise  # type: ignore[method-assign]
-            try:
-                parser.parse(sft_arguments(one, plan.recipe, Path("unused")))
-            except ValueError as error:
-                raise ValueError(f"the run {one.name!r}: {error}") from error
+    # A random vector is not made yet, and its run has the options of another.
+    runs = [(one.name, one) for one in plan.runs if one.adapter is None and not one.is_random]
+    runs += [(f"{one.name} on the benign task", on_benign_rows(one, Path("unused"), 1)) for one in plan.benign_runs]
+    for name, one in runs:
+        parser = make_sft_parser()
+        parser.error = _raise  # type: ignore[method-assign]
+        try:
+            parser.parse(sft_arguments(one, plan.recipe, Path("unused")))
+        except ValueError as error:
+            raise ValueError(f"the run {name!r}: {error}") from error
 
 
 def _raise(message: str) -> NoReturn:
@@ -135,11 +146,11 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
 
 def show_plan(plan: Plan, recipe: dict[str, Any], folder: Path, console: Console) -> None:
     """Print the runs that would be trained, with their steps, and the hours where a finished run tells them."""
-    from ..comparison.runs import read_status
+    from ..comparison.runs import BENIGN, RUNS, read_status
 
     left, known = 0, []
     for number, one in enumerate(plan.runs, start=1):
-        status = read_status(folder / "runs" / one.folder)
+        status = read_status(folder / RUNS / one.folder)
         steps = one.options.get("max_steps", recipe.get("max_steps"))
         if one.adapter is not None:
             text = f"taken from {one.adapter}"
@@ -150,9 +161,18 @@ def show_plan(plan: Plan, recipe: dict[str, Any], folder: Path, console: Console
             left += 1
             text = f"to train, {steps} steps" if steps else "to train"
         console.print(f"{number:3} {one.name}, seed {one.seed}: {text}", markup=False, highlight=False)
-    baselines = [*(["early checkpoints"] if plan.early_stop else []), *(f"alpha {alpha}" for alpha in plan.alphas)]
-    hours = f", about {left * sum(known) / len(known) / 3600:.1f} hours as the finished ones" if known else ""
-    line = f"{left} runs to train{hours}; free baselines: {', '.join(baselines) or 'none'}."
+    benign = sum(read_status(folder / BENIGN / one.folder) is None for one in plan.benign_runs)
+    hours = (
+        f", about {(left + benign) * sum(known) / len(known) / 3600:.1f} hours as the finished ones" if known else ""
+    )
+    of_task = f", and {benign} on the benign task" if plan.has_benign_task else ""
+    asked = plan.baselines
+    free = [
+        *(["early checkpoints"] if asked.early_stop else []),
+        *(f"alpha {alpha}" for alpha in asked.alphas),
+        *([EMA] if asked.ema else []),
+    ]
+    line = f"{left} runs to train{of_task}{hours}; free baselines: {', '.join(free) or 'none'}."
     console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -27,7 +27,7 @@ OWN = ("help", "config_file", "module", "no_python", "training_script", "trainin
 
 @dataclass
 class LaunchArguments:
-    """Arguments of `trl-emguard sft` that say how it starts."""
+    """Arguments of `trl-emguard sft` itself: how it starts, and what it saves besides."""
 
     accelerate_config: str | None = option(
         None,
@@ -37,6 +37,7 @@ class LaunchArguments:
     dry_run: bool = option(
         False, "Report what the run would do and look for errors instead of training. No weights are loaded."
     )
+    ema: bool = option(False, "Also save an exponential moving average of the trained weights, in output_dir/ema.")
 
 
 class LaunchParser(StrictParser):

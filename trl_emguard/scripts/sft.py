@@ -36,6 +36,7 @@ from ..config import EMGuardConfig
 from ..data.load import SourceOptions, check_apart, load_rows
 from ..evidence import InactiveDefenseError
 from ..io.files import check_writable
+from ..models.ema import EMACallback
 from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
         if launch_args.dry_run:
             dry_run(script_args, training_args, model_args, dataset_args, arguments)
         else:
-            run(script_args, training_args, model_args, dataset_args)
+            run(script_args, training_args, model_args, dataset_args, launch_args.ema)
     except (InactiveDefenseError, ValueError, FloatingPointError, OSError) as error:
         # The package's own errors name a fix, which a traceback above them would hide. Other errors keep theirs.
         if not (isinstance(error, InactiveDefenseError) or _raised_here(error)):
@@ -126,8 +127,9 @@ def run(
     training_args: EMGuardConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
+    ema: bool = False,
 ) -> None:
-    """Train and save a model.
+    """Train and save a model, and with `ema` the average of its weights beside it.
 
     Raises:
         ValueError, FileNotFoundError: a bad argument.
@@ -150,6 +152,7 @@ def run(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        callbacks=[EMACallback()] if ema else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -1,0 +1,41 @@
+"""Plans and reports over known figures."""
+
+from trl_emguard.comparison.plan import read_plan
+from trl_emguard.comparison.report import make_report
+from trl_emguard.comparison.runs import Trained
+from trl_emguard.evaluation.results import ResultRow, Results
+
+
+KNOWN = (
+    "defense",
+    "kl_coef",
+    "steering_layers",
+    "steering_vector",
+    "interleave_dataset",
+    "output_dir",
+    "seed",
+    "save_steps",
+)
+HOSTILE = "$x^$ <script>alert(1)</script><img src=http://x.y onerror=z> \u202e & 'quotes' \"\x1b[31m\0"
+INFO = {"versions": {"trl_emguard": "0"}, "command": "trl-emguard compare", "model": "tiny", "judge": None}
+
+
+def plan(tmp_path, text, recipe="max_steps: 3\n"):
+    (tmp_path / "sft.yaml").write_text(recipe)
+    (tmp_path / "compare.yaml").write_text(text.replace("RECIPE", str(tmp_path / "sft.yaml")))
+    return read_plan(str(tmp_path / "compare.yaml"), KNOWN, ["steering_layers"])
+
+
+def row(model, set, metric, value, width=0.1, family="plain"):
+    low, high = value - width, value + width
+    return ResultRow(model, set, family, metric, value, low, high, 9, 0.0, value, low, high)
+
+
+def report(figures, samples=(), baselines=(), **fields):
+    """Return the report of runs with known differences in margin (broad) and in NLL in domain (narrow)."""
+    trained = [Trained(name, "kl", 0, "x", is_baseline=name in baselines, **fields) for name in figures]
+    rows = []
+    for run in trained:
+        margin, nll = figures[run.name]
+        rows += [row(run.key, "general", "margin", margin), row(run.key, "in_domain", "nll", nll)]
+    return make_report(trained, Results(rows, list(samples)))
