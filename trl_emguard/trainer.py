@@ -27,7 +27,7 @@ from trl.trainer.utils import get_config_model_id
 from .checks import check_before_loading, check_data, check_launch
 from .config import EMGuardConfig
 from .defended import DefendedTrainer
-from .defenses import Marks, ReferenceDefense
+from .defenses import Marks, ReferenceDefense, TermDefense
 from .guard.loss import LossGuard
 from .guard.scopes import ALL, positions_in_scope
 from .guard.sums import stacked
@@ -309,9 +309,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         marks = self._read_batch(inputs)
-        ranks = 1
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            ranks = self.accelerator.num_processes // self.get_tp_size()
+        is_averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        ranks = self.accelerator.num_processes // self.get_tp_size() if is_averaged else 1
         ce_scale, terms = scaled_terms(self._terms, inputs, marks.scopes, num_items_in_batch, self._all_tokens, ranks)
         states = None
         if self.reference is not None:
@@ -319,6 +318,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             layers = wanted_layers(self._terms, self._bare_model())
             states = self.reference.before(inputs, kept_positions(inputs, terms), compared_positions(terms), layers)
         guard = LossGuard(terms, self.defenses, ce_scale, marks.scopes, self.reference, states, self._compares_start)
+        guard.share = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps
         with self._gate.armed(guard):
             outputs = model(**inputs)
         loss = outputs.total
@@ -356,7 +356,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             super()._take_in_step()
             return
         sums = self._sums.reduce(self.accelerator, self.get_tp_size())
-        values = {term.name: sums[f"{term.name}/value"] for term in self._terms}
+        values = {d.name: sums[f"{d.name}/value"] for d in self.defenses if isinstance(d, TermDefense)}
         self._check_finite({"loss_ce": sums["ce"], **values, "grad_norm": self._grad_norm})
         metrics, labels = self._metrics["train"], max(sums["tokens"], 1)
         metrics["loss_ce"].append(sums["ce"] / labels)

@@ -1,7 +1,7 @@
 """Defenses: what a defense is, one file per method, and the list that `defense=` understands."""
 
 from .arguments import DefenseArguments
-from .base import Defense, Marks, Paper, ReferenceDefense, Step
+from .base import Defense, Marks, ModelDefense, Paper, ReferenceDefense, Step, TermDefense
 from .inoculation import Inoculation
 from .interleaving import Interleaving, InterleavingPlus, InterleavingPlusPlus
 from .kl import KL
@@ -21,10 +21,12 @@ __all__ = [
     "InterleavingPlus",
     "InterleavingPlusPlus",
     "Marks",
+    "ModelDefense",
     "Paper",
     "ReferenceDefense",
     "Steering",
     "Step",
+    "TermDefense",
     "build_defenses",
     "parse_defense",
     "register",
