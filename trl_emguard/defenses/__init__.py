@@ -8,6 +8,7 @@ from .kl import KL
 from .ldifs import LDIFS
 from .registry import DEFENSES, build_defenses, parse_defense, register
 from .steering import Steering
+from .treft import TReFT
 
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ReferenceDefense",
     "Steering",
     "Step",
+    "TReFT",
     "TermDefense",
     "build_defenses",
     "parse_defense",
