@@ -24,9 +24,8 @@ class DefenseArguments(
 
     defense: str = option(
         "none",
-        "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'treft', 'steering', "
-        "'inoculation', one of 'interleave', 'interleave+' and 'interleave++', several as in 'interleave++,kl', or "
-        "'none' for plain training.",
+        "Defenses, separated by commas: 'kl', 'ldifs', 'treft', 'steering', 'inoculation', one of 'interleave', "
+        "'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for plain training.",
     )
 
     def check_defense(self) -> Sequence[type[Defense]]:
