@@ -262,6 +262,18 @@ def test_rows_without_a_common_beginning_are_refused(tmp_path, rows, options):
         EMGuardTrainer(make_model(), args, train_dataset=rows or make_rows(), processing_class=tokenizer)
 
 
+def test_rows_that_nothing_prepares(tmp_path):
+    """Train on rows whose tokens the trainer does not touch, and refuse rows without tokens."""
+    rows = make_trainer(tmp_path, defense="none").train_dataset
+    options = {"defense": "treft", "max_steps": 2, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = make_trainer(tmp_path, rows=rows, peft=lora(), **options)
+    trainer.train()
+    assert make_tokenizer().decode(treft_of(trainer).prefix) == PREFIX
+    assert logged(trainer, "treft")[1] > 0
+    with pytest.raises(ValueError, match=r"train_dataset: defense 'treft' needs the tokens.*skip_prepare_dataset"):
+        make_trainer(tmp_path, **options)
+
+
 def test_a_stream_is_refused_before_weights_are_loaded(tmp_path):
     rows = IterableDataset.from_generator(lambda: iter(make_rows(4)))
     args = config(tmp_path, defense="treft")

@@ -75,8 +75,8 @@ class TReFT(ModelDefense):
         return {"treft_coef": self.coef}
 
     def describe(self) -> list[str]:
-        assert self._tokenizer is not None  # rows have been tokenised
-        text = self._tokenizer.decode(self.prefix)
+        # Rows that come tokenised may pass no tokenizer.
+        text = self.prefix if self._tokenizer is None else self._tokenizer.decode(self.prefix)
         return [f"keys and values are held on the {len(self.prefix)} tokens that every row begins with: {text!r}"]
 
     # ---- what it cannot act on ----
@@ -105,7 +105,6 @@ class TReFT(ModelDefense):
         self._tokenizer = tokenizer
         if self._template_arguments is None or not tokenizer.chat_template:
             return
-
         try:
             turns = [{"role": "user", "content": "-"}]
             tokenizer.apply_chat_template(turns, tokenize=False, **self._template_arguments)
@@ -123,9 +122,13 @@ class TReFT(ModelDefense):
 
     def train_loader(self, loading: Loading) -> Loading:
         rows = loading.rows.rows if isinstance(loading.rows, PlacedRows) else loading.rows
-        assert self._tokenizer is not None
+        if "input_ids" not in rows.column_names:
+            raise ValueError(
+                f"train_dataset: defense {self.name!r} needs the tokens of every row before training, and these rows "
+                f"have the columns {rows.column_names}: leave `skip_prepare_dataset` out, or give `input_ids`."
+            )
         self.prefix = common_prefix(rows)
-        if not set(self.prefix) - {self._tokenizer.bos_token_id}:
+        if not set(self.prefix) - {getattr(self._tokenizer, "bos_token_id", None)}:
             raise ValueError(
                 f"train_dataset: its rows have no common beginning (tokens {self.prefix}), so there is no prefix that "
                 f"defense {self.name!r} could hold. Train on conversations of one chat template. "
@@ -160,7 +163,7 @@ class TReFT(ModelDefense):
         self.start = [x0.to(x.device) for x, x0 in zip(states, self.start, strict=True)]
         changes = [_relative_change(x, x0).to(states[0].device) for x, x0 in zip(states, self.start, strict=True)]
         # FSDP2 gathers a block's weights once a gradient reaches its output, and nothing follows the last block.
-        return 2 * torch.stack(changes).mean() + 0 * last.sum()  # a block has keys and values
+        return 2 * torch.stack(changes).mean() + 0 * last.sum().to(changes[0])  # a block has keys and values
 
     # ---- checkpoints ----
 
