@@ -123,7 +123,7 @@ DEFENDED: dict[str, dict[str, Any]] = {
 }
 # A defense is compared with its lower bound, and a baseline with the defense that it computes.
 RATIO_TO = {
-    **dict.fromkeys((STOCK, REFERENCE, "kl cached", "steering", "inoculation", "interleave++"), (STOCK,)),
+    **dict.fromkeys((STOCK, REFERENCE, "kl cached", "treft", "steering", "inoculation", "interleave++"), (STOCK,)),
     **dict.fromkeys(("kl", "ldifs", "kl+ldifs"), (STOCK, REFERENCE)),
     **dict.fromkeys(("paper kl", "two kernels"), ("kl",)),
     "paper ldifs": ("ldifs",),
@@ -181,7 +181,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 MAIN = (STOCK, REFERENCE, "kl", "ldifs", "kl+ldifs", "kl cached")
-GUARDS = ("steering", "inoculation", "interleave++")
+GUARDS = ("treft", "steering", "inoculation", "interleave++")
 POINTS = {
     "cpu": [
         Point(SMOLLM2, "lora", 8, 124, (*MAIN, *GUARDS, "paper kl", "two kernels")),

@@ -40,6 +40,7 @@ RECIPE = {
 RUNS = [
     {"defense": "kl", "kl_coef": [0.1, 0.3, 1.0]},
     {"defense": "ldifs", "ldifs_coef": [1.0, 10.0]},
+    {"defense": "treft", "treft_coef": [1.0, 10.0, 30.0]},
     {"defense": "inoculation", "inoculation_prompt": "You write every answer in capital letters."},
     {"defense": "interleave++", **POOL, "interleave_fraction": [0.05, 0.1, 0.2]},
     {

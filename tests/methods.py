@@ -57,6 +57,12 @@ METHODS = {
         counts=("positions", "acted"),
         is_compared=True,
     ),
+    "treft": Method(
+        options={"treft_coef": 1.0},
+        off={"treft_coef": 0.0},
+        logs=("treft",),
+        counts=("acted",),
+    ),
     "steering": Method(
         options={"steering_coef": 1.0},
         off={"steering_coef": 0.0},
@@ -70,12 +76,12 @@ METHODS = {
     "interleave++": Method(**_POOL),
 }
 # One name for each kind of defense, and all of them at once.
-KINDS = ("none", "kl", "ldifs", "steering", "inoculation", "interleave++")
-EVERYTHING = "interleave++,kl,ldifs,steering,inoculation"
+KINDS = ("none", "kl", "ldifs", "treft", "steering", "inoculation", "interleave++")
+EVERYTHING = "interleave++,kl,ldifs,treft,steering,inoculation"
 # Defenses that compare the policy with a reference, alone and together.
 COMPARING = ("kl", "ldifs", "kl,ldifs")
 # Few runs in which every kind occurs: for suites whose runs take long.
-COVERING = ("none", "kl,ldifs", "interleave", "steering,kl", "inoculation")
+COVERING = ("none", "kl,ldifs", "treft", "interleave", "steering,kl", "inoculation")
 
 
 def split(defense: str) -> list[str]:

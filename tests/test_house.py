@@ -14,7 +14,7 @@ from trl_emguard.defenses import DEFENSES
 
 PACKAGE = Path(trl_emguard.__file__).parent
 # Words of single defenses. "kl" counts alone or between underscores, since it is a part of many other words.
-NAMES = re.compile(r"interleav|inoculat|steer|ldifs|(?<![a-z])kl(?![a-z])", re.IGNORECASE)
+NAMES = re.compile(r"interleav|inoculat|steer|ldifs|treft|(?<![a-z])kl(?![a-z])", re.IGNORECASE)
 WITHOUT_NAMES = sorted(
     path
     for place in (

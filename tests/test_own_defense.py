@@ -1,4 +1,4 @@
-"""Test a defense from outside of the package that uses every hook: it trains, logs, resumes and describes itself."""
+"""Test defenses from outside of the package that use every hook: they train, log, resume and describe themselves."""
 
 import json
 from contextlib import contextmanager
@@ -10,9 +10,10 @@ import torch
 from datasets import Dataset
 from tiny import config, logged, lora, make_model, make_rows, make_tokenizer
 from transformers import TrainerCallback
+from twin import first_gradients, relative_error
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer, InactiveDefenseError, ReferenceDefense, register
-from trl_emguard.defenses import DEFENSES, Marks
+from trl_emguard.defenses import DEFENSES, Marks, ModelDefense
 from trl_emguard.defenses.options import option
 
 
@@ -124,6 +125,12 @@ class Anchor(ReferenceDefense):
         self.seen = int(evidence.pop("rows", 0))
         super().begin(evidence)
 
+    def save(self, folder):
+        (Path(folder) / "anchor.txt").write_text(str(self.seen))
+
+    def load(self, folder):
+        self.loaded = (Path(folder) / "anchor.txt").read_text()
+
     def evidence(self):
         return {**super().evidence(), "rows": self.seen}
 
@@ -133,13 +140,29 @@ class Anchor(ReferenceDefense):
         return super().verdict(final)
 
 
+class Weights(ModelDefense):
+    """Mean square of the embedding's weights."""
+
+    name = "weights"
+
+    def __init__(self, args):
+        self.coef = 3.0
+
+    def model_states(self, model, batch):
+        return [model.get_input_embeddings().weight]
+
+    def model_loss(self, states):
+        return states[0].square().mean()
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setattr("trl_emguard.defenses.registry.DEFENSES", DEFENSES)
     register(Anchor)
+    register(Weights)
     HOOKS.clear()
     yield
-    del DEFENSES["anchor"]
+    del DEFENSES["anchor"], DEFENSES["weights"]
 
 
 def make(folder, **options):
@@ -163,7 +186,7 @@ def make(folder, **options):
         AnchorConfig(str(folder), **options),
         train_dataset=make_rows(),
         processing_class=make_tokenizer(),
-        peft_config=lora(),
+        peft_config=None if options["defense"] == "weights" else lora(),
     )
 
 
@@ -207,6 +230,8 @@ def test_it_resumes(tmp_path):
     again.train(resume_from_checkpoint=True)
     assert logged(again, "loss") == logged(whole, "loss")
     assert again.defenses[0].evidence() == whole.defenses[0].evidence()
+    assert again.defenses[0].loaded == "4"
+    assert not (tmp_path / "whole" / "anchor.txt").exists()
     with pytest.raises(ValueError, match="anchor_rows=3"):
         make(tmp_path / "part", anchor_rows=3).train(resume_from_checkpoint=True)
 
@@ -222,3 +247,21 @@ def test_its_options_are_checked_and_switch_it_off(tmp_path):
     with pytest.raises(ValueError, match="anchor_rows=0"):
         make(tmp_path, anchor_rows=0)
     assert make(tmp_path, anchor_coef=0.0).defenses == []
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(16, 1), (4, 4), (3, 6)])
+def test_a_term_of_the_model_counts_once_in_a_step(tmp_path, batch, accumulation):
+    """Find the plain gradient and the term's own in the sum, however the step is cut."""
+    step = {"max_steps": 1, "max_grad_norm": 0.0, "save_strategy": "no"}
+    cut = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    trainer = make(tmp_path, defense="weights", **step, **cut)
+    weight = trainer.model.get_input_embeddings().weight.detach().clone()
+    ours = first_gradients(trainer)
+    assert logged(trainer, "weights") == pytest.approx([weight.square().mean().item()])
+    assert trainer.defenses[0].evidence()["positions"] == 1
+    plain = make(tmp_path, defense="weights", **step, per_device_train_batch_size=16)
+    plain.defenses[0].coef = 0.0
+    expected = first_gradients(plain)
+    name = next(name for name in expected if "embed_tokens" in name)
+    expected[name] = expected[name] + 3.0 * 2 * weight / weight.numel()
+    assert relative_error(ours, expected) < 1e-5

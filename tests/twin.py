@@ -1,6 +1,7 @@
 """Plain twin of a defended step: float64, one row at a time without padding, full logits, autograd."""
 
 import copy
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -68,11 +69,12 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]
 
 
 def twin_step(
-    trainer: Any, layers: tuple[int, ...] = (2, 4), mixed_in: Sequence[dict] = ()
+    trainer: Any, layers: tuple[int, ...] = (2, 4), mixed_in: Sequence[dict] = (), start: Any = None
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Return values and gradients of a step over the whole training set, before the trainer has trained.
 
     `layers` are those of `ldifs_layers`; by default "every:2" of four blocks. `mixed_in` are tokenised rows of a pool.
+    `start` is a copy of the model before it was moved, for terms that compare with it.
     """
     rows = [*trainer.train_dataset, *mixed_in]
     scope_name = next((d.tokens for d in trainer.defenses if d.name == "kl"), "loss")
@@ -87,8 +89,8 @@ def twin_step(
         swap = nullcontext
     else:
         other = policy
-        if reference.adapter is None:
-            swap = policy.disable_adapter
+        if getattr(reference, "adapter", None) is None:
+            swap = getattr(policy, "disable_adapter", nullcontext)
         else:
 
             def swap():
@@ -120,15 +122,39 @@ def twin_step(
                 x, x0 = (v / v.norm(dim=-1, keepdim=True) for v in (x, x0))
             ldifs = ldifs + (x - x0).pow(2).sum() / len(layers)
     names = args.defense.split(",")
-    values = {"loss_ce": ce / tokens, "kl": kl / kl_tokens, "ldifs": ldifs / tokens}
+    treft = prefix_change(policy, start, rows) if "treft" in names else torch.zeros(())
+    values = {"loss_ce": ce / tokens, "kl": kl / kl_tokens, "ldifs": ldifs / tokens, "treft": treft}
     terms = {
         "kl": next((d.coef for d in trainer.defenses if d.name == "kl"), 0.0) * kl / kl_tokens,
         "ldifs": args.ldifs_coef * values["ldifs"],
+        "treft": args.treft_coef * treft,
     }
     loss = values["loss_ce"] + sum(term for name, term in terms.items() if name in names)
     loss.backward()
     gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     return {"loss": loss.item(), **{name: value.item() for name, value in values.items()}}, gradients
+
+
+def prefix_change(policy: Any, start: Any, rows: Sequence[dict]) -> torch.Tensor:
+    """Return TReFT's distance, `()`, from keys and values that are made of the inputs of every block."""
+    columns = zip(*(row["input_ids"] for row in rows), strict=False)
+    prefix = torch.tensor([[ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)]])
+
+    def keys_and_values(model: Any) -> list[torch.Tensor]:
+        inputs = model(input_ids=prefix, output_hidden_states=True).hidden_states[:-1]
+        found = []
+        for block, x in zip(bare(model).model.layers, inputs, strict=True):
+            attended = block.input_layernorm(x)[0]
+            found += [block.self_attn.k_proj(attended), block.self_attn.v_proj(attended)]
+        return found
+
+    with torch.no_grad():
+        before = keys_and_values(copy.deepcopy(start).double().eval())
+    changes = [
+        ((x - x0).pow(2).sum(-1) / x0.pow(2).sum(-1)).mean()
+        for x, x0 in zip(keys_and_values(policy), before, strict=True)
+    ]
+    return sum(changes) / (len(changes) / 2)
 
 
 class _active:

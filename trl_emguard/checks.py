@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
 
-from .defenses.base import Defense, ReferenceDefense
+from .defenses.base import Defense, ModelDefense, ReferenceDefense
 from .defenses.registry import DEFENSES
 
 
@@ -249,6 +249,7 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
             f"fsdp_version=1 does not work with defense={args.defense!r}, which reads the head's weights by itself: "
             "set fsdp_version: 2 in the accelerate file."
         )
+    _check_own_passes([defense.name for defense in defenses if isinstance(defense, ModelDefense)], args, engine)
     if engine.fsdp_checkpointing and any(defense.surrounds_policy() for defense in defenses):
         raise ValueError(
             f"fsdp_activation_checkpointing does not work with defense={args.defense!r}: it runs a block's hooks a "
@@ -264,4 +265,24 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
             f"cache_reference=True does not work with {engine.sharding}, which makes another model of the policy when "
             "training starts, and the states are computed before. Leave `cache_reference` out, or train by DDP or on "
             "one device."
+        )
+
+
+def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
+    """Refuse engines that do not go with defenses which run passes of their own."""
+    if names and engine.sharding == "tensor parallelism":
+        raise ValueError(
+            f"defense={','.join(names)!r} does not work with tensor parallelism, which splits over ranks what it "
+            "compares: set tp_size to 1."
+        )
+    # Reentrant is torch's default once transformers is given any keyword.
+    how = args.activation_checkpointing_kwargs or {"use_reentrant": False}
+    is_reentrant = args.activation_checkpointing and how.get("use_reentrant", True)
+    takes_one = engine.sharding == "DeepSpeed" or (engine.sharding is None and args.world_size > 1)
+    if names and is_reentrant and takes_one:
+        raise ValueError(
+            f"activation_checkpointing_kwargs={args.activation_checkpointing_kwargs} does not work with "
+            f"defense={','.join(names)!r} under {engine.sharding or 'DDP'}: its own pass and the reentrant backward "
+            "pass would each give a weight a gradient, and the engine takes one. Leave "
+            "`activation_checkpointing_kwargs` out."
         )

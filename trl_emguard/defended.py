@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from .checkpoints.resume import checkpoint_folder, holds_adapter
 from .checkpoints.whole import WholeCheckpoints
 from .checks import Engine, check_engine, load_config
-from .defenses import Defense, DefenseArguments, Marks, ReferenceDefense, Step, build_defenses
+from .defenses import Defense, DefenseArguments, Marks, Step, TermDefense, build_defenses
 from .defenses.registry import options_text
 from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, write_defense_file
 from .guard.forward import Gate
@@ -177,7 +177,7 @@ class DefendedTrainer(WholeCheckpoints):
                 self._save_checkpoint(self.model_wrapped, trial)
             raise InactiveDefenseError(f"{verdict} The model was saved in {folder}.")
         for defense in self.defenses:
-            if isinstance(defense, ReferenceDefense) and defense.proof.is_unjudged:
+            if isinstance(defense, TermDefense) and defense.proof.is_unjudged:
                 logger.warning(
                     f"defense {defense.name!r}: training ended before the policy had moved and been compared again, "
                     "so nothing shows that it acts."
@@ -207,6 +207,7 @@ class DefendedTrainer(WholeCheckpoints):
             return
         for defense in self.defenses:
             defense.continue_from(record["defenses"][defense.name])
+            defense.load(checkpoint)
         self._has_moved = bool(record.get("moved", False))
         self._begin_with = {defense.name: record["evidence"][defense.name] for defense in self.defenses}
 
@@ -365,15 +366,16 @@ class DefendedTrainer(WholeCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
+            for defense in self.defenses if _internal_call and output_dir else ():  # a checkpoint
+                defense.save(str(output_dir))
             write_defense_file(output_dir or self.args.output_dir, self._record())
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         super().create_model_card(model_name, dataset_name, tags)
-        if not self.is_world_process_zero():
-            return
-        add_to_card(self.args.output_dir, self.defenses, self._verdict(), self._record()["reference"])
+        if self.is_world_process_zero():
+            add_to_card(self.args.output_dir, self.defenses, self._verdict(), self._record()["reference"])
 
 
 class _StepCallback(TrainerCallback):

@@ -27,7 +27,7 @@ from .checks import check_before_loading, check_data, check_launch
 from .config import EMGuardConfig
 from .data.prepare import Rows
 from .defended import DefendedTrainer
-from .defenses import Marks, ReferenceDefense
+from .defenses import Marks, ReferenceDefense, TermDefense
 from .guard.loss import LossGuard, balance_loss
 from .guard.scopes import LABELS, count_positions
 from .guard.sums import stacked
@@ -305,9 +305,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         inputs["use_cache"] = False
         inputs |= {"output_router_logits": True} if self.aux_loss_enabled else {}
         marks = self._read_batch(inputs)
-        ranks = 1
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            ranks = self.accelerator.num_processes // self.get_tp_size()
+        is_averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        ranks = self.accelerator.num_processes // self.get_tp_size() if is_averaged else 1
         counts = {} if num_items_in_batch is None else {**self._counts, LABELS: num_items_in_batch}
         ce_scale, terms = scaled_terms(self._terms, inputs, marks.scopes, counts, ranks)
         reference, states, positions = self.reference, None, None
@@ -324,6 +323,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
                 states = reference.before(inputs, positions, layers)
         guard = LossGuard(terms, self.defenses, ce_scale, marks.scopes, reference, states, positions)
         guard.compares_start = self._compares_start
+        guard.share = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps
         with self._gate.armed(guard):
             outputs = model(**inputs)
         loss = outputs.total
@@ -355,7 +355,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             super()._take_in_step()
             return
         sums = self._sums.reduce(self.accelerator, self.get_tp_size())
-        values = {term.name: sums[f"{term.name}/value"] for term in self._terms}
+        values = {d.name: sums[f"{d.name}/value"] for d in self.defenses if isinstance(d, TermDefense)}
         self._check_finite({"loss_ce": sums["ce"], **values, "grad_norm": self._grad_norm})
         metrics, labels = self._metrics["train"], max(sums["tokens"], 1)
         metrics["loss_ce"].append(sums["ce"] / labels)

@@ -29,14 +29,15 @@ CONDITIONS = [
     Cell("kl", "full", True, options={"bf16": True}, tolerance=0.05),
     Cell("ldifs,steering", options={"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}),
     Cell("interleave++,kl", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
+    Cell("treft", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
     Cell("kl", "full", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
 ]
 # Every defense, tuning and mode of checkpointing runs on every engine that treats it differently.
 SLICE = {
     "ddp": [Cell("ldifs", "full", True), Cell("interleave++,kl", "lora", False)],
     "zero2": [Cell("kl", "full", False), Cell("inoculation", "lora", True)],
-    "zero3": [Cell("kl", "lora", True), Cell("interleave++,kl", "full", False), Cell("steering", "lora", False)],
-    "fsdp2": [Cell("kl", "full", True), Cell("ldifs", "lora", False), Cell("steering", "full", False)],
+    "zero3": [Cell("kl", "lora", True), Cell("interleave++,kl", "full", False), Cell("steering,treft", "lora", True)],
+    "fsdp2": [Cell("kl", "full", True), Cell("ldifs", "lora", False), Cell("steering,treft", "full", False)],
 }
 
 

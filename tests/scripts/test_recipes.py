@@ -45,7 +45,7 @@ VARIANTS = {
     "qlora": ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
     "full": ("use_peft", "lora_", "use_rslora", "dtype", "learning_rate"),
 }
-OF_A_DEFENSE = ("defense", "output_dir", "kl_", "ldifs_", "steering_", "inoculation_", "interleave_")
+OF_A_DEFENSE = ("defense", "output_dir", "kl_", "ldifs_", "treft_", "steering_", "inoculation_", "interleave_")
 
 
 def read(path):
@@ -239,6 +239,7 @@ def test_recipes_of_one_model_differ_in_the_defense_alone(folder):
     assert set(recipes) - {"sft", *VARIANTS} == {
         "kl",
         "ldifs",
+        "treft",
         "steering",
         "inoculation",
         "interleaving",
@@ -255,7 +256,7 @@ def test_recipes_of_one_model_differ_in_the_defense_alone(folder):
     # All recipes of a defense say the same about it.
     for recipe in recipes.values():
         for key, value in recipe.items():
-            if key.startswith(("kl_", "ldifs_", "steering_", "interleave_")):
+            if key.startswith(("kl_", "ldifs_", "treft_", "steering_", "interleave_")):
                 (said,) = {str(other[key]) for other in recipes.values() if key in other}
                 assert str(value) == said, key
 

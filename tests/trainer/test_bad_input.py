@@ -57,6 +57,7 @@ def no_weights(monkeypatch):
         ({"defense": "kl", "kl_coef": "0.1"}, "kl_coef='0.1' is not a coefficient"),
         ({"defense": "kl", "kl_coef": True}, "kl_coef=True is not a coefficient"),
         ({"defense": "ldifs", "ldifs_coef": -1}, "ldifs_coef=-1 is not a coefficient"),
+        ({"defense": "treft", "treft_coef": -1}, "treft_coef=-1 is not a coefficient"),
         (
             {"defense": "kl", "kl_direction": "backward"},
             "kl_direction='backward' is not known: give one of 'reverse', 'forward'.",

@@ -1,13 +1,14 @@
 """Defenses: what a defense is, one file per method, and the list that `defense=` understands."""
 
 from .arguments import DefenseArguments
-from .base import Defense, Marks, Paper, ReferenceDefense, Step
+from .base import Defense, Marks, ModelDefense, Paper, ReferenceDefense, Step, TermDefense
 from .inoculation import Inoculation
 from .interleaving import Interleaving, InterleavingPlus, InterleavingPlusPlus
 from .kl import KL
 from .ldifs import LDIFS
 from .registry import DEFENSES, build_defenses, parse_defense, register
 from .steering import Steering
+from .treft import TReFT
 
 
 __all__ = [
@@ -21,10 +22,13 @@ __all__ = [
     "InterleavingPlus",
     "InterleavingPlusPlus",
     "Marks",
+    "ModelDefense",
     "Paper",
     "ReferenceDefense",
     "Steering",
     "Step",
+    "TReFT",
+    "TermDefense",
     "build_defenses",
     "parse_defense",
     "register",

@@ -13,17 +13,19 @@ from .ldifs import LDIFSOptions
 from .options import option
 from .registry import DEFENSES, parse_defense
 from .steering import SteeringOptions
+from .treft import TReFTOptions
 
 
 @dataclass
-class DefenseArguments(InterleavingOptions, InoculationOptions, SteeringOptions, LDIFSOptions, KLOptions):
+class DefenseArguments(
+    InterleavingOptions, InoculationOptions, SteeringOptions, TReFTOptions, LDIFSOptions, KLOptions
+):
     """Choice of defenses, with the options of every method. Mix it into a TRL config, before the config's class."""
 
     defense: str = option(
         "none",
-        "Defenses against emergent misalignment, separated by commas: 'kl', 'ldifs', 'steering', 'inoculation', one "
-        "of 'interleave', 'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for "
-        "plain training.",
+        "Defenses, separated by commas: 'kl', 'ldifs', 'treft', 'steering', 'inoculation', one of 'interleave', "
+        "'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for plain training.",
     )
 
     def check_defense(self) -> Sequence[type[Defense]]:

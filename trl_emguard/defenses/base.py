@@ -64,9 +64,10 @@ class Defense:
     """An in-training defense.
 
     The trainer knows no defense by name. It builds the ones that `defense=` lists and calls their hooks, here in the
-    order of a run. Each has a default of nothing. A defense that adds a term to the loss is a [`ReferenceDefense`].
+    order of a run. Each has a default of nothing. A defense that adds a term to the loss is a [`ReferenceDefense`],
+    whose term is a distance per token, or a [`ModelDefense`], whose term does not depend on the batch.
 
-    To write your own, derive from one of the two, give it a `name`, and call [`register`]:
+    To write your own, derive from one of the three, give it a `name`, and call [`register`]:
 
     ```python
     @register
@@ -239,6 +240,14 @@ class Defense:
         """Start training, with the [`evidence`] of the checkpoint that it resumes from; empty for a new run."""
         del evidence
 
+    def save(self, folder: str) -> None:
+        """Write into a checkpoint's folder what a resumed run needs and [`evidence`] is too small for."""
+        del folder
+
+    def load(self, folder: str) -> None:
+        """Read what [`save`] has written, before a run resumes. Raise `ValueError` if it is missing or corrupt."""
+        del folder
+
     def evidence(self) -> dict[str, Any]:
         """Return what shows so far that the defense acts, as JSON for `defense.json`."""
         return {}
@@ -258,7 +267,45 @@ class Defense:
         return cls.policy_pass is not Defense.policy_pass
 
 
-class ReferenceDefense(Defense):
+class TermDefense(Defense):
+    """A defense that adds a term to the loss, and owns the evidence that the term forms a gradient."""
+
+    own_loss = True
+
+    coef: float = 1.0
+
+    _proof: Evidence | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.coef != 0
+
+    @property
+    def proof(self) -> Evidence:
+        """Evidence that the term acts, counted step by step."""
+        if self._proof is None:
+            self._proof = Evidence()
+        return self._proof
+
+    def end_step(self, step: Step) -> dict[str, float]:
+        value, positions, gradient, requires_grad = self._sums(step)
+        self.proof.end_step(value, positions, gradient, requires_grad, has_moved=step.has_moved)
+        return {self.name: value / max(positions, 1)}
+
+    def _sums(self, step: Step) -> list[float]:
+        return [step.sums[f"{self.name}/{what}"] for what in ("value", "positions", "evidence", "requires_grad")]
+
+    def begin(self, evidence: dict[str, Any]) -> None:
+        self._proof = Evidence.read(self.name, evidence)
+
+    def evidence(self) -> dict[str, Any]:
+        return self.proof.as_json()
+
+    def verdict(self, final: bool = False) -> str | None:
+        return self.proof.verdict(self.name, final)
+
+
+class ReferenceDefense(TermDefense):
     """A defense that adds `coef · (1/N) Σ_t d(policy, reference)_t` to the loss.
 
     d is a distance per token. The sum goes over the positions of the scope `tokens`: `"loss"` for those that predict a
@@ -268,18 +315,9 @@ class ReferenceDefense(Defense):
     outputs.
     """
 
-    own_loss = True
-
-    coef: float = 1.0
     tokens: str = "loss"
     mean_over: str | None = None
     divergence: Literal["reverse", "forward"] | None = None
-
-    _proof: Evidence | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.coef != 0
 
     def layers(self, num_layers: int) -> Sequence[int]:
         """Return the blocks whose outputs [`token_loss`] compares, counted from 1 to `num_layers`."""
@@ -295,23 +333,32 @@ class ReferenceDefense(Defense):
         """
         raise TypeError(f"{type(self).__name__} must set `divergence`, or override `layers` and `token_loss`.")
 
-    @property
-    def proof(self) -> Evidence:
-        """Evidence that the term acts, counted step by step."""
-        if self._proof is None:
-            self._proof = Evidence()
-        return self._proof
+
+class ModelDefense(TermDefense):
+    """A defense that adds `coef · d(model)` to the loss of a step.
+
+    d does not depend on the batch: each micro-batch takes an equal share of it, and every rank forms the same.
+    """
+
+    def model_states(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return the states that [`model_loss`] compares, with their gradient.
+
+        It is called in every micro-batch, inside of the policy's forward and after its pass, with nothing around it.
+        Every rank must run the same modules.
+
+        Args:
+            model: causal language model without wrappers.
+            batch: collated micro-batch.
+        """
+        raise TypeError(f"{type(self).__name__} must override `model_states`.")
+
+    def model_loss(self, states: list[torch.Tensor]) -> torch.Tensor:
+        """Return d, `()`, as a differentiable function of the states."""
+        raise TypeError(f"{type(self).__name__} must override `model_loss`.")
 
     def end_step(self, step: Step) -> dict[str, float]:
-        sums = {what: step.sums[f"{self.name}/{what}"] for what in ("value", "positions", "evidence", "requires_grad")}
-        self.proof.end_step(**sums, has_moved=step.has_moved)
-        return {self.name: sums["value"] / max(sums["positions"], 1)}
-
-    def begin(self, evidence: dict[str, Any]) -> None:
-        self._proof = Evidence.read(self.name, evidence)
-
-    def evidence(self) -> dict[str, Any]:
-        return self.proof.as_json()
-
-    def verdict(self, final: bool = False) -> str | None:
-        return self.proof.verdict(self.name, final)
+        value, shares, gradient, requires_grad = self._sums(step)
+        # Every rank has added the same, and a step counts once.
+        value, gradient = value / shares, gradient / shares
+        self.proof.end_step(value, 1, gradient, requires_grad, has_moved=step.has_moved)
+        return {self.name: value}

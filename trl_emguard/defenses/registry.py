@@ -9,6 +9,7 @@ from .interleaving.defense import Interleaving, InterleavingPlus, InterleavingPl
 from .kl import KL
 from .ldifs import LDIFS
 from .steering import Steering
+from .treft import TReFT
 
 
 DEFENSES: dict[str, type[Defense]] = {}
@@ -35,7 +36,7 @@ def register(defense: type[Defense]) -> type[Defense]:
     return defense
 
 
-for _defense in (KL, LDIFS, Steering, Inoculation, Interleaving, InterleavingPlus, InterleavingPlusPlus):
+for _defense in (KL, LDIFS, TReFT, Steering, Inoculation, Interleaving, InterleavingPlus, InterleavingPlusPlus):
     register(_defense)
 
 

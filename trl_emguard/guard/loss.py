@@ -10,12 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from ..defenses.base import Defense
+from ..defenses.base import Defense, ModelDefense
 from ..models.sharding import gathered
 from ..ops import ce_divergence_head, logit_transform
 from .forward import States, run_backbone
 from .scopes import positions_in_scope
-from .terms import Term, kept_positions, state_term, wanted_layers
+from .terms import Term, kept_positions, model_term, state_term, wanted_layers
 
 
 @dataclass
@@ -82,6 +82,10 @@ class LossGuard:
         states: the reference's states, if it ran before the policy or they were read from disk.
         referenced: `(B, T - 1)`, positions of the reference's states; those of all terms are among them.
         compares_start: whether policy and reference are compared as they are before the first update.
+
+    Attributes:
+        share: this micro-batch's share of the terms that do not depend on the batch: 1 / micro-batches of the step, or
+            1 where Trainer divides the loss by their number.
     """
 
     def __init__(
@@ -96,7 +100,9 @@ class LossGuard:
         compares_start: bool = False,
     ):
         self.referenced = referenced
+        self.share = 1.0
         self.compares_start = compares_start
+        self.model_defenses = [defense for defense in defenses if isinstance(defense, ModelDefense)]
         self.terms = terms
         self.defenses = defenses
         self.ce_scale = ce_scale
@@ -109,8 +115,8 @@ class LossGuard:
         """Names of the sums in [`GuardOutput.stats`]."""
         names = ["ce", "tokens", "entropy", "top1"]
         names += [f"{what}/{scope}" for scope in self.marks for what in ("ce", "tokens")]
-        for term in self.terms:
-            names += [f"{term.defense.name}/{what}" for what in ("value", "positions", "evidence", "requires_grad")]
+        for defense in [*(term.defense for term in self.terms), *self.model_defenses]:
+            names += [f"{defense.name}/{what}" for what in ("value", "positions", "evidence", "requires_grad")]
         return [*names, "start_difference"] if self.compares_start else names
 
     def __call__(
@@ -154,6 +160,10 @@ class LossGuard:
                 weighted, value, evidence, connected = state_term(term, own, policy.blocks, blocks, kept, referenced)
                 loss = loss + weighted.to(loss.device)
             stats += [value, term.positions.sum(), evidence, torch.tensor(connected)]
+        for defense in self.model_defenses:
+            weighted, sums = model_term(defense, model, batch, self.share)
+            loss = loss + weighted.to(loss.device)
+            stats += sums
         if self.compares_start:
             stats.append(_difference(policy, reference, referenced[kept], has_label))
         return GuardOutput(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..defenses.base import ReferenceDefense
+from ..defenses.base import ModelDefense, ReferenceDefense
 from ..models.blocks import decoder_blocks
 from ..ops import with_gradient
 from .scopes import LABELS, positions_in_scope
@@ -103,6 +103,36 @@ def state_term(
                 f"distance per token, ({len(leaves[0])},)."
             )
         weighted = distance.sum() * term.scale.to(distance)
+    gradients, evidence = _gradients(weighted, leaves)
+    connected = any(x.requires_grad for x in states)
+    return with_gradient(weighted, states, gradients), distance.detach().sum(), evidence, connected
+
+
+def model_term(
+    defense: ModelDefense, model: PreTrainedModel, batch: Mapping[str, Any], share: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Form a micro-batch's share of a term that does not depend on the batch, with its gradient.
+
+    Returns:
+        share · coef · d, `()`, connected to the weights; and its sums: share · d, the share itself, the evidence
+        Σ |∂ share · coef · d / ∂ states|, and whether any of the states requires grad.
+    """
+    states = defense.model_states(model, batch)
+    # Leaves give the gradient in each state alone. States of higher blocks also depend on those of lower ones.
+    leaves = [x.detach().requires_grad_() for x in states]
+    with torch.enable_grad():
+        distance = defense.model_loss(leaves)
+        weighted = share * defense.coef * distance
+    gradients, evidence = _gradients(weighted, leaves)
+    connected = any(x.requires_grad for x in states)
+    sums = [share * distance.detach(), torch.tensor(share), evidence, torch.tensor(connected)]
+    return with_gradient(weighted, states, gradients), sums
+
+
+def _gradients(
+    weighted: torch.Tensor, leaves: Sequence[torch.Tensor]
+) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
+    """Return a term's gradient in the states that it compares, and the evidence Σ |gradient|, `()`."""
     gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
     # A detached term has a value and no gradient, and the evidence says so.
     if weighted.requires_grad:
@@ -111,8 +141,7 @@ def state_term(
     for gradient in gradients:
         if gradient is not None:
             evidence += gradient.abs().sum(dtype=torch.float32).to(evidence.device)
-    connected = any(x.requires_grad for x in states)
-    return with_gradient(weighted, states, gradients), distance.detach().sum(), evidence, connected
+    return gradients, evidence
 
 
 def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) -> list[int]:

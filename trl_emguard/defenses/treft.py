@@ -1,0 +1,282 @@
+"""Token-regularised fine-tuning: keys and values of the chat template's prefix stay where they were (2606.06667)."""
+
+import copy
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import IterableDataset
+from jinja2 import TemplateError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.data_utils import is_conversational
+
+from ..data.places import Loading, PlacedRows
+from ..data.prepare import Rows
+from ..evidence import InactiveDefenseError
+from ..io.files import written_whole
+from ..models.batches import eval_mode
+from ..models.blocks import decoder_blocks
+from ..models.chat import template_arguments
+from .base import ModelDefense, Paper
+from .options import check_coefficient, option
+
+
+# File of a checkpoint with the prefix, and with its keys and values as they were before training.
+START_FILE = "treft.npz"
+
+
+@dataclass
+class TReFTOptions:
+    """Options of `treft`: change of keys and values on the chat template's prefix."""
+
+    treft_coef: float = option(
+        10.0, "Weight of the relative squared change of keys and values on the prefix. 0 switches it off."
+    )
+
+
+class TReFT(ModelDefense):
+    """Loss `L = CE + treft_coef · mean_l mean_t (‖k − k⁰‖²/‖k⁰‖² + ‖v − v⁰‖²/‖v⁰‖²)` over the prefix's tokens t.
+
+    The prefix is the longest sequence of tokens that every training row begins with. k and v are what `k_proj` and
+    `v_proj` of block l make of it, with adapters, before the rotation by position; k⁰ and v⁰ are those of the model
+    that training starts from. The prefix is the same in every row, so one pass of it alone gives them.
+    """
+
+    name = "treft"
+    papers = (
+        Paper(
+            "The Piggyback Hypothesis of Generalization: Explaining and Mitigating Emergent Misalignment",
+            "2606.06667",
+        ),
+    )
+    Options = TReFTOptions
+    switch = "treft_coef"
+
+    def __init__(self, args: Any):
+        self.coef = check_coefficient("treft_coef", args.treft_coef)
+        self.prefix: list[int] = []
+        # Keys and values before training, block by block: `(1, prefix, width)` each, in fp32.
+        self.start: list[torch.Tensor] | None = None
+        self._template_arguments: dict[str, Any] | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def check_options(cls, args: Any) -> None:
+        check_coefficient("treft_coef", args.treft_coef)
+
+    def options(self) -> dict[str, Any]:
+        return {"treft_coef": self.coef}
+
+    def describe(self) -> list[str]:
+        # Rows that come tokenised may pass no tokenizer.
+        text = self.prefix if self._tokenizer is None else self._tokenizer.decode(self.prefix)
+        return [f"keys and values are held on the {len(self.prefix)} tokens that every row begins with: {text!r}"]
+
+    # ---- what it cannot act on ----
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        # Transformers would shard the model of this look as well. The loaded one is looked at anyway.
+        if type(config) not in AutoModelForCausalLM._model_mapping or is_deepspeed_zero3_enabled():
+            return
+        with torch.device("meta"):
+            self.check_policy(AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager"))
+
+    def check_policy(self, model: PreTrainedModel) -> None:
+        projections(model)
+
+    def prepare_rows(self, rows: Rows) -> Rows:
+        if isinstance(rows, IterableDataset):
+            raise ValueError(
+                f"train_dataset of type {type(rows).__name__}: defense {self.name!r} needs the beginning of every row "
+                "before training. Pass a `Dataset`."
+            )
+        first = next(iter(rows))
+        self._template_arguments = template_arguments(first) if is_conversational(first) else None
+        return rows
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        if self._template_arguments is None or not tokenizer.chat_template:
+            return
+        try:
+            turns = [{"role": "user", "content": "-"}]
+            tokenizer.apply_chat_template(turns, tokenize=False, **self._template_arguments)
+        except TemplateError:
+            return  # the trainer says what is wrong with rows or template
+        try:
+            # A text in the place of the clock is no function, so a template that reads the clock fails.
+            tokenizer.apply_chat_template(turns, tokenize=False, **{**self._template_arguments, "strftime_now": ""})
+        except TypeError as error:
+            raise ValueError(
+                f"the chat template writes today's date, so what defense {self.name!r} holds would be gone tomorrow: "
+                "give a template without the date (`chat_template_path`), or a fixed date in the rows' "
+                "`chat_template_kwargs` if the template takes one."
+            ) from error
+
+    def train_loader(self, loading: Loading) -> Loading:
+        rows = loading.rows.rows if isinstance(loading.rows, PlacedRows) else loading.rows
+        if "input_ids" not in rows.column_names:
+            raise ValueError(
+                f"train_dataset: defense {self.name!r} needs the tokens of every row before training, and these rows "
+                f"have the columns {rows.column_names}: leave `skip_prepare_dataset` out, or give `input_ids`."
+            )
+        self.prefix = common_prefix(rows)
+        if not set(self.prefix) - {getattr(self._tokenizer, "bos_token_id", None)}:
+            raise ValueError(
+                f"train_dataset: its rows have no common beginning (tokens {self.prefix}), so there is no prefix that "
+                f"defense {self.name!r} could hold. Train on conversations of one chat template. "
+                "truncation_mode='keep_end' and packing_strategy='wrapped' cut beginnings off."
+            )
+        return loading
+
+    # ---- the term ----
+
+    # A compiled model would be compiled again for this pass.
+    @torch.compiler.disable
+    def model_states(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return keys and values of the prefix block by block, `(1, prefix, width)` each, and then the last states."""
+        ids = torch.tensor([self.prefix], device=batch["input_ids"].device)
+        modules = projections(model)
+        # Eval mode means without dropout, noise in the embeddings and checkpointing, inside of which hooks see no
+        # gradient. The prefix is short, so that little is kept for the backward pass.
+        with _outputs(modules) as states, eval_mode(model):
+            last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if len(states) < len(modules):
+            raise InactiveDefenseError(
+                f"defense {self.name!r}: {type(model).__name__} does not call k_proj and v_proj of every block as "
+                "modules, so the run is not defended."
+            )
+        return [*(states[i] for i in range(len(modules))), last]
+
+    def model_loss(self, states: list[torch.Tensor]) -> torch.Tensor:
+        *states, last = states
+        if self.start is None:
+            # No update was made yet: a run that resumes has loaded them.
+            self.start = [_exact(x.detach()) for x in states]
+        self.start = [x0.to(x.device) for x, x0 in zip(states, self.start, strict=True)]
+        changes = [_relative_change(x, x0).to(states[0].device) for x, x0 in zip(states, self.start, strict=True)]
+        # FSDP2 gathers a block's weights once a gradient reaches its output, and nothing follows the last block.
+        return 2 * torch.stack(changes).mean() + 0 * last.sum().to(changes[0])  # a block has keys and values
+
+    # ---- checkpoints ----
+
+    def save(self, folder: str) -> None:
+        if self.start is None:
+            return
+        arrays = {str(i): x.cpu().numpy() for i, x in enumerate(self.start)}
+        with written_whole(Path(folder) / START_FILE) as scratch, scratch.open("wb") as file:
+            np.savez(file, prefix=np.array(self.prefix), **arrays)  # type: ignore[arg-type]
+
+    def load(self, folder: str) -> None:
+        path = Path(folder) / START_FILE
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                prefix = arrays["prefix"].tolist()
+                start = [torch.from_numpy(arrays[str(i)]) for i in range(len(arrays.files) - 1)]
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} is missing or corrupt ({type(error).__name__}: {error}): it holds the keys and values that "
+                f"defense {self.name!r} compares with. Resume from another checkpoint."
+            ) from error
+        if prefix != self.prefix:
+            raise ValueError(
+                f"{path} is of another prefix ({len(prefix)} tokens) than the rows have ({len(self.prefix)} tokens): "
+                "resume with the same rows and chat template."
+            )
+        self.start = start
+
+
+NAMES = ("k_proj", "v_proj")
+
+
+def projections(model: PreTrainedModel) -> list[nn.Module]:
+    """Return `k_proj` and `v_proj` of every decoder block, in order.
+
+    Raises:
+        ValueError: a block has not one of each. Some architectures make queries, keys and values in one product
+            (Phi-3, GPT-2, Falcon), or keys and values from a latent state (DeepSeek), or have no attention in some
+            blocks.
+    """
+    found: list[nn.Module] = []
+    for number, block in enumerate(decoder_blocks(model), 1):
+        attentions = [m for m in block.modules() if all(isinstance(getattr(m, p, None), nn.Module) for p in NAMES)]
+        if len(attentions) != 1:
+            raise ValueError(
+                f"defense 'treft' does not support {type(model).__name__}: block {number} has "
+                f"{len(attentions) or 'no'} attention with a `k_proj` and a `v_proj` of its own, whose outputs are "
+                "compared. Choose another defense for this model."
+            )
+        found += [getattr(attentions[0], name) for name in NAMES]
+    return found
+
+
+def common_prefix(rows: Any) -> list[int]:
+    """Return the longest sequence of tokens that every document begins with, short of any token that is trained on.
+
+    Rows that train on every token have no prompt apart, and their labels do not count.
+
+    Args:
+        rows: tokenised rows; those with `seq_lengths` are packs of documents.
+    """
+    prefix: np.ndarray | None = None
+    for batch in rows.with_format("arrow").iter(1000):
+        for start, stop, ids, labels in _documents(batch):
+            document = ids[start:stop]
+            if labels is not None and start < stop and labels[start] == -100:
+                trained = np.flatnonzero(labels[start:stop] != -100)
+                document = document[: trained[0]] if len(trained) else document
+            if prefix is None:
+                prefix = document
+            differs = np.flatnonzero(prefix[: len(document)] != document[: len(prefix)])
+            prefix = prefix[: differs[0] if len(differs) else len(document)]
+    return [] if prefix is None else prefix.tolist()
+
+
+def _documents(batch: Any) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | None]]:
+    """Yield start and end of every document of an arrow table, with all tokens and labels of the table."""
+
+    def flat(name: str) -> tuple[np.ndarray, np.ndarray]:
+        column = batch.column(name).combine_chunks()
+        return np.asarray(column.value_lengths()), np.asarray(column.flatten())
+
+    lengths, ids = flat("input_ids")
+    if "seq_lengths" in batch.column_names:
+        lengths = flat("seq_lengths")[1]
+    labels = flat("labels")[1] if "labels" in batch.column_names else None
+    ends = np.cumsum(lengths)
+    for start, stop in zip(ends - lengths, ends, strict=True):
+        yield int(start), int(stop), ids, labels
+
+
+@contextmanager
+def _outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect the outputs of modules during the pass inside, by their place in the list."""
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            outputs[place] = output
+
+        return hook
+
+    with ExitStack() as hooks:
+        for place, module in enumerate(modules):
+            hooks.callback(module.register_forward_hook(keep(place)).remove)
+        yield outputs
+
+
+def _exact(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _relative_change(x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Return the mean over tokens of ‖x − start‖² / ‖start‖², `()`, for states `(1, prefix, width)`."""
+    size = start.square().sum(-1).clamp(min=torch.finfo(start.dtype).tiny)
+    return ((_exact(x) - start).square().sum(-1) / size).mean()
