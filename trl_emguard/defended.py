@@ -133,9 +133,8 @@ class DefendedTrainer(WholeCheckpoints):
     def describe(self) -> list[str]:
         """Return lines that say what acts in this run."""
         lines = []
-        for defense in self._named:
-            state = "acts" if defense.active else "is off"
-            lines.append(f"defense {defense.name!r} {state} ({options_text(defense.options())}).")
+        for d in self._named:
+            lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain {self._name or 'training'}.")
         lines += [line for defense in self.defenses for line in defense.describe()]
