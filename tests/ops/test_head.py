@@ -367,3 +367,28 @@ def test_torchs_own_calls_take_many_rows_at_once_on_a_gpu(monkeypatch):
         tiles.torch_tile_pass(products, None, None, None, target, weights, None, "reverse", None, 1.0)
         assert max(blocks) == rows
         blocks.clear()
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 20, 37])
+def test_a_reference_at_some_positions(count, train_head):
+    """Compare with a reference everywhere that counts nowhere else."""
+    hidden, weight, b, labels, ce_weight, divergence_weight, ref = make_inputs(
+        torch.float32, True, "other_head", "some", 37
+    )
+    compared = torch.zeros(37, dtype=torch.bool, device=DEVICE)
+    compared[torch.randperm(37, generator=torch.Generator().manual_seed(3))[:count].to(DEVICE)] = True
+    divergence_weight = divergence_weight.float() * compared
+    leaves = [hidden.requires_grad_(), *((weight.requires_grad_(), b.requires_grad_()) if train_head else ())]
+    given = (hidden, weight, b, labels, ce_weight.float(), divergence_weight)
+    everywhere = ce_divergence_head(*given, ref)
+    some = (ref[0][compared], *ref[1:])
+    there = ce_divergence_head(*given, some, compared=compared)
+    for ours, theirs in zip(
+        torch.autograd.grad(there.loss, leaves), torch.autograd.grad(everywhere.loss, leaves), strict=True
+    ):
+        assert relative(ours, theirs.double()) < 1e-6
+    for name in ("loss", "ce", "entropy", "divergence_evidence"):
+        assert relative(getattr(there, name), getattr(everywhere, name).double()) < 1e-6
+    assert relative(there.divergence, (everywhere.divergence * compared).double()) < 1e-6
+    assert torch.equal(there.is_top1, everywhere.is_top1)

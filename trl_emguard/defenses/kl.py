@@ -96,7 +96,7 @@ class KL(ReferenceDefense):
         tokens = tokens if tokens in TOKENS else self.tokens  # the file may be damaged
         options = {"kl_coef": coef, "kl_direction": self.divergence, "kl_tokens": tokens}
         # Checkpoints of version 0.1 have a mean over all labels, and do not say so.
-        return {**options, "kl_mean_over": then["kl_mean_over"]} if "kl_mean_over" in then else options
+        return {**options, "kl_mean_over": then["kl_mean_over"]} if then.get("kl_mean_over") in TOKENS else options
 
     def continue_from(self, options: dict[str, Any]) -> None:
         self._choose(options["kl_tokens"], options["kl_coef"])
