@@ -1,4 +1,4 @@
-"""Price of KL on mixed-in rows over interleaving alone, on SmolLM2-135M with LoRA: 5 % of the pool, 20 steps of 8 rows.
+"""Price of KL on mixed-in rows over interleaving alone: SmolLM2-135M, LoRA, 5 % of the mix, 20 steps of 8 rows.
 
 Both runs train on the same batches, in turn. The first step of a run, in which the reference runs on all rows, is left
 out.
