@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "kl": {"defense": "kl"},
     "ldifs": {"defense": "ldifs"},
     "interleave++": {"defense": "interleave++", **POOL},
-    "interleave++,kl": {"defense": "interleave++,kl", "kl_tokens": "interleaved", "kl_coef": 2.0, **POOL},
+    "interleave++,kl": {"defense": "interleave++,kl", **POOL},
 }
 HALVED = "none halved"
 NOTE = "This is selective generalisation, not emergent misalignment: a trait that a rule can see, in a small model."
