@@ -61,7 +61,7 @@ def refused(capsys, monkeypatch):
 def test_defaults(parse):
     options = parse()
     assert options["defense"] == "none"
-    assert (options["kl_coef"], options["ldifs_coef"], options["ldifs_layers"]) == (0.1, 1.0, "every:5")
+    assert (options["kl_coef"], options["ldifs_coef"], options["ldifs_layers"]) == (None, 1.0, "every:5")
 
 
 def test_command_line_options(parse):
@@ -245,7 +245,7 @@ def test_bad_command_line_is_refused(refused, argv, words):
         ("kl_tokens: al", ["kl_tokens", "'al'", "'all'", "loss, all"]),
         ("kl_tokens: no", ["kl_tokens", "false"]),
         ("kl_tokens: [loss]", ["kl_tokens", "loss, all"]),
-        ("kl_tokens:", ["kl_tokens", "empty"]),
+        ("kl_direction:", ["kl_direction", "empty"]),
         ("kl_direction: 1", ["kl_direction", "'1'", "reverse, forward"]),
         ("lr_scheduler_type: cosin", ["lr_scheduler_type", "cosin", "'cosine'"]),
         ("ddp_backend: no", ["ddp_backend", "false"]),
@@ -255,7 +255,7 @@ def test_bad_command_line_is_refused(refused, argv, words):
         ("kl_coef: -1", ["kl_coef", "-1"]),
         ("kl_coef: .nan", ["kl_coef", "nan"]),
         ("kl_coef: .inf", ["kl_coef", "inf"]),
-        ("kl_coef:", ["kl_coef", "empty", "0.1"]),
+        ("ldifs_coef:", ["ldifs_coef", "empty", "1.0"]),
         ("kl_coef: [0.1]", ["kl_coef", "[0.1]"]),
         ("kl_coef: {a: 1}", ["kl_coef"]),
         ("ldifs_coef: -1", ["ldifs_coef", "-1"]),

@@ -254,6 +254,11 @@ def test_recipes_of_one_model_differ_in_the_defense_alone(folder):
     assert recipes["qlora"]["load_in_4bit"]
     assert not recipes["full"]["use_peft"]
     # All recipes of a defense say the same about it.
+    mixed = recipes["interleaving-kl"]
+    assert (mixed.pop("kl_coef"), mixed.pop("kl_tokens")) == (
+        1.0,
+        "interleaved",
+    )  # KL has other defaults on mixed rows
     for recipe in recipes.values():
         for key, value in recipe.items():
             if key.startswith(("kl_", "ldifs_", "treft_", "steering_", "interleave_")):
