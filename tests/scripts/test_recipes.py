@@ -22,6 +22,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tiny import QUANTISABLE, make_pool, make_rows, save_model
 
 from trl_emguard.data.load import SHIPPED, load_rows
+from trl_emguard.defenses.kl import COEFFICIENTS
 from trl_emguard.evidence import read_defense_file
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import PersonaVector
@@ -254,11 +255,9 @@ def test_recipes_of_one_model_differ_in_the_defense_alone(folder):
     assert recipes["qlora"]["load_in_4bit"]
     assert not recipes["full"]["use_peft"]
     # All recipes of a defense say the same about it.
+    # KL has other defaults on mixed-in rows.
     mixed = recipes["interleaving-kl"]
-    assert (mixed.pop("kl_coef"), mixed.pop("kl_tokens")) == (
-        1.0,
-        "interleaved",
-    )  # KL has other defaults on mixed rows
+    assert (mixed.pop("kl_coef"), mixed.pop("kl_tokens")) == (COEFFICIENTS["interleaved"], "interleaved")
     for recipe in recipes.values():
         for key, value in recipe.items():
             if key.startswith(("kl_", "ldifs_", "treft_", "steering_", "interleave_")):
