@@ -47,8 +47,7 @@ RUNS = [
         "defense": "interleave++,kl",
         **POOL,
         "interleave_fraction": [0.1, 0.2],
-        "kl_tokens": "interleaved",
-        "kl_coef": [2.0, 10.0],
+        "kl_coef": [0.25, 0.4, 1.0],
     },
 ]
 

@@ -31,8 +31,8 @@ def kl_of(trainer):
 @pytest.mark.parametrize(
     ("options", "tokens", "coef"),
     [
-        ({}, "interleaved", 1.0),
-        ({"defense": "kl,interleave"}, "interleaved", 1.0),
+        ({}, "interleaved", 0.4),
+        ({"defense": "kl,interleave"}, "interleaved", 0.4),
         ({"kl_coef": 0.3}, "interleaved", 0.3),
         ({"kl_tokens": "loss"}, "loss", 0.1),
         ({"kl_tokens": "all", "kl_coef": 2}, "all", 2.0),
