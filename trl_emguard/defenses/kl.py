@@ -10,7 +10,7 @@ from .options import check_choice, check_coefficient, option
 
 DIRECTIONS = ("reverse", "forward")
 LOSS, ALL, INTERLEAVED = TOKENS = ("loss", "all", "interleaved")
-# Defaults by scope. On the shipped testbed of a spreading trait, 0.4 on mixed-in rows keeps the trait in the domain (docs/kl.md).
+# Defaults by scope. That on mixed-in rows comes from the testbed of a spreading trait (docs/kl.md).
 COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
 
 
