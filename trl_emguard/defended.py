@@ -205,8 +205,8 @@ class DefendedTrainer(WholeCheckpoints):
         if record is None:
             return
         for defense in self.defenses:
-            defense.continue_from(record["defenses"][defense.name])
             defense.load(checkpoint)
+            defense.continue_from(record["defenses"][defense.name])
         self._has_moved = bool(record.get("moved", False))
         self._begin_with = {defense.name: record["evidence"][defense.name] for defense in self.defenses}
 

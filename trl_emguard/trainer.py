@@ -256,6 +256,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Iterator[Any]:
         """Yield the reference's states of a batch, from a pass of its own, before its head is taken apart again."""
         reference, layers = cast(Reference, self.reference), wanted_layers(self._terms, self._bare_model())
+        reference.runs_whole_batches = True
         states = reference.before(batch, positions, layers)
         if states is None:
 
@@ -302,8 +303,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         # Evaluation stays plain CE.
         if not self._own_loss or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs["use_cache"] = False
-        inputs |= {"output_router_logits": True} if self.aux_loss_enabled else {}
+        inputs |= {"use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
         marks = self._read_batch(inputs)
         is_averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
         ranks = self.accelerator.num_processes // self.get_tp_size() if is_averaged else 1
@@ -316,7 +316,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             # Before the first update, policy and reference are compared everywhere.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # Ranks that share sharded weights gather them together, so each makes as many passes as the others.
+            # Until every term has formed a gradient, rounding must not stand in for one.
+            reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
+            # Ranks of an engine or of tensor parallelism may run the reference together, so each makes every pass.
             if self._engine_facts().sharding is None and not bool(positions.any()):
                 reference = None
             else:
@@ -333,7 +335,6 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if self.aux_loss_enabled:
             aux_loss = balance_loss(outputs.router_logits, self.model.config, inputs.get("attention_mask"))
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
-            # As SFTTrainer adds it: a mean per micro-batch, averaged over accumulation steps.
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + (self.router_aux_loss_coef * aux_loss / steps).to(loss.device)
         return (loss, outputs) if return_outputs else loss

@@ -122,7 +122,7 @@ def test_a_step_without_a_safe_row_has_no_kl_on_them(tmp_path):
         tmp_path, "interleave+,kl", rows=16, interleave_fraction=0.06, kl_tokens="interleaved", max_steps=4
     )
     trainer.train()
-    assert 0 < sum(value != 0 for value in logged(trainer, "kl")[1:]) < 4
+    assert len(logged(trainer, "kl")) == 1
     assert len(logged(trainer, "loss_interleaved")) == 1
     assert evidence(trainer, "interleave+") == {"rows_finetune": 16, "rows_interleaved": 1, "acted": True}
 

@@ -1,12 +1,14 @@
 """Test `kl` beside rows that are mixed in: its positions, its coefficient, and the rows that the reference runs on."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from tiny import logged, lora, make_model, make_pool, make_rows, make_trainer
 from twin import first_gradients, move_policy, relative_error
 
-from trl_emguard.evidence import DEFENSE_FILE, read_defense_file
+from trl_emguard import InactiveDefenseError
+from trl_emguard.evidence import DEFENSE_FILE, Evidence, read_defense_file
 from trl_emguard.guard.forward import ReferenceGuard
 from trl_emguard.reference.watch import ReferenceWatch
 
@@ -79,19 +81,29 @@ def passes(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["lora", "full", "ref_model"])
 def test_the_reference_runs_on_compared_rows_alone(tmp_path, passes, kind):
-    """Look at all rows before the first update, and then at those of the pool; other batches make no pass."""
+    """Run whole batches until the term has acted, and then the rows of the pool; other batches make no pass."""
     more = {"ref_model": make_model("qwen2")} if kind == "ref_model" else {}
     trainer = make_trainer(
-        tmp_path, rows=make_rows(16), peft=None if kind == "full" else lora(), defense="interleave+,kl", max_steps=2,
+        tmp_path, rows=make_rows(16), peft=None if kind == "full" else lora(), defense="interleave+,kl", max_steps=4,
         interleave_dataset=make_pool(), interleave_fraction=0.2, per_device_train_batch_size=2,
-        gradient_accumulation_steps=4, **more,
+        gradient_accumulation_steps=4, num_train_epochs=2, **more,
     )  # fmt: skip
     trainer.train()
-    first = [] if kind == "ref_model" else passes[:4]
-    assert sum(first) == (0 if kind == "ref_model" else 10)
-    rest = passes[len(first) :]
-    assert rest == [1] * (4 if kind == "ref_model" else 2)
-    assert logged(trainer, "kl")[1] > 0
+    # Another reference differs at once, so the term acts in the first step.
+    whole = 1 if kind == "ref_model" else 2
+    first, rest = passes[: -2 * (4 - whole)], passes[-2 * (4 - whole) :]
+    assert all(rows > 1 for rows in first)
+    assert rest == [1] * 2 * (4 - whole)
+    assert logged(trainer, "kl")[-1] > 0
+
+
+def test_the_same_model_gives_no_evidence(tmp_path, monkeypatch):
+    """A run whose reference is the policy itself is not defended, whatever batches round to."""
+    monkeypatch.setattr("trl_emguard.models.adapters.AdapterSwitch.only", lambda self, name: nullcontext())
+    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)
+    trainer = trainer_for(tmp_path, interleave_fraction=0.2, max_steps=8)
+    with pytest.raises(InactiveDefenseError, match="'kl'"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("is_old", [False, True])
@@ -125,7 +137,6 @@ def test_gradients_do_not_depend_on_the_rows_that_the_reference_skips(tmp_path, 
     for is_whole in (False, True):
         trainer = trainer_for(tmp_path, interleave_fraction=0.2, per_device_train_batch_size=16, max_steps=1)
         move_policy(trainer)
-        if is_whole:
-            monkeypatch.setattr("trl_emguard.reference.adapter.rows_with", lambda batch, positions: (batch, positions))
+        monkeypatch.setattr(Evidence, "has_acted", not is_whole)
         gradients.append(first_gradients(trainer))
     assert relative_error(*gradients) < 1e-6

@@ -290,7 +290,7 @@ class TermDefense(Defense):
     def end_step(self, step: Step) -> dict[str, float]:
         value, positions, gradient, requires_grad = self._sums(step)
         self.proof.end_step(value, positions, gradient, requires_grad, has_moved=step.has_moved)
-        return {self.name: value / max(positions, 1)}
+        return {self.name: value / positions} if positions else {}
 
     def _sums(self, step: Step) -> list[float]:
         return [step.sums[f"{self.name}/{what}"] for what in ("value", "positions", "evidence", "requires_grad")]

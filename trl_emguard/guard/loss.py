@@ -81,9 +81,9 @@ class LossGuard:
         reference: the reference; `None` without terms.
         states: the reference's states, if it ran before the policy or they were read from disk.
         referenced: `(B, T - 1)`, positions of the reference's states; those of all terms are among them.
-        compares_start: whether policy and reference are compared as they are before the first update.
 
     Attributes:
+        compares_start: whether policy and reference are compared as they are before the first update.
         share: this micro-batch's share of the terms that do not depend on the batch: 1 / micro-batches of the step, or
             1 where Trainer divides the loss by their number.
     """
@@ -97,11 +97,10 @@ class LossGuard:
         reference: InsideReference | None = None,
         states: States | None = None,
         referenced: torch.Tensor | None = None,
-        compares_start: bool = False,
     ):
         self.referenced = referenced
         self.share = 1.0
-        self.compares_start = compares_start
+        self.compares_start = False
         self.model_defenses = [defense for defense in defenses if isinstance(defense, ModelDefense)]
         self.terms = terms
         self.defenses = defenses
@@ -117,7 +116,7 @@ class LossGuard:
         names += [f"{what}/{scope}" for scope in self.marks for what in ("ce", "tokens")]
         for defense in [*(term.defense for term in self.terms), *self.model_defenses]:
             names += [f"{defense.name}/{what}" for what in ("value", "positions", "evidence", "requires_grad")]
-        return [*names, "start_difference"] if self.compares_start else names
+        return [*names, "start_difference", "start_positions"] if self.compares_start else names
 
     def __call__(
         self, model: PreTrainedModel, stock_forward: Callable[..., Any], inputs: dict[str, Any]
@@ -165,7 +164,8 @@ class LossGuard:
             loss = loss + weighted.to(loss.device)
             stats += sums
         if self.compares_start:
-            stats.append(_difference(policy, reference, referenced[kept], has_label))
+            at = referenced[kept].to(device)
+            stats += [_difference(policy, reference, at, has_label), (has_label & at).sum()]
         return GuardOutput(
             total=loss,
             stats=torch.stack([s.detach().to(loss.device, torch.float32) for s in stats]),
@@ -211,7 +211,10 @@ class LossGuard:
 
 
 def balance_loss(router_logits: Any, config: PreTrainedConfig, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the routers' load-balancing loss of a micro-batch, `()`, in mixture-of-experts models."""
+    """Return the routers' load-balancing loss of a micro-batch, `()`, in mixture-of-experts models.
+
+    SFTTrainer averages it over accumulation steps, whatever their numbers of tokens.
+    """
     config = config.get_text_config()
     return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)
 

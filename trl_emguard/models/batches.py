@@ -27,14 +27,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     4-bit layers stay in training mode, in which they do the same: for inference on some CPUs bitsandbytes packs their
     weights for good, and no gradient flows back through packed ones.
     """
-    was_training = model.training
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     for module in model.modules():
         module.training = module.training or hasattr(module, "quant_state")
     try:
         yield
     finally:
-        model.train(was_training)
+        model.eval()
+        for module in were_training:
+            module.training = True
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, desc: str | None = None) -> Iterator[list[int]]:

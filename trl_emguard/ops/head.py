@@ -79,14 +79,19 @@ def ce_divergence_head(
     matmul = _matmul_dtype(hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         per_token, options = (labels, ce_weight, divergence_weight), (direction, (softcap, logit_scale), matmul)
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        of_head = [
+            None if x is None or not x.requires_grad else torch.zeros_like(x, dtype=accumulate) for x in (weight, bias)
+        ]
         if reference is None or compared is None or bool(compared.all()):
-            output, gradients = _forward(hidden, weight, bias, per_token, reference, *options)
+            output, of_hidden = _forward(hidden, weight, bias, per_token, reference, of_head, *options)
         else:
             parts = []
             for rows, of_reference in ((compared, reference), (~compared, None)):
                 own = [None if x is None else x[rows] for x in per_token]
-                parts.append(_forward(hidden[rows], weight, bias, own, of_reference, *options))
-            output, gradients = _joined(parts, compared)
+                parts.append(_forward(hidden[rows], weight, bias, own, of_reference, of_head, *options))
+            output, of_hidden = _joined(parts, compared)
+        gradients = [of_hidden, *(None if x is None else x.to(weight.dtype) for x in of_head)]
     return output._replace(loss=with_gradient(output.loss, (hidden, weight, bias), gradients))
 
 
@@ -147,8 +152,8 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
     return getattr(config, "final_logit_softcapping", None), float(scale)
 
 
-def _forward(hidden, weight, bias, per_token, reference, direction, logits, matmul):
-    """Return the head's output and the gradients of `hidden`, `weight` and `bias`; see [`ce_divergence_head`]."""
+def _forward(hidden, weight, bias, per_token, reference, of_head, direction, logits, matmul):
+    """Return the head's output and the gradient of `hidden`, and add those of weight and bias to `of_head`."""
     labels, ce_weight, divergence_weight = per_token
     tokens = len(hidden)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
@@ -159,8 +164,7 @@ def _forward(hidden, weight, bias, per_token, reference, direction, logits, matm
         ref_head = head if ref_weight is weight else ref_weight.to(matmul)
 
     grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight, dtype=accumulate) if weight.requires_grad else None
-    grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and bias.requires_grad else None
+    grad_weight, grad_bias = of_head
     ce, divergence, entropy, is_top1 = (hidden.new_zeros(tokens, dtype=accumulate) for _ in range(4))
     evidence = hidden.new_zeros((), dtype=accumulate)
 
@@ -195,14 +199,12 @@ def _forward(hidden, weight, bias, per_token, reference, direction, logits, matm
     loss = (ce * ce_weight).sum()
     if reference is not None:
         loss = loss + (divergence * divergence_weight).sum()
-    grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-    grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-    return HeadOutput(loss, ce, divergence, entropy, is_top1, evidence), (grad_hidden, grad_weight, grad_bias)
+    return HeadOutput(loss, ce, divergence, entropy, is_top1, evidence), grad_hidden
 
 
-def _joined(parts: list[tuple[HeadOutput, tuple]], compared: torch.Tensor) -> tuple[HeadOutput, tuple]:
+def _joined(parts: list[tuple[HeadOutput, torch.Tensor]], compared: torch.Tensor) -> tuple[HeadOutput, torch.Tensor]:
     """Return the results for all positions, from those of the compared ones and those of the others."""
-    (first, first_gradients), (second, second_gradients) = parts
+    (first, first_gradient), (second, second_gradient) = parts
 
     def merged(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if not x.dim():
@@ -211,9 +213,7 @@ def _joined(parts: list[tuple[HeadOutput, tuple]], compared: torch.Tensor) -> tu
         both[compared], both[~compared] = x, y
         return both
 
-    hidden, *head = zip(first_gradients, second_gradients, strict=True)
-    of_head = [None if x is None else x + y for x, y in head]
-    return HeadOutput(*map(merged, first, second)), (merged(*hidden), *of_head)
+    return HeadOutput(*map(merged, first, second)), merged(first_gradient, second_gradient)
 
 
 def _new_tiles(

@@ -51,7 +51,8 @@ class AdapterReference(Reference):
     def inside(
         self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
     ) -> States:
-        inputs, positions = rows_with(inputs, positions)
+        if not self.runs_whole_batches:
+            inputs, positions = rows_with(inputs, positions)
         with self.switch.only(self.adapter), torch.no_grad():
             return ReferenceGuard(positions, layers)(model, model.forward, inputs)
 

@@ -45,7 +45,7 @@ def check_agreement(
         "it is not the model that training starts from, or the forward pass is noisy (dropout or router jitter in the "
         f"model's config). Pass `ref_model`, or set the noise to 0.{hint}"
     )
-    difference = sums["start_difference"] / max(sums["tokens"], 1)
+    difference = sums["start_difference"] / max(sums["start_positions"], 1)
     if not difference <= _allowed_difference(reference, policy, dtypes):
         raise ValueError(
             f"before the first update, the policy's states differ from those of the reference ({reference.text}) by "

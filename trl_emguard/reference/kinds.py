@@ -36,11 +36,14 @@ class Reference:
         text: the same in words, for logs and `defense.json`.
         model: causal language model without wrappers that the states come from.
         knows_all_positions: whether it can answer at positions that no term compares.
+        runs_whole_batches: whether rows without a position to keep are run as well. Another batch rounds otherwise, so
+            whole ones show that policy and reference are the same model, or that they are not.
     """
 
     kind: Kind
     model: PreTrainedModel
     knows_all_positions: bool = True
+    runs_whole_batches: bool = True
 
     @property
     def shares_weights(self) -> bool:
@@ -56,7 +59,7 @@ class Reference:
 
         Args:
             batch: collated batch without keys that a model does not know.
-            positions: `(B, T - 1)`, positions to keep. Only rows that have some are run, or the first where none has.
+            positions: `(B, T - 1)`, positions to keep.
             layers: blocks to keep.
         """
         del batch, positions, layers
@@ -156,7 +159,8 @@ class ModelReference(Reference):
 
     def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "output_router_logits")}
-        inputs, positions = rows_with(inputs, positions)
+        if not self.runs_whole_batches:
+            inputs, positions = rows_with(inputs, positions)
         with self._gate.armed(ReferenceGuard(positions, layers), only_with_gradient=False):
             states = self.engine(**inputs)
         # FSDP2 takes a head apart again when the pass ends, so it is read anew.
