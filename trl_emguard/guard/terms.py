@@ -124,7 +124,7 @@ def model_term(
         distance = defense.model_loss(leaves)
         weighted = share * defense.coef * distance
     gradients, evidence = _gradients(weighted, leaves)
-    connected = any(x.requires_grad for x, gradient in zip(states, gradients, strict=True) if gradient is not None)
+    connected = any(x.requires_grad for x in states)
     sums = [share * distance.detach(), torch.tensor(share), evidence, torch.tensor(connected)]
     return with_gradient(weighted, states, gradients), sums
 
