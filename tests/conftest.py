@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 import pytest
 from tiny import make_tokenizer
 
+from trl_emguard.guard.forward import ReferenceGuard
+from trl_emguard.reference.watch import ReferenceWatch
+
 
 @pytest.fixture(autouse=True)
 def _deterministic():
@@ -27,3 +30,18 @@ def _deterministic():
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Return the number of rows in each pass of the reference."""
+    counts = []
+    run = ReferenceGuard.__call__
+
+    def counted(self, *args):
+        counts.append(len(args[-1]["input_ids"]))
+        return run(self, *args)
+
+    monkeypatch.setattr(ReferenceGuard, "__call__", counted)
+    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)  # the watch has passes of its own
+    return counts

@@ -1,4 +1,4 @@
-"""Plans and reports over known figures."""
+"""Plans and reports over known figures, and the recipe of a tiny training."""
 
 from trl_emguard.comparison.plan import read_plan
 from trl_emguard.comparison.report import make_report
@@ -18,6 +18,24 @@ KNOWN = (
 )
 HOSTILE = "$x^$ <script>alert(1)</script><img src=http://x.y onerror=z> \u202e & 'quotes' \"\x1b[31m\0"
 INFO = {"versions": {"trl_emguard": "0"}, "command": "trl-emguard compare", "model": "tiny", "judge": None}
+
+# Recipe of a tiny LoRA training; `base` and `rows` are to be filled in.
+RECIPE = """
+model_name_or_path: {base}
+dataset_name: {rows}
+use_peft: true
+lora_r: 4
+lora_target_modules: all-linear
+max_steps: 4
+per_device_train_batch_size: 2
+learning_rate: 0.01
+bf16: false
+use_cpu: true
+activation_checkpointing: false
+save_strategy: "no"
+report_to: none
+output_dir: unused
+"""
 
 
 def plan(tmp_path, text, recipe="max_steps: 3\n"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import load_dataset
-from figures import INFO, plan, report, row
+from figures import INFO, RECIPE, plan, report, row
 from peft import get_peft_model
 from rich.console import Console
 from tiny import lora, make_model, make_rows, save_model
@@ -237,22 +237,6 @@ def test_a_random_vector_is_marked_and_told(tmp_path):
     assert f"<tr><td>{name}</td><td>1.25</td>" in page
 
 
-RECIPE = """
-model_name_or_path: {base}
-dataset_name: {rows}
-use_peft: true
-lora_r: 4
-lora_target_modules: all-linear
-max_steps: 4
-per_device_train_batch_size: 2
-learning_rate: 0.01
-bf16: false
-use_cpu: true
-activation_checkpointing: false
-save_strategy: "no"
-report_to: none
-output_dir: unused
-"""
 COMPARE = """
 recipe: {recipe}
 runs: [{{defense: steering, steering_vector: {vector}, steering_coef: 0.5}}]

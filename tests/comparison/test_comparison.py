@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from figures import HOSTILE, INFO, plan, report, row
+from figures import HOSTILE, INFO, RECIPE, plan, report, row
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import lora, make_model, make_rows, save_model
@@ -223,22 +223,6 @@ def test_a_run_without_evidence_is_shown_as_not_defended(capsys):
     assert re.search(r"kl .*│ +no │", capsys.readouterr().out)
 
 
-RECIPE = """
-model_name_or_path: {base}
-dataset_name: {rows}
-use_peft: true
-lora_r: 4
-lora_target_modules: all-linear
-max_steps: 4
-per_device_train_batch_size: 2
-learning_rate: 0.01
-bf16: false
-use_cpu: true
-activation_checkpointing: false
-save_strategy: "no"
-report_to: none
-output_dir: unused
-"""
 COMPARE = """
 recipe: {recipe}
 runs:

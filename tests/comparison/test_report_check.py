@@ -7,7 +7,10 @@ import report_check
 from browser import find_browser
 
 
-needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium on PATH")
+needs_browser = pytest.mark.skipif(
+    find_browser() is None,
+    reason="looks at pages in Chromium, which no Python package brings (`apt install chromium`)",
+)
 PAGE = "<!doctype html><meta charset=utf-8><title>t</title><style>body {{ margin: 0 }}</style>{}"
 
 

@@ -9,7 +9,6 @@ from twin import first_gradients, move_policy, relative_error
 
 from trl_emguard import InactiveDefenseError
 from trl_emguard.evidence import DEFENSE_FILE, Evidence, read_defense_file
-from trl_emguard.guard.forward import ReferenceGuard
 from trl_emguard.reference.watch import ReferenceWatch
 
 
@@ -62,21 +61,6 @@ def test_the_mean_is_over_the_mixed_in_tokens(tmp_path):
     assert logged(strong, "kl") == pytest.approx(logged(weak, "kl"), rel=1e-5)
     added = logged(strong)[0] - logged(weak)[0]
     assert added == pytest.approx(2.0 * logged(strong, "kl")[0], rel=1e-4)
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """Return the number of rows in each pass of the reference."""
-    counts = []
-    run = ReferenceGuard.__call__
-
-    def counted(self, *args):
-        counts.append(len(args[-1]["input_ids"]))
-        return run(self, *args)
-
-    monkeypatch.setattr(ReferenceGuard, "__call__", counted)
-    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)  # the watch has passes of its own
-    return counts
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "ref_model"])

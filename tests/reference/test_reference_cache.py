@@ -18,7 +18,6 @@ from trl_emguard.evidence import read_defense_file
 from trl_emguard.guard.forward import ReferenceGuard
 from trl_emguard.reference import cache as module
 from trl_emguard.reference.state_files import StateFiles
-from trl_emguard.reference.watch import ReferenceWatch
 
 
 BOTH = {"defense": "kl,ldifs", "kl_coef": 1.0, "max_grad_norm": 0}
@@ -42,21 +41,6 @@ def cache(tmp_path, monkeypatch):
             return sorted(path for folder in self.folders for path in folder.glob("*.safetensors"))
 
     return Cache()
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """Return the number of rows in each pass of a reference."""
-    counts = []
-    run = ReferenceGuard.__call__
-
-    def counted(self, *args):
-        counts.append(len(args[-1]["input_ids"]))
-        return run(self, *args)
-
-    monkeypatch.setattr(ReferenceGuard, "__call__", counted)
-    monkeypatch.setattr(ReferenceWatch, "record", lambda self, batch, run: None)  # the watch has passes of its own
-    return counts
 
 
 def policy(kind):

@@ -262,7 +262,7 @@ def _baselines(entries: Any) -> Baselines:
     found: dict[str, Any] = {}
     for entry in entries:
         name, values = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
-        # Of the baselines, only alpha takes values.
+        # Only alpha takes values.
         if name not in BASELINES or (values is not None and name != "alpha"):
             raise ValueError(
                 f"baseline {entry!r} is unknown.{did_you_mean(str(name), BASELINES)} Known: {', '.join(BASELINES)}"
