@@ -1,18 +1,23 @@
 """KL divergence to a safe reference model (Kaczér et al., 2508.06249)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense
+from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense, Step
 from .options import check_choice, option
-from .schedule import SCHEDULE_HELP, check_coefficient
+from .schedule import SCHEDULE_HELP, Schedule, check_coefficient
 
 
 DIRECTIONS = ("reverse", "forward")
 LOSS, ALL, INTERLEAVED = TOKENS = ("loss", "all", "interleaved")
 # Defaults by scope. That on mixed-in rows comes from the testbed of a spreading trait (docs/kl.md).
 COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
+# Ziegler et al. (1909.08593, section 2.2): a step changes the coefficient by GAIN times the relative error of the KL,
+# which counts up to LARGEST_ERROR.
+GAIN, LARGEST_ERROR = 0.1, 0.2
 
 
 @dataclass
@@ -38,6 +43,11 @@ class KLOptions:
         "'interleaved' where rows are mixed in, and 'loss' otherwise.",
         TOKENS,
     )
+    kl_target: float | None = option(
+        None,
+        "Budget of drift: `kl_coef` grows or shrinks by up to 2 % a step, so that the logged `kl` goes to this many "
+        "nats a token. `kl_coef` is where it starts. Off by default.",
+    )
 
 
 class KL(ReferenceDefense):
@@ -48,14 +58,19 @@ class KL(ReferenceDefense):
     its 0.1 acts like 0.4 in its own recipe (batch 4 × accumulation 4); here N counts the positions of `kl_tokens` in
     the whole step, and 0.1 is 0.1. Where rows are mixed in, the KL is taken over those alone by default, which leaves
     the task's own rows free (Azarbal et al., 2025), and the reference runs on them alone.
+
+    With `kl_target`, β_{t+1} = β_t (1 + 0.1 · clip(KL_t / target − 1, −0.2, 0.2)) for β = `kl_coef`, with KL_t the
+    step's mean over `kl_tokens` (Ziegler et al., 1909.08593, section 2.2).
     """
 
     name = "kl"
     papers = (IN_TRAINING_DEFENSES,)
     Options = KLOptions
     switch = "kl_coef"
+    running_metrics = ("kl_coef",)
 
     def __init__(self, args: Any):
+        self.target = args.kl_target
         self._given_coef, self._given_tokens = args.kl_coef, args.kl_tokens
         self.divergence = args.kl_direction
         self._choose(args.kl_tokens or LOSS)
@@ -65,6 +80,7 @@ class KL(ReferenceDefense):
         self.tokens = tokens
         given = coef if self._given_coef is None else self._given_coef
         self.weigh(COEFFICIENTS[tokens] if given is None else given)
+        self._start = self.coef
 
     def meet(self, others: Sequence[Defense]) -> None:
         if self._given_tokens is None and any(INTERLEAVED in other.scopes for other in others):
@@ -74,6 +90,7 @@ class KL(ReferenceDefense):
     def check_options(cls, args: Any) -> None:
         if args.kl_coef is not None:
             check_coefficient("kl_coef", args.kl_coef)
+        check_target(args.kl_target, args.kl_coef)
         check_choice("kl_direction", args.kl_direction, DIRECTIONS)
         if args.kl_tokens is not None:
             check_choice("kl_tokens", args.kl_tokens, TOKENS)
@@ -87,10 +104,36 @@ class KL(ReferenceDefense):
                 "nothing is mixed in: add 'interleave', 'interleave+' or 'interleave++'."
             )
 
+    # ---- the target ----
+
+    @property
+    def coefficient(self) -> float | str:
+        return super().coefficient if self.target is None else self._start
+
+    def end_step(self, step: Step) -> dict[str, float]:
+        metrics = super().end_step(step)
+        if self.target is None:
+            return metrics
+        used = {"kl_coef": self.coef}
+        if self.name in metrics:  # a step without a position in scope has none
+            error = min(max(metrics[self.name] / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
+            self.set_coefficient(self.coef * (1 + GAIN * error))
+        return metrics | used
+
+    def begin(self, evidence: dict[str, Any]) -> None:
+        of_term = {name: value for name, value in evidence.items() if name != "kl_coef"}
+        super().begin(of_term)
+        if self.target is not None:
+            self.set_coefficient(check_coefficient("kl_coef", evidence.get("kl_coef", self._start)))
+
+    def evidence(self) -> dict[str, Any]:
+        return super().evidence() | ({} if self.target is None else {"kl_coef": self.coef})
+
     # ---- options, and those of a checkpoint ----
 
     def options(self) -> dict[str, Any]:
         options = {"kl_coef": self.coefficient, "kl_direction": self.divergence, "kl_tokens": self.tokens}
+        options |= {} if self.target is None else {"kl_target": self.target}
         return {**options, "kl_mean_over": self.mean_over or self.tokens} if self.tokens == INTERLEAVED else options
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
@@ -98,9 +141,27 @@ class KL(ReferenceDefense):
         tokens = then.get("kl_tokens") if self._given_tokens is None else self.tokens
         tokens = tokens if tokens in TOKENS else self.tokens  # the file may be damaged
         options = {"kl_coef": coef, "kl_direction": self.divergence, "kl_tokens": tokens}
+        options |= {} if self.target is None else {"kl_target": self.target}
         # Checkpoints of version 0.1 have a mean over all labels, and do not say so.
         return {**options, "kl_mean_over": then["kl_mean_over"]} if then.get("kl_mean_over") in TOKENS else options
 
     def continue_from(self, options: dict[str, Any]) -> None:
         self._choose(options["kl_tokens"], options["kl_coef"])
         self.mean_over = options.get("kl_mean_over", LOSS if self.tokens == INTERLEAVED else None)
+
+
+def check_target(target: Any, coef: Any) -> None:
+    """Refuse a target that is no budget, and a coefficient that cannot follow one.
+
+    Raises:
+        ValueError: they are; the message names the argument, its value and the fix.
+    """
+    if target is None:
+        return
+    if isinstance(target, bool) or not isinstance(target, Real) or not 0 < target < math.inf:
+        raise ValueError(f"kl_target={target!r} is no budget: give nats a token above 0, or leave it out.")
+    if coef is not None and (coef == 0 or isinstance(check_coefficient("kl_coef", coef), Schedule)):
+        raise ValueError(
+            f"kl_target={target} adapts the coefficient, and kl_coef={coef!r} cannot follow it: give a number above 0 "
+            "to start with, or leave kl_target out."
+        )
