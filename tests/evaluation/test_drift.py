@@ -140,8 +140,8 @@ def test_a_measurement_leaves_the_model_as_it_was(peft):
         modules = [(module.training, len(module._forward_hooks)) for module in model.modules()]
         return modules, [weight.requires_grad for weight in model.parameters()]
 
-    before, state = look(), torch.get_rng_state()
     probe = DriftProbe(model, make_tokenizer(), GENERAL, vector())
+    before, state = look(), torch.get_rng_state()
     probe.read_base()
     probe.measure()
     assert look() == before
