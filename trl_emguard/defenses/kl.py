@@ -45,8 +45,7 @@ class KLOptions:
     )
     kl_target: float | None = option(
         None,
-        "Budget of drift: `kl_coef` grows or shrinks by up to 2 % a step, so that the logged `kl` goes to this many "
-        "nats a token. `kl_coef` is where it starts. Off by default.",
+        "Budget of drift: `kl_coef` starts as given and adapts, so that the logged `kl` goes to this many nats a token.",
     )
 
 
