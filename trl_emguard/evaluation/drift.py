@@ -27,7 +27,7 @@ from .probes import divergence, encode_rows, margin, projections, read_answers
 from .questions import GENERAL, QuestionSet, load_questions
 
 
-# By default a measurement reads about 3,000 tokens, 5 % of 25 steps of 1,000 tokens each, which are read and learned.
+# A measurement of 16 pairs reads about 2,600 tokens, and takes as long as training on 900: below 5 % of 25 such steps.
 EVERY, LIMIT = 25, 16
 STATE_FILE = "drift.safetensors"
 RESULT_FILE = "drift.json"
