@@ -45,7 +45,8 @@ class KLOptions:
     )
     kl_target: float | None = option(
         None,
-        "Budget of drift: `kl_coef` starts as given and adapts, so that the logged `kl` goes to this many nats a token.",
+        "Budget of drift: `kl_coef` starts as given and adapts, so that the logged `kl` goes to this many nats a "
+        "token.",
     )
 
 
