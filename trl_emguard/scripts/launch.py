@@ -40,7 +40,7 @@ class LaunchArguments:
     ema: bool = option(False, "Also save an exponential moving average of the trained weights, in output_dir/ema.")
     drift_every: int = option(
         0,
-        "Every N steps, log the drift from the base model on general questions. 0 is off (25 with stop_on_drift).",
+        "Every N steps, log the drift from the base model.",
     )
     stop_on_drift: float | None = option(
         None,
