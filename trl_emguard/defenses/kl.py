@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense, Step
@@ -124,7 +123,9 @@ class KL(ReferenceDefense):
         of_term = {name: value for name, value in evidence.items() if name != "kl_coef"}
         super().begin(of_term)
         if self.target is not None:
-            self.set_coefficient(check_coefficient("kl_coef", evidence.get("kl_coef", self._start)))
+            coef = evidence.get("kl_coef", self._start)
+            check_coefficient("kl_coef", coef)  # the file may be damaged
+            self.set_coefficient(float(coef))
 
     def evidence(self) -> dict[str, Any]:
         return super().evidence() | ({} if self.target is None else {"kl_coef": self.coef})
@@ -158,7 +159,7 @@ def check_target(target: Any, coef: Any) -> None:
     """
     if target is None:
         return
-    if isinstance(target, bool) or not isinstance(target, Real) or not 0 < target < math.inf:
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < math.inf:
         raise ValueError(f"kl_target={target!r} is no budget: give nats a token above 0, or leave it out.")
     if coef is not None and (coef == 0 or isinstance(check_coefficient("kl_coef", coef), Schedule)):
         raise ValueError(
