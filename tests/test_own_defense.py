@@ -44,7 +44,8 @@ class Anchor(ReferenceDefense):
 
     def __init__(self, args):
         HOOKS.append("built")
-        self.coef, self.count, self.word = args.anchor_coef, args.anchor_rows, args.anchor_word
+        self.weigh(args.anchor_coef)
+        self.count, self.word = args.anchor_rows, args.anchor_word
         self.seen = 0
         self.passes = 0
 
@@ -58,7 +59,7 @@ class Anchor(ReferenceDefense):
         HOOKS.append(f"beside {sorted(other.name for other in others)}")
 
     def options(self):
-        return {"anchor_coef": self.coef, "anchor_rows": self.count, "anchor_word": self.word}
+        return {"anchor_coef": self.coefficient, "anchor_rows": self.count, "anchor_word": self.word}
 
     def describe(self):
         return [f"{self.count} anchors in every batch."]
@@ -247,6 +248,13 @@ def test_its_options_are_checked_and_switch_it_off(tmp_path):
     with pytest.raises(ValueError, match="anchor_rows=0"):
         make(tmp_path, anchor_rows=0)
     assert make(tmp_path, anchor_coef=0.0).defenses == []
+
+
+def test_its_coefficient_may_have_a_schedule(tmp_path):
+    trainer = make(tmp_path, anchor_coef="1.5->0")
+    trainer.train()
+    assert logged(trainer, "anchor_coef") == [1.5, 1.0, 0.5, 0.0]
+    assert trainer.defenses[0].options()["anchor_coef"] == "1.5->0"
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(16, 1), (4, 4), (3, 6)])

@@ -69,12 +69,17 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]
 
 
 def twin_step(
-    trainer: Any, layers: tuple[int, ...] = (2, 4), mixed_in: Sequence[dict] = (), start: Any = None
+    trainer: Any,
+    layers: tuple[int, ...] = (2, 4),
+    mixed_in: Sequence[dict] = (),
+    start: Any = None,
+    coefs: dict[str, float] | None = None,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Return values and gradients of a step over the whole training set, before the trainer has trained.
+    """Return values and gradients of a step over the whole training set, with the weights that the model has now.
 
     `layers` are those of `ldifs_layers`; by default "every:2" of four blocks. `mixed_in` are tokenised rows of a pool.
-    `start` is a copy of the model before it was moved, for terms that compare with it.
+    `start` is a copy of the model before it was moved, for terms that compare with it. `coefs` are coefficients by
+    the name of a defense; by default those that the defenses have now.
     """
     rows = [*trainer.train_dataset, *mixed_in]
     scope_name = next((d.tokens for d in trainer.defenses if d.name == "kl"), "loss")
@@ -124,12 +129,8 @@ def twin_step(
     names = args.defense.split(",")
     treft = prefix_change(policy, start, rows) if "treft" in names else torch.zeros(())
     values = {"loss_ce": ce / tokens, "kl": kl / kl_tokens, "ldifs": ldifs / tokens, "treft": treft}
-    terms = {
-        "kl": next((d.coef for d in trainer.defenses if d.name == "kl"), 0.0) * kl / kl_tokens,
-        "ldifs": args.ldifs_coef * values["ldifs"],
-        "treft": args.treft_coef * treft,
-    }
-    loss = values["loss_ce"] + sum(term for name, term in terms.items() if name in names)
+    coefs = {d.name: d.coef for d in trainer.defenses if d.name in values} if coefs is None else coefs
+    loss = values["loss_ce"] + sum(coef * values[name] for name, coef in coefs.items())
     loss.backward()
     gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     return {"loss": loss.item(), **{name: value.item() for name, value in values.items()}}, gradients

@@ -18,6 +18,7 @@ from .checkpoints.whole import WholeCheckpoints
 from .checks import Engine, check_engine, load_config
 from .defenses import Defense, DefenseArguments, Marks, Step, TermDefense, build_defenses
 from .defenses.registry import options_text
+from .defenses.schedule import ScheduleCallback
 from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, write_defense_file
 from .guard.forward import Gate
 from .guard.loss import PassGuard
@@ -93,6 +94,7 @@ class DefendedTrainer(WholeCheckpoints):
             self._gate = Gate(self._bare_model())
             weakref.finalize(self, self._gate.remove).atexit = False
             self.add_callback(_StepCallback(self))
+            self.add_callback(ScheduleCallback(self.defenses, self._metrics["train"]))
 
     def _choose_defenses(self, args: Any, **inputs: Any) -> None:
         """Build the defenses that the config names, once, before anything is loaded."""
@@ -307,8 +309,7 @@ class DefendedTrainer(WholeCheckpoints):
     def _hand_over(self, sums: dict[str, float]) -> None:
         """Hand a step to the defenses, log what they return, and note whether the policy has moved."""
         self._check_trains(sums.get("tokens", 1))
-        step = Step(sums, self._has_moved)
-        metrics = self._metrics["train"]
+        step, metrics = Step(sums, self._has_moved), self._metrics["train"]
         for defense in self.defenses:
             for name, value in defense.end_step(step).items():
                 metrics[name] = [value] if name in defense.running_metrics else [*metrics[name], value]
@@ -344,8 +345,7 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _verdict(self, final: bool = False) -> str | None:
         """Return why the run is not defended, or `None`."""
-        verdicts = (defense.verdict(final) for defense in self.defenses)
-        return next((verdict for verdict in verdicts if verdict is not None), None)
+        return next((why for d in self.defenses if (why := d.verdict(final)) is not None), None)
 
     # ---- saving ----
 

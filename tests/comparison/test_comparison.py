@@ -74,6 +74,13 @@ def test_numbers_as_text_are_in_the_name(tmp_path):
     assert found.runs[1].name == "kl kl_coef=1e-5"
 
 
+def test_schedules_are_in_the_name(tmp_path):
+    text = 'recipe: RECIPE\nruns: [{defense: kl, kl_coef: 0->1}, {defense: kl, kl_coef: ["0.4->0.05", 0.4]}]\n'
+    found = plan(tmp_path, text)
+    assert [run.name for run in found.runs[1:]] == ["kl kl_coef=0->1", "kl kl_coef=0.4->0.05", "kl kl_coef=0.4"]
+    assert len({run.folder for run in found.runs}) == 4
+
+
 def test_a_changed_recipe_is_another_run(tmp_path):
     text = "recipe: RECIPE\nruns: [{defense: kl}]\n"
     folders = [[run.folder for run in plan(tmp_path, text, f"max_steps: {steps}\n").runs] for steps in (3, 4, 3)]
@@ -166,6 +173,8 @@ def test_files(tmp_path):
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["rows"][0]["run"] == "none"
     assert (saved["rows"][0]["coefficient"], saved["rows"][0]["seconds_per_step"]) == (0.3, 1.5)
+    save(report({"none": (-1.0, -1.0)}, coefficient="0.4->0.05"), tmp_path, INFO)
+    assert "0.4->0.05" in (tmp_path / "report.csv").read_text()
     assert [run["error"] for run in saved["runs"]] == [None, "it broke"]
     with (tmp_path / "report.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == len(saved["rows"])
@@ -208,7 +217,7 @@ def test_a_page_is_the_same_twice(tmp_path):
 
 
 def test_a_sweep_is_a_curve(tmp_path):
-    trained = [Trained(f"kl {c}", "kl", 0, "x", coefficient=c) for c in (0.1, 1.0)]
+    trained = [Trained(f"kl {c}", "kl", 0, "x", coefficient=c) for c in (0.1, "0.4->0.05", 1.0)]
     rows = [row(run.key, set, metric, -0.5) for run in trained for set, metric in
             (("general", "margin"), ("in_domain", "nll"))]  # fmt: skip
     text = write_page(make_report(trained, Results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
@@ -284,6 +293,7 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("recipe: /", "recipe: /no", "is not a file"),
         ("defense: kl", "defense: klx", "the run 'klx kl_coef=0.1': defense='klx'"),
         ("0.1, 5.0", "-1", "the run 'kl kl_coef=-1': kl_coef=-1"),
+        ("0.1, 5.0", "0.4->", "the run 'kl kl_coef=0.4->': kl_coef='0.4->' is not a schedule"),
     ],
 )
 def test_bad_configs_are_one_line(inputs, capsys, old, new, message):

@@ -123,6 +123,12 @@ def test_no_weights_are_read(report, argv, inputs, tmp_path):
     assert f"{adapters / 1e3:.3g}k of them" in said["model"][1]
 
 
+def test_a_schedule_is_told(report):
+    said = report("--defense", "kl,steering", "--kl_coef", "0.4->0.05", "--steering_coef", "0->2")
+    assert any("weight 0.4->0.05 on next-token" in line for line in said["kl"])
+    assert any("adds 0->2 times a vector" in line for line in said["steering"])
+
+
 def test_rows_that_are_cut_and_dropped_are_counted(report):
     none, some = report(), report("--max_length", "26", "--defense", "kl")
     assert not any("rows are cut" in line for line in none["data"] + none.get("warning", []))

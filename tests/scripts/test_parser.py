@@ -3,8 +3,10 @@
 import os
 
 import pytest
+from transformers import HfArgumentParser
 
 from trl_emguard import EMGuardConfig
+from trl_emguard.defenses import DefenseArguments
 from trl_emguard.io.recipes import find_recipe, recipes_dir
 from trl_emguard.scripts import sft
 from trl_emguard.scripts.sft import make_parser
@@ -96,6 +98,15 @@ def test_cache_reference_is_off_by_default(parse, argv, value):
     assert EMGuardConfig("unused", use_cpu=True, bf16=False).cache_reference is False
 
 
+@pytest.mark.parametrize("name", ["kl_coef", "ldifs_coef", "treft_coef", "steering_coef"])
+def test_a_coefficient_is_a_number_or_a_schedule(parse, name):
+    assert parse(f"--{name}", "0.4->0.05")[name] == "0.4->0.05"
+    number = parse(f"--{name}", "2")[name]
+    assert (number, type(number)) == (2.0, float)
+    plain, _ = HfArgumentParser(DefenseArguments).parse_known_args([f"--{name}", "2"])
+    assert type(getattr(plain, name)) is float
+
+
 def test_yaml_counts(parse, yaml_file):
     path = yaml_file("defense: kl\nkl_coef: 0.5\nldifs_normalize: false\nlora_r: 3\n")
     options = parse("--config", path)
@@ -142,6 +153,8 @@ def test_every_recipe_parses(parse, recipe, defense):
         ("learning_rate: 1e-4", "learning_rate", 1e-4),
         ('kl_coef: "0.5"', "kl_coef", 0.5),
         ("kl_coef: 0", "kl_coef", 0),
+        ("kl_coef: 0.4->0.05", "kl_coef", "0.4->0.05"),
+        ('ldifs_coef: "0->1"', "ldifs_coef", "0->1"),
         ("max_length:", "max_length", None),
         ("max_length: 17", "max_length", 17),
         ("neftune_noise_alpha:", "neftune_noise_alpha", None),
@@ -211,6 +224,8 @@ def test_help_is_no_error(capsys):
         (["--defense", "kl", "--kl_coef", "-1"], ["kl_coef", "-1"]),
         (["--defense", "kl", "--kl_coef", "nan"], ["kl_coef", "nan"]),
         (["--defense", "kl", "--kl_coef", "inf"], ["kl_coef", "inf"]),
+        (["--defense", "kl", "--kl_coef", "0.4->"], ["kl_coef='0.4->'", "two finite numbers", "'0.4->0.05'"]),
+        (["--interleave_fraction", "0.1->0.2"], ["--interleave_fraction", "0.1->0.2"]),
         (["--defense", "ldifs", "--ldifs_coef", "-0.5"], ["ldifs_coef", "-0.5"]),
         (["--defense", "ldifs", "--ldifs_layers", "evry:5"], ["ldifs_layers", "evry:5", "every:5"]),
         (["--defense", "ldifs", "--ldifs_layers", "0,4"], ["ldifs_layers", "0"]),
@@ -251,6 +266,8 @@ def test_bad_command_line_is_refused(refused, argv, words):
         ("ddp_backend: no", ["ddp_backend", "false"]),
         ("save_strategy: no", ["save_strategy", "false", "quotes"]),
         ('kl_coef: "abc"', ["kl_coef", "abc"]),
+        ("kl_coef: a->b", ["kl_coef='a->b'", "two finite numbers", "'0.4->0.05'"]),
+        ("interleave_fraction: 0.1->0.2", ["--interleave_fraction", "0.1->0.2"]),
         ("kl_coef: yes", ["kl_coef", "true"]),
         ("kl_coef: -1", ["kl_coef", "-1"]),
         ("kl_coef: .nan", ["kl_coef", "nan"]),

@@ -50,7 +50,7 @@ def no_weights(monkeypatch):
         ({"defense": "kl,kl"}, "defense='kl,kl' names a defense twice"),
         (
             {"defense": "kl", "kl_coef": -0.1},
-            "kl_coef=-0.1 is not a coefficient: give a finite number, 0 (off) or above.",
+            "kl_coef=-0.1 is not a coefficient: give a finite number, 0 (off) or above, or a schedule as '0.4->0.05'.",
         ),
         ({"defense": "kl", "kl_coef": math.nan}, "kl_coef=nan is not a coefficient"),
         ({"defense": "kl", "kl_coef": math.inf}, "kl_coef=inf is not a coefficient"),

@@ -137,11 +137,11 @@ def _charts(report: Report) -> list[dict[str, Any]]:
 
 
 def _sweeps(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Return defense → its entries by coefficient, for those with two values or more."""
+    """Return defense → its entries by coefficient, for those with two values or more. A schedule is no value."""
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         run = entry.trained[0]
-        if run.coefficient is not None:
+        if isinstance(run.coefficient, float):
             name = "alpha" if run.is_baseline else run.defense + (RANDOM if run.is_random else "")
             found.setdefault(name, []).append(entry)
     return {

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..defenses.schedule import Schedule
 from ..evaluation.questions import OPERATORS
 from ..io.lookup import did_you_mean
 from ..io.recipes import find_recipe
@@ -244,9 +245,9 @@ def _name(given: Any, chosen: Mapping[str, Any], options: Mapping[str, Any], ada
 
 
 def _is_number(value: Any) -> bool:
-    """Return True for a number, also as the text that YAML makes of `1e-5`."""
+    """Return True for a number, also as the text that YAML makes of `1e-5`, and for a schedule of a coefficient."""
     try:
-        return math.isfinite(float(value))
+        return Schedule.parse(str(value)) is not None or math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..defenses.schedule import coefficient
 from ..evaluation.operators import make_rows
 from ..evaluation.questions import OPERATORS
 from ..evidence import read_defense_file
@@ -45,7 +46,7 @@ class Trained:
         is_baseline: True for one that costs no training of its own.
         is_random: True for a steering run with a random vector, a baseline that is trained.
         is_defended: True if its record shows that its defense acted; `None` without a defense.
-        coefficient: value of its one `…_coef` option.
+        coefficient: value of its one `…_coef` option, a number or a schedule.
         step: step of the training that the adapter is of.
         seconds_per_step: time of a step; `None` where it is not known.
         peak_memory: largest memory of its process, in bytes; `None` where it is not known.
@@ -59,7 +60,7 @@ class Trained:
     is_baseline: bool = False
     is_random: bool = False
     is_defended: bool | None = None
-    coefficient: float | None = None
+    coefficient: float | str | None = None
     step: int | None = None
     seconds_per_step: float | None = None
     peak_memory: int | None = None
@@ -161,7 +162,7 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
         run.seed,
         str(folder) if status["error"] is None else None,
         is_random=run.is_random,
-        coefficient=float(coefficients[0]) if len(coefficients) == 1 else None,
+        coefficient=coefficient(str(coefficients[0])) if len(coefficients) == 1 else None,
         **status,
     )
     return trained if trained.adapter is None else with_record(trained, folder)

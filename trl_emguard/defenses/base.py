@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from ..evidence import Evidence
+from .schedule import Weighted
 
 
 if TYPE_CHECKING:
@@ -267,18 +268,12 @@ class Defense:
         return cls.policy_pass is not Defense.policy_pass
 
 
-class TermDefense(Defense):
+class TermDefense(Weighted, Defense):
     """A defense that adds a term to the loss, and owns the evidence that the term forms a gradient."""
 
     own_loss = True
 
-    coef: float = 1.0
-
     _proof: Evidence | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.coef != 0
 
     @property
     def proof(self) -> Evidence:
@@ -289,8 +284,12 @@ class TermDefense(Defense):
 
     def end_step(self, step: Step) -> dict[str, float]:
         value, positions, gradient, requires_grad = self._sums(step)
-        self.proof.end_step(value, positions, gradient, requires_grad, has_moved=step.has_moved)
+        self.proof.end_step(value, positions, gradient, requires_grad, has_moved=self._should_show(step))
         return {self.name: value / positions} if positions else {}
+
+    def _should_show(self, step: Step) -> bool:
+        """Return whether the term must form a gradient: the policy has moved, and no schedule has reached 0."""
+        return step.has_moved and (self.schedule is None or self.coef != 0)
 
     def _sums(self, step: Step) -> list[float]:
         return [step.sums[f"{self.name}/{what}"] for what in ("value", "positions", "evidence", "requires_grad")]
@@ -360,5 +359,5 @@ class ModelDefense(TermDefense):
         value, shares, gradient, requires_grad = self._sums(step)
         # Every rank has added the same, and a step counts once.
         value, gradient = value / shares, gradient / shares
-        self.proof.end_step(value, 1, gradient, requires_grad, has_moved=step.has_moved)
+        self.proof.end_step(value, 1, gradient, requires_grad, has_moved=self._should_show(step))
         return {self.name: value}

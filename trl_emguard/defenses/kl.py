@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense
-from .options import check_choice, check_coefficient, option
+from .options import check_choice, option
+from .schedule import SCHEDULE_HELP, check_coefficient
 
 
 DIRECTIONS = ("reverse", "forward")
@@ -18,10 +19,12 @@ COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
 class KLOptions:
     """Options of `kl`: divergence of next-token distributions from a safe reference."""
 
-    kl_coef: float | None = option(
+    # None stands second: the argument parser of transformers takes the first type then, and texts otherwise.
+    kl_coef: float | None | str = option(  # noqa: RUF036
         None,
         "Weight of the KL divergence to the reference, a mean over the positions of `kl_tokens`. 0 switches it off. "
-        f"By default {COEFFICIENTS[LOSS]}, and {COEFFICIENTS[INTERLEAVED]} where `kl_tokens` is 'interleaved'.",
+        f"By default {COEFFICIENTS[LOSS]}, and {COEFFICIENTS[INTERLEAVED]} where `kl_tokens` is 'interleaved'. "
+        f"{SCHEDULE_HELP}",
     )
     kl_direction: str = option(
         "reverse",
@@ -57,11 +60,11 @@ class KL(ReferenceDefense):
         self.divergence = args.kl_direction
         self._choose(args.kl_tokens or LOSS)
 
-    def _choose(self, tokens: str, coef: float | None = None) -> None:
+    def _choose(self, tokens: str, coef: float | str | None = None) -> None:
         """Set the positions, and the coefficient to the one given, this one, or the positions' own."""
         self.tokens = tokens
         given = coef if self._given_coef is None else self._given_coef
-        self.coef = check_coefficient("kl_coef", COEFFICIENTS[tokens] if given is None else given)
+        self.weigh(COEFFICIENTS[tokens] if given is None else given)
 
     def meet(self, others: Sequence[Defense]) -> None:
         if self._given_tokens is None and any(INTERLEAVED in other.scopes for other in others):
@@ -87,11 +90,11 @@ class KL(ReferenceDefense):
     # ---- options, and those of a checkpoint ----
 
     def options(self) -> dict[str, Any]:
-        options = {"kl_coef": self.coef, "kl_direction": self.divergence, "kl_tokens": self.tokens}
+        options = {"kl_coef": self.coefficient, "kl_direction": self.divergence, "kl_tokens": self.tokens}
         return {**options, "kl_mean_over": self.mean_over or self.tokens} if self.tokens == INTERLEAVED else options
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        coef = then.get("kl_coef") if self._given_coef is None else self.coef
+        coef = then.get("kl_coef") if self._given_coef is None else self.coefficient
         tokens = then.get("kl_tokens") if self._given_tokens is None else self.tokens
         tokens = tokens if tokens in TOKENS else self.tokens  # the file may be damaged
         options = {"kl_coef": coef, "kl_direction": self.divergence, "kl_tokens": tokens}

@@ -10,14 +10,17 @@ from transformers import PreTrainedConfig
 
 from ..ops import feature_distance
 from .base import IN_TRAINING_DEFENSES, Paper, ReferenceDefense
-from .options import check_coefficient, check_flag, listed_layers, option
+from .options import check_flag, listed_layers, option
+from .schedule import SCHEDULE_HELP, check_coefficient
 
 
 @dataclass
 class LDIFSOptions:
     """Options of `ldifs`: distance of block outputs from a safe reference."""
 
-    ldifs_coef: float = option(1.0, "Weight of the distance to the reference in feature space. 0 switches it off.")
+    ldifs_coef: float | str = option(
+        1.0, f"Weight of the distance to the reference in feature space. 0 switches it off. {SCHEDULE_HELP}"
+    )
     # The type is `str`: the argument parser of transformers turns `str | list[int]` into None. A list works as well.
     ldifs_layers: str = option(
         "every:5",
@@ -45,7 +48,7 @@ class LDIFS(ReferenceDefense):
     switch = "ldifs_coef"
 
     def __init__(self, args: Any):
-        self.coef = check_coefficient("ldifs_coef", args.ldifs_coef)
+        self.weigh(args.ldifs_coef)
         self.normalize = args.ldifs_normalize
         # One form for all, so that "4,8" and [4, 8] are the same defense.
         self.layers_spec = select_layers(args.ldifs_layers, num_layers=None) or str(args.ldifs_layers).replace(" ", "")
@@ -58,7 +61,7 @@ class LDIFS(ReferenceDefense):
 
     def options(self) -> dict[str, Any]:
         return {
-            "ldifs_coef": self.coef,
+            "ldifs_coef": self.coefficient,
             "ldifs_layers": self.layers_spec,
             "ldifs_normalize": self.normalize,
         }

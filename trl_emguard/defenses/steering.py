@@ -13,7 +13,8 @@ from ..evidence import InactiveDefenseError
 from ..models.blocks import block_states, decoder_blocks
 from ..persona.vectors import PersonaVector, load_vector
 from .base import IN_TRAINING_DEFENSES, Defense, Paper
-from .options import check_choice, check_coefficient, listed_layers, option
+from .options import check_choice, listed_layers, option
+from .schedule import SCHEDULE_HELP, Schedule, Weighted, check_coefficient
 
 
 logger = get_logger(__name__)
@@ -36,7 +37,9 @@ class SteeringOptions:
         "Blocks after which the vector acts, counted from 1 to L: 20, '20,24', or 'all' for every block with the "
         "increments v(l) - v(l-1). Default: the layer that the vector's file suggests.",
     )
-    steering_coef: float = option(5.0, "Factor of the persona vector. 0 switches the defense off.")
+    steering_coef: float | str = option(
+        5.0, f"Factor of the persona vector. 0 switches the defense off. {SCHEDULE_HELP}"
+    )
     steering_mode: str = option("add", "'add' adds the vector, 'ablate' takes the projection on it out.", MODES)
     steering_tokens: str = option(
         "all", "Positions that the vector acts at: 'all', or 'response' for those that predict a label.", TOKENS
@@ -51,6 +54,11 @@ def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
     """
     coef = check_coefficient("steering_coef", args.steering_coef)
     check_choice("steering_mode", args.steering_mode, MODES)
+    if args.steering_mode == "ablate" and isinstance(coef, Schedule):
+        raise ValueError(
+            f"steering_coef={args.steering_coef!r} does not work with steering_mode='ablate', where the coefficient "
+            "has no effect: give a number."
+        )
     check_choice("steering_tokens", args.steering_tokens, TOKENS)
     vector = None
     if args.steering_vector is not None:
@@ -74,7 +82,7 @@ def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
     return vector, layers
 
 
-class Steering(Defense):
+class Steering(Weighted, Defense):
     """Steering of the residual stream along a persona vector while training, so that the weights need not learn it.
 
     After block l, at the chosen token positions, with v(l) the vector's entry for that layer:
@@ -97,10 +105,12 @@ class Steering(Defense):
     switch = "steering_coef"
 
     def __init__(self, args: Any):
-        self.coef = float(args.steering_coef)
+        self.weigh(args.steering_coef)
         self.mode = args.steering_mode
         self.tokens = args.steering_tokens
         self.vector, self.layers_spec = read_options(args)
+        # Vectors of the chosen layers, and what the hooks take: scaled by the coefficient, or of unit length.
+        self._vectors: dict[int, torch.Tensor] = {}
         self._directions: dict[int, torch.Tensor] = {}
         self._steered: torch.Tensor | None = None
         self._on = False
@@ -108,14 +118,11 @@ class Steering(Defense):
         # Hooks measure in each pass, and the sizes of the change follow from the first pass with positions.
         self._measured: dict[int, torch.Tensor] = {}
         self._change: dict[int, float] = {}
+        self._acted_before = False  # in the run that this one resumes
 
     @classmethod
     def check_options(cls, args: Any) -> None:
         read_options(args)
-
-    @property
-    def active(self) -> bool:
-        return self.coef != 0
 
     def options(self) -> dict[str, Any]:
         vector = None
@@ -127,7 +134,7 @@ class Steering(Defense):
         return {
             "steering_vector": vector,
             "steering_layers": self.layers_spec,
-            "steering_coef": self.coef,
+            "steering_coef": self.coefficient,
             "steering_mode": self.mode,
             "steering_tokens": self.tokens,
         }
@@ -150,7 +157,14 @@ class Steering(Defense):
                     f"steering_layers={self.layers_spec!r}: the persona vector is zero at layer {layer}: nothing "
                     "would act."
                 )
+            self._vectors[layer] = direction
             self._directions[layer] = self.coef * direction if self.mode == "add" else direction / direction.norm()
+
+    def set_coefficient(self, coef: float) -> None:
+        super().set_coefficient(coef)
+        # The tensors stay the same ones: a compiled model reads them, and would be compiled again for a number.
+        for layer, direction in self._directions.items():
+            direction.copy_(coef * self._vectors[layer])
 
     def check_policy(self, model: PreTrainedModel) -> None:
         assert self.vector is not None
@@ -195,7 +209,9 @@ class Steering(Defense):
     @torch.compiler.disable
     def _judge(self) -> None:
         """Check in the first pass with a position to steer at that the states of every steered block were changed."""
-        if self._change:
+        # A schedule near its 0 changes nothing that the states' dtype could show.
+        is_small = self.schedule is not None and self.coef < 0.1 * max(self.schedule.start, self.schedule.end)
+        if self._change or is_small:
             return
         change = {}
         for layer, sums in sorted(self._measured.items()):
@@ -212,13 +228,19 @@ class Steering(Defense):
         self._change = change
 
     def describe(self) -> list[str]:
-        sizes = ", ".join(f"{layer} ({v.norm():.3g})" for layer, v in sorted(self._directions.items()))
-        what = "adds a vector of this length" if self.mode == "add" else "takes out a direction"
+        shown = self._directions if self.schedule is None else self._vectors
+        times = "" if self.schedule is None else f"{self.schedule} times "
+        what = f"adds {times}a vector of this length" if self.mode == "add" else "takes out a direction"
+        sizes = ", ".join(f"{layer} ({v.norm():.3g})" for layer, v in sorted(shown.items()))
         return [f"{what} after blocks {sizes}, at {self.tokens} positions"]
+
+    def begin(self, evidence: dict[str, Any]) -> None:
+        self._acted_before = evidence.get("acted") is True
 
     def evidence(self) -> dict[str, Any]:
         change = {str(layer): round(size, 6) for layer, size in self._change.items()}
-        return {"layers": sorted(self._directions), "change": change, "acted": bool(self._change)}
+        has_acted = bool(self._change) or self._acted_before
+        return {"layers": sorted(self._directions), "change": change, "acted": has_acted}
 
     def _hook(self, layer: int):
         def steer(module, args, output):

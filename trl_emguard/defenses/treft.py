@@ -25,7 +25,8 @@ from ..models.batches import eval_mode
 from ..models.blocks import decoder_blocks
 from ..models.chat import template_arguments
 from .base import ModelDefense, Paper
-from .options import check_coefficient, option
+from .options import option
+from .schedule import SCHEDULE_HELP, check_coefficient
 
 
 # File of a checkpoint with the prefix, and with its keys and values as they were before training.
@@ -36,8 +37,9 @@ START_FILE = "treft.npz"
 class TReFTOptions:
     """Options of `treft`: change of keys and values on the chat template's prefix."""
 
-    treft_coef: float = option(
-        10.0, "Weight of the relative squared change of keys and values on the prefix. 0 switches it off."
+    treft_coef: float | str = option(
+        10.0,
+        f"Weight of the relative squared change of keys and values on the prefix. 0 switches it off. {SCHEDULE_HELP}",
     )
 
 
@@ -60,7 +62,7 @@ class TReFT(ModelDefense):
     switch = "treft_coef"
 
     def __init__(self, args: Any):
-        self.coef = check_coefficient("treft_coef", args.treft_coef)
+        self.weigh(args.treft_coef)
         self.prefix: list[int] = []
         # Keys and values before training, block by block: `(1, prefix, width)` each, in fp32.
         self.start: list[torch.Tensor] | None = None
@@ -72,7 +74,7 @@ class TReFT(ModelDefense):
         check_coefficient("treft_coef", args.treft_coef)
 
     def options(self) -> dict[str, Any]:
-        return {"treft_coef": self.coef}
+        return {"treft_coef": self.coefficient}
 
     def describe(self) -> list[str]:
         # Rows that come tokenised may pass no tokenizer.

@@ -166,7 +166,8 @@ def _about_defense(defense: Defense, plan: Plan) -> list[str]:
         compared = f"the outputs of blocks {layers}" if layers else "next-token distributions"
         positions = plan.positions(defense.tokens)
         share = "" if positions is None else f", about {plan.in_step(positions)} a step"
-        return [f"weight {defense.coef:g} on {compared}, at {place}{share}"]
+        weight = f"{defense.coef:g}" if defense.schedule is None else defense.schedule
+        return [f"weight {weight} on {compared}, at {place}{share}"]
     if defense.name in plan.extra:
         counts = plan.extra[defense.name]
         return [f"the mixed-in rows of an epoch: {sum(counts.tokens)} tokens, {sum(counts.labels)} labels"]

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from ..config import ReferenceOptions
 from ..defenses import DefenseArguments
+from ..defenses.schedule import coefficient
 
 
 # Options of TRL and transformers that recipes use, in the order of the help page.
@@ -100,7 +101,7 @@ def _metavar(action: argparse.Action) -> str:
         return "|".join(map(str, action.choices))
     if getattr(action.type, "__name__", "") == "string_to_bool":
         return "true|false"
-    words = {int: "N", float: "X"}
+    words = {int: "N", float: "X", coefficient: "X|X->X"}
     # The parser loses the type of `int | None`, and the default still tells it.
     return words.get(cast(Any, action.type)) or words.get(type(action.default), "TEXT")
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from trl import TrlParser
 
+from ..defenses.schedule import coefficient
 from ..io.lookup import did_you_mean
 from ..io.strict import parse_yaml
 from .options import PrintAllOptions
@@ -88,6 +89,10 @@ class StrictParser(TrlParser):
             help="show every option of TRL and transformers and exit",
         )
         self._hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
+        # The parser knows one type for each option, and coefficients are numbers or schedules.
+        for action in self._actions:
+            if {float, str} <= set(get_args(self._hints.get(action.dest))):
+                action.type = coefficient
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -180,7 +185,7 @@ class StrictParser(TrlParser):
             if not isinstance(value, bool):
                 self.error(f"config: {key}={value!r} must be true or false.")
             return
-        number = types <= {int, float, type(None)}
+        number = float in types or types <= {int, type(None)}
         if isinstance(value, bool) and (number or action.choices is not None or action.default is not None):
             self.error(
                 f"config: `{key}: {str(value).lower()}` is not a value for {key} (YAML reads yes, no, on and off as "

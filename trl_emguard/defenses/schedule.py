@@ -1,0 +1,132 @@
+"""Coefficients of defenses: a number, or a schedule that changes it from step to step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar
+
+from transformers import TrainerCallback
+
+
+ARROW = "->"
+# End of the help of every option that takes a schedule.
+SCHEDULE_HELP = "'0.4->0.05' changes it linearly over the run."
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear course of a coefficient from the first step of a run to its last.
+
+    Attributes:
+        start: value in the first step.
+        end: value in the last step.
+    """
+
+    start: float
+    end: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Schedule | None":
+        """Return the schedule that a text such as `"0.4->0.05"` describes, or `None` if it describes none."""
+        try:
+            start, end = map(float, text.split(ARROW))
+        except ValueError:
+            return None
+        is_course = all(math.isfinite(value) and value >= 0 for value in (start, end)) and max(start, end) > 0
+        return cls(start, end) if is_course else None
+
+    def at(self, step: int, steps: int) -> float:
+        """Return the value in a step, counted from 0, of a run of `steps` steps.
+
+        A run of one step has the start's. A run that resumes with fewer steps may stand behind its last one.
+        """
+        passed = min(step / (steps - 1), 1.0) if steps > 1 else 0.0
+        return (1 - passed) * self.start + passed * self.end
+
+    def __str__(self) -> str:
+        """Return the text in one form, so that '0.40 -> 0' and '0.4->0.0' are the same defense."""
+        return ARROW.join(repr(value).removesuffix(".0") for value in (self.start, self.end))
+
+
+def check_coefficient(name: str, value: object) -> float | Schedule:
+    """Return a coefficient as a float, or as a schedule.
+
+    Raises:
+        ValueError: anything else than a finite number ≥ 0 or a schedule between two of them; the message names the
+            argument, the value and the fix.
+    """
+    if isinstance(value, str) and ARROW in value:
+        schedule = Schedule.parse(value)
+        if schedule is None:
+            raise ValueError(
+                f"{name}={value!r} is not a schedule: give two finite numbers, 0 or above and not both 0, as "
+                "'0.4->0.05'."
+            )
+        return schedule
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise ValueError(
+            f"{name}={value!r} is not a coefficient: give a finite number, 0 (off) or above, or a schedule as "
+            "'0.4->0.05'."
+        )
+    return float(value)
+
+
+def coefficient(text: str) -> float | str:
+    """Return the number that a text holds, or the text itself where it looks like a schedule.
+
+    Raises:
+        ValueError: neither.
+    """
+    return text if ARROW in text else float(text)
+
+
+class Weighted:
+    """Part of a defense with a coefficient: the value of this step, and the schedule that drives it, if any.
+
+    Attributes:
+        coef: value of the coefficient in this step. Only its schedule changes it while training.
+        schedule: course of the coefficient; `None` where it is constant.
+    """
+
+    switch: ClassVar[str] = ""
+
+    coef: float = 1.0
+    schedule: Schedule | None = None
+
+    def weigh(self, value: object) -> None:
+        """Set the coefficient to the value of the option that [`switch`] names: a number, or a schedule's text."""
+        checked = check_coefficient(self.switch, value)
+        self.schedule = checked if isinstance(checked, Schedule) else None
+        self.coef = checked.start if isinstance(checked, Schedule) else checked
+
+    def set_coefficient(self, coef: float) -> None:
+        """Set the coefficient of the step that comes next."""
+        self.coef = coef
+
+    @property
+    def coefficient(self) -> float | str:
+        """The coefficient as options record it: a number, or the text of a schedule."""
+        return self.coef if self.schedule is None else str(self.schedule)
+
+    @property
+    def active(self) -> bool:
+        return self.schedule is not None or self.coef != 0
+
+
+class ScheduleCallback(TrainerCallback):
+    """Callback that sets every scheduled coefficient before a step, and has it logged with that step.
+
+    Args:
+        defenses: active defenses.
+        metrics: name → values of the trainer's log.
+    """
+
+    def __init__(self, defenses: Sequence[Any], metrics: dict[str, list[float]]):
+        self.scheduled = [d for d in defenses if isinstance(d, Weighted) and d.schedule is not None]
+        self.metrics = metrics
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for defense in self.scheduled:
+            defense.set_coefficient(defense.schedule.at(state.global_step, state.max_steps))
+            self.metrics[defense.switch] = [defense.coef]
