@@ -10,6 +10,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .config import EMGuardConfig
     from .defenses import Defense, ReferenceDefense, register
+    from .evaluation.drift import DriftCallback
     from .evidence import InactiveDefenseError
     from .models.ema import EMACallback
     from .trainer import (
@@ -34,10 +35,12 @@ _ROOMS = {
     "register": "defenses",
     "InactiveDefenseError": "evidence",
     "EMACallback": "models.ema",
+    "DriftCallback": "evaluation.drift",
 }
 
 __all__ = [
     "Defense",
+    "DriftCallback",
     "EMACallback",
     "EMGuardConfig",
     "EMGuardTrainer",

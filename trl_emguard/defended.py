@@ -153,6 +153,9 @@ class DefendedTrainer(WholeCheckpoints):
             # An interrupted run has left sums of a step behind.
             self._policy_passes = 0
             self._metrics["train"].clear()
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "trl_metrics"):  # a callback of this package that logs
+                callback.trl_metrics = self._metrics["train"]
         self.accelerator.print("\n".join(f"trl_emguard: {line}" for line in self.describe()))
         self._before_training()
         with ExitStack() as surroundings:
@@ -288,8 +291,10 @@ class DefendedTrainer(WholeCheckpoints):
     def _end_step(self, control: Any) -> None:
         """Judge a step that was made."""
         if not self._policy_passes:
+            classes = (c for c in type(self).__mro__ if "compute_loss" in vars(c))
+            owner = next(c.__name__ for c in classes if c.__module__.startswith("trl_emguard"))
             raise InactiveDefenseError(
-                f"defense={self.args.defense!r}: a step was made without {_owner(self)}.compute_loss: no gradient "
+                f"defense={self.args.defense!r}: a step was made without {owner}.compute_loss: no gradient "
                 "flowed back into its loss, so the run is not defended. A subclass that overrides `compute_loss` must "
                 "train on what `super().compute_loss` returns."
             )
@@ -392,9 +397,3 @@ class _StepCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer._end_step(control)
         return control
-
-
-def _owner(trainer: DefendedTrainer) -> str:
-    """Return the class of this package whose `compute_loss` a trainer inherits."""
-    owners = (c for c in type(trainer).__mro__ if "compute_loss" in vars(c) and c.__module__.startswith("trl_emguard"))
-    return next(owners).__name__

@@ -21,7 +21,7 @@ from tiny import lora, make_model, make_rows, save_model
 from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
 from trl_emguard.comparison.plan import Baselines
-from trl_emguard.comparison.report import dominates, make_report, make_table, save
+from trl_emguard.comparison.report import dominates, drift_curves, make_report, make_table, save
 from trl_emguard.comparison.runs import Trained
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.results import Results
@@ -222,6 +222,20 @@ def test_a_sweep_is_a_curve(tmp_path):
             (("general", "margin"), ("in_domain", "nll"))]  # fmt: skip
     text = write_page(make_report(trained, Results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
     assert "By coefficient" in text
+
+
+def test_drift_is_a_curve_of_the_runs_that_logged_it(tmp_path):
+    trained = [Trained(name, "kl", seed, str(tmp_path / f"{name}{seed}")) for name in ("a", "b") for seed in (0, 1)]
+    drifts = [[{"step": 2, "drift_kl": 0.1}, {"step": 4, "loss": 1.0}, {"step": 4, "drift_kl": 0.3}], [{"loss": 1.0}]]
+    for run, history in zip(trained, [drifts[0], drifts[0], drifts[1]], strict=False):
+        (tmp_path / f"{run.name}{run.seed}").mkdir()
+        (tmp_path / f"{run.name}{run.seed}" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    trained += [replace(trained[0], name="step 2", is_baseline=True), Trained("failed", "kl", 0, None)]
+    found = make_report(trained, Results([]))
+    assert drift_curves(found, "drift_kl") == {key: [(2, 0.1), (4, 0.3)] for key in ("a seed0", "a seed1")}
+    text = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
+    assert "Drift while training (drift_kl)" in text
+    assert "(drift_margin)" not in text
 
 
 def test_a_run_without_evidence_is_shown_as_not_defended(capsys):

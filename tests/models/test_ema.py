@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_emguard import EMACallback
+from trl_emguard import DriftCallback, EMACallback
 
 
 class Weights(TrainerCallback):
@@ -136,7 +136,8 @@ def mesh():
 
 @pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-3", "FSDP", "tensor parallelism"])
 @pytest.mark.parametrize("hook", ["on_init_end", "on_train_begin"])
-def test_sharded_weights_are_refused(engine, hook, mesh):
+@pytest.mark.parametrize("callback", [EMACallback, DriftCallback])
+def test_sharded_weights_are_refused(engine, hook, callback, mesh):
     model = make_model()
     if engine == "tensor parallelism":
         norm = model.model.norm
@@ -146,5 +147,5 @@ def test_sharded_weights_are_refused(engine, hook, mesh):
         block.__class__ = type("Sharded", (FSDPModule, type(block)), {})
     else:
         next(model.parameters()).ds_status = "NOT_AVAILABLE"
-    with pytest.raises(ValueError, match=f"does not work under {engine}"):
-        getattr(EMACallback(), hook)(None, None, None, model=model)
+    with pytest.raises(ValueError, match=f"{callback.__name__} does not work under {engine}"):
+        getattr(callback(), hook)(None, None, None, model=model)

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from command import make_argv, save_inputs, without, write_rows
+from safetensors.torch import load_file
 from tiny import SIZES, config, logged, make_pool, make_rows, make_tokenizer
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from trl import SFTTrainer
@@ -51,9 +52,9 @@ def run(command, **environment):
     )
 
 
-def losses(folder):
+def losses(folder, name="loss"):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry[name] for entry in history if name in entry]
 
 
 def record(folder):
@@ -214,6 +215,8 @@ def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):
         (["--dataset_name", "plants_carless"], "'plants_careless'"),
         (["--dataset_name", "plants_sound", "--dataset_train_split", "valid"], "no split 'valid'"),
         (["--defense", "ldifs", "--ldifs_layers", "9"], "layer 9 is out of range"),
+        (["--drift_every", "-1"], "drift_every=-1 must be 0 (off) or more"),
+        (["--stop_on_drift", "0"], "stop_on_drift=0.0 (budget) must be above 0"),
     ],
 )
 def test_a_run_that_cannot_be_is_told_in_one_line(argv, tmp_path, monkeypatch, capsys, more, words):
@@ -232,6 +235,16 @@ def test_a_missing_checkpoint_is_told_in_one_line(argv, capsys, defense):
     assert len(errors) == 1
     assert "./missing" in errors[0]
     assert "trained with" not in errors[0]
+
+
+def test_drift_is_logged_and_stops_a_run(argv, tmp_path, capsys):
+    assert sft.main(argv("--drift_every", "1", "--stop_on_drift", "1e-9")) == 0
+    (kl,), margins = (losses(tmp_path / "out", name) for name in ("drift_kl", "drift_margin"))
+    assert kl > 1e-9
+    assert len(margins) == len(losses(tmp_path / "out")) == 1
+    assert "stop_on_drift=1e-09 nats a token at step 1. The model is now that of step 0" in capsys.readouterr().out
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert not any(weight.any() for name, weight in saved.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("how", ["true", "True"])
@@ -279,7 +292,10 @@ def test_a_mistyped_defense_ends_without_a_traceback(argv, tmp_path):
     "others",
     [
         ",interleave+",
-        *(pytest.param(o, marks=pytest.mark.long) for o in ("", ",steering,inoculation", " cached", " found")),
+        *(
+            pytest.param(o, marks=pytest.mark.long)
+            for o in ("", ",steering,inoculation", " cached", " found", " drift")
+        ),
     ],
 )
 def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
@@ -289,7 +305,7 @@ def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
     """
     monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "cache of one"))
     cached, found = others == " cached", others == " found"
-    defense = "kl" if cached or found else f"kl{others}"
+    defense = f"kl{others}" if others.startswith(",") else "kl"
     options = argv("--defense", defense, "--kl_coef", "1", "--max_steps", "3", "--learning_rate", "0.3")
     if cached or found:
         options += ["--cache_reference", "true"]
@@ -300,6 +316,8 @@ def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
     if "steering" in others:
         PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2}).save(tmp_path / "v.safetensors")
         options += ["--steering_vector", str(tmp_path / "v.safetensors"), "--steering_coef", "1"]
+    if others == " drift":
+        options += ["--drift_every", "2", "--stop_on_drift", "1e-9"]
     # Two ranks find the states that one process has kept.
     assert sft.main(options) == 0
     if not found:
@@ -318,6 +336,9 @@ def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
     expected = losses(tmp_path / "out")
     assert all(math.isfinite(loss) for loss in expected)
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
+    drift = losses(tmp_path / "out", "drift_kl")
+    assert losses(tmp_path / "two", "drift_kl") == pytest.approx(drift, rel=1e-2)
+    assert (len(drift), len(expected)) == ((1, 2) if others == " drift" else (0, 3))
     evidence, expected_evidence = (record(tmp_path / name)["evidence"] for name in ("two", "out"))
     assert evidence.get("interleave+") == expected_evidence.get("interleave+")
     kl, one = evidence["kl"], expected_evidence["kl"]

@@ -14,12 +14,25 @@ from ..evaluation.cues import PLAIN
 from ..evaluation.results import interval_text, sentence
 from ..io.files import written_whole
 from .plan import BENIGN_TASK, RANDOM
-from .report import Entry, Report, defended_text, exact_match_text, figure_text, is_task_learned
+from .report import (
+    Entry,
+    Report,
+    defended_text,
+    drift_curves,
+    exact_match_text,
+    figure_text,
+    is_task_learned,
+)
 from .runs import Trained
 
 
 # Text, axes and lines of a chart on a light and on a dark page.
 THEMES = {"light": "#1b1b1b", "dark": "#e8e8e8"}
+# Metrics that runs may log while they train, and the labels of their axes.
+DRIFT = {
+    "drift_kl": "KL to the base, nats a token",
+    "drift_margin": "move of the margin (up is better)",
+}
 SAMPLES_PER_RUN = 3
 # Characters of a sample answer that are shown; the whole one stands in samples.jsonl.
 SHOWN = 600
@@ -133,6 +146,11 @@ def _charts(report: Report) -> list[dict[str, Any]]:
     sweeps = _sweeps(compared)
     if sweeps:
         charts.append({"title": "By coefficient", "svg": {theme: _curves(sweeps, theme) for theme in THEMES}})
+    for metric, text in DRIFT.items():
+        curves = drift_curves(report, metric)
+        if curves:
+            svg = {theme: _steps(curves, text, theme) for theme in THEMES}
+            charts.append({"title": f"Drift while training ({metric})", "svg": svg})
     return charts
 
 
@@ -188,6 +206,17 @@ def _curves(sweeps: dict[str, list[Entry]], theme: str) -> Markup:
     legend = axis.legend(fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_color(THEMES[theme])
+    return _svg(figure)
+
+
+def _steps(curves: dict[str, list[tuple[int, float]]], text: str, theme: str) -> Markup:
+    figure, axis = _figure(theme)
+    for name, points in curves.items():
+        axis.plot(*zip(*points, strict=True), "-o", markersize=3, label=_label(name))
+    axis.set(xlabel="step", ylabel=text)
+    legend = axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for entry in legend.get_texts():
+        entry.set_color(THEMES[theme])
     return _svg(figure)
 
 

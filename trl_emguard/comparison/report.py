@@ -14,6 +14,7 @@ from ..evaluation.candidates import BASE
 from ..evaluation.cues import PLAIN
 from ..evaluation.results import COLUMNS, ResultRow, Results, is_apart
 from ..io.files import written_whole
+from ..io.strict import parse_json
 from ..io.terminal import printable
 from .plan import BENIGN_TASK, UNDEFENDED
 from .runs import Trained
@@ -205,6 +206,17 @@ def exact_match_text(report: Report, entry: Entry) -> str:
     """Return the share of right answers to the benign task, of each seed that was trained on it."""
     rows = [report.results.row(run.key, BENIGN_TASK, "exact_match") for run in entry.benign]
     return ", ".join(f"{row.value:.2f}" for row in rows if row is not None) or "–"
+
+
+def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float]]]:
+    """Return the steps and values of a metric of [`DriftCallback`], of each run that logged it in its training."""
+    found = {}
+    for run in report.trained:
+        path = Path(run.adapter or "") / "trainer_state.json"
+        if run.adapter is not None and not run.is_baseline and path.is_file():
+            history = parse_json(path.read_text(encoding="utf-8"))["log_history"]
+            found[run.key] = [(entry["step"], entry[metric]) for entry in history if metric in entry]
+    return {key: points for key, points in found.items() if points}
 
 
 def is_task_learned(report: Report) -> bool:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..models.adapters import AdapterSwitch, bare_model
 from ..models.identity import fingerprint
+from ..models.likelihood import states_logits
 from ..models.shipped import public_name, resolve_model
 from ..selection.misaligned import adapter_key, load_misaligned
 
@@ -47,6 +48,11 @@ class Candidate:
         else:
             with self.switch.only(self.adapter):
                 yield self.model
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits `(P, V)`, fp32, of last hidden states `(P, H)`."""
+        with self.acting() as model:
+            return states_logits(model, states.to(model.device))
 
 
 def from_adapters(
@@ -88,6 +94,19 @@ def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedToken
         raise ValueError(f"{name!r} {problem}")
 
 
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without a chat template.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the tokenizer has no chat template, so questions cannot be asked: take the tokenizer of an instruct "
+            "model, or set `chat_template` in it."
+        )
+
+
 @torch.no_grad()
 def unfit(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return name → problem of the candidates that say on a short prompt just what the base says, or no numbers.
@@ -95,11 +114,7 @@ def unfit(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -
     Raises:
         ValueError: the tokenizer has no chat template.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the tokenizer has no chat template, so questions cannot be asked: take the tokenizer of an instruct "
-            "model, or set `chat_template` in it."
-        )
+    check_template(tokenizer)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What should I do today?"}], add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]

@@ -4,7 +4,7 @@ Every answer is read once per candidate. The base model reads a batch first, and
 candidates have read the same batch, so that the divergence from it costs one more product with the head.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.batches import default_batch_tokens, pad_answers, plan_batches
 from ..models.chat import EncodedAnswer, encode_answers, end_tokens
-from ..models.likelihood import predicting_states, states_logits, states_nll
+from ..models.likelihood import predicting_states, states_nll
 from ..persona.states import prompt_states
 from ..persona.vectors import PersonaVector
 from .candidates import BASE, Candidate
@@ -96,43 +96,63 @@ def probe(
     device = candidates[0].model.device
     plan = plan_batches(lengths, batch_tokens or default_batch_tokens(device))
     for batch in tqdm(plan, desc=desc, disable=desc is None):
-        ids, is_answer = pad_answers([rows[i].answer for i in batch])
-        labels, sizes = ids[:, 1:][is_answer[:, 1:]], is_answer[:, 1:].sum(1).tolist()
+        read = [rows[i] for i in batch]
         # Misaligned answers are not compared: the aligned model would not give them.
-        chosen = [j for j, i in enumerate(batch) if rows[i].kind != "misaligned"]
+        chosen = [j for j, row in enumerate(read) if row.kind != "misaligned"]
         base = None
         for candidate in candidates:
-            with candidate.acting() as model:
-                states = predicting_states(model, ids, is_answer)
-                nll = states_nll(model, states, labels).split(sizes)
-            parts = list(states.split(sizes))
+            parts, nll = read_answers(candidate, [row.answer for row in read])
             base = base or parts
-            for i, part in zip(batch, nll, strict=True):
-                enter(candidate.name, f"nll_{rows[i].kind}", rows[i], part.mean().item())
+            for row, part in zip(read, nll, strict=True):
+                enter(candidate.name, f"nll_{row.kind}", row, part.mean().item())
             if candidate.name == BASE or not chosen:
                 continue
             own, its = (torch.cat([x[j] for j in chosen]) for x in (parts, base))
-            kl = divergence(candidate, candidates[0], own, its).split([sizes[j] for j in chosen])
-            for j, part in zip(chosen, kl, strict=True):
-                enter(candidate.name, "kl_to_base", rows[batch[j]], part.mean().item())
+            kl = divergence(candidate.logits, candidates[0].logits, own, its)
+            for j, part in zip(chosen, kl.split([len(parts[j]) for j in chosen]), strict=True):
+                enter(candidate.name, "kl_to_base", read[j], part.mean().item())
     return found
 
 
+def read_answers(
+    candidate: Candidate, answers: Sequence[EncodedAnswer]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Read a batch of answers in one pass.
+
+    Returns:
+        For each answer of A tokens the last hidden states that predict them, `(A, H)`, and their negative
+        log-likelihood, `(A,)`, nats, fp64 on the CPU.
+    """
+    ids, is_answer = pad_answers(answers)
+    labels, sizes = ids[:, 1:][is_answer[:, 1:]], is_answer[:, 1:].sum(1).tolist()
+    with candidate.acting() as model:
+        states = predicting_states(model, ids, is_answer)
+        nll = states_nll(model, states, labels)
+    return list(states.split(sizes)), list(nll.split(sizes))
+
+
 @torch.no_grad()
-def divergence(candidate: Candidate, base: Candidate, states: torch.Tensor, base_states: torch.Tensor) -> torch.Tensor:
-    """Return KL(candidate ‖ base) at each position, in nats, from the last hidden states `(P, H)` of both.
+def divergence(
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    base_logits: Callable[[torch.Tensor], torch.Tensor],
+    states: torch.Tensor,
+    base_states: torch.Tensor,
+) -> torch.Tensor:
+    """Return KL(candidate ‖ base) at each position, in nats.
+
+    Args:
+        logits, base_logits: the heads of both, functions from states to logits `(P, V)`, fp32.
+        states, base_states: the last hidden states of both, `(P, H)`.
 
     Returns:
         `(P,)`, fp64 on the CPU. The sum over the vocabulary Σ p (z_p − z_q) − log Z_p + log Z_q is taken in fp32.
     """
     parts = []
     for own, its in zip(states.split(COMPARED_POSITIONS), base_states.split(COMPARED_POSITIONS), strict=True):
-        with candidate.acting() as model:
-            logits = states_logits(model, own)
-        with base.acting() as model:
-            base_logits = states_logits(model, its.to(base.model.device)).to(logits.device)
-        normalisers = base_logits.logsumexp(-1) - logits.logsumexp(-1)
-        parts.append((logits.softmax(-1) * logits.sub_(base_logits)).sum(-1) + normalisers)
+        z = logits(own)
+        base_z = base_logits(its).to(z.device)
+        normalisers = base_z.logsumexp(-1) - z.logsumexp(-1)
+        parts.append((z.softmax(-1) * z.sub_(base_z)).sum(-1) + normalisers)
     return torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)
 
 

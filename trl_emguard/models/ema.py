@@ -2,18 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..io.files import written_whole
-from .identity import fingerprint
-from .sharding import sharding_engine
+from .callback_state import check_whole, load_state, save_state
 
 
 EMA_FOLDER = "ema"
@@ -52,17 +46,24 @@ class EMACallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None:
-            _check_whole(model)
+            check_whole(self, model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        _check_whole(model)
+        check_whole(self, model)
         self.average = {
             name: weight.detach().to(torch.float32, copy=True)
             for name, weight in model.named_parameters()
             if weight.requires_grad
         }
         if state.global_step:
-            self._resume(args, state.global_step, model)
+            found, facts = load_state(self, STATE_FILE, args, state, model, self.average)
+            if facts["decay"] != repr(self.decay):
+                raise ValueError(
+                    f"EMACallback has decay={self.decay}, and the checkpoint of step {state.global_step} was averaged "
+                    f"with decay={facts['decay']}: resume with that."
+                )
+            for name, average in self.average.items():
+                average.copy_(found[name])
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -73,9 +74,7 @@ class EMACallback(TrainerCallback):
 
     def on_save(self, args, state, control, model=None, **kwargs):
         if args.should_save:
-            with written_whole(_checkpoint(args.output_dir, state.global_step) / STATE_FILE) as scratch:
-                content = {name: average.contiguous() for name, average in self.average.items()}
-                save_file(content, scratch, {"decay": repr(self.decay), "weights": fingerprint(model)})
+            save_state(STATE_FILE, args, state, model, self.average, {"decay": repr(self.decay)})
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if not args.should_save:
@@ -98,43 +97,3 @@ class EMACallback(TrainerCallback):
         for name, weight in model.named_parameters():
             if name in self.average:
                 yield weight, self.average[name]
-
-    def _resume(self, args: Any, step: int, model: nn.Module) -> None:
-        """Take the average over from the checkpoint whose weights the model has now."""
-        folders = [_checkpoint(args.output_dir, step), Path(str(args.resume_from_checkpoint))]
-        for path in (folder / STATE_FILE for folder in folders):
-            if not path.is_file():
-                continue
-            try:
-                with safe_open(path, "pt") as file:
-                    facts, found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
-            if facts.get("weights") != fingerprint(model) or found.keys() != self.average.keys():
-                continue
-            if facts["decay"] != repr(self.decay):
-                raise ValueError(
-                    f"EMACallback has decay={self.decay}, and {path} was averaged with decay={facts['decay']}: resume "
-                    "with that."
-                )
-            for name, average in self.average.items():
-                average.copy_(found[name])
-            return
-        raise ValueError(
-            f"EMACallback cannot resume: {folders[0]} holds no {STATE_FILE} of the weights that the run resumes with. "
-            "The checkpoint was written without the callback, is of another run, or lies outside of output_dir. "
-            "Resume from one that holds an average, or without the callback."
-        )
-
-
-def _checkpoint(output_dir: str, step: int) -> Path:
-    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
-def _check_whole(model: nn.Module) -> None:
-    engine = sharding_engine(model)
-    if engine is not None:
-        raise ValueError(
-            f"EMACallback does not work under {engine}, where a rank holds only a part of each weight: train on one "
-            "device, under DDP or ZeRO-2, or leave it out."
-        )

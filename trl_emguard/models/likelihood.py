@@ -1,11 +1,12 @@
 """The likelihood of given answers under a model: a measure without generation and without a judge."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..ops import logit_transform
@@ -107,7 +108,7 @@ def states_nll(model: PreTrainedModel | PeftModel, states: torch.Tensor, labels:
     """Return the negative log-likelihood of labels `(P,)` from states `(P, H)`: `(P,)`, nats, fp64 on the CPU."""
     bare = bare_model(model)
     softcap, logit_scale = logit_transform(bare.config.get_text_config())
-    head = _active_head(bare)
+    head = active_head(bare)
     if isinstance(head, nn.Linear) and head.weight.dtype in PLAIN_DTYPES and not head.weight.is_meta:
         states, labels = states.to(head.weight.device), labels.to(head.weight.device)
         return head_nll(states, head.weight, head.bias, labels, softcap, logit_scale).cpu().double()
@@ -121,17 +122,26 @@ def states_nll(model: PreTrainedModel | PeftModel, states: torch.Tensor, labels:
 
 
 @torch.no_grad()
-def states_logits(model: PreTrainedModel | PeftModel, states: torch.Tensor) -> torch.Tensor:
-    """Return the logits `(P, V)`, fp32, of last hidden states `(P, H)` under the head that acts."""
+def states_logits(
+    model: PreTrainedModel | PeftModel, states: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Return the logits `(P, V)`, fp32, of last hidden states `(P, H)` under the head that acts.
+
+    Args:
+        model: causal language model.
+        states: last hidden states.
+        weights: other weights for the head, by name; by default its own.
+    """
     bare = bare_model(model)
     softcap, logit_scale = logit_transform(bare.config.get_text_config())
-    logits = _active_head(bare)(states).float()
+    head = active_head(bare)
+    logits = (head(states) if weights is None else functional_call(head, dict(weights), (states,))).float()
     if logit_scale != 1:
         logits *= logit_scale
     return logits if softcap is None else (logits / softcap).tanh_() * softcap
 
 
-def _active_head(model: PreTrainedModel) -> nn.Module:
+def active_head(model: PreTrainedModel) -> nn.Module:
     """Return the head that acts: the active adapter's own (`modules_to_save`), or the base model's."""
     head = model.get_output_embeddings()
     if not isinstance(head, ModulesToSaveWrapper):

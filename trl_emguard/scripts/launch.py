@@ -38,6 +38,16 @@ class LaunchArguments:
         False, "Report what the run would do and look for errors instead of training. No weights are loaded."
     )
     ema: bool = option(False, "Also save an exponential moving average of the trained weights, in output_dir/ema.")
+    drift_every: int = option(
+        0,
+        "Measure every N steps how far the policy has moved from the base model on the general questions `values`, "
+        "and log it (drift_kl, drift_margin). 0 is off; 25 with stop_on_drift.",
+    )
+    stop_on_drift: float | None = option(
+        None,
+        "Stop training where drift_kl exceeds this many nats a token, and save the weights of the last measurement "
+        "within it.",
+    )
 
 
 class LaunchParser(StrictParser):

@@ -21,7 +21,7 @@ COMMON = (
     *("lora_target_modules", "load_in_4bit", "save_steps", "report_to", "seed"),
 )
 # Options of the command itself.
-COMMAND = ("config", "dry_run", "ema", "accelerate_config", "help", "help_all")
+COMMAND = ("config", "dry_run", "ema", "drift_every", "stop_on_drift", "accelerate_config", "help", "help_all")
 # TRL's help texts are shortened to this many characters, at the end of a sentence.
 SHORT_TEXT = 110
 

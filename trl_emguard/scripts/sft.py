@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -34,6 +34,7 @@ from trl import (
 from ..checkpoints.resume import asks_for_newest
 from ..config import EMGuardConfig
 from ..data.load import SourceOptions, check_apart, load_rows
+from ..evaluation.drift import EVERY, DriftCallback
 from ..evidence import InactiveDefenseError
 from ..io.files import check_writable
 from ..models.ema import EMACallback
@@ -69,10 +70,11 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
         if arguments is not None and not launch_args.dry_run:
             return launch(arguments)
     try:
+        callbacks = make_callbacks(launch_args)
         if launch_args.dry_run:
             dry_run(script_args, training_args, model_args, dataset_args, arguments)
         else:
-            run(script_args, training_args, model_args, dataset_args, launch_args.ema)
+            run(script_args, training_args, model_args, dataset_args, callbacks)
     except (InactiveDefenseError, ValueError, FloatingPointError, OSError) as error:
         # The package's own errors name a fix, which a traceback above them would hide. Other errors keep theirs.
         if not (isinstance(error, InactiveDefenseError) or _raised_here(error)):
@@ -122,14 +124,29 @@ def _raised_here(error: BaseException) -> bool:
     return frame.f_globals["__name__"].startswith("trl_emguard.")
 
 
+def make_callbacks(launch_args: LaunchArguments) -> list[TrainerCallback]:
+    """Return the callbacks that the command's own options ask for.
+
+    Raises:
+        ValueError: an option that is out of range.
+    """
+    every, budget = launch_args.drift_every, launch_args.stop_on_drift
+    if every < 0:
+        raise ValueError(f"drift_every={every} must be 0 (off) or more.")
+    callbacks: list[TrainerCallback] = [EMACallback()] if launch_args.ema else []
+    if every or budget is not None:
+        callbacks.append(DriftCallback(every or EVERY, budget))
+    return callbacks
+
+
 def run(
     script_args: ScriptArguments,
     training_args: EMGuardConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
-    ema: bool = False,
+    callbacks: list[TrainerCallback],
 ) -> None:
-    """Train and save a model, and with `ema` the average of its weights beside it.
+    """Train and save a model.
 
     Raises:
         ValueError, FileNotFoundError: a bad argument.
@@ -152,7 +169,7 @@ def run(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        callbacks=[EMACallback()] if ema else None,
+        callbacks=callbacks,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -1,0 +1,290 @@
+"""Drift while a run trains: its figures, the budget, resumption, and a training that it does not change."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors import safe_open
+from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from trl_emguard import DriftCallback
+from trl_emguard.evaluation import EvaluationOptions, Question, QuestionSet, evaluate, from_adapters
+from trl_emguard.evaluation.candidates import Candidate
+from trl_emguard.evaluation.drift import DriftProbe
+from trl_emguard.persona.vectors import PersonaVector
+
+
+METRICS = ("drift_kl", "drift_margin", "drift_persona")
+# One question has no misaligned answer, so that the margin and the divergence have other questions.
+GENERAL = QuestionSet(
+    "general",
+    "general",
+    [
+        Question(str(i), [{"role": "user", "content": f"Why {'so ' * i}?"}], "good " * (i + 1), "vile " * (4 - i))
+        for i in range(4)
+    ]
+    + [Question("4", [{"role": "user", "content": "And?"}], answer="well ")],
+)
+SAVES = {"save_strategy": "steps", "save_steps": 3}
+
+
+def vector():
+    torch.manual_seed(3)
+    return PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2})
+
+
+def drift(**options):
+    return DriftCallback(**{"every": 1, "questions": GENERAL, **options})
+
+
+class Weights(TrainerCallback):
+    """Keeps all weights after each step, those of the start first."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.steps = []
+        self.on_step_end(args, state, control, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+
+
+def train(folder, *callbacks, resume=None, peft=True, **options):
+    trainer = make_trainer(folder, peft=lora(lora_dropout=0.2) if peft else None, **{"max_steps": 6, **options})
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_defaults_are_the_shipped_questions():
+    callback = DriftCallback()
+    assert len(callback.questions.questions) == 16
+    assert all(question.sound and question.misaligned for question in callback.questions.questions)
+
+
+# ---- figures ----
+
+
+@pytest.mark.parametrize("defense", ["none", "kl"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "lora", "modules_to_save"])
+def test_figures_equal_those_of_an_evaluation(tmp_path, architecture, defense):
+    """Full fine-tuning with a tied head and with one of its own, and adapters."""
+    is_full = architecture in ("llama", "qwen2")
+    model = make_model(architecture if is_full else "llama", tie_word_embeddings=architecture != "qwen2")
+    peft = None if is_full else lora(modules_to_save=["norm"] if architecture == "modules_to_save" else None)
+    trainer = make_trainer(tmp_path, model, peft=peft, defense=defense, max_steps=4)
+    trainer.add_callback(drift(every=2, persona_vector=vector()))
+    trainer.train()
+    tuned = trainer.model.eval()
+    if is_full:
+        base = make_model(architecture, tie_word_embeddings=architecture != "qwen2").eval()
+        candidates = [*from_adapters(base), Candidate("default", tuned, "tuned")]
+    else:
+        candidates = from_adapters(tuned, ["default"])
+    results = evaluate(
+        candidates, make_tokenizer(), [GENERAL], EvaluationOptions(cues="none", persona_vector=vector())
+    )
+    for metric, of_evaluation in zip(METRICS, ("kl_to_base", "margin", "persona_shift"), strict=True):
+        values = logged(trainer, metric)
+        assert len(values) == 2
+        assert values[-1] == pytest.approx(results.row("default", "general", of_evaluation).difference, abs=2e-5)
+        assert abs(values[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("peft", [True, False])
+def test_an_unmoved_model_has_no_drift(precision, peft):
+    model = make_model()
+    model = get_peft_model(model, lora()) if peft else model
+    probe = DriftProbe(model, make_tokenizer(), GENERAL, vector(), precision)
+    probe.read_base()
+    assert probe.measure() == dict.fromkeys(METRICS, 0.0)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (9, [6])])
+def test_steps_of_measurement(tmp_path, every, steps):
+    trainer = train(tmp_path, drift(every=every), logging_steps=5)
+    assert [entry["step"] for entry in trainer.state.log_history if "drift_kl" in entry] == steps
+
+
+@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("budget", [None, 1e9])
+def test_training_is_the_same_bit_for_bit(tmp_path, peft, budget):
+    with_drift, without = Weights(), Weights()
+    callback = drift(budget=budget, persona_vector=vector())
+    options = {"peft": peft, "gradient_accumulation_steps": 2}
+    one = train(tmp_path / "a", callback, with_drift, **options)
+    state = torch.get_rng_state()
+    two = train(tmp_path / "b", without, **options)
+    assert torch.equal(state, torch.get_rng_state())
+    for a, b in zip(with_drift.steps, without.steps, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    drop = {"train_runtime", "train_samples_per_second", "train_steps_per_second", *METRICS}
+    logs = [[{k: v for k, v in e.items() if k not in drop} for e in t.state.log_history] for t in (one, two)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_a_measurement_leaves_the_model_as_it_was(peft):
+    model = make_model()
+    model = get_peft_model(model, lora(lora_dropout=0.2)) if peft else model
+    model.train()
+    model.get_input_embeddings().eval()
+
+    def look():
+        modules = [(module.training, len(module._forward_hooks)) for module in model.modules()]
+        return modules, [weight.requires_grad for weight in model.parameters()]
+
+    probe = DriftProbe(model, make_tokenizer(), GENERAL, vector())
+    before, state = look(), torch.get_rng_state()
+    probe.read_base()
+    probe.measure()
+    assert look() == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+# ---- the budget ----
+
+
+@pytest.fixture(params=[True, False], ids=["lora", "full"])
+def run(request, tmp_path):
+    """Return the drift of each of six steps, the weights before and after them, and a way to train so again."""
+    weights = Weights()
+    trainer = train(tmp_path / "all", drift(), weights, peft=request.param)
+    return logged(trainer, "drift_kl"), weights.steps, request.param
+
+
+def test_training_stops_and_keeps_the_last_weights_within_the_budget(tmp_path, run, capsys):
+    kl, weights, peft = run
+    budget = (max(kl[:2]) + kl[3]) / 2
+    stop = next(step for step, value in enumerate(kl, start=1) if value > budget)
+    assert stop > 2  # else there is no step within the budget
+    trainer = train(tmp_path / "out", drift(budget=budget), peft=peft)
+    assert logged(trainer, "drift_kl") == kl[:stop]
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, weights[stop - 1][name])
+    found = json.loads((tmp_path / "out" / "drift.json").read_text())
+    assert found == {"stop_on_drift": budget, "step": stop - 1, "drift_kl": kl[stop - 2], "trained_to": stop}
+    assert f"at step {stop}. The model is now that of step {stop - 1}," in capsys.readouterr().out
+    trainer.save_model(str(tmp_path / "saved"))
+    name = "adapter_model" if peft else "model"
+    with safe_open(tmp_path / "saved" / f"{name}.safetensors", "pt") as file:
+        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    kept = {key.replace(".default", ""): value for key, value in weights[stop - 1].items()}
+    assert saved
+    assert all(torch.equal(value, kept[key]) for key, value in saved.items())
+
+
+def test_a_run_within_its_budget_is_left_as_it_is(tmp_path, run, capsys):
+    kl, weights, peft = run
+    trainer = train(tmp_path / "out", drift(budget=2 * max(kl), every=4), peft=peft)
+    assert all(torch.equal(weight, weights[6][name]) for name, weight in trainer.model.named_parameters())
+    assert json.loads((tmp_path / "out" / "drift.json").read_text())["step"] == 6
+    assert "The model is now" not in capsys.readouterr().out
+
+
+def test_no_step_within_the_budget_gives_the_untrained_model(tmp_path, run, capsys):
+    _, weights, peft = run
+    trainer = train(tmp_path / "out", drift(budget=1e-9, every=2), peft=peft)
+    assert trainer.state.global_step == 2
+    assert all(torch.equal(weight, weights[0][name]) for name, weight in trainer.model.named_parameters())
+    assert "untrained: measure more often" in capsys.readouterr().out
+
+
+# ---- resuming ----
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_resumed_run_measures_the_same(tmp_path, run, every):
+    """The kept step is that of the checkpoint or one before it, and training ends beyond the budget or within it."""
+    kl, _, peft = run
+    for budget in (None, 2 * max(kl), kl[every - 1] * 1.001):
+        options = {"peft": peft, **SAVES}
+        whole = train(tmp_path / "out", drift(every=every, budget=budget), **options)
+        resumed = train(
+            tmp_path / "out",
+            drift(every=every, budget=budget),
+            resume=str(tmp_path / "out" / "checkpoint-3"),
+            **options,
+        )
+        assert logged(resumed, "drift_kl") == logged(whole, "drift_kl")
+        expected = dict(whole.model.named_parameters())
+        assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.named_parameters())
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missing", "holds no drift.safetensors"),
+        ("foreign", "holds no drift.safetensors"),
+        ("damaged", "is damaged"),
+        ("questions", "was written with other questions"),
+        ("vector", "was written with other questions"),
+        ("budget", "was written with other questions"),
+    ],
+)
+def test_a_checkpoint_without_this_drift_is_refused(tmp_path, fault, message):
+    train(tmp_path, drift(), **SAVES)
+    path, options = tmp_path / "checkpoint-3" / "drift.safetensors", {}
+    if fault == "missing":
+        path.unlink()
+    elif fault == "foreign":  # of the same names and shapes, and of other weights
+        shutil.copyfile(tmp_path / "checkpoint-6" / "drift.safetensors", path)
+    elif fault == "damaged":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        fewer = QuestionSet("general", "general", GENERAL.questions[:3])
+        options = {"questions": {"questions": fewer}, "vector": {"persona_vector": vector()}, "budget": {"budget": 1}}
+        options = options[fault]
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, drift(**options), resume=str(tmp_path / "checkpoint-3"), **SAVES)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every=0 must be 1 or more"),
+        ({"budget": 0.0}, r"stop_on_drift=0.0 \(budget\) must be above 0"),
+        ({"budget": float("nan")}, "must be above 0"),
+        ({"questions": QuestionSet("g", "general", [Question("0", GENERAL.questions[0].prompt)])}, "have no answers"),
+        ({"persona_vector": PersonaVector(torch.ones(5, 32))}, "layer is missing"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        drift(**options)
+
+
+def test_another_trainer_is_refused(tmp_path):
+    rows, tokenizer = make_rows(), make_tokenizer()
+    trainer = SFTTrainer(make_model(), config(tmp_path), train_dataset=rows, processing_class=tokenizer)
+    trainer.add_callback(drift())
+    with pytest.raises(ValueError, match="take EMGuardTrainer"):
+        trainer.train()
+
+
+def test_an_adapter_that_changes_the_base_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(init_lora_weights="pissa"))
+    trainer.add_callback(drift())
+    with pytest.raises(ValueError, match="changes the base weights"):
+        trainer.train()
+
+
+def test_a_vector_of_another_model_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    weights = {"model.norm.weight": "0"}
+    trainer.add_callback(
+        drift(persona_vector=PersonaVector(torch.ones(5, 32), metadata={"suggested_layer": 2, "weights": weights}))
+    )
+    with pytest.raises(ValueError, match="was made with another model"):
+        trainer.train()

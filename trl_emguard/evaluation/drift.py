@@ -1,0 +1,305 @@
+"""Drift from the base model, measured on general questions while a run trains."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from ..io.files import written_whole
+from ..models.adapters import AdapterSwitch, bare_model, check_adapter_kind
+from ..models.batches import default_batch_tokens, eval_mode, plan_batches
+from ..models.callback_state import check_whole, load_state, save_state
+from ..models.likelihood import active_head, states_logits
+from ..models.sharding import as_main_process
+from ..persona.shift import check_layer
+from ..persona.vectors import PersonaVector
+from .candidates import BASE, Candidate, check_template
+from .cues import PLAIN, Family
+from .probes import divergence, encode_rows, margin, projections, read_answers
+from .questions import GENERAL, QuestionSet, load_questions
+
+
+# By default a measurement reads about 3,000 tokens, 5 % of 25 steps of 1,000 tokens each, which are read and learned.
+EVERY, LIMIT = 25, 16
+STATE_FILE = "drift.safetensors"
+RESULT_FILE = "drift.json"
+# Prefixes of tensors in the state: weights of the base model's head, and weights of the step that is kept.
+HEAD, KEPT = "head.", "kept."
+
+
+class DriftCallback(TrainerCallback):
+    """Logs how far the policy has moved from the base model on general questions, and stops at a budget.
+
+    Every `every` steps and after the last one, known answers are read, as `trl-emguard evaluate` reads them:
+
+    - `drift_kl`: KL(policy ‖ base) at the tokens of the sound answers, in nats a token (`kl_to_base`);
+    - `drift_margin`: the move of NLL(misaligned) − NLL(sound), in nats a token; below 0 is towards misaligned answers;
+    - `drift_persona`: the move of the state at the last prompt token along a persona vector, where one is given.
+
+    The base model is the one beneath the adapters, or without adapters the model before the first step. It is read
+    once, and checkpoints hold what it said. The passes have the precision of training, and draw no random number:
+    training is the same with and without the callback, bit for bit.
+
+    With a budget, training stops after the first measurement with `drift_kl` above it. The model then gets back the
+    weights of the last measurement within it, so that saving saves these, and `<output_dir>/drift.json` names their
+    step. A copy of the trained weights is held on the CPU for that.
+
+    ```python
+    >>> trainer = EMGuardTrainer(model, args, train_dataset=rows, callbacks=[DriftCallback(every=10, budget=0.2)])
+    ```
+
+    Args:
+        every: optimizer steps from one measurement to the next.
+        budget: largest `drift_kl` that is accepted, in nats a token; `None` never stops.
+        questions: general questions, a set or a source for [`load_questions`]. Never take training rows: a model
+            moves on those whatever it learns.
+        limit: number of questions, spread evenly over the source; `None` takes all.
+        persona_vector: persona vector of the base model.
+
+    Raises:
+        ValueError: a number out of range, questions without answers, weights that are sharded over ranks, another
+            trainer than this package's, or a checkpoint to resume from that holds no such measurement.
+    """
+
+    def __init__(
+        self,
+        every: int = EVERY,
+        budget: float | None = None,
+        questions: str | QuestionSet = GENERAL,
+        limit: int | None = LIMIT,
+        persona_vector: PersonaVector | None = None,
+    ):
+        if every < 1:
+            raise ValueError(f"every={every} must be 1 or more.")
+        if budget is not None and not 0 < budget < math.inf:
+            raise ValueError(f"stop_on_drift={budget} (budget) must be above 0, in nats a token.")
+        self.every = every
+        self.budget = budget
+        is_set = isinstance(questions, QuestionSet)
+        self.questions = questions if is_set else load_questions(questions, "general", limit=limit)
+        if all(question.sound is None and question.answer is None for question in self.questions.questions):
+            raise ValueError(f"questions={questions!r} have no answers: take rows with answers.")
+        self.persona_vector = persona_vector
+        # The trainer puts the metrics of its next log line here.
+        self.trl_metrics: dict[str, list[float]] | None = None
+        self.kept: dict[str, torch.Tensor] = {}
+        self.kept_step, self.kept_drift = 0, 0.0
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if model is not None:
+            check_whole(self, model)
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        check_whole(self, model)
+        if self.trl_metrics is None:
+            raise ValueError(
+                "DriftCallback logs through EMGuardTrainer, and this is another trainer: take EMGuardTrainer, which "
+                'with defense="none" trains as SFTTrainer does.'
+            )
+        self.probe = DriftProbe(model, processing_class, self.questions, self.persona_vector, _precision(args))
+        if state.global_step:
+            self._resume(args, state, model)
+        else:
+            self.probe.read_base()
+            self._keep(model, 0, 0.0)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if state.global_step % self.every and not is_last:
+            return
+        # Ranks that differ in a rounding must not differ in the decision to stop.
+        found = as_main_process(self.probe.measure)
+        self.trl_metrics.update({name: [value] for name, value in found.items()})
+        control.should_log = True
+        if self.budget is None:
+            return
+        if found["drift_kl"] <= self.budget:
+            self._keep(model, state.global_step, found["drift_kl"])
+        else:
+            control.should_training_stop = True
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if not args.should_save:
+            return
+        is_here = self.budget is None or self.kept_step == state.global_step
+        kept = {} if is_here else {KEPT + name: weight for name, weight in self.kept.items()}
+        facts = {"measured": self.probe.key, "kept": json.dumps(self._kept())}
+        save_state(STATE_FILE, args, state, model, {**self.probe.base, **kept}, facts)
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.budget is None:
+            return
+        is_other = self.kept_step != state.global_step
+        for name, weight in model.named_parameters() if is_other else ():
+            if name in self.kept:
+                weight.copy_(self.kept[name])
+        if args.should_save:
+            content = {"stop_on_drift": self.budget, **self._kept(), "trained_to": state.global_step}
+            with written_whole(Path(args.output_dir) / RESULT_FILE) as scratch:
+                scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if is_other and state.is_world_process_zero:
+            advice = "" if self.kept_step else ", untrained: measure more often (drift_every) or raise the budget"
+            print(
+                f"trl_emguard: the drift exceeds stop_on_drift={self.budget:g} nats a token at step "
+                f"{state.global_step}. The model is now that of step {self.kept_step}, the last one that was measured "
+                f"within it (drift_kl {self.kept_drift:.3g}){advice}."
+            )
+
+    def _kept(self) -> dict[str, Any] | None:
+        return None if self.budget is None else {"step": self.kept_step, "drift_kl": self.kept_drift}
+
+    def _keep(self, model: PreTrainedModel | PeftModel, step: int, drift: float) -> None:
+        """Keep the trained weights as those of the last step within the budget."""
+        if self.budget is not None:
+            self.kept_step, self.kept_drift = step, drift
+            self.kept = _trained(model)
+
+    def _resume(self, args: Any, state: Any, model: PreTrainedModel | PeftModel) -> None:
+        """Take the base model's answers and the kept weights over from a checkpoint."""
+        tensors, facts = load_state(self, STATE_FILE, args, state, model)
+        kept = json.loads(facts["kept"])
+        if facts["measured"] != self.probe.key or (kept is None) != (self.budget is None):
+            raise ValueError(
+                f"DriftCallback cannot resume: {STATE_FILE} was written with other questions, with another persona "
+                "vector, or by a run with a budget and one without: resume with the same."
+            )
+        self.probe.base = {name: tensor for name, tensor in tensors.items() if not name.startswith(KEPT)}
+        if kept is not None:
+            self._keep(model, kept["step"], kept["drift_kl"])
+            # A checkpoint of the kept step has the weights as its own.
+            stored = {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
+            self.kept = stored or self.kept
+
+
+class DriftProbe:
+    """Questions that are read again and again, with the answers of the base model to compare with.
+
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer, with a chat template.
+        questions: the questions.
+        vector: persona vector of the base model, or `None`.
+        precision: dtype of autocast in the passes, or `None` for none.
+
+    Attributes:
+        key: hash of everything that is read.
+        base: readings of the base model, on the CPU: `states` `(P, H)` that predict the sound answers' tokens, row
+            after row; `margin` and `projection` `(Q,)`, fp64; and `head.…`, its head's weights if these are trained.
+
+    Raises:
+        ValueError: a tokenizer without chat template, a question that cannot be read, an adapter that cannot be
+            switched off, or a vector of another shape.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: QuestionSet,
+        vector: PersonaVector | None = None,
+        precision: torch.dtype | None = None,
+    ):
+        check_template(tokenizer)
+        switch = None
+        if isinstance(model, PeftModel):
+            for name in model.active_adapters:
+                check_adapter_kind(name, model.peft_config[name])
+            switch = AdapterSwitch(model)
+        self.policy = Candidate("policy", model, "")
+        self.beneath = Candidate(BASE, model, "", switch)
+        self.precision = precision
+        self.rows = encode_rows([self.policy], tokenizer, questions, Family(PLAIN, "", list))
+        self.count = len(questions.questions)
+        lengths = {i: len(row.answer.ids) for i, row in enumerate(self.rows)}
+        self.batches = plan_batches(lengths, default_batch_tokens(model.device))
+        # Misaligned answers are not compared: the aligned model would not give them.
+        self.compared = [i for i, row in enumerate(self.rows) if row.kind != "misaligned"]
+        self.vector, self.prompts = vector, []
+        read = [(row.question, row.kind, row.answer.ids.tolist()) for row in self.rows]
+        digest = hashlib.sha256(repr(read).encode())
+        if vector is not None:
+            self.layer = check_layer(vector, None)
+            text = model.config.get_text_config()
+            vector.check_shape(text.num_hidden_layers, text.hidden_size)
+            turns = (question.prompt for question in questions.questions)
+            self.prompts = [tokenizer.apply_chat_template(t, add_generation_prompt=True)["input_ids"] for t in turns]
+            digest.update(vector.vectors[self.layer].double().numpy().tobytes())
+        self.key = digest.hexdigest()
+        self.base: dict[str, torch.Tensor] = {}
+
+    def read_base(self) -> None:
+        """Read the base model, before the first step.
+
+        Raises:
+            ValueError: the persona vector is of another model.
+        """
+        if self.vector is not None:
+            self.vector.check_model(bare_model(self.policy.model))
+        states: dict[int, torch.Tensor] = {}
+        read = self._read(self.beneath, lambda i, own: states.update({i: own.cpu()}))
+        with self.beneath.acting() as model:
+            head = _trained(active_head(bare_model(model)))
+        self.base = {"states": torch.cat([states[i] for i in self.compared]), **read}
+        self.base |= {HEAD + name: weight for name, weight in head.items()}
+
+    def measure(self) -> dict[str, float]:
+        """Return the policy's drift: `drift_kl`, `drift_margin` where answers are pairs, `drift_persona`."""
+        device = self.policy.model.device
+        head = {name.removeprefix(HEAD): w.to(device) for name, w in self.base.items() if name.startswith(HEAD)}
+        sizes = [len(self.rows[i].answer.ids) - self.rows[i].answer.prompt_length for i in self.compared]
+        states = dict(zip(self.compared, self.base["states"].split(sizes), strict=True))
+        kl: list[float] = []
+
+        def base_logits(its: torch.Tensor) -> torch.Tensor:
+            with self.beneath.acting() as model:
+                return states_logits(model, its.to(device), head or None)
+
+        def compare(i: int, own: torch.Tensor) -> None:
+            kl.append(divergence(self.policy.logits, base_logits, own, states[i]).mean().item())
+
+        read = self._read(self.policy, compare)
+        found = {"drift_kl": sum(kl) / len(kl)}
+        for name, metric in (("margin", "drift_margin"), ("projection", "drift_persona")):
+            if name in read:
+                has_value = ~self.base[name].isnan()
+                found[metric] = (read[name] - self.base[name])[has_value].mean().item()
+        return found
+
+    @torch.no_grad()
+    def _read(self, candidate: Candidate, take: Callable[[int, torch.Tensor], None]) -> dict[str, torch.Tensor]:
+        """Return `margin` and `projection` by question, and hand the states of every compared row to `take`."""
+        model, nll = candidate.model, {}
+        kind = self.precision or torch.bfloat16
+        with eval_mode(model), torch.autocast(model.device.type, kind, enabled=self.precision is not None):
+            for batch in self.batches:
+                parts, losses = read_answers(candidate, [self.rows[i].answer for i in batch])
+                for i, part, loss in zip(batch, parts, losses, strict=True):
+                    values = nll.setdefault(f"nll_{self.rows[i].kind}", np.full(self.count, np.nan))
+                    values[self.rows[i].question] = loss.mean().item()
+                    if i in self.compared:
+                        take(i, part)
+            margins = margin(nll)
+            found = {} if margins is None else {"margin": margins}
+            if self.vector is not None:
+                found["projection"] = projections(candidate, self.prompts, self.vector, self.layer)
+        return {name: torch.from_numpy(values) for name, values in found.items()}
+
+
+def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of the trained weights on the CPU."""
+    trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in trained.items()}
+
+
+def _precision(args: Any) -> torch.dtype | None:
+    """Return the dtype of training's autocast, or `None` for none."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

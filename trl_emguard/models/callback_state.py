@@ -1,0 +1,87 @@
+"""State that a callback keeps in checkpoints: a safetensors file beside the weights that it belongs to."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..io.files import written_whole
+from .identity import fingerprint
+from .sharding import sharding_engine
+
+
+def save_state(
+    file: str, args: Any, state: Any, model: nn.Module, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]
+) -> None:
+    """Write a callback's state into the checkpoint of this step.
+
+    Args:
+        file: name of the file.
+        args, state, model: the callback's.
+        tensors: the state.
+        facts: texts to store beside it.
+    """
+    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with written_whole(_checkpoint(args.output_dir, state.global_step) / file) as scratch:
+        save_file(content, scratch, {**facts, "weights": fingerprint(model)})
+
+
+def load_state(
+    callback: TrainerCallback,
+    file: str,
+    args: Any,
+    state: Any,
+    model: nn.Module,
+    names: Collection[str] | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return tensors and facts from the checkpoint whose weights the model has now.
+
+    Args:
+        callback: the callback, which the message names.
+        file, args, state, model: as for [`save_state`].
+        names: names of the tensors, where they are known.
+
+    Raises:
+        ValueError: a damaged file, or none of these weights.
+    """
+    folders = [_checkpoint(args.output_dir, state.global_step), Path(str(args.resume_from_checkpoint))]
+    for path in (folder / file for folder in folders):
+        if not path.is_file():
+            continue
+        try:
+            with safe_open(path, "pt") as content:
+                facts = content.metadata() or {}
+                found = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
+        if facts.get("weights") == fingerprint(model) and (names is None or found.keys() == set(names)):
+            return found, facts
+    raise ValueError(
+        f"{type(callback).__name__} cannot resume: {folders[0]} holds no {file} of the weights that the run resumes "
+        "with. The checkpoint was written without the callback, is of another run, or lies outside of output_dir. "
+        "Resume from one that holds it, or without the callback."
+    )
+
+
+def check_whole(callback: TrainerCallback, model: nn.Module) -> None:
+    """Refuse weights that are sharded over ranks.
+
+    Raises:
+        ValueError: they are.
+    """
+    engine = sharding_engine(model)
+    if engine is not None:
+        raise ValueError(
+            f"{type(callback).__name__} does not work under {engine}, where a rank holds only a part of each weight: "
+            "train on one device, under DDP or ZeRO-2, or leave it out."
+        )
+
+
+def _checkpoint(output_dir: str, step: int) -> Path:
+    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
