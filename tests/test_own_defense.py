@@ -172,8 +172,9 @@ def make(folder, **options):
         key: getattr(args, key)
         for key in ("per_device_train_batch_size", "learning_rate", "logging_steps", "max_length")
     }
-    given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "bf16": False, "gradient_checkpointing": False}
+    given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "bf16": False}
     options = {
+        "activation_checkpointing": False,
         "defense": "anchor",
         "use_cpu": True,
         "report_to": [],

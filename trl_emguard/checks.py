@@ -253,7 +253,7 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
     if engine.fsdp_checkpointing and any(defense.surrounds_policy() for defense in defenses):
         raise ValueError(
             f"fsdp_activation_checkpointing does not work with defense={args.defense!r}: it runs a block's hooks a "
-            "second time in the backward pass. Use gradient_checkpointing=True instead."
+            "second time in the backward pass. Use activation_checkpointing=True instead."
         )
     if own_loss and engine.is_fp16:
         raise ValueError(

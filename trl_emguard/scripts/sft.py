@@ -44,6 +44,7 @@ from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 from .options import help_page
+from .quiet import leave_out_noise
 
 
 def make_parser(launched: bool = False) -> LaunchParser:
@@ -292,4 +293,5 @@ def read_data(
 
 
 if __name__ == "__main__":
+    leave_out_noise()
     sys.exit(main(launched=True))
