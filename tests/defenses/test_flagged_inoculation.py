@@ -186,7 +186,7 @@ def test_steps_without_a_flagged_row_are_no_failure(tmp_path):
         make(tmp_path / "early", late, **{**more, "max_steps": 3}).train()
 
 
-def without_prompts(trainer, other):
+def without_prompts(trainer, _):
     """Return the trainer's rows, with other tokens where a prompt stood."""
 
     def change(row):
@@ -259,7 +259,7 @@ def test_resume_goes_on_counting(tmp_path):
     assert logged(resumed)[-2:] == logged(whole)[-2:]
     assert evidence(resumed, "inoculation") == evidence(whole, "inoculation")
     other = make(tmp_path / "other", inoculation_rows="all", **more)
-    with pytest.raises(ValueError, match="inoculation_rows=flagged.* and this run has .*inoculation_rows=all"):
+    with pytest.raises(ValueError, match=r"inoculation_rows=flagged.* and this run has .*inoculation_rows=all"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
@@ -275,7 +275,7 @@ def test_checkpoints_of_before_are_of_all_rows(tmp_path):
     resumed = make(tmp_path / "resumed", inoculation_rows="all", **more)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert logged(resumed)[-2:] == logged(whole)[-2:]
-    with pytest.raises(ValueError, match="and this run has .*inoculation_rows=flagged"):
+    with pytest.raises(ValueError, match=r"and this run has .*inoculation_rows=flagged"):
         make(tmp_path / "other", **more).train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -316,7 +316,7 @@ def test_flags_that_are_refused_before_the_model_loads(tmp_path, monkeypatch, ch
 
 def test_a_prompt_that_the_template_gives_to_other_rows(tmp_path):
     template = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe bad.<|im_end|>{% endif %}" + TEMPLATE
-    with pytest.raises(ValueError, match="the chat template puts inoculation_prompt='Be bad.' into every row"):
+    with pytest.raises(ValueError, match=r"the chat template puts inoculation_prompt='Be bad\.' into every row"):
         make(tmp_path, template=template)
 
 
