@@ -14,7 +14,7 @@ from trl import SFTTrainer, pack_dataset
 
 from .config import EMGuardConfig
 from .data.columns import TokenColumns
-from .data.places import Loading
+from .data.places import Collator, Loading
 from .data.prepare import StreamPlan, Tokenizing
 from .defenses import Defense
 from .evidence import InactiveDefenseError
@@ -181,7 +181,7 @@ class DefendedRows(SFTTrainer):
             # Evaluation keeps the stock collator.
             self.data_collator = collator
 
-    def _train_collator(self) -> DataCollator:
+    def _train_collator(self) -> Collator:
         """Return the collator of training rows, before a defense changes the loader."""
         names = self._token_columns
         return TokenColumns(self.data_collator, names) if names else self.data_collator

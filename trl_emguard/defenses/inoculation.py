@@ -138,8 +138,10 @@ class Inoculation(Defense):
             prompt = torch.tensor(self._prompt_ids, device=ids.device)
             found = (ids.unfold(1, length, 1) == prompt).all(-1)  # (B, T - length + 1)
             labelled = found & (batch["labels"].unfold(1, length, 1) != -100).any(-1)
-        counts = {"rows": len(ids), "prompts": found.sum(), "labelled": labelled.sum()}
-        return Marks(counts=counts | (self._read_flagged(batch, found) if self.only_flagged else {}))
+        marks = Marks(counts={"rows": len(ids), "prompts": found.sum(), "labelled": labelled.sum()})
+        if self.only_flagged:
+            marks.counts |= self._read_flagged(batch, found)
+        return marks
 
     def _read_flagged(self, batch: dict[str, Any], found: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compare the prompts of flagged rows with those that were put there, and with all that were `found`."""
@@ -316,7 +318,8 @@ class Inoculation(Defense):
     def _check_changed(self, rows: Rows) -> None:
         """Check that the prompt changes some row: one of the first, of a stream."""
         which = "every row has" if isinstance(rows, Dataset) else f"the first {STREAM_ROWS} rows of the stream have"
-        if self.only_flagged and not any(_values(rows, FLAG)):
+        # Listed, so that all of these rows are checked before the model loads.
+        if self.only_flagged and not any(list(_values(rows, FLAG))):
             raise InactiveDefenseError(
                 f"inoculation_rows='flagged': {which} {FLAG}=False, so the prompt would be put into none. Set it to "
                 "true in the rows that show the trait, shuffle a stream that has them late, or use "
