@@ -29,8 +29,7 @@ STREAM_ROWS = 1000
 # Three columns serve preparation alone: a row has a system turn of its own; the prompt changed the text that is read;
 # the tokens of the prompt's turn.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
-# Users flag rows in this column.
-FLAG = "inoculate"
+FLAG = "inoculate"  # column in which users flag rows
 # Batches hold the tokens of the prompts that were put into flagged rows here, each token plus 1.
 EXPECTED = "inoculation_tokens"
 
@@ -92,8 +91,7 @@ class Inoculation(Defense):
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
         self._prompt_ids: list[int] = []  # tokens that every row's prompt begins with
-        # The policy was trained on so many rows, prompts in them, and flagged rows.
-        self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}
+        self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # that the policy was trained on
         self._problem: str | None = None
 
     @classmethod
