@@ -106,6 +106,9 @@ class Defense:
     scopes: ClassVar[tuple[str, ...]] = ()
     # Columns of the training rows that reach the data collator.
     columns: ClassVar[tuple[str, ...]] = ()
+    # Columns with a whole number per token that `prepare_tokenized` adds. They are cut, packed and laid out as the
+    # tokens are, and reach `read_batch` as `(B, T)` integers, 0 for padding and rows that other defenses add.
+    token_columns: tuple[str, ...] = ()
     # Metrics that are logged as they stand; all others are averaged over the steps between two logs.
     running_metrics: ClassVar[tuple[str, ...]] = ()
 

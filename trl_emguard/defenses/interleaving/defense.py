@@ -217,7 +217,7 @@ class Interleaving(Defense):
             mix = self._make_stream_plan(places, ahead)
         else:
             mix = self.make_plan(places)
-        return mix_rows(rows, self._pool_rows, mix, self._passes)
+        return mix_rows(rows, self._pool_rows, mix, self._passes, plan.token_columns)
 
     def _rows_of_pack(self, plan: StreamPlan) -> float:
         """Return how many rows the tokens of a stream's pack have room for; 1 where rows are not packed."""
