@@ -10,7 +10,7 @@ from judges import FunctionJudge, make_results
 from trl_emguard.data.conversation import Conversation
 from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.statistics import bootstrap, paired
-from trl_emguard.judging import JudgeError, JudgeOptions, Judgement, Thresholds, judge_answers, open_judge
+from trl_emguard.judging import JudgeError, Judgement, JudgeOptions, Thresholds, judge_answers, open_judge
 from trl_emguard.judging.prompts import PROMPTS
 from trl_emguard.judging.run import JOURNAL
 
