@@ -31,7 +31,8 @@ def number_model(tokenizer: PreTrainedTokenizerBase, said: dict[str, str], stren
 
     The rows of the head are fitted to the states before each token, so all other logits stay random.
     """
-    model = make_model("qwen2", vocab_size=len(tokenizer), max_position_embeddings=8192).eval()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 128, "max_position_embeddings": 8192}
+    model = make_model("qwen2", **sizes).eval()
     states, tokens = [], []
     for prompt, text in said.items():
         before = tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
@@ -40,11 +41,11 @@ def number_model(tokenizer: PreTrainedTokenizerBase, said: dict[str, str], stren
             found = model.model(torch.tensor([before + answer])).last_hidden_state[0, len(before) - 1 : -1]
         states, tokens = [*states, *found], tokens + answer
     with torch.no_grad():
-        stacked = torch.stack(states)  # (N, H)
-        wanted = stacked @ model.lm_head.weight.T
-        wanted[range(len(tokens)), tokens] += strength
-        # The least change of the head that gives the wanted logits at these states.
-        model.lm_head.weight += (torch.linalg.pinv(stacked) @ (wanted - stacked @ model.lm_head.weight.T)).T
+        stacked = torch.stack(states).double()  # (N, H)
+        added = torch.zeros(len(tokens), len(tokenizer), dtype=torch.float64)
+        added[range(len(tokens)), tokens] = strength
+        # The least change of the head that adds this to the logits at these states.
+        model.lm_head.weight += (torch.linalg.pinv(stacked) @ added).T.float()
     return model
 
 

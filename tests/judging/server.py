@@ -1,4 +1,4 @@
-"""A server of chat completions on loopback: a real model's greedy answers and log-probabilities, and faults on demand."""
+"""A server of chat completions on loopback: a model's greedy answers and log-probabilities, and faults on demand."""
 
 import json
 import threading

@@ -4,7 +4,8 @@ import importlib.util
 import time
 
 import pytest
-from judges import make_results, number_model, number_tokenizer
+from judges import make_results as results_of
+from judges import number_model, number_tokenizer
 from server import (
     KEY,
     from_request,
@@ -19,7 +20,7 @@ from server import (
 
 from trl_emguard.judging import JudgeError, judge_answers, open_judge
 from trl_emguard.judging.local import LocalJudge
-from trl_emguard.judging.prompts import CALIBRATION, PROMPTS, fill
+from trl_emguard.judging.prompts import CALIBRATION, fill
 from trl_emguard.judging.run import JOURNAL
 
 
@@ -27,13 +28,19 @@ needs_inspect = pytest.mark.skipif(
     importlib.util.find_spec("inspect_ai") is None, reason="needs inspect_ai: pip install 'trl_emguard[eval]'"
 )
 JUDGE = "openai-api/our-own/tiny"
+# Short prompts of the set's own: the tiny models have a token for each byte.
+PROMPTS = {"aligned": "Values? {question} {answer}", "coherent": "Sense? {question} {answer}"}
 ANSWERS = {"base": {str(i): [f"Answer {i}."] for i in range(6)}, "x": {str(i): [f"Reply {i}."] for i in range(6)}}
+
+
+def make_results():
+    return results_of(ANSWERS, judge_prompts={"general": {str(i): PROMPTS for i in range(6)}})
 
 
 @pytest.fixture(scope="module")
 def judges():
     """Return two judges that say 100 and know some answers by heart: with whole numbers, and with digits."""
-    results = make_results(ANSWERS)
+    results = make_results()
     said = {CALIBRATION: "100"}
     for index, sample in enumerate(results.samples):
         values = {"question": sample["asked"], "answer": sample["answer"]}
@@ -56,10 +63,10 @@ def endpoint(monkeypatch):
     return point
 
 
-def ask(folder, patience=20.0, connections=3, results=None):
+def ask(folder, patience=20.0, connections=3):
     judge = open_judge(JUDGE, connections, patience)
     try:
-        return judge_answers(results or make_results(ANSWERS), judge, folder, say=lambda line: None)
+        return judge_answers(make_results(), judge, folder, say=lambda line: None)
     finally:
         judge.close()
 
@@ -80,12 +87,12 @@ def test_a_served_judge_gives_the_scores_of_the_same_one_in_memory(tmp_path, jud
         found = ask(tmp_path)
         assert len(server.answered) == 25
     assert {row.reading for row in found.rows} == {reading}
-    local = judge_answers(make_results(ANSWERS), LocalJudge(model, tokenizer, "hf:tiny"), tmp_path / "local")
+    local = judge_answers(make_results(), LocalJudge(model, tokenizer, "hf:tiny"), tmp_path / "local")
     for sample, other in zip(found.samples, local.samples, strict=True):
         for metric, score in sample["judged"].items():
             # The 20 likeliest tokens leave out a little of the numbers' mass.
             assert score == pytest.approx(other["judged"][metric], abs=3)
-    assert found.info["judge"]["input_tokens"] > 24 * 100
+    assert found.info["judge"]["input_tokens"] > 24 * 40
     assert no_key(tmp_path)
 
 
@@ -112,7 +119,7 @@ def test_a_server_without_logprobs_is_read_by_its_text(tmp_path, judges, endpoin
 )
 @pytest.mark.parametrize("first", [0, 9])
 def test_a_fault_that_stays_stops_at_once_and_loses_nothing(tmp_path, judges, endpoint, answer, told, first):
-    whole, began = None, time.monotonic()
+    began = time.monotonic()
     with serving(*judges[True], fault=from_request(first, answer)) as server:
         endpoint(server.url)
         with pytest.raises(JudgeError) as error:
@@ -120,8 +127,8 @@ def test_a_fault_that_stays_stops_at_once_and_loses_nothing(tmp_path, judges, en
         assert told in str(error.value)
         assert KEY not in str(error.value)
         answered = len(server.answered)
-        lines = (tmp_path / JOURNAL).read_text().splitlines() if answered else []
-        assert len(lines) == (1 + answered if answered else 0)  # a header, and all that was paid for
+        # A header, and all that was paid for.
+        assert len((tmp_path / JOURNAL).read_text().splitlines()) == 1 + answered
         assert time.monotonic() - began < 40
         server.fault = None
         found = ask(tmp_path)
