@@ -182,10 +182,10 @@ class ServedJudge:
             text = "refuses requests for their number (429): lower --max_connections, or wait until the quota is back."
         elif status is not None and status >= 500:
             text = f"fails ({status}): look at the server's log, and lower --max_connections if it is overloaded."
-        elif names & {"APIConnectionError", "ConnectError", "RetryError"} and "APIStatusError" not in names:
-            text = f"cannot be reached at {self._place()}: start the server, or correct {url}."
         elif names & {"APITimeoutError", "AttemptTimeoutError", "TimeoutError"}:
             text = f"does not answer at {self._place()} in time: lower --max_connections, or take a faster server."
+        elif names & {"APIConnectionError", "ConnectError"}:
+            text = f"cannot be reached at {self._place()}: start the server, or correct {url}."
         else:
             text = (
                 f"gave no valid chat completion ({type(cause).__name__}: {' '.join(str(cause).split())[:200]}): look "
