@@ -66,7 +66,6 @@ class ServedJudge:
             max_retries=RETRIES,
             timeout=max(1, int(self.patience)),
             attempt_timeout=max(1, int(self.patience / 2)),
-            temperature=0.0,
         )
         try:
             return get_model(self.name, config=config, memoize=False, **options)
@@ -95,7 +94,7 @@ class ServedJudge:
         return reading
 
     async def _calibration(self, has_logprobs: bool) -> Reply:
-        return await self._reply(CALIBRATION, TEXT_TOKENS, has_logprobs, max_retries=CALIBRATION_RETRIES)
+        return await complete(self._model, CALIBRATION, TEXT_TOKENS, has_logprobs, max_retries=CALIBRATION_RETRIES)
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
         """Judge prompts, several at a time, and hand each judgement over with the prompt's index as it comes.
@@ -139,32 +138,15 @@ class ServedJudge:
 
     async def _work(self, state: "_Progress", on_answer: Callable[[int, Judgement], None]) -> None:
         """Ask one prompt after the other, until none waits or a request has failed."""
-        is_token = self.reading == LOGPROBS
         for index, prompt in state.waiting:
             try:
-                reply = await self._reply(prompt, 1 if is_token else TEXT_TOKENS, is_token)
-                on_answer(index, read(reply, self.reading))
+                on_answer(index, await judge_one(self._model, prompt, self.reading))
             except Exception:
                 state.has_failed = True
                 raise
             state.last = time.monotonic()
             if state.has_failed:
                 return
-
-    async def _reply(self, prompt: str, max_tokens: int, has_logprobs: bool, **options: Any) -> Reply:
-        from inspect_ai.model import GenerateConfig
-
-        if has_logprobs:
-            options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        output = await self._model.generate(prompt, config=GenerateConfig(max_tokens=max_tokens, **options))
-        usage = output.usage
-        found = output.choices[0].logprobs
-        return Reply(
-            output.completion,
-            [{one.token: one.logprob for one in token.top_logprobs or ()} for token in found.content] if found else [],
-            usage.input_tokens if usage else 0,
-            usage.output_tokens if usage else 0,
-        )
 
     def _explained(self, error: BaseException) -> JudgeError:
         """Return an error of the libraries as one sentence with the fix, without the key."""
@@ -209,6 +191,37 @@ class ServedJudge:
         """Close the connections."""
         self._runner.run(self._model.api.aclose())
         self._runner.close()
+
+
+async def judge_one(model: Any, prompt: str, reading: str) -> Judgement:
+    """Ask a model of inspect_ai for one judgement."""
+    is_token = reading == LOGPROBS
+    return read(await complete(model, prompt, 1 if is_token else TEXT_TOKENS, is_token), reading)
+
+
+async def complete(model: Any, prompt: str, max_tokens: int, has_logprobs: bool, **options: Any) -> Reply:
+    """Return the reply of a model of inspect_ai.
+
+    Args:
+        model: the model.
+        prompt: text of the user's turn.
+        max_tokens: limit on the reply.
+        has_logprobs: True asks for the likeliest tokens of each position.
+        options: further fields of inspect_ai's `GenerateConfig`.
+    """
+    from inspect_ai.model import GenerateConfig
+
+    if has_logprobs:
+        options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+    output = await model.generate(prompt, config=GenerateConfig(temperature=0.0, max_tokens=max_tokens, **options))
+    usage = output.usage
+    found = output.choices[0].logprobs
+    return Reply(
+        output.completion,
+        [{one.token: one.logprob for one in token.top_logprobs or ()} for token in found.content] if found else [],
+        usage.input_tokens if usage else 0,
+        usage.output_tokens if usage else 0,
+    )
 
 
 class _Progress:
