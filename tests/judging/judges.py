@@ -68,6 +68,9 @@ class FunctionJudge:
         self.calibrations += 1
         return TRIE
 
+    def close(self) -> None:
+        pass
+
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
         for index, prompt in enumerate(prompts):
             found = self.answer(prompt)

@@ -47,6 +47,9 @@ class LocalJudge:
         for index, prompt in enumerate(prompts):
             on_answer(index, self.judge(prompt))
 
+    def close(self) -> None:
+        """Do nothing: there is no connection."""
+
     @torch.no_grad()
     def judge(self, prompt: str) -> Judgement:
         """Return the judgement on one prompt."""

@@ -52,6 +52,8 @@ class Judge(Protocol):
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class JudgeOptions:

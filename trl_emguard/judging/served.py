@@ -60,7 +60,9 @@ class ServedJudge:
                 "pip install 'trl_emguard[eval]'."
             ) from error
         # Retries are inspect_ai's, so the client has none of its own. vLLM's default address is open to the network.
-        options: dict[str, Any] = {"max_retries": 0} if self.name.startswith(OPENAI) else {"host": "127.0.0.1"}
+        options: dict[str, Any] = {"max_retries": 0}
+        if self.name.startswith(VLLM):
+            options = {} if os.environ.get("VLLM_BASE_URL") else {"host": "127.0.0.1"}
         config = GenerateConfig(
             max_connections=self.max_connections,
             max_retries=RETRIES,
@@ -109,10 +111,8 @@ class ServedJudge:
         try:
             return self._runner.run(work)
         except Exception as error:
-            explained = error if isinstance(error, JudgeError) else self._explained(error)
-            explained.__context__ = error
-            explained.__suppress_context__ = True  # the libraries' own messages may hold the key
-            raise explained from None
+            # The libraries' own messages may hold the key, and are not shown.
+            raise (error if isinstance(error, JudgeError) else self._explained(error)) from None
 
     async def _ask_all(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
         state = _Progress(iter(enumerate(prompts)))

@@ -173,7 +173,10 @@ def run_judge(
         console.print(printable(line), soft_wrap=True, highlight=False)
 
     judge = load_judge(args, results.info["models"]) if judge is None else judge
-    results = judge_answers(results, judge, args.output_dir, options, train_rows, say, progress=True)
+    try:
+        results = judge_answers(results, judge, args.output_dir, options, train_rows, say, progress=True)
+    finally:
+        judge.close()
     results.save(args.output_dir)
     show(results, args.output_dir, console)
     say(
