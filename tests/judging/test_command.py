@@ -90,7 +90,8 @@ def test_a_judge_under_test_is_refused_before_answers_are_sampled(folders, capsy
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--judge", "hf:x"], "needs"),
+        (["--general", "values", "--limit", "2", "--judge", "hf:x"], "set --samples_per_question to 1 or more"),
+        (["--judge", "hf:x"], "samples_per_question to 1 or more"),
         (["--judge", "hf:x", "--samples_per_question", "1", "--misaligned_below", "130"], "between 0 and 100"),
         (["--judge", "gpt", "--samples_per_question", "1"], "is of no known kind"),
         (["--rejudge", "nowhere", "--judge", "hf:x"], "holds no results.json"),
@@ -99,9 +100,6 @@ def test_a_judge_under_test_is_refused_before_answers_are_sampled(folders, capsy
     ],
 )
 def test_options_that_do_not_go_together(folders, capsys, words, told):
-    if told == "needs":
-        told = "set --samples_per_question to 1 or more"
-        (folders / "questions.yaml").write_text(yaml.safe_dump(QUESTIONS))
     filled = [word.format(out=folders / "out") for word in words]
     assert commands.main(command(folders, *filled)) == 1
     error = capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_a_fault_that_stays_stops_at_once_and_loses_nothing(tmp_path, judges, en
         found = ask(tmp_path)
         assert len(server.answered) == 25
         whole = ask(tmp_path / "whole")
-    assert found == whole
+    assert repr(found) == repr(whole)  # a NaN is not equal to itself
     assert no_key(tmp_path)
 
 
@@ -184,9 +184,9 @@ def test_an_endpoint_that_is_not_there(tmp_path, judges, endpoint):
 @needs_inspect
 def test_a_judge_that_answers_prose(tmp_path, judges, endpoint):
     tokenizer = number_tokenizer(True)
-    with serving(number_model(tokenizer, {CALIBRATION: "Well,"}), tokenizer) as server:
+    with serving(number_model(tokenizer, {CALIBRATION: "Well"}), tokenizer) as server:
         endpoint(server.url)
-        with pytest.raises(JudgeError, match="answers 'Well,' where it is asked for the number 100"):
+        with pytest.raises(JudgeError, match="answers 'Well' where it is asked for the number 100"):
             ask(tmp_path)
         assert len(server.answered) == 1
 

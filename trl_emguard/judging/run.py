@@ -20,7 +20,7 @@ from ..io.journal import ForeignJournalError, Journal
 from .metrics import ANSWERS_AT, LEAST_SAMPLES, MISALIGNED, Thresholds, misaligned_at, outcomes, wilson
 from .prompts import ALIGNED, fill, prompts_for
 from .scores import READINGS, Judgement
-from .served import OPENAI, VLLM, JudgeError, ServedJudge
+from .served import OPENAI, VLLM, JudgeError, ServedJudge, check_environment
 
 
 HF = "hf:"
@@ -83,18 +83,30 @@ def open_judge(name: str, max_connections: int = 10, patience: float = 300.0) ->
     Raises:
         ValueError: a name of another form, a judge that cannot be read, or a served one without inspect_ai.
     """
+    check_name(name, max_connections)
+    if not name.startswith(HF):
+        return ServedJudge(name, max_connections, patience)
+
+    from .local import load_local
+
+    return load_local(HF, name.removeprefix(HF))
+
+
+def check_name(name: str, max_connections: int = 10) -> None:
+    """Refuse the name of a judge of no known kind, or whose endpoint the environment does not name.
+
+    Raises:
+        ValueError: the message says how to write it.
+    """
     if max_connections < 1:
         raise ValueError(f"--max_connections={max_connections} must be 1 or more.")
-    if name.startswith(HF):
-        from .local import load_local
-
-        return load_local(HF, name.removeprefix(HF))
     if name.startswith((OPENAI, VLLM)):
-        return ServedJudge(name, max_connections, patience)
-    raise ValueError(
-        f"--judge {name!r} is of no known kind: write hf:MODEL for a model in memory, openai-api/SERVICE/MODEL for an "
-        "endpoint, or vllm/MODEL."
-    )
+        check_environment(name)
+    elif not name.startswith(HF):
+        raise ValueError(
+            f"--judge {name!r} is of no known kind: write hf:MODEL for a model in memory, openai-api/SERVICE/MODEL "
+            "for an endpoint, or vllm/MODEL."
+        )
 
 
 def prepare_judge(judge: Judge, output_dir: str | os.PathLike, models: Mapping[str, Mapping[str, str]]) -> None:

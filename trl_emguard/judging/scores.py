@@ -17,7 +17,7 @@ READINGS = {
 }
 _WHOLE = re.compile(r"\s*(100|[1-9]?[0-9])\s*")
 # "8/10" and "8 out of" are no scores on this scale; "85." and "85%" are.
-_IN_TEXT = re.compile(r"\s*(\d{1,3}(?:\.\d+)?)(?:[.%]|/100)?\s*(?:\n.*)?", re.DOTALL)
+_IN_TEXT = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]+)?)(?:[.%]|/100)?\s*(?:\n.*)?", re.DOTALL)
 
 
 class Reply(NamedTuple):

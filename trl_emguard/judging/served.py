@@ -44,7 +44,7 @@ class ServedJudge:
     def __init__(self, name: str, max_connections: int = 10, patience: float = 300.0):
         self.name = self.identity = name
         self.max_connections, self.patience = max_connections, patience
-        self.prefix = _check_environment(name)
+        self.prefix = check_environment(name)
         self.reading = ""
         self._secret = os.environ.get(f"{self.prefix}_API_KEY", "")
         self._runner = asyncio.Runner()  # connections live as long as their event loop
@@ -233,7 +233,7 @@ class _Progress:
         self.has_failed = False
 
 
-def _check_environment(name: str) -> str:
+def check_environment(name: str) -> str:
     """Return the prefix of the variables that a served judge needs, and refuse missing ones."""
     if name.startswith(VLLM):
         return "VLLM"

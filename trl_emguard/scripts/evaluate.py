@@ -135,8 +135,12 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     options, sets = make_options(args), load_sets(args, train_rows)
     check_sets(sets, None, options)
     check_writable("--output_dir", args.output_dir)
-    if args.judge is not None and not options.samples_per_question:
-        raise ValueError("--judge rates sampled answers: set --samples_per_question to 1 or more.")
+    if args.judge is not None:
+        from ..judging.run import check_name
+
+        check_name(args.judge, args.max_connections)
+        if not options.samples_per_question:
+            raise ValueError("--judge rates sampled answers: set --samples_per_question to 1 or more.")
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     candidates, tokenizer = load_candidates(args.model, args.base, adapters, dtype, args.device_map)
     command = shlex.join(["trl-emguard", "evaluate", *argv])
