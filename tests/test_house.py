@@ -95,7 +95,7 @@ def test_files_and_functions_are_small(path):
 ROOMS = (
     "version", "compat", "io", "ops", "models", "evidence", "checkpoints", "data", "persona", "selection", "defenses",
     "guard", "reference", "checks", "config", "record", "defended", "rows", "trainer", "planning", "memory",
-    "evaluation", "testbeds", "comparison", "scripts",
+    "evaluation", "judging", "testbeds", "comparison", "scripts",
 )  # fmt: skip
 
 
