@@ -159,6 +159,14 @@ class Defense:
         """Return lines that a run prints at its start, once the rows are known."""
         return []
 
+    def check_tuning(self, has_adapter: bool) -> None:
+        """Raise `ValueError` if the defense cannot act on what is trained. Runs before weights load.
+
+        Args:
+            has_adapter: whether an adapter is trained, and not the model itself.
+        """
+        del has_adapter
+
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise `ValueError` if the defense cannot act on a model of this (text) config. Runs before weights load."""
         del config
