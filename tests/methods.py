@@ -138,9 +138,8 @@ def save_adapter(folder: Path, model: Any = None, **overrides: Any) -> str:
     model = make_model() if model is None else model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        get_peft_model(model, lora(**{"init_lora_weights": False, "lora_alpha": 2, **overrides})).save_pretrained(
-            folder
-        )
+        adapted = get_peft_model(model, lora(**{"init_lora_weights": False, "lora_alpha": 2, **overrides}))
+    adapted.save_pretrained(folder)
     return str(folder)
 
 

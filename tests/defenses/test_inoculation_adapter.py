@@ -80,7 +80,7 @@ def fresh(architecture):
         ("gemma2", {"target_modules": ["q_proj", "down_proj"]}),
         (
             "gpt_neox",
-            {"rank_pattern": {"dense": 2}, "alpha_pattern": {"dense": 3, r"layers\.1\..*query_key_value": 9}},
+            {"rank_pattern": {"dense": 2}, "alpha_pattern": {"dense": 3, r"layers\.1\..*key_value": 9}},
         ),
         ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     ],
@@ -149,8 +149,8 @@ def test_checkpointing_changes_nothing_on_a_4_bit_base(tmp_path):
     path = save_model(tmp_path / "model", **QUANTISABLE)
     save_adapter(tmp_path / "adapter", make_model(**QUANTISABLE))
     runs = {}
-    for mode, options in CHECKPOINTING.items():
-        options = {"max_steps": 2, "inoculation_adapter": str(tmp_path / "adapter"), **DEFENSE, **options}
+    for mode, how in CHECKPOINTING.items():
+        options = {"max_steps": 2, "inoculation_adapter": str(tmp_path / "adapter"), **DEFENSE, **how}
         trainer = EMGuardTrainer(
             path,
             config(tmp_path / mode, **options),
@@ -250,10 +250,8 @@ def test_a_run_says_what_acts_and_records_it(tmp_path, capsys):
     trainer.train()
     said = capsys.readouterr().out
     numbers = sum(weight.numel() for weight in load_file(tmp_path / "adapter" / WEIGHTS).values())
-    assert (
-        f"the frozen adapter {str(tmp_path / 'adapter')!r} acts in 28 layers, times 0.5; its {numbers / 1e6:.3g}"
-        in said
-    )
+    place = str(tmp_path / "adapter")
+    assert f"the frozen adapter {place!r} acts in 28 layers, times 0.5; its {numbers / 1e6:.3g} million" in said
     found = record(trainer)
     options = found["defenses"]["inoculation_adapter"]
     assert options["inoculation_adapter"].startswith("LoRA of 28 layers (")
@@ -297,15 +295,12 @@ def test_a_scale_that_rounding_swallows_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["", ",kl"])
-def test_a_model_that_goes_around_a_layer_stops_the_run(tmp_path, other):
+def test_a_model_that_goes_around_a_layer_stops_the_run(tmp_path, monkeypatch, other):
     trainer = trainer_for(tmp_path, defense=f"inoculation_adapter{other}")
     layer = trainer.model.get_base_model().model.layers[2].self_attn.k_proj
-    type(layer).__call__, original = type(layer).forward, type(layer).__call__
-    try:
-        with pytest.raises(InactiveDefenseError, match=r"the hook on 'model.layers.0.mlp.* did not fire"):
-            trainer.train()
-    finally:
-        type(layer).__call__ = original
+    monkeypatch.setattr(type(layer), "__call__", type(layer).forward)
+    with pytest.raises(InactiveDefenseError, match=r"the hook on 'model.layers.0.mlp.* did not fire"):
+        trainer.train()
 
 
 # ---- what is refused ----
