@@ -221,7 +221,7 @@ class Defense:
 
         It is never entered for the reference pass, evaluation, generation or saving, and left before the backward
         pass. With gradient checkpointing the inside of a decoder block runs a second time in the backward pass: hook
-        whole blocks, never what is inside of them.
+        whole blocks, or see to it that what is inside of them acts then as well (`inoculation_adapter.py`).
 
         Args:
             model: causal language model without wrappers.
