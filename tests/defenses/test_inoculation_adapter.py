@@ -97,7 +97,7 @@ def test_the_pass_is_that_of_the_model_with_the_adapter(tmp_path, architecture, 
     trained = get_peft_model(fresh(architecture), lora(target_modules=options.get("target_modules", "all-linear")))
     for bare in (model, trained.eval().get_base_model()):
         defense = make_defense(tmp_path / "trait", bare, inoculation_adapter_scale=scale)
-        torch.testing.assert_close(logits_with(defense, bare), expected)
+        torch.testing.assert_close(logits_with(defense, bare), expected, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             assert torch.equal(bare(IDS).logits, plain)
     assert (expected - plain).abs().max() > 1e-2
@@ -205,7 +205,7 @@ def test_nothing_is_left_behind(tmp_path):
     blocks = trainer.model.get_base_model().model.layers
 
     def state():
-        hooks = sum(len(module._forward_hooks) for module in trainer.model.modules())
+        hooks = sum(len(module._forward_hooks) for module in blocks.modules())
         return hooks, [vars(block).get("_gradient_checkpointing_func") for block in blocks]
 
     class Fail(TrainerCallback):
@@ -344,6 +344,13 @@ BAD = {
         "adapter=.* was trained on 'org/Other-7B', and this run trains .*model': name an adapter of this model",
     ),
 }
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"inoculation_adapter: adapter .* holds no adapter_config.json: name a"
+    ):
+        config(tmp_path, inoculation_adapter=str(tmp_path), **DEFENSE)
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD.values(), ids=BAD)

@@ -64,10 +64,6 @@ def no_weights(monkeypatch):
             "inoculation_adapter_scale=-1.0 is not a coefficient",
         ),
         (
-            {"defense": "inoculation_adapter", "inoculation_adapter": "./nowhere"},
-            "inoculation_adapter: adapter 'nowhere' holds no adapter_config.json: name a folder that PEFT saved.",
-        ),
-        (
             {"defense": "kl", "kl_direction": "backward"},
             "kl_direction='backward' is not known: give one of 'reverse', 'forward'.",
         ),
