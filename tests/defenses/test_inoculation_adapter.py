@@ -326,6 +326,12 @@ def infinite(weights):
     weights[factor_key("model.layers.1.mlp.up_proj", "B")][0] = float("inf")
 
 
+def drop_base(weights):
+    """Drop the layer beneath an adapter, which PEFT saves along with an adapter of the head."""
+    for name in [name for name in weights if ".base_layer." in name]:
+        del weights[name]
+
+
 def rename(weights):
     for factor in "AB":
         name = factor_key("model.layers.1.mlp.up_proj", factor)
@@ -379,6 +385,7 @@ def test_bad_adapters_are_refused_before_weights_are_loaded(tmp_path, damage, me
 def test_adapters_of_other_layers_are_refused_before_weights_are_loaded(tmp_path, sizes, options, message):
     untied = {"tie_word_embeddings": False}
     adapter = save_adapter(tmp_path / "adapter", make_model(**sizes, **untied), **options)
+    change(tmp_path / "adapter", drop_base)
     model = without_weights(tmp_path / "model", **untied)
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path / "out", model, peft=lora(), inoculation_adapter=adapter, **DEFENSE)
