@@ -64,6 +64,9 @@ class Anchor(ReferenceDefense):
     def describe(self):
         return [f"{self.count} anchors in every batch."]
 
+    def check_tuning(self, has_adapter):
+        HOOKS.append("adapter" if has_adapter else "model")
+
     def check_model(self, config):
         HOOKS.append(f"model of {config.num_hidden_layers} blocks")
 
@@ -198,7 +201,8 @@ def test_every_hook_is_called_in_the_order_of_a_run(tmp_path):
     assert HOOKS.count("built") == 1
     order = [hook for hook in HOOKS if not hook.startswith("beside")]
     assert order == [
-        "built", "model of 4 blocks", "16 rows", "tokenizer", "LlamaForCausalLM", "training begins", "training ends",
+        "built", "adapter", "model of 4 blocks", "16 rows", "tokenizer", "LlamaForCausalLM", "training begins",
+        "training ends",
     ]  # fmt: skip
     assert "beside ['kl']" in HOOKS
     assert "2 anchors in every batch." in trainer.describe()

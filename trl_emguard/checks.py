@@ -137,6 +137,7 @@ def check_before_loading(
         )
     config = config.get_text_config()
     for defense in defenses:
+        defense.check_tuning(peft_config is not None or isinstance(model, PeftModel))
         defense.check_model(config)
     if any(defense.own_loss for defense in defenses):
         _check_own_loss(defenses, model, peft_config, compute_loss_func)

@@ -21,7 +21,8 @@ from trl_emguard.scripts.sft import make_parser
 
 
 DOCS = Path(__file__).parents[2] / "docs"
-TABLES = dict(zip(["kl", "ldifs", "treft", "steering", "inoculation", "interleaving"], methods(), strict=True))
+PAGES = ("kl", "ldifs", "treft", "steering", "inoculation", "inoculation_adapter", "interleaving")
+TABLES = dict(zip(PAGES, methods(), strict=True))
 HEAD = "| option | default | meaning |\n|---|---|---|\n"
 TABLE = re.compile(re.escape(HEAD) + r"(\|.*\n)+")
 

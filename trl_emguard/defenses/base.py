@@ -163,6 +163,14 @@ class Defense:
         """Return lines that a run prints at its start, once the rows are known."""
         return []
 
+    def check_tuning(self, has_adapter: bool) -> None:
+        """Raise `ValueError` if the defense cannot act on what is trained. Runs before weights load.
+
+        Args:
+            has_adapter: whether an adapter is trained, and not the model itself.
+        """
+        del has_adapter
+
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise `ValueError` if the defense cannot act on a model of this (text) config. Runs before weights load."""
         del config
@@ -217,7 +225,7 @@ class Defense:
 
         It is never entered for the reference pass, evaluation, generation or saving, and left before the backward
         pass. With gradient checkpointing the inside of a decoder block runs a second time in the backward pass: hook
-        whole blocks, never what is inside of them.
+        whole blocks, or see to it that what is inside of them acts then as well (`inoculation_adapter.py`).
 
         Args:
             model: causal language model without wrappers.
