@@ -18,7 +18,7 @@ from ..models.load import without_weights
 from ..models.lora_files import Factors, lora_updates, read_lora, weights_fingerprint
 from ..models.shipped import last_name
 from .base import Defense, Paper
-from .options import check_coefficient, option
+from .options import check_number, option
 
 
 # Attribute of modules that transformers checkpoints: the function that runs a part of the model and recomputes it.
@@ -44,7 +44,7 @@ def read_options(args: Any) -> tuple[LoraConfig, Factors] | None:
         FileNotFoundError: the folder holds no adapter.
         ValueError: a bad option, or an adapter that is no plain LoRA of linear layers or changes nothing.
     """
-    scale = check_coefficient("inoculation_adapter_scale", args.inoculation_adapter_scale)
+    scale = check_number("inoculation_adapter_scale", args.inoculation_adapter_scale)
     if args.inoculation_adapter is None:
         if scale:
             raise ValueError(

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 
+from .options import check_number
+
 
 ARROW = "->"
+EXAMPLE = f"0.4{ARROW}0.05"
 # End of the help of every option that takes a schedule.
-SCHEDULE_HELP = "'0.4->0.05' changes it linearly over the run."
+SCHEDULE_HELP = f"'{EXAMPLE}' changes it linearly over the run."
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,10 @@ def check_coefficient(name: str, value: object) -> float | Schedule:
         if schedule is None:
             raise ValueError(
                 f"{name}={value!r} is not a schedule: give two finite numbers, 0 or above and not both 0, as "
-                "'0.4->0.05'."
+                f"'{EXAMPLE}'."
             )
         return schedule
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-        raise ValueError(
-            f"{name}={value!r} is not a coefficient: give a finite number, 0 (off) or above, or a schedule as "
-            "'0.4->0.05'."
-        )
-    return float(value)
+    return check_number(name, value, f", or a schedule as '{EXAMPLE}'")
 
 
 def coefficient(text: str) -> float | str:
