@@ -230,6 +230,19 @@ def test_a_resumed_run_continues_the_schedule(tmp_path, defense):
             trainer_in("other", other).train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_schedule_that_was_left_open_comes_from_the_checkpoint(tmp_path):
+    def trainer_with(**options):
+        saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS}
+        return make_trainer(tmp_path, peft=lora(), defense="kl", **saving, **options)
+
+    whole = trainer_with(kl_coef="0.5->2")
+    whole.train()
+    resumed = trainer_with()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(resumed, "kl_coef") == [0.5, 1.0, 1.5, 2.0]
+    assert logged(resumed) == logged(whole)
+
+
 def test_what_steering_has_shown_is_kept_where_its_schedule_has_run_down(tmp_path):
     options = {**run_options("steering", tmp_path), "steering_coef": "5->0", "max_steps": 40}
     saving = {"save_strategy": "steps", "save_steps": 39, "per_device_train_batch_size": 1}

@@ -120,10 +120,12 @@ class ScheduleCallback(TrainerCallback):
     """
 
     def __init__(self, defenses: Sequence[Any], metrics: dict[str, list[float]]):
-        self.scheduled = [d for d in defenses if isinstance(d, Weighted) and d.schedule is not None]
+        self.defenses = defenses
         self.metrics = metrics
 
     def on_step_begin(self, args, state, control, **kwargs):
-        for defense in self.scheduled:
-            defense.set_coefficient(defense.schedule.at(state.global_step, state.max_steps))
-            self.metrics[defense.switch] = [defense.coef]
+        for defense in self.defenses:
+            # A checkpoint may have brought the schedule after this callback was made.
+            if isinstance(defense, Weighted) and defense.schedule is not None:
+                defense.set_coefficient(defense.schedule.at(state.global_step, state.max_steps))
+                self.metrics[defense.switch] = [defense.coef]
