@@ -40,13 +40,11 @@ class LaunchArguments:
     ema: bool = option(False, "Also save an exponential moving average of the trained weights, in output_dir/ema.")
     drift_every: int = option(
         0,
-        "Measure every N steps how far the policy has moved from the base model on the general questions `values`, "
-        "and log it (drift_kl, drift_margin). 0 is off; 25 with stop_on_drift.",
+        "Every N steps, log the drift from the base model on general questions. 0 is off (25 with stop_on_drift).",
     )
     stop_on_drift: float | None = option(
         None,
-        "Stop training where drift_kl exceeds this many nats a token, and save the weights of the last measurement "
-        "within it.",
+        "Stop where drift_kl exceeds this many nats a token, and save the last weights measured within it.",
     )
 
 
