@@ -32,8 +32,7 @@ class DefenseArguments(
     defense: str = option(
         "none",
         "Defenses, separated by commas: 'kl', 'ldifs', 'treft', 'steering', 'inoculation', 'inoculation_adapter', one "
-        "of 'interleave', 'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for plain "
-        "training.",
+        "of 'interleave', 'interleave+' and 'interleave++'; or 'none' for plain training.",
     )
 
     def check_defense(self) -> Sequence[type[Defense]]:
