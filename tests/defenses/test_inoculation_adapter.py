@@ -378,7 +378,7 @@ def test_bad_adapters_are_refused_before_weights_are_loaded(tmp_path, damage, me
 @pytest.mark.parametrize(
     ("sizes", "options", "message"),
     [
-        ({"hidden_size": 64}, {}, "is of another base model: it changes a linear layer .* from 64 to "),
+        ({"hidden_size": 64}, {}, "is of another base model: it changes a linear layer .* to 64 numbers"),
         ({"num_hidden_layers": 5}, {}, r"is of another base model: .*'model.layers.4\."),
         ({}, {"target_modules": ["q_proj", "lm_head"]}, "changes 'lm_head', which is outside of the decoder blocks"),
         ({}, {"target_modules": ["q_proj", "embed_tokens"]}, "is no plain LoRA of linear layers.*lora_embedding"),
