@@ -30,7 +30,7 @@ class InoculationAdapterOptions:
     """Options of `inoculation_adapter`: a frozen adapter that has the trait while a new one trains."""
 
     inoculation_adapter: str | None = option(None, "Folder of a LoRA adapter that has the unwanted trait.")
-    inoculation_adapter_scale: float = option(1.0, "Factor of its update. 0 switches the defense off.")
+    inoculation_adapter_scale: float = option(1.0, "Factor of its update. 0 switches it off.")
 
 
 def read_options(args: Any) -> tuple[LoraConfig, Factors] | None:
