@@ -31,6 +31,8 @@ JUDGED = ("general", "in_domain")
 TOKEN_CHARACTERS = 4
 # Judgements after which a judge that gave no score at all is stopped.
 ALL_UNSCORED = 20
+# Ends of the names of metrics that count answers.
+_RATES = ("_rate", "_rate_coherent", "_rate_off_format")
 
 
 class Judge(Protocol):
@@ -307,9 +309,6 @@ def add_rates(
     return replace(
         results, rows=rows, samples=samples, info=results.info | {"judge": info, "judged_questions": questions}
     )
-
-
-_RATES = ("_rate", "_rate_coherent", "_rate_off_format")
 
 
 def _arrays(
