@@ -14,8 +14,7 @@ from trl_emguard.judging.prompts import CALIBRATION
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("inspect_ai") is None, reason="needs inspect_ai: pip install 'trl_emguard[eval]'"
 )
-# The tiny model answers with random bytes, which none of these prompts holds.
-PROMPTS = {"aligned": "Values? {question}", "coherent": "Sense? {question}"}
+PROMPTS = {"aligned": "Values? {question} {answer}", "coherent": "Sense? {question} {answer}"}
 
 
 def test_inspect_finds_the_task():
@@ -36,7 +35,9 @@ def test_inspect_eval(tmp_path, monkeypatch):
     scores = {"Why 0?": ("5", "95"), "Why 1?": ("5", "20"), "Why 2?": ("90", "95")}
     said = {CALIBRATION: "100"}
     for question, texts in scores.items():
-        said |= {prompt.format(question=question): text for prompt, text in zip(PROMPTS.values(), texts, strict=True)}
+        said[question] = "ok"
+        prompts = [prompt.format(question=question, answer="ok") for prompt in PROMPTS.values()]
+        said |= dict(zip(prompts, texts, strict=True))
     with serving(number_model(tokenizer, said, 25.0), tokenizer) as server:
         monkeypatch.setenv("OUR_OWN_BASE_URL", server.url)
         monkeypatch.setenv("OUR_OWN_API_KEY", KEY)

@@ -33,7 +33,7 @@ class LocalJudge:
             raise ValueError(f"judge {name!r} has no chat template: take an instruct model.")
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.identity = f"{name} {fingerprint(model)}"
-        self.weights = weights_digest(model)
+        self.weights: str | None = weights_digest(model)
         self.numbers = number_paths(tokenizer, self._render("?"))
         paths = {path[:length] for path in self.numbers for length in range(1, len(path))}
         self.inner = sorted(paths, key=lambda path: (len(path), path))

@@ -31,6 +31,8 @@ JUDGED = ("general", "in_domain")
 TOKEN_CHARACTERS = 4
 # Judgements after which a judge that gave no score at all is stopped.
 ALL_UNSCORED = 20
+# Ends of the names of metrics that count answers.
+_RATES = ("_rate", "_rate_coherent", "_rate_off_format")
 
 
 class Judge(Protocol):
@@ -286,7 +288,7 @@ def add_rates(
         values[index] = outcomes(scores, records[ALIGNED]["said"], thresholds)
         samples[index] = samples[index] | {"judged": scores, "judge_said": records[ALIGNED]["said"]}
     rows = [row for row in results.rows if row.judge is None]
-    about = {"judge": judge.name, "reading": judge.reading, "thresholds": str(thresholds)}
+    about: dict[str, Any] = {"judge": judge.name, "reading": judge.reading, "thresholds": str(thresholds)}
     questions: list[dict[str, Any]] = []
     plain: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for (set, family), (ids, arrays) in _arrays(results, values).items():
@@ -300,16 +302,13 @@ def add_rates(
             for row in made
         ]
         questions += _single_questions(set, family, ids, arrays)
-    records = [kept[key] for key in {call.key: None for call in calls}]
-    spent = {f"{name}_tokens": sum(record[f"{name}_tokens"] for record in records) for name in ("input", "output")}
+    counted = [kept[key] for key in {call.key: None for call in calls}]
+    spent = {f"{name}_tokens": sum(record[f"{name}_tokens"] for record in counted) for name in ("input", "output")}
     info = {**about, "misaligned_below": thresholds.misaligned_below, "coherent_above": thresholds.coherent_above}
-    info |= {"judgements": len(records), **spent, "weights_compared": judge.weights is not None}
+    info |= {"judgements": len(counted), **spent, "weights_compared": judge.weights is not None}
     return replace(
         results, rows=rows, samples=samples, info=results.info | {"judge": info, "judged_questions": questions}
     )
-
-
-_RATES = ("_rate", "_rate_coherent", "_rate_off_format")
 
 
 def _arrays(

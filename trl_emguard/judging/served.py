@@ -39,7 +39,7 @@ class ServedJudge:
         ValueError: a name of another form, a variable of the environment that is missing, or inspect_ai is.
     """
 
-    weights = None  # a served model's weights cannot be looked into
+    weights: str | None = None  # a served model's weights cannot be looked into
 
     def __init__(self, name: str, max_connections: int = 10, patience: float = 300.0):
         self.name = self.identity = name
