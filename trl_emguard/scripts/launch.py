@@ -38,13 +38,9 @@ class LaunchArguments:
         False, "Report what the run would do and look for errors instead of training. No weights are loaded."
     )
     ema: bool = option(False, "Also save an exponential moving average of the trained weights, in output_dir/ema.")
-    drift_every: int = option(
-        0,
-        "Every N steps, log the drift from the base model on general questions. 0 is off (25 with stop_on_drift).",
-    )
+    drift_every: int = option(0, "Every N steps, log the drift from the base model.")
     stop_on_drift: float | None = option(
-        None,
-        "Stop where drift_kl exceeds this many nats a token, and save the last weights measured within it.",
+        None, "Stop where drift_kl exceeds this many nats a token, and save the last weights measured within it."
     )
 
 
