@@ -287,7 +287,7 @@ def test_persona_shift():
 def test_sentence_says_what_was_not_measured():
     line = sentence(run(cues="none"), "x")
     assert "(b) narrow learning not measured (--in_domain or --train_data)" in line
-    assert "(d) coherence not measured (--samples_per_question 1)" in line
+    assert "(d) coherence not measured (add --samples_per_question 1)" in line
     assert "(a) broad:" in line
     assert "(c) benign:" in line
 

@@ -279,7 +279,7 @@ def _benign(results: Results, model: str) -> str:
 def _coherent(results: Results, model: str) -> str:
     rows = {r.metric: r for r in results.of_criterion(model, "general", *COHERENCE)}
     if not rows:
-        return "coherence not measured (--samples_per_question 1)"
+        return "coherence not measured (add --samples_per_question 1)"
     worse = [metric for metric, row in rows.items() if is_apart(row) and row.difference > 0]
     verdict = f"worse than the base in {', '.join(worse)}" if worse else "no clear move"
     figures = ", ".join(f"{metric} {row.value:.2f} (base {row.base:.2f})" for metric, row in rows.items())
