@@ -21,6 +21,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+
+# In a launched process, the imports below would speak first.
+if __name__ == "__main__":
+    from .quiet import leave_out_noise
+
+    leave_out_noise("sft")
+
 from transformers import AutoConfig, TrainerCallback
 from trl import (
     DatasetMixtureConfig,
@@ -44,7 +51,6 @@ from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 from .options import help_page
-from .quiet import leave_out_noise
 
 
 def make_parser(launched: bool = False) -> LaunchParser:
@@ -293,5 +299,4 @@ def read_data(
 
 
 if __name__ == "__main__":
-    leave_out_noise()
     sys.exit(main(launched=True))
