@@ -12,8 +12,6 @@ from .options import check_number
 
 ARROW = "->"
 EXAMPLE = f"0.4{ARROW}0.05"
-# End of the help of every option that takes a schedule.
-SCHEDULE_HELP = f"'{EXAMPLE}' changes it linearly over the run."
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..models.chat import template_arguments
 from ..models.load import without_weights
 from .base import ModelDefense, Paper
 from .options import option
-from .schedule import SCHEDULE_HELP, check_coefficient
+from .schedule import check_coefficient
 
 
 # File of a checkpoint with the prefix, and with its keys and values as they were before training.
@@ -38,7 +38,7 @@ class TReFTOptions:
 
     treft_coef: float | str = option(
         10.0,
-        f"Weight of the relative squared change of keys and values on the prefix. 0 switches it off. {SCHEDULE_HELP}",
+        "Weight of the relative squared change of keys and values on the prefix. 0 switches it off.",
     )
 
 

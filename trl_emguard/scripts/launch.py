@@ -31,8 +31,8 @@ class LaunchArguments:
 
     accelerate_config: str | None = option(
         None,
-        "File for `accelerate launch --config_file`, or the name of a shipped one (zero3). Options of `accelerate "
-        "launch` may be added (--num_processes 4). Without it, training runs in this process.",
+        "File for `accelerate launch --config_file`, or a shipped one (zero3). Its options may be added "
+        "(--num_processes 4). Without it, training runs in this process.",
     )
     dry_run: bool = option(
         False, "Report what the run would do and look for errors instead of training. No weights are loaded."

@@ -32,11 +32,9 @@ class InterleavingOptions:
         None,
         "Pool of general instruct rows: a JSONL or parquet file, a shipped set or a `datasets` id, with rows of "
         "`messages`, of `prompt` and `completion`, or of `prompt` and `response`. 'interleave+' and 'interleave++' "
-        "want one that `trl-emguard score` has scored. A `Dataset` can be passed to the trainer instead.",
+        "want one that `trl-emguard score` has scored. The trainer also takes a `Dataset`.",
     )
-    interleave_config: str | None = option(
-        None, "Configuration of that data set, as `name` of `datasets.load_dataset`."
-    )
+    interleave_config: str | None = option(None, "Configuration of that data set, `name` of `load_dataset`.")
     interleave_where: str | None = option(
         None, "Condition COLUMN=VALUE that a row of the pool must meet, as 'response_harm_label=unharmful'."
     )
