@@ -1,8 +1,7 @@
-"""Test the installed package, and the versions of its neighbours."""
+"""Test the installed package: its metadata, its wheel, and commands that need no training."""
 
 import configparser
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +12,9 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import trl_emguard
-from trl_emguard.compat import TESTED, check_versions
 from trl_emguard.data.load import SHIPPED
 from trl_emguard.io import recipes
 from trl_emguard.persona import SHIPPED_TRAITS, SHIPPED_VECTORS
@@ -49,12 +45,6 @@ def test_every_folder_with_python_files_is_a_package(setup_cfg):
     )
 
 
-def test_ranges_are_those_that_are_checked(setup_cfg):
-    required = {r.name: r.specifier for r in map(Requirement, lines(setup_cfg["install_requires"]))}
-    for name, (first, after) in TESTED.items():
-        assert required[name] == SpecifierSet(f">={first},<{after}")
-
-
 def test_the_installed_version_is_the_package_s():
     assert version("trl_emguard") == trl_emguard.__version__
 
@@ -62,48 +52,6 @@ def test_the_installed_version_is_the_package_s():
 def test_the_console_command_is_main():
     (command,) = entry_points(group="console_scripts", name="trl-emguard")
     assert command.load() is commands.main
-
-
-# ---- versions ----
-
-
-def installed(monkeypatch, **versions):
-    def find(name):
-        if versions.get(name, "") is None:
-            raise PackageNotFoundError(name)
-        return versions.get(name) or TESTED[name][0]
-
-    monkeypatch.setattr("trl_emguard.compat.version", find)
-
-
-@pytest.mark.parametrize("name", TESTED)
-@pytest.mark.parametrize("which", ["first", "last patch"])
-def test_tested_versions_pass(monkeypatch, name, which):
-    first = Version(TESTED[name][0])
-    found = str(first) if which == "first" else f"{first.major}.{first.minor}.99"
-    installed(monkeypatch, **{name: found})
-    check_versions()
-
-
-@pytest.mark.parametrize("name", TESTED)
-@pytest.mark.parametrize("which", ["older", "first untried", "next major"])
-def test_other_versions_are_refused_in_one_sentence(monkeypatch, name, which):
-    first, after = TESTED[name]
-    found = {"older": f"{first}.dev1", "first untried": f"{after}.0", "next major": "99.0"}[which]
-    installed(monkeypatch, **{name: found})
-    with pytest.raises(ImportError) as error:
-        check_versions()
-    message = str(error.value)
-    assert f"{name} {found} is installed" in message
-    assert f"pip install '{name}>={first},<{after}'" in message
-    assert message.count("\n") == 0
-    assert len(re.findall(r"\.(\s|$)", message)) == 1
-
-
-def test_a_missing_neighbour_is_refused(monkeypatch):
-    installed(monkeypatch, peft=None)
-    with pytest.raises(ImportError, match=r"not installed: run `pip install 'peft>="):
-        check_versions()
 
 
 # ---- a plain install ----
