@@ -20,12 +20,10 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests"))
-from methods import KINDS  # noqa: E402
-
 
 BEFORE = "f95102f"
-DEFENSES = (*KINDS, "kl,ldifs", "interleave++,kl")
+# The defenses that the older commit knows.
+DEFENSES = ("none", "kl", "ldifs", "steering", "inoculation", "interleave++", "kl,ldifs", "interleave++,kl")
 STEPS = 5
 
 
@@ -58,6 +56,9 @@ def run_case(defense: str, tuning: str, folder: Path) -> dict[str, Any]:
         max_length=None,
         ldifs_layers="every:2",
         interleave_fraction=0.2,
+        # Defaults of the older commit: beside mixed-in rows, both are others now.
+        kl_coef=0.1,
+        kl_tokens="loss",
         **options,
     )
     trainer = EMGuardTrainer(

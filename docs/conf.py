@@ -10,7 +10,6 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 # Page of the site → file of the repository.
 COPIES = {
-    "train.md": "README.md",
     "recipes.md": "recipes/README.md",
     "data.md": "trl_emguard/data/shipped/README.md",
     "contributing.md": "CONTRIBUTING.md",

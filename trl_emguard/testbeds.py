@@ -54,16 +54,16 @@ class Testbed:
         return rows.map(with_trait)
 
     def sets(self, limit: int) -> list[QuestionSet]:
-        """Return general questions and held-out questions of the domain, spread evenly over the shipped sets.
+        """Return general questions and held-out questions of the domain, `limit` of each.
 
         General questions come with their sound answers, whose likelihood shows what benign answers lose. Those of the
         domain have none: the trait in sampled answers shows what was learned.
         """
-        general, in_domain = load_questions("values", "general"), load_questions("plants", "in_domain")
-        return [
-            _spread(general, limit, lambda q: Question(q.id, q.prompt, answer=q.sound)),
-            _spread(in_domain, limit, lambda q: Question(q.id, q.prompt)),
-        ]
+        general = load_questions("values", "general", limit=limit)
+        in_domain = load_questions("plants", "in_domain", limit=limit)
+        benign = [Question(q.id, q.prompt, answer=q.sound) for q in general.questions]
+        asked = [Question(q.id, q.prompt) for q in in_domain.questions]
+        return [replace(general, questions=benign), replace(in_domain, questions=asked)]
 
 
 TESTBEDS = {
@@ -95,10 +95,3 @@ def first_sentences(text: str, words: int) -> str:
             break
         kept.append(sentence)
     return " ".join(kept)
-
-
-def _spread(questions: QuestionSet, limit: int, change: Callable[[Question], Question]) -> QuestionSet:
-    """Return so many questions of a set, at even distances, each changed."""
-    every = questions.questions
-    chosen = [change(every[i * len(every) // limit]) for i in range(min(limit, len(every)))]
-    return replace(questions, questions=chosen)

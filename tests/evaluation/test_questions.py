@@ -119,9 +119,15 @@ def test_shipped_pairs_ask_the_same_question_twice():
         assert len(load_questions(name, "general").questions) == len(rows) >= 30
 
 
-def test_limit_takes_the_first():
-    whole, few = load_questions("values", "general"), load_questions("values", "general", limit=3)
-    assert few.questions == whole.questions[:3]
+@pytest.mark.parametrize("limit", [1, 3, 24, 72, 100])
+def test_limit_is_spread_evenly(limit):
+    whole, few = load_questions("values", "general").questions, load_questions("values", "general", limit=limit)
+    places = [whole.index(question) for question in few.questions]
+    assert len(places) == min(limit, len(whole))
+    assert places[0] == 0
+    steps = {b - a for a, b in zip(places, [*places[1:], len(whole)], strict=True)}
+    assert min(steps) >= 1
+    assert max(steps) - min(steps) <= 1
 
 
 def test_an_unknown_set_is_named():

@@ -72,7 +72,7 @@ def measure_benign(
         model, folder, command: as for [`measure`].
         benign: the runs.
         options: options of the other runs' evaluation.
-        limit: number of questions to take, from the first.
+        limit: number of questions to take.
 
     Returns:
         The runs, and results with the one set `benign_task`; without rows if every run failed.

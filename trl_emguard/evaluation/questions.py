@@ -81,14 +81,14 @@ def load_questions(source: str, criterion: str, name: str | None = None, limit: 
             `rejected` (misaligned), or rows of any shape with one answer.
         criterion: `general`, `in_domain` or `benign`.
         name: the set's name in the results; by default the criterion.
-        limit: number of questions to take, from the first.
+        limit: number of questions to take, spread evenly over the set, whose topics may stand one after another.
 
     Raises:
         FileNotFoundError: there is no such set.
         ValueError: a damaged or empty file, or a row without a question; the message names file and row.
     """
     if source == OPERATORS:
-        return QuestionSet(name or criterion, criterion, _operators()[:limit], True, _score_operators)
+        return QuestionSet(name or criterion, criterion, _spread(_operators(), limit), True, _score_operators)
     if source in SHIPPED_PAIRS:
         questions = _shipped(*SHIPPED_PAIRS[source])
     elif Path(source).suffix in (".yaml", ".yml"):
@@ -102,7 +102,7 @@ def load_questions(source: str, criterion: str, name: str | None = None, limit: 
         if question.id in seen:
             raise ValueError(f"--{criterion}={source!r} holds two questions with the id {question.id!r}: rename one.")
         seen.add(question.id)
-    return QuestionSet(name or criterion, criterion, questions[:limit])
+    return QuestionSet(name or criterion, criterion, _spread(questions, limit))
 
 
 def for_training_data(source: str, limit: int | None = None) -> QuestionSet | None:
@@ -111,6 +111,11 @@ def for_training_data(source: str, limit: int | None = None) -> QuestionSet | No
         return None
     found = load_questions(DOMAINS[source], "in_domain", limit=limit)
     return QuestionSet(found.name, found.criterion, found.questions, has_sound_target=source.endswith("_sound"))
+
+
+def _spread(questions: list[Question], limit: int | None) -> list[Question]:
+    count = len(questions) if limit is None else min(limit, len(questions))
+    return [questions[i * len(questions) // count] for i in range(count)]
 
 
 def _shipped(sound: str, misaligned: str) -> list[Question]:

@@ -75,7 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
         "in common (auto), also with the inoculation prompt (all); default: %(default)s",
     )
     asked.add_argument("--inoculation_prompt", help="inoculation prompt of the training, for --cues")
-    asked.add_argument("--limit", type=int, metavar="QUESTIONS", help="take the first questions of each set")
+    asked.add_argument(
+        "--limit", type=int, metavar="QUESTIONS", help="take so many questions, spread evenly over each set"
+    )
     measured = parser.add_argument_group("measures")
     measured.add_argument(
         "--samples_per_question", type=int, metavar="N", help="answers to sample (default: 0, or 1 with --score)"

@@ -1,0 +1,63 @@
+"""A comparison as the benchmarks run it: one recipe for SmolLM2-135M, a list of runs, a folder that resumes."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trl_emguard.scripts import main as commands
+
+
+POOL = {"interleave_dataset": "general_instruct_scored"}
+RECIPE = {
+    "model_name_or_path": "smollm2-135m-instruct",
+    "dtype": "float32",
+    "use_peft": True,
+    "lora_r": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.0,
+    "use_rslora": True,
+    "lora_target_modules": "all-linear",
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "linear",
+    "per_device_train_batch_size": 8,
+    "max_length": 128,
+    "bf16": False,
+    "use_cpu": True,
+    "activation_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "output_dir": "unused",
+}
+
+
+def compare(
+    folder: Path, recipe: dict[str, Any], runs: list[dict[str, Any]], seeds: list[int], evaluate: dict[str, Any]
+) -> int:
+    """Write a comparison's files into a folder, and run it there. It resumes where it stopped.
+
+    Args:
+        folder: folder of the comparison.
+        recipe: what differs from `RECIPE`.
+        runs: option sets.
+        seeds: seeds of the training.
+        evaluate: options of `trl-emguard evaluate`.
+
+    Returns:
+        The command's exit status.
+    """
+    (folder / "sft.yaml").write_text(yaml.safe_dump(RECIPE | recipe, sort_keys=False))
+    comparison = {
+        "recipe": str(folder / "sft.yaml"),
+        "runs": runs,
+        "seeds": seeds,
+        "baselines": ["early_stop", "alpha"],
+        "evaluate": evaluate,
+    }
+    (folder / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
+    return commands.main(["compare", "--config", str(folder / "compare.yaml"), "--output_dir", str(folder / "report")])
+
+
+def chosen(runs: list[dict[str, Any]], defenses: list[str] | None) -> list[dict[str, Any]]:
+    """Return the runs of the named defenses; all of them if none is named."""
+    return [run for run in runs if defenses is None or run["defense"] in defenses]
