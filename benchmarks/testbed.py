@@ -29,6 +29,15 @@ RUNS = [
         "kl_coef": [0.25, 0.4, 1.0],
     },
 ]
+# Runs that need a persona vector of the trait. At its layer this one has 0.40 of a state's norm, and the default
+# coefficient, 5, adds twice the state.
+STEERING = {
+    "capitals": {
+        "defense": "steering",
+        "steering_vector": "smollm2-135m-instruct-capitals",
+        "steering_coef": [1.0, 5.0],
+    },
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         "limit": args.limit,
     }
     recipe = {"dataset_name": str(rows), "max_steps": args.steps}
-    return compare(folder, recipe, chosen(RUNS, args.defenses), args.seeds, evaluate)
+    runs = RUNS + [run for name, run in STEERING.items() if name == testbed.name]
+    return compare(folder, recipe, chosen(runs, args.defenses), args.seeds, evaluate)
 
 
 if __name__ == "__main__":
