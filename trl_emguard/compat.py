@@ -24,6 +24,8 @@ TESTED = {
 }
 # Set in the process of the self-check, which imports the package too.
 IN_CHECK = "TRL_EMGUARD_SELF_CHECK"
+# Seconds that the self-check may take; it needs a few.
+PATIENCE = 600
 # Variables of a launcher would make the self-check wait for other ranks.
 LAUNCHED = (
     "RANK",
@@ -80,7 +82,7 @@ def _check_newer(newer: list[str], found: dict[str, str]) -> None:
     fix = f"`pip install {' '.join(map(_tested, newer))}`"
     versions = {"trl_emguard": __version__, "python": python_version(), **found}
     passed = cache_dir() / "self_check" / "_".join(f"{name}-{which}" for name, which in versions.items())
-    if not passed.is_file():
+    if not os.path.isfile(passed):  # False, too, in a folder that may not be entered
         cause = self_check()
         if cause is not None:
             raise ImportError(
@@ -105,7 +107,12 @@ def self_check() -> str | None:
     environment["PYTHONPATH"] = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "trl_emguard.selfcheck"]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
+            )
+        except subprocess.TimeoutExpired:
+            return f"the self-check did not end within {PATIENCE} s"
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines() or [f"the self-check ended with exit code {done.returncode}"]

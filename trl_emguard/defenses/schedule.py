@@ -1,5 +1,6 @@
 """Coefficients of defenses: a number, or a schedule that changes it from step to step."""
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +73,12 @@ def coefficient(text: str) -> float | str:
 
     Raises:
         ValueError: neither.
+        argparse.ArgumentTypeError: the beginning of a schedule, whose end a shell has taken.
     """
+    if text.strip().endswith("-"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number. A shell takes '>' for itself, so put a schedule in quotes: '{EXAMPLE}'"
+        )
     return text if ARROW in text else float(text)
 
 

@@ -19,6 +19,8 @@ TOP_LOGPROBS = 20
 RETRIES, CALIBRATION_RETRIES = 10, 1
 # Seconds in which answers that are under way may still arrive after an error.
 GRACE = 30.0
+# Characters of a text that is taken for a key.
+SHORTEST_KEY = 8
 KEPT = "The judgements so far are kept, and the same command goes on with the others."
 
 
@@ -83,7 +85,7 @@ class ServedJudge:
         try:
             reply = self._run(self._calibration(True))
         except JudgeError as error:
-            if not _is_refused_request(error.__context__):
+            if not is_refused_request(error.__context__):
                 raise
             reply = self._run(self._calibration(False))  # a server that does not know `logprobs`
         reading = choose_reading(reply)
@@ -169,14 +171,16 @@ class ServedJudge:
         elif names & {"APIConnectionError", "ConnectError"}:
             text = f"cannot be reached at {self._place()}: start the server, or correct {url}."
         else:
+            # It is redacted before it is cut, or a part of the key could be left.
+            said = self._redacted(" ".join(str(cause).split()))[:200]
             text = (
-                f"gave no valid chat completion ({type(cause).__name__}: {' '.join(str(cause).split())[:200]}): look "
-                f"at {url} and the server's log."
+                f"gave no valid chat completion ({type(cause).__name__}: {said}): look at {url} and the server's log."
             )
         return JudgeError(self._redacted(f"judge {self.name!r} {text} {KEPT}"))
 
     def _redacted(self, text: str) -> str:
-        return text.replace(self._secret, "[key]") if self._secret else text
+        # A server without keys takes any text, and a short one stands in many words.
+        return text.replace(self._secret, "[key]") if len(self._secret) >= SHORTEST_KEY else text
 
     def _place(self) -> str:
         """Return the endpoint without a user, a password or a query."""
@@ -265,5 +269,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         waiting += list(getattr(one, "exceptions", ()))
 
 
-def _is_refused_request(error: BaseException | None) -> bool:
+def is_refused_request(error: BaseException | None) -> bool:
+    """Return whether a server says that it does not know a field of the request, as `logprobs`."""
     return any(getattr(one, "status_code", None) in (400, 422) for one in _causes(error))

@@ -24,7 +24,7 @@ from ..evaluation.questions import load_questions
 from .metrics import Thresholds, outcomes
 from .prompts import ALIGNED, CALIBRATION, fill, prompts_for
 from .scores import choose_reading
-from .served import TEXT_TOKENS, complete, judge_one
+from .served import TEXT_TOKENS, complete, is_refused_request, judge_one
 
 
 MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
@@ -44,7 +44,7 @@ def general(
     Args:
         questions: shipped set, YAML file or rows, as `--general` takes them.
         samples_per_question: answers to each question.
-        limit_questions: number of questions to take, from the first.
+        limit_questions: number of questions to take, spread evenly over the set.
         misaligned_below, coherent_above: limits on the scores.
     """
     found = load_questions(questions, "general", limit=limit_questions).questions
@@ -99,7 +99,12 @@ class _Reading:
         self.lock = self.lock or asyncio.Lock()
         async with self.lock:
             if self.found is None:
-                reply = await complete(judge, CALIBRATION, TEXT_TOKENS, True)
+                try:
+                    reply = await complete(judge, CALIBRATION, TEXT_TOKENS, True)
+                except Exception as error:
+                    if not is_refused_request(error):
+                        raise
+                    reply = await complete(judge, CALIBRATION, TEXT_TOKENS, False)
                 self.found = choose_reading(reply)
                 if self.found is None:
                     raise ValueError(f"the judge answers {reply.text[:60]!r} where it is asked for 100: take another.")
