@@ -129,7 +129,7 @@ def test_a_fault_that_stays_stops_at_once_and_loses_nothing(tmp_path, judges, en
         answered = len(server.answered)
         # A header, and all that was paid for.
         assert len((tmp_path / JOURNAL).read_text().splitlines()) == 1 + answered
-        assert time.monotonic() - began < 40
+        assert time.monotonic() - began < 150
         server.fault = None
         found = ask(tmp_path)
         assert len(server.answered) == 25
@@ -145,8 +145,8 @@ def test_a_fault_that_may_pass_stops_after_the_patience(tmp_path, judges, endpoi
         endpoint(server.url)
         began = time.monotonic()
         with pytest.raises(JudgeError) as error:
-            ask(tmp_path, patience=4.0)
-        assert time.monotonic() - began < 30
+            ask(tmp_path, patience=12.0)
+        assert time.monotonic() - began < 90
         assert "are kept" in str(error.value)
         assert "\n" not in str(error.value)
         assert len(server.answered) == 9
