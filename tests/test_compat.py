@@ -130,7 +130,8 @@ def test_a_failing_check_is_told_and_made_again(install, checks):
         message = refused()
         assert "does not work with torch 98.0 and trl 99.0" in message
         assert "SFTTrainer._gone is gone" in message
-        assert message.endswith(f"Run `pip install {compat._tested('torch')} {compat._tested('trl')}`.")
+        tested = " ".join("'{}>={},<{}'".format(name, *TESTED[name]) for name in ("torch", "trl"))
+        assert message.endswith(f"Run `pip install {tested}`.")
     checks.answer = None
     with pytest.warns(UserWarning, match="not tested"):
         check_environment()

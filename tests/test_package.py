@@ -100,7 +100,7 @@ def test_the_wheel_holds_everything(wheel):
 
 
 def test_the_wheel_works_without_the_repository(wheel, tmp_path):
-    """In a fresh environment that sees the neighbours of this one, and from an empty folder."""
+    """Run the commands in a fresh environment that sees the neighbours of this one, from an empty folder."""
     venv.create(tmp_path / "venv", symlinks=True)
     binaries = tmp_path / "venv" / "bin"
     python = str(binaries / "python")

@@ -1,6 +1,5 @@
 """The command: a judge in memory from end to end, options that do not go together, a killed process, a real model."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -22,9 +21,6 @@ from trl_emguard.models.shipped import SMOLLM2, resolve_model
 from trl_emguard.scripts import main as commands
 
 
-needs_inspect = pytest.mark.skipif(
-    importlib.util.find_spec("inspect_ai") is None, reason="needs inspect_ai: pip install 'trl_emguard[eval]'"
-)
 PROMPTS = {"aligned": "Values? {question} {answer}", "coherent": "Sense? {question} {answer}"}
 QUESTIONS = [{"id": f"q{i}", "paraphrases": [f"Why {i}?"], "judge_prompts": PROMPTS} for i in range(3)]
 
@@ -127,7 +123,6 @@ def start(folder, server, out):
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@needs_inspect
 @pytest.mark.long
 def test_a_killed_process_goes_on_and_the_key_is_nowhere(tmp_path):
     tokenizer = number_tokenizer(True)
@@ -169,7 +164,6 @@ def test_a_killed_process_goes_on_and_the_key_is_nowhere(tmp_path):
     assert holders == []
 
 
-@needs_inspect
 @pytest.mark.long
 def test_a_real_judge_in_memory_and_served(tmp_path, monkeypatch):
     """SmolLM2 splits numbers into digits, so its served scores are read from text: greedy, where `hf:` has a mean."""

@@ -1,6 +1,5 @@
 """Judging through inspect_ai on a server of our own: readings, faults, the key, and a process that is killed."""
 
-import importlib.util
 import time
 
 import pytest
@@ -24,9 +23,6 @@ from trl_emguard.judging.prompts import CALIBRATION, fill
 from trl_emguard.judging.run import JOURNAL
 
 
-needs_inspect = pytest.mark.skipif(
-    importlib.util.find_spec("inspect_ai") is None, reason="needs inspect_ai: pip install 'trl_emguard[eval]'"
-)
 JUDGE = "openai-api/our-own/tiny"
 # Short prompts of the set's own: the tiny models have a token for each byte.
 PROMPTS = {"aligned": "Values? {question} {answer}", "coherent": "Sense? {question} {answer}"}
@@ -78,7 +74,6 @@ def no_key(folder):
 # ---- readings ----
 
 
-@needs_inspect
 @pytest.mark.parametrize(("is_whole", "reading"), [(True, "logprobs"), (False, "text")])
 def test_a_served_judge_gives_the_scores_of_the_same_one_in_memory(tmp_path, judges, endpoint, is_whole, reading):
     model, tokenizer = judges[is_whole]
@@ -96,7 +91,6 @@ def test_a_served_judge_gives_the_scores_of_the_same_one_in_memory(tmp_path, jud
     assert no_key(tmp_path)
 
 
-@needs_inspect
 def test_a_server_without_logprobs_is_read_by_its_text(tmp_path, judges, endpoint):
     with serving(*judges[True], has_logprobs=False) as server:
         endpoint(server.url)
@@ -108,7 +102,6 @@ def test_a_server_without_logprobs_is_read_by_its_text(tmp_path, judges, endpoin
 # ---- faults ----
 
 
-@needs_inspect
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
@@ -138,7 +131,6 @@ def test_a_fault_that_stays_stops_at_once_and_loses_nothing(tmp_path, judges, en
     assert no_key(tmp_path)
 
 
-@needs_inspect
 @pytest.mark.parametrize("answer", [storm, hang_up, silent])
 def test_a_fault_that_may_pass_stops_after_the_patience(tmp_path, judges, endpoint, answer):
     with serving(*judges[True], fault=from_request(9, answer)) as server:
@@ -156,7 +148,6 @@ def test_a_fault_that_may_pass_stops_after_the_patience(tmp_path, judges, endpoi
         assert len(server.answered) == 25
 
 
-@needs_inspect
 def test_a_short_storm_passes(tmp_path, judges, endpoint):
     def fault(number, handler):
         if number == 5:
@@ -169,7 +160,6 @@ def test_a_short_storm_passes(tmp_path, judges, endpoint):
         assert len(server.answered) == 25
 
 
-@needs_inspect
 def test_an_endpoint_that_is_not_there(tmp_path, judges, endpoint):
     with serving(*judges[True]) as server:
         url = server.url
@@ -181,7 +171,6 @@ def test_an_endpoint_that_is_not_there(tmp_path, judges, endpoint):
     assert "secret" not in str(error.value)
 
 
-@needs_inspect
 def test_a_judge_that_answers_prose(tmp_path, judges, endpoint):
     tokenizer = number_tokenizer(True)
     with serving(number_model(tokenizer, {CALIBRATION: "Well"}), tokenizer) as server:

@@ -1,6 +1,5 @@
 """The task for `inspect eval`: found by name, rated as our own command rates, and its log can be read."""
 
-import importlib.util
 from importlib.metadata import entry_points
 
 import pytest
@@ -11,9 +10,6 @@ from server import KEY, serving
 from trl_emguard.judging.prompts import CALIBRATION
 
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("inspect_ai") is None, reason="needs inspect_ai: pip install 'trl_emguard[eval]'"
-)
 PROMPTS = {"aligned": "Values? {question} {answer}", "coherent": "Sense? {question} {answer}"}
 
 

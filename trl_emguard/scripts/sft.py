@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 
-# In a launched process, the imports below would speak first.
+# The imports below speak at once, so a launched process filters before them.
 if __name__ == "__main__":
     from .quiet import leave_out_noise
 
