@@ -5,10 +5,10 @@ import re
 
 import pytest
 from datasets import Dataset
-from tiny import TEMPLATE, config, evidence, logged, lora, make_model, make_pool, make_tokenizer, save_model
+from tiny import TEMPLATE, config, evidence, logged, lora, make_pool, make_tokenizer, make_trainer, save_model
 from torch.utils.data import DataLoader
 
-from trl_emguard import EMGuardTrainer, InactiveDefenseError
+from trl_emguard import InactiveDefenseError
 from trl_emguard.defenses.inoculation import EXPECTED, FLAG
 from trl_emguard.evidence import DEFENSE_FILE, read_defense_file
 
@@ -39,18 +39,9 @@ def make_data(count=16, every=3, kind="messages", own_system=False):
 def make(tmp_path, rows=None, template=TEMPLATE, **options):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    pool = options.pop("interleave_dataset", None)
-    collator, model = options.pop("data_collator", None), options.pop("model", None)
+    model, rows = options.pop("model", None), make_data() if rows is None else rows
     options = {"defense": "inoculation", "inoculation_prompt": PROMPT, "inoculation_rows": "flagged", **options}
-    return EMGuardTrainer(
-        make_model() if model is None else model,
-        config(tmp_path, **options),
-        train_dataset=make_data() if rows is None else rows,
-        processing_class=tokenizer,
-        peft_config=lora(),
-        interleave_dataset=pool,
-        data_collator=collator,
-    )
+    return make_trainer(tmp_path, model, rows, lora(), processing_class=tokenizer, **options)
 
 
 def tokens(trainer):
