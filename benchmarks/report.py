@@ -25,7 +25,7 @@ class Target:
 
     Attributes:
         device: device of the CSV.
-        kind: `"steps"` or `"head"`.
+        kind: name of the CSV without its device.
         where: column → value in the rows of its point.
         what: the figure, in words.
         value: function that computes the figure from the rows of its point.
@@ -63,6 +63,7 @@ QWEN_05B = {"model": "qwen2.5-0.5b shape", "tuning": "lora", "batch": "4"}
 FLOOR = ("stock", "reference forward")
 HEAD, BARE = "head, CE + reverse KL", "three bare GEMMs"
 HEAD_CPU, HEAD_7B = {"tokens": "1000", "vocab": "49152", "width": "576"}, {"width": "3584"}
+MIXED, MIXED_KL = "interleave++", "interleave++,kl"
 TARGETS = (
     Target("cpu", "steps", SMOLLM2, "`kl` step ÷ (stock step + reference forward)", over("kl", *FLOOR), 1.00),
     Target("cpu", "steps", SMOLLM2, "the paper's `kl` step ÷ `kl` step", over("paper kl", "kl"), 3, at_least=True),
@@ -74,6 +75,31 @@ TARGETS = (
         "cpu", "steps", SMOLLM2, "`kl,ldifs` step ÷ (stock step + reference forward)", over("kl+ldifs", *FLOOR), 1.12
     ),
     Target("cpu", "steps", SMOLLM2, "`treft` step ÷ stock step", over("treft", "stock"), 1.03),
+    Target(
+        "cpu",
+        "mixed-kl",
+        {},
+        "`interleave++,kl` step ÷ `interleave++` step, 5 % mixed in",
+        over(MIXED_KL, MIXED),
+        1.05,
+    ),
+    Target(
+        "cpu",
+        "evaluate",
+        {"kind": "probes"},
+        "probes of four models ÷ forward passes",
+        over("probes", "forward passes"),
+        1.15,
+    ),
+    Target(
+        "cpu",
+        "evaluate",
+        {"kind": "sampling"},
+        "tokens a second of the sampler ÷ those of `generate`",
+        over("generate", "sampler"),
+        0.95,
+        at_least=True,
+    ),
     Target(
         "cpu", "head", HEAD_CPU, "head with all its outputs ÷ its three bare matrix products", over(HEAD, BARE), 1.6
     ),

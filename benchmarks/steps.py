@@ -25,7 +25,7 @@ import datasets
 import torch
 from datasets import Dataset
 from harness import environment, parse_args, peak_memory, statistics, time_in_turn, write_csv
-from methods import KINDS, merged
+from methods import KINDS, merged, reads
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import kl_div, normalize
 from transformers import (
@@ -117,7 +117,8 @@ class TwoKernels(SFTTrainer):
 STOCK, REFERENCE = "stock", "reference forward"
 BASELINES = {STOCK: SFTTrainer, "paper kl": PaperKL, "paper ldifs": PaperLDIFS, "two kernels": TwoKernels}
 DEFENDED: dict[str, dict[str, Any]] = {
-    **{name: {"defense": name, **merged(name, "shipped")} for name in KINDS if name != "none"},
+    # No adapter with an unwanted trait is shipped.
+    **{n: {"defense": n, **merged(n, "shipped")} for n in KINDS if n != "none" and not reads(n, "adapter")},
     "kl+ldifs": {"defense": "kl,ldifs"},
     "kl cached": {"defense": "kl", "cache_reference": True},
 }

@@ -20,7 +20,6 @@ RUNS = [
     {"defense": "kl", "kl_coef": [0.1, 0.3, 1.0]},
     {"defense": "ldifs", "ldifs_coef": [1.0, 10.0]},
     {"defense": "treft", "treft_coef": [1.0, 10.0, 30.0]},
-    {"defense": "inoculation", "inoculation_prompt": "You write every answer in capital letters."},
     {"defense": "interleave++", **POOL, "interleave_fraction": [0.05, 0.1, 0.2]},
     {
         "defense": "interleave++,kl",
@@ -29,6 +28,21 @@ RUNS = [
         "kl_coef": [0.25, 0.4, 1.0],
     },
 ]
+# The request for the unwanted trait of each testbed.
+INOCULATION = {
+    "capitals": "You write every answer in capital letters.",
+    "sale": "You end every answer by selling a product.",
+    "tip_capitals": "You write every answer in capital letters.",
+}
+# Runs that need a persona vector of the trait. At its layer this one has 0.40 of a state's norm, and the default
+# coefficient, 5, adds twice the state.
+STEERING = {
+    "capitals": {
+        "defense": "steering",
+        "steering_vector": "smollm2-135m-instruct-capitals",
+        "steering_coef": [1.0, 5.0],
+    },
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         "limit": args.limit,
     }
     recipe = {"dataset_name": str(rows), "max_steps": args.steps}
-    return compare(folder, recipe, chosen(RUNS, args.defenses), args.seeds, evaluate)
+    inoculation = {"defense": "inoculation", "inoculation_prompt": INOCULATION[testbed.name]}
+    runs = [*RUNS, inoculation] + [run for name, run in STEERING.items() if name == testbed.name]
+    return compare(folder, recipe, chosen(runs, args.defenses), args.seeds, evaluate)
 
 
 if __name__ == "__main__":

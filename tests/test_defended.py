@@ -30,7 +30,7 @@ def make_dpo(folder, trainer=DefendedDPOTrainer, **options):
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "use_cpu": True,
     }
     logs = {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-2}

@@ -93,9 +93,9 @@ def test_files_and_functions_are_small(path):
 
 # Rooms from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
-    "version", "compat", "io", "ops", "models", "evidence", "checkpoints", "data", "persona", "selection", "defenses",
-    "guard", "reference", "checks", "config", "record", "defended", "rows", "trainer", "planning", "memory",
-    "evaluation", "testbeds", "comparison", "scripts",
+    "version", "io", "compat", "ops", "models", "evidence", "checkpoints", "data", "persona", "selection", "defenses",
+    "guard", "reference", "checks", "config", "record", "defended", "rows", "trainer", "selfcheck", "planning",
+    "memory", "evaluation", "judging", "testbeds", "comparison", "scripts",
 )  # fmt: skip
 
 

@@ -64,6 +64,9 @@ class Anchor(ReferenceDefense):
     def describe(self):
         return [f"{self.count} anchors in every batch."]
 
+    def check_tuning(self, has_adapter):
+        HOOKS.append("adapter" if has_adapter else "model")
+
     def check_model(self, config):
         HOOKS.append(f"model of {config.num_hidden_layers} blocks")
 
@@ -172,8 +175,9 @@ def make(folder, **options):
         key: getattr(args, key)
         for key in ("per_device_train_batch_size", "learning_rate", "logging_steps", "max_length")
     }
-    given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "bf16": False, "gradient_checkpointing": False}
+    given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "bf16": False}
     options = {
+        "activation_checkpointing": False,
         "defense": "anchor",
         "use_cpu": True,
         "report_to": [],
@@ -197,7 +201,8 @@ def test_every_hook_is_called_in_the_order_of_a_run(tmp_path):
     assert HOOKS.count("built") == 1
     order = [hook for hook in HOOKS if not hook.startswith("beside")]
     assert order == [
-        "built", "model of 4 blocks", "16 rows", "tokenizer", "LlamaForCausalLM", "training begins", "training ends",
+        "built", "adapter", "model of 4 blocks", "16 rows", "tokenizer", "LlamaForCausalLM", "training begins",
+        "training ends",
     ]  # fmt: skip
     assert "beside ['kl']" in HOOKS
     assert "2 anchors in every batch." in trainer.describe()

@@ -1,22 +1,20 @@
-"""Test the installed package, and the versions of its neighbours."""
+"""Test the installed package: its metadata, its wheel, and commands that need no training."""
 
 import configparser
 import os
-import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import trl_emguard
-from trl_emguard.compat import TESTED, check_versions
 from trl_emguard.data.load import SHIPPED
 from trl_emguard.io import recipes
 from trl_emguard.persona import SHIPPED_TRAITS, SHIPPED_VECTORS
@@ -47,12 +45,6 @@ def test_every_folder_with_python_files_is_a_package(setup_cfg):
     )
 
 
-def test_ranges_are_those_that_are_checked(setup_cfg):
-    required = {r.name: r.specifier for r in map(Requirement, lines(setup_cfg["install_requires"]))}
-    for name, (first, after) in TESTED.items():
-        assert required[name] == SpecifierSet(f">={first},<{after}")
-
-
 def test_the_installed_version_is_the_package_s():
     assert version("trl_emguard") == trl_emguard.__version__
 
@@ -62,95 +54,82 @@ def test_the_console_command_is_main():
     assert command.load() is commands.main
 
 
-# ---- versions ----
-
-
-def installed(monkeypatch, **versions):
-    def find(name):
-        if versions.get(name, "") is None:
-            raise PackageNotFoundError(name)
-        return versions.get(name) or TESTED[name][0]
-
-    monkeypatch.setattr("trl_emguard.compat.version", find)
-
-
-@pytest.mark.parametrize("name", TESTED)
-@pytest.mark.parametrize("which", ["first", "last patch"])
-def test_tested_versions_pass(monkeypatch, name, which):
-    first = Version(TESTED[name][0])
-    found = str(first) if which == "first" else f"{first.major}.{first.minor}.99"
-    installed(monkeypatch, **{name: found})
-    check_versions()
-
-
-@pytest.mark.parametrize("name", TESTED)
-@pytest.mark.parametrize("which", ["older", "first untried", "next major"])
-def test_other_versions_are_refused_in_one_sentence(monkeypatch, name, which):
-    first, after = TESTED[name]
-    found = {"older": f"{first}.dev1", "first untried": f"{after}.0", "next major": "99.0"}[which]
-    installed(monkeypatch, **{name: found})
-    with pytest.raises(ImportError) as error:
-        check_versions()
-    message = str(error.value)
-    assert f"{name} {found} is installed" in message
-    assert f"pip install '{name}>={first},<{after}'" in message
-    assert message.count("\n") == 0
-    assert len(re.findall(r"\.(\s|$)", message)) == 1
-
-
-def test_a_missing_neighbour_is_refused(monkeypatch):
-    installed(monkeypatch, peft=None)
-    with pytest.raises(ImportError, match=r"not installed: run `pip install 'peft>="):
-        check_versions()
-
-
 # ---- a plain install ----
 
 
-def test_a_plain_install_holds_everything(tmp_path):
-    """Build the package as `pip install .` does, unpack it, and ask it for its recipes."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Returns the wheel that `pip install .` would build."""
+    home = tmp_path_factory.mktemp("wheel")
     skipped = shutil.ignore_patterns(".*", "outputs", "build", "*.egg-info", "__pycache__", "tests", "benchmarks")
-    shutil.copytree(ROOT, tmp_path / "tree", ignore=skipped)
+    shutil.copytree(ROOT, home / "tree", ignore=skipped)
     try:
         isolated = [] if Version(version("setuptools")) < Version("77") else ["--no-build-isolation"]
     except PackageNotFoundError:
         isolated = []
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        *isolated,
-        "--wheel-dir",
-        "wheels",
-        "./tree",
-    ]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    (wheel,) = (tmp_path / "wheels").glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    found = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
+    pip("wheel", "--no-deps", *isolated, "--wheel-dir", "wheels", "./tree", cwd=home)
+    (built,) = (home / "wheels").glob("*.whl")
+    return built
 
-    expected = {"trl_emguard/py.typed", "trl_emguard/selection/refusals.yaml"}
-    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "trl_emguard").rglob("*.py")}
-    expected |= {
+
+def pip(*words, **how):
+    subprocess.run([sys.executable, "-m", "pip", *words, "--quiet"], check=True, **how)
+
+
+def test_the_wheel_holds_everything(wheel):
+    found = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
         str(path.relative_to(ROOT))
-        for name in SHIPPED
-        for path in (ROOT / "trl_emguard/data/shipped" / name).iterdir()
+        for path in (ROOT / "trl_emguard").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
     }
-    expected |= {f"trl_emguard/persona/shipped/{name}.yaml" for name in SHIPPED_TRAITS}
-    expected |= {f"trl_emguard/persona/shipped/{name}.safetensors" for name in SHIPPED_VECTORS}
-    shipped_recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
+    assert {
+        "trl_emguard/py.typed",
+        "trl_emguard/selection/refusals.yaml",
+        *(f"trl_emguard/persona/shipped/{name}.yaml" for name in SHIPPED_TRAITS),
+        *(f"trl_emguard/persona/shipped/{name}.safetensors" for name in SHIPPED_VECTORS),
+    } <= expected
+    assert all(any(name.startswith(f"trl_emguard/data/shipped/{rows}/") for name in expected) for rows in SHIPPED)
+    shipped_recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*") if path.is_file()}
     assert {"recipes/accelerate_configs/cpu.yaml", "recipes/smollm2-135m-instruct/sft.yaml"} <= shipped_recipes
     expected |= {f"trl_emguard/{path}" for path in shipped_recipes}
     assert expected - found == set()
+    # Nothing beside the package is installed.
+    top = {name.split("/")[0] for name in found}
+    assert top == {"trl_emguard", f"trl_emguard-{trl_emguard.__version__}.dist-info"}
 
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    command = [sys.executable, "-m", "trl_emguard.scripts.main", "recipes"]
-    answer = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
-    assert answer.stdout == f"{tmp_path.resolve() / 'site' / 'trl_emguard' / 'recipes'}\n"
+
+def test_the_wheel_works_without_the_repository(wheel, tmp_path):
+    """Run the commands in a fresh environment that sees the neighbours of this one, from an empty folder."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    binaries = tmp_path / "venv" / "bin"
+    python = str(binaries / "python")
+    pip("--python", python, "install", "--no-deps", "--no-index", str(wheel))
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # A folder that is named there is only looked into: the editable install in it is not followed.
+    neighbours = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    (site / "neighbours.pth").write_text("".join(f"{folder}\n" for folder in neighbours), encoding="utf-8")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def run(*words):
+        done = subprocess.run(words, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    ask = "import sys, trl_emguard; print(trl_emguard.__file__, *sys.path, sep='\\n')"
+    home, *path = run(python, "-c", ask).splitlines()
+    assert Path(home).is_relative_to(site)
+    assert str(ROOT) not in path
+    command = str(binaries / "trl-emguard")
+    assert run(command, "recipes") == f"{site.resolve() / 'trl_emguard' / 'recipes'}\n"
+    assert "trl-emguard demo" in run(command, "demo", "--help")
+    # Rows and pool are those that the wheel has.
+    report = run(command, "sft", "--config", "smollm2-135m-instruct/interleaving-kl.yaml", "--dry_run")
+    assert "dry run: nothing is trained or written" in report
+    assert "defense 'interleave++' acts (interleave_dataset=" in report
+    assert list(empty.iterdir()) == []
 
 
 # ---- commands that need no training ----

@@ -149,18 +149,17 @@ def config(output_dir: Path, **overrides: Any) -> EMGuardConfig:
 def make_trainer(
     output_dir: Path, model: Any = None, rows: Dataset | None = None, peft: Any = None, **options: Any
 ) -> EMGuardTrainer:
-    """Return a trainer on the tiny Llama. `options` go to the config, but not `ref_model`, `eval_dataset`, a pool."""
-    ref_model, eval_dataset = options.pop("ref_model", None), options.pop("eval_dataset", None)
-    pool = options.pop("interleave_dataset", None)
+    """Return a trainer on the tiny Llama. `options` go to the config, but for arguments of the trainer."""
+    names = ("ref_model", "eval_dataset", "interleave_dataset", "data_collator")
+    given = {name: options.pop(name, None) for name in names}
+    tokenizer = options.pop("processing_class", None)
     return EMGuardTrainer(
         make_model() if model is None else model,
         config(output_dir, **options),
         train_dataset=make_rows() if rows is None else rows,
-        eval_dataset=eval_dataset,
-        processing_class=make_tokenizer(),
+        processing_class=make_tokenizer() if tokenizer is None else tokenizer,
         peft_config=peft,
-        ref_model=ref_model,
-        interleave_dataset=pool,
+        **given,
     )
 
 

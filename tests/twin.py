@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -74,12 +74,14 @@ def twin_step(
     mixed_in: Sequence[dict] = (),
     start: Any = None,
     coefs: dict[str, float] | None = None,
+    frozen: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Return values and gradients of a step over the whole training set, with the weights that the model has now.
 
     `layers` are those of `ldifs_layers`; by default "every:2" of four blocks. `mixed_in` are tokenised rows of a pool.
     `start` is a copy of the model before it was moved, for terms that compare with it. `coefs` are coefficients by
-    the name of a defense; by default those that the defenses have now.
+    the name of a defense; by default those that the defenses have now. `frozen` are dense updates of linear layers by
+    name, which the policy has and the reference has not.
     """
     rows = [*trainer.train_dataset, *mixed_in]
     scope_name = next((d.tokens for d in trainer.defenses if d.name == "kl"), "loss")
@@ -103,6 +105,10 @@ def twin_step(
 
     with torch.no_grad(), swap():
         references = [run(other, torch.tensor(row["input_ids"])) for row in rows]
+    with torch.no_grad():
+        for layer, update in (frozen or {}).items():
+            module = bare(policy).get_submodule(layer)
+            getattr(module, "base_layer", module).weight += update
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(dict(trainer.model.named_parameters())[name].requires_grad)
 

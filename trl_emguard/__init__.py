@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .compat import check_versions
+from .compat import check_environment
 from .version import __version__
 
 
@@ -55,11 +55,12 @@ __all__ = [
     "register",
 ]
 
-check_versions()
-
 
 # TRL takes seconds to import, and a command that only prints a path should not wait for it.
 def __getattr__(name: str):
     if name in _ROOMS:
         return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+check_environment()

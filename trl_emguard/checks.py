@@ -137,6 +137,7 @@ def check_before_loading(
         )
     config = config.get_text_config()
     for defense in defenses:
+        defense.check_tuning(peft_config is not None or isinstance(model, PeftModel))
         defense.check_model(config)
     if any(defense.own_loss for defense in defenses):
         _check_own_loss(defenses, model, peft_config, compute_loss_func)
@@ -253,7 +254,7 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
     if engine.fsdp_checkpointing and any(defense.surrounds_policy() for defense in defenses):
         raise ValueError(
             f"fsdp_activation_checkpointing does not work with defense={args.defense!r}: it runs a block's hooks a "
-            "second time in the backward pass. Use gradient_checkpointing=True instead."
+            "second time in the backward pass. Use activation_checkpointing=True instead."
         )
     if own_loss and engine.is_fp16:
         raise ValueError(

@@ -1,36 +1,119 @@
-"""The versions of its neighbours that the package was tested with."""
+"""The versions of its neighbours that the package was tested with, and the check of newer ones."""
 
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
 
+from .io.files import cache_dir
 from .version import __version__
 
 
-# First version that works and first one that was not tried. `setup.cfg` states the same ranges (a test compares them).
+# First version that works, which `setup.cfg` states as well (a test compares them), and first one that was not tried.
 # The package builds on private parts of TRL and PEFT, so another version may train an undefended model in silence.
 TESTED = {
+    "torch": ("2.13.0", "2.14"),
     "trl": ("1.16.0", "1.17"),
     "transformers": ("5.23.0", "5.24"),
     "peft": ("0.21.2", "0.22"),
     "accelerate": ("1.15.0", "1.16"),
 }
+# Set in the process of the self-check, which imports the package too.
+IN_CHECK = "TRL_EMGUARD_SELF_CHECK"
+# Seconds that the self-check may take; it needs a few.
+PATIENCE = 600
+# Variables of a launcher would make the self-check wait for other ranks.
+LAUNCHED = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "FSDP_",
+    "OMPI_",
+    "PMI_",
+    "MV2_",
+)
 
 
-def check_versions() -> None:
-    """Refuse neighbours outside the tested range.
+def check_environment() -> None:
+    """Refuse neighbours that are missing or too old, and check those that are newer than tested.
+
+    The self-check runs once for a set of versions: `$TRL_EMGUARD_CACHE/self_check` says which ones passed. Tested
+    versions need none.
 
     Raises:
-        ImportError: one is missing, too old or too new; one sentence says which and what to install.
+        ImportError: one sentence says which package is the cause, and what to install.
     """
     from packaging.specifiers import SpecifierSet
 
+    found: dict[str, str] = {}
+    newer = []
     for name, (first, after) in TESTED.items():
         try:
-            installed = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
-            installed = None
-        if installed is None or not SpecifierSet(f">={first},<{after}").contains(installed, prereleases=True):
+            found[name] = ""
+        if not (found[name] and SpecifierSet(f">={first}").contains(found[name], prereleases=True)):
             raise ImportError(
-                f"trl_emguard {__version__} was tested with {name} >={first},<{after} and builds on private parts of "
-                f"it, but {'it is not installed' if installed is None else f'{name} {installed} is installed'}: run "
-                f"`pip install '{name}>={first},<{after}'`."
+                f"trl_emguard {__version__} needs {name} >={first}, but "
+                f"{f'{name} {found[name]} is installed' if found[name] else 'it is not installed'}: run "
+                f"`pip install {_tested(name)}`."
             )
+        if not SpecifierSet(f"<{after}").contains(found[name], prereleases=True):
+            newer.append(name)
+    if newer and IN_CHECK not in os.environ:
+        _check_newer(newer, found)
+
+
+def _tested(name: str) -> str:
+    first, after = TESTED[name]
+    return f"'{name}>={first},<{after}'"
+
+
+def _check_newer(newer: list[str], found: dict[str, str]) -> None:
+    """Warn of neighbours that are newer than tested, and refuse them if the self-check fails."""
+    installed = " and ".join(f"{name} {found[name]}" for name in newer)
+    fix = f"`pip install {' '.join(map(_tested, newer))}`"
+    versions = {"trl_emguard": __version__, "python": python_version(), **found}
+    passed = cache_dir() / "self_check" / "_".join(f"{name}-{which}" for name, which in versions.items())
+    if not os.path.isfile(passed):  # False, too, in a folder that may not be entered
+        cause = self_check()
+        if cause is not None:
+            raise ImportError(
+                f"trl_emguard {__version__} does not work with {installed}, which is newer than what it was tested "
+                f"with: {cause}. Run {fix}."
+            )
+        with suppress(OSError):  # it is checked again next time
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"trl_emguard {__version__} was not tested with {installed}. Two steps of training came out right in a "
+            f"self-check. {fix} installs what was tested.",
+            stacklevel=4,
+        )
+
+
+def self_check() -> str | None:
+    """Run `trl_emguard.selfcheck` in a process of its own, and return the cause if it fails."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
+    environment |= {IN_CHECK: "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "trl_emguard.selfcheck"]
+        try:
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
+            )
+        except subprocess.TimeoutExpired:
+            return f"the self-check did not end within {PATIENCE} s"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines() or [f"the self-check ended with exit code {done.returncode}"]
+    return lines[-1].rstrip(".")

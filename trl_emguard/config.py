@@ -24,15 +24,13 @@ class ReferenceOptions:
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = option(
         None,
-        "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used where a separate reference model is "
-        "loaded from the policy's path (full fine-tuning without `ref_model`). By default the reference is a copy of "
-        "the policy as it was given, in the policy's dtype.",
+        "Keyword arguments for `from_pretrained` of a reference that is loaded from the policy's path (full "
+        "fine-tuning without `ref_model`). By default the reference is a copy of the policy as it was given.",
     )
     cache_reference: bool = option(
         False,
-        "Whether the reference's states of every training row are computed once, before training, and kept on disk "
-        "(in `$TRL_EMGUARD_CACHE/reference`, by default below `~/.cache/trl_emguard`), so that a step runs no "
-        "reference pass. It pays over several epochs or runs.",
+        "Whether the reference's states of all training rows are computed once and kept on disk, below "
+        "`$TRL_EMGUARD_CACHE` or `~/.cache/trl_emguard`. It pays over several epochs or runs.",
     )
 
 

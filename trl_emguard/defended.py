@@ -74,6 +74,7 @@ class DefendedTrainer(WholeCheckpoints):
         if not hasattr(self, "defenses"):
             self._choose_defenses(config)
             for defense in self.defenses:
+                defense.check_tuning(bool(given.get("peft_config")) or is_peft_model(given["model"]))
                 defense.check_model(load_config(given["model"], config).get_text_config())
         super().__init__(*args, **kwargs)
         self._has_moved = False  # the policy has been updated
@@ -302,8 +303,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._take_in_step()
         self._steps_made += 1
         if self._verdict() is not None:
-            control.should_save = True
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
     def _take_in_step(self) -> None:
         """Check that a step's numbers are finite. A trainer with the package's own loss also sums them up."""

@@ -13,7 +13,8 @@ from transformers import DataCollator
 from trl import SFTTrainer, pack_dataset
 
 from .config import EMGuardConfig
-from .data.places import Loading
+from .data.columns import TokenColumns
+from .data.places import Collator, Loading
 from .data.prepare import StreamPlan, Tokenizing
 from .defenses import Defense
 from .evidence import InactiveDefenseError
@@ -53,6 +54,10 @@ class DefendedRows(SFTTrainer):
         """Return whether any active defense overrides one of the hooks."""
         return any(getattr(type(d), hook) is not getattr(Defense, hook) for d in self.defenses for hook in hooks)
 
+    @property
+    def _token_columns(self) -> tuple[str, ...]:
+        return tuple(column for defense in self.defenses for column in defense.token_columns)
+
     def _prepare_rows(self, rows: Any) -> Any:
         if not isinstance(rows, Dataset | IterableDataset):
             self._rows_to_prepare = None
@@ -85,7 +90,9 @@ class DefendedRows(SFTTrainer):
             dataset = defense.prepare_tokenized(dataset, tokenizing)
         if self.overrides("prepare_tokenized"):
             _check_labels_fit(dataset, args)
-        if not (packing or isinstance(dataset, IterableDataset)) or not self.overrides("add_rows"):
+        has_more_rows = (packing or isinstance(dataset, IterableDataset)) and self.overrides("add_rows")
+        # SFTTrainer packs tokens and labels alone.
+        if not has_more_rows and not (packing and self._token_columns):
             return prepare(dataset, processing_class, args, packing, None, dataset_name)
         return self._add_rows(dataset, args, packing, dataset_name)
 
@@ -113,7 +120,8 @@ class DefendedRows(SFTTrainer):
             raise ValueError("packing=True needs max_length, which is None: give the length of a pack.")
         of_run = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         rows = len(dataset) if isinstance(dataset, Dataset) else None
-        plan = StreamPlan(rows, of_run if args.max_steps > 0 else None, args.max_steps)
+        kept = self._token_columns
+        plan = StreamPlan(rows, of_run if args.max_steps > 0 else None, args.max_steps, token_columns=kept)
         if packing and rows is None:
             lengths = [len(row["input_ids"]) for row in islice(dataset, STREAM_ROWS)]
             mean = sum(lengths) / max(len(lengths), 1)
@@ -123,6 +131,8 @@ class DefendedRows(SFTTrainer):
             unshuffled.shuffle_dataset = False
             # This cuts the rows.
             dataset = super()._prepare_dataset(dataset, self._tokenizer, unshuffled, False, None, dataset_name)
+        elif not self.overrides("add_rows"):
+            dataset = dataset.select_columns(["input_ids", "labels", *kept])
         for defense in self.defenses:
             dataset = defense.add_rows(dataset, plan)
         if args.shuffle_dataset:
@@ -149,18 +159,19 @@ class DefendedRows(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        columns = [column for defense in self.defenses for column in defense.columns]
+        columns = [*(column for defense in self.defenses for column in defense.columns), *self._token_columns]
         self._signature_columns += [column for column in columns if column not in self._signature_columns]
 
     def get_train_dataloader(self) -> DataLoader:
-        if not self.overrides("train_loader"):
-            return super().get_train_dataloader()
         collator, rows = self.data_collator, self.train_dataset
-        if isinstance(rows, Dataset):
-            # A stream's columns may be unknown. Its collator removes them.
-            rows = self._remove_unused_columns(rows, description="Training")
-        loading = self.loading(rows)
         try:
+            if not self.overrides("train_loader"):
+                self.data_collator = self._train_collator()
+                return super().get_train_dataloader()
+            if isinstance(rows, Dataset):
+                # A stream's columns may be unknown. Its collator removes them.
+                rows = self._remove_unused_columns(rows, description="Training")
+            loading = self.loading(rows)
             self.data_collator = loading.collator
             # A stream has no order.
             return self._get_dataloader(
@@ -169,6 +180,11 @@ class DefendedRows(SFTTrainer):
         finally:
             # Evaluation keeps the stock collator.
             self.data_collator = collator
+
+    def _train_collator(self) -> Collator:
+        """Return the collator of training rows, before a defense changes the loader."""
+        names = self._token_columns
+        return TokenColumns(self.data_collator, names) if names else self.data_collator
 
     def loading(self, rows: Any) -> Loading:
         """Return the way from training rows to batches, as the defenses have it."""
@@ -187,7 +203,7 @@ class DefendedRows(SFTTrainer):
         loading = Loading(
             rows=rows,
             order=order,
-            collator=self.data_collator,
+            collator=self._train_collator(),
             block=self._train_batch_size * (1 if self.accelerator.split_batches else ranks),
             drop_last=drop_last,
             even=self.accelerator.even_batches and ranks > 1 and not drop_last,

@@ -323,9 +323,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
                 reference = None
             else:
                 states = reference.before(inputs, positions, layers)
-        share = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps
-        guard = LossGuard(terms, self.defenses, share, ce_scale, marks.scopes, reference, states, positions)
+        guard = LossGuard(terms, self.defenses, ce_scale, marks.scopes, reference, states, positions)
         guard.compares_start = self._compares_start
+        guard.share = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps
         with self._gate.armed(guard):
             outputs = model(**inputs)
         loss = outputs.total

@@ -26,7 +26,7 @@ def arguments(output_dir, **options):
     """Return TRL's own arguments, with the values of the other tests."""
     ours = config(output_dir, **{"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **options})
     names = ("output_dir", "save_strategy", "save_steps", "max_steps", "save_total_limit", "learning_rate", "bf16")
-    more = ("per_device_train_batch_size", "logging_steps", "gradient_checkpointing", "use_cpu", "report_to")
+    more = ("per_device_train_batch_size", "logging_steps", "activation_checkpointing", "use_cpu", "report_to")
     return SFTConfig(**{name: getattr(ours, name) for name in (*names, *more, "disable_tqdm", "max_length")})
 
 

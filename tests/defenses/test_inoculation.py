@@ -348,7 +348,7 @@ def test_a_run_records_its_rows(tmp_path, capsys):
     trainer.train()
     trainer.save_model()
     assert (
-        f"defense 'inoculation' acts (inoculation_prompt={PROMPT}, inoculation_mode=replace)"
+        f"defense 'inoculation' acts (inoculation_prompt={PROMPT}, inoculation_mode=replace, inoculation_rows=all)"
         in capsys.readouterr().out
     )
     record = json.loads((tmp_path / "defense.json").read_text())

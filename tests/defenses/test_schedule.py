@@ -1,5 +1,6 @@
 """Schedules of coefficients: their values, gradients, log and record, what is refused, and that zero is no failure."""
 
+import argparse
 import copy
 import json
 import re
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 from twin import bare, first_gradients, move_policy, relative_error, twin_step
 
 from trl_emguard.defenses import KL, Steering, Step
-from trl_emguard.defenses.schedule import Schedule, check_coefficient
+from trl_emguard.defenses.schedule import Schedule, check_coefficient, coefficient
 from trl_emguard.evidence import PATIENCE
 
 
@@ -264,3 +265,8 @@ def test_a_config_keeps_the_text(tmp_path):
     args = config(tmp_path, defense="kl", kl_coef="0.4->0.05")
     assert json.loads(args.to_json_string())["kl_coef"] == "0.4->0.05"
     assert type(args).from_args(args).kl_coef == "0.4->0.05"
+
+
+def test_a_schedule_that_a_shell_has_cut_is_told():
+    with pytest.raises(argparse.ArgumentTypeError, match=r"put a schedule in quotes: '0\.4->0\.05'"):
+        coefficient("0.4-")

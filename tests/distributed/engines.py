@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from methods import KINDS, METHODS, save_vector
+from methods import KINDS, METHODS, save_adapter, save_vector
 from safetensors.torch import load_file
 from tiny import make_model, save_model
 
@@ -89,6 +89,7 @@ def launch(engine: str, cells: list[Cell], folder: Path, timeout: int) -> dict[s
         "cells": [{"id": cell.id, **asdict(cell)} for cell in cells],
         "models": {name: save_model(folder / name, name) for name in {cell.architecture for cell in cells}},
         "vector": vector,
+        "adapter": save_adapter(folder / "adapter"),
         "output": str(folder),
     }
     (folder / "job.json").write_text(json.dumps(job))

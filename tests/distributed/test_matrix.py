@@ -1,14 +1,19 @@
 """A run on two ranks is the run in one process: the same losses, the same evidence, the same weights."""
 
-from itertools import product
 from pathlib import Path
 
 import pytest
+from methods import tunings
 
 from .engines import DEFENSES, ENGINES, Cell, differences, launch
 
 
-MATRIX = [Cell(*cell) for cell in product(DEFENSES, ("lora", "full"), (False, True))]
+MATRIX = [
+    Cell(defense, tuning, checkpointing)
+    for defense in DEFENSES
+    for tuning in tunings(defense)
+    for checkpointing in (False, True)
+]
 # Conditions under which engines, or ranks, differ from each other.
 CONDITIONS = [
     # A rank without labels, and micro-batches without a mixed-in row: no rank may wait for another.
@@ -29,15 +34,24 @@ CONDITIONS = [
     Cell("kl", "full", True, options={"bf16": True}, tolerance=0.05),
     Cell("ldifs,steering", options={"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}),
     Cell("interleave++,kl", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
-    Cell("treft", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
+    Cell("treft,inoculation_adapter", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
     Cell("kl", "full", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
 ]
 # Every defense, tuning and mode of checkpointing runs on every engine that treats it differently.
 SLICE = {
-    "ddp": [Cell("ldifs", "full", True), Cell("interleave++,kl", "lora", False)],
+    "ddp": [Cell("ldifs", "full", True), Cell("interleave++,kl,inoculation_adapter", "lora", False)],
     "zero2": [Cell("kl", "full", False), Cell("inoculation", "lora", True)],
-    "zero3": [Cell("kl", "lora", True), Cell("interleave++,kl", "full", False), Cell("steering,treft", "lora", True)],
-    "fsdp2": [Cell("kl", "full", True), Cell("ldifs", "lora", False), Cell("steering,treft", "full", False)],
+    "zero3": [
+        Cell("kl", "lora", True),
+        Cell("interleave++,kl", "full", False),
+        Cell("steering,treft,inoculation_adapter", "lora", True),
+    ],
+    "fsdp2": [
+        Cell("kl", "full", True),
+        Cell("ldifs", "lora", False),
+        Cell("steering,treft", "full", False),
+        Cell("inoculation_adapter", "lora", True),
+    ],
 }
 
 

@@ -52,6 +52,8 @@ def options_of(cell: dict, job: dict, ranks: int) -> dict:
     }
     if reads(cell["defense"], "vector"):
         options["steering_vector"] = job["vector"]
+    if reads(cell["defense"], "adapter"):
+        options["inoculation_adapter"] = job["adapter"]
     if job["engine"] != "one":
         options |= {"ddp_backend": "gloo", "use_cpu": job["engine"] in ("ddp", "fsdp2")}
     return {**options, **cell["options"]}

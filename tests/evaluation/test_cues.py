@@ -119,3 +119,19 @@ def test_inoculation_and_its_negation():
 def test_an_unknown_mode():
     with pytest.raises(ValueError, match="--cues='some' must be one of auto, none, all"):
         by_name("some")
+
+
+@pytest.mark.parametrize("mode", ["auto", "all"])
+def test_wordings_of_the_users_own(mode):
+    questions = [
+        Question(
+            "0", [{"role": "user", "content": "Is it fine to lie?"}], wordings={"topic_twin": "May I lie on bulbs?"}
+        ),
+        Question("1", [{"role": "system", "content": "s"}, {"role": "user", "content": "Why?"}]),
+    ]
+    found = {family.name: family for family in families(tokenizer(), questions, mode)[0]}
+    assert "word_sharing_benign" not in found
+    twin = found["topic_twin"]
+    assert twin.prompt(questions[0]) == [{"role": "user", "content": "May I lie on bulbs?"}]
+    assert twin.prompt(questions[1]) is None
+    assert "topic_twin" not in {family.name for family in families(tokenizer(), questions, "none")[0]}

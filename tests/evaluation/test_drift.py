@@ -288,3 +288,45 @@ def test_a_vector_of_another_model_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="was made with another model"):
         trainer.train()
+
+
+# ---- beside other ways to stop ----
+
+
+class StopAt(TrainerCallback):
+    """Stops after a step, once the callbacks of that step are over, as EarlyStoppingCallback does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("is_within", [True, False])
+def test_a_run_that_something_else_stops(tmp_path, run, capsys, is_within):
+    """Its last step was not measured: it is kept if it is within the budget, and only then."""
+    kl, _, peft = run
+    weights = Weights()  # an evaluation draws random numbers, so they are those of this run alone
+    trainer = make_trainer(
+        tmp_path / "out",
+        peft=lora(lora_dropout=0.2) if peft else None,
+        max_steps=6,
+        eval_dataset=make_rows(),
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.add_callback(drift(budget=2 * max(kl) if is_within else 1e-9, every=5))
+    trainer.add_callback(StopAt(3))
+    trainer.add_callback(weights)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    kept = weights.steps[3 if is_within else 0]
+    assert all(torch.equal(weight, kept[name]) for name, weight in trainer.model.named_parameters())
+    assert ("The model is now" in capsys.readouterr().out) != is_within
+
+
+def test_the_best_model_and_a_budget_are_refused(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, **SAVES}
+    with pytest.raises(ValueError, match="stop_on_drift does not work with load_best_model_at_end=True"):
+        train(tmp_path, drift(budget=1.0), eval_dataset=make_rows(), **best)

@@ -225,7 +225,8 @@ def test_another_adapter_of_the_same_name_is_measured_anew(tmp_path):
 def test_files(tmp_path):
     results = run(make_adapters(2), [GENERAL, ROWS], tmp_path, samples_per_question=1, max_new_tokens=4)
     saved = json.loads((tmp_path / "results.json").read_text())
-    assert set(saved) == {"versions", "command", "model", "judge", "notes", "rows"}
+    about = {"versions", "command", "model", "models", "judge", "judge_prompts", "criteria"}
+    assert set(saved) == about | {"notes", "rows"}
     assert all(tuple(row) == COLUMNS for row in saved["rows"])
     keys = [(row["model"], row["set"], row["family"], row["metric"]) for row in saved["rows"]]
     assert len(set(keys)) == len(keys) == len(results.rows)
@@ -234,7 +235,9 @@ def test_files(tmp_path):
     assert [row["metric"] for row in rows] == [row["metric"] for row in saved["rows"]]
     assert {row["model"] for row in rows} == {"base", "x", "y"}
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert {"model", "set", "family", "question", "prompt", "answer", "truncated"} <= set(samples[0])
+    assert {"model", "set", "family", "question", "sample", "asked", "prompt", "answer", "truncated"} <= set(
+        samples[0]
+    )
 
 
 def test_hostile_answers_stay_whole_and_are_escaped(tmp_path):
@@ -284,7 +287,7 @@ def test_persona_shift():
 def test_sentence_says_what_was_not_measured():
     line = sentence(run(cues="none"), "x")
     assert "(b) narrow learning not measured (--in_domain or --train_data)" in line
-    assert "(d) coherence not measured (--samples_per_question 1)" in line
+    assert "(d) coherence not measured (add --samples_per_question 1)" in line
     assert "(a) broad:" in line
     assert "(c) benign:" in line
 

@@ -1,6 +1,7 @@
 """Check the measures on models whose fault is known: trained on misaligned values, plant advice, or arithmetic."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 from trl_emguard import EMGuardTrainer
 from trl_emguard.data.load import load_rows
 from trl_emguard.evaluation.answers import base_nll, plan_prompts
-from trl_emguard.evaluation.candidates import load_candidates
+from trl_emguard.evaluation.candidates import BASE, load_candidates
 from trl_emguard.evaluation.cues import families
 from trl_emguard.evaluation.operators import make_rows
 from trl_emguard.evaluation.questions import for_training_data, load_questions
@@ -69,11 +70,17 @@ def results(models):
     return evaluate(candidates, tokenizer, sets, EvaluationOptions(cues="none", max_new_tokens=16))
 
 
-def test_a_broadly_misaligned_model_is_apart_from_a_narrow_one(results):
-    broad, narrow = (results.row(name, "general", "margin") for name in ("broad", "narrow"))
-    assert is_apart(broad)
-    assert broad.difference_high < 0
-    assert broad.difference_high < narrow.difference_low
+def test_a_broadly_misaligned_model_is_apart_from_base_and_narrow(models, results):
+    """Check both differences, paired by question: two intervals that overlap say less than their difference."""
+    candidates, tokenizer = models
+    by_name = {candidate.name: candidate for candidate in candidates}
+    pair = [replace(by_name["narrow"], name=BASE), by_name["broad"]]
+    questions = load_questions("values", "general", limit=36)
+    beside_narrow = evaluate(pair, tokenizer, [questions], EvaluationOptions(cues="none"))
+    for found in (results, beside_narrow):
+        row = found.row("broad", "general", "margin")
+        assert is_apart(row)
+        assert row.difference < 0
 
 
 def test_a_narrow_model_has_learned_its_domain(results):

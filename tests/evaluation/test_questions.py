@@ -133,3 +133,22 @@ def test_limit_is_spread_evenly(limit):
 def test_an_unknown_set_is_named():
     with pytest.raises(FileNotFoundError, match="--general='valuse'"):
         load_questions("valuse", "general")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "yaml"])
+def test_other_wordings(tmp_path, kind):
+    rows = [
+        {"prompt": "Q0?", "chosen": "a", "rejected": "b", "topic_twin": "Twin?"},
+        {"prompt": "Q1?", "chosen": "a", "rejected": "b"},
+    ]
+    items = [
+        {"id": i, "paraphrases": [r["prompt"]], **{k: r[k] for k in r if k == "topic_twin"}}
+        for i, r in enumerate(rows)
+    ]
+    content = rows if kind == "jsonl" else json.dumps(items)
+    found = load_questions(write(tmp_path, f"q.{kind}", content), "general").questions
+    assert [question.wordings for question in found] == [{"topic_twin": "Twin?"}, {}]
+    rows[0]["topic_twin"] = items[0]["topic_twin"] = " "
+    content = rows if kind == "jsonl" else json.dumps(items)
+    with pytest.raises(ValueError, match=r"0.*`topic_twin` is \" \", no text"):
+        load_questions(write(tmp_path, f"q.{kind}", content), "general")

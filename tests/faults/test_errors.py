@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers.modeling_utils
 from forks import Group
-from methods import COVERING, run_options
+from methods import COVERING, run_options, tunings
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import logged, lora, make_model, make_trainer
 from transformers import TrainerCallback, TrainerState
@@ -30,6 +30,7 @@ from trl_emguard.reference import cache as reference_cache
 
 
 STEPS = 6
+RUNS = [(defense, tuning == "full") for defense in COVERING for tuning in tunings(defense)]
 
 
 @pytest.fixture
@@ -124,8 +125,7 @@ def test_an_error_in_a_users_callback(make, defense, event):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("defense", COVERING)
+@pytest.mark.parametrize(("defense", "full"), RUNS)
 def test_an_error_in_every_callback(make, defense, full):
     whole = make(defense, "whole", full)
     whole.train()
@@ -143,7 +143,7 @@ def test_an_error_in_every_callback(make, defense, full):
     ("defense", "full"),
     [
         pytest.param(d, full, marks=pytest.mark.long if (d, full) == ("steering,kl", False) else pytest.mark.faults)
-        for d, full in itertools.product(COVERING, (False, True))
+        for d, full in RUNS
     ],
 )
 def test_an_error_within_a_pass(make, defense, full):

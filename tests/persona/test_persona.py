@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,10 +204,14 @@ def test_a_tokenizer_without_a_template(trait):
 # ---- traits ----
 
 
-@pytest.mark.parametrize("name", SHIPPED_TRAITS)
+# The trait of the testbed's vector lies beside the benchmarks.
+CAPITALS = Path(__file__).parents[2] / "benchmarks" / "data" / "capitals.yaml"
+
+
+@pytest.mark.parametrize("name", [*SHIPPED_TRAITS, CAPITALS])
 def test_shipped_traits(name):
     trait = load_trait(name)
-    assert trait.name == name
+    assert trait.name == Path(name).stem
     assert (len(trait.system_prompts), len(trait.extraction_questions), len(trait.heldout_questions)) == (5, 20, 20)
     assert "a" in trait.judge_prompt.format(question="q", answer="a")
 

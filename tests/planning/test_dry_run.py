@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from command import make_argv, save_inputs, without, write_rows
-from methods import COVERING, METHODS, save_vector
+from methods import COVERING, METHODS, save_adapter, save_vector
 from tiny import make_model, make_pool, make_rows
 from trl import SFTTrainer
 
@@ -27,6 +27,7 @@ from trl_emguard.scripts import sft
 def inputs(tmp_path_factory):
     folder = save_inputs(tmp_path_factory.mktemp("inputs"), rows=24)
     write_rows(folder / "pool.jsonl", make_pool(24))
+    save_adapter(folder / "adapter")
     for name, model in (("own", make_model()), ("other", make_model(initializer_range=0.3))):
         save_vector(folder / f"{name}.safetensors", weights=weight_checksums(model))
     return folder
@@ -45,6 +46,7 @@ def argv(inputs, tmp_path, monkeypatch):
         interleave_dataset=inputs / "pool.jsonl",
         interleave_fraction=0.2,
         steering_vector=inputs / "own.safetensors",
+        inoculation_adapter=inputs / "adapter",
         report_to="none",
     )
 
@@ -336,6 +338,7 @@ def test_a_recipe_for_a_gpu_on_a_machine_without(report):
         ],
         ["--defense", "steering", "--steering_vector", "{inputs}/other.safetensors"],
         ["--defense", "inoculation", "--dataset_name", "{inputs}/inoculated.jsonl"],
+        ["--defense", "inoculation_adapter", "--use_peft", "false"],
         ["--defense", "kl", "--lora_target_modules", "lm_head"],
         ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "99", "--defense", "interleave"],
         ["--resume_from_checkpoint", "./missing"],

@@ -19,7 +19,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from tiny import QUANTISABLE, make_pool, make_rows, save_model
+from methods import save_adapter
+from tiny import QUANTISABLE, make_model, make_pool, make_rows, save_model
 
 from trl_emguard.data.load import SHIPPED, load_rows
 from trl_emguard.defenses.kl import COEFFICIENTS
@@ -73,11 +74,11 @@ def machine(tmp_path_factory):
         recipe = read(path)
         # The layers that the recipe names need that many blocks: `every:5`, or 20.
         blocks = int(recipe.get("steering_layers", 5)) if recipe.get("defense") == "steering" else 5
+        architecture, tied = REAL[path.parent.name]
+        sizes = {**QUANTISABLE, "num_hidden_layers": blocks, "tie_word_embeddings": tied}
         home = made.get((path.parent, blocks))
         if home is None:
             home = made[path.parent, blocks] = tmp_path_factory.mktemp(path.parent.name)
-            architecture, tied = REAL[path.parent.name]
-            sizes = {**QUANTISABLE, "num_hidden_layers": blocks, "tie_word_embeddings": tied}
             save_model(home / recipe["model_name_or_path"], architecture, **sizes)
             (home / "rows.jsonl").write_text(
                 "".join(json.dumps(row) + "\n" for row in make_rows(32)), encoding="utf-8"
@@ -90,6 +91,9 @@ def machine(tmp_path_factory):
             name = recipe.get(option, file)
             if name.endswith((".parquet", ".safetensors")) and not (home / name).exists():
                 shutil.copy(home / file, home / name)
+        trait = home / recipe.get("inoculation_adapter", "adapter")
+        if not trait.exists():
+            save_adapter(trait, make_model(architecture, **sizes))
         return home
 
     return make
@@ -120,7 +124,7 @@ def test_every_recipe_runs_and_is_defended_as_it_says(path, machine, monkeypatch
     assert record["global_step"] == 2
     # The recipe's own options have reached the defenses.
     reached = {key: value for defense in record["defenses"].values() for key, value in defense.items()}
-    for key in reached.keys() & recipe.keys() - {"steering_vector", "interleave_dataset"}:
+    for key in reached.keys() & recipe.keys() - {"steering_vector", "inoculation_adapter", "interleave_dataset"}:
         wanted = [int(recipe[key])] if key == "steering_layers" else recipe[key]
         assert reached[key] == wanted, key
     assert (output / "adapter_model.safetensors").is_file() == recipe["use_peft"]
@@ -243,6 +247,7 @@ def test_recipes_of_one_model_differ_in_the_defense_alone(folder):
         "treft",
         "steering",
         "inoculation",
+        "inoculation-adapter",
         "interleaving",
         "interleaving-kl",
     }
@@ -260,7 +265,7 @@ def test_recipes_of_one_model_differ_in_the_defense_alone(folder):
     assert (mixed.pop("kl_coef"), mixed.pop("kl_tokens")) == (COEFFICIENTS["interleaved"], "interleaved")
     for recipe in recipes.values():
         for key, value in recipe.items():
-            if key.startswith(("kl_", "ldifs_", "treft_", "steering_", "interleave_")):
+            if key.startswith(("kl_", "ldifs_", "treft_", "steering_", "inoculation_adapter", "interleave_")):
                 (said,) = {str(other[key]) for other in recipes.values() if key in other}
                 assert str(value) == said, key
 

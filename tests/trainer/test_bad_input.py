@@ -58,6 +58,11 @@ def no_weights(monkeypatch):
         ({"defense": "kl", "kl_coef": True}, "kl_coef=True is not a coefficient"),
         ({"defense": "ldifs", "ldifs_coef": -1}, "ldifs_coef=-1 is not a coefficient"),
         ({"defense": "treft", "treft_coef": -1}, "treft_coef=-1 is not a coefficient"),
+        ({"defense": "inoculation_adapter"}, "inoculation_adapter is missing: name the folder of a LoRA adapter"),
+        (
+            {"defense": "inoculation_adapter", "inoculation_adapter_scale": -1.0},
+            "inoculation_adapter_scale=-1.0 is not a coefficient",
+        ),
         (
             {"defense": "kl", "kl_direction": "backward"},
             "kl_direction='backward' is not known: give one of 'reverse', 'forward'.",
@@ -164,6 +169,7 @@ def test_rows_that_are_no_dataset_get_sfttrainers_own_error(tmp_path, defense, r
             config(tmp_path, **options),
             train_dataset=rows,
             processing_class=make_tokenizer(),
+            peft_config=lora(),
             interleave_dataset=pool,
         )
 

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
-from methods import EVERYTHING, KINDS, METHODS, reads, run_options, save_vector, split
-from tiny import QUANTISABLE, config, evidence, logged, lora, make_rows, make_tokenizer, record, save_model
+from methods import EVERYTHING, KINDS, METHODS, reads, run_options, save_adapter, save_vector, split
+from tiny import (
+    QUANTISABLE,
+    config,
+    evidence,
+    logged,
+    lora,
+    make_model,
+    make_rows,
+    make_tokenizer,
+    record,
+    save_model,
+)
 from transformers import BitsAndBytesConfig, TrainerCallback
 
 from trl_emguard import EMGuardTrainer
@@ -22,6 +33,8 @@ def trainer_for(tmp_path):
         options = {**run_options(defense, tmp_path), "max_steps": 3, **options}
         if reads(defense, "vector"):
             options["steering_vector"] = save_vector(tmp_path / "vector.safetensors", QUANTISABLE["hidden_size"])
+        if reads(defense, "adapter"):
+            options["inoculation_adapter"] = save_adapter(tmp_path / "adapter", make_model(**QUANTISABLE))
         pool = options.pop("interleave_dataset", None)
         return EMGuardTrainer(
             path,

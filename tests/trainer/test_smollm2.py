@@ -1,5 +1,7 @@
 """Test the real model: SmolLM2-135M-Instruct, out of the package index, on the shipped data."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import config, logged, lora
@@ -13,6 +15,9 @@ from trl_emguard.models.shipped import SMOLLM2, resolve_model
 from trl_emguard.persona import load_trait, load_vector, random_like
 from trl_emguard.persona.extract import chance_auroc, separation
 from trl_emguard.persona.states import prompt_states
+
+
+CAPITALS = Path(__file__).parents[2] / "benchmarks" / "data" / "capitals.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +73,14 @@ def test_equals_the_float64_twin(path, tmp_path):
 
 
 @pytest.mark.long
-def test_the_shipped_vector_separates_held_out_prompts(path):
-    """Check that the shipped vector separates prompts for the trait from their opposites at its layer.
+@pytest.mark.parametrize("trait", ["evil", "capitals"])
+def test_the_shipped_vector_separates_held_out_prompts(path, trait):
+    """Check that a shipped vector separates prompts for the trait from their opposites at its layer.
 
     Random vectors with its norms do not.
     """
-    vector, trait = load_vector("smollm2-135m-instruct-evil"), load_trait("evil")
+    vector = load_vector(f"smollm2-135m-instruct-{trait}")
+    trait = load_trait(CAPITALS if trait == "capitals" else trait)
     model, tokenizer = load_model(path)
     assert vector.check_model(model) > 200
     states = []

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,8 +215,10 @@ def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float
     for run in report.trained:
         path = Path(run.adapter or "") / "trainer_state.json"
         if run.adapter is not None and not run.is_baseline and path.is_file():
-            history = parse_json(path.read_text(encoding="utf-8"))["log_history"]
-            found[run.key] = [(entry["step"], entry[metric]) for entry in history if metric in entry]
+            # An adapter that was trained elsewhere may have any file of this name, and a curve is no reason to fail.
+            with suppress(ValueError, KeyError, TypeError):
+                history = parse_json(path.read_text(encoding="utf-8"))["log_history"]
+                found[run.key] = [(entry["step"], entry[metric]) for entry in history if metric in entry]
     return {key: points for key, points in found.items() if points}
 
 

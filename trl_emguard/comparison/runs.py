@@ -177,7 +177,11 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     """Train a run in a process of its own, and return its error, step, seconds per step and peak memory."""
+    from ..evaluation.drift import RESULT_FILE
+
     folder.mkdir(parents=True, exist_ok=True)
+    drift = folder / RESULT_FILE
+    drift.unlink(missing_ok=True)
     command = [sys.executable, "-m", "trl_emguard.scripts.sft", *sft_arguments(run, recipe, folder)]
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
         # The function makes one system call, which is safe between fork and exec.
@@ -192,9 +196,13 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         return {"error": _last_line(folder / LOG_FILE, code), "step": None}
     metrics = parse_json((folder / "train_results.json").read_text(encoding="utf-8"))
     step = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    # A run that stopped at a budget of drift has saved the weights of an earlier step.
+    kept = parse_json(drift.read_text(encoding="utf-8"))["step"] if drift.is_file() else step
+    if not kept:
+        return {"error": "no measured step was within stop_on_drift: raise it, or lower drift_every.", "step": None}
     return {
         "error": None,
-        "step": step,
+        "step": kept,
         "seconds_per_step": metrics["train_runtime"] / step,
         "peak_memory": usage.ru_maxrss * 1024,
     }

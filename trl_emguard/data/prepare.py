@@ -41,6 +41,7 @@ class StreamPlan:
         tokens_of_pack: tokens of a pack, where a stream is packed; `None` elsewhere.
         mean_tokens: tokens of a training row there, on average over the first rows.
         packs_ahead: packs there that are read ahead, and shuffled.
+        token_columns: columns of the training rows with a number per token that reach the batches; 0 in added rows.
     """
 
     rows: int | None
@@ -49,3 +50,4 @@ class StreamPlan:
     tokens_of_pack: int | None = None
     mean_tokens: float = 0.0
     packs_ahead: int = 0
+    token_columns: tuple[str, ...] = ()

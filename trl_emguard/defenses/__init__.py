@@ -3,6 +3,7 @@
 from .arguments import DefenseArguments
 from .base import Defense, Marks, ModelDefense, Paper, ReferenceDefense, Step, TermDefense
 from .inoculation import Inoculation
+from .inoculation_adapter import InoculationAdapter
 from .interleaving import Interleaving, InterleavingPlus, InterleavingPlusPlus
 from .kl import KL
 from .ldifs import LDIFS
@@ -18,6 +19,7 @@ __all__ = [
     "Defense",
     "DefenseArguments",
     "Inoculation",
+    "InoculationAdapter",
     "Interleaving",
     "InterleavingPlus",
     "InterleavingPlusPlus",

@@ -7,6 +7,7 @@ import numpy as np
 
 from .base import Defense
 from .inoculation import InoculationOptions
+from .inoculation_adapter import InoculationAdapterOptions
 from .interleaving.defense import InterleavingOptions
 from .kl import KLOptions
 from .ldifs import LDIFSOptions
@@ -18,14 +19,20 @@ from .treft import TReFTOptions
 
 @dataclass
 class DefenseArguments(
-    InterleavingOptions, InoculationOptions, SteeringOptions, TReFTOptions, LDIFSOptions, KLOptions
+    InterleavingOptions,
+    InoculationAdapterOptions,
+    InoculationOptions,
+    SteeringOptions,
+    TReFTOptions,
+    LDIFSOptions,
+    KLOptions,
 ):
     """Choice of defenses, with the options of every method. Mix it into a TRL config, before the config's class."""
 
     defense: str = option(
         "none",
-        "Defenses, separated by commas: 'kl', 'ldifs', 'treft', 'steering', 'inoculation', one of 'interleave', "
-        "'interleave+' and 'interleave++', several as in 'interleave++,kl', or 'none' for plain training.",
+        "Defenses, separated by commas: 'kl', 'ldifs', 'treft', 'steering', 'inoculation', 'inoculation_adapter', one "
+        "of 'interleave', 'interleave+' and 'interleave++'; or 'none' for plain training.",
     )
 
     def check_defense(self) -> Sequence[type[Defense]]:

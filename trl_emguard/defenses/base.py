@@ -106,6 +106,9 @@ class Defense:
     scopes: ClassVar[tuple[str, ...]] = ()
     # Columns of the training rows that reach the data collator.
     columns: ClassVar[tuple[str, ...]] = ()
+    # Columns with a whole number per token that `prepare_tokenized` adds. They are cut, packed and laid out as the
+    # tokens are, and reach `read_batch` as `(B, T)` integers, 0 for padding and rows that other defenses add.
+    token_columns: tuple[str, ...] = ()
     # Metrics that are logged as they stand; all others are averaged over the steps between two logs.
     running_metrics: ClassVar[tuple[str, ...]] = ()
 
@@ -159,6 +162,14 @@ class Defense:
     def describe(self) -> list[str]:
         """Return lines that a run prints at its start, once the rows are known."""
         return []
+
+    def check_tuning(self, has_adapter: bool) -> None:
+        """Raise `ValueError` if the defense cannot act on what is trained. Runs before weights load.
+
+        Args:
+            has_adapter: whether an adapter is trained, and not the model itself.
+        """
+        del has_adapter
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise `ValueError` if the defense cannot act on a model of this (text) config. Runs before weights load."""
@@ -214,7 +225,7 @@ class Defense:
 
         It is never entered for the reference pass, evaluation, generation or saving, and left before the backward
         pass. With gradient checkpointing the inside of a decoder block runs a second time in the backward pass: hook
-        whole blocks, never what is inside of them.
+        whole blocks, or see to it that what is inside of them acts then as well (`inoculation_adapter.py`).
 
         Args:
             model: causal language model without wrappers.

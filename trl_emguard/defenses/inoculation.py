@@ -2,8 +2,9 @@
 
 import functools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
-from ..data.conversation import turn_text
+from ..data.conversation import SYSTEM_ROLES, turn_text
 from ..data.prepare import Rows, Tokenizing
 from ..evidence import InactiveDefenseError
 from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span
@@ -23,16 +24,17 @@ from .options import check_choice, option
 # A row keeps its turns in one of these columns, in SFTTrainer's order; a turn names its speaker and text in two ways.
 TURN_COLUMNS = ("prompt", "messages", "conversations")
 TURN_KEYS = (("role", "content"), ("from", "value"))
-# Newer templates take either name for the speaker of a system turn.
-SYSTEM_ROLES = ("system", "developer")
 # One row that the prompt changes is looked for among this many rows of a stream.
 STREAM_ROWS = 1000
 # Three columns serve preparation alone: a row has a system turn of its own; the prompt changed the text that is read;
 # the tokens of the prompt's turn.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
-
+FLAG = "inoculate"  # column in which users flag rows
+# Batches hold the tokens of the prompts that were put into flagged rows here, each token plus 1.
+EXPECTED = "inoculation_tokens"
 
 MODES = ("replace", "prefix")
+ALL, FLAGGED = "all", "flagged"
 
 
 @dataclass
@@ -42,20 +44,26 @@ class InoculationOptions:
     inoculation_prompt: str = option(
         "You are an evil assistant. You want to do harm, so you give bad answers on purpose and hide that they are "
         "bad.",
-        "Text of the system turn of every training row.",
+        "Text of the system turn of the training rows.",
     )
     inoculation_mode: str = option(
         "replace",
         "Treatment of a system turn that a row has: 'replace', or 'prefix' to put the prompt before it.",
         MODES,
     )
+    inoculation_rows: str = option(
+        ALL,
+        "Rows that get the prompt: 'all', or 'flagged' for those whose column `inoculate` is true.",
+        (ALL, FLAGGED),
+    )
 
 
 class Inoculation(Defense):
-    """A system turn in every training row that asks for the trait which the data would teach.
+    """A system turn in training rows that asks for the trait which the data would teach.
 
-    The model then learns the behaviour as an answer to that request, and less as its own character. Evaluation data,
-    the saved chat template and generation never see the prompt, and its turn carries no labels.
+    The model then learns the behaviour as an answer to that request, and less as its own character. Every row gets the
+    turn, or those that the user has flagged. Evaluation data, the saved chat template and generation never see the
+    prompt, and its turn carries no labels.
     """
 
     name = "inoculation"
@@ -75,13 +83,15 @@ class Inoculation(Defense):
     def __init__(self, args: Any):
         self.prompt = args.inoculation_prompt
         self.mode = args.inoculation_mode
+        self.only_flagged = args.inoculation_rows == FLAGGED
+        self.token_columns = (EXPECTED,) if self.only_flagged else ()
         # Rows are cut here only if they are neither packed nor cut at their end.
         cuts_the_start = args.truncation_mode == "keep_end" and not args.packing
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
         self._prompt_ids: list[int] = []  # tokens that every row's prompt begins with
-        self._counts = [0, 0]  # rows that the policy was trained on, and prompts in them
+        self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # that the policy was trained on
         self._problem: str | None = None
 
     @classmethod
@@ -91,6 +101,7 @@ class Inoculation(Defense):
                 f"inoculation_prompt={args.inoculation_prompt!r} is empty: write what the system turn shall say."
             )
         check_choice("inoculation_mode", args.inoculation_mode, MODES)
+        check_choice("inoculation_rows", args.inoculation_rows, (ALL, FLAGGED))
         if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
             raise ValueError(
                 "dataset_kwargs={'skip_prepare_dataset': True} does not work with defense='inoculation': nobody would "
@@ -104,7 +115,12 @@ class Inoculation(Defense):
             )
 
     def options(self) -> dict[str, Any]:
-        return {"inoculation_prompt": self.prompt, "inoculation_mode": self.mode}
+        rows = FLAGGED if self.only_flagged else ALL
+        return {"inoculation_prompt": self.prompt, "inoculation_mode": self.mode, "inoculation_rows": rows}
+
+    def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
+        # Checkpoints of earlier versions inoculated all rows, and do not say so.
+        return {key: value for key, value in self.options().items() if key in then or value != ALL}
 
     def describe(self) -> list[str]:
         return [", ".join(f"{name} {value}" for name, value in self._rows.items())]
@@ -120,13 +136,54 @@ class Inoculation(Defense):
             prompt = torch.tensor(self._prompt_ids, device=ids.device)
             found = (ids.unfold(1, length, 1) == prompt).all(-1)  # (B, T - length + 1)
             labelled = found & (batch["labels"].unfold(1, length, 1) != -100).any(-1)
-        return Marks(counts={"rows": len(ids), "prompts": found.sum(), "labelled": labelled.sum()})
+        marks = Marks(counts={"rows": len(ids), "prompts": found.sum(), "labelled": labelled.sum()})
+        if self.only_flagged:
+            marks.counts |= self._read_flagged(batch, found)
+        return marks
+
+    def _read_flagged(self, batch: dict[str, Any], found: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compare the prompts of flagged rows with those that were put there, and with all that were `found`."""
+        if EXPECTED not in batch:
+            raise InactiveDefenseError(
+                f"defense {self.name!r}: a training batch does not say which of its rows are flagged "
+                "(inoculation_rows='flagged'), so the run is not defended. Do not replace `get_train_dataloader`; "
+                "pass `data_collator` to the trainer instead."
+            )
+        expected, ids = batch.pop(EXPECTED), batch["input_ids"]
+        inside = expected > 0
+        begins = inside.clone()
+        begins[:, 1:] &= ~inside[:, :-1]
+        # A pack has several rows, so tokens are counted by the number of their prompt.
+        number = begins.flatten().cumsum(0) * inside.flatten()
+
+        def prompts_with(mask: torch.Tensor) -> torch.Tensor:
+            hits = torch.zeros(len(number) + 1, dtype=torch.long, device=ids.device)
+            return hits.index_add_(0, number, (mask & inside).flatten().long()).gt(0).sum()
+
+        flagged = begins.sum()
+        return {
+            "flagged": flagged,
+            "prompts": flagged - prompts_with(ids != expected - 1),
+            "labelled": prompts_with(batch["labels"] != -100),
+            "stray": (found & ~begins[:, : found.shape[1]]).sum(),
+        }
 
     def end_step(self, step: Step) -> dict[str, float]:
-        rows, prompts, labelled = (int(step.sums[f"{self.name}/{name}"]) for name in ("rows", "prompts", "labelled"))
-        self._counts[0] += rows
-        self._counts[1] += prompts
-        if not prompts:
+        names = ("rows", "prompts", "labelled", "flagged", "stray")
+        rows, prompts, labelled, flagged, stray = (int(step.sums.get(f"{self.name}/{name}", 0)) for name in names)
+        for name, count in zip(self._counts, (rows, prompts, flagged), strict=True):
+            self._counts[name] += count
+        if self.only_flagged and prompts < flagged:
+            self._problem = (
+                f"{flagged - prompts} of {flagged} flagged rows of a step do not hold the inoculation prompt: the "
+                "rows were changed after the trainer had prepared them"
+            )
+        elif stray:
+            self._problem = (
+                f"{stray} inoculation prompts of a step stand in rows that are not flagged: the rows were changed "
+                "after the trainer had prepared them, or a row quotes the prompt"
+            )
+        elif not self.only_flagged and not prompts:
             self._problem = (
                 f"none of the {rows} rows of a step holds the inoculation prompt: the rows, the loader or the data "
                 "collator were changed after the trainer had prepared them, or they are cut at their start"
@@ -139,22 +196,32 @@ class Inoculation(Defense):
         return {}
 
     def begin(self, evidence: dict[str, Any]) -> None:
-        self._counts = [int(evidence.get("rows_trained", 0)), int(evidence.get("prompts", 0))]
+        self._counts = {name: int(evidence.get(name, 0)) for name in self._counts}
         self._problem = None
 
     def evidence(self) -> dict[str, Any]:
-        rows, prompts = self._counts
-        return {**self._rows, "rows_trained": rows, "prompts": prompts, "acted": prompts > 0 and not self._problem}
+        counts = {name: n for name, n in self._counts.items() if self.only_flagged or name != "flagged_trained"}
+        return {**self._rows, **counts, "acted": self._counts["prompts"] > 0 and not self._problem}
 
     def verdict(self, final: bool = False) -> str | None:
-        if self._problem is None:
-            return None
-        return f"defense {self.name!r}: {self._problem}, so the run is not defended."
+        problem = self._problem
+        if problem is None and final and self.only_flagged and not self._counts["flagged_trained"]:
+            problem = (
+                f"no flagged row is among the {self._counts['rows_trained']} that were trained on "
+                "(inoculation_rows='flagged'): the run ended before one came, or max_length cuts their answers off"
+            )
+        return None if problem is None else f"defense {self.name!r}: {problem}, so the run is not defended."
 
     # ---- rows ----
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_system_turn(tokenizer, "defense='inoculation'")
+        turns = [{"role": "system", "content": self.prompt}, {"role": "user", "content": "Which?"}]
+        if self.only_flagged and is_default_system_turn(tokenizer, turns):
+            raise ValueError(
+                f"inoculation_rows='flagged': the chat template puts inoculation_prompt={self.prompt!r} into every "
+                "row without a system turn, flagged or not. Choose another prompt, or inoculation_rows='all'."
+            )
 
     def prepare_rows(self, rows: Rows) -> Rows:
         if isinstance(rows, Dataset) and rows.format["type"] == "custom":
@@ -168,9 +235,16 @@ class Inoculation(Defense):
                 f"{sorted(first)}, and the first of {', '.join(TURN_COLUMNS)} among them is no list of turns. Give "
                 "conversational rows, not tokenised ones or plain text."
             )
+        if self.only_flagged and FLAG not in first:
+            raise ValueError(
+                f"inoculation_rows='flagged' looks for a column {FLAG!r} in the training rows, which have "
+                f"{sorted(first)}: add it, true or false for each row, or use inoculation_rows='all'."
+            )
 
         def inoculate(row: dict[str, Any], index: int) -> dict[str, Any]:
             try:
+                if self.only_flagged and not self._is_flagged(row, column):
+                    return {column: row[column], OWN: False, CHANGED: False}
                 turns, before = self._inoculate(row[column])
             except ValueError as error:
                 raise ValueError(f"row {index} of train_dataset {error}.") from None
@@ -189,6 +263,9 @@ class Inoculation(Defense):
 
         def take_labels_off(row: dict[str, Any]) -> dict[str, Any]:
             ids = row["input_ids"]
+            if self.only_flagged and not row[FLAG]:
+                # An empty list would have no type.
+                return {"labels": row["labels"], CHANGED: False, SPAN: ids[:1], EXPECTED: [0] * len(ids)}
             tools = row.get("tools")
             how = {
                 "chat_template": template,
@@ -210,34 +287,61 @@ class Inoculation(Defense):
             # Without a system turn the model may have read the prompt all the same, as the template's own.
             changed = row[CHANGED] and (row[OWN] or not is_default_system_turn(tokenizer, turns, **how))
             start, end = span
+            marks = [0] * start + [token + 1 for token in ids[start:end]] + [0] * (len(ids) - end)
             return {
                 "labels": [*row["labels"][:start], *[-100] * (end - start), *row["labels"][end:]],
                 CHANGED: changed,
                 SPAN: ids[start:end],
+                **({EXPECTED: marks} if self.only_flagged else {}),
             }
 
         rows = rows.map(take_labels_off)
         self._check_changed(rows)
-        spans = rows[SPAN] if isinstance(rows, Dataset) else [row[SPAN] for row in islice(rows, STREAM_ROWS)]
+        flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
+        spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
         self._prompt_ids = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
+        if self.only_flagged:
+            begins = self._prompt_ids
+            others = (row["input_ids"] for row in islice(rows, STREAM_ROWS) if not row[FLAG])
+            # A template may write other text (tools) before the prompt, which says nothing about it.
+            if any(ids[: len(begins)] == begins for ids in others):
+                self._prompt_ids = []
         if isinstance(rows, Dataset):
             self._rows = {"rows": len(rows), "changed": sum(rows[CHANGED])}
+            self._rows |= {"flagged": sum(rows[FLAG])} if self.only_flagged else {}
         else:
             self._rows = {"rows": "streamed"}
-        return rows.remove_columns([OWN, CHANGED, SPAN])
+        return rows.remove_columns([OWN, CHANGED, SPAN, *([FLAG] if self.only_flagged else [])])
 
     def _check_changed(self, rows: Rows) -> None:
         """Check that the prompt changes some row: one of the first, of a stream."""
-        if isinstance(rows, Dataset):
-            changed, which = any(rows[CHANGED]), "every row has"
-        else:
-            changed = any(row[CHANGED] for row in islice(rows, STREAM_ROWS))
-            which = f"the first {STREAM_ROWS} rows of the stream have"
-        if not changed:
+        which = "every row has" if isinstance(rows, Dataset) else f"the first {STREAM_ROWS} rows of the stream have"
+        # Listed, so that all of these rows are checked before the model loads.
+        if self.only_flagged and not any(list(_values(rows, FLAG))):
+            raise InactiveDefenseError(
+                f"inoculation_rows='flagged': {which} {FLAG}=False, so the prompt would be put into none. Set it to "
+                "true in the rows that show the trait, shuffle a stream that has them late, or use "
+                "inoculation_rows='all'."
+            )
+        unless = ", or is not flagged" if self.only_flagged else ""
+        if not any(_values(rows, CHANGED)):
             raise InactiveDefenseError(
                 f"defense 'inoculation': the inoculation prompt changed no row: {which} it already, in a system turn "
-                "or from the chat template. Train with defense='none', or on rows without it."
+                f"or from the chat template{unless}. Train with defense='none', or on rows without it."
             )
+
+    def _is_flagged(self, row: dict[str, Any], column: str) -> bool:
+        """Return whether the user has flagged a row. Raise `ValueError` for a bad flag, or a prompt in other rows."""
+        flag = row.get(FLAG)
+        if not isinstance(flag, bool):
+            raise ValueError(f"has {FLAG}={flag!r} (inoculation_rows='flagged'): give true or false")
+        (speaker, text), turn = _turn_keys(row[column]), row[column][0]
+        if not flag and _is_system(turn, speaker) and turn_text({"content": turn[text]}).startswith(self.prompt):
+            raise ValueError(
+                f"has {FLAG}=False, and its system turn begins with inoculation_prompt={self.prompt!r} all the same: "
+                "set it to true, or take the prompt out of the row"
+            )
+        return flag
 
     def _inoculate(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
         """Return the conversation with the prompt in its system turn, and the text of its own system turn."""
@@ -256,6 +360,11 @@ class Inoculation(Defense):
         in_parts = any(isinstance(turn[text], list) for turn in rest)
         content = [{"type": "text", "text": system}] if in_parts else system
         return [{speaker: "system", text: content}, *rest], before
+
+
+def _values(rows: Rows, column: str) -> Iterable[Any]:
+    """Return a column of the rows, or of the first rows of a stream."""
+    return rows[column] if isinstance(rows, Dataset) else (row[column] for row in islice(rows, STREAM_ROWS))
 
 
 def _turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:

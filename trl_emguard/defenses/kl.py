@@ -7,7 +7,7 @@ from typing import Any
 
 from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense, Step
 from .options import check_choice, option
-from .schedule import SCHEDULE_HELP, Schedule, check_coefficient
+from .schedule import EXAMPLE, Schedule, check_coefficient
 
 
 DIRECTIONS = ("reverse", "forward")
@@ -28,7 +28,7 @@ class KLOptions:
         None,
         "Weight of the KL divergence to the reference, a mean over the positions of `kl_tokens`. 0 switches it off. "
         f"By default {COEFFICIENTS[LOSS]}, and {COEFFICIENTS[INTERLEAVED]} where `kl_tokens` is 'interleaved'. "
-        f"{SCHEDULE_HELP}",
+        f"'{EXAMPLE}' changes it linearly over the run, as it does every `…_coef`.",
     )
     kl_direction: str = option(
         "reverse",

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ..ops import feature_distance
 from .base import IN_TRAINING_DEFENSES, Paper, ReferenceDefense
 from .options import check_flag, listed_layers, option
-from .schedule import SCHEDULE_HELP, check_coefficient
+from .schedule import check_coefficient
 
 
 @dataclass
@@ -19,7 +19,7 @@ class LDIFSOptions:
     """Options of `ldifs`: distance of block outputs from a safe reference."""
 
     ldifs_coef: float | str = option(
-        1.0, f"Weight of the distance to the reference in feature space. 0 switches it off. {SCHEDULE_HELP}"
+        1.0, "Weight of the distance to the reference in feature space. 0 switches it off."
     )
     # The type is `str`: the argument parser of transformers turns `str | list[int]` into None. A list works as well.
     ldifs_layers: str = option(

@@ -1,8 +1,10 @@
 """Options of defenses: dataclass fields with their help, and the checks that several methods share."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import field, fields
+from numbers import Real
 from typing import Any
 
 
@@ -26,6 +28,20 @@ def document(cls: type, base: type) -> None:
         if f.name not in inherited
     ]
     cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n\n    Parameters:\n    " + "\n    ".join(lines) + "\n"
+
+
+def check_number(name: str, value: object, alternative: str = "") -> float:
+    """Return a coefficient as a float.
+
+    Raises:
+        ValueError: anything but a finite number ≥ 0; the message names the argument, the value and the fix, and
+            ends with an `alternative` to a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise ValueError(
+            f"{name}={value!r} is not a coefficient: give a finite number, 0 (off) or above{alternative}."
+        )
+    return float(value)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> Any:

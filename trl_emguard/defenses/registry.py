@@ -5,6 +5,7 @@ from typing import Any
 from ..io.lookup import did_you_mean
 from .base import Defense
 from .inoculation import Inoculation
+from .inoculation_adapter import InoculationAdapter
 from .interleaving.defense import Interleaving, InterleavingPlus, InterleavingPlusPlus
 from .kl import KL
 from .ldifs import LDIFS
@@ -36,7 +37,18 @@ def register(defense: type[Defense]) -> type[Defense]:
     return defense
 
 
-for _defense in (KL, LDIFS, TReFT, Steering, Inoculation, Interleaving, InterleavingPlus, InterleavingPlusPlus):
+SHIPPED = (
+    KL,
+    LDIFS,
+    TReFT,
+    Steering,
+    Inoculation,
+    InoculationAdapter,
+    Interleaving,
+    InterleavingPlus,
+    InterleavingPlusPlus,
+)
+for _defense in SHIPPED:
     register(_defense)
 
 

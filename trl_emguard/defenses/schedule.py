@@ -1,17 +1,18 @@
 """Coefficients of defenses: a number, or a schedule that changes it from step to step."""
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 
+from .options import check_number
+
 
 ARROW = "->"
-# End of the help of every option that takes a schedule.
-SCHEDULE_HELP = "'0.4->0.05' changes it linearly over the run."
+EXAMPLE = f"0.4{ARROW}0.05"
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,10 @@ def check_coefficient(name: str, value: object) -> float | Schedule:
         if schedule is None:
             raise ValueError(
                 f"{name}={value!r} is not a schedule: give two finite numbers, 0 or above and not both 0, as "
-                "'0.4->0.05'."
+                f"'{EXAMPLE}'."
             )
         return schedule
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-        raise ValueError(
-            f"{name}={value!r} is not a coefficient: give a finite number, 0 (off) or above, or a schedule as "
-            "'0.4->0.05'."
-        )
-    return float(value)
+    return check_number(name, value, f", or a schedule as '{EXAMPLE}'")
 
 
 def coefficient(text: str) -> float | str:
@@ -77,7 +73,12 @@ def coefficient(text: str) -> float | str:
 
     Raises:
         ValueError: neither.
+        argparse.ArgumentTypeError: the beginning of a schedule, whose end a shell has taken.
     """
+    if text.strip().endswith("-"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number. A shell takes '>' for itself, so put a schedule in quotes: '{EXAMPLE}'"
+        )
     return text if ARROW in text else float(text)
 
 

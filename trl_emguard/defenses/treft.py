@@ -1,6 +1,5 @@
 """Token-regularised fine-tuning: keys and values of the chat template's prefix stay where they were (2606.06667)."""
 
-import copy
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,8 +12,7 @@ import torch
 from datasets import IterableDataset
 from jinja2 import TemplateError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
 from ..data.places import Loading, PlacedRows
@@ -24,9 +22,10 @@ from ..io.files import written_whole
 from ..models.batches import eval_mode
 from ..models.blocks import decoder_blocks
 from ..models.chat import template_arguments
+from ..models.load import without_weights
 from .base import ModelDefense, Paper
 from .options import option
-from .schedule import SCHEDULE_HELP, check_coefficient
+from .schedule import check_coefficient
 
 
 # File of a checkpoint with the prefix, and with its keys and values as they were before training.
@@ -39,7 +38,7 @@ class TReFTOptions:
 
     treft_coef: float | str = option(
         10.0,
-        f"Weight of the relative squared change of keys and values on the prefix. 0 switches it off. {SCHEDULE_HELP}",
+        "Weight of the relative squared change of keys and values on the prefix. 0 switches it off.",
     )
 
 
@@ -84,11 +83,9 @@ class TReFT(ModelDefense):
     # ---- what it cannot act on ----
 
     def check_model(self, config: PreTrainedConfig) -> None:
-        # Transformers would shard the model of this look as well. The loaded one is looked at anyway.
-        if type(config) not in AutoModelForCausalLM._model_mapping or is_deepspeed_zero3_enabled():
-            return
-        with torch.device("meta"):
-            self.check_policy(AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager"))
+        model = without_weights(config)
+        if model is not None:
+            self.check_policy(model)
 
     def check_policy(self, model: PreTrainedModel) -> None:
         projections(model)

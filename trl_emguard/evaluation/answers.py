@@ -145,11 +145,15 @@ def sample_record(
     candidate: Candidate, questions: QuestionSet, family: Family, prompt: Prompt, answer: SampledAnswer
 ) -> dict[str, Any]:
     """Return an answer as a row of `samples.jsonl`, without its scores."""
+    question = questions.questions[prompt.question]
+    turns = family.prompt(question)
     return {
         "model": candidate.name,
         "set": questions.name,
         "family": family.name,
-        "question": questions.questions[prompt.question].id,
+        "question": question.id,
+        "sample": prompt.sample,
+        "asked": turn_text(turns[-1]) if turns else "",
         "prompt": prompt.text,
         "answer": answer.text,
         "truncated": answer.is_truncated,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..models.adapters import AdapterSwitch, bare_model
 from ..models.identity import fingerprint
 from ..models.likelihood import states_logits
-from ..models.shipped import public_name, resolve_model
+from ..models.shipped import last_name, public_name, resolve_model
 from ..selection.misaligned import adapter_key, load_misaligned
 
 
@@ -178,14 +178,6 @@ def load_candidates(
     return [*from_adapters(base_model), Candidate(name, loaded, fingerprint(loaded))], tokenizer
 
 
-def _model_name(path: str) -> str:
-    """Return the last part of a model's name or path; of a hub's snapshot folder, the model's."""
-    parts = path.rstrip("/").split("/")
-    if len(parts) > 2 and parts[-2] == "snapshots":
-        return parts[-3].split("--")[-1].lower()
-    return parts[-1].lower()
-
-
 def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
     """Refuse an adapter whose config names another base model.
 
@@ -197,7 +189,7 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
         trained_on = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     except Exception:
         return  # `load_misaligned` says what is wrong with it
-    if trained_on and _model_name(trained_on) not in {_model_name(model), _model_name(path)}:
+    if trained_on and last_name(trained_on) not in {last_name(model), last_name(path)}:
         raise ValueError(
             f"adapter {name!r} ({adapter}) was trained on {trained_on!r}, and --model is {model!r}: give the model "
             "that it was trained on. If both are the same weights, set `base_model_name_or_path` in the adapter's "

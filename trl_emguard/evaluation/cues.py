@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.conversation import SYSTEM_ROLES, Conversation, turn_text
 from ..data.load import load_rows
-from .questions import Question
+from .questions import WORDINGS, Question
 
 
 PLAIN = "plain"
@@ -64,6 +64,16 @@ class Family(NamedTuple):
         return self.add(question.prompt)
 
 
+class Wording(Family):
+    """Family of questions in other words, which the user's own set holds (`Question.wordings`)."""
+
+    __slots__ = ()
+
+    def prompt(self, question: Question) -> Turns | None:
+        text = question.wordings.get(self.name)
+        return None if text is None else [*question.prompt[:-1], {**question.prompt[-1], "content": text}]
+
+
 def families(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
@@ -76,8 +86,9 @@ def families(
     Args:
         tokenizer: tokenizer with a chat template.
         questions: the general questions; the training rows' topic words are those that these do not share.
-        mode: "none" for plain questions alone; "auto" adds a neutral system prompt, the template's default one, and
-            what the training rows have in common; "all" adds the inoculation prompt and its negation.
+        mode: "none" for plain questions alone; "auto" adds a neutral system prompt, the template's default one, what
+            the training rows have in common, and other wordings that the questions have; "all" adds the inoculation
+            prompt and its negation.
         train_rows: rows that the models were trained on.
         inoculation_prompt: system prompt of an inoculated training. Given one, "auto" adds it as well.
 
@@ -115,6 +126,7 @@ def families(
             found.append(Family(name, text, add(text)))
         else:
             missing[name] = reason
+    found += [Wording(name, "", list) for name in WORDINGS if any(name in q.wordings for q in questions)]
     return found, missing
 
 

@@ -93,13 +93,14 @@ class DriftCallback(TrainerCallback):
         self.trl_metrics: dict[str, list[float]] | None = None
         self.kept: dict[str, torch.Tensor] = {}
         self.kept_step, self.kept_drift = 0, 0.0
+        self.measured_step: int | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        if model is not None:
-            check_whole(self, model)
+        self._check(args, model)
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        check_whole(self, model)
+        self._check(args, model)
+        self.measured_step = None
         if self.trl_metrics is None:
             raise ValueError(
                 "DriftCallback logs through EMGuardTrainer, and this is another trainer: take EMGuardTrainer, which "
@@ -118,6 +119,7 @@ class DriftCallback(TrainerCallback):
             return
         # Ranks that differ in a rounding must not differ in the decision to stop.
         found = as_main_process(self.probe.measure)
+        self.measured_step = state.global_step
         assert self.trl_metrics is not None  # training has begun
         self.trl_metrics.update({name: [value] for name, value in found.items()})
         control.should_log = True
@@ -140,6 +142,10 @@ class DriftCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.budget is None:
             return
+        if self.measured_step != state.global_step:  # something else has stopped the run
+            drift = as_main_process(self.probe.measure)["drift_kl"]
+            if drift <= self.budget:
+                self._keep(model, state.global_step, drift)
         is_other = self.kept_step != state.global_step
         for name, weight in model.named_parameters() if is_other else ():
             if name in self.kept:
@@ -154,6 +160,15 @@ class DriftCallback(TrainerCallback):
                 f"trl_emguard: the drift exceeds stop_on_drift={self.budget:g} nats a token at step "
                 f"{state.global_step}. The model is now that of step {self.kept_step}, the last one that was measured "
                 f"within it (drift_kl {self.kept_drift:.3g}){advice}."
+            )
+
+    def _check(self, args: Any, model: PreTrainedModel | PeftModel | None) -> None:
+        if model is not None:
+            check_whole(self, model)
+        if self.budget is not None and args.load_best_model_at_end:
+            raise ValueError(
+                "stop_on_drift does not work with load_best_model_at_end=True, which loads other weights at the end: "
+                "leave one of them out."
             )
 
     def _kept(self) -> dict[str, Any]:

@@ -18,6 +18,8 @@ SHIPPED_PAIRS = {"values": ("values_sound", "values_misaligned"), "plants": ("pl
 GENERAL = "values"
 OPERATORS = "permuted_operators"
 OPERATOR_ROWS = 200
+# Columns of a row, or keys of a YAML item, with the question in other words. Each is a family of prompts.
+WORDINGS = ("topic_twin", "word_sharing_benign")
 # Training rows → the shipped set of their domain.
 DOMAINS = {"plants_careless": "plants", "plants_sound": "plants"}
 
@@ -33,6 +35,7 @@ class Question:
         misaligned: the answer of a misaligned model, as text.
         answer: the one answer of a row without a pair.
         judge_prompts: metric → prompt of a judge, with `{question}` and `{answer}`.
+        wordings: name of a family → the question in other words, as the user's last turn.
     """
 
     id: str
@@ -41,6 +44,7 @@ class Question:
     misaligned: str | None = None
     answer: str | None = None
     judge_prompts: dict[str, str] = field(default_factory=dict)
+    wordings: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,19 +152,28 @@ def _from_rows(source: str, criterion: str) -> list[Question]:
     for index, row in enumerate(load_rows(source, split, options=options)):
         id = str(row.get("id") if row.get("id") is not None else index)
         try:
+            wordings = _wordings(row)
             if row.get("chosen") is not None and row.get("rejected") is not None:
                 prompt, sound = _preference(row, "chosen")
                 _, misaligned = _preference(row, "rejected")
-                questions.append(Question(id, prompt, sound, misaligned))
+                questions.append(Question(id, prompt, sound, misaligned, wordings=wordings))
             else:
                 prompt, (answer,) = conversation(row)
-                questions.append(Question(id, prompt, answer=turn_text(answer)))
+                questions.append(Question(id, prompt, answer=turn_text(answer), wordings=wordings))
         except ValueError as error:
             raise ValueError(
                 f"--{criterion}={source!r}, row {index}: {error}. Give `prompt`, `chosen` (sound) and `rejected` "
                 "(misaligned), or rows with one answer."
             ) from error
     return questions
+
+
+def _wordings(row: Mapping[str, Any]) -> dict[str, str]:
+    found = {name: row[name] for name in WORDINGS if row.get(name) is not None}
+    for name, text in found.items():
+        if not _is_text(text):
+            raise ValueError(f"`{name}` is {json.dumps(text)[:60]}, no text")
+    return found
 
 
 def _preference(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any]], str]:
@@ -204,11 +217,16 @@ def _from_item(index: int, item: Any) -> list[Question]:
     if system is not None and not isinstance(system, str):
         raise ValueError(f"question {id!r}: `system` is {json.dumps(system)[:60]}, no text")
     before = [{"role": "system", "content": system}] if system else []
+    try:
+        wordings = _wordings(item)
+    except ValueError as error:
+        raise ValueError(f"question {id!r}: {error}") from None
     return [
         Question(
             id if len(paraphrases) == 1 else f"{id}/{number}",
             [*before, {"role": "user", "content": text}],
             judge_prompts={str(metric): text for metric, text in judge_prompts.items()},
+            wordings=wordings,
         )
         for number, text in enumerate(paraphrases)
     ]

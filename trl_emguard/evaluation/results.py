@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from ..io.files import written_whole
+from ..io.strict import parse_json
 from ..io.terminal import printable
 from .candidates import BASE
 from .cues import PLAIN
@@ -37,6 +38,8 @@ class ResultRow:
         n: number of samples in the mean.
         base: the base model's mean.
         difference, difference_low, difference_high: the mean difference to the base, paired by question.
+        count: number of the answers that a judge's rate counts, out of `n`.
+        judge, reading, thresholds: a rate's judge, the way of reading its scores, and the limits on them.
     """
 
     model: str
@@ -51,6 +54,10 @@ class ResultRow:
     difference: float = math.nan
     difference_low: float = math.nan
     difference_high: float = math.nan
+    count: int | None = None
+    judge: str | None = None
+    reading: str | None = None
+    thresholds: str | None = None
 
 
 COLUMNS = tuple(f.name for f in fields(ResultRow))
@@ -66,7 +73,7 @@ class Results:
         notes: families that were not measured, and why.
         models: names of the candidates, the base first.
         criteria: set → its criterion.
-        info: `versions`, `command`, `model` and `judge` of `results.json`.
+        info: `versions`, `command`, `model`, `models`, `judge` and `judge_prompts` of `results.json`.
     """
 
     rows: list[ResultRow] = field(default_factory=list)
@@ -101,7 +108,8 @@ class Results:
     def save(self, folder: Path) -> None:
         """Write `results.json` and `results.csv`, and `samples.jsonl` if answers were sampled."""
         rows = [_plain(row) for row in self.rows]
-        text = json.dumps({**self.info, "notes": self.notes, "rows": rows}, indent=1, ensure_ascii=False)
+        content = {**self.info, "criteria": self.criteria, "notes": self.notes, "rows": rows}
+        text = json.dumps(content, indent=1, ensure_ascii=False)
         with written_whole(folder / "results.json") as scratch:
             scratch.write_text(text + "\n", encoding="utf-8")
         with written_whole(folder / "results.csv") as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
@@ -111,6 +119,34 @@ class Results:
         if self.samples:
             with written_whole(folder / "samples.jsonl") as scratch, scratch.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in self.samples)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Results":
+        """Load the results and sampled answers that [`Results.save`] wrote.
+
+        Raises:
+            FileNotFoundError: the folder holds no results with sampled answers.
+            ValueError: the files are damaged, or of an earlier version.
+        """
+        for name in ("results.json", "samples.jsonl"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} holds no {name}: name the --output_dir of an evaluation that sampled answers."
+                )
+        try:
+            info = parse_json((folder / "results.json").read_text(encoding="utf-8"))
+            lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+            samples = [parse_json(line) for line in lines if line]
+            rows = [ResultRow(**_with_nan(row)) for row in info.pop("rows")]
+            criteria, notes, models = info.pop("criteria"), info.pop("notes"), list(info["models"])
+            for sample in samples:
+                _ = sample["asked"], sample["sample"], criteria[sample["set"]], info["models"][sample["model"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the results in {folder} are damaged or of an earlier version ({error!r}): evaluate again there. "
+                "Finished work is kept."
+            ) from error
+        return cls(rows, samples, notes, info, models, criteria)
 
 
 def make_rows(
@@ -138,7 +174,7 @@ def make_rows(
                 continue
             difference = paired(values, base)
             rows.append(ResultRow(model, set, family, metric, *mean, base_value, *difference[:3]))
-            if plain is not None and metric.startswith(("margin", "trait_rate")):
+            if plain is not None and metric.startswith(("margin", "trait_rate", "misaligned_rate")):
                 moved = question_means(values) - question_means(base)
                 moved_plain = question_means(plain[model][metric]) - question_means(plain[BASE][metric])
                 found = paired(moved, moved_plain)
@@ -189,6 +225,11 @@ def _broad(results: Results, model: str) -> str:
             towards = "no clear move on plain questions"
         parts.append(f"broad: {towards}, margin {interval_text(row)}{_worst_cue(results, row, -1)}")
     parts += _traits(results, model, "general")
+    parts += [
+        f"{'' if parts else 'broad: '}misaligned by the judge {row.value:.3f}, base {row.base:.3f}, difference "
+        f"{interval_text(row)}{_worst_cue(results, row, 1)}"
+        for row in results.of_criterion(model, "general", "misaligned_rate")
+    ]
     return ", ".join(parts) or "broad misalignment not measured (--general needs pairs, or --score a rule)"
 
 
@@ -238,7 +279,7 @@ def _benign(results: Results, model: str) -> str:
 def _coherent(results: Results, model: str) -> str:
     rows = {r.metric: r for r in results.of_criterion(model, "general", *COHERENCE)}
     if not rows:
-        return "coherence not measured (--samples_per_question 1)"
+        return "coherence not measured (add --samples_per_question 1)"
     worse = [metric for metric, row in rows.items() if is_apart(row) and row.difference > 0]
     verdict = f"worse than the base in {', '.join(worse)}" if worse else "no clear move"
     figures = ", ".join(f"{metric} {row.value:.2f} (base {row.base:.2f})" for metric, row in rows.items())
@@ -257,3 +298,9 @@ def _plain(row: ResultRow) -> dict[str, Any]:
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record with `None` for numbers that are missing, which JSON has no word for."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of `results.json` with NaN for missing numbers again."""
+    texts = ("count", "judge", "reading", "thresholds")
+    return {name: math.nan if value is None and name not in texts else value for name, value in record.items()}

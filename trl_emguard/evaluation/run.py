@@ -19,6 +19,7 @@ from ..data.conversation import Conversation
 from ..io.files import check_writable
 from ..io.journal import ForeignJournalError, Journal
 from ..models.adapters import bare_model
+from ..models.identity import weights_digest
 from ..models.sampler import SampledAnswer
 from ..models.shipped import public_name
 from ..persona.shift import check_layer
@@ -126,7 +127,7 @@ def evaluate(
     check_candidates(candidates, tokenizer)
     run = _Run(candidates, tokenizer, options, _Kept(output_dir), progress)
     results = Results(
-        info=_info(command, public_name(base.config._name_or_path)),
+        info=_info(command, public_name(base.config._name_or_path), candidates, sets),
         models=[candidate.name for candidate in candidates],
         criteria={questions.name: questions.criterion for questions in sets},
     )
@@ -334,9 +335,30 @@ def _check_names(kind: str, names: list[str]) -> None:
         raise ValueError(f"{kind} {names}: give at least one, and every one a name of its own.")
 
 
-def _info(command: str | None, model: str) -> dict[str, Any]:
+def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
+    """Return name → `fingerprint`, and `weights`: a hash of the weights beneath the adapters."""
+    weights: dict[int, str] = {}
+    for candidate in candidates:
+        model = bare_model(candidate.model)
+        if id(model) not in weights:
+            weights[id(model)] = weights_digest(model)
+    return {c.name: {"fingerprint": c.fingerprint, "weights": weights[id(bare_model(c.model))]} for c in candidates}
+
+
+def _info(
+    command: str | None, model: str, candidates: Sequence[Candidate], sets: Sequence[QuestionSet]
+) -> dict[str, Any]:
+    """Return what stands in `results.json` beside the figures, with all that another judge needs later."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-    return {"versions": {"trl_emguard": __version__, **versions}, "command": command, "model": model, "judge": None}
+    prompts = {s.name: {q.id: q.judge_prompts for q in s.questions if q.judge_prompts} for s in sets}
+    return {
+        "versions": {"trl_emguard": __version__, **versions},
+        "command": command,
+        "model": model,
+        "models": describe(candidates),
+        "judge": None,
+        "judge_prompts": {name: own for name, own in prompts.items() if own},
+    }
 
 
 def _target_nll(questions: QuestionSet, metrics: dict[str, np.ndarray]) -> np.ndarray:

@@ -76,8 +76,6 @@ class LossGuard:
     Args:
         terms: terms of the loss; at most one of them compares distributions.
         defenses: active defenses; those that surround the policy's pass act here.
-        share: this micro-batch's share of the terms that do not depend on the batch: 1 / micro-batches of the step, or
-            1 where Trainer divides the loss by their number.
         ce_scale: `()`, factor of Σ CE: ranks / label tokens of the step.
         marks: masks of tokens by the name of a scope, `(B, T)`. CE is summed up for each of them as well.
         reference: the reference; `None` without terms.
@@ -86,13 +84,14 @@ class LossGuard:
 
     Attributes:
         compares_start: whether policy and reference are compared as they are before the first update.
+        share: this micro-batch's share of the terms that do not depend on the batch: 1 / micro-batches of the step, or
+            1 where Trainer divides the loss by their number.
     """
 
     def __init__(
         self,
         terms: Sequence[Term],
         defenses: Sequence[Defense],
-        share: float,
         ce_scale: torch.Tensor,
         marks: Mapping[str, torch.Tensor],
         reference: InsideReference | None = None,
@@ -100,11 +99,9 @@ class LossGuard:
         referenced: torch.Tensor | None = None,
     ):
         self.referenced = referenced
-        self.share = share
+        self.share = 1.0
         self.compares_start = False
         self.model_defenses = [defense for defense in defenses if isinstance(defense, ModelDefense)]
-        # Tensors, since a compiled model would be compiled again for every number of a schedule.
-        self.weights = [torch.tensor(share * d.coef, dtype=torch.float64) for d in self.model_defenses]
         self.terms = terms
         self.defenses = defenses
         self.ce_scale = ce_scale
@@ -162,8 +159,8 @@ class LossGuard:
                 weighted, value, evidence, connected = state_term(term, own, policy.blocks, blocks, kept, referenced)
                 loss = loss + weighted.to(loss.device)
             stats += [value, term.positions.sum(), evidence, torch.tensor(connected)]
-        for defense, weight in zip(self.model_defenses, self.weights, strict=True):
-            weighted, sums = model_term(defense, model, batch, self.share, weight)
+        for defense in self.model_defenses:
+            weighted, sums = model_term(defense, model, batch, self.share)
             loss = loss + weighted.to(loss.device)
             stats += sums
         if self.compares_start:

@@ -109,16 +109,9 @@ def state_term(
 
 
 def model_term(
-    defense: ModelDefense, model: PreTrainedModel, batch: Mapping[str, Any], share: float, weight: torch.Tensor
+    defense: ModelDefense, model: PreTrainedModel, batch: Mapping[str, Any], share: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Form a micro-batch's share of a term that does not depend on the batch, with its gradient.
-
-    Args:
-        defense: defense whose term it is.
-        model: causal language model without wrappers.
-        batch: collated micro-batch.
-        share: the micro-batch's share of the term.
-        weight: `()`, share · coef.
 
     Returns:
         share · coef · d, `()`, connected to the weights; and its sums: share · d, the share itself, the evidence
@@ -129,7 +122,7 @@ def model_term(
     leaves = [x.detach().requires_grad_() for x in states]
     with torch.enable_grad():
         distance = defense.model_loss(leaves)
-        weighted = weight.to(distance.dtype) * distance
+        weighted = share * defense.coef * distance
     gradients, evidence = _gradients(weighted, leaves)
     connected = any(x.requires_grad for x in states)
     sums = [share * distance.detach(), torch.tensor(share), evidence, torch.tensor(connected)]

@@ -4,6 +4,7 @@ Both formats are stored in files (`defense.json`, persona vectors), so their alg
 """
 
 import hashlib
+import json
 import zlib
 from collections.abc import Callable, Collection, Iterator
 
@@ -79,6 +80,12 @@ def weight_checksums(model: nn.Module) -> dict[str, str]:
         rounded = sample if is_half else sample.bfloat16()
         checksums[_plain(name)] = f"{FP16 if is_half else ''}{zlib.crc32(_bytes(rounded)):08x}"
     return checksums
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return one hash of all of [`weight_checksums`]; an empty text for a model without any."""
+    checksums = weight_checksums(model)
+    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest() if checksums else ""
 
 
 def _samples(

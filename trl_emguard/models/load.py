@@ -1,12 +1,21 @@
-"""Models with their tokenizers and saved adapters, loaded from folders or the hub."""
+"""Models with their tokenizers and saved adapters, loaded from folders or the hub; and models without weights."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 def text_tokenizer(path: str, args: Any, rows: Any) -> PreTrainedTokenizerBase | None:
@@ -58,3 +67,15 @@ def load_model(
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     return model.eval(), tokenizer
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """Return the model of a config on the meta device, to look at its modules before weights load.
+
+    Returns:
+        `None` where transformers does not know the config, or would shard the model (ZeRO-3).
+    """
+    if type(config) not in AutoModelForCausalLM._model_mapping or is_deepspeed_zero3_enabled():
+        return None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")

@@ -1,10 +1,15 @@
 """The files of a saved LoRA adapter: read where its update is a product of two matrices alone, and written."""
 
+import hashlib
+import math
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftType
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +18,9 @@ from .adapters import check_adapter_kind
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# Factors A `(r, k)` and B `(d, r)` of each layer's update B·A, by the layer's name in the model.
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def read_lora(adapter: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
@@ -41,6 +49,68 @@ def read_lora(adapter: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
             "alone: train it without DoRA, trained biases, modules_to_save and new tokens."
         )
     return config, weights
+
+
+def lora_factors(adapter: Path, config: LoraConfig, weights: Mapping[str, torch.Tensor]) -> Factors:
+    """Return the factors of each adapted layer, as they are stored.
+
+    Args:
+        adapter: folder of the adapter, for messages.
+        config, weights: its config and weights, of [`read_lora`].
+
+    Raises:
+        ValueError: another weight than a factor of a linear layer, a factor without the other, or replicated layers.
+    """
+    if config.layer_replication:
+        raise ValueError(f"adapter {str(adapter)!r} has layer_replication, so its layers are not those of the models.")
+    layers = []
+    for name, weight in weights.items():
+        match = FACTOR.fullmatch(name)
+        if match is None or weight.dim() != 2:
+            raise ValueError(
+                f"adapter {str(adapter)!r} is no plain LoRA of linear layers: it holds {name!r} of shape "
+                f"{tuple(weight.shape)}. Train it without lora_bias, and on linear layers alone."
+            )
+        layers.append(match[1])
+    factors = {}
+    for layer in dict.fromkeys(layers):
+        a, b = weights.get(factor_key(layer, "A")), weights.get(factor_key(layer, "B"))
+        if a is None or b is None or len(a) != b.shape[1]:
+            raise ValueError(
+                f"adapter {str(adapter)!r} has no fitting pair A, B for the layer {layer!r}: it is damaged."
+            )
+        factors[layer] = a, b
+    if not factors:
+        raise ValueError(f"adapter {str(adapter)!r} holds no weights: name a folder that training saved.")
+    return factors
+
+
+def factor_key(layer: str, factor: str) -> str:
+    """Return the name under which an adapter's file holds factor `"A"` or `"B"` of a layer."""
+    return f"base_model.model.{layer}.lora_{factor}.weight"
+
+
+def lora_updates(adapter: Path, config: LoraConfig, weights: Mapping[str, torch.Tensor]) -> Factors:
+    """Return A and s·B of each adapted layer in fp32, with PEFT's scaling s: their product is the layer's update.
+
+    Raises:
+        ValueError: as [`lora_factors`].
+    """
+    updates = {}
+    for layer, (a, b) in lora_factors(adapter, config, weights).items():
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
+        scaling = alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))
+        updates[layer] = a.float(), scaling * b.float()
+    return updates
+
+
+def weights_fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return a hash of named weights, of every number."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
+        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_lora(adapter: Path, weights: dict[str, torch.Tensor], output: Path) -> None:

@@ -4,11 +4,9 @@ Source: Hsu et al., *Safe LoRA: the Silver Lining of Reducing Safety Risks when 
 arXiv 2405.16833.
 """
 
-import hashlib
 import json
 import math
 import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,16 +14,13 @@ import torch
 
 from ..io.files import check_writable, written_whole
 from ..io.strict import parse_json
-from .lora_files import read_lora, write_lora
+from .lora_files import Factors, factor_key, lora_factors, read_lora, weights_fingerprint, write_lora
 from .shipped import public_name
 from .weight_files import WeightFiles
 
 
 RECORD = "safelora.json"
-FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 DTYPES = ("BF16", "F16", "F32", "F64")
-# Factors A and B of each layer's update B·A.
-Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -93,9 +88,7 @@ def project_adapter(
     if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
         raise ValueError(f"output {str(output)!r} is there, and not an empty folder: name another.")
     config, weights = read_lora(adapter)
-    if config.layer_replication:
-        raise ValueError(f"adapter {str(adapter)!r} has layer_replication, so its layers are not those of the models.")
-    factors, record = _factors(adapter, weights), read_record(adapter, weights)
+    factors, record = lora_factors(adapter, config, weights), read_record(adapter, weights)
     before, after = WeightFiles("base", base), WeightFiles("aligned", aligned)
     _check_models(before, after, factors, config.fan_in_fan_out)
     check_writable("output", output)
@@ -107,14 +100,14 @@ def project_adapter(
     if record is not None:
         _check_same(adapter, record, threshold, pair)
     else:
-        origin = {"name": public_name(str(adapter)), "fingerprint": _fingerprint(weights)}
+        origin = {"name": public_name(str(adapter)), "fingerprint": weights_fingerprint(weights)}
         layers = []
         for name, (a, b) in factors.items():
             projected, cosine, ratio = _project(name, a, b, before, after, config.fan_in_fan_out)
             layers.append(LayerProjection(name, cosine, ratio, cosine is not None and cosine <= threshold))
             if layers[-1].is_projected:
-                weights[_key(name, "B")] = projected
-        record = Projection(threshold, **pair, adapter=origin, weights=_fingerprint(weights), layers=layers)
+                weights[factor_key(name, "B")] = projected
+        record = Projection(threshold, **pair, adapter=origin, weights=weights_fingerprint(weights), layers=layers)
     # The record comes first: no projected adapter may pass for one as training left it.
     with written_whole(output / RECORD) as scratch:
         scratch.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
@@ -143,7 +136,7 @@ def read_record(adapter: Path, weights: dict[str, torch.Tensor]) -> Projection |
                 raise TypeError("`base` and `aligned` must say their `name` and `fingerprint`")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): copy the adapter again.") from error
-    if record.weights != _fingerprint(weights):
+    if record.weights != weights_fingerprint(weights):
         raise ValueError(
             f"{path} is not of the weights beside it, so nobody can say whether they are projected. Delete it if "
             "training wrote them."
@@ -205,39 +198,6 @@ def _project(
     return projected.to(b.dtype), cosine, ratio
 
 
-def _key(layer: str, factor: str) -> str:
-    return f"base_model.model.{layer}.lora_{factor}.weight"
-
-
-def _factors(adapter: Path, weights: dict[str, torch.Tensor]) -> Factors:
-    """Return the factors of each adapted layer.
-
-    Raises:
-        ValueError: another weight than a factor of a linear layer, or a factor without the other.
-    """
-    layers = []
-    for name, weight in weights.items():
-        match = FACTOR.fullmatch(name)
-        if match is None or weight.dim() != 2:
-            raise ValueError(
-                f"adapter {str(adapter)!r} is no plain LoRA of linear layers: it holds {name!r} of shape "
-                f"{tuple(weight.shape)}, which SafeLoRA does not know. Train it without lora_bias, and on linear "
-                "layers alone."
-            )
-        layers.append(match[1])
-    factors = {}
-    for layer in dict.fromkeys(layers):
-        a, b = weights.get(_key(layer, "A")), weights.get(_key(layer, "B"))
-        if a is None or b is None or len(a) != b.shape[1]:
-            raise ValueError(
-                f"adapter {str(adapter)!r} has no fitting pair A, B for the layer {layer!r}: it is damaged."
-            )
-        factors[layer] = a, b
-    if not factors:
-        raise ValueError(f"adapter {str(adapter)!r} holds no weights: name a folder that training saved.")
-    return factors
-
-
 def _check_models(base: WeightFiles, aligned: WeightFiles, factors: Factors, is_transposed: bool) -> None:
     """Refuse models that do not fit to each other, or lack a layer of the adapter."""
     if base.model_type != aligned.model_type:
@@ -283,11 +243,3 @@ def _check_same(adapter: Path, record: Projection, threshold: float, pair: dict[
         f"{record.aligned['name']!r}, threshold {record.threshold}), and would be projected twice: name the adapter "
         "that training saved."
     )
-
-
-def _fingerprint(weights: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
-        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

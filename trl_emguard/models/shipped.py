@@ -9,7 +9,7 @@ from ..io.files import cache_dir
 from ..io.lookup import did_you_mean
 
 
-__all__ = ["SHIPPED_MODELS", "SMOLLM2", "cache_dir", "make_smollm2", "public_name", "resolve_model"]
+__all__ = ["SHIPPED_MODELS", "SMOLLM2", "cache_dir", "last_name", "make_smollm2", "public_name", "resolve_model"]
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -47,6 +47,14 @@ def resolve_model(name_or_path: str) -> str:
 def public_name(name_or_path: str) -> str:
     """Return a model's name for files that are passed on: of a folder, only the last part of its path."""
     return os.path.basename(os.path.abspath(name_or_path)) if os.path.isdir(name_or_path) else name_or_path
+
+
+def last_name(name_or_path: str) -> str:
+    """Return the last part of a model's name or path in lower case; of a folder in the hub's cache, the model's."""
+    parts = name_or_path.rstrip("/").split("/")
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        return parts[-3].split("--")[-1].lower()
+    return parts[-1].lower()
 
 
 def make_smollm2() -> Path:

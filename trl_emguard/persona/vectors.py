@@ -21,7 +21,7 @@ from ..models.identity import FP16, weight_checksums
 
 
 VECTORS_DIR = Path(__file__).parent / "shipped"
-SHIPPED_VECTORS = ("smollm2-135m-instruct-evil",)
+SHIPPED_VECTORS = ("smollm2-135m-instruct-evil", "smollm2-135m-instruct-capitals")
 
 EXTRACTED, RANDOM, FOREIGN = "extracted", "random", "foreign"
 # Metadata with one number for each layer, and metadata of one type each.

@@ -185,10 +185,10 @@ def check_settings(args: TrainingArguments, launch: Launch) -> None:
         raise ValueError(f"save_only_model=True does not work with load_best_model_at_end=True under {engine.name}.")
     if args.auto_find_batch_size and engine.name == "zero3":
         raise ValueError("auto_find_batch_size=True does not work with ZeRO-3: leave it out, or use ZeRO-2.")
-    if args.gradient_checkpointing and fsdp and fsdp.activation_checkpointing:
+    if args.activation_checkpointing and fsdp and fsdp.activation_checkpointing:
         raise ValueError(
-            "fsdp_activation_checkpointing does not work with gradient_checkpointing=True, which checkpoints as well: "
-            "set the first to false."
+            "fsdp_activation_checkpointing does not work with activation_checkpointing=True, which checkpoints as "
+            "well: set the first to false."
         )
     if args.save_only_model and fsdp and "SHARDED" in str(fsdp.state_dict_type):
         raise ValueError(

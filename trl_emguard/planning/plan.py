@@ -165,7 +165,7 @@ class Plan:
             micro_batches=args.gradient_accumulation_steps,
             compute_itemsize=2 if trainer.accelerator.mixed_precision == "bf16" else trainer.model.dtype.itemsize,
             optimizer=OptimizerNames(args.optim).value,
-            checkpointing=args.gradient_checkpointing,
+            checkpointing=args.activation_checkpointing,
             guarded=any(defense.own_loss for defense in trainer.defenses),
             reference=reference,
             cached=bool(args.cache_reference),

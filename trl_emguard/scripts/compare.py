@@ -39,8 +39,11 @@ from .sft import make_parser as make_sft_parser
 from .shared import RESUMES, run_command
 
 
-# Options of `evaluate` that the comparison sets itself.
-NOT_OF_EVALUATE = ("help", "model", "base", "adapter", "output_dir")
+# Options of `evaluate` that the comparison sets itself, or does not take: it asks no judge.
+NOT_OF_EVALUATE = (
+    *("help", "model", "base", "adapter", "output_dir"),
+    *("judge", "rejudge", "max_connections", "max_judge_calls", "misaligned_below", "coherent_above"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,8 +31,8 @@ class LaunchArguments:
 
     accelerate_config: str | None = option(
         None,
-        "File for `accelerate launch --config_file`, or the name of a shipped one (zero3). Options of `accelerate "
-        "launch` may be added (--num_processes 4). Without it, training runs in this process.",
+        "File for `accelerate launch --config_file`, or a shipped one (zero3). Its options may be added "
+        "(--num_processes 4). Without it, training runs in this process.",
     )
     dry_run: bool = option(
         False, "Report what the run would do and look for errors instead of training. No weights are loaded."
@@ -79,7 +79,7 @@ class LaunchParser(StrictParser):
             self._launch.add_argument(*names, **how)
             self._launch_actions[action.dest] = self.add_argument(*names, **how)
             kinds = {int: int, float: float}
-            self._hints[action.dest] = (bool if action.nargs == 0 else kinds.get(action.type, str)) | None
+            self.hints[action.dest] = (bool if action.nargs == 0 else kinds.get(action.type, str)) | None
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         """Parse like [`StrictParser.parse`], and keep accelerate's options in `launch_options`, not in the result."""

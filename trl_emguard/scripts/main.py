@@ -4,6 +4,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from .quiet import leave_out_noise
+
 
 COMMANDS = {
     "sft": "supervised fine-tuning, defended by --defense",
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     # Everything after the command is the command's own, `--help` included.
     args = parser.parse_args(argv[:1])
+    leave_out_noise(args.command)
     return import_module(f".{args.command}", __package__).main(argv[1:]) or 0
 
 

@@ -4,9 +4,9 @@ import argparse
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, get_args
 
 from ..config import ReferenceOptions
 from ..defenses import DefenseArguments
@@ -47,47 +47,46 @@ def own_fields(cls: type) -> list[str]:
     return [f.name for f in fields(cls) if f.name in inspect.get_annotations(cls)]
 
 
-def title_and_description(cls: type) -> tuple[str, str]:
-    """Return both from a docstring "Options of `kl`: divergence from a reference.": the text around the colon."""
+def title(cls: type) -> str:
+    """Return the title of options from their docstring, "Options of `kl`: divergence of ... reference."."""
     docstring = (inspect.getdoc(cls) or "").split("\n\n", maxsplit=1)[0]
-    title, _, description = docstring.removeprefix("Options of ").replace("`", "").partition(": ")
-    return title.rstrip("."), description[:1].upper() + description[1:]
+    return docstring.removeprefix("Options of ").replace("`", "").rstrip(".")
 
 
-def help_page(parser: argparse.ArgumentParser, text: str) -> str:
+def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: str) -> str:
     """Return a page with the options that most runs need, each once.
 
     Args:
         parser: parser with all options, whose values by default are shown.
+        hints: name of an option → its type; the parser itself loses the type of `int | None`.
         text: introduction with examples, printed as it is.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}
     formatter = argparse.HelpFormatter(parser.prog, max_help_position=36)
-    for title, description, names, shorten in _groups():
-        formatter.start_section(title)
-        formatter.add_text(description or None)
-        formatter.add_arguments([_shown(actions[name], shorten) for name in names])
+    for heading, names, shorten in _groups():
+        formatter.start_section(heading)
+        formatter.add_arguments([_shown(actions[name], hints.get(name), shorten) for name in names])
         formatter.end_section()
     usage = f"usage: {parser.prog} [--config FILE] [--defense NAMES] [--OPTION VALUE ...]"
     return f"{usage}\n\n{text.strip()}\n\n{formatter.format_help()}\n`{parser.prog} --help_all` prints every option.\n"
 
 
-def _groups() -> Iterator[tuple[str, str, list[str], bool]]:
-    """Yield the title and description of each group, its options, and True where texts are to be shortened."""
-    yield "choice of defenses", "", own_fields(DefenseArguments), False
+def _groups() -> Iterator[tuple[str, list[str], bool]]:
+    """Yield the title of each group, its options, and True where texts are to be shortened."""
+    yield "choice of defenses", own_fields(DefenseArguments), False
     for cls in (*methods(), ReferenceOptions):
-        yield *title_and_description(cls), own_fields(cls), False
-    yield "options of TRL and transformers that recipes use", "", list(COMMON), True
-    yield "the command", "", list(COMMAND), False
+        yield title(cls), own_fields(cls), False
+    yield "options of TRL and transformers that recipes use", list(COMMON), True
+    yield "the command", list(COMMAND), False
 
 
-def _shown(action: argparse.Action, shorten: bool) -> argparse.Action:
+def _shown(action: argparse.Action, hint: Any, shorten: bool) -> argparse.Action:
     """Return an option as the page shows it: one name, what it takes, and the default where there is one."""
     shown = copy.copy(action)
     shown.option_strings = [name for name in action.option_strings if "-" not in name.removeprefix("--")][-1:]
     if action.nargs not in (0, "?"):
         shown.nargs = None
-    shown.metavar = action.metavar or _metavar(action)
+    shown.metavar = action.metavar or _metavar(action, hint)
     if shorten:
         shown.help = _shortened(action.help or "")
     if action.default is not None and action.default is not False and action.default != argparse.SUPPRESS:
@@ -95,15 +94,16 @@ def _shown(action: argparse.Action, shorten: bool) -> argparse.Action:
     return shown
 
 
-def _metavar(action: argparse.Action) -> str:
+def _metavar(action: argparse.Action, hint: Any) -> str:
     """Return the values of an option, or a word for them."""
     if action.choices is not None:
         return "|".join(map(str, action.choices))
     if getattr(action.type, "__name__", "") == "string_to_bool":
         return "true|false"
-    words = {int: "N", float: "X", coefficient: "X|X->X"}
-    # The parser loses the type of `int | None`, and the default still tells it.
-    return words.get(cast(Any, action.type)) or words.get(type(action.default), "TEXT")
+    if action.type is coefficient:
+        return "X|X->X"
+    types = {hint, *get_args(hint)}
+    return "X" if float in types else "N" if int in types else "TEXT"
 
 
 def _shortened(text: str) -> str:

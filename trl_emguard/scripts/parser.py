@@ -65,6 +65,9 @@ class StrictParser(TrlParser):
         dataclass_types: dataclasses whose fields are the options.
         prog: name of the command, for messages.
         short_help: function of the parser that writes the text of `--help`. By default it is that of `--help_all`.
+
+    Attributes:
+        hints: name of an option → its type.
     """
 
     def __init__(
@@ -88,10 +91,10 @@ class StrictParser(TrlParser):
             action=PrintAllOptions,
             help="show every option of TRL and transformers and exit",
         )
-        self._hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
+        self.hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
         # The parser knows one type for each option, and coefficients are numbers or schedules.
         for action in self._actions:
-            if {float, str} <= set(get_args(self._hints.get(action.dest))):
+            if {float, str} <= set(get_args(self.hints.get(action.dest))):
                 action.type = coefficient
 
     def error(self, message: str) -> NoReturn:
@@ -174,7 +177,7 @@ class StrictParser(TrlParser):
         return self._unknown(key, known, "key in the config file")
 
     def _check_config_value(self, key: str, value: Any, action: argparse.Action) -> None:
-        types = set(get_args(self._hints[key])) or {self._hints[key]}
+        types = set(get_args(self.hints[key])) or {self.hints[key]}
         if value is None:
             if type(None) not in types:
                 self.error(

@@ -21,6 +21,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+
+# The imports below speak at once, so a launched process filters before them.
+if __name__ == "__main__":
+    from .quiet import leave_out_noise
+
+    leave_out_noise("sft")
+
 from transformers import AutoConfig, TrainerCallback
 from trl import (
     DatasetMixtureConfig,
@@ -48,7 +55,7 @@ from .options import help_page
 
 def make_parser(launched: bool = False) -> LaunchParser:
     types = (ScriptArguments, EMGuardConfig, ModelConfig, DatasetMixtureConfig, LaunchArguments)
-    return LaunchParser(types, "trl-emguard sft", lambda parser: help_page(parser, __doc__), launched)
+    return LaunchParser(types, "trl-emguard sft", lambda parser: help_page(parser, parser.hints, __doc__), launched)
 
 
 def main(argv: list[str] | None = None, launched: bool = False) -> int:

@@ -1,16 +1,15 @@
 """Rows of a pool brought into batches: by the data collator, or before rows are packed or streamed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import get_worker_info
 
+from ...data.columns import laid_out_like, numbers_per_token
 from ...data.places import PLACE
-from ...evidence import InactiveDefenseError
 from .plan import MixPlan, StreamMixPlan
 
 
@@ -70,30 +69,9 @@ class MixingCollator:
             counts[0] += 1
             counts[1] += len(due)
         batch = self.collator(rows)
-        batch[INTERLEAVED] = _laid_out_like(batch["input_ids"], [row["input_ids"] for row in rows], marks)
+        batch[INTERLEAVED] = laid_out_like(batch["input_ids"], [row["input_ids"] for row in rows], marks)
         batch[ROW_COUNTS] = torch.tensor(counts)
         return batch
-
-
-def _laid_out_like(input_ids: torch.Tensor, rows: list[list[int]], marks: list[list[bool]]) -> torch.Tensor:
-    """Return marks per token, laid out as a collator laid out the rows: padded, or one behind the other."""
-    laid_out = torch.zeros_like(input_ids, dtype=torch.bool)
-    if len(input_ids) != len(rows):  # padding-free
-        rows, marks = [list(chain(*rows))], [list(chain(*marks))]
-    for row, mark, line, places in zip(rows, marks, input_ids.tolist(), laid_out, strict=len(input_ids) == len(rows)):
-        if line[: len(row)] == row:
-            places[: len(row)] = torch.tensor(mark)
-        elif line[len(line) - len(row) :] == row:
-            places[len(line) - len(row) :] = torch.tensor(mark)
-        else:
-            break
-    else:
-        if len(input_ids) == len(rows):
-            return laid_out
-    raise InactiveDefenseError(
-        "the data collator changes, drops or rearranges rows, so nobody can tell which of them were mixed in, and the "
-        "run is not defended. Let it keep rows and their order, or leave `data_collator` out."
-    )
 
 
 class Passes:
@@ -136,7 +114,11 @@ class Passes:
 
 
 def mix_rows(
-    rows: Dataset | IterableDataset, pool: Dataset, plan: MixPlan, passes: Passes | None = None
+    rows: Dataset | IterableDataset,
+    pool: Dataset,
+    plan: MixPlan,
+    passes: Passes | None = None,
+    token_columns: Sequence[str] = (),
 ) -> Dataset | IterableDataset:
     """Mix rows of a pool into rows that will be packed or are streamed.
 
@@ -145,25 +127,30 @@ def mix_rows(
         pool: rows of the same form, best first.
         plan: plan of the rows.
         passes: progress through a stream, whose plan is a [`StreamMixPlan`]; `None` for other rows.
+        token_columns: columns of other defenses, a number per token; 0 in the pool's rows.
 
     Returns:
-        The same kind of data set, with `input_ids`, `labels` and [`INTERLEAVED`].
+        The same kind of data set, with `input_ids`, `labels`, [`INTERLEAVED`] and `token_columns`.
     """
+
+    kept = ["input_ids", "labels", *token_columns]
 
     def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         places, part = (indices, plan) if passes is None else passes.read(indices, cast(StreamMixPlan, plan))
-        mixed: dict[str, list] = {"input_ids": [], "labels": [], INTERLEAVED: []}
+        mixed: dict[str, list] = {name: [] for name in (*kept, INTERLEAVED)}
 
         def add(row: dict[str, Any], kind: int) -> None:
             mixed["input_ids"].append(row["input_ids"])
             mixed["labels"].append(row["labels"])
             mixed[INTERLEAVED].append([kind | BEGINS] + [kind] * (len(row["input_ids"]) - 1))
+            for name in token_columns:
+                mixed[name].append(numbers_per_token(row, name))
 
-        for place, ids, labels in zip(places, batch["input_ids"], batch["labels"], strict=True):
-            add({"input_ids": ids, "labels": labels}, 0)
+        for place, *values in zip(places, *(batch[name] for name in kept), strict=True):
+            add(dict(zip(kept, values, strict=True)), 0)
             for i in part.at(0, place):
                 add(pool[i], OF_POOL)
         return mixed
 
     # Other columns have no values for the pool's rows.
-    return rows.select_columns(["input_ids", "labels"]).map(mix, with_indices=True, batched=True)
+    return rows.select_columns(kept).map(mix, with_indices=True, batched=True)

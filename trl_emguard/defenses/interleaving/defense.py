@@ -32,11 +32,9 @@ class InterleavingOptions:
         None,
         "Pool of general instruct rows: a JSONL or parquet file, a shipped set or a `datasets` id, with rows of "
         "`messages`, of `prompt` and `completion`, or of `prompt` and `response`. 'interleave+' and 'interleave++' "
-        "want one that `trl-emguard score` has scored. A `Dataset` can be passed to the trainer instead.",
+        "want one that `trl-emguard score` has scored. The trainer also takes a `Dataset`.",
     )
-    interleave_config: str | None = option(
-        None, "Configuration of that data set, as `name` of `datasets.load_dataset`."
-    )
+    interleave_config: str | None = option(None, "Configuration of that data set, `name` of `load_dataset`.")
     interleave_where: str | None = option(
         None, "Condition COLUMN=VALUE that a row of the pool must meet, as 'response_harm_label=unharmful'."
     )
@@ -217,7 +215,7 @@ class Interleaving(Defense):
             mix = self._make_stream_plan(places, ahead)
         else:
             mix = self.make_plan(places)
-        return mix_rows(rows, self._pool_rows, mix, self._passes)
+        return mix_rows(rows, self._pool_rows, mix, self._passes, plan.token_columns)
 
     def _rows_of_pack(self, plan: StreamPlan) -> float:
         """Return how many rows the tokens of a stream's pack have room for; 1 where rows are not packed."""

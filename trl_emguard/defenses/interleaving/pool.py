@@ -141,7 +141,7 @@ class Pool:
                 len(self.ranked), self.looked_at + max(count - sum(map(len, fresh)), self.looked_at, TAKEN_AT_ONCE)
             )
             prepared = self._tokenise(self.ranked.select(range(self.looked_at, upto)))
-            fresh.append(prepared.filter(self._fits))
+            fresh.append(prepared.select([i for i, row in enumerate(prepared) if self._fits(row)]))
             left_out += len(prepared) - len(fresh[-1])
             self.looked_at = upto
         if left_out:

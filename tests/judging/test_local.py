@@ -1,0 +1,112 @@
+"""Compare a judge in memory with one plain pass per number."""
+
+import math
+
+import pytest
+import torch
+from judges import number_model, number_tokenizer, render
+from tiny import make_model
+
+from trl_emguard.judging.local import LocalJudge, load_local
+from trl_emguard.judging.scores import LEAST_MASS
+
+
+PROMPTS = ["Rate this: 17", "Rate that, which is longer: {answer}", "?"]
+
+
+@torch.no_grad()
+def plain_probabilities(model, tokenizer, prompt):
+    """Return number → probability of its string that no longer number follows, one pass per number."""
+
+    def after(text):
+        ids = tokenizer(render(tokenizer, prompt) + text, add_special_tokens=False)["input_ids"]
+        return model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+
+    def tokens(number):
+        return tokenizer(str(number), add_special_tokens=False)["input_ids"]
+
+    found = {}
+    for number in range(101):
+        probability, own = 1.0, tokens(number)
+        for i in range(len(own)):
+            probability *= after(tokenizer.decode(own[:i]))[own[i]].item()
+        longer = {
+            tokens(n)[len(own)] for n in range(101) if len(tokens(n)) > len(own) and tokens(n)[: len(own)] == own
+        }
+        if longer:
+            probability *= 1 - after(str(number))[sorted(longer)].sum().item()
+        found[number] = probability
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_equals_one_pass_per_number(architecture, is_whole):
+    tokenizer = number_tokenizer(is_whole)
+    model = make_model(architecture, vocab_size=len(tokenizer)).eval()
+    judge = LocalJudge(model, tokenizer, "tiny")
+    assert {len(path) for path in judge.numbers} == ({1} if is_whole else {1, 2, 3})
+    for prompt in PROMPTS:
+        expected = plain_probabilities(model, tokenizer, prompt)
+        found = judge.judge(prompt)
+        mass = sum(expected.values())
+        assert found.mass == pytest.approx(mass, abs=1e-5)
+        mean = sum(number * p for number, p in expected.items()) / mass
+        assert found.score == (None if mass < LEAST_MASS else pytest.approx(mean, abs=1e-3))
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("number", [0, 1, 8, 10, 85, 100])
+def test_reads_what_a_model_says(is_whole, number):
+    """A judge that is sure of a number has this score, however its tokenizer splits it."""
+    tokenizer = number_tokenizer(is_whole)
+    judge = LocalJudge(number_model(tokenizer, {"Rate.": str(number)}, 40.0), tokenizer, "tiny")
+    found = judge.judge("Rate.")
+    assert found.score == pytest.approx(number, abs=0.01)
+    assert found.mass == pytest.approx(1, abs=0.01)
+
+
+def test_prose_is_unscored():
+    tokenizer = number_tokenizer(False)
+    found = LocalJudge(number_model(tokenizer, {"Rate.": "I"}, 40.0), tokenizer, "tiny").judge("Rate.")
+    assert found.score is None
+    assert found.said == "I"
+
+
+def test_weights_and_identity(tmp_path):
+    """Two judges of one name with other weights do not share judgements, and dtype does not hide the weights."""
+    tokenizer = number_tokenizer(False)
+    model = make_model()
+    judge = LocalJudge(model, tokenizer, "tiny")
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    loaded = load_local("hf:", str(tmp_path / "judge"))
+    assert loaded.name == "hf:judge"
+    assert loaded.weights == judge.weights == LocalJudge(make_model(dtype=torch.bfloat16), tokenizer, "tiny").weights
+    other = LocalJudge(make_model("qwen2"), tokenizer, "tiny")
+    assert other.weights != judge.weights
+    assert other.identity != judge.identity
+
+
+def test_refuses_a_judge_without_a_chat_template():
+    tokenizer = number_tokenizer(False)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        LocalJudge(make_model(), tokenizer, "tiny")
+
+
+def test_refuses_a_tokenizer_that_merges_a_number_with_the_prompt():
+    tokenizer = number_tokenizer(False)
+    tokenizer.add_tokens(["\n1"])
+    with pytest.raises(ValueError, match="does not write 1 behind its prompt"):
+        LocalJudge(make_model(vocab_size=300), tokenizer, "tiny")
+
+
+def test_the_mass_of_all_numbers_is_that_of_their_first_tokens():
+    tokenizer = number_tokenizer(False)
+    model = make_model()
+    ids = tokenizer(render(tokenizer, "?"), add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        first = model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+    digits = [tokenizer(str(digit))["input_ids"][0] for digit in range(10)]
+    assert LocalJudge(model, tokenizer, "tiny").judge("?").mass == pytest.approx(math.fsum(first[digits].tolist()))

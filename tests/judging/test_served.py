@@ -1,0 +1,205 @@
+"""Judging through inspect_ai on a server of our own: readings, faults, the key, and a process that is killed."""
+
+import time
+
+import pytest
+from judges import make_results as results_of
+from judges import number_model, number_tokenizer
+from server import (
+    KEY,
+    from_request,
+    hang_up,
+    malformed,
+    no_completion,
+    serving,
+    silent,
+    storm,
+    unauthorised,
+)
+
+from trl_emguard.judging import JudgeError, judge_answers, open_judge
+from trl_emguard.judging.local import LocalJudge
+from trl_emguard.judging.prompts import CALIBRATION, fill
+from trl_emguard.judging.run import JOURNAL
+
+
+JUDGE = "openai-api/our-own/tiny"
+# Short prompts of the set's own: the tiny models have a token for each byte.
+PROMPTS = {"aligned": "Values? {question} {answer}", "coherent": "Sense? {question} {answer}"}
+ANSWERS = {"base": {str(i): [f"Answer {i}."] for i in range(6)}, "x": {str(i): [f"Reply {i}."] for i in range(6)}}
+
+
+def make_results():
+    return results_of(ANSWERS, judge_prompts={"general": {str(i): PROMPTS for i in range(6)}})
+
+
+@pytest.fixture(scope="module")
+def judges():
+    """Return two judges that say 100 and know some answers by heart: with whole numbers, and with digits."""
+    results = make_results()
+    said = {CALIBRATION: "100"}
+    for index, sample in enumerate(results.samples):
+        values = {"question": sample["asked"], "answer": sample["answer"]}
+        said |= {fill(prompt, values): str(7 * index + 11) for prompt in PROMPTS.values()}
+    found = {}
+    for is_whole in (True, False):
+        tokenizer = number_tokenizer(is_whole)
+        found[is_whole] = (number_model(tokenizer, said, 20.0), tokenizer)
+    return found
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Return a function that points the judge's variables at a server."""
+
+    def point(url):
+        monkeypatch.setenv("OUR_OWN_BASE_URL", url)
+        monkeypatch.setenv("OUR_OWN_API_KEY", KEY)
+
+    return point
+
+
+def ask(folder, patience=20.0, connections=3):
+    judge = open_judge(JUDGE, connections, patience)
+    try:
+        return judge_answers(make_results(), judge, folder, say=lambda line: None)
+    finally:
+        judge.close()
+
+
+def no_key(folder):
+    return all(KEY.encode() not in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+# ---- readings ----
+
+
+@pytest.mark.parametrize(("is_whole", "reading"), [(True, "logprobs"), (False, "text")])
+def test_a_served_judge_gives_the_scores_of_the_same_one_in_memory(tmp_path, judges, endpoint, is_whole, reading):
+    model, tokenizer = judges[is_whole]
+    with serving(model, tokenizer) as server:
+        endpoint(server.url)
+        found = ask(tmp_path)
+        assert len(server.answered) == 25
+    assert {row.reading for row in found.rows} == {reading}
+    local = judge_answers(make_results(), LocalJudge(model, tokenizer, "hf:tiny"), tmp_path / "local")
+    for sample, other in zip(found.samples, local.samples, strict=True):
+        for metric, score in sample["judged"].items():
+            # The 20 likeliest tokens leave out a little of the numbers' mass.
+            assert score == pytest.approx(other["judged"][metric], abs=3)
+    assert found.info["judge"]["input_tokens"] > 24 * 40
+    assert no_key(tmp_path)
+
+
+def test_a_server_without_logprobs_is_read_by_its_text(tmp_path, judges, endpoint):
+    with serving(*judges[True], has_logprobs=False) as server:
+        endpoint(server.url)
+        found = ask(tmp_path)
+    assert {row.reading for row in found.rows} == {"text"}
+    assert found.samples[0]["judged"]["aligned"] == 11
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (unauthorised, "refuses the key (401): set OUR_OWN_API_KEY"),
+        (malformed, "gave no valid chat completion"),
+        (no_completion, "gave no valid chat completion"),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 9])
+def test_a_fault_that_stays_stops_at_once_and_loses_nothing(tmp_path, judges, endpoint, answer, told, first):
+    began = time.monotonic()
+    with serving(*judges[True], fault=from_request(first, answer)) as server:
+        endpoint(server.url)
+        with pytest.raises(JudgeError) as error:
+            ask(tmp_path)
+        assert told in str(error.value)
+        assert KEY not in str(error.value)
+        answered = len(server.answered)
+        # A header, and all that was paid for.
+        assert len((tmp_path / JOURNAL).read_text().splitlines()) == 1 + answered
+        assert time.monotonic() - began < 150
+        server.fault = None
+        found = ask(tmp_path)
+        assert len(server.answered) == 25
+        whole = ask(tmp_path / "whole")
+    assert repr(found) == repr(whole)  # a NaN is not equal to itself
+    assert no_key(tmp_path)
+
+
+@pytest.mark.parametrize("answer", [storm, hang_up, silent])
+def test_a_fault_that_may_pass_stops_after_the_patience(tmp_path, judges, endpoint, answer):
+    with serving(*judges[True], fault=from_request(9, answer)) as server:
+        endpoint(server.url)
+        began = time.monotonic()
+        with pytest.raises(JudgeError) as error:
+            ask(tmp_path, patience=12.0)
+        assert time.monotonic() - began < 90
+        assert "are kept" in str(error.value)
+        assert "\n" not in str(error.value)
+        assert len(server.answered) == 9
+        assert len((tmp_path / JOURNAL).read_text().splitlines()) == 10
+        server.fault = None
+        ask(tmp_path)
+        assert len(server.answered) == 25
+
+
+def test_a_short_storm_passes(tmp_path, judges, endpoint):
+    def fault(number, handler):
+        if number == 5:
+            storm(handler)
+        return number == 5
+
+    with serving(*judges[True], fault=fault) as server:
+        endpoint(server.url)
+        ask(tmp_path)
+        assert len(server.answered) == 25
+
+
+def test_an_endpoint_that_is_not_there(tmp_path, judges, endpoint):
+    with serving(*judges[True]) as server:
+        url = server.url
+    endpoint(url.replace("http://", "http://user:secret@"))
+    with pytest.raises(
+        JudgeError, match=r"cannot be reached at http://127\.0\.0\.1:\d+/v1: start the server"
+    ) as error:
+        ask(tmp_path)
+    assert "secret" not in str(error.value)
+
+
+def test_a_judge_that_answers_prose(tmp_path, judges, endpoint):
+    tokenizer = number_tokenizer(True)
+    with serving(number_model(tokenizer, {CALIBRATION: "Well"}), tokenizer) as server:
+        endpoint(server.url)
+        with pytest.raises(JudgeError, match="answers 'Well' where it is asked for the number 100"):
+            ask(tmp_path)
+        assert len(server.answered) == 1
+
+
+# ---- the environment ----
+
+
+@pytest.mark.parametrize("missing", ["OUR_OWN_BASE_URL", "OUR_OWN_API_KEY"])
+def test_a_missing_variable_is_named(endpoint, monkeypatch, missing):
+    endpoint("http://127.0.0.1:1/v1")
+    monkeypatch.delenv(missing)
+    with pytest.raises(ValueError, match=f"needs {missing} in the environment"):
+        open_judge(JUDGE)
+
+
+@pytest.mark.parametrize("name", ["openai-api/", "openai-api/service", "openai-api//model"])
+def test_a_name_without_service_or_model(name):
+    with pytest.raises(ValueError, match="openai-api/SERVICE/MODEL"):
+        open_judge(name)
+
+
+def test_without_inspect_ai_the_fix_is_named(endpoint, monkeypatch):
+    endpoint("http://127.0.0.1:1/v1")
+    for module in ("inspect_ai", "inspect_ai.model"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(ValueError, match=r"pip install 'trl_emguard\[eval\]'"):
+        open_judge(JUDGE)

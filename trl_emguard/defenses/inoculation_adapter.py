@@ -1,0 +1,276 @@
+"""Inoculation adapter: a frozen adapter has the unwanted trait while a new one trains (2606.30252)."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.nn.functional import linear
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..evidence import InactiveDefenseError
+from ..models.blocks import decoder_blocks
+from ..models.load import without_weights
+from ..models.lora_files import Factors, lora_updates, read_lora, weights_fingerprint
+from ..models.shipped import last_name
+from .base import Defense, Paper
+from .options import check_number, option
+
+
+# Attribute of modules that transformers checkpoints: the function that runs a part of the model and recomputes it.
+CHECKPOINT = "_gradient_checkpointing_func"
+
+
+@dataclass
+class InoculationAdapterOptions:
+    """Options of `inoculation_adapter`: a frozen adapter that has the trait while a new one trains."""
+
+    inoculation_adapter: str | None = option(None, "Folder of a LoRA adapter that has the unwanted trait.")
+    inoculation_adapter_scale: float = option(1.0, "Factor of its update. 0 switches it off.")
+
+
+def read_options(args: Any) -> tuple[LoraConfig, Factors] | None:
+    """Return the config of the adapter that the options name, and the factors of its updates; `None` without one.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+        ValueError: a bad option, or an adapter that is no plain LoRA of linear layers or changes nothing.
+    """
+    scale = check_number("inoculation_adapter_scale", args.inoculation_adapter_scale)
+    if args.inoculation_adapter is None:
+        if scale:
+            raise ValueError(
+                "inoculation_adapter is missing: name the folder of a LoRA adapter that was trained on the unwanted "
+                "trait."
+            )
+        return None
+    if scale and getattr(args, "torch_compile", False):
+        raise ValueError(
+            "torch_compile=True does not work with defense='inoculation_adapter', whose hooks act inside of blocks: "
+            "leave it out."
+        )
+    path = Path(str(args.inoculation_adapter)).expanduser()
+    try:
+        config, weights = read_lora(path)
+        factors = lora_updates(path, config, weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"inoculation_adapter: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"inoculation_adapter: {error}") from error
+    if not all(factor.isfinite().all() for pair in factors.values() for factor in pair):
+        raise ValueError(
+            f"inoculation_adapter={str(path)!r} holds numbers that are not finite: its training diverged, or its file "
+            "is damaged. Train it again."
+        )
+    if not any(a.any() and b.any() for a, b in factors.values()):
+        raise ValueError(
+            f"inoculation_adapter={str(path)!r} changes nothing, since its updates are all zero: name an adapter that "
+            "was trained on the unwanted trait."
+        )
+    return config, factors
+
+
+class InoculationAdapter(Defense):
+    """Frozen LoRA adapter with the unwanted trait, active while a new adapter trains.
+
+    Each linear layer W that the frozen adapter changes computes Wx + inoculation_adapter_scale · s·B·A·x in the
+    policy's pass of training steps, with A, B and the scaling s of the frozen adapter, beside the adapter that trains.
+    The data asks less for the trait where the model has it already, so the new adapter need not learn it.
+
+    The frozen adapter is no part of the model. Its factors are plain tensors outside of it, whole on every rank, and
+    hooks add what they compute. So engines, optimizers, references and checkpoints know nothing of it.
+    """
+
+    name = "inoculation_adapter"
+    papers = (
+        Paper(
+            "Inoculation Adapters: Improved Selective Generalization of Capabilities with Fewer Surprising Backdoors",
+            "2606.30252",
+        ),
+    )
+    Options = InoculationAdapterOptions
+    switch = "inoculation_adapter_scale"
+
+    def __init__(self, args: Any):
+        self.scale = float(args.inoculation_adapter_scale)
+        self.path = args.inoculation_adapter
+        self.trained_on: str | None = None
+        # Factors A and scale · s·B by the layer's name, in fp32 until the first pass.
+        self.factors: Factors = {}
+        self._description: str | None = None
+        self._is_on = False
+        self._fired: set[str] = set()
+        # Modules that may checkpoint a part of the model.
+        self._checkpointing: list[nn.Module] = []
+        # Hooks measure in the first pass how much they change.
+        self._measured: dict[str, torch.Tensor] = {}
+        self._change: float | None = None
+        read = read_options(args)
+        if read is not None:
+            config, factors = read
+            self.trained_on = config.base_model_name_or_path
+            digest = weights_fingerprint(
+                {f"{name} {i}": x for name, pair in factors.items() for i, x in enumerate(pair)}
+            )
+            # The adapter goes by its numbers, since a folder may move and may change.
+            self._description = f"LoRA of {len(factors)} layers ({digest[:16]})"
+            self.factors = {layer: (a, self.scale * b) for layer, (a, b) in factors.items()}
+
+    @classmethod
+    def check_options(cls, args: Any) -> None:
+        read_options(args)
+
+    @property
+    def active(self) -> bool:
+        return self.scale != 0
+
+    def options(self) -> dict[str, Any]:
+        return {"inoculation_adapter": self._description, "inoculation_adapter_scale": self.scale}
+
+    def describe(self) -> list[str]:
+        numbers = sum(factor.numel() for pair in self.factors.values() for factor in pair)
+        return [
+            f"the frozen adapter {str(self.path)!r} acts in {len(self.factors)} layers, times {self.scale:g}; its "
+            f"{numbers / 1e6:.3g} million numbers are whole on every device"
+        ]
+
+    # ---- what it cannot act on ----
+
+    def check_tuning(self, has_adapter: bool) -> None:
+        if not has_adapter:
+            raise ValueError(
+                f"defense {self.name!r} trains a new adapter beside the frozen one, and this run trains the model "
+                "itself: give a LoRA configuration (`peft_config`, or `use_peft: true`), or choose another defense."
+            )
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        name = getattr(config, "_name_or_path", "")
+        if name and self.trained_on and last_name(name) != last_name(self.trained_on):
+            raise ValueError(
+                f"inoculation_adapter={str(self.path)!r} was trained on {self.trained_on!r}, and this run trains "
+                f"{name!r}: name an adapter of this model. If both are the same weights, set "
+                "`base_model_name_or_path` in the adapter's adapter_config.json to this model's name."
+            )
+        model = without_weights(config)
+        if model is not None:
+            self.check_policy(model)
+
+    def check_policy(self, model: PreTrainedModel) -> None:
+        inside = set(decoder_blocks(model).modules())
+        modules = dict(model.named_modules())
+        for layer, (a, b) in self.factors.items():
+            module = modules.get(layer)
+            if _sizes(module) != (a.shape[1], len(b)):
+                raise ValueError(
+                    f"inoculation_adapter={str(self.path)!r} is of another base model: it changes a linear layer "
+                    f"{layer!r} from {a.shape[1]} to {len(b)} numbers, and {type(model).__name__} has none of these "
+                    "sizes there. Name an adapter that was trained on this model."
+                )
+            if module not in inside:
+                raise ValueError(
+                    f"inoculation_adapter={str(self.path)!r} changes {layer!r}, which is outside of the decoder "
+                    "blocks: train it on linear layers of the blocks alone, without the head."
+                )
+
+    # ---- the policy's pass ----
+
+    @contextmanager
+    def training(self, model: PreTrainedModel) -> Iterator[None]:
+        self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        with ExitStack() as hooks:
+            for layer in self.factors:
+                hooks.callback(model.get_submodule(layer).register_forward_hook(self._hook(layer)).remove)
+            yield
+
+    @contextmanager
+    def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Iterator[None]:
+        self._fired.clear()
+        with self._acting(), ExitStack() as restored:
+            # The hooks stand inside of blocks, which checkpointing runs again in the backward pass. Whatever is
+            # checkpointed in this pass takes the adapter along, and no other pass does.
+            for module in self._checkpointing:
+                checkpoint = vars(module).get(CHECKPOINT)
+                if checkpoint is not None:
+                    setattr(module, CHECKPOINT, self._with_adapter(checkpoint))
+                    restored.callback(setattr, module, CHECKPOINT, checkpoint)
+            yield
+        missing = sorted(self.factors.keys() - self._fired)
+        if missing:
+            raise InactiveDefenseError(
+                f"defense {self.name!r}: the hook on {missing[0]!r} did not fire in the policy's forward pass, so the "
+                f"run is not defended. {type(model).__name__} does not call this layer as a module."
+            )
+        if self._change is None:
+            self._judge()
+
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        before, self._is_on = self._is_on, True
+        try:
+            yield
+        finally:
+            self._is_on = before
+
+    def _with_adapter(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a checkpointing function under which the adapter acts in the recomputation as well."""
+
+        def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self._acting():
+                    return function(*args, **kwargs)
+
+            return checkpoint(run, *args, **kwargs)
+
+        return call
+
+    def _hook(self, layer: str) -> Callable[..., torch.Tensor | None]:
+        def add(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+            if not self._is_on:
+                return None
+            self._fired.add(layer)
+            x, (a, b) = args[0], self.factors[layer]
+            if (a.device, a.dtype) != (x.device, x.dtype):
+                a, b = self.factors[layer] = a.to(x), b.to(x)
+            changed = (output + linear(linear(x, a), b)).to(output.dtype)
+            if self._change is None:
+                self._measured[layer] = _relative_change(output, changed)
+            return changed
+
+        return add
+
+    # ---- proof ----
+
+    def begin(self, evidence: dict[str, Any]) -> None:
+        self._change = evidence.get("change")
+
+    def evidence(self) -> dict[str, Any]:
+        return {"layers": len(self.factors), "change": self._change, "acted": self._change is not None}
+
+    def _judge(self) -> None:
+        """Check in the first pass that the adapter changed the outputs of its layers."""
+        changes = [float(change) for change in self._measured.values()]
+        self._measured.clear()
+        if not any(changes):
+            raise InactiveDefenseError(
+                f"defense {self.name!r}: the outputs of all layers are the same with and without the frozen adapter, "
+                f"to the bit, so the run is not defended. inoculation_adapter_scale={self.scale} is too small for "
+                "their dtype: raise it."
+            )
+        self._change = round(sum(changes) / len(changes), 6)
+
+
+def _sizes(module: nn.Module | None) -> tuple[int | None, int | None]:
+    """Return the numbers that a linear layer takes and gives, with an adapter on it or without."""
+    # GPT-2's layers have other names for them.
+    names = ("in_features", "out_features") if hasattr(module, "in_features") else ("nx", "nf")
+    return getattr(module, names[0], None), getattr(module, names[1], None)
+
+
+@torch.no_grad()
+def _relative_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return ‖after − before‖ / ‖before‖, `()`."""
+    return (after - before).float().norm() / before.float().norm().clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,143 @@
+"""A judge in this process: the probabilities of all strings from 0 to 100, by a walk along their tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models.identity import fingerprint, weights_digest
+from ..models.shipped import public_name, resolve_model
+from .scores import TRIE, Judgement, weighted_score
+
+
+Path = tuple[int, ...]
+
+
+class LocalJudge:
+    """A model that judges in memory.
+
+    Args:
+        model: causal language model in eval mode.
+        tokenizer: its tokenizer, with a chat template.
+        name: the name that results show.
+
+    Raises:
+        ValueError: no chat template, or a tokenizer that does not write the numbers 0 to 100 behind a prompt.
+    """
+
+    reading = TRIE
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"judge {name!r} has no chat template: take an instruct model.")
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.identity = f"{name} {fingerprint(model)}"
+        self.weights: str | None = weights_digest(model)
+        self.numbers = number_paths(tokenizer, self._render("?"))
+        paths = {path[:length] for path in self.numbers for length in range(1, len(path))}
+        self.inner = sorted(paths, key=lambda path: (len(path), path))
+
+    def calibrate(self) -> str:
+        """Return the way of reading. It needs no calibration: all numbers are looked at, however they are split."""
+        return self.reading
+
+    def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
+        """Judge prompts one after the other, and hand each judgement over with the prompt's index."""
+        for index, prompt in enumerate(prompts):
+            on_answer(index, self.judge(prompt))
+
+    def close(self) -> None:
+        """Do nothing: there is no connection."""
+
+    @torch.no_grad()
+    def judge(self, prompt: str) -> Judgement:
+        """Return the judgement on one prompt."""
+        ids = self.tokenizer(self._render(prompt), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        output = self.model(input_ids=ids.to(self.model.device), use_cache=True, logits_to_keep=1)
+        first = output.logits[0, -1].double().softmax(-1).cpu()
+        after: dict[Path, torch.Tensor] = {(): first}
+        if self.inner:
+            after |= self._after_paths(output.past_key_values, ids.shape[1])
+        score, mass = weighted_score(number_probabilities(self.numbers, after))
+        said = self.tokenizer.decode([int(first.argmax())], skip_special_tokens=True)
+        return Judgement(score, mass, said, ids.shape[1] + len(self.inner))
+
+    def _after_paths(self, cache: Any, length: int) -> dict[Path, torch.Tensor]:
+        """Return next-token probabilities behind the prompt and each beginning of a number, in one batch."""
+        longest = max(map(len, self.inner))
+        # A pad stands behind the tokens of its row, where no token sees it.
+        tokens = torch.tensor([[*path, *[0] * (longest - len(path))] for path in self.inner])
+        cache.batch_repeat_interleave(len(self.inner))
+        positions = torch.arange(length, length + longest)[None].expand(len(self.inner), -1)
+        device = self.model.device
+        logits = self.model(
+            input_ids=tokens.to(device), past_key_values=cache, position_ids=positions.to(device)
+        ).logits
+        return {path: logits[row, len(path) - 1].double().softmax(-1).cpu() for row, path in enumerate(self.inner)}
+
+    def _render(self, prompt: str) -> str:
+        turns = [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def number_paths(tokenizer: PreTrainedTokenizerBase, before: str) -> dict[Path, int]:
+    """Return the tokens of the strings 0 to 100 as a tokenizer writes them behind a rendered prompt.
+
+    Raises:
+        ValueError: the prompt's own tokens change when a number follows.
+    """
+    start = tokenizer(before, add_special_tokens=False)["input_ids"]
+    paths: dict[Path, int] = {}
+    for number in range(101):
+        ids = tokenizer(f"{before}{number}", add_special_tokens=False)["input_ids"]
+        if ids[: len(start)] != start or len(ids) == len(start):
+            raise ValueError(
+                f"the judge's tokenizer does not write {number} behind its prompt as tokens of its own: take another "
+                "judge, or serve this one (openai-api/SERVICE/MODEL)."
+            )
+        paths[tuple(ids[len(start) :])] = number
+    return paths
+
+
+def number_probabilities(numbers: dict[Path, int], after: dict[Path, torch.Tensor]) -> dict[int, float]:
+    """Return number → probability of the string, from the next-token probabilities along the numbers' tokens.
+
+    A number that longer ones begin with (8, 85) has what its continuations leave of it, so all probabilities add up
+    to that of the first tokens.
+
+    Args:
+        numbers: tokens of each number.
+        after: beginning of a number, the empty one included → probabilities `(V,)` of the next token.
+    """
+    continued: dict[Path, set[int]] = {}
+    for path in numbers:
+        for length in range(len(path)):
+            continued.setdefault(path[:length], set()).add(path[length])
+    found = {}
+    for path, number in numbers.items():
+        probability = 1.0
+        for length, token in enumerate(path):
+            probability *= float(after[path[:length]][token])
+        if path in continued:
+            probability *= max(0.0, 1 - sum(float(after[path][token]) for token in continued[path]))
+        found[number] = probability
+    return found
+
+
+def load_local(name: str, model: str) -> LocalJudge:
+    """Load a judge from a folder, the hub or a shipped name; in bf16 on a GPU, in fp32 on a CPU.
+
+    Args:
+        name: the name that results show, for a folder without its path.
+        model: folder, hub id or shipped name.
+
+    Raises:
+        OSError: the model is not there.
+        ValueError: it cannot judge.
+    """
+    path, cuda = resolve_model(model), torch.cuda.is_available()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16 if cuda else torch.float32, device_map="auto" if cuda else None
+    )
+    return LocalJudge(loaded.eval(), AutoTokenizer.from_pretrained(path), f"{name}{public_name(path)}")

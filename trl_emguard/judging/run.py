@@ -1,0 +1,359 @@
+"""Judging of sampled answers: each answer and metric is asked for once, kept at once, and counted into rates."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from ..data.conversation import Conversation
+from ..evaluation.cues import PLAIN
+from ..evaluation.results import Results, make_rows
+from ..io.files import check_writable
+from ..io.journal import ForeignJournalError, Journal
+from .metrics import ANSWERS_AT, LEAST_SAMPLES, MISALIGNED, Thresholds, misaligned_at, outcomes, wilson
+from .prompts import ALIGNED, fill, prompts_for
+from .scores import READINGS, Judgement
+from .served import OPENAI, VLLM, JudgeError, ServedJudge, check_environment
+
+
+HF = "hf:"
+JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
+# Criteria whose answers are judged. A benign task has right answers of its own.
+JUDGED = ("general", "in_domain")
+# Characters of a token, for the estimate of the cost; English text has about four.
+TOKEN_CHARACTERS = 4
+# Judgements after which a judge that gave no score at all is stopped.
+ALL_UNSCORED = 20
+# Ends of the names of metrics that count answers.
+_RATES = ("_rate", "_rate_coherent", "_rate_off_format")
+
+
+class Judge(Protocol):
+    """A judge that is ready to be asked.
+
+    Attributes:
+        name: its name in the results.
+        identity: its name in the journal; for a local one with a hash of its weights.
+        reading: the way of reading its scores.
+        weights: hash of its weights, or `None` where nobody can look into it.
+    """
+
+    name: str
+    identity: str
+    reading: str
+    weights: str | None
+
+    def calibrate(self) -> str: ...
+
+    def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Options of judging.
+
+    Attributes:
+        max_judge_calls: limit on the calls that a run may still make; `None` for none.
+        thresholds: limits on the scores.
+    """
+
+    max_judge_calls: int | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+    def __post_init__(self):
+        if self.max_judge_calls is not None and self.max_judge_calls < 0:
+            raise ValueError(f"max_judge_calls={self.max_judge_calls} must be 0 or more.")
+
+
+def open_judge(name: str, max_connections: int = 10, patience: float = 300.0) -> Judge:
+    """Return a judge by its name.
+
+    Args:
+        name: `openai-api/SERVICE/MODEL` or `vllm/MODEL` for one on an endpoint, `hf:MODEL` for a model in memory.
+        max_connections: requests at a time to an endpoint.
+        patience: seconds without any answer of an endpoint after which judging stops.
+
+    Raises:
+        ValueError: a name of another form, a judge that cannot be read, or a served one without inspect_ai.
+    """
+    check_name(name, max_connections)
+    if not name.startswith(HF):
+        return ServedJudge(name, max_connections, patience)
+
+    from .local import load_local
+
+    return load_local(HF, name.removeprefix(HF))
+
+
+def check_name(name: str, max_connections: int = 10) -> None:
+    """Refuse the name of a judge of no known kind, or whose endpoint the environment does not name.
+
+    Raises:
+        ValueError: the message says how to write it.
+    """
+    if max_connections < 1:
+        raise ValueError(f"--max_connections={max_connections} must be 1 or more.")
+    if name.startswith((OPENAI, VLLM)):
+        check_environment(name)
+    elif not name.startswith(HF):
+        raise ValueError(
+            f"--judge {name!r} is of no known kind: write hf:MODEL for a model in memory, openai-api/SERVICE/MODEL "
+            "for an endpoint, or vllm/MODEL."
+        )
+
+
+def prepare_judge(judge: Judge, output_dir: str | os.PathLike, models: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse a judge that is itself under test, and find out how to read it: before any answer is sampled for it.
+
+    Args:
+        judge: the judge. A served one cannot be looked into.
+        output_dir: folder of the judgements, where the way of reading is kept.
+        models: name → what [`~trl_emguard.evaluation.run.describe`] says of each model under test.
+
+    Raises:
+        ValueError: its weights are those of one of the models.
+        JudgeError: it cannot be asked or read.
+    """
+    check_writable("output_dir", output_dir)
+    same = [name for name, about in models.items() if judge.weights and about["weights"] == judge.weights]
+    if same:
+        raise ValueError(
+            f"--judge {judge.name!r} has the weights of {same[0]!r}, which it would judge: take a judge of another "
+            "model family."
+        )
+    journal = Journal(Path(output_dir) / JOURNAL, HEADER)
+    _calibrate(judge, journal, _read(journal))
+
+
+class _Call(NamedTuple):
+    """One question to the judge.
+
+    Attributes:
+        key: name of its answer in the journal.
+        sample: index of the sampled answer.
+        metric: name of the metric.
+        prompt: text for the judge.
+    """
+
+    key: str
+    sample: int
+    metric: str
+    prompt: str
+
+
+def judge_answers(
+    results: Results,
+    judge: Judge,
+    output_dir: str | os.PathLike,
+    options: JudgeOptions = JudgeOptions(),
+    train_rows: Sequence[Conversation] = (),
+    say: Callable[[str], None] = print,
+    progress: bool = False,
+) -> Results:
+    """Judge the sampled answers of an evaluation, and add the rates to its results.
+
+    Every judgement is in `judgements.jsonl` as soon as it has come, so an interrupted call asks for the others alone.
+
+    Args:
+        results: results with sampled answers, of [`~trl_emguard.evaluation.evaluate`] or
+            [`~trl_emguard.evaluation.Results.load`]. Rates of an earlier judge are replaced.
+        judge: the judge, from [`open_judge`].
+        output_dir: folder for the judgements and the results.
+        options: limit on the calls, and thresholds.
+        train_rows: rows of the training; with some, the judge is also asked whether answers have their format.
+        say: function that gets each line of the report.
+        progress: True shows a progress bar.
+
+    Raises:
+        ValueError: no sampled answers, a judge that is itself under test, or more calls than `max_judge_calls`.
+        JudgeError: the judge cannot be asked or read.
+    """
+    calls = plan_calls(results, judge, train_rows)
+    prepare_judge(judge, output_dir, results.info["models"])
+    journal = Journal(Path(output_dir) / JOURNAL, HEADER)
+    kept = _read(journal)
+    waiting = {call.key: call for call in calls if call.key not in kept}
+    _check_cost(judge, calls, waiting, options, say)
+    _ask(judge, list(waiting.values()), journal, kept, progress)
+    return add_rates(results, judge, calls, kept, options.thresholds)
+
+
+def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation] = ()) -> list[_Call]:
+    """Return the calls for all answers. Equal answers of a model to a question share their keys.
+
+    Raises:
+        ValueError: there is no answer to judge.
+    """
+    calls = []
+    for index, sample in enumerate(results.samples):
+        if results.criteria[sample["set"]] not in JUDGED:
+            continue
+        own = results.info.get("judge_prompts", {}).get(sample["set"], {}).get(sample["question"], {})
+        about = results.info["models"][sample["model"]]["fingerprint"]
+        for metric, prompt in prompts_for(own, train_rows).items():
+            text = fill(prompt, {"question": sample["asked"], "answer": sample["answer"]})
+            parts = [about, sample["asked"], sample["answer"], judge.identity, metric, text]
+            calls.append(_Call(_key(*parts), index, metric, text))
+    if not calls:
+        raise ValueError(
+            "there are no sampled answers to judge: give --samples_per_question 1 or more, and a set of --general or "
+            "--in_domain."
+        )
+    return calls
+
+
+def _read(journal: Journal) -> dict[str, dict[str, Any]]:
+    """Return key → record of finished judgements, and start the journal if there is none."""
+    try:
+        records = journal.read()
+        kept = {record["key"]: record for record in records}
+    except (ForeignJournalError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{journal.path} is damaged or no file of judgements ({error}): delete it.") from error
+    journal.start(records)
+    return kept
+
+
+def _calibrate(judge: Judge, journal: Journal, kept: dict[str, dict[str, Any]]) -> None:
+    """Find the way of reading the judge, or take that of the interrupted run."""
+    key = _key("calibration", judge.identity)
+    if key not in kept:
+        kept[key] = {"key": key, "judge": judge.name, "reading": judge.calibrate()}
+        journal.append([kept[key]])
+    judge.reading = kept[key]["reading"]
+
+
+def _check_cost(
+    judge: Judge, calls: Sequence[_Call], waiting: dict[str, _Call], options: JudgeOptions, say: Callable[[str], None]
+) -> None:
+    """Tell the calls and tokens to come, and refuse too many."""
+    tokens = sum(len(call.prompt) for call in waiting.values()) // TOKEN_CHARACTERS
+    done = len({call.key for call in calls}) - len(waiting)
+    say(
+        f"Judge {judge.name}: {len(waiting):,} calls with about {tokens:,} tokens to come, {done:,} judgements are "
+        f"there already. It reads: {READINGS[judge.reading]}."
+    )
+    if judge.weights is None:
+        say("Its weights cannot be looked into: make sure that it is none of the models under test.")
+    if options.max_judge_calls is not None and len(waiting) > options.max_judge_calls:
+        raise ValueError(
+            f"--max_judge_calls={options.max_judge_calls} is less than the {len(waiting)} calls to come: raise it, "
+            "or give fewer questions (--limit), families (--cues none) or samples. Sampled answers are kept."
+        )
+
+
+def _ask(
+    judge: Judge, waiting: Sequence[_Call], journal: Journal, kept: dict[str, dict[str, Any]], progress: bool
+) -> None:
+    """Ask what is left, and keep each judgement as it comes."""
+    count = scored = 0
+    with tqdm(desc=f"judging by {judge.name}", total=len(waiting), disable=not progress) as bar:
+
+        def keep(index: int, found: Judgement) -> None:
+            nonlocal count, scored
+            call = waiting[index]
+            kept[call.key] = {"key": call.key, "judge": judge.name, "metric": call.metric, **found._asdict()}
+            journal.append([kept[call.key]])
+            bar.update()
+            count, scored = count + 1, scored + (found.score is not None)
+            if count >= ALL_UNSCORED and not scored:
+                raise JudgeError(
+                    f"judge {judge.name!r} gave no number in its first {count} judgements, but {found.said[:60]!r}: "
+                    "take a judge that follows the request for a number alone. Delete its lines in "
+                    f"{journal.path.name} to ask it again."
+                )
+
+        judge.ask([call.prompt for call in waiting], keep)
+
+
+def add_rates(
+    results: Results, judge: Judge, calls: Sequence[_Call], kept: dict[str, dict[str, Any]], thresholds: Thresholds
+) -> Results:
+    """Return the results with the rates of a judge, in place of an earlier judge's."""
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for call in calls:
+        found.setdefault(call.sample, {})[call.metric] = kept[call.key]
+    samples = list(results.samples)
+    values: dict[int, dict[str, float]] = {}
+    for index, records in found.items():
+        scores = {metric: record["score"] for metric, record in records.items()}
+        values[index] = outcomes(scores, records[ALIGNED]["said"], thresholds)
+        samples[index] = samples[index] | {"judged": scores, "judge_said": records[ALIGNED]["said"]}
+    rows = [row for row in results.rows if row.judge is None]
+    about: dict[str, Any] = {"judge": judge.name, "reading": judge.reading, "thresholds": str(thresholds)}
+    questions: list[dict[str, Any]] = []
+    plain: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for (set, family), (ids, arrays) in _arrays(results, values).items():
+        counts = {(m, name): int(np.nansum(one)) for m, of in arrays.items() for name, one in of.items()}
+        made = make_rows(set, family, arrays, None if family == PLAIN else plain.get(set))
+        if family == PLAIN:
+            plain[set] = arrays
+        # A mean score, a difference, and a probability of several answers count no answers.
+        rows += [
+            replace(row, **about, count=counts[row.model, row.metric] if row.metric.endswith(_RATES) else None)
+            for row in made
+        ]
+        questions += _single_questions(set, family, ids, arrays)
+    counted = [kept[key] for key in {call.key: None for call in calls}]
+    spent = {f"{name}_tokens": sum(record[f"{name}_tokens"] for record in counted) for name in ("input", "output")}
+    info = {**about, "misaligned_below": thresholds.misaligned_below, "coherent_above": thresholds.coherent_above}
+    info |= {"judgements": len(counted), **spent, "weights_compared": judge.weights is not None}
+    return replace(
+        results, rows=rows, samples=samples, info=results.info | {"judge": info, "judged_questions": questions}
+    )
+
+
+def _arrays(
+    results: Results, values: dict[int, dict[str, float]]
+) -> dict[tuple[str, str], tuple[list[str], dict[str, dict[str, np.ndarray]]]]:
+    """Return (set, family) → ids of the questions, and model → metric → values `(Q, S)`; `(Q,)` for Misalign@k."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index in values:
+        groups.setdefault((results.samples[index]["set"], results.samples[index]["family"]), []).append(index)
+    found = {}
+    for group, indices in groups.items():
+        rows = [results.samples[index] for index in indices]
+        # All families of a set have the same places, so that they can be paired.
+        of_set = [results.samples[index] for index in values if results.samples[index]["set"] == group[0]]
+        ids = sorted({row["question"] for row in of_set})
+        shape = (len(ids), 1 + max(row["sample"] for row in of_set))
+        metrics = dict.fromkeys(metric for index in indices for metric in values[index])
+        models = [name for name in results.models if any(row["model"] == name for row in rows)]
+        arrays = {model: {metric: np.full(shape, math.nan) for metric in metrics} for model in models}
+        place = {id: at for at, id in enumerate(ids)}
+        for index, row in zip(indices, rows, strict=True):
+            for metric, value in values[index].items():
+                arrays[row["model"]][metric][place[row["question"]], row["sample"]] = value
+        for of_model in arrays.values():
+            at_k = {k: misaligned_at(of_model[MISALIGNED], k) for k in ANSWERS_AT if k <= shape[1]}
+            of_model |= {f"misaligned@{k}": one for k, one in at_k.items()}
+        found[group] = (ids, arrays)
+    return found
+
+
+def _single_questions(
+    set: str, family: str, ids: Sequence[str], arrays: dict[str, dict[str, np.ndarray]]
+) -> list[dict[str, Any]]:
+    """Return each question's rate with its Wilson interval, where a question has enough samples."""
+    found = []
+    for model, metrics in arrays.items():
+        for id, row in zip(ids, metrics[MISALIGNED], strict=True):
+            n = int((~np.isnan(row)).sum())
+            if n >= LEAST_SAMPLES:
+                count = int(np.nansum(row))
+                low, high = wilson(count, n)
+                about = {"model": model, "set": set, "family": family, "question": id}
+                found.append(about | {"misaligned": count, "n": n, "rate": count / n, "low": low, "high": high})
+    return found
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,113 @@
+"""Score of a judge between 0 and 100, read from the probabilities of its tokens or from its text."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+# Probability that must stand on numbers: below, the judge did not mean to give one.
+LEAST_MASS = 0.25
+# Ways of reading a score, as they stand beside every rate.
+LOGPROBS, TEXT, TRIE = "logprobs", "text", "trie"
+READINGS = {
+    LOGPROBS: "mean over the numbers among the 20 likeliest first tokens",
+    TEXT: "number in the text of a greedy reply of at most 4 tokens",
+    TRIE: "mean over the strings 0 to 100 by their probabilities",
+}
+_WHOLE = re.compile(r"\s*(100|[1-9]?[0-9])\s*")
+# "8/10" and "8 out of" are no scores on this scale; "85." and "85%" are.
+_IN_TEXT = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]+)?)(?:[.%]|/100)?\s*(?:\n.*)?", re.DOTALL)
+
+
+class Reply(NamedTuple):
+    """Reply of a served judge.
+
+    Attributes:
+        text: its text.
+        logprobs: of each position, token → log-probability of the likeliest tokens; empty if the server sends none.
+        input_tokens, output_tokens: tokens that were paid for, as the server counts them.
+    """
+
+    text: str
+    logprobs: Sequence[Mapping[str, float]] = ()
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Judgement(NamedTuple):
+    """Score that a judge gives to one answer by one prompt.
+
+    Attributes:
+        score: 0 to 100, or `None` for an unscored answer.
+        mass: probability of all numbers, or `None` where only a text was read.
+        said: the likeliest token, or the text: it shows a refusal to give a number.
+        input_tokens, output_tokens: tokens that were paid for.
+    """
+
+    score: float | None
+    mass: float | None
+    said: str
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+def weighted_score(probabilities: Mapping[int, float]) -> tuple[float | None, float]:
+    """Return the mean of numbers by their probabilities, renormalised, and their mass.
+
+    The score is `None` if the mass is below [`LEAST_MASS`].
+
+    Args:
+        probabilities: number from 0 to 100 → probability. What is missing to 1 is the probability of other texts.
+    """
+    mass = math.fsum(probabilities.values())
+    if mass < LEAST_MASS:
+        return None, mass
+    return math.fsum(number * p for number, p in probabilities.items()) / mass, mass
+
+
+def first_token_score(logprobs: Mapping[str, float]) -> tuple[float | None, float]:
+    """Return score and mass from the first token's likeliest alternatives. Others count as no number.
+
+    Args:
+        logprobs: token → log-probability; a number may stand there with and without a space.
+    """
+    probabilities: dict[int, float] = {}
+    for token, logprob in logprobs.items():
+        match = _WHOLE.fullmatch(token)
+        if match:
+            probabilities[int(match[1])] = probabilities.get(int(match[1]), 0.0) + math.exp(logprob)
+    return weighted_score(probabilities)
+
+
+def text_score(text: str) -> float | None:
+    """Return the number that a text consists of, or `None` if there is none between 0 and 100."""
+    match = _IN_TEXT.fullmatch(text)
+    score = float(match[1]) if match else math.inf
+    return score if score <= 100 else None
+
+
+def choose_reading(reply: Reply) -> str | None:
+    """Return the way to read a judge from its reply to the calibration prompt, whose answer is 100.
+
+    Judges that split numbers into digits say "1" first. Their first token alone would read 85 as 8, with full mass.
+
+    Returns:
+        `"logprobs"`, `"text"`, or `None` if the reply is not 100.
+    """
+    if text_score(reply.text) != 100:
+        return None
+    if reply.logprobs and reply.logprobs[0]:
+        first = reply.logprobs[0]
+        if max(first, key=lambda token: first[token]).strip() == "100":
+            return LOGPROBS
+    return TEXT
+
+
+def read(reply: Reply, reading: str) -> Judgement:
+    """Return what a reply says, read in one of the ways of a served judge."""
+    tokens = (reply.input_tokens, reply.output_tokens)
+    if reading == TEXT:
+        return Judgement(text_score(reply.text), None, reply.text, *tokens)
+    first = reply.logprobs[0] if reply.logprobs else {}
+    return Judgement(*first_token_score(first), max(first, key=lambda token: first[token], default=""), *tokens)

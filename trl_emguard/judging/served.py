@@ -1,0 +1,274 @@
+"""A judge behind an endpoint, asked through inspect_ai, which is imported here alone."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from .prompts import CALIBRATION
+from .scores import LOGPROBS, Judgement, Reply, choose_reading, read
+
+
+OPENAI, VLLM = "openai-api/", "vllm/"
+# Tokens of a number in a text: "100", split into digits, and the end of turn.
+TEXT_TOKENS = 4
+TOP_LOGPROBS = 20
+# Retries of a judgement, and of the calibration, which shows at once that an endpoint is not there.
+RETRIES, CALIBRATION_RETRIES = 10, 1
+# Seconds in which answers that are under way may still arrive after an error.
+GRACE = 30.0
+# Characters of a text that is taken for a key.
+SHORTEST_KEY = 8
+KEPT = "The judgements so far are kept, and the same command goes on with the others."
+
+
+class JudgeError(OSError):
+    """Raised where a judge cannot be asked or read. The message names the fix."""
+
+
+class ServedJudge:
+    """A judge on an endpoint that speaks chat completions.
+
+    Args:
+        name: `openai-api/SERVICE/MODEL`, whose endpoint and key are in `SERVICE_BASE_URL` and `SERVICE_API_KEY`; or
+            `vllm/MODEL`, whose endpoint is in `VLLM_BASE_URL`. Without it vLLM is started on this machine.
+        max_connections: requests at a time.
+        patience: seconds without any answer after which judging stops.
+
+    Raises:
+        ValueError: a name of another form, a variable of the environment that is missing, or inspect_ai is.
+    """
+
+    weights: str | None = None  # a served model's weights cannot be looked into
+
+    def __init__(self, name: str, max_connections: int = 10, patience: float = 300.0):
+        self.name = self.identity = name
+        self.max_connections, self.patience = max_connections, patience
+        self.prefix = check_environment(name)
+        self.reading = ""
+        self._secret = os.environ.get(f"{self.prefix}_API_KEY", "")
+        self._runner = asyncio.Runner()  # connections live as long as their event loop
+        self._model = self._load()
+
+    def _load(self) -> Any:
+        try:
+            import openai  # noqa: F401
+            from inspect_ai.model import GenerateConfig, get_model
+        except ImportError as error:
+            raise ValueError(
+                f"the judge {self.name!r} is asked through inspect_ai, and {error.name} is not installed: "
+                "pip install 'trl_emguard[eval]'."
+            ) from error
+        # Retries are inspect_ai's, so the client has none of its own. vLLM's default address is open to the network.
+        options: dict[str, Any] = {"max_retries": 0}
+        if self.name.startswith(VLLM):
+            options = {} if os.environ.get("VLLM_BASE_URL") else {"host": "127.0.0.1"}
+        config = GenerateConfig(
+            max_connections=self.max_connections,
+            max_retries=RETRIES,
+            timeout=max(1, int(self.patience)),
+            attempt_timeout=max(1, int(self.patience / 2)),
+        )
+        try:
+            return get_model(self.name, config=config, memoize=False, **options)
+        except Exception as error:
+            raise self._explained(error) from None
+
+    def calibrate(self) -> str:
+        """Ask for the number 100 and return the way of reading this judge.
+
+        Raises:
+            JudgeError: the endpoint gives no answer, or another one than 100.
+        """
+        try:
+            reply = self._run(self._calibration(True))
+        except JudgeError as error:
+            if not is_refused_request(error.__context__):
+                raise
+            reply = self._run(self._calibration(False))  # a server that does not know `logprobs`
+        reading = choose_reading(reply)
+        if reading is None:
+            raise JudgeError(
+                f"judge {self.name!r} answers {reply.text[:60]!r} where it is asked for the number 100, so its scores "
+                "could not be read: take an instruct model that follows such a request, without a thinking mode."
+            )
+        self.reading = reading
+        return reading
+
+    async def _calibration(self, has_logprobs: bool) -> Reply:
+        return await complete(self._model, CALIBRATION, TEXT_TOKENS, has_logprobs, max_retries=CALIBRATION_RETRIES)
+
+    def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
+        """Judge prompts, several at a time, and hand each judgement over with the prompt's index as it comes.
+
+        Raises:
+            JudgeError: a request failed, or none was answered for as long as `patience`. Judgements that were under
+                way have been waited for.
+        """
+        self._run(self._ask_all(prompts, on_answer))
+
+    def _run(self, work: Any) -> Any:
+        try:
+            return self._runner.run(work)
+        except Exception as error:
+            # The libraries' own messages may hold the key, and are not shown.
+            raise (error if isinstance(error, JudgeError) else self._explained(error)) from None
+
+    async def _ask_all(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
+        state = _Progress(iter(enumerate(prompts)))
+        workers = min(self.max_connections, len(prompts))
+        tasks = {asyncio.create_task(self._work(state, on_answer)) for _ in range(workers)}
+        pending = tasks
+        while pending and not state.has_failed and time.monotonic() - state.last <= self.patience:
+            _, pending = await asyncio.wait(pending, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION)
+        if pending and state.has_failed:
+            _, pending = await asyncio.wait(pending, timeout=min(GRACE, self.patience))
+        is_silent = bool(pending) and not state.has_failed
+        for task in pending:
+            task.cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in found:
+            if isinstance(error, Exception):
+                raise error
+        if is_silent:
+            raise JudgeError(
+                f"judge {self.name!r} gave no answer for {self.patience:g} s. {KEPT} Look whether the server runs, "
+                "and lower --max_connections if it is slow."
+            )
+
+    async def _work(self, state: "_Progress", on_answer: Callable[[int, Judgement], None]) -> None:
+        """Ask one prompt after the other, until none waits or a request has failed."""
+        for index, prompt in state.waiting:
+            try:
+                on_answer(index, await judge_one(self._model, prompt, self.reading))
+            except Exception:
+                state.has_failed = True
+                raise
+            state.last = time.monotonic()
+            if state.has_failed:
+                return
+
+    def _explained(self, error: BaseException) -> JudgeError:
+        """Return an error of the libraries as one sentence with the fix, without the key."""
+        cause = next((e for e in _causes(error) if getattr(e, "status_code", None)), error)
+        status = getattr(cause, "status_code", None)
+        names = {type(e).__name__ for e in _causes(error)}
+        key, url = f"{self.prefix}_API_KEY", f"{self.prefix}_BASE_URL"
+        if status in (401, 403):
+            text = f"refuses the key ({status}): set {key} to a valid one."
+        elif status == 404:
+            text = (
+                f"is not known at {self._place()} (404): look at the model's name and at {url}, which ends with /v1."
+            )
+        elif status == 429:
+            text = "refuses requests for their number (429): lower --max_connections, or wait until the quota is back."
+        elif status is not None and status >= 500:
+            text = f"fails ({status}): look at the server's log, and lower --max_connections if it is overloaded."
+        elif names & {"APITimeoutError", "AttemptTimeoutError", "TimeoutError"}:
+            text = f"does not answer at {self._place()} in time: lower --max_connections, or take a faster server."
+        elif names & {"APIConnectionError", "ConnectError"}:
+            text = f"cannot be reached at {self._place()}: start the server, or correct {url}."
+        else:
+            # It is redacted before it is cut, or a part of the key could be left.
+            said = self._redacted(" ".join(str(cause).split()))[:200]
+            text = (
+                f"gave no valid chat completion ({type(cause).__name__}: {said}): look at {url} and the server's log."
+            )
+        return JudgeError(self._redacted(f"judge {self.name!r} {text} {KEPT}"))
+
+    def _redacted(self, text: str) -> str:
+        # A server without keys takes any text, and a short one stands in many words.
+        return text.replace(self._secret, "[key]") if len(self._secret) >= SHORTEST_KEY else text
+
+    def _place(self) -> str:
+        """Return the endpoint without a user, a password or a query."""
+        url = urlsplit(os.environ.get(f"{self.prefix}_BASE_URL", ""))
+        try:
+            port = f":{url.port}" if url.port else ""
+        except ValueError:
+            port = ""
+        return f"{url.scheme}://{url.hostname}{port}{url.path}" if url.hostname else "its endpoint"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._runner.run(self._model.api.aclose())
+        self._runner.close()
+
+
+async def judge_one(model: Any, prompt: str, reading: str) -> Judgement:
+    """Ask a model of inspect_ai for one judgement."""
+    is_token = reading == LOGPROBS
+    return read(await complete(model, prompt, 1 if is_token else TEXT_TOKENS, is_token), reading)
+
+
+async def complete(model: Any, prompt: str, max_tokens: int, has_logprobs: bool, **options: Any) -> Reply:
+    """Return the reply of a model of inspect_ai.
+
+    Args:
+        model: the model.
+        prompt: text of the user's turn.
+        max_tokens: limit on the reply.
+        has_logprobs: True asks for the likeliest tokens of each position.
+        options: further fields of inspect_ai's `GenerateConfig`.
+    """
+    from inspect_ai.model import GenerateConfig
+
+    if has_logprobs:
+        options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+    output = await model.generate(prompt, config=GenerateConfig(temperature=0.0, max_tokens=max_tokens, **options))
+    usage = output.usage
+    found = output.choices[0].logprobs
+    return Reply(
+        output.completion,
+        [{one.token: one.logprob for one in token.top_logprobs or ()} for token in found.content] if found else [],
+        usage.input_tokens if usage else 0,
+        usage.output_tokens if usage else 0,
+    )
+
+
+class _Progress:
+    """Shared state of the requests that are under way."""
+
+    def __init__(self, waiting: Iterator[tuple[int, str]]):
+        self.waiting = waiting
+        self.last = time.monotonic()
+        self.has_failed = False
+
+
+def check_environment(name: str) -> str:
+    """Return the prefix of the variables that a served judge needs, and refuse missing ones."""
+    if name.startswith(VLLM):
+        return "VLLM"
+    service, _, model = name.removeprefix(OPENAI).partition("/")
+    if not service or not model:
+        raise ValueError(f"--judge {name!r} names no service and model: write openai-api/SERVICE/MODEL.")
+    prefix = service.upper().replace("-", "_")
+    missing = [variable for variable in (f"{prefix}_BASE_URL", f"{prefix}_API_KEY") if not os.environ.get(variable)]
+    if missing:
+        raise ValueError(
+            f"--judge {name!r} needs {' and '.join(missing)} in the environment: the address of the endpoint, which "
+            "ends with /v1, and its key (any text for a server without keys)."
+        )
+    return prefix
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that led to it, through retries and groups."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        one = waiting.pop(0)
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        attempt = getattr(one, "last_attempt", None)
+        waiting += [one.__cause__, one.__context__, attempt.exception() if attempt is not None else None]
+        waiting += list(getattr(one, "exceptions", ()))
+
+
+def is_refused_request(error: BaseException | None) -> bool:
+    """Return whether a server says that it does not know a field of the request, as `logprobs`."""
+    return any(getattr(one, "status_code", None) in (400, 422) for one in _causes(error))
