@@ -135,7 +135,7 @@ def extract_vector(
         trait: prompts and questions, from [`load_trait`].
         max_new_tokens: limit on the tokens of an answer.
         batch_size: answers that are generated, or read, at once.
-        seed: seed of the sampling. Every batch has its own, so a resumed run gives the same result as an uninterrupted
+        seed: seed of the sampling. Every answer has its own, so a resumed run gives the result of an uninterrupted
             one.
         judge: `(question, answer)` → 0 … 100, how strongly the answer shows the trait; `trait.judge_prompt` is written
             for it.
@@ -293,7 +293,7 @@ def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], voc
 
     Args:
         journal: the rollouts file.
-        batch_size: answers in a batch. Only complete batches are kept, because every batch has its own seed.
+        batch_size: answers in a batch. Only complete batches are kept, because a batch is sampled as a whole.
         plan: tasks in the order of the file.
         vocab_size: number of tokens that the model knows.
 

@@ -8,8 +8,8 @@ examples:
   trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl --dry_run
   # Train in this process.
   trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl
-  # Train on eight accelerators.
-  trl-emguard sft --config qwen2.5-7b-instruct/kl.yaml --accelerate_config zero3 --num_processes 8
+  # Train on several accelerators.
+  trl-emguard sft --config qwen2.5-7b-instruct/kl.yaml --dataset_name FILE --accelerate_config zero3
   # Let accelerate launch the script.
   accelerate launch --config_file FILE -m trl_emguard.scripts.sft --config FILE --defense kl
 """
