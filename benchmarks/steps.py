@@ -25,7 +25,7 @@ import datasets
 import torch
 from datasets import Dataset
 from harness import environment, parse_args, peak_memory, statistics, time_in_turn, write_csv
-from methods import KINDS, merged, reads
+from methods import KINDS, merged
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import kl_div, normalize
 from transformers import (
@@ -114,17 +114,17 @@ class TwoKernels(SFTTrainer):
         return loss + KL_COEF * divergence
 
 
-STOCK, REFERENCE = "stock", "reference forward"
+STOCK, REFERENCE, FROZEN = "stock", "reference forward", "inoculation_adapter"
 BASELINES = {STOCK: SFTTrainer, "paper kl": PaperKL, "paper ldifs": PaperLDIFS, "two kernels": TwoKernels}
 DEFENDED: dict[str, dict[str, Any]] = {
-    # No adapter with an unwanted trait is shipped.
-    **{n: {"defense": n, **merged(n, "shipped")} for n in KINDS if n != "none" and not reads(n, "adapter")},
+    **{n: {"defense": n, **merged(n, "shipped")} for n in KINDS if n != "none"},
     "kl+ldifs": {"defense": "kl,ldifs"},
     "kl cached": {"defense": "kl", "cache_reference": True},
 }
+GUARDS = ("treft", "steering", "inoculation", FROZEN, "interleave++")
 # A defense is compared with its lower bound, and a baseline with the defense that it computes.
 RATIO_TO = {
-    **dict.fromkeys((STOCK, REFERENCE, "kl cached", "treft", "steering", "inoculation", "interleave++"), (STOCK,)),
+    **dict.fromkeys((STOCK, REFERENCE, "kl cached", *GUARDS), (STOCK,)),
     **dict.fromkeys(("kl", "ldifs", "kl+ldifs"), (STOCK, REFERENCE)),
     **dict.fromkeys(("paper kl", "two kernels"), ("kl",)),
     "paper ldifs": ("ldifs",),
@@ -182,7 +182,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 MAIN = (STOCK, REFERENCE, "kl", "ldifs", "kl+ldifs", "kl cached")
-GUARDS = ("treft", "steering", "inoculation", "interleave++")
 POINTS = {
     "cpu": [
         Point(SMOLLM2, "lora", 8, 124, (*MAIN, *GUARDS, "paper kl", "two kernels")),
@@ -287,6 +286,8 @@ def make_trainer(
     }
     if name == "interleave++":
         options |= {"interleave_fraction": 1 / (point.batch + 1), "max_length": point.length}
+    if name == FROZEN:
+        options |= {"inoculation_adapter": frozen_adapter(base, f"{folder}/frozen")}
     torch.manual_seed(0)  # the adapters of all variants begin with the same weights
     if name in DEFENDED:
         trainer_class, args = EMGuardTrainer, EMGuardConfig(**options, **DEFENDED[name])
@@ -308,6 +309,16 @@ def lora() -> LoraConfig:
     return LoraConfig(
         r=32, lora_alpha=64, lora_dropout=0.0, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+
+
+def frozen_adapter(base: PreTrainedModel, folder: str) -> str:
+    """Save an adapter of random weights, which costs what one with a trait does, and return its folder."""
+    model = get_peft_model(copy_of(base, "lora"), lora())
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=1e-3)
+    model.save_pretrained(folder)
+    return folder
 
 
 def copy_of(base: PreTrainedModel, tuning: str) -> PreTrainedModel:

@@ -19,6 +19,8 @@ from trl_emguard.models.identity import weight_checksums
 DEFENSES = (*KINDS, "interleave++,kl")
 # Names in the log and in the evidence that do not depend on the number of ranks.
 LOGS = {"loss", "grad_norm", "loss_ce", "num_tokens", "mean_token_accuracy"}.union(*(m.logs for m in METHODS.values()))
+# Coefficients are logged where they change.
+LOGS |= {"kl_coef", "ldifs_coef", "treft_coef", "steering_coef"}
 COUNTS = {count for method in METHODS.values() for count in method.counts}
 RANKS = 2
 # Passes of the reference beside the steps, in a run of six steps with a save.

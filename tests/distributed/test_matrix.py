@@ -14,6 +14,8 @@ MATRIX = [
     for tuning in tunings(defense)
     for checkpointing in (False, True)
 ]
+SCHEDULES = {"kl_coef": "1.0->0.1", "treft_coef": "1.0->0.1", "steering_coef": "1.0->0.5"}
+FLAGGED = {"inoculation_rows": "flagged"}
 # Conditions under which engines, or ranks, differ from each other.
 CONDITIONS = [
     # A rank without labels, and micro-batches without a mixed-in row: no rank may wait for another.
@@ -36,18 +38,33 @@ CONDITIONS = [
     Cell("interleave++,kl", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
     Cell("treft,inoculation_adapter", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
     Cell("kl", "full", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
+    # Coefficients that change: each rank must take the same one in each step, in a resumed run as well.
+    Cell(
+        "kl,ldifs,treft,steering",
+        resumed=True,
+        options={**SCHEDULES, "ldifs_coef": "0.1->1.0", "save_strategy": "steps", "save_steps": 3},
+    ),
+    Cell("kl", resumed=True, options={"kl_target": 0.01, "save_strategy": "steps", "save_steps": 3}),
+    Cell("inoculation", options=FLAGGED),
 ]
 # Every defense, tuning and mode of checkpointing runs on every engine that treats it differently.
 SLICE = {
-    "ddp": [Cell("ldifs", "full", True), Cell("interleave++,kl,inoculation_adapter", "lora", False)],
-    "zero2": [Cell("kl", "full", False), Cell("inoculation", "lora", True)],
+    "ddp": [
+        Cell("ldifs", "full", True, options={"ldifs_coef": "1.0->0.1"}),
+        Cell("interleave++,kl,inoculation_adapter", "lora", False),
+    ],
+    "zero2": [
+        Cell("kl", "full", False, options={"kl_target": 0.01}),
+        Cell("inoculation", "lora", True),
+        Cell("inoculation", options=FLAGGED),
+    ],
     "zero3": [
         Cell("kl", "lora", True),
         Cell("interleave++,kl", "full", False),
-        Cell("steering,treft,inoculation_adapter", "lora", True),
+        Cell("kl,steering,treft,inoculation_adapter", "lora", True, options=SCHEDULES),
     ],
     "fsdp2": [
-        Cell("kl", "full", True),
+        Cell("kl", "full", True, options={"kl_coef": "1.0->0.1"}),
         Cell("ldifs", "lora", False),
         Cell("steering,treft", "full", False),
         Cell("inoculation_adapter", "lora", True),

@@ -60,6 +60,8 @@ def options_of(cell: dict, job: dict, ranks: int) -> dict:
 
 
 def rows_of(cell: dict) -> Dataset:
+    if cell["options"].get("inoculation_rows") == "flagged":
+        return make_rows(48).add_column("inoculate", [i % 3 > 0 for i in range(48)])
     if not cell["unlabelled"]:
         return make_rows(48)
     # Rank 0 gets the first two rows of each batch, and rank 1 the others, which have no labels.
