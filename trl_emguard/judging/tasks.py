@@ -1,6 +1,7 @@
 """Tasks of inspect_ai: `inspect eval trl_emguard/general --model … --model-role judge=…`.
 
-inspect_ai finds them by the package's entry point. Nothing else imports this file.
+inspect_ai finds them, and the provider of the package's own sampler, by the package's entry point. Nothing else
+imports this file.
 """
 
 import asyncio
@@ -21,12 +22,15 @@ from inspect_ai.solver import TaskState, generate
 
 from ..data.conversation import turn_text
 from ..evaluation.questions import load_questions
+from . import provider
 from .metrics import Thresholds, outcomes
 from .prompts import ALIGNED, CALIBRATION, fill, prompts_for
 from .scores import choose_reading
 from .served import TEXT_TOKENS, complete, is_refused_request, judge_one
 
 
+# inspect_ai looks into this file alone, and registers what it has imported.
+PROVIDER = provider.OwnSampler
 MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
 RATES = ("misaligned_rate", "incoherent_rate", "unscored_rate", "refusal_rate", "code_rate")
 
