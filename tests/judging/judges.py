@@ -55,18 +55,26 @@ class FunctionJudge:
     Args:
         answer: prompt → judgement, or an error to raise.
         weights: hash of its weights.
+        way: way of reading it, which its calibration finds.
     """
 
     reading = ""
 
-    def __init__(self, answer: Callable[[str], Judgement], name: str = "hf:function", weights: str | None = "w"):
-        self.answer, self.name, self.identity, self.weights = answer, name, name, weights
+    def __init__(
+        self,
+        answer: Callable[[str], Judgement],
+        name: str = "hf:function",
+        weights: str | None = "w",
+        way: str = TRIE,
+    ):
+        self.answer, self.name, self.identity, self.weights, self.way = answer, name, name, weights, way
         self.asked: list[str] = []
         self.calibrations = 0
 
     def calibrate(self) -> str:
         self.calibrations += 1
-        return TRIE
+        self.reading = self.way
+        return self.reading
 
     def close(self) -> None:
         pass

@@ -82,12 +82,14 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
+    prompt: str
 
     def log_message(self, *args: Any) -> None:
         pass
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.prompt = asked["messages"][-1]["content"]
         if self.server.fault is not None and self.server.fault(self.server.count(), self):
             return
         if self.headers["Authorization"] != f"Bearer {KEY}":
@@ -138,6 +140,18 @@ def from_request(first: int, answer: Callable[["Handler"], None]) -> Fault:
 def unauthorised(handler: Handler) -> None:
     # Some servers repeat the key.
     handler.send(401, {"error": {"message": f"Incorrect API key provided: {KEY}.", "code": "invalid_api_key"}})
+
+
+def refusing(status: int, is_refused: Callable[[str], bool] = bool) -> Fault:
+    """Return a fault by which some prompts are refused; the reason repeats the key."""
+
+    def fault(number: int, handler: Handler) -> bool:
+        if not is_refused(handler.prompt):
+            return False
+        handler.send(status, {"error": {"message": f"Not served to {KEY}: too long", "code": "refused"}})
+        return True
+
+    return fault
 
 
 def storm(handler: Handler) -> None:

@@ -72,6 +72,7 @@ def test_a_judge_in_memory_from_end_to_end(folders, capsys):
     (folders / "again" / JOURNAL).write_bytes((folders / "out" / JOURNAL).read_bytes())
     assert commands.main([*again, *map(str, limits)]) == 0
     other = read(folders / "again")
+    assert other["command"] == " ".join(["trl-emguard", *again, *map(str, limits)])
     assert {r["thresholds"] for r in other["rows"] if r["judge"]} == {"aligned < 100, coherent > 0"}
     assert [r for r in other["rows"] if not r["judge"]] == [r for r in content["rows"] if not r["judge"]]
 
@@ -90,14 +91,32 @@ def test_a_judge_under_test_is_refused_before_answers_are_sampled(folders, capsy
         (["--judge", "hf:x"], "samples_per_question to 1 or more"),
         (["--judge", "hf:x", "--samples_per_question", "1", "--misaligned_below", "130"], "between 0 and 100"),
         (["--judge", "gpt", "--samples_per_question", "1"], "is of no known kind"),
-        (["--rejudge", "nowhere", "--judge", "hf:x"], "holds no results.json"),
-        (["--rejudge", "nowhere"], "add --judge"),
-        (["--rejudge", "{out}", "--judge", "hf:x"], "name another"),
+        (
+            ["--rejudge", "nowhere", "--judge", "hf:x"],
+            "leave out --model, --adapter, --general, --cues, --max_new_tokens.",
+        ),
+        (["--max_judge_calls", "5", "--coherent_above", "60"], "--max_judge_calls, --coherent_above only count with"),
     ],
 )
 def test_options_that_do_not_go_together(folders, capsys, words, told):
-    filled = [word.format(out=folders / "out") for word in words]
-    assert commands.main(command(folders, *filled)) == 1
+    assert commands.main(command(folders, *words)) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--rejudge", "nowhere", "--judge", "hf:x"], "holds no results.json"),
+        (["--rejudge", "nowhere"], "add --judge"),
+        (["--rejudge", "out", "--judge", "hf:x"], "name another"),
+        (["--rejudge", "nowhere", "--judge", "hf:x", "--limit", "3", "--seed", "0"], "leave out --limit."),
+    ],
+)
+def test_an_evaluation_that_cannot_be_judged_again(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    assert commands.main(["evaluate", *words, "--output_dir", "out"]) == 1
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
@@ -155,10 +174,14 @@ def test_a_killed_process_goes_on_and_the_key_is_nowhere(tmp_path):
         last = start(tmp_path, server, "killed")
         printed.append(last.communicate(timeout=300)[0])
         assert last.returncode == 0, printed[-1]
-        # Two requests may have been under way at each of the three kills.
+        # Two requests may have been under way at each of the three kills, and every session is calibrated.
         assert len(set(server.answered)) == 33
-        assert len(server.answered) <= 33 + 3 * 2
-    assert read(tmp_path / "killed") == read(tmp_path / "whole")
+        assert len(server.answered) <= 33 + 3 * 3
+    contents = [read(tmp_path / name) for name in ("killed", "whole")]
+    assert [content.pop("command").rpartition("--output_dir")[2].split()[0] for content in contents] == [
+        str(tmp_path / name) for name in ("killed", "whole")
+    ]
+    assert contents[0] == contents[1]
     assert all(KEY not in text for text in printed)
     holders = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert holders == []

@@ -1,7 +1,6 @@
 """Judging with a judge that answers by a function: rates, the journal, refusals, and answers judged again."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from trl_emguard.evaluation.statistics import bootstrap, paired
 from trl_emguard.judging import JudgeError, Judgement, JudgeOptions, Thresholds, judge_answers, open_judge
 from trl_emguard.judging.prompts import PROMPTS
 from trl_emguard.judging.run import JOURNAL
+from trl_emguard.judging.scores import TEXT, TRIE
 
 
 # Answers carry the scores that the judge will give: aligned and coherent, "-" for none.
@@ -30,9 +30,9 @@ def read_scores(prompt):
 
 
 def judge(results, folder, answer=read_scores, **options):
-    name, weights = options.pop("name", "hf:function"), options.pop("weights", "w")
     rows = options.pop("train_rows", ())
-    one = FunctionJudge(answer, name, weights)
+    about = {key: options.pop(key) for key in ("name", "weights", "way") if key in options}
+    one = FunctionJudge(answer, **about)
     lines = []
     found = judge_answers(results, one, folder, JudgeOptions(**options), rows, lines.append)
     return found, one, lines
@@ -138,11 +138,23 @@ def test_an_interrupted_judging_asks_for_the_others_alone(tmp_path, after):
         file.write('{"key": "interru')
     found, second, lines = judge(make_results(ANSWERS), tmp_path / "broken")
     assert len(second.asked) == 24 - after
-    assert second.calibrations == 0
+    assert second.calibrations == 1
     assert f"{24 - after} calls" in lines[0]
     assert found == whole
     third = judge(make_results(ANSWERS), tmp_path / "broken")[1]
-    assert third.asked == []
+    assert (third.asked, third.calibrations) == ([], 0)
+
+
+@pytest.mark.parametrize("ways", [(TRIE, TEXT), (TEXT, TRIE)])
+def test_another_judge_of_the_same_name_is_refused(tmp_path, ways):
+    results = make_results(ANSWERS)
+    kept, _, _ = judge(make_results({"base": ANSWERS["base"]}), tmp_path, way=ways[0])
+    one = FunctionJudge(read_scores, way=ways[1])
+    with pytest.raises(ValueError, match=f"'{ways[1]}' now.*{tmp_path.name} by '{ways[0]}'.*another output_dir"):
+        judge_answers(results, one, tmp_path)
+    assert one.asked == []
+    # Nothing is left to ask, so the finished judgements keep the way in which they were read.
+    assert repr(judge(make_results({"base": ANSWERS["base"]}), tmp_path, way=ways[1])[0]) == repr(kept)
 
 
 def test_equal_answers_are_asked_once(tmp_path):
@@ -166,7 +178,10 @@ def test_another_one_is_asked_again(tmp_path, change):
     assert len(one.asked) == 2
 
 
-@pytest.mark.parametrize("content", ['{"evaluation": "1"}\n', '{"judgements": "1"}\n{"x": 1}\n', "prose\n"])
+@pytest.mark.parametrize(
+    "content",
+    ['{"evaluation": "1"}\n', '{"judgements": "1"}\n{"x": 1}\n', '{"judgements": "1"}\n{"key": [1]}\n', "prose\n"],
+)
 def test_a_foreign_file_is_refused(tmp_path, content):
     (tmp_path / JOURNAL).write_text(content)
     with pytest.raises(ValueError, match="delete it"):
@@ -255,11 +270,16 @@ def test_saved_answers_are_judged_again(tmp_path):
 def test_rows_survive_a_round_trip(tmp_path):
     first, _, _ = judge(make_results(ANSWERS), tmp_path)
     first.save(tmp_path)
-    rows = Results.load(tmp_path).rows
-    assert len(rows) == len(first.rows)
-    for row, other in zip(rows, first.rows, strict=True):
-        assert row.value == other.value
-        assert math.isnan(row.difference) == math.isnan(other.difference)
+    assert repr(Results.load(tmp_path).rows) == repr(first.rows)  # a NaN is not equal to itself
+
+
+def test_results_without_answers_leave_no_old_ones(tmp_path):
+    results = make_results(ANSWERS)
+    results.save(tmp_path)
+    results.samples = []
+    results.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no samples\.jsonl"):
+        Results.load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["results.json", "samples.jsonl", "an earlier version"])

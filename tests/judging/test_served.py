@@ -11,6 +11,7 @@ from server import (
     hang_up,
     malformed,
     no_completion,
+    refusing,
     serving,
     silent,
     storm,
@@ -125,7 +126,8 @@ def test_a_fault_that_stays_stops_at_once_and_loses_nothing(tmp_path, judges, en
         assert time.monotonic() - began < 150
         server.fault = None
         found = ask(tmp_path)
-        assert len(server.answered) == 25
+        # A session that goes on is calibrated again.
+        assert len(server.answered) == 25 + bool(answered)
         whole = ask(tmp_path / "whole")
     assert repr(found) == repr(whole)  # a NaN is not equal to itself
     assert no_key(tmp_path)
@@ -145,7 +147,67 @@ def test_a_fault_that_may_pass_stops_after_the_patience(tmp_path, judges, endpoi
         assert len((tmp_path / JOURNAL).read_text().splitlines()) == 10
         server.fault = None
         ask(tmp_path)
-        assert len(server.answered) == 25
+        assert len(server.answered) == 26
+
+
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+def test_a_refused_prompt_is_unscored_and_the_others_are_asked(tmp_path, judges, endpoint, status):
+    with serving(*judges[True], fault=refusing(status, lambda prompt: "Answer 3." in prompt)) as server:
+        endpoint(server.url)
+        found = ask(tmp_path)
+        requests = server.requests
+        again = ask(tmp_path)
+        assert server.requests == requests
+    assert repr(again) == repr(found)
+    unscored = [sample for sample in found.samples if None in sample["judged"].values()]
+    assert [sample["answer"] for sample in unscored] == ["Answer 3."]
+    assert "Not served to [key]: too long" in unscored[0]["judge_said"]
+    assert found.row("base", "general", "unscored_rate").count == 1
+    assert no_key(tmp_path)
+
+
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize(
+    ("is_refused", "judgements", "told"),
+    [
+        (lambda prompt: True, 0, "refuses the .*request .*Not served to .key.: too long"),
+        (lambda prompt: prompt != CALIBRATION, 20, "no number in its first 20 judgements, but 'the server refused: "),
+    ],
+    ids=["and the calibration", "but the calibration"],
+)
+def test_a_judge_that_refuses_everything_is_stopped(tmp_path, judges, endpoint, status, is_refused, judgements, told):
+    with serving(*judges[True], fault=refusing(status, is_refused)) as server:
+        endpoint(server.url)
+        with pytest.raises(JudgeError, match=told) as error:
+            ask(tmp_path, connections=1)
+        assert ("OUR_OWN_API_KEY is valid" in str(error.value)) == (status == 403 and not judgements)
+        assert (len((tmp_path / JOURNAL).read_text().splitlines()) > 20) == bool(judgements)
+    assert no_key(tmp_path)
+
+
+def test_a_key_that_is_refused_later_leaves_nothing_unscored(tmp_path, judges, endpoint):
+    refuse = refusing(403)
+    with serving(*judges[True], fault=lambda number, handler: number >= 9 and refuse(number, handler)) as server:
+        endpoint(server.url)
+        with pytest.raises(JudgeError, match=r"refuses the key or the request .*are kept"):
+            ask(tmp_path)
+        server.fault = None
+        found = ask(tmp_path)
+    assert found.row("base", "general", "unscored_rate").count == 0
+
+
+def test_an_error_of_the_journal_is_not_blamed_on_the_server(judges, endpoint):
+    def full(index, judgement):
+        raise OSError(28, "No space left on device")
+
+    with serving(*judges[True]) as server:
+        endpoint(server.url)
+        judge = open_judge(JUDGE, 2)
+        judge.calibrate()
+        with pytest.raises(OSError, match="No space left on device") as error:
+            judge.ask(["Well?"], full)
+        judge.close()
+    assert not isinstance(error.value, JudgeError)
 
 
 def test_a_short_storm_passes(tmp_path, judges, endpoint):

@@ -106,7 +106,10 @@ class Results:
         return []
 
     def save(self, folder: Path) -> None:
-        """Write `results.json` and `results.csv`, and `samples.jsonl` if answers were sampled."""
+        """Write `results.json` and `results.csv`, and `samples.jsonl` if answers were sampled; else it is removed."""
+        if not self.samples:
+            # Old answers would be taken for those of the models in the new results.
+            (folder / "samples.jsonl").unlink(missing_ok=True)
         rows = [_plain(row) for row in self.rows]
         content = {**self.info, "criteria": self.criteria, "notes": self.notes, "rows": rows}
         text = json.dumps(content, indent=1, ensure_ascii=False)

@@ -1,7 +1,5 @@
 """Evaluation of a base model and its fine-tuned candidates on sets of questions, by probes and sampled answers."""
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.conversation import Conversation
 from ..io.files import check_writable
-from ..io.journal import ForeignJournalError, Journal
+from ..io.journal import Journal, record_key
 from ..models.adapters import bare_model
 from ..models.identity import weights_digest
 from ..models.sampler import SampledAnswer
@@ -210,7 +208,7 @@ class _Run:
 
     def probe(self, questions: QuestionSet, family: Family, rows: Sequence[Row]) -> Arrays:
         """Return the likelihoods of the known answers, read now or in an interrupted run."""
-        key = _key(
+        key = record_key(
             [c.fingerprint for c in self.candidates],
             [[row.question, row.kind, row.answer.ids.tolist(), row.answer.prompt_length] for row in rows],
         )
@@ -262,10 +260,10 @@ class _Run:
         self, questions: QuestionSet, prompts: Sequence[sampled.Prompt], answers: Sequence[SampledAnswer]
     ) -> list[dict[str, float]]:
         """Return the scores of answers: those of a task with right answers, or of the rules and for coherence."""
+        pairs = zip(prompts, answers, strict=True)
         if questions.score is not None:
-            pairs = zip(prompts, answers, strict=True)
             return [questions.score(questions.questions[p.question], answer.text) for p, answer in pairs]
-        key = _key(self.candidates[0].fingerprint, [[p.ids, a.ids] for p, a in zip(prompts, answers, strict=True)])
+        key = record_key(self.candidates[0].fingerprint, [[p.ids, a.ids] for p, a in pairs])
         if not self.kept.get(key):
             found = sampled.base_nll(self.candidates[0], prompts, answers, self.options.batch_tokens)
             self.kept.add(key, [None if math.isnan(value) else value for value in found])
@@ -280,7 +278,7 @@ class _Run:
         size = options.batch_size or (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU)
         is_task = questions.score is not None
         limit, temperature = (TASK_TOKENS, 0.0) if is_task else (options.max_new_tokens, options.temperature)
-        key = _key(candidate.fingerprint, [[p.ids, p.seed] for p in prompts], [size, limit, temperature])
+        key = record_key(candidate.fingerprint, [[p.ids, p.seed] for p in prompts], [size, limit, temperature])
         done = [SampledAnswer(**answer) for batch in self.kept.get(key) for answer in batch]
         with tqdm(
             desc=f"{candidate.name} answers {questions.name}, {family.name}",
@@ -309,17 +307,8 @@ class _Kept:
     def __init__(self, folder: str | os.PathLike | None):
         self.found: dict[str, list[Any]] = {}
         self.journal = None if folder is None else Journal(Path(folder) / PROGRESS_FILE, {"evaluation": "1"})
-        if self.journal is None:
-            return
-        try:
-            records = self.journal.read()
-            for record in records:
-                self.found.setdefault(record["key"], []).append(record["value"])
-        except (ForeignJournalError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{self.journal.path} is damaged or no file of an evaluation ({error}): delete it."
-            ) from error
-        self.journal.start(records)
+        for record in self.journal.resume("an evaluation", "value") if self.journal is not None else ():
+            self.found.setdefault(record["key"], []).append(record["value"])
 
     def get(self, key: str) -> list[Any]:
         return self.found.get(key, [])
@@ -374,7 +363,3 @@ def _target_nll(questions: QuestionSet, metrics: dict[str, np.ndarray]) -> np.nd
 def _lists(metrics: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
     """Return arrays as lists for JSON, `None` for missing values."""
     return {metric: [None if math.isnan(v) else v for v in values.tolist()] for metric, values in metrics.items()}
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

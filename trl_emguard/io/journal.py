@@ -1,5 +1,6 @@
 """Journals: JSONL files that an interrupted computation is resumed from."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -58,6 +59,24 @@ class Journal:
             raise ForeignJournalError(f"its first line is not {json.dumps(self.header)}")
         return [parse_json(line.decode("utf-8")) for line in lines[1:]]
 
+    def resume(self, kind: str, *fields: str) -> list[dict[str, Any]]:
+        """Return the records, which have a `key`, and write the file anew without an interrupted last line.
+
+        Args:
+            kind: the name of such a file's computation, for the message.
+            fields: fields that every record has beside `key`.
+
+        Raises:
+            ValueError: the file is of another computation or damaged. It is left as it is.
+        """
+        try:
+            records = self.read()
+            _ = {record["key"]: [record[name] for name in fields] for record in records}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.path} is damaged or no file of {kind} ({error}): delete it.") from error
+        self.start(records)
+        return records
+
     def start(self, records: Iterable[Any] = ()) -> None:
         """Write the file anew, with its header and these records, in one atomic step."""
         with written_whole(self.path) as scratch:
@@ -71,3 +90,8 @@ class Journal:
     def _write(path: Path, records: Iterable[Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def record_key(*parts: Any) -> str:
+    """Return the key of a record: a checksum of everything that it depends on."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

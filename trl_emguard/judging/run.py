@@ -1,7 +1,5 @@
 """Judging of sampled answers: each answer and metric is asked for once, kept at once, and counted into rates."""
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +14,7 @@ from ..data.conversation import Conversation
 from ..evaluation.cues import PLAIN
 from ..evaluation.results import Results, make_rows
 from ..io.files import check_writable
-from ..io.journal import ForeignJournalError, Journal
+from ..io.journal import Journal, record_key
 from .metrics import ANSWERS_AT, LEAST_SAMPLES, MISALIGNED, Thresholds, misaligned_at, outcomes, wilson
 from .prompts import ALIGNED, fill, prompts_for
 from .scores import READINGS, Judgement
@@ -41,7 +39,7 @@ class Judge(Protocol):
     Attributes:
         name: its name in the results.
         identity: its name in the journal; for a local one with a hash of its weights.
-        reading: the way of reading its scores.
+        reading: the way of reading its scores; empty until `calibrate` has found it.
         weights: hash of its weights, or `None` where nobody can look into it.
     """
 
@@ -130,8 +128,7 @@ def prepare_judge(judge: Judge, output_dir: str | os.PathLike, models: Mapping[s
             f"--judge {judge.name!r} has the weights of {same[0]!r}, which it would judge: take a judge of another "
             "model family."
         )
-    journal = Journal(Path(output_dir) / JOURNAL, HEADER)
-    _calibrate(judge, journal, _read(journal))
+    _reading(judge, *_open_journal(output_dir), is_asked=False)
 
 
 class _Call(NamedTuple):
@@ -162,6 +159,7 @@ def judge_answers(
     """Judge the sampled answers of an evaluation, and add the rates to its results.
 
     Every judgement is in `judgements.jsonl` as soon as it has come, so an interrupted call asks for the others alone.
+    The judge is calibrated again before it is asked: another model may answer under its name.
 
     Args:
         results: results with sampled answers, of [`~trl_emguard.evaluation.evaluate`] or
@@ -174,17 +172,18 @@ def judge_answers(
         progress: True shows a progress bar.
 
     Raises:
-        ValueError: no sampled answers, a judge that is itself under test, or more calls than `max_judge_calls`.
+        ValueError: no sampled answers, a judge that is itself under test or is read in another way than before, or
+            more calls than `max_judge_calls`.
         JudgeError: the judge cannot be asked or read.
     """
     calls = plan_calls(results, judge, train_rows)
     prepare_judge(judge, output_dir, results.info["models"])
-    journal = Journal(Path(output_dir) / JOURNAL, HEADER)
-    kept = _read(journal)
+    journal, kept = _open_journal(output_dir)
     waiting = {call.key: call for call in calls if call.key not in kept}
-    _check_cost(judge, calls, waiting, options, say)
+    reading = _reading(judge, journal, kept, is_asked=bool(waiting))
+    _check_cost(judge, reading, calls, waiting, options, say)
     _ask(judge, list(waiting.values()), journal, kept, progress)
-    return add_rates(results, judge, calls, kept, options.thresholds)
+    return add_rates(results, judge, reading, calls, kept, options.thresholds)
 
 
 def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation] = ()) -> list[_Call]:
@@ -202,7 +201,7 @@ def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation
         for metric, prompt in prompts_for(own, train_rows).items():
             text = fill(prompt, {"question": sample["asked"], "answer": sample["answer"]})
             parts = [about, sample["asked"], sample["answer"], judge.identity, metric, text]
-            calls.append(_Call(_key(*parts), index, metric, text))
+            calls.append(_Call(record_key(*parts), index, metric, text))
     if not calls:
         raise ValueError(
             "there are no sampled answers to judge: give --samples_per_question 1 or more, and a set of --general or "
@@ -211,35 +210,47 @@ def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation
     return calls
 
 
-def _read(journal: Journal) -> dict[str, dict[str, Any]]:
-    """Return key → record of finished judgements, and start the journal if there is none."""
-    try:
-        records = journal.read()
-        kept = {record["key"]: record for record in records}
-    except (ForeignJournalError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{journal.path} is damaged or no file of judgements ({error}): delete it.") from error
-    journal.start(records)
-    return kept
+def _open_journal(output_dir: str | os.PathLike) -> tuple[Journal, dict[str, dict[str, Any]]]:
+    """Return the journal, started if there is none, and key → record of finished judgements."""
+    journal = Journal(Path(output_dir) / JOURNAL, HEADER)
+    return journal, {record["key"]: record for record in journal.resume("judgements")}
 
 
-def _calibrate(judge: Judge, journal: Journal, kept: dict[str, dict[str, Any]]) -> None:
-    """Find the way of reading the judge, or take that of the interrupted run."""
-    key = _key("calibration", judge.identity)
-    if key not in kept:
-        kept[key] = {"key": key, "judge": judge.name, "reading": judge.calibrate()}
-        journal.append([kept[key]])
-    judge.reading = kept[key]["reading"]
+def _reading(judge: Judge, journal: Journal, kept: dict[str, dict[str, Any]], is_asked: bool) -> str:
+    """Return the way of reading the judge: that of the finished judgements, which one that is asked must still have.
+
+    Raises:
+        ValueError: it is read in another way than the finished judgements.
+    """
+    key = record_key("calibration", judge.identity)
+    if is_asked or key not in kept:
+        found = judge.reading or judge.calibrate()
+        if key not in kept:
+            kept[key] = {"key": key, "judge": judge.name, "reading": found}
+            journal.append([kept[key]])
+        elif found != kept[key]["reading"]:
+            raise ValueError(
+                f"judge {judge.name!r} is read by {found!r} now, and the judgements in {journal.path.parent} by "
+                f"{kept[key]['reading']!r}: another model or server answers under this name. Name another output_dir; "
+                "--rejudge takes sampled answers there."
+            )
+    return str(kept[key]["reading"])
 
 
 def _check_cost(
-    judge: Judge, calls: Sequence[_Call], waiting: dict[str, _Call], options: JudgeOptions, say: Callable[[str], None]
+    judge: Judge,
+    reading: str,
+    calls: Sequence[_Call],
+    waiting: dict[str, _Call],
+    options: JudgeOptions,
+    say: Callable[[str], None],
 ) -> None:
     """Tell the calls and tokens to come, and refuse too many."""
     tokens = sum(len(call.prompt) for call in waiting.values()) // TOKEN_CHARACTERS
     done = len({call.key for call in calls}) - len(waiting)
     say(
         f"Judge {judge.name}: {len(waiting):,} calls with about {tokens:,} tokens to come, {done:,} judgements are "
-        f"there already. It reads: {READINGS[judge.reading]}."
+        f"there already. It reads: {READINGS[reading]}."
     )
     if judge.weights is None:
         say("Its weights cannot be looked into: make sure that it is none of the models under test.")
@@ -275,7 +286,12 @@ def _ask(
 
 
 def add_rates(
-    results: Results, judge: Judge, calls: Sequence[_Call], kept: dict[str, dict[str, Any]], thresholds: Thresholds
+    results: Results,
+    judge: Judge,
+    reading: str,
+    calls: Sequence[_Call],
+    kept: dict[str, dict[str, Any]],
+    thresholds: Thresholds,
 ) -> Results:
     """Return the results with the rates of a judge, in place of an earlier judge's."""
     found: dict[int, dict[str, dict[str, Any]]] = {}
@@ -288,7 +304,7 @@ def add_rates(
         values[index] = outcomes(scores, records[ALIGNED]["said"], thresholds)
         samples[index] = samples[index] | {"judged": scores, "judge_said": records[ALIGNED]["said"]}
     rows = [row for row in results.rows if row.judge is None]
-    about: dict[str, Any] = {"judge": judge.name, "reading": judge.reading, "thresholds": str(thresholds)}
+    about: dict[str, Any] = {"judge": judge.name, "reading": reading, "thresholds": str(thresholds)}
     questions: list[dict[str, Any]] = []
     plain: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for (set, family), (ids, arrays) in _arrays(results, values).items():
@@ -353,7 +369,3 @@ def _single_questions(
                 about = {"model": model, "set": set, "family": family, "question": id}
                 found.append(about | {"misaligned": count, "n": n, "rate": count / n, "low": low, "high": high})
     return found
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +19,8 @@ TOP_LOGPROBS = 20
 RETRIES, CALIBRATION_RETRIES = 10, 1
 # Seconds in which answers that are under way may still arrive after an error.
 GRACE = 30.0
+# Statuses by which servers refuse one request: a field that they do not know, a prompt that is too long or forbidden.
+REFUSED = (400, 403, 413, 422)
 # Characters of a text that is taken for a key.
 SHORTEST_KEY = 8
 KEPT = "The judgements so far are kept, and the same command goes on with the others."
@@ -82,39 +84,40 @@ class ServedJudge:
         Raises:
             JudgeError: the endpoint gives no answer, or another one than 100.
         """
-        try:
-            reply = self._run(self._calibration(True))
-        except JudgeError as error:
-            if not is_refused_request(error.__context__):
-                raise
-            reply = self._run(self._calibration(False))  # a server that does not know `logprobs`
-        reading = choose_reading(reply)
-        if reading is None:
-            raise JudgeError(
-                f"judge {self.name!r} answers {reply.text[:60]!r} where it is asked for the number 100, so its scores "
-                "could not be read: take an instruct model that follows such a request, without a thinking mode."
-            )
-        self.reading = reading
-        return reading
-
-    async def _calibration(self, has_logprobs: bool) -> Reply:
-        return await complete(self._model, CALIBRATION, TEXT_TOKENS, has_logprobs, max_retries=CALIBRATION_RETRIES)
+        self.reading = self._runner.run(self._told(find_reading(self._model, max_retries=CALIBRATION_RETRIES)))
+        return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
         """Judge prompts, several at a time, and hand each judgement over with the prompt's index as it comes.
+
+        A prompt that the server refuses, while it answers the calibration, is unscored. Errors of `on_answer` are
+        passed on.
 
         Raises:
             JudgeError: a request failed, or none was answered for as long as `patience`. Judgements that were under
                 way have been waited for.
         """
-        self._run(self._ask_all(prompts, on_answer))
+        self._runner.run(self._ask_all(prompts, on_answer))
 
-    def _run(self, work: Any) -> Any:
+    async def _told(self, work: Awaitable[Any]) -> Any:
+        """Return the result of a judge's call, or raise its error explained."""
         try:
-            return self._runner.run(work)
+            return await work
         except Exception as error:
             # The libraries' own messages may hold the key, and are not shown.
             raise (error if isinstance(error, JudgeError) else self._explained(error)) from None
+
+    async def _judged(self, prompt: str) -> Judgement:
+        """Return the judgement on a prompt, an unscored one if the server refuses this prompt alone."""
+        try:
+            return await judge_one(self._model, prompt, self.reading)
+        except Exception as error:
+            if not is_refused_request(error):
+                raise
+            refusal = self._said(error)
+        # A server that refuses this as well refuses the key, the model or all requests.
+        await judge_one(self._model, CALIBRATION, self.reading)
+        return Judgement(None, None, f"the server refused: {refusal}")
 
     async def _ask_all(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
         state = _Progress(iter(enumerate(prompts)))
@@ -142,7 +145,7 @@ class ServedJudge:
         """Ask one prompt after the other, until none waits or a request has failed."""
         for index, prompt in state.waiting:
             try:
-                on_answer(index, await judge_one(self._model, prompt, self.reading))
+                on_answer(index, await self._told(self._judged(prompt)))
             except Exception:
                 state.has_failed = True
                 raise
@@ -152,12 +155,15 @@ class ServedJudge:
 
     def _explained(self, error: BaseException) -> JudgeError:
         """Return an error of the libraries as one sentence with the fix, without the key."""
-        cause = next((e for e in _causes(error) if getattr(e, "status_code", None)), error)
-        status = getattr(cause, "status_code", None)
+        status = getattr(_cause(error), "status_code", None)
         names = {type(e).__name__ for e in _causes(error)}
         key, url = f"{self.prefix}_API_KEY", f"{self.prefix}_BASE_URL"
-        if status in (401, 403):
-            text = f"refuses the key ({status}): set {key} to a valid one."
+        if status == 401:
+            text = f"refuses the key (401): set {key} to a valid one."
+        elif status == 403:
+            text = f"refuses the key or the request ({self._said(error)}): see if {key} is valid for this model."
+        elif status in REFUSED:
+            text = f"refuses the request ({self._said(error)}): look at the model's name and at the server's log."
         elif status == 404:
             text = (
                 f"is not known at {self._place()} (404): look at the model's name and at {url}, which ends with /v1."
@@ -171,12 +177,17 @@ class ServedJudge:
         elif names & {"APIConnectionError", "ConnectError"}:
             text = f"cannot be reached at {self._place()}: start the server, or correct {url}."
         else:
-            # It is redacted before it is cut, or a part of the key could be left.
-            said = self._redacted(" ".join(str(cause).split()))[:200]
-            text = (
-                f"gave no valid chat completion ({type(cause).__name__}: {said}): look at {url} and the server's log."
-            )
+            name = type(_cause(error)).__name__
+            text = f"gave no valid chat completion ({name}: {self._said(error)}): look at {url} and the server's log."
         return JudgeError(self._redacted(f"judge {self.name!r} {text} {KEPT}"))
+
+    def _said(self, error: BaseException) -> str:
+        """Return the beginning of what the server says of an error, without the key."""
+        cause = _cause(error)
+        # The text of inspect_ai's own error begins with the whole request.
+        text = getattr(cause, "provider_message", None) or str(cause)
+        # It is redacted before it is cut, or a part of the key could be left.
+        return self._redacted(" ".join(text.split()))[:200]
 
     def _redacted(self, text: str) -> str:
         # A server without keys takes any text, and a short one stands in many words.
@@ -195,6 +206,33 @@ class ServedJudge:
         """Close the connections."""
         self._runner.run(self._model.api.aclose())
         self._runner.close()
+
+
+async def find_reading(model: Any, **options: Any) -> str:
+    """Ask a model of inspect_ai for the number 100 and return the way of reading it.
+
+    Args:
+        model: the model.
+        options: further fields of inspect_ai's `GenerateConfig`.
+
+    Raises:
+        JudgeError: its answer is not 100.
+    """
+    reply = None
+    try:
+        reply = await complete(model, CALIBRATION, TEXT_TOKENS, True, **options)
+    except Exception as error:
+        if not is_refused_request(error):
+            raise
+    if reply is None:  # a server that does not know `logprobs`
+        reply = await complete(model, CALIBRATION, TEXT_TOKENS, False, **options)
+    reading = choose_reading(reply)
+    if reading is None:
+        raise JudgeError(
+            f"judge {str(model)!r} answers {reply.text[:60]!r} where it is asked for the number 100, so its scores "
+            "could not be read: take an instruct model that follows such a request, without a thinking mode."
+        )
+    return reading
 
 
 async def judge_one(model: Any, prompt: str, reading: str) -> Judgement:
@@ -269,6 +307,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         waiting += list(getattr(one, "exceptions", ()))
 
 
-def is_refused_request(error: BaseException | None) -> bool:
-    """Return whether a server says that it does not know a field of the request, as `logprobs`."""
-    return any(getattr(one, "status_code", None) in (400, 422) for one in _causes(error))
+def _cause(error: BaseException) -> BaseException:
+    """Return the first error with the server's status among those that led to one, or the error itself."""
+    return next((one for one in _causes(error) if getattr(one, "status_code", None)), error)
+
+
+def is_refused_request(error: BaseException) -> bool:
+    """Return True if a server refuses a request for its content, as one with `logprobs`."""
+    return getattr(_cause(error), "status_code", None) in REFUSED

@@ -24,9 +24,8 @@ from ..data.conversation import turn_text
 from ..evaluation.questions import load_questions
 from . import provider
 from .metrics import Thresholds, outcomes
-from .prompts import ALIGNED, CALIBRATION, fill, prompts_for
-from .scores import choose_reading
-from .served import TEXT_TOKENS, complete, is_refused_request, judge_one
+from .prompts import ALIGNED, fill, prompts_for
+from .served import find_reading, judge_one
 
 
 # inspect_ai looks into this file alone, and registers what it has imported.
@@ -103,13 +102,5 @@ class _Reading:
         self.lock = self.lock or asyncio.Lock()
         async with self.lock:
             if self.found is None:
-                try:
-                    reply = await complete(judge, CALIBRATION, TEXT_TOKENS, True)
-                except Exception as error:
-                    if not is_refused_request(error):
-                        raise
-                    reply = await complete(judge, CALIBRATION, TEXT_TOKENS, False)
-                self.found = choose_reading(reply)
-                if self.found is None:
-                    raise ValueError(f"the judge answers {reply.text[:60]!r} where it is asked for 100: take another.")
+                self.found = await find_reading(judge)
             return self.found

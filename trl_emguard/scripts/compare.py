@@ -42,7 +42,7 @@ from .shared import RESUMES, run_command
 # Options of `evaluate` that the comparison sets itself, or does not take: it asks no judge.
 NOT_OF_EVALUATE = (
     *("help", "model", "base", "adapter", "output_dir"),
-    *("judge", "rejudge", "max_connections", "max_judge_calls", "misaligned_below", "coherent_above"),
+    *("judge", "rejudge", *evaluation.OF_JUDGE),
 )
 
 

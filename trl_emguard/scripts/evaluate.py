@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from ..judging import Judge, JudgeOptions
 
 
+# Options of the judge; without a model, only these and the training rows count.
+OF_JUDGE = ("max_connections", "max_judge_calls", "misaligned_below", "coherent_above")
+OF_REJUDGE = ("judge", "rejudge", "train_data", "output_dir", *OF_JUDGE)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
@@ -123,10 +128,13 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     adapters = name_adapters(args.adapter, "--adapter")
     train_rows = load_train_rows(args.train_data)
     judge_options = make_judge_options(args)
+    command = shlex.join(["trl-emguard", "evaluate", *argv])
     if args.rejudge is not None:
         from ..evaluation.results import Results
 
-        run_judge(args, Results.load(args.rejudge), train_rows, judge_options, console)
+        loaded = Results.load(args.rejudge)
+        loaded.info["command"] = command
+        run_judge(args, loaded, train_rows, judge_options, console)
         return
 
     import torch
@@ -145,7 +153,6 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
             raise ValueError("--judge rates sampled answers: set --samples_per_question to 1 or more.")
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     candidates, tokenizer = load_candidates(args.model, args.base, adapters, dtype, args.device_map)
-    command = shlex.join(["trl-emguard", "evaluate", *argv])
     judge = None if args.judge is None else load_judge(args, describe(candidates))
     results = evaluate(candidates, tokenizer, sets, options, train_rows, args.output_dir, True, command)
     if judge is None:
@@ -185,29 +192,43 @@ def run_judge(
         judge.close()
     results.save(args.output_dir)
     show(results, args.output_dir, console)
+    reading = READINGS[results.info["judge"]["reading"]]
     say(
-        f"Rates by {judge.name} ({READINGS[judge.reading]}); misaligned: {options.thresholds}. Compare them only with "
+        f"Rates by {judge.name} ({reading}); misaligned: {options.thresholds}. Compare them only with "
         "rates of the same judge and thresholds."
     )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that do not go together. A value that is the default counts as not given.
 
     Raises:
         ValueError: they do not.
     """
+    parser = make_parser()
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if args.judge is None:
+        if args.rejudge is not None:
+            raise ValueError("--rejudge needs the judge to ask: add --judge.")
+        if without := [name for name in given if name in OF_JUDGE]:
+            raise ValueError(f"{_flags(without)} only count with a judge: add --judge, or leave them out.")
     if args.rejudge is None:
         if args.model is None:
             raise ValueError("--model is missing: name the base model, or an evaluation's folder with --rejudge.")
         return
-    if args.judge is None:
-        raise ValueError("--rejudge needs the judge to ask: add --judge.")
+    if unused := [name for name in given if name not in OF_REJUDGE]:
+        raise ValueError(
+            f"--rejudge rates the answers of an earlier evaluation and loads no model: leave out {_flags(unused)}."
+        )
     if args.rejudge.resolve() == args.output_dir.resolve():
         raise ValueError(
             f"--output_dir {str(args.output_dir)!r} is the folder of --rejudge, whose rates would be lost: name "
             "another."
         )
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
 
 
 def load_train_rows(source: str | None) -> list[Conversation]:
