@@ -61,3 +61,17 @@ def test_suggestions():
     assert did_you_mean("evill", ("evil", "sycophantic")) == " Did you mean 'evil'?"
     assert did_you_mean("cheerful", ("evil", "sycophantic")) == ""
     assert did_you_mean("evi", {"evil": 1}, cutoff=0.95) == ""
+
+
+def test_a_failed_append_leaves_no_half_line(tmp_path):
+    journal = Journal(tmp_path / "answers.jsonl", {"answers_of": "x"})
+    journal.start(["kept"])
+
+    def failing():
+        yield "a record that is longer than what follows"
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        journal.append(failing())
+    journal.append(["next"])
+    assert journal.read() == ["kept", "next"]

@@ -83,8 +83,13 @@ class Journal:
             self._write(scratch, [self.header, *records])
 
     def append(self, records: Iterable[Any]) -> None:
-        """Add records to the end of the file and flush them."""
-        self._write(self.path, records)
+        """Add records to the end of the file and flush them. On an error none is added, and no half line stays."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            self._write(self.path, records)
+        except BaseException:
+            os.truncate(self.path, size)
+            raise
 
     @staticmethod
     def _write(path: Path, records: Iterable[Any]) -> None:
