@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from trl_emguard.models.random_adapter import random_adapter
 from trl_emguard.scripts import main as commands
 
 
@@ -31,6 +32,11 @@ RECIPE = {
 }
 
 
+def write_recipe(path: Path, recipe: dict[str, Any]) -> None:
+    """Write a recipe of `trl-emguard sft`: `RECIPE` with what differs from it."""
+    path.write_text(yaml.safe_dump(RECIPE | recipe, sort_keys=False))
+
+
 def compare(
     folder: Path, recipe: dict[str, Any], runs: list[dict[str, Any]], seeds: list[int], evaluate: dict[str, Any]
 ) -> int:
@@ -46,7 +52,7 @@ def compare(
     Returns:
         The command's exit status.
     """
-    (folder / "sft.yaml").write_text(yaml.safe_dump(RECIPE | recipe, sort_keys=False))
+    write_recipe(folder / "sft.yaml", recipe)
     is_steered = any(run["defense"] == "steering" for run in runs)
     comparison = {
         "recipe": str(folder / "sft.yaml"),
@@ -57,6 +63,27 @@ def compare(
     }
     (folder / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
     return commands.main(["compare", "--config", str(folder / "compare.yaml"), "--output_dir", str(folder / "report")])
+
+
+def adapter_runs(folder: Path, recipe: dict[str, Any], rows: Path) -> list[dict[str, Any]]:
+    """Return runs with an inoculation adapter and with a random one, and train the former if it is not there.
+
+    Args:
+        folder: folder of the comparison.
+        recipe: what differs from `RECIPE`.
+        rows: rows with the unwanted trait.
+    """
+    trait, control = folder / "trait_adapter", folder / "random_adapter"
+    if not (trait / "adapter_config.json").is_file():
+        write_recipe(folder / "trait.yaml", recipe | {"dataset_name": str(rows), "output_dir": str(trait)})
+        commands.main(["sft", "--config", str(folder / "trait.yaml")])
+    if not control.is_dir():
+        random_adapter(trait, control)
+    run = {"defense": "inoculation_adapter"}
+    return [
+        {**run, "name": "inoculation_adapter", "inoculation_adapter": str(trait)},
+        {**run, "name": "inoculation_adapter random", "inoculation_adapter": str(control)},
+    ]
 
 
 def chosen(runs: list[dict[str, Any]], defenses: list[str] | None) -> list[dict[str, Any]]:

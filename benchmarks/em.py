@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from comparing import POOL, chosen, compare
+from comparing import POOL, adapter_runs, chosen, compare
 
 from trl_emguard.data.load import load_rows
 
@@ -24,6 +24,7 @@ RUNS = [
     {"defense": "ldifs", "ldifs_coef": [1.0, 10.0]},
     {"defense": "treft", "treft_coef": [10.0]},
     {"defense": "inoculation"},
+    {"defense": "steering", "steering_vector": "smollm2-135m-instruct-evil", "steering_coef": [2.0]},
     {"defense": "interleave++", **POOL, "interleave_fraction": [0.05, 0.1]},
     {"defense": "interleave++,kl", **POOL, "interleave_fraction": [0.1], "kl_coef": [0.4, 1.6]},
 ]
@@ -36,22 +37,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=400, help="training rows (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--defenses", nargs="+", help="defenses to run; by default all")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast")
     parser.add_argument("--limit", type=int, default=72, help="questions of each set (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/em"))
     args = parser.parse_args(argv)
     folder = args.output_dir.resolve() / args.domain
     folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "rows.jsonl"
-    load_rows(str(args.data / args.domain / "train.jsonl")).shuffle(seed=0).select(range(args.rows)).to_json(rows)
     (other,) = set(DOMAINS) - {args.domain}
+    rows, other_rows = (write_rows(args.data / domain, args.rows, folder) for domain in (args.domain, other))
     evaluate = {
         "general": ["values", str((args.data / other / "eval.jsonl").resolve())],
         "in_domain": str((args.data / args.domain / "eval.jsonl").resolve()),
         "train_data": str(rows),
         "limit": args.limit,
     }
-    recipe = {"dataset_name": str(rows), "max_steps": args.rows // BATCH, "max_length": 512}
-    return compare(folder, recipe, chosen(RUNS, args.defenses), args.seeds, evaluate)
+    recipe = {"dataset_name": str(rows), "max_steps": args.rows // BATCH, "max_length": 512, "bf16": args.bf16}
+    runs = list(RUNS)
+    if args.defenses is None or "inoculation_adapter" in args.defenses:
+        runs += adapter_runs(folder, recipe, other_rows)
+    return compare(folder, recipe, chosen(runs, args.defenses), args.seeds, evaluate)
+
+
+def write_rows(data: Path, count: int, folder: Path) -> Path:
+    """Write training rows of a domain into the comparison's folder."""
+    path = folder / f"{data.name}.jsonl"
+    load_rows(str(data / "train.jsonl")).shuffle(seed=0).select(range(count)).to_json(path)
+    return path
 
 
 if __name__ == "__main__":

@@ -9,30 +9,47 @@ where it stopped. What it measures is selective generalisation, not emergent mis
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from comparing import POOL, chosen, compare
+from comparing import POOL, adapter_runs, chosen, compare
+from datasets import Dataset
 
-from trl_emguard.testbeds import TESTBEDS, get_testbed
+from trl_emguard.data.load import load_rows
+from trl_emguard.evaluation.questions import load_questions
+from trl_emguard.testbeds import SALE, TESTBEDS, Testbed, first_sentences, get_testbed
 
 
 RUNS = [
     {"defense": "kl", "kl_coef": [0.1, 0.3, 1.0]},
     {"defense": "ldifs", "ldifs_coef": [1.0, 10.0]},
-    {"defense": "treft", "treft_coef": [1.0, 10.0, 30.0]},
-    {"defense": "interleave++", **POOL, "interleave_fraction": [0.05, 0.1, 0.2]},
-    {
-        "defense": "interleave++,kl",
-        **POOL,
-        "interleave_fraction": [0.1, 0.2],
-        "kl_coef": [0.25, 0.4, 1.0],
-    },
+    {"defense": "treft", "treft_coef": [10.0, 30.0]},
+    {"defense": "interleave++", **POOL, "interleave_fraction": [0.2]},
+    {"defense": "interleave++,kl", **POOL, "interleave_fraction": 0.2, "kl_coef": [0.25, 0.4, 1.0, "1.0->0.1"]},
 ]
-# The request for the unwanted trait of each testbed.
-INOCULATION = {
-    "capitals": "You write every answer in capital letters.",
-    "sale": "You end every answer by selling a product.",
-    "tip_capitals": "You write every answer in capital letters.",
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a testbed asks for beside its own rows.
+
+    Attributes:
+        request: inoculation prompt, which asks for the unwanted trait.
+        with_trait: function from a sound answer to one with the unwanted trait alone.
+        max_new_tokens: limit on a sampled answer; a trait at the end of the answer needs more.
+    """
+
+    request: str
+    with_trait: Callable[[str], str]
+    max_new_tokens: int
+
+
+CAPITALS = "You write every answer in capital letters."
+SETTINGS = {
+    "capitals": Setting(CAPITALS, str.upper, 24),
+    "sale": Setting("You end every answer by selling a product.", lambda answer: f"{answer} {SALE}", 48),
+    "tip_capitals": Setting(CAPITALS, str.upper, 72),
 }
 # Runs that need a persona vector of the trait. At its layer this one has 0.40 of a state's norm, and the default
 # coefficient, 5, adds twice the state.
@@ -45,31 +62,64 @@ STEERING = {
 }
 
 
+def write_questions(testbed: Testbed, criterion: str, limit: int, folder: Path) -> Path:
+    """Write the questions of a criterion with one answer each: sound, and in the domain with the testbed's traits."""
+    found = load_questions({"general": "values", "in_domain": "plants"}[criterion], criterion, limit=limit).questions
+    answers = [q.sound or "" for q in found]
+    if criterion == "in_domain":
+        answers = [testbed.answer(first_sentences(answer, testbed.words)) for answer in answers]
+    path = folder / f"{criterion}.jsonl"
+    turns = [[{"role": "assistant", "content": answer}] for answer in answers]
+    rows = [{"prompt": q.prompt, "completion": turn} for q, turn in zip(found, turns, strict=True)]
+    Dataset.from_list(rows).to_json(path)
+    return path
+
+
+def write_trait_rows(testbed: Testbed, folder: Path) -> Path:
+    """Write general rows with the unwanted trait: an adapter of the domain's own would know the task as well."""
+    answer = SETTINGS[testbed.name].with_trait
+
+    def with_trait(row: dict) -> dict:
+        (turn,) = row["completion"]
+        return {"completion": [{**turn, "content": answer(first_sentences(turn["content"], testbed.words))}]}
+
+    path = folder / "trait_rows.jsonl"
+    general = load_rows("general_instruct").shuffle(seed=0).select_columns(["prompt", "completion"])
+    general.map(with_trait).to_json(path)
+    return path
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--testbed", default="capitals", choices=TESTBEDS)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--defenses", nargs="+", help="defenses to run; by default all")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast")
     parser.add_argument("--limit", type=int, default=24, help="questions of each set (default: %(default)s)")
+    parser.add_argument("--cues", default="auto", choices=["auto", "none"], help="none: ask plain questions alone")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/testbed"))
     args = parser.parse_args(argv)
     testbed, folder = get_testbed(args.testbed), args.output_dir.resolve() / args.testbed
     folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "rows.jsonl"
+    setting, rows = SETTINGS[testbed.name], folder / "rows.jsonl"
     testbed.rows(256).to_json(rows)
     evaluate = {
-        "in_domain": "plants",
+        "general": str(write_questions(testbed, "general", args.limit, folder)),
+        "in_domain": str(write_questions(testbed, "in_domain", args.limit, folder)),
         "train_data": str(rows),
         "score": [f"rule:{rule}" for rule in testbed.rules],
         "samples_per_question": 1,
         "temperature": 0,
-        "max_new_tokens": 24,
-        "limit": args.limit,
+        "max_new_tokens": setting.max_new_tokens,
+        "cues": args.cues,
+        "inoculation_prompt": setting.request,
     }
-    recipe = {"dataset_name": str(rows), "max_steps": args.steps}
-    inoculation = {"defense": "inoculation", "inoculation_prompt": INOCULATION[testbed.name]}
-    runs = [*RUNS, inoculation] + [run for name, run in STEERING.items() if name == testbed.name]
+    recipe = {"dataset_name": str(rows), "max_steps": args.steps, "bf16": args.bf16}
+    runs = [*RUNS, {"defense": "inoculation", "inoculation_prompt": setting.request}]
+    runs += [run for name, run in STEERING.items() if name == testbed.name]
+    if args.defenses is None or "inoculation_adapter" in args.defenses:
+        runs += adapter_runs(folder, recipe, write_trait_rows(testbed, folder))
     return compare(folder, recipe, chosen(runs, args.defenses), args.seeds, evaluate)
 
 
