@@ -79,7 +79,9 @@ def test_checkpoints_are_saved_for_early_stops_alone(tmp_path, baseline, is_save
         "datasets: [{path: FOLDER}]",
     ],
 )
-def test_changed_inputs_are_another_run(tmp_path, option):
+@pytest.mark.parametrize("output_dir", ["out", "."])
+def test_changed_inputs_are_another_run(tmp_path, option, output_dir):
+    """Also those that lie in the comparison's own folder."""
     rows = tmp_path / "input" / "rows.jsonl"
     rows.parent.mkdir()
 
@@ -87,7 +89,8 @@ def test_changed_inputs_are_another_run(tmp_path, option):
         rows.write_text(content)
         os.utime(rows, (seconds, seconds))
         text = "recipe: RECIPE\nruns: [{defense: kl}]\n"
-        return {run.folder for run in plan(tmp_path, text, option.replace("FOLDER", str(rows.parent)) + "\n").runs}
+        recipe = option.replace("FOLDER", str(rows.parent))
+        return {run.folder for run in plan(tmp_path, text, recipe, output_dir).runs}
 
     before = folders("1", 1)
     assert not before & folders("2", 2)
