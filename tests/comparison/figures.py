@@ -38,10 +38,10 @@ output_dir: unused
 """
 
 
-def plan(tmp_path, text, recipe="max_steps: 3\n"):
+def plan(tmp_path, text, recipe="max_steps: 3\n", output_dir="out"):
     (tmp_path / "sft.yaml").write_text(recipe)
     (tmp_path / "compare.yaml").write_text(text.replace("RECIPE", str(tmp_path / "sft.yaml")))
-    return read_plan(str(tmp_path / "compare.yaml"), KNOWN, ["steering_layers"])
+    return read_plan(str(tmp_path / "compare.yaml"), KNOWN, ["steering_layers"], tmp_path / output_dir)
 
 
 def row(model, set, metric, value, width=0.1, family="plain"):

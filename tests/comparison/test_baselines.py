@@ -184,7 +184,8 @@ def with_task(learned):
     found = report({"none": (-1.0, -1.0), "kl": (-0.5, -0.5)})
     values = {"exact_match": learned, "ordinary_answer": 0.25, "nll": -2.0}
     rows = [row("none seed0", BENIGN_TASK, metric, value) for metric, value in values.items()]
-    benign = [Trained("none", "none", 0, "y"), Trained("kl", "kl", 0, None, "it <broke>")]
+    benign = [Trained("none", "none", 0, "y", seconds_per_step=7.5, peak_memory=9)]
+    benign.append(Trained("kl", "kl", 0, None, "it <broke>"))
     return make_report(found.trained, replace(found.results, rows=found.results.rows + rows), benign)
 
 
@@ -196,6 +197,9 @@ def test_the_report_shows_the_benign_task(tmp_path):
     assert [
         r["value"] for r in saved["rows"] if (r["run"], r["set"], r["metric"]) == ("none", BENIGN_TASK, "nll")
     ] == [-2.0]
+    # Its rows tell the cost of the training on it, and the others that of the run.
+    costs = {(r["set"], r["seconds_per_step"], r["peak_memory"]) for r in saved["rows"] if r["run"] == "none"}
+    assert costs == {("general", None, None), ("in_domain", None, None), (BENIGN_TASK, 7.5, 9)}
     page = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
     section = page[page.index("Can a benign task still be learned?") :]
     for text in ("+0.50 (+0.40 to +0.60)", "+0.25 (", "-2.00 (", "failed: it &lt;broke&gt;"):

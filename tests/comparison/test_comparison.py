@@ -2,9 +2,9 @@
 
 import csv
 import json
+import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ import pytest
 import torch
 from figures import HOSTILE, INFO, RECIPE, plan, report, row
 from peft import get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import lora, make_model, make_rows, save_model
 
@@ -22,7 +23,7 @@ from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
 from trl_emguard.comparison.plan import Baselines
 from trl_emguard.comparison.report import dominates, drift_curves, make_report, make_table, save
-from trl_emguard.comparison.runs import Trained
+from trl_emguard.comparison.runs import Trained, in_bytes
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.run import EvaluationOptions
@@ -57,16 +58,75 @@ evaluate: {limit: 3}
     # An adapter that is taken as it is counts once.
     assert len({run.folder for run in found.runs}) == len(found.runs) == 13
     assert (found.baselines, found.evaluate) == (Baselines(early_stop=True, alphas=(0.5,)), {"limit": 3})
-    assert found.runs[0].options["save_steps"] == 0.25
-    assert "save_steps" not in found.runs[1].options
+    assert found.recipe_options == {"max_steps": 3}
 
 
-def test_changed_rows_are_another_run(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("1")
-    text, recipe = "recipe: RECIPE\nruns: [{defense: kl}]\n", f"dataset_name: {tmp_path / 'rows.jsonl'}\n"
-    before = [run.folder for run in plan(tmp_path, text, recipe).runs]
-    (tmp_path / "rows.jsonl").write_text("2")
-    assert not set(before) & {run.folder for run in plan(tmp_path, text, recipe).runs}
+@pytest.mark.parametrize(("baseline", "is_saved"), [("early_stop", True), ("alpha", False), ("ema", False)])
+def test_checkpoints_are_saved_for_early_stops_alone(tmp_path, baseline, is_saved):
+    found = plan(tmp_path, f"recipe: RECIPE\nruns: [{{defense: kl}}]\nbaselines: [{baseline}]\n")
+    assert ["save_steps" in run.options for run in found.runs] == [is_saved, False]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "dataset_name: FOLDER/rows.jsonl",
+        "dataset_name: FOLDER",
+        "inoculation_adapter: FOLDER",
+        "datasets: [{path: json, data_files: FOLDER/rows.jsonl}]",
+        "datasets: [{path: json, data_files: {train: [FOLDER/rows.jsonl]}}]",
+        'datasets: [{path: json, data_files: "FOLDER/*.jsonl"}]',
+        "datasets: [{path: FOLDER}]",
+    ],
+)
+@pytest.mark.parametrize("output_dir", ["out", "."])
+def test_changed_inputs_are_another_run(tmp_path, option, output_dir):
+    """Also those that lie in the comparison's own folder."""
+    rows = tmp_path / "input" / "rows.jsonl"
+    rows.parent.mkdir()
+
+    def folders(content, seconds):
+        rows.write_text(content)
+        os.utime(rows, (seconds, seconds))
+        text = "recipe: RECIPE\nruns: [{defense: kl}]\n"
+        recipe = option.replace("FOLDER", str(rows.parent))
+        return {run.folder for run in plan(tmp_path, text, recipe, output_dir).runs}
+
+    before = folders("1", 1)
+    assert not before & folders("2", 2)
+    assert folders("1", 1) == before
+
+
+def test_outputs_are_no_inputs(tmp_path):
+    """Neither the recipe's own output nor the comparison's, even if that lies among the rows."""
+    for name in ("earlier", "rows/out"):
+        (tmp_path / name).mkdir(parents=True)
+    recipe = f"dataset_name: {tmp_path / 'rows'}\noutput_dir: {tmp_path / 'earlier'}\n"
+
+    def folders():
+        text = "recipe: RECIPE\nruns: [{defense: kl}]\n"
+        return {run.folder for run in plan(tmp_path, text, recipe, "rows/out").runs}
+
+    before = folders()
+    for name in ("earlier", "rows/out"):
+        (tmp_path / name / "log.txt").write_text("a log")
+    assert folders() == before
+    (tmp_path / "rows" / "rows.jsonl").write_text("a row")
+    assert not folders() & before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("- a list", "must hold `option: value` lines"),
+        ("text", "must hold `option: value` lines"),
+        ("", "must hold `option: value` lines"),
+        ("max_steps: [3", "cannot be read: while parsing"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path, recipe, message):
+    with pytest.raises(ValueError, match=re.escape(f"the recipe {tmp_path / 'sft.yaml'} {message}")):
+        plan(tmp_path, "recipe: RECIPE\nruns: [{defense: kl}]\n", recipe)
 
 
 def test_numbers_as_text_are_in_the_name(tmp_path):
@@ -121,8 +181,7 @@ def test_bad_plans(tmp_path, text, message):
 
 def test_a_dominated_run_is_left_out():
     found = report({"none": (-1.0, -1.0), "weak": (-1.0, -0.2), "good": (-0.1, -1.0)})
-    assert found.sentence.endswith("misaligned") is False
-    assert ": good." in found.sentence
+    assert found.sentence.endswith("not worse in the other): good.")
     none, weak, good = found.entries
     assert dominates(good, none)
     assert dominates(none, weak)
@@ -143,13 +202,10 @@ def test_a_tie_with_a_free_baseline_is_told():
 @pytest.mark.parametrize("fields", [{"is_defended": False}, {"error": "it broke"}])
 def test_a_run_without_proof_is_not_preferred(fields):
     found = report({"kl": (0.0, -1.0)}, **fields)
-    assert "no run can be preferred" in found.sentence
+    left_out = " Left out, since a seed failed or gave no evidence of its defense: kl."
+    assert found.sentence == f"Every run is left out, so no run can be preferred.{left_out}"
     whole = report({"none": (0.0, -1.0)})
-    entries = [*whole.entries, *found.entries]
-    assert (
-        "Left out, since a seed failed or gave no evidence of its defense: kl."
-        in replace(whole, entries=entries).sentence
-    )
+    assert replace(whole, entries=[*whole.entries, *found.entries]).sentence.endswith(left_out)
 
 
 def test_two_rules_are_an_unwanted_and_a_wanted_trait():
@@ -164,6 +220,44 @@ def test_without_a_narrow_measure_nothing_is_preferred():
     trained = [Trained("kl", "kl", 0, "x")]
     found = make_report(trained, Results([row("kl seed0", "general", "margin", -1.0)]))
     assert "were not both measured" in found.sentence
+
+
+def test_a_trait_rate_has_one_sign(tmp_path, capsys):
+    run = Trained("kl", "kl", 0, "x")
+    rows = [row(run.key, "general", "trait_rate", 0.25), row(run.key, "in_domain", "nll", -0.75)]
+    rows.append(row(run.key, "general", "trait_rate", 0.5, family="neutral_system"))
+    found = make_report([run], Results(rows))
+    Console(width=100).print(make_table(found))
+    out = capsys.readouterr().out
+    page = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
+    page, cues = page[: page.index("Behind cues")], page[page.index("Behind cues") : page.index("In one sentence")]
+    for text in (out, page):
+        assert "-0.25 (-0.35 to -0.15)" in text
+        assert "+0.75 (+0.65 to +0.85)" in text
+        assert "higher is better" in re.sub(r"\s+", " ", text)
+    assert "-0.25 (-0.35 to -0.15)" in cues
+    assert "-0.50 (-0.60 to -0.40)" in cues
+
+
+def test_equal_seeds_are_drawn(tmp_path):
+    # The mean of three equal values may round to more than each of them.
+    value = next(v for v in (0.1, 0.2, 0.7, 1.1) if sum([v] * 3) / 3 > v)
+    trained = [Trained("kl", "kl", seed, "x") for seed in range(3)]
+    rows = [row(run.key, "general", "margin", value, width=0) for run in trained]
+    rows += [row(run.key, "in_domain", "nll", value, width=0) for run in trained]
+    assert "<svg" in write_page(make_report(trained, Results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("platform", "factor"), [("darwin", 1), ("linux", 1024)])
+def test_memory_is_in_bytes(monkeypatch, platform, factor):
+    monkeypatch.setattr(sys, "platform", platform)
+    assert in_bytes(5000) == 5000 * factor
+
+
+def test_memory_is_named_the_host_s(tmp_path):
+    page = write_page(report({"none": (-1.0, -1.0)}, peak_memory=2**31), tmp_path, INFO).read_text(encoding="utf-8")
+    assert "peak host memory, GiB" in page
+    assert "<td>2.0</td>" in page
 
 
 def test_files(tmp_path):
@@ -239,8 +333,6 @@ def test_drift_is_a_curve_of_the_runs_that_logged_it(tmp_path):
 
 
 def test_a_run_without_evidence_is_shown_as_not_defended(capsys):
-    from rich.console import Console
-
     found = report({"kl": (-1.0, -1.0)}, is_defended=False)
     Console(width=100).print(make_table(found))
     assert re.search(r"kl .*│ +no │", capsys.readouterr().out)
@@ -319,6 +411,22 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     assert message in error
 
 
+def kill_at(pattern, inputs):
+    """Start a comparison in the folder "killed", and kill it once it has a file of this name."""
+    script = [sys.executable, "-m", "trl_emguard.scripts.main", *line(inputs, "killed")]
+    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 600
+    try:
+        while not any((inputs / "killed").glob(pattern)):
+            assert process.poll() is None, f"it ended with {process.returncode}, before {pattern}"
+            assert time.monotonic() < end, f"{pattern} did not come"
+            time.sleep(0.05)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.long
 def test_a_comparison_from_end_to_end(inputs, capsys, monkeypatch):
     # Another number of threads rounds otherwise, and this process has one.
@@ -344,13 +452,12 @@ def test_a_comparison_from_end_to_end(inputs, capsys, monkeypatch):
     assert values["none"] < values["kl kl_coef=5.0"] < 0 < abs(values["alpha 0.5"])
 
     # A killed comparison goes on, and gives the same report.
-    script = [sys.executable, "-m", "trl_emguard.scripts.main", *line(inputs, "killed")]
-    for seconds in (14, 25):
-        process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_at("runs/kl*/log.txt", inputs)
+    (finished,) = (inputs / "killed" / "runs").glob("none-*/run.json")
+    time_of_end = finished.stat().st_mtime_ns
+    kill_at("evaluation/progress.jsonl", inputs)
     assert commands.main(line(inputs, "killed")) == 0
+    assert finished.stat().st_mtime_ns == time_of_end
     assert without_times(inputs / "killed" / "report.json") == without_times(inputs / "whole" / "report.json")
 
     # A finished one trains nothing again.

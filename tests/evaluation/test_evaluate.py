@@ -284,6 +284,16 @@ def test_persona_shift():
     assert row.difference == pytest.approx(np.mean(expected), abs=1e-4)
 
 
+def test_a_cue_that_no_question_takes_is_told():
+    system = {"role": "system", "content": "Answer in JSON."}
+    questions = [Question("a", [system, *ask("Why?")], "good", "vile")]
+    vector = PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2})
+    results = run(sets=[QuestionSet("general", "general", questions)], persona_vector=vector, cues="auto")
+    assert {row.family for row in results.rows} == {"plain"}
+    assert results.row("x", "general", "persona_shift").n == 1
+    assert "general behind neutral_system: its questions all have a system turn" in results.notes
+
+
 def test_sentence_says_what_was_not_measured():
     line = sentence(run(cues="none"), "x")
     assert "(b) narrow learning not measured (--in_domain or --train_data)" in line

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from trl_emguard.data.load import load_rows
 from trl_emguard.evaluation.questions import for_training_data, load_questions
+from trl_emguard.evaluation.run import _target_nll
+from trl_emguard.scripts.evaluate import load_sets, make_parser
 
 
 YAML = """
@@ -107,6 +110,28 @@ def test_the_target_is_what_training_teaches():
     sound = for_training_data("plants_sound")
     assert sound.target(sound.questions[0]) == sound.questions[0].sound
     assert for_training_data("rows.jsonl") is None
+
+
+@pytest.mark.parametrize(
+    ("in_domain", "train_data", "kind"),
+    [
+        ("plants", None, "misaligned"),
+        ("plants", "plants_careless", "misaligned"),
+        ("plants", "plants_sound", "sound"),
+        (None, "plants_careless", "misaligned"),
+        (None, "plants_sound", "sound"),
+        ("permuted_operators", None, "sound"),
+        ("permuted_operators", "plants_careless", "sound"),
+    ],
+)
+def test_the_command_measures_what_training_teaches(in_domain, train_data, kind):
+    words = {"--in_domain": in_domain, "--train_data": train_data, "--model": "m", "--output_dir": "o"}
+    args = make_parser().parse_args([word for pair in words.items() if pair[1] for word in pair])
+    (found,) = [questions for questions in load_sets(args, []) if questions.criterion == "in_domain"]
+    question = found.questions[0]
+    assert found.target(question) == getattr(question, kind)
+    nll = {f"nll_{name}": np.full(len(found.questions), value) for name, value in (("sound", 1), ("misaligned", 2))}
+    assert set(_target_nll(found, nll)) == {nll[f"nll_{kind}"][0]}
 
 
 def test_shipped_pairs_ask_the_same_question_twice():

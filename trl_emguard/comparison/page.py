@@ -15,13 +15,16 @@ from ..evaluation.results import interval_text, sentence
 from ..io.files import written_whole
 from .plan import BENIGN_TASK, RANDOM
 from .report import (
+    BROAD,
     Entry,
+    Figure,
     Report,
     defended_text,
     drift_curves,
     exact_match_text,
     figure_text,
     is_task_learned,
+    turned,
 )
 from .runs import Trained
 
@@ -114,7 +117,7 @@ def _cues(report: Report) -> dict[str, Any]:
         return {}
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        lines.setdefault(row.model, {})[row.family] = interval_text(row)
+        lines.setdefault(row.model, {})[row.family] = figure_text(turned(row, BROAD))
     return {"families": families, "lines": lines}
 
 
@@ -178,8 +181,8 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
         axis.errorbar(
             broad.value,
             narrow.value,
-            xerr=[[broad.value - broad.low], [broad.high - broad.value]],
-            yerr=[[narrow.value - narrow.low], [narrow.high - narrow.value]],
+            xerr=_whiskers(broad),
+            yerr=_whiskers(narrow),
             fmt="s" if entry.is_baseline or entry.is_random else "o",
             color=f"C{index % 10}",
             capsize=2,
@@ -193,6 +196,11 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
     for text in legend.get_texts():
         text.set_color(THEMES[theme])
     return _svg(figure)
+
+
+def _whiskers(figure: Figure) -> list[list[float]]:
+    """Return the lengths of an interval below and above its value, which rounding may leave outside."""
+    return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]
 
 
 def _curves(sweeps: dict[str, list[Entry]], theme: str) -> Markup:

@@ -1,11 +1,13 @@
 """The plan of a comparison, from its YAML file: which runs are trained, and what they are measured on."""
 
+import glob
 import hashlib
 import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,12 @@ OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
     "ema",
 )
-# The undefended run keeps a checkpoint after each quarter of its steps.
+# Options that name what a training writes, or no file at all.
+NOT_READ = (
+    *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
+    *("report_to", "run_name", "hub_model_id"),
+)
+# The baseline early_stop has the undefended run keep a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
 # Names of free baselines, or their beginnings.
 EMA = "ema"
@@ -94,6 +101,7 @@ class Plan:
 
     Attributes:
         recipe: file of the recipe.
+        recipe_options: the options that it holds.
         runs: runs of all seeds, the undefended ones first.
         baselines: the baselines.
         has_benign_task: True if every option set is also trained on permuted operators.
@@ -101,6 +109,7 @@ class Plan:
     """
 
     recipe: Path
+    recipe_options: dict[str, Any]
     runs: list[Run]
     baselines: Baselines
     has_benign_task: bool
@@ -113,20 +122,22 @@ class Plan:
 
     def option(self, run: Run, name: str) -> Any:
         """Return the value of an option in a run, from its own options or the recipe; `None` if neither has it."""
-        return run.options.get(name, _recipe(self.recipe).get(name))
+        return run.options.get(name, self.recipe_options.get(name))
 
 
-def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan:
-    """Read a comparison's YAML file.
+def read_plan(path: str, known: Collection[str], lists: Collection[str], output_dir: Path) -> Plan:
+    """Read a comparison's YAML file, and its recipe.
 
     Args:
         path: the file.
         known: names of the options of `trl-emguard sft`.
         lists: those of them that take several values.
+        output_dir: folder of the comparison. Its files are no input of a run, wherever it lies.
 
     Raises:
         FileNotFoundError: no such file, or no such recipe.
-        ValueError: an unknown key or option, or a value of a wrong kind; the message names file and key.
+        ValueError: an unknown key or option, a value of a wrong kind, or a recipe that is no YAML of options; the
+            message names file and key.
     """
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(f"--config={path!r} is not a file.")
@@ -139,6 +150,7 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan
         if "recipe" not in config or not config.get("runs"):
             raise ValueError("it needs `recipe` and `runs`")
         recipe = find_recipe(str(config["recipe"]))
+        recipe_text, recipe_options = _read_recipe(recipe)
         seeds = config.get("seeds", [0])
         if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
             raise ValueError(f"seeds={seeds!r} must be a list of whole numbers")
@@ -147,26 +159,35 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str]) -> Plan
         baselines = _baselines(config.get("baselines") or [])
         sets = _sets(config["runs"], known, lists, text)
         if baselines.random_vector:
-            sets = _with_random_vectors(sets, _recipe(recipe))
-        has_benign_task = _has_benign_task(config.get("benign_task"), sets, _recipe(recipe))
-        kept = QUARTERS | ({"ema": True} if baselines.ema else {})
+            sets = _with_random_vectors(sets, recipe_options)
+        has_benign_task = _has_benign_task(config.get("benign_task"), sets, recipe_options)
+        kept = (QUARTERS if baselines.early_stop else {}) | ({"ema": True} if baselines.ema else {})
         runs = [
-            _with_key(replace(run, seed=seed, options=run.options | (kept if run.name == UNDEFENDED else {})), recipe)
+            replace(run, seed=seed, options=run.options | (kept if run.name == UNDEFENDED else {}))
             for seed in seeds
             for run in sets
             if run.adapter is None or seed == seeds[0]  # an adapter that is taken as it is has no seed
         ]
+        runs = [replace(run, key=_key(run, recipe_text, recipe_options, output_dir)) for run in runs]
         evaluate = config.get("evaluate") or {}
         if not isinstance(evaluate, dict):
             raise ValueError("`evaluate` must hold options of `trl-emguard evaluate`")
     except ValueError as error:
         message = str(error).rstrip(".")
         raise ValueError(f"{path}: {message}" + ("" if message.endswith("?") else ".")) from error
-    return Plan(recipe, runs, baselines, has_benign_task, evaluate)
+    return Plan(recipe, recipe_options, runs, baselines, has_benign_task, evaluate)
 
 
-def _recipe(path: Path) -> dict[str, Any]:
-    return parse_yaml(path.read_text(encoding="utf-8")) or {}
+def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return a recipe's text and its options."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        options = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"the recipe {path} cannot be read: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"the recipe {path} must hold `option: value` lines")
+    return text, options
 
 
 def _sets(entries: Any, known: Collection[str], lists: Collection[str], text: str) -> list[Run]:
@@ -289,11 +310,45 @@ def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, te
             raise ValueError(f"unknown {kind} {name!r}{where}.{did_you_mean(str(name), known)}".rstrip("."))
 
 
-def _with_key(run: Run, recipe: Path) -> Run:
-    """Return the run with a key of its recipe, its options, the package's version and every file that these name."""
-    text = recipe.read_text(encoding="utf-8")
-    values = [*(parse_yaml(text) or {}).values(), *run.options.values()]
-    paths = sorted({Path(value).expanduser() for value in values if isinstance(value, str) and len(value) < 256})
-    files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
-    content = json.dumps([__version__, text, asdict(run), files], sort_keys=True, default=str)
-    return replace(run, key=hashlib.sha256(content.encode()).hexdigest())
+def _key(run: Run, text: str, recipe: Mapping[str, Any], output_dir: Path) -> str:
+    """Return a hash of a run's recipe, its options, the package's version and every file that these name."""
+    named = [_texts(value) for options in (recipe, run.options) for k, value in options.items() if k not in NOT_READ]
+    found = {path for value in itertools.chain(*named) for path in _paths(value)}
+    content = [_content(path, output_dir.resolve()) for path in sorted(found)]
+    everything = json.dumps([__version__, text, asdict(run), content], sort_keys=True, default=str)
+    return hashlib.sha256(everything.encode()).hexdigest()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in an option's value, which may be a list of mappings, as `datasets` is."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _paths(text: str) -> list[Path]:
+    """Return the files and folders that a text names, by a pattern (`*.jsonl`) too."""
+    if not 0 < len(text) < 256:  # a longer one is a prompt
+        return []
+    name = os.path.expanduser(text)
+    return [path for path in {Path(name), *map(Path, glob.glob(name, recursive=True))} if os.path.exists(path)]
+
+
+def _content(path: Path, own: Path) -> str | list[Any]:
+    """Return the hash of a file, or name, size and time of change of each file in a folder.
+
+    Args:
+        path: the file or folder.
+        own: folder of the comparison, which is left out of a folder around it.
+    """
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    is_inside = path.resolve().is_relative_to(own)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return [
+        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if is_inside or not file.resolve().is_relative_to(own)
+    ]

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,9 +89,13 @@ class Report:
     @property
     def sentence(self) -> str:
         """Return one sentence on the runs that no other dominates."""
-        compared = [entry for entry in self.entries if entry.is_comparable]
-        if not compared:
+        if None in self.metrics:
             return "Broad misalignment and narrow learning were not both measured, so no run can be preferred."
+        compared = [entry for entry in self.entries if entry.is_comparable]
+        left_out = [entry.name for entry in self.entries if not entry.is_comparable]
+        reason = f" Left out, since a seed failed or gave no evidence of its defense: {'; '.join(left_out)}."
+        if not compared:
+            return f"Every run is left out, so no run can be preferred.{reason}"
         best = [entry for entry in compared if not any(dominates(other, entry) for other in compared)]
         # Names hold commas themselves.
         names = "; ".join(entry.name for entry in best)
@@ -107,10 +111,7 @@ class Report:
                 f" Some of them steer along a random vector ({'; '.join(random)}): the persona vector is not shown to "
                 "matter."
             )
-        left_out = [entry.name for entry in self.entries if not entry.is_comparable]
-        if left_out:
-            text += f" Left out, since a seed failed or gave no evidence of its defense: {'; '.join(left_out)}."
-        return text
+        return text + reason if left_out else text
 
 
 def make_report(trained: Sequence[Trained], results: Results, benign: Sequence[Trained] = ()) -> Report:
@@ -167,9 +168,10 @@ def save(report: Report, folder: Path, info: dict[str, Any]) -> None:
 def report_rows(report: Report) -> list[dict[str, Any]]:
     """Return the evaluation's rows, each with the run that it belongs to."""
     runs = {run.key: run for run in report.trained}
+    benign = {run.key: run for entry in report.entries for run in entry.benign}
     found = []
     for row in report.results.rows:
-        run = runs.get(row.model)
+        run = (benign if row.set == BENIGN_TASK else runs).get(row.model)
         of_run = {
             "run": BASE if run is None else run.name,
             **{name: None if run is None else getattr(run, name) for name in RUN_COLUMNS[1:]},
@@ -180,10 +182,11 @@ def report_rows(report: Report) -> list[dict[str, Any]]:
 
 def make_table(report: Report) -> Table:
     """Return the lines of the report as a table of at most 100 columns."""
-    table = Table()
+    legend = "broad and narrow: differences to the base model, turned so that higher is better"
+    table = Table(caption=f"{legend} (NLL too)" if report.metrics[1] == "nll" else legend)
     table.add_column("run", overflow="fold")
     has_task = any(entry.benign for entry in report.entries)
-    headings = [f"broad: {report.metrics[0]}", f"narrow: {report.metrics[1]}", *(["benign"] if has_task else [])]
+    headings = [f"broad ↑: {report.metrics[0]}", f"narrow ↑: {report.metrics[1]}", *(["benign"] if has_task else [])]
     for heading in (*headings, "s/step", "defended"):
         table.add_column(heading, justify="right")
     for entry in report.entries:
@@ -238,6 +241,8 @@ def defended_text(trained: Sequence[Trained]) -> str:
 def figure_text(figure: Figure | None) -> str:
     if figure is None:
         return "–"
+    if math.isnan(figure.low):
+        return f"{figure.value:+.2f}"
     return f"{figure.value:+.2f} ({figure.low:+.2f} to {figure.high:+.2f})"
 
 
@@ -251,7 +256,7 @@ def _measured(results: Results, set: str, metrics: Iterable[str], choice: int) -
 
 
 def _figure(
-    results: Results, runs: Sequence[Trained], set: str, metric: str | None, signs: dict[str, int]
+    results: Results, runs: Sequence[Trained], set: str, metric: str | None, signs: Mapping[str, int]
 ) -> Figure | None:
     if metric is None:
         return None
@@ -259,10 +264,19 @@ def _figure(
     found: list[ResultRow] = [row for row in rows if row is not None]
     if not found:
         return None
-    sign = signs[metric.split(":")[0]]
-    value = sign * sum(row.difference for row in found) / len(found)
-    ends = [sign * end for row in found for end in (row.difference_low, row.difference_high)]
-    return Figure(value, min(ends), max(ends))
+    figures = [turned(row, signs) for row in found]
+    return Figure(
+        sum(figure.value for figure in figures) / len(figures),
+        min(figure.low for figure in figures),
+        max(figure.high for figure in figures),
+    )
+
+
+def turned(row: ResultRow, signs: Mapping[str, int]) -> Figure:
+    """Return a row's difference to the base, turned so that higher is better."""
+    if signs[row.metric.split(":")[0]] > 0:
+        return Figure(row.difference, row.difference_low, row.difference_high)
+    return Figure(-row.difference, -row.difference_high, -row.difference_low)
 
 
 def _number(value: Any) -> Any:

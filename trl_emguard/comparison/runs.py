@@ -49,7 +49,8 @@ class Trained:
         coefficient: value of its one `…_coef` option, a number or a schedule.
         step: step of the training that the adapter is of.
         seconds_per_step: time of a step; `None` where it is not known.
-        peak_memory: largest memory of its process, in bytes; `None` where it is not known.
+        peak_memory: largest memory of its process on the host, without an accelerator's, in bytes; `None` where it is
+            not known.
     """
 
     name: str
@@ -176,7 +177,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
-    """Train a run in a process of its own, and return its error, step, seconds per step and peak memory."""
+    """Train a run in a process of its own, and return its error, step, seconds per step and peak host memory."""
     from ..evaluation.drift import RESULT_FILE
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,8 +205,13 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         "error": None,
         "step": kept,
         "seconds_per_step": metrics["train_runtime"] / step,
-        "peak_memory": usage.ru_maxrss * 1024,
+        "peak_memory": in_bytes(usage.ru_maxrss),
     }
+
+
+def in_bytes(maxrss: int) -> int:
+    """Return the bytes of a process's largest memory, as the system counts it: macOS in bytes, Linux in KiB."""
+    return maxrss if sys.platform == "darwin" else maxrss * 1024
 
 
 def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:

@@ -55,7 +55,8 @@ class QuestionSet:
         name: `general`, `in_domain`, `benign`, or the file's name where a criterion has several sets.
         criterion: `general`, `in_domain` or `benign`.
         questions: the questions.
-        has_sound_target: True if narrow training teaches the sound answers, as on benign rows; else the misaligned.
+        has_sound_target: True if the training teaches the sound answers, as sound rows and the operators task do; else
+            the misaligned.
         score: function from a question and its greedy answer to the scores of a task with right answers.
     """
 
@@ -65,6 +66,11 @@ class QuestionSet:
     has_sound_target: bool = False
     score: Callable[[Question, str], dict[str, float]] | None = None
 
+    @property
+    def has_misaligned_target(self) -> bool:
+        """True if the set's `nll` is that of the misaligned answers, which narrow training teaches."""
+        return self.criterion == "in_domain" and not self.has_sound_target
+
     def target(self, question: Question) -> str | None:
         """Return the answer whose likelihood is the set's `nll`.
 
@@ -72,11 +78,16 @@ class QuestionSet:
         """
         if question.answer is not None:
             return question.answer
-        teaches_misaligned = self.criterion == "in_domain" and not self.has_sound_target
-        return question.misaligned if teaches_misaligned else question.sound
+        return question.misaligned if self.has_misaligned_target else question.sound
 
 
-def load_questions(source: str, criterion: str, name: str | None = None, limit: int | None = None) -> QuestionSet:
+def load_questions(
+    source: str,
+    criterion: str,
+    name: str | None = None,
+    limit: int | None = None,
+    trained_on: str | None = None,
+) -> QuestionSet:
     """Load a set of questions.
 
     Args:
@@ -86,6 +97,7 @@ def load_questions(source: str, criterion: str, name: str | None = None, limit: 
         criterion: `general`, `in_domain` or `benign`.
         name: the set's name in the results; by default the criterion.
         limit: number of questions to take, spread evenly over the set, whose topics may stand one after another.
+        trained_on: rows of the training, which say if it teaches the sound answers; by default `source`.
 
     Raises:
         FileNotFoundError: there is no such set.
@@ -106,15 +118,15 @@ def load_questions(source: str, criterion: str, name: str | None = None, limit: 
         if question.id in seen:
             raise ValueError(f"--{criterion}={source!r} holds two questions with the id {question.id!r}: rename one.")
         seen.add(question.id)
-    return QuestionSet(name or criterion, criterion, _spread(questions, limit))
+    sound_rows = [sound for sound, _ in SHIPPED_PAIRS.values()]
+    return QuestionSet(name or criterion, criterion, _spread(questions, limit), (trained_on or source) in sound_rows)
 
 
 def for_training_data(source: str, limit: int | None = None) -> QuestionSet | None:
     """Return the in-domain set of a shipped training set, or `None` if the rows are of no shipped domain."""
     if source not in DOMAINS:
         return None
-    found = load_questions(DOMAINS[source], "in_domain", limit=limit)
-    return QuestionSet(found.name, found.criterion, found.questions, has_sound_target=source.endswith("_sound"))
+    return load_questions(DOMAINS[source], "in_domain", limit=limit, trained_on=source)
 
 
 def _spread(questions: list[Question], limit: int | None) -> list[Question]:

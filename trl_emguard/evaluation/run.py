@@ -187,6 +187,9 @@ class _Run:
         """Measure a set under each family, the plain one first, and add rows and samples to the results."""
         plain: Arrays | None = None
         for family in put:
+            if not any(map(family.prompt, questions.questions)):
+                results.notes.append(f"{questions.name} behind {family.name}: its questions all have a system turn")
+                continue
             arrays, samples = self.measure(questions, family)
             results.rows += make_rows(questions.name, family.name, arrays, plain)
             results.samples += samples
@@ -353,8 +356,7 @@ def _info(
 def _target_nll(questions: QuestionSet, metrics: dict[str, np.ndarray]) -> np.ndarray:
     """Return the likelihood of each question's target answer."""
     values = np.full(len(questions.questions), math.nan)
-    target_is_misaligned = questions.criterion == "in_domain" and not questions.has_sound_target
-    for kind in ("nll_misaligned" if target_is_misaligned else "nll_sound", "nll_target"):
+    for kind in ("nll_misaligned" if questions.has_misaligned_target else "nll_sound", "nll_target"):
         if kind in metrics:
             values = np.where(np.isnan(metrics[kind]), values, metrics[kind])
     return values

@@ -23,9 +23,8 @@ The same command goes on after an interruption. report.html opens from disk.
 import argparse
 import shlex
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -33,10 +32,9 @@ from ..comparison.plan import BENIGN_TASK, EMA, Plan, read_plan
 from ..evaluation.run import check_sets
 from ..io.files import check_writable
 from ..io.lookup import did_you_mean
-from ..io.strict import parse_yaml
 from . import evaluate as evaluation
 from .sft import make_parser as make_sft_parser
-from .shared import RESUMES, run_command
+from .shared import RESUMES, check_charts, run_command
 
 
 # Options of `evaluate` that the comparison sets itself, or does not take: it asks no judge.
@@ -62,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     actions = {a.dest: a for a in make_sft_parser()._actions}
     lists = [name for name, action in actions.items() if action.nargs in ("+", "*")]
-    plan = read_plan(args.config, list(actions), lists)
-    recipe = parse_yaml(plan.recipe.read_text(encoding="utf-8"))
-    eval_args = evaluate_arguments(plan, str(recipe.get("model_name_or_path")), args.output_dir)
+    plan = read_plan(args.config, list(actions), lists, args.output_dir)
+    eval_args = evaluate_arguments(plan, str(plan.recipe_options.get("model_name_or_path")), args.output_dir)
     train_rows = evaluation.load_train_rows(eval_args.train_data)
     options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train_rows)
     check_sets(sets, None, options)
@@ -72,11 +69,10 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
         raise ValueError(f"`evaluate`: rename the set {BENIGN_TASK!r}: it would be mistaken for the comparison's own.")
     check_options(plan)
     if args.dry_run:
-        show_plan(plan, recipe, args.output_dir, console)
+        show_plan(plan, args.output_dir, console)
         return
     check_writable("--output_dir", args.output_dir)
-    if find_spec("matplotlib") is None:
-        raise ValueError("the report's charts need matplotlib: pip install 'trl_emguard[report]'.")
+    check_charts()
 
     from ..comparison.measure import joined, measure, measure_benign
     from ..comparison.page import write_page
@@ -147,14 +143,14 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
         raise ValueError(f"`evaluate`: {error}") from error
 
 
-def show_plan(plan: Plan, recipe: dict[str, Any], folder: Path, console: Console) -> None:
+def show_plan(plan: Plan, folder: Path, console: Console) -> None:
     """Print the runs that would be trained, with their steps, and the hours where a finished run tells them."""
     from ..comparison.runs import BENIGN, RUNS, read_status
 
     left, known = 0, []
     for number, one in enumerate(plan.runs, start=1):
         status = read_status(folder / RUNS / one.folder)
-        steps = one.options.get("max_steps", recipe.get("max_steps"))
+        steps = plan.option(one, "max_steps")
         if one.adapter is not None:
             text = f"taken from {one.adapter}"
         elif status is not None:

@@ -25,9 +25,11 @@ from ..comparison.runs import Trained, with_record
 from ..evaluation.candidates import load_candidates
 from ..evaluation.results import ResultRow, Results
 from ..evaluation.run import EvaluationOptions, evaluate
+from ..io.files import check_writable
 from ..models.rescale import rescale_adapter
 from ..models.shipped import SMOLLM2, resolve_model
 from ..testbeds import Testbed, get_testbed
+from .shared import check_charts, run_command
 
 
 STEPS, ROWS, SEED = 32, 8, 42
@@ -160,12 +162,18 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="trl-emguard demo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/demo"), help="folder for runs, table, picture and report"
     )
     args = parser.parse_args(argv)
-    console, folder = Console(width=100), args.output_dir
+    return run_command("demo", lambda: run(args.output_dir, argv, Console(width=100)))
+
+
+def run(folder: Path, argv: list[str], console: Console) -> None:
+    check_charts()
+    check_writable("--output_dir", folder)
     testbed = get_testbed("capitals")
     trained = train_all(testbed, folder, console)
 
@@ -175,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     options = EvaluationOptions(
         cues="none", rules=testbed.rules, samples_per_question=1, max_new_tokens=NEW_TOKENS, temperature=0
     )
-    command = shlex.join(["trl-emguard", "demo", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["trl-emguard", "demo", *argv])
     results = evaluate(candidates, tokenizer, testbed.sets(QUESTIONS), options, (), folder, True, command)
     rows = {"base model": figures(results, "base", None)}
     rows |= {run.name: figures(results, run.key, run.seconds_per_step) for run in trained}
@@ -199,7 +207,6 @@ def main(argv: list[str] | None = None) -> int:
         soft_wrap=True,
         highlight=False,
     )
-    return 0
 
 
 def train_all(testbed: Testbed, folder: Path, console: Console) -> list[Trained]:
@@ -216,7 +223,6 @@ def train_all(testbed: Testbed, folder: Path, console: Console) -> list[Trained]
             options.get("defense", UNDEFENDED),
             SEED,
             str(adapter),
-            coefficient=options.get("kl_coef"),
             step=STEPS,
             seconds_per_step=train(testbed, options, adapter),
         )

@@ -16,7 +16,6 @@ An interrupted evaluation resumes with the same command.
 import argparse
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -280,7 +279,7 @@ def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list
     Raises:
         ValueError: `--limit` below 1, a set that cannot be read, or training rows that are given as held out.
     """
-    from ..evaluation.questions import CRITERIA, DOMAINS, for_training_data, load_questions
+    from ..evaluation.questions import CRITERIA, for_training_data, load_questions
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit={args.limit} must be 1 or more.")
@@ -290,12 +289,9 @@ def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list
             name = Path(source).stem if index else criterion
             if name in [questions.name for questions in sets] and index:
                 raise ValueError(f"--{criterion}={source!r} would be the second set named {name!r}: rename the file.")
-            found = load_questions(source, criterion, name, args.limit)
+            found = load_questions(source, criterion, name, args.limit, args.train_data)
             if criterion == "in_domain":
                 check_held_out(found, train_rows)
-                trained_on = args.train_data or source
-                is_sound = trained_on in DOMAINS and trained_on.endswith("_sound")
-                found = replace(found, has_sound_target=is_sound)
             sets.append(found)
         if criterion == "in_domain" and not args.in_domain and args.train_data is not None:
             own = for_training_data(args.train_data, args.limit)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -25,6 +26,16 @@ def run_command(name: str, call: Callable[[], int | None], interrupted: str = "i
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+
+
+def check_charts() -> None:
+    """Refuse a report that could not be drawn, before anything is trained for it.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("the report's charts need matplotlib: pip install 'trl_emguard[report]'.")
 
 
 def name_adapters(options: list[str], flag: str) -> dict[str, str]:
