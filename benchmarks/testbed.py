@@ -5,6 +5,7 @@ where it stopped. What it measures is selective generalisation, not emergent mis
 
     python benchmarks/testbed.py --testbed capitals --output_dir outputs/testbed
     python benchmarks/testbed.py --seeds 0 --defenses kl treft     # a part, which the whole takes over later
+    python benchmarks/testbed.py --one_strength                    # one strength of each defense, three seeds
 """
 
 import argparse
@@ -21,12 +22,13 @@ from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.testbeds import SALE, TESTBEDS, Testbed, first_sentences, get_testbed
 
 
+# The first strength of each is the one that `--one_strength` takes.
 RUNS = [
-    {"defense": "kl", "kl_coef": [0.1, 0.3, 1.0]},
-    {"defense": "ldifs", "ldifs_coef": [1.0, 10.0]},
+    {"defense": "kl", "kl_coef": [0.3, 0.1, 1.0]},
+    {"defense": "ldifs", "ldifs_coef": [10.0, 1.0]},
     {"defense": "treft", "treft_coef": [10.0, 30.0]},
     {"defense": "interleave++", **POOL, "interleave_fraction": [0.2]},
-    {"defense": "interleave++,kl", **POOL, "interleave_fraction": 0.2, "kl_coef": [0.25, 0.4, 1.0, "1.0->0.1"]},
+    {"defense": "interleave++,kl", **POOL, "interleave_fraction": 0.2, "kl_coef": [0.4, 0.25, 1.0, "1.0->0.1"]},
 ]
 
 
@@ -95,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--defenses", nargs="+", help="defenses to run; by default all")
-    parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast")
+    parser.add_argument("--one_strength", action="store_true", help="run one strength of each defense")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast, and evaluate in bf16")
     parser.add_argument("--limit", type=int, default=24, help="questions of each set (default: %(default)s)")
     parser.add_argument("--cues", default="auto", choices=["auto", "none"], help="none: ask plain questions alone")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/testbed"))
@@ -113,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         "temperature": 0,
         "max_new_tokens": setting.max_new_tokens,
         "cues": args.cues,
+        "dtype": "bfloat16" if args.bf16 else "auto",
         "inoculation_prompt": setting.request,
     }
     recipe = {"dataset_name": str(rows), "max_steps": args.steps, "bf16": args.bf16}
@@ -120,7 +124,10 @@ def main(argv: list[str] | None = None) -> int:
     runs += [run for name, run in STEERING.items() if name == testbed.name]
     if args.defenses is None or "inoculation_adapter" in args.defenses:
         runs += adapter_runs(folder, recipe, write_trait_rows(testbed, folder))
-    return compare(folder, recipe, chosen(runs, args.defenses), args.seeds, evaluate)
+    runs = chosen(runs, args.defenses)
+    if args.one_strength:
+        runs = [{name: v[:1] if isinstance(v, list) else v for name, v in run.items()} for run in runs]
+    return compare(folder, recipe, runs, args.seeds, evaluate)
 
 
 if __name__ == "__main__":
