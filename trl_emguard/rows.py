@@ -15,15 +15,12 @@ from trl import SFTTrainer, pack_dataset
 from .config import EMGuardConfig
 from .data.columns import TokenColumns
 from .data.places import Collator, Loading
-from .data.prepare import StreamPlan, Tokenizing
+from .data.prepare import STREAM_ROWS, StreamPlan, Tokenizing
 from .defenses import Defense
 from .evidence import InactiveDefenseError
 
 
 logger = get_logger(__name__)
-
-# Rows of a stream are looked at up to this number.
-STREAM_ROWS = 1000
 
 
 class DefendedRows(SFTTrainer):
