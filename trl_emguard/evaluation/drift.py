@@ -132,13 +132,12 @@ class DriftCallback(TrainerCallback):
         else:
             control.should_training_stop = True
 
-    def on_save(self, args, state, control, model=None, **kwargs):
-        if not args.should_save:
-            return
+    def save_into(self, folder, state, model):
+        """Write what a run needs to resume into the checkpoint's folder, before the trainer marks it as whole."""
         is_here = self.budget is None or self.kept_step == state.global_step
         kept = {} if is_here else {KEPT + name: weight for name, weight in self.kept.items()}
         facts = {"measured": self.probe.key, "kept": json.dumps(self._kept() or None)}
-        save_state(STATE_FILE, args, state, model, {**self.probe.base, **kept}, facts)
+        save_state(Path(folder) / STATE_FILE, model, {**self.probe.base, **kept}, facts)
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, model=None, **kwargs):
