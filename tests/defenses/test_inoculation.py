@@ -261,7 +261,9 @@ def test_packing_truncation_and_streams(tmp_path, more):
 def test_completion_only_loss_off(tmp_path):
     """Rows of prompt and completion that are trained on whole: the system turn still teaches nothing."""
     trainer = make(tmp_path, make_data("prompt_completion", True), completion_only_loss=False)
-    for read, taught in texts(trainer, trainer.train_dataset):
+    found = list(texts(trainer, trainer.train_dataset))
+    assert len(found) == 4
+    for read, taught in found:
         assert taught == read.removeprefix(f"<|im_start|>system\n{PROMPT}<|im_end|><|im_start|>user\n")
 
 
@@ -474,7 +476,9 @@ def test_rows_that_are_refused(tmp_path, turns, message, streaming):
 def test_a_null_system_text_counts_as_none(tmp_path):
     rows = Dataset.from_list([{"messages": [turn("system", None), *TALK]}] * 4)
     trainer = make(tmp_path, rows, max_steps=1)
-    assert all(read.count(PROMPT) == 1 and "None" not in read for read, _ in texts(trainer, trainer.train_dataset))
+    found = [read for read, _ in texts(trainer, trainer.train_dataset)]
+    assert len(found) == 4
+    assert all(read.count(PROMPT) == 1 and "None" not in read for read in found)
 
 
 # ---- prompts are counted in the batches ----
