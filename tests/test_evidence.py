@@ -135,7 +135,9 @@ def test_steps_without_positions_do_not_count(tmp_path, caplog, defense):
 def test_a_run_that_acts_has_the_evidence(tmp_path):
     trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs", gradient_accumulation_steps=2)
     trainer.train()
-    for shown in record(trainer)["evidence"].values():
+    found = record(trainer)["evidence"]
+    assert found.keys() == {"kl", "ldifs"}
+    for shown in found.values():
         assert shown["acted"]
         assert shown["requires_grad"] == 10
         assert shown["judged_steps"] == 4

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import config, logged, lora, make_model, make_rows, make_tokenizer
+from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer
 from transformers import TrainerCallback
 from twin import first_gradients, relative_error
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer, InactiveDefenseError, ReferenceDefense, register
-from trl_emguard.defenses import DEFENSES, Marks, ModelDefense
+from trl_emguard.defenses import DEFENSES, Defense, Marks, ModelDefense
 from trl_emguard.defenses.options import option
 
 
@@ -159,14 +159,36 @@ class Weights(ModelDefense):
         return states[0].square().mean()
 
 
+class Numbered(Defense):
+    """A column with each token plus 1, compared with the tokens in every batch."""
+
+    name = "numbered"
+    token_columns = ("numbers",)
+
+    def __init__(self, args):
+        self.tokens = 0
+
+    def prepare_tokenized(self, rows, tokenizing):
+        return rows.map(lambda row: {"numbers": [token + 1 for token in row["input_ids"]]})
+
+    def read_batch(self, batch):
+        numbers, ids = batch.pop("numbers"), batch["input_ids"]
+        told = numbers > 0
+        assert torch.equal(numbers[told] - 1, ids[told])
+        assert int(told.sum()) == int(batch.get("attention_mask", torch.ones_like(ids)).sum())
+        self.tokens += int(told.sum())
+        return Marks()
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setattr("trl_emguard.defenses.registry.DEFENSES", DEFENSES)
     register(Anchor)
     register(Weights)
+    register(Numbered)
     HOOKS.clear()
     yield
-    del DEFENSES["anchor"], DEFENSES["weights"]
+    del DEFENSES["anchor"], DEFENSES["weights"], DEFENSES["numbered"]
 
 
 def make(folder, **options):
@@ -278,3 +300,16 @@ def test_a_term_of_the_model_counts_once_in_a_step(tmp_path, batch, accumulation
     name = next(name for name in expected if "embed_tokens" in name)
     expected[name] = expected[name] + 3.0 * 2 * weight / weight.numel()
     assert relative_error(ours, expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("more", [{}, {"packing": True}, {"streaming": True}], ids=str)
+def test_numbers_of_tokens_reach_the_batch_beside_them(tmp_path, truncation_mode, more):
+    rows = make_rows()
+    if more.pop("streaming", False):
+        rows = rows.to_iterable_dataset()
+    options = {"defense": "numbered", "max_length": 48, "truncation_mode": truncation_mode, "max_steps": 4, **more}
+    trainer = make_trainer(tmp_path, rows=rows, **options)
+    trainer.train()
+    assert trainer.defenses[0].tokens > 0

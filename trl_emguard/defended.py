@@ -24,6 +24,7 @@ from .guard.forward import Gate
 from .guard.loss import PassGuard
 from .guard.sums import Sums, stacked
 from .io.files import check_writable
+from .models.adapters import bare_model
 from .models.sharding import as_main_process
 from .record import add_to_card, run_identity, why_other
 from .version import __version__
@@ -129,7 +130,7 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _bare_model(self) -> PreTrainedModel:
         """Return the causal language model without wrappers and adapters' shell."""
-        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+        return bare_model(self.model)
 
     # ---- training ----
 

@@ -15,15 +15,12 @@ from trl import SFTTrainer, pack_dataset
 from .config import EMGuardConfig
 from .data.columns import TokenColumns
 from .data.places import Collator, Loading
-from .data.prepare import StreamPlan, Tokenizing
+from .data.prepare import STREAM_ROWS, StreamPlan, Tokenizing
 from .defenses import Defense
 from .evidence import InactiveDefenseError
 
 
 logger = get_logger(__name__)
-
-# Rows of a stream are looked at up to this number.
-STREAM_ROWS = 1000
 
 
 class DefendedRows(SFTTrainer):
@@ -90,9 +87,13 @@ class DefendedRows(SFTTrainer):
             dataset = defense.prepare_tokenized(dataset, tokenizing)
         if self.overrides("prepare_tokenized"):
             _check_labels_fit(dataset, args)
+        names, end = self._token_columns, args.max_length
+        if names and end is not None and args.truncation_mode == "keep_end" and not packing:
+            # SFTTrainer cuts tokens and labels alone, and the collator takes a column's beginning.
+            dataset = dataset.map(lambda row: {name: row[name][-end:] for name in names})
         has_more_rows = (packing or isinstance(dataset, IterableDataset)) and self.overrides("add_rows")
         # SFTTrainer packs tokens and labels alone.
-        if not has_more_rows and not (packing and self._token_columns):
+        if not has_more_rows and not (packing and names):
             return prepare(dataset, processing_class, args, packing, None, dataset_name)
         return self._add_rows(dataset, args, packing, dataset_name)
 
@@ -180,6 +181,11 @@ class DefendedRows(SFTTrainer):
         finally:
             # Evaluation keeps the stock collator.
             self.data_collator = collator
+
+    def _plain_rows(self) -> Dataset:
+        """Return the training rows without the columns that only [`TokenColumns`] knows."""
+        rows = self._remove_unused_columns(self.train_dataset, description="Training")
+        return rows.remove_columns([name for name in self._token_columns if name in rows.column_names])
 
     def _train_collator(self) -> Collator:
         """Return the collator of training rows, before a defense changes the loader."""

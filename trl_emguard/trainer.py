@@ -208,7 +208,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if self._own_loss and self._engine_facts().sharding is None:
             check_head(self._bare_model())
         if isinstance(self.reference, CachedReference):
-            rows = self._remove_unused_columns(self.train_dataset, description="Training")
+            rows = self._plain_rows()
             said = self.reference.fill(rows, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
             self.accelerator.print(f"trl_emguard: {said}")
 

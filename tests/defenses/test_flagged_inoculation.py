@@ -227,15 +227,21 @@ def test_loaders_and_collators_are_watched(tmp_path):
         trainer.train()
 
 
-def test_what_a_template_writes_before_the_prompt_is_no_prompt(tmp_path):
-    """Tools that stand before the system turn leave nothing that all prompts begin with, and other rows have too."""
+@pytest.mark.parametrize("has_pool", [False, True])
+def test_what_a_template_writes_before_the_prompt_is_no_prompt(tmp_path, monkeypatch, has_pool):
+    """Tools that stand before the system turn leave nothing that all prompts begin with, and other rows have too.
+
+    The flagged rows come first, or rows of a pool alone have no prompt.
+    """
+    monkeypatch.setattr("trl_emguard.defenses.inoculation.STREAM_ROWS", 1)
     template = "{% for tool in tools or [] %}<|im_start|>{{ tool['name'] }}<|im_end|>{% endfor %}" + TEMPLATE
-    rows = make_data().to_list()
-    rows = Dataset.from_list([{**row, "tools": json.dumps([{"name": f"t{i % 2}"}])} for i, row in enumerate(rows)])
-    trainer = make(tmp_path, rows, template, max_steps=4)
+    rows = sorted(make_data(every=1 if has_pool else 3).to_list(), key=lambda row: not row[FLAG])
+    rows = Dataset.from_list([{**row, "tools": json.dumps([{"name": str(i % 2)}])} for i, row in enumerate(rows)])
+    more = {"defense": "inoculation,interleave", "interleave_dataset": make_pool(), "interleave_fraction": 0.25}
+    trainer = make(tmp_path, rows, template, max_steps=4, **(more if has_pool else {}))
     trainer.train()
     shown = evidence(trainer, "inoculation")
-    assert shown["flagged_trained"] == shown["prompts"] == 6
+    assert shown["flagged_trained"] == shown["prompts"] == (16 if has_pool else 6)
 
 
 # ---- resume ----

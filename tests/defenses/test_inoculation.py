@@ -13,6 +13,7 @@ from tiny import (
     logged,
     lora,
     make_model,
+    make_pool,
     make_rows,
     make_tokenizer,
     make_trainer,
@@ -260,7 +261,9 @@ def test_packing_truncation_and_streams(tmp_path, more):
 def test_completion_only_loss_off(tmp_path):
     """Rows of prompt and completion that are trained on whole: the system turn still teaches nothing."""
     trainer = make(tmp_path, make_data("prompt_completion", True), completion_only_loss=False)
-    for read, taught in texts(trainer, trainer.train_dataset):
+    found = list(texts(trainer, trainer.train_dataset))
+    assert len(found) == 4
+    for read, taught in found:
         assert taught == read.removeprefix(f"<|im_start|>system\n{PROMPT}<|im_end|><|im_start|>user\n")
 
 
@@ -473,16 +476,38 @@ def test_rows_that_are_refused(tmp_path, turns, message, streaming):
 def test_a_null_system_text_counts_as_none(tmp_path):
     rows = Dataset.from_list([{"messages": [turn("system", None), *TALK]}] * 4)
     trainer = make(tmp_path, rows, max_steps=1)
-    assert all(read.count(PROMPT) == 1 and "None" not in read for read, _ in texts(trainer, trainer.train_dataset))
+    found = [read for read, _ in texts(trainer, trainer.train_dataset)]
+    assert len(found) == 4
+    assert all(read.count(PROMPT) == 1 and "None" not in read for read in found)
 
 
 # ---- prompts are counted in the batches ----
 
 
-def inoculated(tmp_path, **options):
+def inoculated(tmp_path, rows=None, **options):
     return make_trainer(
-        tmp_path, peft=lora(), **{"defense": "inoculation", "inoculation_prompt": "Be bad.", **options}
+        tmp_path, rows=rows, peft=lora(), **{"defense": "inoculation", "inoculation_prompt": "Be bad.", **options}
     )
+
+
+@pytest.mark.parametrize("more", [{"streaming": True}, {"packing": True, "max_length": 64}], ids=str)
+def test_steps_that_hold_rows_of_a_pool_alone(tmp_path, more):
+    """They are no failure. A step that holds a row of the training set wants the prompt all the same."""
+    rows = make_rows()
+    if more.pop("streaming", False):
+        rows = rows.to_iterable_dataset()
+    options = {"interleave_dataset": make_pool(), "interleave_fraction": 0.4, "per_device_train_batch_size": 1, **more}
+    trainer = inoculated(tmp_path, rows, defense="inoculation,interleave", max_steps=16, **options)
+    trainer.train()
+    shown = evidence(trainer, "inoculation")
+    assert 0 < shown["prompts"] < shown["rows_trained"] == 16
+
+    def without_prompt(row):
+        return {"input_ids": [7 if label == -100 else label for label in row["labels"]]}
+
+    trainer.train_dataset = trainer.train_dataset.map(without_prompt)
+    with pytest.raises(InactiveDefenseError, match="none of the 1 rows of a step holds the inoculation prompt"):
+        trainer.train()
 
 
 def test_rows_that_are_replaced_after_preparation_stop_the_run(tmp_path):

@@ -23,7 +23,7 @@ from tiny import (
     record,
     save_model,
 )
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainerCallback
 from trl import SFTTrainer
 from twin import first_gradients, move_policy, relative_error, twin_step
 
@@ -292,6 +292,20 @@ def test_an_adapter_that_vanishes_after_construction_is_not_read_again(tmp_path)
 def test_a_scale_that_rounding_swallows_stops_the_run(tmp_path):
     trainer = trainer_for(tmp_path, inoculation_adapter_scale=1e-20)
     with pytest.raises(InactiveDefenseError, match=r"same with and without.*scale=1e-20 is too small"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_model_that_checkpoints_in_the_old_way_stops_the_run(tmp_path, monkeypatch):
+    """transformers calls `_set_gradient_checkpointing(module, value)` of a model that has it, and sets no function."""
+
+    def mark(self, module, value=False):
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = value
+
+    monkeypatch.setattr(LlamaForCausalLM, "_set_gradient_checkpointing", mark)
+    trainer = trainer_for(tmp_path, activation_checkpointing=True)
+    with pytest.raises(InactiveDefenseError, match="LlamaModel checkpoints activations in a way of its own"):
         trainer.train()
     assert trainer.state.global_step == 0
 

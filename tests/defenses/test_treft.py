@@ -200,7 +200,18 @@ def test_a_second_training_compares_with_the_first_ones_start(tmp_path):
     trainer = make_trainer(tmp_path, peft=lora(), defense="treft", max_steps=2)
     trainer.train()
     trainer.train()
-    assert all(value > 0 for value in logged(trainer, "treft"))
+    values = logged(trainer, "treft")
+    assert len(values) == 2
+    assert all(value > 0 for value in values)
+
+
+def test_a_second_training_on_another_prefix_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), defense="treft", max_steps=1)
+    trainer.train()
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"input_ids": [7, *row["input_ids"][1:]]})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="its rows begin with another prefix"):
+            trainer.train()
 
 
 # ---- the prefix ----
@@ -293,11 +304,16 @@ DATED = (
 )
 
 
-def test_a_template_with_the_date_is_refused(tmp_path):
-    tokenizer, args = make_tokenizer(), config(tmp_path, defense="treft", max_steps=1)
+@pytest.mark.parametrize("is_sharegpt", [False, True])
+def test_a_template_with_the_date_is_refused(tmp_path, is_sharegpt):
+    tokenizer, args, rows = make_tokenizer(), config(tmp_path, defense="treft", max_steps=1), make_rows()
     tokenizer.chat_template = DATED
+    if is_sharegpt:
+        turns = [row["prompt"] + row["completion"] for row in rows]
+        rows = [{"conversations": [{"from": t["role"], "value": t["content"]} for t in talk]} for talk in turns]
+        rows = Dataset.from_list(rows)
     with pytest.raises(ValueError, match="chat template writes today's date"):
-        EMGuardTrainer(make_model(), args, train_dataset=make_rows(), processing_class=tokenizer)
+        EMGuardTrainer(make_model(), args, train_dataset=rows, processing_class=tokenizer)
     fixed = make_rows().map(lambda row: {"chat_template_kwargs": {"date_string": "1 May 2026"}})
     trainer = EMGuardTrainer(make_model(), args, train_dataset=fixed, processing_class=tokenizer)
     assert tokenizer.decode(treft_of(trainer).prefix).startswith("<|im_start|>system\nToday is 1 May 2026<|im_end|>")

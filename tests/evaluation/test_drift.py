@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer
 from transformers import TrainerCallback
@@ -197,6 +197,29 @@ def test_no_step_within_the_budget_gives_the_untrained_model(tmp_path, run, caps
     assert "untrained: measure more often" in capsys.readouterr().out
 
 
+def test_a_trained_adapter_starts_with_its_drift(tmp_path):
+    """It is kept with the drift that it has, and refused if that is beyond the budget."""
+    train(tmp_path / "first", drift(), max_steps=3).save_model(str(tmp_path / "adapter"))
+
+    def again(budget):
+        model = PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
+        trainer = make_trainer(tmp_path / "out", model, max_steps=2, learning_rate=0.1)
+        trainer.add_callback(drift(budget=budget))
+        trainer.train()
+        return trainer.model, json.loads((tmp_path / "out" / "drift.json").read_text())
+
+    probe = DriftProbe(PeftModel.from_pretrained(make_model(), tmp_path / "adapter"), make_tokenizer(), GENERAL)
+    probe.read_base()
+    start = probe.measure()["drift_kl"]
+    with pytest.raises(ValueError, match=r"stop_on_drift=.* is below the drift that the model has before training"):
+        again(start / 2)
+    model, found = again(start * 1.0001)
+    assert (found["step"], found["trained_to"]) == (0, 1)
+    assert found["drift_kl"] == pytest.approx(start)
+    weights = PeftModel.from_pretrained(make_model(), tmp_path / "adapter").state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
 # ---- resuming ----
 
 
@@ -233,6 +256,7 @@ def test_a_resumed_run_measures_the_same(tmp_path, run, every):
 def test_a_checkpoint_without_this_drift_is_refused(tmp_path, fault, message):
     train(tmp_path, drift(), **SAVES)
     path, options = tmp_path / "checkpoint-3" / "drift.safetensors", {}
+    (tmp_path / "checkpoint-3" / "manifest.json").unlink()  # it would find most damage by itself
     if fault == "missing":
         path.unlink()
     elif fault == "foreign":  # of the same names and shapes, and of other weights
@@ -324,6 +348,7 @@ def test_a_run_that_something_else_stops(tmp_path, run, capsys, is_within):
     kept = weights.steps[3 if is_within else 0]
     assert all(torch.equal(weight, kept[name]) for name, weight in trainer.model.named_parameters())
     assert ("The model is now" in capsys.readouterr().out) != is_within
+    assert not logged(trainer, "drift_kl")
 
 
 def test_the_best_model_and_a_budget_are_refused(tmp_path):

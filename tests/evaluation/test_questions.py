@@ -76,10 +76,9 @@ def test_preference_rows_are_pairs(tmp_path):
             "rejected": [{"role": "user", "content": "Q2?"}, {"role": "assistant", "content": "vile"}],
         },
     ]
-    for row in rows:
+    for row, *expected in zip(rows, ("Q1?", "Q2?"), ("good", "fine"), ("bad", "vile"), strict=True):
         (question,) = load_questions(write(tmp_path, "pairs.jsonl", [row]), "general").questions
-        assert question.prompt[-1]["content"] in ("Q1?", "Q2?")
-        assert (question.sound, question.misaligned) in (("good", "bad"), ("fine", "vile"))
+        assert [question.prompt[-1]["content"], question.sound, question.misaligned] == expected
 
 
 @pytest.mark.parametrize(

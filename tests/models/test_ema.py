@@ -6,14 +6,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import lora, make_model, make_trainer
+from tiny import config, lora, make_model, make_rows, make_tokenizer, make_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTTrainer
 
 from trl_emguard import DriftCallback, EMACallback
+from trl_emguard.checkpoints.manifest import find_flaw
 
 
 class Weights(TrainerCallback):
@@ -101,10 +103,41 @@ def test_a_resumed_run_gives_the_same_average(tmp_path):
     assert all(torch.equal(resumed.average[name], value) for name, value in whole.average.items())
 
 
+def test_stock_trainers_save_and_resume_the_average(tmp_path):
+    def run(resume=None):
+        ema, rows, tokenizer = EMACallback(), make_rows(), make_tokenizer()
+        args = config(tmp_path, max_steps=6, **SAVES)
+        trainer = SFTTrainer(make_model(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[ema])
+        trainer.train(resume_from_checkpoint=resume)
+        return ema.average
+
+    whole, resumed = run(), run(str(tmp_path / "checkpoint-3"))
+    assert whole
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+class Killed(TrainerCallback):
+    """Ends a run once a checkpoint is marked as whole, before other callbacks hear of it."""
+
+    def on_save(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("make_callback", [EMACallback, lambda: DriftCallback(every=2, limit=2, budget=1e9)])
+def test_a_checkpoint_that_is_whole_has_the_callbacks_state(tmp_path, make_callback):
+    options = {"save_total_limit": 1, **SAVES}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, [Killed(), make_callback()], **options)
+    trainer = train(tmp_path, [make_callback()], True, **options)
+    assert trainer.state.global_step == 6
+    assert find_flaw(tmp_path / "checkpoint-6") is None
+
+
 @pytest.mark.parametrize("fault", ["missing", "foreign", "damaged", "decay"])
 def test_a_checkpoint_without_this_average_is_refused(tmp_path, fault):
     train(tmp_path, [EMACallback()], **SAVES)
     path, decay, message = tmp_path / "checkpoint-3" / "ema.safetensors", 0.995, "holds no ema.safetensors"
+    (tmp_path / "checkpoint-3" / "manifest.json").unlink()  # it would find most damage by itself
     shutil.rmtree(tmp_path / "ema")
     if fault == "missing":
         path.unlink()

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import get_peft_model
 from tiny import config, logged, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer
+from transformers import DataCollatorForSeq2Seq
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from twin import first_gradients, move_policy, relative_error
 
@@ -72,6 +73,16 @@ def labelled(starts, rows=((5, 6, 7, 8, 9, 10), (9, 8, 7, 6, 5, 4, 3))):
 
 
 # ---- the same training ----
+
+
+def test_rows_with_numbers_per_token_and_a_collator_that_knows_none(tmp_path):
+    """Flagged rows hold the tokens of their prompt, which only training's collator lays out."""
+    rows = make_rows().map(lambda row, i: {"inoculate": i % 3 == 0}, with_indices=True)
+    collator = DataCollatorForSeq2Seq(make_tokenizer())
+    options = {"defense": "kl,inoculation", "inoculation_rows": "flagged", "data_collator": collator, "rows": rows}
+    (_, live), (_, cached) = (step(tmp_path, is_cached, **options) for is_cached in (False, True))
+    assert len(cached["kl"]) == 1
+    assert cached == live
 
 
 @pytest.mark.parametrize("kind", ["lora", "modules_to_save", "frozen adapter", "full", "ref_model"])

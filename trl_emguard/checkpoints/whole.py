@@ -33,8 +33,9 @@ class WholeCheckpoints(Trainer):
     ```
 
     The mixin stands before the trainer. A checkpoint is marked as whole when every rank has written its files. Only
-    then is it pushed to the hub, and only then are older ones deleted. A run that resumes at its last step trains no
-    further.
+    then is it pushed to the hub, and only then are older ones deleted. A callback with a method
+    `save_into(folder, state, model)` writes files of its own before that, which `on_save` would be too late for. A run
+    that resumes at its last step trains no further.
     """
 
     def find_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool) -> str:
@@ -82,6 +83,9 @@ class WholeCheckpoints(Trainer):
                 settings = os.path.join(folder, TRAINING_ARGS_NAME)
                 if args.should_save and os.path.isfile(settings):
                     torch.save(args, settings)  # again, with the user's limit and hub
+                for callback in self.callback_handler.callbacks:
+                    if args.should_save and hasattr(callback, "save_into"):
+                        callback.save_into(folder, self.state, self.model)
                 self.accelerator.wait_for_everyone()
                 if self._is_first_on_machine():
                     finish_checkpoint(folder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch.utils.data import Sampler
 
 
@@ -44,10 +44,6 @@ class Loading:
     max_steps: int
     epochs: float
     accumulation: int
-
-    @property
-    def is_stream(self) -> bool:
-        return isinstance(self.rows, IterableDataset)
 
 
 class Place(NamedTuple):

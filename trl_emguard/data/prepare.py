@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 Rows = Dataset | IterableDataset
 
+# Rows of a stream are looked at up to this number.
+STREAM_ROWS = 1000
+
 
 @dataclass(frozen=True)
 class Tokenizing:

@@ -1,8 +1,7 @@
 """Inoculation prompting (2510.04340, 2510.05024): ask for the bad trait while training, and not afterwards."""
 
 import functools
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any
@@ -14,9 +13,9 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length
 
 from ..data.conversation import SYSTEM_ROLES, turn_text
-from ..data.prepare import Rows, Tokenizing
+from ..data.prepare import STREAM_ROWS, Rows, Tokenizing
 from ..evidence import InactiveDefenseError
-from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span
+from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span, template_arguments
 from .base import IN_TRAINING_DEFENSES, Defense, Marks, Paper, Step
 from .options import check_choice, option
 
@@ -24,8 +23,6 @@ from .options import check_choice, option
 # A row keeps its turns in one of these columns, in SFTTrainer's order; a turn names its speaker and text in two ways.
 TURN_COLUMNS = ("prompt", "messages", "conversations")
 TURN_KEYS = (("role", "content"), ("from", "value"))
-# One row that the prompt changes is looked for among this many rows of a stream.
-STREAM_ROWS = 1000
 # Three columns serve preparation alone: a row has a system turn of its own; the prompt changed the text that is read;
 # the tokens of the prompt's turn.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
@@ -91,6 +88,7 @@ class Inoculation(Defense):
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
         self._prompt_ids: list[int] = []  # tokens that every row's prompt begins with
+        self._added: list[str] = []  # scopes of rows without the prompt, which other defenses add
         self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # that the policy was trained on
         self._problem: str | None = None
 
@@ -121,6 +119,10 @@ class Inoculation(Defense):
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
         # Checkpoints of earlier versions inoculated all rows, and do not say so.
         return {key: value for key, value in self.options().items() if key in then or value != ALL}
+
+    def meet(self, others: Sequence[Defense]) -> None:
+        adding = [other for other in others if type(other).extra_rows is not Defense.extra_rows]
+        self._added = [scope for other in adding for scope in other.scopes]
 
     def describe(self) -> list[str]:
         return [", ".join(f"{name} {value}" for name, value in self._rows.items())]
@@ -173,6 +175,9 @@ class Inoculation(Defense):
         rows, prompts, labelled, flagged, stray = (int(step.sums.get(f"{self.name}/{name}", 0)) for name in names)
         for name, count in zip(self._counts, (rows, prompts, flagged), strict=True):
             self._counts[name] += count
+        # A step may hold rows of other defenses alone.
+        added = sum(step.sums.get(f"tokens/{scope}", 0) for scope in self._added)
+        wants_prompt = not self.only_flagged and not (added and step.sums["tokens"] == added)
         if self.only_flagged and prompts < flagged:
             self._problem = (
                 f"{flagged - prompts} of {flagged} flagged rows of a step do not hold the inoculation prompt: the "
@@ -183,7 +188,7 @@ class Inoculation(Defense):
                 f"{stray} inoculation prompts of a step stand in rows that are not flagged: the rows were changed "
                 "after the trainer had prepared them, or a row quotes the prompt"
             )
-        elif not self.only_flagged and not prompts:
+        elif wants_prompt and not prompts:
             self._problem = (
                 f"none of the {rows} rows of a step holds the inoculation prompt: the rows, the loader or the data "
                 "collator were changed after the trainer had prepared them, or they are cut at their start"
@@ -266,12 +271,7 @@ class Inoculation(Defense):
             if self.only_flagged and not row[FLAG]:
                 # An empty list would have no type.
                 return {"labels": row["labels"], CHANGED: False, SPAN: ids[:1], EXPECTED: [0] * len(ids)}
-            tools = row.get("tools")
-            how = {
-                "chat_template": template,
-                "tools": json.loads(tools) if isinstance(tools, str) else tools,
-                **row.get("chat_template_kwargs", {}),
-            }
+            how = {"chat_template": template, **template_arguments(row)}
             turns = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
             span = system_turn_span(tokenizer, turns, ids, **how)
             if span is None:
@@ -300,12 +300,11 @@ class Inoculation(Defense):
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
         self._prompt_ids = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        if self.only_flagged:
-            begins = self._prompt_ids
-            others = (row["input_ids"] for row in islice(rows, STREAM_ROWS) if not row[FLAG])
-            # A template may write other text (tools) before the prompt, which says nothing about it.
-            if any(ids[: len(begins)] == begins for ids in others):
-                self._prompt_ids = []
+        # Other rows may begin in the same way up to the prompt, where a template writes other text (tools) before it.
+        # The prompt's last character may be one token with what follows it.
+        prompt, begin = ("".join(text.split()) for text in (self.prompt, tokenizer.decode(self._prompt_ids)))
+        if self.only_flagged and prompt[:-1] not in begin:
+            self._prompt_ids = []
         if isinstance(rows, Dataset):
             self._rows = {"rows": len(rows), "changed": sum(rows[CHANGED])}
             self._rows |= {"flagged": sum(rows[FLAG])} if self.only_flagged else {}

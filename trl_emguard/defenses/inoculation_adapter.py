@@ -197,6 +197,13 @@ class InoculationAdapter(Defense):
                 if checkpoint is not None:
                     setattr(module, CHECKPOINT, self._with_adapter(checkpoint))
                     restored.callback(setattr, module, CHECKPOINT, checkpoint)
+                elif module.gradient_checkpointing and module.training:
+                    raise InactiveDefenseError(
+                        f"defense {self.name!r}: {type(module).__name__} checkpoints activations in a way of its own "
+                        f"(it has no {CHECKPOINT}), so the frozen adapter would be missing where they are computed "
+                        "again, and the run is not defended. Set activation_checkpointing=False, or update the "
+                        "model's code."
+                    )
             yield
         missing = sorted(self.factors.keys() - self._fired)
         if missing:

@@ -13,7 +13,7 @@ from datasets import IterableDataset
 from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
+from trl.data_utils import is_conversational, is_conversational_from_value
 
 from ..data.places import Loading, PlacedRows
 from ..data.prepare import Rows
@@ -97,7 +97,8 @@ class TReFT(ModelDefense):
                 "before training. Pass a `Dataset`."
             )
         first = next(iter(rows))
-        self._template_arguments = template_arguments(first) if is_conversational(first) else None
+        has_turns = is_conversational(first) or is_conversational_from_value(first)
+        self._template_arguments = template_arguments(first) if has_turns else None
         return rows
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -126,7 +127,14 @@ class TReFT(ModelDefense):
                 f"train_dataset: defense {self.name!r} needs the tokens of every row before training, and these rows "
                 f"have the columns {rows.column_names}: leave `skip_prepare_dataset` out, or give `input_ids`."
             )
-        self.prefix = common_prefix(rows)
+        prefix = common_prefix(rows)
+        if self.start is not None and prefix != self.prefix:
+            raise ValueError(
+                f"train_dataset: its rows begin with another prefix ({len(prefix)} tokens) than those that defense "
+                f"{self.name!r} has held so far ({len(self.prefix)} tokens): train on rows that begin in the same "
+                "way, or make a new trainer."
+            )
+        self.prefix = prefix
         if not set(self.prefix) - {getattr(self._tokenizer, "bos_token_id", None)}:
             raise ValueError(
                 f"train_dataset: its rows have no common beginning (tokens {self.prefix}), so there is no prefix that "

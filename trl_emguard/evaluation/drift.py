@@ -38,7 +38,8 @@ HEAD, KEPT = "head.", "kept."
 class DriftCallback(TrainerCallback):
     """Logs how far the policy has moved from the base model on general questions, and stops at a budget.
 
-    Every `every` steps and after the last one, known answers are read, as `trl-emguard evaluate` reads them:
+    Every `every` steps and after the last one, known answers are read, as `trl-emguard evaluate` reads them. (Where
+    something else ends a run after a step is over, as early stopping does, its last step is not in the log.)
 
     - `drift_kl`: KL(policy ‖ base) at the tokens of the sound answers, in nats a token (`kl_to_base`);
     - `drift_margin`: the move of NLL(misaligned) − NLL(sound), in nats a token; below 0 is towards misaligned answers;
@@ -66,7 +67,8 @@ class DriftCallback(TrainerCallback):
 
     Raises:
         ValueError: a number out of range, questions without answers, weights that are sharded over ranks, another
-            trainer than this package's, or a checkpoint to resume from that holds no such measurement.
+            trainer than this package's, a model beyond the budget before training, or a checkpoint to resume from
+            that holds no such measurement.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class DriftCallback(TrainerCallback):
             self._resume(args, state, model)
         else:
             self.probe.read_base()
-            self._keep(model, 0, 0.0)
+            self._start(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         is_last = state.global_step >= state.max_steps or control.should_training_stop
@@ -130,13 +132,12 @@ class DriftCallback(TrainerCallback):
         else:
             control.should_training_stop = True
 
-    def on_save(self, args, state, control, model=None, **kwargs):
-        if not args.should_save:
-            return
+    def save_into(self, folder, state, model):
+        """Write what a run needs to resume into the checkpoint's folder, before the trainer marks it as whole."""
         is_here = self.budget is None or self.kept_step == state.global_step
         kept = {} if is_here else {KEPT + name: weight for name, weight in self.kept.items()}
         facts = {"measured": self.probe.key, "kept": json.dumps(self._kept() or None)}
-        save_state(STATE_FILE, args, state, model, {**self.probe.base, **kept}, facts)
+        save_state(Path(folder) / STATE_FILE, model, {**self.probe.base, **kept}, facts)
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, model=None, **kwargs):
@@ -179,6 +180,19 @@ class DriftCallback(TrainerCallback):
         if self.budget is not None:
             self.kept_step, self.kept_drift = step, drift
             self.kept = _trained(model)
+
+    def _start(self, model: PreTrainedModel | PeftModel) -> None:
+        """Measure the model that a run with a budget starts from, and keep it."""
+        if self.budget is None:
+            return
+        drift = as_main_process(self.probe.measure)["drift_kl"]
+        if drift > self.budget:
+            raise ValueError(
+                f"stop_on_drift={self.budget:g} is below the drift that the model has before training (drift_kl "
+                f"{drift:.3g} nats a token, of an adapter that is trained already), so no step could be kept: raise "
+                "the budget, or start from a fresh adapter."
+            )
+        self._keep(model, 0, drift)
 
     def _resume(self, args: Any, state: Any, model: PreTrainedModel | PeftModel) -> None:
         """Take the base model's answers and the kept weights over from a checkpoint."""

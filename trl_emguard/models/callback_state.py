@@ -16,19 +16,22 @@ from .identity import fingerprint
 from .sharding import sharding_engine
 
 
-def save_state(
-    file: str, args: Any, state: Any, model: nn.Module, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]
-) -> None:
-    """Write a callback's state into the checkpoint of this step.
+def checkpoint_of_step(output_dir: str, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def save_state(path: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
+    """Write a callback's state.
 
     Args:
-        file: name of the file.
-        args, state, model: the callback's.
+        path: file in a checkpoint's folder.
+        model: model whose weights the checkpoint holds.
         tensors: the state.
         facts: texts to store beside it.
     """
     content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with written_whole(_checkpoint(args.output_dir, state.global_step) / file) as scratch:
+    with written_whole(path) as scratch:
         save_file(content, scratch, {**facts, "weights": fingerprint(model)})
 
 
@@ -44,13 +47,14 @@ def load_state(
 
     Args:
         callback: the callback, which the message names.
-        file, args, state, model: as for [`save_state`].
+        file: name of the file.
+        args, state, model: the callback's.
         names: names of the tensors, where they are known.
 
     Raises:
         ValueError: a damaged file, or none of these weights.
     """
-    folders = [_checkpoint(args.output_dir, state.global_step), Path(str(args.resume_from_checkpoint))]
+    folders = [checkpoint_of_step(args.output_dir, state.global_step), Path(str(args.resume_from_checkpoint))]
     for path in (folder / file for folder in folders):
         if not path.is_file():
             continue
@@ -81,7 +85,3 @@ def check_whole(callback: TrainerCallback, model: nn.Module) -> None:
             f"{type(callback).__name__} does not work under {engine}, where a rank holds only a part of each weight: "
             "train on one device, under DDP or ZeRO-2, or leave it out."
         )
-
-
-def _checkpoint(output_dir: str, step: int) -> Path:
-    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"

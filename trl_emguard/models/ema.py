@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .callback_state import check_whole, load_state, save_state
+from .callback_state import check_whole, checkpoint_of_step, load_state, save_state
 
 
 EMA_FOLDER = "ema"
@@ -43,6 +43,7 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"decay={decay} must be at least 0 and below 1.")
         self.decay = decay
         self.average: dict[str, torch.Tensor] = {}
+        self._is_saved = False  # the checkpoint that is being written has the average
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None:
@@ -50,6 +51,7 @@ class EMACallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         check_whole(self, model)
+        self._is_saved = False
         self.average = {
             name: weight.detach().to(torch.float32, copy=True)
             for name, weight in model.named_parameters()
@@ -72,9 +74,16 @@ class EMACallback(TrainerCallback):
         for weight, average in self._pairs(model):
             average.lerp_(weight.float(), 1 - decay)
 
+    def save_into(self, folder, state, model):
+        """Write the average into the checkpoint's folder, before [`WholeCheckpoints`] marks it as whole."""
+        self._is_saved = True
+        save_state(Path(folder) / STATE_FILE, model, self.average, {"decay": repr(self.decay)})
+
     def on_save(self, args, state, control, model=None, **kwargs):
-        if args.should_save:
-            save_state(STATE_FILE, args, state, model, self.average, {"decay": repr(self.decay)})
+        # Stock trainers do not call `save_into`.
+        if args.should_save and not self._is_saved:
+            self.save_into(checkpoint_of_step(args.output_dir, state.global_step), state, model)
+        self._is_saved = False
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if not args.should_save:

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from accelerate.utils import is_peft_model
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.adapters import bare_model
 from ..models.blocks import decoder_blocks
 from ..ops.head import TILE_BYTES
 
@@ -127,7 +127,7 @@ class Weights:
 
 def count_weights(model: PreTrainedModel | PeftModel) -> Weights:
     """Count a model's weights, with or without adapters, on any device including the meta device."""
-    bare = model.get_base_model() if is_peft_model(model) else model
+    bare = bare_model(model)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     adapters = set(getattr(model, "peft_config", {}))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
@@ -19,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..guard.forward import ReferenceGuard, States, rows_with
-from ..models.adapters import AdapterSwitch
+from ..models.adapters import AdapterSwitch, bare_model
 from ..models.batches import eval_mode
 from ..models.head import output_head
 from ..models.identity import fingerprint
@@ -194,5 +193,5 @@ def frozen_copy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMo
     """Return a deep copy of a model with the stock forward."""
     copied = copy.deepcopy(policy)
     # The patched forward of an instance holds on to the policy.
-    (copied.get_base_model() if is_peft_model(copied) else copied).__dict__.pop("forward", None)
+    bare_model(copied).__dict__.pop("forward", None)
     return copied

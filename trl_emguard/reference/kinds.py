@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model, is_peft_model
+from accelerate.utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 
 from ..guard.forward import Gate, ReferenceGuard, States, rows_with
+from ..models.adapters import bare_model
 from ..models.head import output_head
 from ..models.identity import fingerprint
 from ..models.sharding import reshard
@@ -134,7 +135,7 @@ class ModelReference(Reference):
         self._was = model.training, [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         model.eval()
-        self.model = model.get_base_model() if is_peft_model(model) else model
+        self.model = bare_model(model)
         self._gate = Gate(self.model)
         self._unprepared = model
         self._accelerator = accelerator
