@@ -9,10 +9,12 @@ where it stopped. What it measures is selective generalisation, not emergent mis
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from comparing import POOL, adapter_runs, chosen, compare
 from datasets import Dataset
@@ -91,6 +93,26 @@ def write_trait_rows(testbed: Testbed, folder: Path) -> Path:
     return path
 
 
+def table(testbed: Testbed, report: Path) -> list[str]:
+    """Return a report as lines of Markdown: the mean of each figure over seeds, with its least and largest value."""
+    name = "trait_rate:{}" if testbed.wanted else "trait_rate"
+    columns = {f"{testbed.unwanted} elsewhere ↓": ("general", name.format(testbed.unwanted))}
+    for rule in testbed.rules:
+        arrow = "↓" if testbed.wanted and rule == testbed.unwanted else "↑"
+        columns[f"{rule} in domain {arrow}"] = ("in_domain", name.format(rule))
+    columns |= {"NLL of sound answers ↓": ("general", "nll"), "repetition ↓": ("general", "repetition")}
+    values: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for row in json.loads(report.read_text(encoding="utf-8"))["rows"]:
+        if row["family"] == "plain":
+            values.setdefault(row["run"], {}).setdefault((row["set"], row["metric"]), []).append(row["value"])
+    lines = [" | ".join(["| run", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for run, found in values.items():
+        cells = [found[key] for key in columns.values()]
+        texts = [f"{mean(v):.2f}" + (f" ({min(v):.2f}–{max(v):.2f})" if len(v) > 1 else "") for v in cells]
+        lines.append(" | ".join([f"| {run}", *texts]) + " |")
+    return lines
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--testbed", default="capitals", choices=TESTBEDS)
@@ -127,7 +149,10 @@ def main(argv: list[str] | None = None) -> int:
     runs = chosen(runs, args.defenses)
     if args.one_strength:
         runs = [{name: v[:1] if isinstance(v, list) else v for name, v in run.items()} for run in runs]
-    return compare(folder, recipe, runs, args.seeds, evaluate)
+    status = compare(folder, recipe, runs, args.seeds, evaluate)
+    if status == 0:
+        print("\n".join(table(testbed, folder / "report" / "report.json")))
+    return status
 
 
 if __name__ == "__main__":
