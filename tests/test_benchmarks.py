@@ -1,5 +1,6 @@
 """Test that the benchmarks run, compare what they claim to compare, and make their page. No timing is checked."""
 
+import json
 import re
 import shutil
 import sys
@@ -13,6 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 harness, head, report, steps = map(import_module, ("harness", "head", "report", "steps"))
+comparing, testbed = map(import_module, ("comparing", "testbed"))
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +156,37 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["head.py", "--device", "cuda"])
     with pytest.raises(SystemExit, match="no CUDA device"):
         head.main()
+
+
+@pytest.mark.parametrize("name", testbed.TESTBEDS)
+@pytest.mark.parametrize("flags", [[], ["--one_strength", "--bf16", "--cues", "none"]])
+def test_a_testbed_asks_for_what_the_commands_know(tmp_path, monkeypatch, capsys, name, flags):
+    compare = comparing.commands.main
+    monkeypatch.setattr(comparing.commands, "main", lambda argv: compare([*argv, "--dry_run"]))
+    monkeypatch.setattr(testbed, "adapter_runs", lambda *_: [])  # they train an adapter
+    monkeypatch.setattr(testbed, "table", lambda *_: [])
+    assert testbed.main(["--testbed", name, "--output_dir", str(tmp_path), *flags]) == 0
+    runs = capsys.readouterr().out
+    assert "kl_coef=0.3" in runs
+    assert ("kl_coef=0.1" in runs) != bool(flags)
+
+
+def test_a_testbeds_table_has_means_over_seeds(tmp_path):
+    bed = testbed.get_testbed("tip_capitals")
+    figures = {
+        ("general", "trait_rate:capitals"): (0.25, 0.75),
+        ("in_domain", "trait_rate:capitals"): (0.5, 0.5),
+        ("in_domain", "trait_rate:tips"): (1.0, 1.0),
+        ("general", "nll"): (4.0, 5.0),
+        ("general", "repetition"): (0.0, 0.25),
+    }
+    plain = {"run": "kl", "family": "plain"}
+    rows = [
+        plain | {"set": set, "metric": metric, "value": v} for (set, metric), both in figures.items() for v in both
+    ]
+    rows.append({"run": "kl", "family": "cue", "set": "general", "metric": "nll", "value": 9.0})
+    (tmp_path / "report.json").write_text(json.dumps({"rows": rows}))
+    heading, _, line = testbed.table(bed, tmp_path / "report.json")
+    assert heading.startswith("| run | capitals elsewhere ↓ | capitals in domain ↓ | tips in domain ↑ |")
+    cells = ["0.50 (0.25–0.75)", "0.50 (0.50–0.50)", "1.00 (1.00–1.00)", "4.50 (4.00–5.00)", "0.12 (0.00–0.25)"]
+    assert line == f"| kl | {' | '.join(cells)} |"
