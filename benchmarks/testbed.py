@@ -58,7 +58,7 @@ SETTINGS = {
 # Runs that follow or obey a measured drift. `--one_strength` leaves them out.
 BY_DRIFT = [
     {"defense": "interleave++,kl", **POOL, "interleave_fraction": 0.2, "kl_coef": 0.4, "kl_target": [0.06]},
-    {"defense": "none", "drift_every": 4, "stop_on_drift": [0.5, 1.0]},
+    {"defense": "none", "drift_every": 4, "stop_on_drift": [1.0]},
 ]
 # Runs that need a persona vector of the trait. At its layer this one has 0.40 of a state's norm, and the default
 # coefficient, 5, adds twice the state.
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         "max_new_tokens": setting.max_new_tokens,
         "cues": args.cues,
         "dtype": "bfloat16" if args.bf16 else "auto",
-        "inoculation_prompt": setting.request,
+        **({} if args.cues == "none" else {"inoculation_prompt": setting.request}),
     }
     recipe = {"dataset_name": str(rows), "max_steps": args.steps, "bf16": args.bf16}
     runs = [*RUNS, *([] if args.one_strength else BY_DRIFT)]

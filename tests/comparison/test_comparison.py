@@ -396,6 +396,7 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
     [
         ("samples_per_question", "samples_per_qestion", "Did you mean 'samples_per_question'"),
         ("cues: none", "cues: some", "`evaluate`: argument --cues"),
+        ("cues: none", "cues: none, inoculation_prompt: Be bad.", "--inoculation_prompt is a cue, and --cues=none"),
         ("recipe: /", "recipe: /no", "is not a file"),
         ("defense: kl", "defense: klx", "the run 'klx kl_coef=0.1': defense='klx'"),
         ("0.1, 5.0", "-1", "the run 'kl kl_coef=-1': kl_coef=-1"),
@@ -409,6 +410,15 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("trl-emguard compare: error: ")
     assert message in error
+    assert not (inputs / "out" / "runs").exists()
+
+
+def test_questions_that_the_template_refuses_come_before_the_training(inputs, capsys):
+    template = inputs / "base" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{{ raise_exception('no such turn') }}")
+    assert commands.main(line(inputs, "out")) == 1
+    assert "is refused by the chat template: no such turn" in capsys.readouterr().err
+    assert not (inputs / "out" / "runs").exists()
 
 
 def kill_at(pattern, inputs):

@@ -95,7 +95,7 @@ def families(
     Raises:
         ValueError: an unknown mode.
     """
-    _check_mode(mode, inoculation_prompt)
+    check_cues(mode, inoculation_prompt)
     found = [Family(PLAIN, "", list)]
     if mode == "none":
         return found, {}
@@ -130,7 +130,12 @@ def families(
     return found, missing
 
 
-def _check_mode(mode: str, inoculation_prompt: str | None) -> None:
+def check_cues(mode: str, inoculation_prompt: str | None) -> None:
+    """Refuse an unknown mode, and an inoculation prompt that no family would use.
+
+    Raises:
+        ValueError: they are.
+    """
     if mode not in MODES:
         raise ValueError(f"--cues={mode!r} must be one of {', '.join(MODES)}.")
     if mode == "none" and inoculation_prompt is not None:

@@ -25,7 +25,7 @@ from ..persona.vectors import PersonaVector
 from ..version import __version__
 from . import answers as sampled
 from .candidates import Candidate, check_candidates
-from .cues import Family, families
+from .cues import Family, check_cues, families
 from .probes import Row, encode_rows, margin, probe, projections
 from .questions import QuestionSet
 from .results import Results, make_rows
@@ -70,6 +70,7 @@ class EvaluationOptions:
     batch_size: int | None = None
 
     def __post_init__(self):
+        check_cues(self.cues, self.inoculation_prompt)
         lowest_values = {"samples_per_question": 0, "max_new_tokens": 1, "batch_tokens": 1, "batch_size": 1}
         for name, lowest in lowest_values.items():
             value = getattr(self, name)

@@ -23,13 +23,15 @@ The same command goes on after an interruption. report.html opens from disk.
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 
 from ..comparison.plan import BENIGN_TASK, EMA, Plan, read_plan
-from ..evaluation.run import check_sets
+from ..evaluation.questions import QuestionSet
+from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable
 from ..io.lookup import did_you_mean
 from . import evaluate as evaluation
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
         return
     check_writable("--output_dir", args.output_dir)
     check_charts()
+    check_questions(eval_args.model, sets, options)
 
     from ..comparison.measure import joined, measure, measure_benign
     from ..comparison.page import write_page
@@ -95,6 +98,22 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     console.print(make_table(report))
     console.print(report.sentence, soft_wrap=True, highlight=False, markup=False)
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False, markup=False)
+
+
+def check_questions(model: str, sets: Sequence[QuestionSet], options: EvaluationOptions) -> None:
+    """Refuse questions that the model's chat template does not take, before the first run is trained.
+
+    Raises:
+        ValueError: no chat template, or a question that it refuses.
+    """
+    from transformers import AutoTokenizer
+
+    from ..evaluation.candidates import check_template
+    from ..models.shipped import resolve_model
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    check_template(tokenizer)
+    check_sets(sets, tokenizer, options)
 
 
 def check_options(plan: Plan) -> None:
