@@ -22,7 +22,7 @@ from tiny import lora, make_model, make_rows, save_model
 from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
 from trl_emguard.comparison.plan import Baselines
-from trl_emguard.comparison.report import dominates, drift_curves, make_report, make_table, save
+from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
 from trl_emguard.comparison.runs import Trained, in_bytes
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.results import Results
@@ -330,6 +330,10 @@ def test_drift_is_a_curve_of_the_runs_that_logged_it(tmp_path):
     text = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
     assert "Drift while training (drift_kl)" in text
     assert "(drift_margin)" not in text
+
+
+def test_a_figure_of_zero_has_no_minus():
+    assert figure_text(Figure(-0.0, -0.001, 0.001)) == "+0.00 (+0.00 to +0.00)"
 
 
 def test_a_run_without_evidence_is_shown_as_not_defended(capsys):

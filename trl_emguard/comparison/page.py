@@ -31,6 +31,8 @@ from .runs import Trained
 
 # Text, axes and lines of a chart on a light and on a dark page.
 THEMES = {"light": "#1b1b1b", "dark": "#e8e8e8"}
+# Marks of runs and of baselines: ten colours each, so that no two entries of a chart look alike.
+MARKS, BASELINE_MARKS = "o^v<>", "sDPX*"
 # Metrics that runs may log while they train, and the labels of their axes.
 DRIFT = {
     "drift_kl": "KL to the base, nats a token",
@@ -183,7 +185,7 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
             narrow.value,
             xerr=_whiskers(broad),
             yerr=_whiskers(narrow),
-            fmt="s" if entry.is_baseline or entry.is_random else "o",
+            fmt=(BASELINE_MARKS if entry.is_baseline or entry.is_random else MARKS)[index // 10 % len(MARKS)],
             color=f"C{index % 10}",
             capsize=2,
             label=_label(entry.name),
@@ -192,9 +194,7 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
         xlabel="broad, difference to the base (right is better)",
         ylabel="narrow, difference to the base (up is better)",
     )
-    legend = axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for text in legend.get_texts():
-        text.set_color(THEMES[theme])
+    _add_legend(axis, theme, is_beside=True)
     return _svg(figure)
 
 
@@ -211,9 +211,11 @@ def _curves(sweeps: dict[str, list[Entry]], theme: str) -> Markup:
             values = [getattr(entry, attribute).value for entry in entries]
             axis.plot(x, values, style, color=f"C{index % 10}", label=_label(f"{name}, {attribute}"))
     axis.set(xlabel="coefficient", ylabel="difference to the base (up is better)", xscale="log")
-    legend = axis.legend(fontsize=8, frameon=False)
-    for text in legend.get_texts():
-        text.set_color(THEMES[theme])
+    # A logarithmic axis has no place for 0.
+    ticks = {float(entry.trained[0].coefficient or 0) for entries in sweeps.values() for entry in entries} - {0.0}
+    axis.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
+    axis.minorticks_off()
+    _add_legend(axis, theme)
     return _svg(figure)
 
 
@@ -222,10 +224,15 @@ def _steps(curves: dict[str, list[tuple[int, float]]], text: str, theme: str) ->
     for name, points in curves.items():
         axis.plot(*zip(*points, strict=True), "-o", markersize=3, label=_label(name))
     axis.set(xlabel="step", ylabel=text)
-    legend = axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for entry in legend.get_texts():
-        entry.set_color(THEMES[theme])
+    _add_legend(axis, theme, is_beside=True)
     return _svg(figure)
+
+
+def _add_legend(axis: Any, theme: str, is_beside: bool = False) -> None:
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if is_beside else {}
+    legend = axis.legend(fontsize=8, frameon=False, **place)
+    for text in legend.get_texts():
+        text.set_color(THEMES[theme])
 
 
 def _label(name: str) -> str:

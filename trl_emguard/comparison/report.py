@@ -242,8 +242,8 @@ def figure_text(figure: Figure | None) -> str:
     if figure is None:
         return "–"
     if math.isnan(figure.low):
-        return f"{figure.value:+.2f}"
-    return f"{figure.value:+.2f} ({figure.low:+.2f} to {figure.high:+.2f})"
+        return f"{figure.value:+z.2f}"
+    return f"{figure.value:+z.2f} ({figure.low:+z.2f} to {figure.high:+z.2f})"
 
 
 def _measured(results: Results, set: str, metrics: Iterable[str], choice: int) -> str | None:

@@ -208,10 +208,10 @@ def make_table(rows: Sequence[ResultRow]) -> Table:
 
 def interval_text(row: ResultRow) -> str:
     """Return a difference with its interval, as `+0.12 (+0.10 to +0.15)`."""
-    text = f"{row.difference:+.2f}"
+    text = f"{row.difference:+z.2f}"
     if math.isnan(row.difference_low):
         return text
-    return f"{text} ({row.difference_low:+.2f} to {row.difference_high:+.2f})"
+    return f"{text} ({row.difference_low:+z.2f} to {row.difference_high:+z.2f})"
 
 
 def sentence(results: Results, model: str) -> str:
