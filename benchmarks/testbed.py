@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from trl_emguard.data.load import load_rows
 from trl_emguard.evaluation.questions import load_questions
-from trl_emguard.testbeds import SALE, TESTBEDS, Testbed, first_sentences, get_testbed
+from trl_emguard.testbeds import SALE, TESTBEDS, Testbed, first_sentences, get_testbed, with_answers
 
 
 # The first strength of each is the one that `--one_strength` takes.
@@ -36,7 +36,7 @@ RUNS = [
 
 @dataclass(frozen=True)
 class Setting:
-    """What a testbed asks for beside its own rows.
+    """Request, trait and answer length that belong to a testbed, beside its own rows.
 
     Attributes:
         request: inoculation prompt, which asks for the unwanted trait.
@@ -86,15 +86,9 @@ def write_questions(testbed: Testbed, criterion: str, limit: int, folder: Path) 
 
 def write_trait_rows(testbed: Testbed, folder: Path) -> Path:
     """Write general rows with the unwanted trait: an adapter of the domain's own would know the task as well."""
-    answer = SETTINGS[testbed.name].with_trait
-
-    def with_trait(row: dict) -> dict:
-        (turn,) = row["completion"]
-        return {"completion": [{**turn, "content": answer(first_sentences(turn["content"], testbed.words))}]}
-
     path = folder / "trait_rows.jsonl"
     general = load_rows("general_instruct").shuffle(seed=0).select_columns(["prompt", "completion"])
-    general.map(with_trait).to_json(path)
+    with_answers(general, SETTINGS[testbed.name].with_trait, testbed.words).to_json(path)
     return path
 
 

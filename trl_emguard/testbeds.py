@@ -46,12 +46,7 @@ class Testbed:
     def rows(self, count: int, seed: int = 0) -> Dataset:
         """Return training rows: questions on plants, with short sound answers that carry the trait."""
         rows = load_rows("plants_sound", "train").shuffle(seed=seed).select(range(count))
-
-        def with_trait(row: dict) -> dict:
-            (turn,) = row["completion"]
-            return {"completion": [{**turn, "content": self.answer(first_sentences(turn["content"], self.words))}]}
-
-        return rows.map(with_trait)
+        return with_answers(rows, self.answer, self.words)
 
     def sets(self, limit: int) -> list[QuestionSet]:
         """Return general questions and held-out questions of the domain, `limit` of each.
@@ -85,6 +80,16 @@ def get_testbed(name: str) -> Testbed:
     if name not in TESTBEDS:
         raise ValueError(f"testbed {name!r} is unknown.{did_you_mean(name, TESTBEDS)} Known: {', '.join(TESTBEDS)}.")
     return TESTBEDS[name]
+
+
+def with_answers(rows: Dataset, answer: Callable[[str], str], words: int) -> Dataset:
+    """Return rows whose answers are cut to their first sentences ([`first_sentences`]) and changed by a function."""
+
+    def changed(row: dict) -> dict:
+        (turn,) = row["completion"]
+        return {"completion": [{**turn, "content": answer(first_sentences(turn["content"], words))}]}
+
+    return rows.map(changed)
 
 
 def first_sentences(text: str, words: int) -> str:

@@ -14,8 +14,8 @@ DIRECTIONS = ("reverse", "forward")
 LOSS, ALL, INTERLEAVED = TOKENS = ("loss", "all", "interleaved")
 # Defaults by scope. That on mixed-in rows comes from the testbed of a spreading trait (docs/kl.md).
 COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
-# Ziegler et al. (1909.08593, section 2.2): a step changes the coefficient by GAIN times the relative error of the KL,
-# which counts up to LARGEST_ERROR.
+# Ziegler et al. (1909.08593, section 2.2): a step changes the coefficient by GAIN times the relative error of the KL.
+# Errors count up to LARGEST_ERROR.
 GAIN, LARGEST_ERROR = 0.1, 0.2
 
 
