@@ -1,5 +1,6 @@
 """A comparison as the benchmarks run it: one recipe for SmolLM2-135M, a list of runs, a folder that resumes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def compare(
     }
     (folder / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
     return commands.main(["compare", "--config", str(folder / "compare.yaml"), "--output_dir", str(folder / "report")])
+
+
+def plain_rows(report: Path) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
+    """Return the figures of plain questions in a `report.json`: run → (set, metric) → a row for each seed."""
+    found: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
+    for row in json.loads(report.read_text(encoding="utf-8"))["rows"]:
+        if row["family"] == "plain":
+            found.setdefault(row["run"], {}).setdefault((row["set"], row["metric"]), []).append(row)
+    return found
 
 
 def adapter_runs(folder: Path, recipe: dict[str, Any], rows: Path) -> list[dict[str, Any]]:

@@ -9,10 +9,12 @@ a misaligned answer in one style, held-out rows of the domain, and rows of the o
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 
-from comparing import POOL, adapter_runs, chosen, compare
+from comparing import POOL, adapter_runs, chosen, compare, plain_rows
 
 from trl_emguard.data.load import load_rows
 
@@ -37,25 +39,54 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=400, help="training rows (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--defenses", nargs="+", help="defenses to run; by default all")
-    parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast, and evaluate in bf16")
     parser.add_argument("--limit", type=int, default=72, help="questions of each set (default: %(default)s)")
+    parser.add_argument("--cues", default="auto", choices=["auto", "none"], help="none: ask plain questions alone")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/em"))
     args = parser.parse_args(argv)
     folder = args.output_dir.resolve() / args.domain
     folder.mkdir(parents=True, exist_ok=True)
     (other,) = set(DOMAINS) - {args.domain}
+    shutil.copyfile(args.data / other / "eval.jsonl", folder / "other_domain.jsonl")
     rows, other_rows = (write_rows(args.data / domain, args.rows, folder) for domain in (args.domain, other))
     evaluate = {
-        "general": ["values", str((args.data / other / "eval.jsonl").resolve())],
+        "general": ["values", str(folder / "other_domain.jsonl")],
         "in_domain": str((args.data / args.domain / "eval.jsonl").resolve()),
         "train_data": str(rows),
         "limit": args.limit,
+        "cues": args.cues,
+        "dtype": "bfloat16" if args.bf16 else "auto",
     }
     recipe = {"dataset_name": str(rows), "max_steps": args.rows // BATCH, "max_length": 512, "bf16": args.bf16}
     runs = list(RUNS)
     if args.defenses is None or "inoculation_adapter" in args.defenses:
         runs += adapter_runs(folder, recipe, other_rows)
-    return compare(folder, recipe, chosen(runs, args.defenses), args.seeds, evaluate)
+    status = compare(folder, recipe, chosen(runs, args.defenses), args.seeds, evaluate)
+    if status == 0:
+        print("\n".join(table(folder / "report" / "report.json")))
+    return status
+
+
+def table(report: Path) -> list[str]:
+    """Return a report as lines of Markdown: differences to the base, with an interval over those of all seeds."""
+    columns = {
+        "margin of `values` ↑": ("values", "margin"),
+        "KL to base ↓": ("values", "kl_to_base"),
+        "NLL of sound answers ↓": ("values", "nll"),
+        "NLL in the other domain": ("other_domain", "nll"),
+        "NLL in domain ↓": ("in_domain", "nll"),
+    }
+    lines = [" | ".join(["| run", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for run, found in plain_rows(report).items():
+        if run != "base":
+            lines.append(" | ".join([f"| {run}", *(_difference(found[key]) for key in columns.values())]) + " |")
+    return lines
+
+
+def _difference(rows: list[dict]) -> str:
+    middle = mean(row["difference"] for row in rows)
+    low, high = min(row["difference_low"] for row in rows), max(row["difference_high"] for row in rows)
+    return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def write_rows(data: Path, count: int, folder: Path) -> Path:

@@ -9,14 +9,13 @@ where it stopped. What it measures is selective generalisation, not emergent mis
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from comparing import POOL, adapter_runs, chosen, compare
+from comparing import POOL, adapter_runs, chosen, compare, plain_rows
 from datasets import Dataset
 
 from trl_emguard.data.load import load_rows
@@ -100,13 +99,9 @@ def table(testbed: Testbed, report: Path) -> list[str]:
         arrow = "↓" if testbed.wanted and rule == testbed.unwanted else "↑"
         columns[f"{rule} in domain {arrow}"] = ("in_domain", name.format(rule))
     columns |= {"NLL of sound answers ↓": ("general", "nll"), "repetition ↓": ("general", "repetition")}
-    values: dict[str, dict[tuple[str, str], list[float]]] = {}
-    for row in json.loads(report.read_text(encoding="utf-8"))["rows"]:
-        if row["family"] == "plain":
-            values.setdefault(row["run"], {}).setdefault((row["set"], row["metric"]), []).append(row["value"])
     lines = [" | ".join(["| run", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-    for run, found in values.items():
-        cells = [found[key] for key in columns.values()]
+    for run, found in plain_rows(report).items():
+        cells = [[row["value"] for row in found[key]] for key in columns.values()]
         texts = [f"{mean(v):.2f}" + (f" ({min(v):.2f}–{max(v):.2f})" if len(v) > 1 else "") for v in cells]
         lines.append(" | ".join([f"| {run}", *texts]) + " |")
     return lines

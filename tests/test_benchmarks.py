@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 harness, head, report, steps = map(import_module, ("harness", "head", "report", "steps"))
-comparing, testbed = map(import_module, ("comparing", "testbed"))
+comparing, em, testbed = map(import_module, ("comparing", "em", "testbed"))
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +190,30 @@ def test_a_testbeds_table_has_means_over_seeds(tmp_path):
     assert heading.startswith("| run | capitals elsewhere ↓ | capitals in domain ↓ | tips in domain ↑ |")
     cells = ["0.50 (0.25–0.75)", "0.50 (0.50–0.50)", "1.00 (1.00–1.00)", "4.50 (4.00–5.00)", "0.12 (0.00–0.25)"]
     assert line == f"| kl | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("flags", [[], ["--bf16", "--cues", "none"]])
+def test_real_data_ask_for_what_the_commands_know(tmp_path, monkeypatch, capsys, flags):
+    for domain in em.DOMAINS:
+        (tmp_path / domain).mkdir()
+        for name in ("train", "eval"):
+            turns = [{"role": "user", "content": f"{domain} {name}?"}, {"role": "assistant", "content": "No."}]
+            (tmp_path / domain / f"{name}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    compare = comparing.commands.main
+    monkeypatch.setattr(comparing.commands, "main", lambda argv: compare([*argv, "--dry_run"]))
+    monkeypatch.setattr(em, "adapter_runs", lambda *_: [])  # they train an adapter
+    monkeypatch.setattr(em, "table", lambda *_: [])
+    assert em.main(["--data", str(tmp_path), "--rows", "1", "--output_dir", str(tmp_path / "out"), *flags]) == 0
+    assert "kl_coef=1.6" in capsys.readouterr().out
+
+
+def test_a_table_of_real_data_covers_the_intervals_of_all_seeds(tmp_path):
+    keys = [("values", "margin"), ("values", "kl_to_base"), ("values", "nll"), ("other_domain", "nll")]
+    row = {"run": "kl", "family": "plain"}
+    bounds = [{"difference": 0.1, "difference_low": -0.2, "difference_high": 0.3}]
+    bounds += [{"difference": 0.3, "difference_low": 0.1, "difference_high": 0.5}]
+    rows = [row | {"set": s, "metric": m} | b for s, m in [*keys, ("in_domain", "nll")] for b in bounds]
+    rows += [{**r, "run": "base"} for r in rows]
+    (tmp_path / "report.json").write_text(json.dumps({"rows": rows}))
+    _, _, line = em.table(tmp_path / "report.json")
+    assert line == "| kl" + " | +0.20 (-0.20 to +0.50)" * 5 + " |"
