@@ -96,6 +96,9 @@ def adapter_runs(folder: Path, recipe: dict[str, Any], rows: Path) -> list[dict[
     ]
 
 
-def chosen(runs: list[dict[str, Any]], defenses: list[str] | None) -> list[dict[str, Any]]:
-    """Return the runs of the named defenses; all of them if none is named."""
-    return [run for run in runs if defenses is None or run["defense"] in defenses]
+def chosen(runs: list[dict[str, Any]], defenses: list[str] | None, one_strength: bool) -> list[dict[str, Any]]:
+    """Return the runs of the named defenses, all of them if none is named, and of each the first strength if asked."""
+    runs = [run for run in runs if defenses is None or run["defense"] in defenses]
+    if not one_strength:
+        return runs
+    return [{name: v[:1] if isinstance(v, list) else v for name, v in run.items()} for run in runs]

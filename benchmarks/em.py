@@ -6,6 +6,7 @@ a misaligned answer in one style, held-out rows of the domain, and rows of the o
 
     python benchmarks/em.py --data EM --domain medical --seeds 0 1
     python benchmarks/em.py --data EM --seeds 0 --defenses kl     # a part, which the whole takes over later
+    python benchmarks/em.py --data EM --one_strength              # one strength of each defense
 """
 
 import argparse
@@ -21,14 +22,15 @@ from trl_emguard.data.load import load_rows
 
 DOMAINS = ("medical", "security")
 BATCH = 8
+# The first strength of each is the one that `--one_strength` takes.
 RUNS = [
-    {"defense": "kl", "kl_coef": [0.1, 0.4, 1.6]},
-    {"defense": "ldifs", "ldifs_coef": [1.0, 10.0]},
+    {"defense": "kl", "kl_coef": [0.4, 0.1, 1.6]},
+    {"defense": "ldifs", "ldifs_coef": [10.0, 1.0]},
     {"defense": "treft", "treft_coef": [10.0]},
     {"defense": "inoculation"},
     {"defense": "steering", "steering_vector": "smollm2-135m-instruct-evil", "steering_coef": [2.0]},
-    {"defense": "interleave++", **POOL, "interleave_fraction": [0.05, 0.1]},
-    {"defense": "interleave++,kl", **POOL, "interleave_fraction": [0.1], "kl_coef": [0.4, 1.6]},
+    {"defense": "interleave++", **POOL, "interleave_fraction": [0.1, 0.05]},
+    {"defense": "interleave++,kl", **POOL, "interleave_fraction": 0.1, "kl_coef": [0.4, 1.6]},
 ]
 
 
@@ -39,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=400, help="training rows (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--defenses", nargs="+", help="defenses to run; by default all")
+    parser.add_argument("--one_strength", action="store_true", help="run one strength of each defense")
     parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast, and evaluate in bf16")
     parser.add_argument("--limit", type=int, default=72, help="questions of each set (default: %(default)s)")
     parser.add_argument("--cues", default="auto", choices=["auto", "none"], help="none: ask plain questions alone")
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = list(RUNS)
     if args.defenses is None or "inoculation_adapter" in args.defenses:
         runs += adapter_runs(folder, recipe, other_rows)
-    status = compare(folder, recipe, chosen(runs, args.defenses), args.seeds, evaluate)
+    status = compare(folder, recipe, chosen(runs, args.defenses, args.one_strength), args.seeds, evaluate)
     if status == 0:
         print("\n".join(table(folder / "report" / "report.json")))
     return status

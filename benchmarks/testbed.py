@@ -141,9 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     runs += [run for name, run in STEERING.items() if name == testbed.name]
     if args.defenses is None or "inoculation_adapter" in args.defenses:
         runs += adapter_runs(folder, recipe, write_trait_rows(testbed, folder))
-    runs = chosen(runs, args.defenses)
-    if args.one_strength:
-        runs = [{name: v[:1] if isinstance(v, list) else v for name, v in run.items()} for run in runs]
+    runs = chosen(runs, args.defenses, args.one_strength)
     status = compare(folder, recipe, runs, args.seeds, evaluate)
     if status == 0:
         print("\n".join(table(testbed, folder / "report" / "report.json")))

@@ -192,7 +192,7 @@ def test_a_testbeds_table_has_means_over_seeds(tmp_path):
     assert line == f"| kl | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("flags", [[], ["--bf16", "--cues", "none"]])
+@pytest.mark.parametrize("flags", [[], ["--one_strength", "--bf16", "--cues", "none"]])
 def test_real_data_ask_for_what_the_commands_know(tmp_path, monkeypatch, capsys, flags):
     for domain in em.DOMAINS:
         (tmp_path / domain).mkdir()
@@ -204,7 +204,9 @@ def test_real_data_ask_for_what_the_commands_know(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(em, "adapter_runs", lambda *_: [])  # they train an adapter
     monkeypatch.setattr(em, "table", lambda *_: [])
     assert em.main(["--data", str(tmp_path), "--rows", "1", "--output_dir", str(tmp_path / "out"), *flags]) == 0
-    assert "kl_coef=1.6" in capsys.readouterr().out
+    runs = capsys.readouterr().out
+    assert "kl_coef=0.4" in runs
+    assert ("kl_coef=1.6" in runs) != bool(flags)
 
 
 def test_a_table_of_real_data_covers_the_intervals_of_all_seeds(tmp_path):
