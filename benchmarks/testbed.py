@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from comparing import POOL, adapter_runs, chosen, compare, plain_rows
 from datasets import Dataset
@@ -59,6 +60,14 @@ BY_DRIFT = [
     {"defense": "interleave++,kl", **POOL, "interleave_fraction": 0.2, "kl_coef": 0.4, "kl_target": [0.06]},
     {"defense": "none", "drift_every": 4, "stop_on_drift": [1.0]},
 ]
+MIXED_KL = {"defense": "interleave++,kl", **POOL, "interleave_fraction": 0.2, "kl_coef": 0.4}
+# Compositions that nobody has published. Those with a pool near the cue or an adapter are made in `variations`.
+VARIATIONS = [
+    MIXED_KL | {"name": "forward KL", "kl_direction": "forward"},
+    MIXED_KL | {"name": "unselected pool", "defense": "interleave,kl", "interleave_dataset": "general_instruct"},
+    MIXED_KL | {"name": "with ldifs", "defense": "interleave++,kl,ldifs", "ldifs_coef": 10.0},
+    MIXED_KL | {"name": "with treft", "defense": "interleave++,kl,treft", "treft_coef": 10.0},
+]
 # Runs that need a persona vector of the trait. At its layer this one has 0.40 of a state's norm, and the default
 # coefficient, 5, adds twice the state.
 STEERING = {
@@ -91,6 +100,26 @@ def write_trait_rows(testbed: Testbed, folder: Path) -> Path:
     return path
 
 
+def variations(testbed: Testbed, folder: Path, adapters: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return runs of compositions that nobody has published.
+
+    Args:
+        testbed: the testbed.
+        folder: folder of the comparison, which gets a pool of general rows of the length of the domain's answers.
+        adapters: runs with inoculation adapters; the first is composed with KL on mixed-in rows.
+    """
+    near = folder / "near_cue.jsonl"
+    with_answers(load_rows("general_instruct"), lambda answer: answer, testbed.words).to_json(near)
+    return [
+        *VARIATIONS,
+        MIXED_KL | {"name": "near the cue", "defense": "interleave,kl", "interleave_dataset": str(near)},
+        *(
+            MIXED_KL | run | {"name": "with an adapter", "defense": f"{run['defense']},{MIXED_KL['defense']}"}
+            for run in adapters[:1]
+        ),
+    ]
+
+
 def table(testbed: Testbed, report: Path) -> list[str]:
     """Return a report as lines of Markdown: the mean of each figure over seeds, with its least and largest value."""
     name = "trait_rate:{}" if testbed.wanted else "trait_rate"
@@ -114,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--defenses", nargs="+", help="defenses to run; by default all")
     parser.add_argument("--one_strength", action="store_true", help="run one strength of each defense")
+    parser.add_argument("--variations", action="store_true", help="run compositions that nobody has published instead")
     parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast, and evaluate in bf16")
     parser.add_argument("--limit", type=int, default=24, help="questions of each set (default: %(default)s)")
     parser.add_argument("--cues", default="auto", choices=["auto", "none"], help="none: ask plain questions alone")
@@ -136,11 +166,16 @@ def main(argv: list[str] | None = None) -> int:
         **({} if args.cues == "none" else {"inoculation_prompt": setting.request}),
     }
     recipe = {"dataset_name": str(rows), "max_steps": args.steps, "bf16": args.bf16}
-    runs = [*RUNS, *([] if args.one_strength else BY_DRIFT)]
-    runs += [{"defense": "inoculation", "inoculation_prompt": setting.request}]
-    runs += [run for name, run in STEERING.items() if name == testbed.name]
-    if args.defenses is None or "inoculation_adapter" in args.defenses:
-        runs += adapter_runs(folder, recipe, write_trait_rows(testbed, folder))
+    adapters = []
+    if args.variations or args.defenses is None or "inoculation_adapter" in args.defenses:
+        adapters = adapter_runs(folder, recipe, write_trait_rows(testbed, folder))
+    if args.variations:
+        runs = variations(testbed, folder, adapters)
+    else:
+        runs = [*RUNS, *([] if args.one_strength else BY_DRIFT)]
+        runs += [{"defense": "inoculation", "inoculation_prompt": setting.request}]
+        runs += [run for name, run in STEERING.items() if name == testbed.name]
+        runs += adapters
     runs = chosen(runs, args.defenses, args.one_strength)
     status = compare(folder, recipe, runs, args.seeds, evaluate)
     if status == 0:
