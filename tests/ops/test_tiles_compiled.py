@@ -24,9 +24,9 @@ def test_every_specialisation_compiles(tmp_path):
         "TRITON_CACHE_DIR": str(tmp_path)
     }
     script = Path(__file__).with_name("compile_kernels.py")
-    run = subprocess.run(
-        [sys.executable, script, *ARCHITECTURES], env=env, check=False, capture_output=True, text=True
-    )
+    # Beside newer neighbours than were tested, the package warns. The warning looked for is the compiler's.
+    command = [sys.executable, "-W", "ignore:trl_emguard", script, *ARCHITECTURES]
+    run = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(kernels) == 12 * 2 * len(ARCHITECTURES)

@@ -1,6 +1,7 @@
 """A judge in this process: the probabilities of all strings from 0 to 100, by a walk along their tokens."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class LocalJudge:
         self.numbers = number_paths(tokenizer, self._render("?"))
         paths = {path[:length] for path in self.numbers for length in range(1, len(path))}
         self.inner = sorted(paths, key=lambda path: (len(path), path))
+        # transformers 5.24 calls the keys and values of earlier tokens `cache`, and warns of the name before it.
+        self.cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
     def calibrate(self) -> str:
         """Return the way of reading. It needs no calibration: all numbers are looked at, however they are split."""
@@ -58,7 +61,7 @@ class LocalJudge:
         first = output.logits[0, -1].double().softmax(-1).cpu()
         after: dict[Path, torch.Tensor] = {(): first}
         if self.inner:
-            after |= self._after_paths(output.past_key_values, ids.shape[1])
+            after |= self._after_paths(getattr(output, self.cache), ids.shape[1])
         score, mass = weighted_score(number_probabilities(self.numbers, after))
         said = self.tokenizer.decode([int(first.argmax())], skip_special_tokens=True)
         return Judgement(score, mass, said, ids.shape[1] + len(self.inner))
@@ -71,9 +74,8 @@ class LocalJudge:
         cache.batch_repeat_interleave(len(self.inner))
         positions = torch.arange(length, length + longest)[None].expand(len(self.inner), -1)
         device = self.model.device
-        logits = self.model(
-            input_ids=tokens.to(device), past_key_values=cache, position_ids=positions.to(device)
-        ).logits
+        inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device), self.cache: cache}
+        logits = self.model(**inputs).logits
         return {path: logits[row, len(path) - 1].double().softmax(-1).cpu() for row, path in enumerate(self.inner)}
 
     def _render(self, prompt: str) -> str:
