@@ -256,6 +256,7 @@ def test_a_run_says_what_it_holds(tmp_path, capsys, defense, packing):
     assert evidence(trainer, "treft")["acted"]
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("rows", "options"),
     [
