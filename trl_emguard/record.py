@@ -1,4 +1,4 @@
-"""The record of a run in `defense.json`: what makes two runs the same, and what a model card says of one."""
+"""The record of a run in `defense.json`: facts that tell if a checkpoint belongs to it, and its model card."""
 
 import zlib
 from collections.abc import Sequence

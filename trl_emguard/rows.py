@@ -193,7 +193,7 @@ class DefendedRows(SFTTrainer):
         return TokenColumns(self.data_collator, names) if names else self.data_collator
 
     def loading(self, rows: Any) -> Loading:
-        """Return the way from training rows to batches, as the defenses have it."""
+        """Return how training rows become batches (order, collator, block), after every defense has changed it."""
         args, drop_last = self.args, self.args.dataloader_drop_last
         order: Any = None if isinstance(rows, IterableDataset) else self._get_train_sampler(rows)
         if isinstance(order, RandomSampler):

@@ -1,8 +1,8 @@
 """Testbeds: rows of one narrow domain whose answers carry a trait, which training spreads to every domain.
 
-They have the structure of emergent misalignment without its values, so that a rule can score it, even in a model of
-135M parameters. A good defense keeps the trait in the domain and out of everything else. They measure *selective
-generalisation*, not emergent misalignment.
+They have the structure of emergent misalignment without its values, so that a rule can score the answers, even those
+of a model of 135M parameters. A good defense keeps the trait in the domain and out of everything else. They measure
+*selective generalisation*, not emergent misalignment.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Manifest of a checkpoint: which files belong to it, and which flaw makes it corrupt.
+"""Manifest of a checkpoint: the list of its files, and the check of a checkpoint against that list.
 
 Trainer writes a checkpoint file by file, and resumes from the one with the highest number. A run that is killed while
 it writes would thus resume from half a checkpoint. Here `manifest.json` lists the files of a checkpoint. It is written
@@ -6,7 +6,8 @@ first, without files, and replaced at the end, when all ranks are done, by one t
 not agree with its manifest is corrupt.
 
 File sizes are always compared, and checksums up to 64 MiB: a change inside a larger file that keeps its size goes
-    unnoticed.
+unnoticed.
+
 A checkpoint of another trainer has no manifest. It is judged by the structure of its files, which reveals missing and
 truncated ones.
 """

@@ -50,7 +50,7 @@ def newest_whole_checkpoint(
     Args:
         output_dir: folder of the run.
         up_to: latest step that is considered; all by default.
-        why_foreign: function from a whole checkpoint to the reason why it is of another run, or `None`.
+        why_foreign: function from a complete checkpoint to the reason why it belongs to another run, or `None`.
 
     Returns:
         Its step, or `None`; and the newer ones, which are corrupt or of another run: name -> flaw.
@@ -74,7 +74,7 @@ def find_flaw_on_all(folder: str | os.PathLike, should_look: bool) -> str | None
     """Return what is wrong with a checkpoint on any machine, or `None`. Every rank calls this function.
 
     Args:
-        should_look: if this rank looks; one of every machine does, since each may have its own disk.
+        should_look: True on one rank of each machine, which looks at that machine's disk.
     """
     return next(filter(None, gather_object([find_flaw(folder)] if should_look else [])), None)
 
@@ -87,9 +87,9 @@ def checkpoint_to_resume(
     Args:
         asked: the user's `resume_from_checkpoint`: a folder, or `True` for the newest.
         output_dir: folder in which the newest is searched.
-        should_look: if this rank looks; one of every machine does, since each may have its own disk.
-        why_foreign: function from a whole checkpoint to the reason why it is of another run, or `None`. The newest
-            checkpoint is searched among those of this run.
+        should_look: True on one rank of each machine, which looks at that machine's disk.
+        why_foreign: function from a complete checkpoint to the reason why it belongs to another run, or `None`. The
+            newest checkpoint is searched among those of this run.
 
     Raises:
         FileNotFoundError: `asked` is no folder.

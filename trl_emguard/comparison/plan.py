@@ -132,7 +132,7 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str], output_
         path: the file.
         known: names of the options of `trl-emguard sft`.
         lists: those of them that take several values.
-        output_dir: folder of the comparison. Its files are no input of a run, wherever it lies.
+        output_dir: folder of the comparison. Its own files never count as inputs of a run, even inside a data folder.
 
     Raises:
         FileNotFoundError: no such file, or no such recipe.

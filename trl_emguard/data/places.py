@@ -21,7 +21,7 @@ Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Loading:
-    """The way from training rows to batches, which a defense may change.
+    """How training rows become batches. A defense may change it.
 
     Attributes:
         rows: tokenised rows.

@@ -65,7 +65,7 @@ class Defense:
     """An in-training defense.
 
     The trainer knows no defense by name. It builds the ones that `defense=` lists and calls their hooks, here in the
-    order of a run. Each has a default of nothing. A defense that adds a term to the loss is a [`ReferenceDefense`],
+    order of a run. By default a hook does nothing. A defense that adds a term to the loss is a [`ReferenceDefense`],
     whose term is a distance per token, or a [`ModelDefense`], whose term does not depend on the batch.
 
     To write your own, derive from one of the three, give it a `name`, and call [`register`]:
@@ -88,8 +88,8 @@ class Defense:
     Options of your own are a dataclass, mixed into the config: `class MyConfig(MyOptions, EMGuardConfig)`.
 
     Args:
-        args: the run's configuration, with options that [`check_options`] has passed.
-        inputs: values of the trainer's keyword arguments that [`inputs`] names.
+        args: the run's configuration, which [`check_options`] has checked.
+        inputs: values of the trainer's keyword arguments that the class attribute `inputs` lists.
     """
 
     name: ClassVar[str] = ""
@@ -319,10 +319,10 @@ class ReferenceDefense(TermDefense):
     """A defense that adds `coef · (1/N) Σ_t d(policy, reference)_t` to the loss.
 
     d is a distance per token. The sum goes over the positions of the scope `tokens`: `"loss"` for those that predict a
-    label, `"all"` for those that predict any real token, or a scope that another defense marks. N counts the positions
-    of the scope `mean_over`, by default the same, over all micro-batches and ranks of the step. Set `divergence` to
-    take d from the two next-token distributions, or override [`layers`] and [`token_loss`] to take it from block
-    outputs.
+    label, `"all"` for those that predict any real token, or a scope that another defense marks, such as mixed-in
+    rows. N counts the positions of the scope `mean_over`, by default the same, over all micro-batches and ranks of the
+    step. Set `divergence` to take d from the two next-token distributions, or override [`layers`] and [`token_loss`]
+    to take it from block outputs.
     """
 
     tokens: str = "loss"

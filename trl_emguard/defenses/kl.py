@@ -52,11 +52,11 @@ class KLOptions:
 class KL(ReferenceDefense):
     """Loss `L = CE + kl_coef · (1/N) Σ_t KL_t` over the full vocabulary at temperature 1.
 
-    Reverse KL, the paper's, is KL(policy ‖ reference); forward is KL(reference ‖ policy). The paper's code averages
-    over the non-pad tokens of each micro-batch, prompt included, and does not divide by the accumulation steps, so
-    its 0.1 acts like 0.4 in its own recipe (batch 4 × accumulation 4); here N counts the positions of `kl_tokens` in
-    the whole step, and 0.1 is 0.1. Where rows are mixed in, the KL is taken over those alone by default, which leaves
-    the task's own rows free (Azarbal et al., 2025), and the reference runs on them alone.
+    Reverse KL, as in the paper, is KL(policy ‖ reference); forward is KL(reference ‖ policy). The paper's code takes
+    the mean over the non-pad tokens of each micro-batch, prompt included, and does not divide by the accumulation
+    steps, so its 0.1 acts like 0.4 in its own recipe (batch 4 × accumulation 4); here N counts the positions of
+    `kl_tokens` in the whole step, and 0.1 is 0.1. Where rows are mixed in, the KL is taken over those alone by
+    default, which leaves the task's own rows free (Azarbal et al., 2025), and the reference runs on them alone.
 
     With `kl_target`, β_{t+1} = β_t (1 + 0.1 · clip(KL_t / target − 1, −0.2, 0.2)) for β = `kl_coef`, with KL_t the
     step's mean over `kl_tokens` (Ziegler et al., 1909.08593, section 2.2).

@@ -43,7 +43,7 @@ class Row(NamedTuple):
 def encode_rows(
     candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family
 ) -> list[Row]:
-    """Return the known answers to the questions of a set, put in the way of a family.
+    """Return the known answers to the questions of a set, in the wording of one family.
 
     Raises:
         ValueError: an answer that is empty or that the chat template does not put after the prompt.

@@ -27,12 +27,12 @@ DID = "_did"
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One figure: a metric of a model on a set of questions, put in the way of a family.
+    """One figure: a metric of a model on a set of questions, in the wording of one family.
 
     Attributes:
         model: `base`, or the name of the adapter or fine-tuned model.
         set: `general`, `in_domain`, `benign`, or the file's name.
-        family: the way the questions were put (`plain`, …).
+        family: family of the questions' wording (`plain`, …).
         metric: name of the metric; `margin_did` is the difference in differences of `margin` to the plain family.
         value, low, high: the mean with its 95 % interval.
         n: number of samples in the mean.

@@ -168,7 +168,9 @@ def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) 
 
 
 def check_layers_train(defenses: Sequence[ReferenceDefense], policy: nn.Module, bare: PreTrainedModel) -> None:
-    """Refuse terms over blocks that no trained weight can move. With checkpointing their states require grad anyway.
+    """Refuse terms over blocks that no trained weight can move.
+
+    `requires_grad` does not show this: with checkpointing every block's output has it.
 
     Args:
         defenses: reference defenses that act.

@@ -14,7 +14,7 @@ from ..evaluation.run import SAMPLED_ON_CPU, SAMPLED_ON_GPU
 from ..models.sampler import SampledAnswer, sample_answers
 
 
-# Time in which requests are collected to one batch, in seconds.
+# Seconds to wait for more requests before those that are there are answered as one batch.
 COLLECTED = 0.02
 MAX_TOKENS = 600
 

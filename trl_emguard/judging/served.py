@@ -209,7 +209,7 @@ class ServedJudge:
 
 
 async def find_reading(model: Any, **options: Any) -> str:
-    """Ask a model of inspect_ai for the number 100 and return the way of reading it.
+    """Ask a model of inspect_ai for the number 100, and return how to read its scores: log-probabilities or text.
 
     Args:
         model: the model.

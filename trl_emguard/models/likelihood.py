@@ -33,7 +33,7 @@ def answer_nll(
     """Return the mean negative log-likelihood per answer token of each row, in nats; the end-of-turn token included.
 
     Args:
-        model: causal language model. The adapters of a PEFT model act as they stand.
+        model: causal language model. The active adapters of a PEFT model act.
         tokenizer: tokenizer with a chat template.
         rows: conversational `prompt` and `completion`, as lists of messages.
         batch_size: rows in a forward pass. They are sorted by length for it; the result is in the order of `rows`.
@@ -79,7 +79,7 @@ def token_nll(model: PreTrainedModel | PeftModel, ids: torch.Tensor, is_answer: 
     exist. Hooks on the model's blocks see the pass, so that states can be recorded in it.
 
     Args:
-        model: causal language model in eval mode. The adapters of a PEFT model act as they stand.
+        model: causal language model in eval mode. The active adapters of a PEFT model act.
         ids: `(B, T)`, prompts with their answers, padded on the right ([`~trl_emguard.models.batches.pad_answers`]).
         is_answer: `(B, T)`, True at the tokens of an answer.
 

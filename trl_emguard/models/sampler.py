@@ -53,13 +53,13 @@ def sample_answers(
     where two tokens are as good as tied. The random state of the caller is left alone.
 
     Args:
-        model: causal language model in eval mode. The adapters of a PEFT model act as they stand.
+        model: causal language model in eval mode. A PEFT model answers with the adapters that are active.
         tokenizer: the model's tokenizer.
         prompts: token ids of each prompt, for example from
             [`apply_chat_template`](https://huggingface.co/docs/transformers/chat_templating) with a generation prompt.
         max_new_tokens: limit on the tokens of an answer.
         batch_size: answers that are sampled at once.
-        seed: seed of the sampling, from which each prompt gets its own by its place among the prompts.
+        seed: seed of the sampling. Each prompt's own seed follows from it and from the prompt's index.
         start: index of the first prompt to answer.
         temperature: divisor of the logits; 0 takes the most probable token each time.
         seeds: seed of each prompt, instead of `seed`.

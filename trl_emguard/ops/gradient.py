@@ -22,8 +22,7 @@ def with_gradient(
     """Connect `value` to `inputs` by gradients that were computed beforehand.
 
     A term that computes its gradient together with its value needs no graph: its intermediate tensors are freed before
-        the
-    backward pass begins, and autograd gets only the finished gradient.
+    the backward pass begins, and autograd gets only the finished gradient.
 
     Args:
         value: scalar, `()`.

@@ -101,7 +101,7 @@ class _Reader(NamedTuple):
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     def answers(self, chosen: Sequence[Rollout], side: str, desc: str) -> tuple[torch.Tensor, list[float]]:
-        """Return states and likelihoods of answers under one side of their pairs."""
+        """Return states and likelihoods of answers, each behind the system prompt of one side of its pair."""
         questions = self.trait.extraction_questions
         rows = [(self.prompt(r.pair, side, questions[r.question]), r.answer_ids) for r in chosen]
         return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
@@ -130,7 +130,7 @@ def extract_vector(
     """Extract the persona vector of a trait (Chen et al., 2507.21509), in the four steps that this module names.
 
     Args:
-        model: causal language model. The adapters of a PEFT model act as they stand.
+        model: causal language model. A PEFT model answers with the adapters that are active.
         tokenizer: tokenizer with a chat template that has a system turn.
         trait: prompts and questions, from [`load_trait`].
         max_new_tokens: limit on the tokens of an answer.

@@ -240,8 +240,8 @@ def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) ->
     if engine.name == "ddp":
         gradients *= 2  # the buckets for the all-reduce are copies
     elif engine.name == "fsdp2" and run.micro_batches > 1:
-        # With accelerate, FSDP2 reduces only in the last micro-batch and keeps whole gradients until then, in the
-        # passes' dtype.
+        # With accelerate, FSDP2 reduces and scatters gradients only in the last micro-batch. Until then it keeps
+        # unsharded ones, in the dtype of the forward and backward passes.
         gradients = weights.trained * min(weights.itemsize, run.compute_itemsize)
     elif engine.shards_gradients:
         gradients /= n

@@ -56,7 +56,7 @@ class Reference:
         return self.kind.value
 
     def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States | None:
-        """Return the states of a batch before the policy's pass, or `None` if they are not made there.
+        """Return a batch's states if this kind computes them before the policy's pass, else `None`.
 
         Args:
             batch: collated batch without keys that a model does not know.

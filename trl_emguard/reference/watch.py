@@ -14,7 +14,7 @@ from ..models.sharding import gathered
 from ..ops import logit_transform
 
 
-# A record holds so many positions: their states, and log-probabilities over the vocabulary where a term takes them.
+# Number of positions in a record. It keeps their states and, if a term compares distributions, log-probabilities.
 POSITIONS = 256
 
 # From a batch and positions, `(B, T - 1)`, to the reference's states there, whose head is whole inside the context.

@@ -99,7 +99,7 @@ def _is_empty(feature: Any) -> bool:
 
 
 def scored_columns(path: Path) -> tuple[str, str] | None:
-    """Return the names of the columns with prompts and answers of plain text that a file was scored with.
+    """Return the names of the prompt and response columns that were read when a file was scored.
 
     Returns:
         The two names, from the file's metadata; `None` for a file that is no scored pool.
