@@ -23,7 +23,7 @@ from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
 from trl_emguard.comparison.plan import Baselines
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
-from trl_emguard.comparison.runs import Trained, in_bytes
+from trl_emguard.comparison.runs import UNKNOWN, Trained, in_bytes, with_record
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.run import EvaluationOptions
@@ -457,7 +457,7 @@ def test_a_comparison_from_end_to_end(inputs, capsys, monkeypatch):
     assert "was trained on 'org/other'" in runs["foreign"]["error"]
     assert runs["kl kl_coef=5.0"]["is_defended"] is True
     assert runs["none"]["is_defended"] is None
-    assert runs["mine"]["is_defended"] is False
+    assert runs["mine"]["is_defended"] is None
     assert runs["none"]["peak_memory"] > 1e8
     assert {row["run"] for row in saved["rows"]} == {"base", *runs} - {"broken", "foreign"}
     values = {
@@ -506,3 +506,8 @@ def test_adapters_that_cannot_be_measured_do_not_end_a_comparison(inputs):
     assert "logits that are not finite" in errors["diverged"]
     assert "its weights change nothing" in errors["idle"]
     assert errors["damaged"]
+
+
+@pytest.mark.parametrize(("defense", "verdict"), [("none", None), (UNKNOWN, None), ("kl", False)])
+def test_a_run_without_a_record(tmp_path, defense, verdict):
+    assert with_record(Trained("mine", defense, 0, str(tmp_path)), tmp_path).is_defended is verdict

@@ -22,14 +22,14 @@ from .runs import Trained
 
 
 RUN_COLUMNS = ("run", "defense", "coefficient", "seed", "step", "seconds_per_step", "peak_memory")
-# Metrics that can stand for broad misalignment and for narrow learning, the first that was measured counts; with the
-# sign that makes a higher value better. Of several rules, the first is the unwanted trait, the last the wanted one.
+# Metrics of broad misalignment and of narrow learning, each with the sign that makes a higher value better. The first
+# metric that was measured is used. Of several rules, the first is the unwanted trait, the last the wanted one.
 BROAD = {"trait_rate": -1, "margin": 1}
 NARROW = {"trait_rate": 1, "nll": -1}
 
 
 class Figure(NamedTuple):
-    """A difference to the base with its interval, turned so that higher is better."""
+    """A difference to the base with its interval, with the sign changed where lower is better."""
 
     value: float
     low: float
@@ -42,8 +42,9 @@ class Entry:
 
     Attributes:
         name: name of the run.
-        trained: its seeds.
-        broad, narrow: the figures that runs are compared by: means over the seeds, with the widest interval of any.
+        trained: the trainings of the run, one for each seed.
+        broad, narrow: the figures by which runs are compared: means over the seeds, with an interval that covers the
+            interval of every seed.
         benign: the same seeds, trained on the benign task.
     """
 
@@ -55,7 +56,7 @@ class Entry:
 
     @property
     def is_baseline(self) -> bool:
-        """True for a free baseline."""
+        """True for a free baseline, which needs no training of its own."""
         return self.trained[0].is_baseline
 
     @property
@@ -65,7 +66,7 @@ class Entry:
 
     @property
     def is_comparable(self) -> bool:
-        """True if every seed finished, was measured, and was defended by the defense that it names."""
+        """True if no seed failed or lacks evidence of its defense, and both figures were measured."""
         is_whole = all(run.error is None and run.is_defended is not False for run in self.trained)
         return is_whole and self.broad is not None and self.narrow is not None
 
@@ -76,8 +77,8 @@ class Report:
 
     Attributes:
         trained: all runs and baselines.
-        results: the evaluation of those that have an adapter.
-        entries: lines by name, with the figures that they are compared by.
+        results: the evaluation of the runs and baselines that have an adapter.
+        entries: lines of the report, one for each name of a run or baseline.
         metrics: the metrics that stand for broad misalignment and narrow learning, `None` where none was measured.
     """
 
@@ -97,7 +98,7 @@ class Report:
         if not compared:
             return f"Every run is left out, so no run can be preferred.{reason}"
         best = [entry for entry in compared if not any(dominates(other, entry) for other in compared)]
-        # Names hold commas themselves.
+        # Names may contain commas, so semicolons separate them.
         names = "; ".join(entry.name for entry in best)
         text = (
             f"Not dominated (no other run is better in one of broad and narrow, and not worse in the other): {names}."
@@ -115,7 +116,7 @@ class Report:
 
 
 def make_report(trained: Sequence[Trained], results: Results, benign: Sequence[Trained] = ()) -> Report:
-    """Put runs and figures together.
+    """Return the report on the runs of a comparison and their evaluation.
 
     Args:
         trained: runs and baselines; the adapter of each was evaluated under its `key`.
@@ -181,7 +182,7 @@ def report_rows(report: Report) -> list[dict[str, Any]]:
 
 
 def make_table(report: Report) -> Table:
-    """Return the lines of the report as a table of at most 100 columns."""
+    """Return the lines of the report as a table of at most 100 characters a line."""
     legend = "broad and narrow: differences to the base model, turned so that higher is better"
     table = Table(caption=f"{legend} (NLL too)" if report.metrics[1] == "nll" else legend)
     table.add_column("run", overflow="fold")
@@ -213,12 +214,12 @@ def exact_match_text(report: Report, entry: Entry) -> str:
 
 
 def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float]]]:
-    """Return the steps and values of a metric of [`DriftCallback`], of each run that logged it in its training."""
+    """Return run → steps and values of a metric of [`DriftCallback`], for each run that logged the metric."""
     found = {}
     for run in report.trained:
         path = Path(run.adapter or "") / "trainer_state.json"
         if run.adapter is not None and not run.is_baseline and path.is_file():
-            # An adapter that was trained elsewhere may have any file of this name, and a curve is no reason to fail.
+            # An adapter that was trained elsewhere may have another file of this name. It only costs the curve.
             with suppress(ValueError, KeyError, TypeError):
                 history = parse_json(path.read_text(encoding="utf-8"))["log_history"]
                 found[run.key] = [(entry["step"], entry[metric]) for entry in history if metric in entry]
@@ -226,14 +227,14 @@ def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float
 
 
 def is_task_learned(report: Report) -> bool:
-    """Return True if an undefended run learned the benign task: without that, the others say nothing."""
+    """Return True if an undefended run learned the benign task. If none did, the other runs' results mean nothing."""
     runs = [run for entry in report.entries if entry.name == UNDEFENDED for run in entry.benign]
     rows = [report.results.row(run.key, BENIGN_TASK, "exact_match") for run in runs]
     return any(row is not None and row.difference > 0 and is_apart(row) for row in rows)
 
 
 def defended_text(trained: Sequence[Trained]) -> str:
-    """Return "yes", "no" or "–" (no defense, or a baseline)."""
+    """Return "no" if a run gave no evidence of its defense, "yes" if all did, else "–" (see `Trained.is_defended`)."""
     states = {run.is_defended for run in trained}
     return "no" if False in states else "yes" if True in states else "–"
 
@@ -273,7 +274,7 @@ def _figure(
 
 
 def turned(row: ResultRow, signs: Mapping[str, int]) -> Figure:
-    """Return a row's difference to the base, turned so that higher is better."""
+    """Return a row's difference to the base, with the sign changed where lower is better."""
     if signs[row.metric.split(":")[0]] > 0:
         return Figure(row.difference, row.difference_low, row.difference_high)
     return Figure(-row.difference, -row.difference_high, -row.difference_low)

@@ -1,4 +1,4 @@
-"""Training of a comparison's runs, one process each. A finished run never runs again, a failed one is told."""
+"""Training of a comparison's runs, each in a process of its own. Finished runs are kept, failed ones reported."""
 
 import ctypes
 import json
@@ -23,10 +23,12 @@ from ..persona.vectors import load_vector, random_like
 from .plan import EMA, UNDEFENDED, Plan, Run
 
 
-# Number of an option of Linux's prctl.
+# Number of the option of Linux's prctl by which a process gets a signal when its parent ends.
 PR_SET_PDEATHSIG = 1
 STATUS_FILE = "run.json"
 LOG_FILE = "log.txt"
+# Defense of an adapter that was trained elsewhere and has no `defense.json`.
+UNKNOWN = "?"
 # Folders of a comparison: runs, and the same option sets trained on the benign task.
 RUNS, BENIGN = "runs", "benign"
 # Training rows of the benign task, of the 6,583 that its first tier has.
@@ -35,22 +37,24 @@ BENIGN_ROWS = 4000
 
 @dataclass(frozen=True)
 class Trained:
-    """A run with what came out of it, or an entry that was made of one.
+    """A run with the outcome of its training, or a baseline that was made from such a run.
 
     Attributes:
         name: name in the report, without the seed.
         defense: its defense.
         seed: seed of its training.
         adapter: folder of its adapter, or `None` for a failed run.
-        error: the last line that a failed run said.
-        is_baseline: True for one that costs no training of its own.
+        error: reason why the run failed, such as the last line of its log; `None` if it did not fail.
+        is_baseline: True for a free baseline, which needs no training of its own.
         is_random: True for a steering run with a random vector, a baseline that is trained.
-        is_defended: True if its record shows that its defense acted; `None` without a defense.
-        coefficient: value of its one `…_coef` option, a number or a schedule.
-        step: step of the training that the adapter is of.
+        is_defended: True if `defense.json` shows that the defense acted, False if not; `None` without a defense,
+            and for an adapter that was trained elsewhere.
+        coefficient: value of the run's `…_coef` option, a number or a schedule, if there is exactly one such option;
+            for a scaled adapter, the factor.
+        step: training step whose weights the adapter has.
         seconds_per_step: time of a step; `None` where it is not known.
-        peak_memory: largest memory of its process on the host, without an accelerator's, in bytes; `None` where it is
-            not known.
+        peak_memory: peak host memory (RAM) of the run's process, without an accelerator's memory, in bytes; `None`
+            where it is not known.
     """
 
     name: str
@@ -68,16 +72,16 @@ class Trained:
 
     @property
     def key(self) -> str:
-        """Name of the run and its seed, as an adapter may have it (no dots)."""
+        """Name of the run with its seed. Dots are replaced, because an adapter's name must not contain any."""
         return f"{self.name} seed{self.seed}".replace(".", "_")
 
 
 def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trained]:
-    """Train what is not yet trained, and return all runs with the free baselines of the undefended ones.
+    """Train the runs that are not yet trained. Return all runs, and the free baselines of the undefended runs.
 
     Args:
         plan: the plan.
-        folder: folder of the comparison; each run has one of its own below `runs`.
+        folder: folder of the comparison; each run has a folder of its own below `runs`.
         say: function that shows a line to the user.
     """
     found = []
@@ -101,12 +105,12 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
 
     Args:
         plan: the plan.
-        trained: its runs, trained.
+        trained: the plan's runs, from [`train_all`].
         folder: folder of the comparison.
         say: function that shows a line to the user.
 
     Returns:
-        One for each run of `plan.benign_runs`, with that run's `key`.
+        One training for each run of `plan.benign_runs`, with the same `key` as the run's own training.
     """
     if not plan.benign_runs:
         return []
@@ -128,14 +132,14 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
 
 
 def on_benign_rows(run: Run, rows: Path, steps: int | None) -> Run:
-    """Return a run with the rows of the benign task in place of the recipe's, and nothing else to save."""
+    """Return a run with the benign task's rows instead of the recipe's, and no checkpoints or EMA for baselines."""
     task = {"dataset_name": str(rows), "dataset_train_split": "train", "max_steps": steps, "eval_strategy": "no"}
     options = {"defense": UNDEFENDED} if run.name == UNDEFENDED else run.options
     return replace(run, options=options | task)
 
 
 def _with_random_vector(run: Run, plan: Plan, folder: Path) -> Run:
-    """Return a run whose steering vector is random, one for each seed, made from the vector that it stands for."""
+    """Return a steering run with a random vector, drawn by the run's seed with the norms of the original vector."""
     vector = random_like(load_vector(plan.option(run, "steering_vector")), run.seed)
     path = folder / "vectors" / f"random-{vector.metadata['like']}-seed{run.seed}.safetensors"
     vector.save(path)
@@ -145,8 +149,8 @@ def _with_random_vector(run: Run, plan: Plan, folder: Path) -> Run:
 def _take(run: Run) -> Trained:
     folder = Path(run.adapter or "").expanduser()
     if not (folder / "adapter_config.json").is_file():
-        return Trained(run.name, "?", run.seed, None, f"{folder} holds no adapter that PEFT saved.")
-    return with_record(Trained(run.name, "?", run.seed, str(folder)), folder)
+        return Trained(run.name, UNKNOWN, run.seed, None, f"{folder} holds no adapter that PEFT saved.")
+    return with_record(Trained(run.name, UNKNOWN, run.seed, str(folder)), folder)
 
 
 def _train(run: Run, recipe: Path, folder: Path) -> Trained:
@@ -170,7 +174,7 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """Return how a run ended, or `None` if it has not. One that failed is tried again."""
+    """Return the status of a finished run; `None` if the run has not finished or has failed, and is to be trained."""
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     return status if status and status["error"] is None else None
@@ -188,7 +192,7 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         # The function makes one system call, which is safe between fork and exec.
         preexec_fn = _die_with_parent
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=preexec_fn)  # noqa: PLW1509
-        # Only this call tells the memory of one process; that of all children together would never fall.
+        # Only `wait4` gives the peak memory of this process; `getrusage` gives the largest of all children so far.
         _, status, usage = os.wait4(process.pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code in (130, -signal.SIGINT):
@@ -210,7 +214,7 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
 
 
 def in_bytes(maxrss: int) -> int:
-    """Return the bytes of a process's largest memory, as the system counts it: macOS in bytes, Linux in KiB."""
+    """Convert a process's peak memory to bytes: macOS reports the peak in bytes, Linux in KiB."""
     return maxrss if sys.platform == "darwin" else maxrss * 1024
 
 
@@ -224,7 +228,7 @@ def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
 def _die_with_parent() -> None:
     """Have Linux end this process when the comparison ends, however it ends.
 
-    A training that goes on alone would write into the folder of the run that the next comparison starts.
+    A training that outlives the comparison would write into its folder while the next comparison trains the same run.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -243,10 +247,10 @@ def _last_line(log: Path, code: int) -> str:
 
 
 def with_record(trained: Trained, folder: Path) -> Trained:
-    """Add what `defense.json` says: the defense, and if it acted."""
+    """Return the run with the defense that `defense.json` names, and with its verdict on whether the defense acted."""
     record = read_defense_file(folder)
     if record is None:
-        return Trained(**{**asdict(trained), "is_defended": False if trained.defense != UNDEFENDED else None})
+        return replace(trained, is_defended=None if trained.defense in (UNDEFENDED, UNKNOWN) else False)
     names = record["defenses"]
     acted = all(record["evidence"][name].get("acted") for name in names)
     defense = str(record.get("defense", trained.defense))
@@ -254,8 +258,8 @@ def with_record(trained: Trained, folder: Path) -> Trained:
 
 
 def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
-    """Return what comes of the undefended run without a training: checkpoints, its adapter scaled, an average."""
-    assert undefended.adapter is not None  # the caller has looked
+    """Return the free baselines of an undefended run: checkpoints, its adapter scaled, and its weights' average."""
+    assert undefended.adapter is not None  # `train_all` has checked this
     source = Path(undefended.adapter)
     like = Trained("", UNDEFENDED, undefended.seed, None, is_baseline=True, step=undefended.step)
     found = []
