@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 
-# TRL takes seconds to import, and a command that only prints a path should not wait for it.
+# Names are imported on first use, because TRL takes seconds to import and a command may only print a path.
 def __getattr__(name: str):
     if name in _ROOMS:
         return getattr(import_module(f".{_ROOMS[name]}", __name__), name)

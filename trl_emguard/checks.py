@@ -1,4 +1,4 @@
-"""Refusals that no single defense can make: of options, before a model is loaded, and of the loaded policy."""
+"""Checks that no single defense can make: of options, of the trainer's arguments, and of the training engine."""
 
 import os
 import re
@@ -74,7 +74,13 @@ def _check_cache(args: Any) -> None:
 
 
 def check_launch(args: TrainingArguments) -> None:
-    """Refuse a run that was launched on several ranks or asked for sharding, and got neither: accelerate is silent."""
+    """Refuse a run that asked for several ranks or for FSDP and did not get it.
+
+    accelerate raises no error then: every process trains a model by itself, or the model is not sharded.
+
+    Raises:
+        ValueError: the message names the likely cause and the fix.
+    """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     alone = args.world_size == 1 or args.distributed_state.distributed_type == DistributedType.NO
     if "LOCAL_RANK" in os.environ and launched > 1 and alone:
@@ -98,7 +104,7 @@ def refuse_unsharded_fsdp(why: str) -> NoReturn:
 
 
 def check_data(train_dataset: object) -> None:
-    """Refuse an empty set of training rows. SFTTrainer has errors of its own for missing rows and other types."""
+    """Refuse an empty set of training rows. SFTTrainer itself refuses `None` and objects of other types."""
     if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
 
@@ -214,14 +220,15 @@ def _check_ref_model(
 
 @dataclass(frozen=True)
 class Engine:
-    """Facts of the engine that a run trains with.
+    """Facts about the training engine of a run, such as DeepSpeed or FSDP.
 
     Attributes:
-        sharding: name of an engine that makes another model of the policy when training starts, or `None`.
+        sharding: name of the engine that wraps or splits the policy when training starts (`"DeepSpeed"`, `"FSDP"` or
+            `"tensor parallelism"`), or `None`.
         fsdp_version: 1 or 2; `None` without FSDP.
         fsdp_checkpointing: whether FSDP's own activation checkpointing is on.
         splits_sequences: whether context or sequence parallelism is on.
-        is_fp16: whether passes run in fp16.
+        is_fp16: whether forward passes run in fp16.
     """
 
     sharding: str | None = None
@@ -270,13 +277,13 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
 
 
 def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
-    """Refuse engines that do not go with defenses which run passes of their own."""
+    """Refuse engines that do not go with defenses that run forward passes of their own."""
     if names and engine.sharding == "tensor parallelism":
         raise ValueError(
             f"defense={','.join(names)!r} does not work with tensor parallelism, which splits over ranks what it "
             "compares: set tp_size to 1."
         )
-    # Reentrant is torch's default once transformers is given any keyword.
+    # Without keyword arguments transformers checkpoints non-reentrantly; with any, torch's reentrant default applies.
     how = args.activation_checkpointing_kwargs or {"use_reentrant": False}
     is_reentrant = args.activation_checkpointing and how.get("use_reentrant", True)
     takes_one = engine.sharding == "DeepSpeed" or (engine.sharding is None and args.world_size > 1)

@@ -1,4 +1,4 @@
-"""The versions of its neighbours that the package was tested with, and the check of newer ones."""
+"""Tested versions of the libraries that this package builds on, and the check of newer versions."""
 
 import os
 import subprocess
@@ -13,8 +13,9 @@ from .io.files import cache_dir
 from .version import __version__
 
 
-# First version that works, which `setup.cfg` states as well (a test compares them), and first one that was not tried.
-# The package builds on private parts of TRL and PEFT, so another version may train an undefended model in silence.
+# Library → first version that works, which `setup.cfg` states as well (a test compares the two), and first version
+# that was not tried. The package builds on private parts of TRL and PEFT, so with another version it may train an
+# undefended model without an error.
 TESTED = {
     "torch": ("2.13.0", "2.14"),
     "trl": ("1.16.0", "1.17"),
@@ -22,11 +23,11 @@ TESTED = {
     "peft": ("0.21.2", "0.22"),
     "accelerate": ("1.15.0", "1.16"),
 }
-# Set in the process of the self-check, which imports the package too.
+# Environment variable of the self-check's process, which imports the package and must not start another self-check.
 IN_CHECK = "TRL_EMGUARD_SELF_CHECK"
 # Seconds that the self-check may take; it needs a few.
 PATIENCE = 600
-# Variables of a launcher would make the self-check wait for other ranks.
+# Beginnings of environment variables that a launcher sets. They would make the self-check wait for other ranks.
 LAUNCHED = (
     "RANK",
     "LOCAL_",
@@ -42,10 +43,10 @@ LAUNCHED = (
 
 
 def check_environment() -> None:
-    """Refuse neighbours that are missing or too old, and check those that are newer than tested.
+    """Refuse required libraries that are missing or too old, and check those that are newer than tested.
 
-    The self-check runs once for a set of versions: `$TRL_EMGUARD_CACHE/self_check` says which ones passed. Tested
-    versions need none.
+    The self-check runs once for each set of versions; `$TRL_EMGUARD_CACHE/self_check` lists the sets for which it
+    succeeded. Tested versions need no self-check.
 
     Raises:
         ImportError: one sentence says which package is the cause, and what to install.
@@ -77,19 +78,19 @@ def _tested(name: str) -> str:
 
 
 def _check_newer(newer: list[str], found: dict[str, str]) -> None:
-    """Warn of neighbours that are newer than tested, and refuse them if the self-check fails."""
+    """Warn of libraries that are newer than tested, and refuse them if the self-check fails."""
     installed = " and ".join(f"{name} {found[name]}" for name in newer)
     fix = f"`pip install {' '.join(map(_tested, newer))}`"
     versions = {"trl_emguard": __version__, "python": python_version(), **found}
     passed = cache_dir() / "self_check" / "_".join(f"{name}-{which}" for name, which in versions.items())
-    if not os.path.isfile(passed):  # False, too, in a folder that may not be entered
+    if not os.path.isfile(passed):  # also False if the folder may not be entered
         cause = self_check()
         if cause is not None:
             raise ImportError(
                 f"trl_emguard {__version__} does not work with {installed}, which is newer than what it was tested "
                 f"with: {cause}. Run {fix}."
             )
-        with suppress(OSError):  # it is checked again next time
+        with suppress(OSError):  # without this file, the next import checks again
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
     if os.environ.get("RANK", "0") == "0":

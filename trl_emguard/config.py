@@ -46,7 +46,7 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]
 
     def __post_init__(self):
-        # A mistyped defense is told first: transformers' own checks take long, print and look for devices.
+        # A mistyped defense is reported first: transformers' own checks take long, print, and look for devices.
         parse_defense(self.defense)
         if self.output_dir is not None and os.path.isfile(self.output_dir):
             raise ValueError(f"output_dir={self.output_dir!r} is a file: name a folder, or a path that is free.")
@@ -55,7 +55,7 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
                 f"ddp_backend={self.ddp_backend!r} is for several processes, and this is one that nobody launched: "
                 "leave it out."
             )
-        # An accelerate file says where a run is, and Trainer does not ask it: a recipe should not have to repeat it.
+        # Trainer does not read `use_cpu` from an accelerate file, and a recipe should not have to repeat that setting.
         if parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True
         super().__post_init__()
@@ -80,8 +80,9 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
                 f"args is a {type(args).__name__}, whose fields {', '.join(lost)} an EMGuardConfig does not have: "
                 "derive that class from EMGuardConfig."
             )
-        # `to_dict` undoes the base class's `__post_init__`, but hides the token and turns dtypes into strings, in
-        # nested dicts in place: it works on a copy, and SFTConfig's own fields are taken as they are.
+        # `to_dict` undoes the base class's `__post_init__`. But it hides the token and turns dtypes into strings, in
+        # nested dicts even in place. So it is called on a copy, and the token and SFTConfig's own fields are copied
+        # without it.
         base = {f.name for f in fields(TrainingArguments)} - {"hub_token"}
         own = {f.name: copy.copy(getattr(args, f.name)) for f in fields(args) if f.init and f.name not in base}
         return cls(**{**copy.deepcopy(args).to_dict(), **own})

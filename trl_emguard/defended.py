@@ -37,13 +37,13 @@ ROW_HOOKS = ("prepare_rows", "prepare_tokenized", "add_rows", "train_loader", "r
 
 
 class DefendedTrainer(WholeCheckpoints):
-    """Mixin for TRL trainers that call the policy by TRL's fused head (SFT, DPO, KTO, GRPO, RLOO).
+    """Mixin for TRL trainers that run the policy through TRL's fused LM head (SFT, DPO, KTO, GRPO, RLOO).
 
-    It builds the defenses that `args.defense` names, puts their contexts around training and around every pass of the
-    policy that forms a gradient, judges their evidence after each step, and writes `defense.json` beside what is
-    saved. The trainer keeps its own loss.
+    It builds the defenses that `args.defense` names and enters their contexts around training and around every forward
+    pass of the policy that forms a gradient. After each step it checks that they have an effect. It writes
+    `defense.json` beside every saved model. The trainer keeps its own loss.
 
-    Its config is a TRL config with [`DefenseArguments`] before it, which calls `check_defense` when it is made.
+    The config class inherits [`DefenseArguments`] and then a TRL config, and calls `check_defense` in `__post_init__`.
 
     ```python
     >>> class DefendedDPOTrainer(DefendedTrainer, DPOTrainer): ...
@@ -53,12 +53,12 @@ class DefendedTrainer(WholeCheckpoints):
         defenses: active defenses.
 
     Raises:
-        TypeError: the config has no options of defenses.
-        ValueError: a defense needs what this trainer does not do.
+        TypeError: the config does not inherit [`DefenseArguments`].
+        ValueError: a defense needs a loss or hooks on rows that this trainer does not have.
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
-    # Flags: the trainer forms the loss that defenses with `own_loss` are part of, and calls the hooks on rows.
+    # Flags of a trainer class: it forms the loss that defenses with `own_loss` add to; it calls the hooks on rows.
     forms_own_loss: ClassVar[bool] = False
     prepares_rows: ClassVar[bool] = False
 
@@ -81,12 +81,12 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = False  # the policy has been updated
         self._policy_passes = 0
         self._sums = Sums()
-        self._learning_rate = 0.0  # of the step's update, as a share of the peak
+        self._learning_rate = 0.0  # of the step's update, as a share of the peak rate
         self._grad_norm: Any = None
-        self._steps_made = 0  # of this training
+        self._steps_made = 0  # since this training began
         self._still_steps = 0  # steps in a row with a gradient norm of 0
         self._begin_with: dict[str, dict[str, Any]] = {}
-        # Each rank looks before an engine shards the weights, which ZeRO-3 gathers and FSDP2 hides.
+        # Weights are read before FSDP2 shards and hides them. All ranks take part, since ZeRO-3 gathers its shards.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
@@ -129,13 +129,13 @@ class DefendedTrainer(WholeCheckpoints):
         )
 
     def _bare_model(self) -> PreTrainedModel:
-        """Return the causal language model without wrappers and adapters' shell."""
+        """Return the causal language model without the PEFT wrapper, its adapters still in place."""
         return bare_model(self.model)
 
     # ---- training ----
 
     def describe(self) -> list[str]:
-        """Return lines that say what acts in this run."""
+        """Return the lines to print at the start: active defenses, their options, and arguments that are not used."""
         lines = []
         for d in self._named:
             lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
@@ -152,7 +152,7 @@ class DefendedTrainer(WholeCheckpoints):
         if self.args.should_save:
             check_writable("output_dir", self.args.output_dir)
         if self.defenses:
-            # An interrupted run has left sums of a step behind.
+            # An interrupted training may have left the counts and metrics of an unfinished step.
             self._policy_passes = 0
             self._metrics["train"].clear()
         for callback in self.callback_handler.callbacks:
@@ -168,14 +168,14 @@ class DefendedTrainer(WholeCheckpoints):
         return output
 
     def _around_training(self) -> list[AbstractContextManager]:
-        """Return contexts around training, left however it ends."""
+        """Return the context managers to enter around training. They are left even if training fails."""
         return [defense.training(self._bare_model()) for defense in self.defenses]
 
     def _before_training(self) -> None:
-        """Do what has to be done before the first step, once it is said what acts."""
+        """Hook for subclasses, called before the first step and after the lines of [`describe`] are printed."""
 
     def _conclude(self, trial: Any) -> None:
-        """Judge the run at its end; save it first if it was not defended."""
+        """Check the finished run. If it was not defended, save the model and raise [`InactiveDefenseError`]."""
         verdict = self._verdict(final=True)
         if verdict is not None:
             folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
@@ -190,14 +190,14 @@ class DefendedTrainer(WholeCheckpoints):
                 )
 
     def check_resume(self, checkpoint: Any, compare_weights: bool = True) -> None:
-        """Refuse a checkpoint that was trained otherwise, and take over the evidence of one that was not.
+        """Refuse a checkpoint of another run or with other defenses; else take over its evidence.
 
         Args:
             checkpoint: folder of a whole checkpoint.
-            compare_weights: whether the reference's weights are compared. A plan has none.
+            compare_weights: whether the weights of model and reference are compared. A dry run has no weights.
 
         Raises:
-            ValueError: another tuning, another defense, other options or another reference.
+            ValueError: another tuning (adapter or full), defense, option, reference, model, seed or set of rows.
         """
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if is_peft_model(self.model) and not sharded and not holds_adapter(checkpoint):
@@ -226,7 +226,7 @@ class DefendedTrainer(WholeCheckpoints):
     # ---- a training step ----
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        # Evaluation has nothing around it.
+        # Evaluation runs without defenses.
         if not self.model.training or not self.defenses:
             return super().compute_loss(model, inputs, *args, **kwargs)
         marks = self._read_batch(inputs)
@@ -245,7 +245,7 @@ class DefendedTrainer(WholeCheckpoints):
         return output
 
     def _read_batch(self, inputs: dict[str, Any]) -> Marks:
-        """Return what the defenses read from a micro-batch, and remove what the model does not know."""
+        """Return all defenses' marks and counts for a micro-batch, and remove keys that the model does not know."""
         merged = Marks()
         for defense in self.defenses:
             marks = defense.read_batch(inputs)
@@ -256,11 +256,11 @@ class DefendedTrainer(WholeCheckpoints):
     def _count_in_backward(self, loss: torch.Tensor, then: Callable[[torch.Tensor], None] | None = None) -> None:
         """Count a pass of the policy once a gradient flows back into its loss.
 
-        A subclass may call `compute_loss` for its log alone, and train on another loss.
+        A subclass may call `compute_loss` only to log the loss, and train on another one: that pass does not count.
 
         Args:
             loss: the pass's loss.
-            then: called with whether that gradient is not 0, `()` boolean.
+            then: function to call with a boolean of shape `()`: whether that gradient is not 0.
         """
 
         def count(gradient: torch.Tensor) -> None:
@@ -291,7 +291,7 @@ class DefendedTrainer(WholeCheckpoints):
             defense.begin(self._begin_with.get(defense.name, {}))
 
     def _end_step(self, control: Any) -> None:
-        """Judge a step that was made."""
+        """Check after a step that it was defended, and stop training if a defense has no effect."""
         if not self._policy_passes:
             classes = (c for c in type(self).__mro__ if "compute_loss" in vars(c))
             owner = next(c.__name__ for c in classes if c.__module__.startswith("trl_emguard"))
@@ -307,7 +307,7 @@ class DefendedTrainer(WholeCheckpoints):
             control.should_save = control.should_training_stop = True
 
     def _take_in_step(self) -> None:
-        """Check that a step's numbers are finite. A trainer with the package's own loss also sums them up."""
+        """Check that a step's numbers are finite, sum up its counts over ranks, and hand them to the defenses."""
         entropy = self._metrics["train"].get("entropy")
         self._check_finite({"entropy": sum(entropy) if entropy else None, "grad_norm": self._grad_norm})
         self._hand_over({} if self._sums.is_empty else self._sums.reduce(self.accelerator, self.get_tp_size()))
@@ -323,7 +323,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        """Refuse numbers that are not finite (`None` is unknown). Trainer would train on, and log earlier losses."""
+        """Raise an error if a number is not finite (`None` is skipped). Trainer would go on and log earlier losses."""
         if self.accelerator.optimizer_step_was_skipped:
             values.pop("grad_norm")  # fp16's loss scaling finds its scale by skipping steps
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
@@ -335,7 +335,7 @@ class DefendedTrainer(WholeCheckpoints):
             )
 
     def _check_trains(self, label_tokens: float) -> None:
-        """Refuse a run whose gradient norm stays 0: no weight that is trained has a part in the loss."""
+        """Raise an error if the gradient norm stays 0, because then the loss depends on no trained weight."""
         skipped = self.accelerator.optimizer_step_was_skipped
         if self._grad_norm is None or skipped or not label_tokens or float(self._grad_norm) != 0:
             self._still_steps = 0
@@ -371,7 +371,7 @@ class DefendedTrainer(WholeCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            for defense in self.defenses if _internal_call and output_dir else ():  # a checkpoint
+            for defense in self.defenses if _internal_call and output_dir else ():  # in a checkpoint only
                 defense.save(str(output_dir))
             write_defense_file(output_dir or self.args.output_dir, self._record())
 
@@ -384,7 +384,7 @@ class DefendedTrainer(WholeCheckpoints):
 
 
 class _StepCallback(TrainerCallback):
-    """Callback that tells the trainer where training begins, and where a step's update is made and ends."""
+    """Callback that tells the trainer when training begins, an update is about to be made, or a step has ended."""
 
     def __init__(self, trainer: DefendedTrainer):
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""Evidence that a defense acts: counts, the verdict on them, and the file `defense.json`."""
+"""Evidence that a defense has an effect: counts, the verdict on them, and the file `defense.json`."""
 
 import json
 import math
@@ -13,44 +13,46 @@ from .io.strict import parse_json
 
 DEFENSE_FILE = "defense.json"
 
-# A term may spend this many steps with positions in scope, after the policy has moved, without any gradient. One step
-# can be too small to show: in bf16 its change may vanish in the rounding of the states.
+# Number of steps without any gradient from a term after which the run counts as not defended. Only steps that have
+# positions in scope and come after the policy has moved are counted. One step is not enough: in bf16, the change that
+# a step makes may vanish in the rounding of the states.
 PATIENCE = 3
 
 
 class InactiveDefenseError(RuntimeError):
-    """Error of a run that is not defended.
+    """Error for a run that is not defended.
 
-    Causes: a term formed no gradient although the policy had moved, or rows to mix in did not come (the model is saved
-    then); a steering hook did not fire or changed nothing; an inoculation prompt changed no row (training has not
-    begun then).
+    Common causes: a term formed no gradient although the policy had moved, or rows to mix in did not reach the batches
+    (the model is saved then); a steering hook did not fire or changed nothing; an inoculation prompt changed no row
+    (training has not begun then).
     """
 
 
 def moves(learning_rate: float, label_tokens: float) -> bool:
-    """Return whether a step's update moves the policy far enough to show.
+    """Return whether a step's update is large enough to change the policy's states visibly.
 
-    The first steps of a long warm-up are too small to show in bf16, so an update counts from a tenth of the peak rate.
+    The first steps of a long warm-up are too small for that in bf16, so an update counts only if its learning rate is
+    at least a tenth of the peak rate.
 
     Args:
         learning_rate: rate of the update as a share of the peak rate; 0 where the update was skipped.
-        label_tokens: labels of the step.
+        label_tokens: number of tokens with a label in the step.
     """
     return learning_rate >= 0.1 and label_tokens > 0
 
 
 @dataclass
 class Evidence:
-    """Evidence that a term acts, summed over steps, micro-batches and ranks.
+    """Evidence that a term of the loss forms a gradient, summed over steps, micro-batches and ranks.
 
     Attributes:
         value: Σ of the distance over positions.
         positions: number of positions in scope.
-        gradient: Σ |∂ weighted term / ∂ what it compares| (logits, or block outputs). Above 0 once the term has taught
-            anything.
+        gradient: Σ |∂ weighted term / ∂ compared states|, where the states are logits or block outputs. Above 0 once
+            the term has formed any gradient.
         requires_grad: number of micro-batches in which the policy's states required grad at all.
         judged_steps: number of steps with positions in scope after the policy had moved.
-        idle_steps: number of them without any gradient, counted back from now without a break.
+        idle_steps: number of judged steps since a step last had a gradient.
     """
 
     value: float = 0.0
@@ -62,10 +64,10 @@ class Evidence:
 
     @classmethod
     def read(cls, name: str, record: dict[str, Any]) -> "Evidence":
-        """Return the evidence of a term from [`as_json`]'s record; none where the record is empty.
+        """Return the evidence of a term from the record that [`as_json`] made; an empty record gives zeros.
 
         Raises:
-            ValueError: the record is of another form.
+            ValueError: the record is not one that [`as_json`] makes.
         """
         if not isinstance(record, dict) or not all(isinstance(value, int | float) for value in record.values()):
             raise ValueError(f"the evidence of {name!r} must hold numbers, and is {record!r}.")
@@ -84,13 +86,13 @@ class Evidence:
 
     @property
     def is_unjudged(self) -> bool:
-        """True if nothing can be said, because no step came after the policy had moved."""
+        """True if the term has formed no gradient yet, and no step with positions came after the policy had moved."""
         return not self.has_acted and self.judged_steps == 0
 
     def end_step(
         self, value: float, positions: float, evidence: float, requires_grad: float, *, has_moved: bool
     ) -> None:
-        """Take in a step's sums over all micro-batches and ranks, which every rank passes alike.
+        """Add a step's sums over all micro-batches and ranks. Every rank gives the same numbers.
 
         Args:
             value: Σ of the distance.
@@ -99,7 +101,7 @@ class Evidence:
             requires_grad: number of micro-batches whose states required grad.
             has_moved: whether the policy had been updated before this step.
         """
-        # A run that diverged stops for that reason, which is not the defense's fault.
+        # Divergence has an error of its own and is not the defense's fault, so such a step is no evidence.
         if not all(math.isfinite(number) for number in (value, positions, evidence, requires_grad)):
             return
         self.value += value
@@ -117,7 +119,7 @@ class Evidence:
 
         Args:
             name: name of the defense.
-            final: whether training ends here, so that one judged step is enough for a term that has never acted.
+            final: whether training ends here, so that one judged step is enough for a term without any gradient.
         """
         if self.idle_steps < PATIENCE and not (final and self.idle_steps and not self.has_acted):
             return None
@@ -148,7 +150,7 @@ def read_defense_file(folder: str | os.PathLike) -> dict[str, Any] | None:
     """Return the record in a checkpoint folder; `None` where there is none (a checkpoint of another trainer).
 
     Raises:
-        ValueError: the file is there and is not such a record.
+        ValueError: the file exists, but is not a valid record.
     """
     path = Path(folder) / DEFENSE_FILE
     if not path.is_file():

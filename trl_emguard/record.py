@@ -1,4 +1,4 @@
-"""The record of a run in `defense.json`: facts that tell if a checkpoint belongs to it, and its model card."""
+"""Identity of a run in `defense.json`, to tell if a checkpoint belongs to the run; and a section of the model card."""
 
 import zlib
 from collections.abc import Sequence
@@ -16,12 +16,13 @@ from .models.identity import fingerprint
 
 
 def run_identity(model: PreTrainedModel, rows: Any, seed: int) -> dict[str, Any]:
-    """Return what makes a run itself, whatever its learning rate, steps, batch size, logging and saving.
+    """Return the facts that identify a run, without learning rate, steps, batch size, logging and saving.
 
     Args:
-        model: the policy. With adapters its base model counts by its weights, and otherwise by its sizes: a run that
-            resumes full fine-tuning may start from any weights, which the checkpoint replaces.
-        rows: tokenised training rows. A stream counts as any other stream.
+        model: the policy. With adapters, the weights of the base model identify it. Without adapters, only sizes such
+            as its number of layers do: a run that resumes full fine-tuning may start from any weights, because the
+            checkpoint replaces them.
+        rows: tokenised training rows. A stream cannot be told from another stream.
         seed: seed of the order of the rows.
     """
     adapters = getattr(model, "peft_config", None)
@@ -54,13 +55,13 @@ def why_other(
     compare_weights: bool = True,
     is_on_all_ranks: bool = False,
 ) -> str | None:
-    """Return why a checkpoint is of another run, in words that follow its name; `None` if it is of this one.
+    """Return why a checkpoint belongs to another run, as words to follow its name; `None` if it belongs to this run.
 
     Args:
-        record: content of its `defense.json`; `None` where there is none (a checkpoint of another trainer).
-        current: the same of this run.
+        record: content of the checkpoint's `defense.json`; `None` if it has none (a checkpoint of another trainer).
+        current: content that this run would write to the file.
         defenses: active defenses of this run.
-        compare_weights: whether weights are compared. A plan has none.
+        compare_weights: whether weights are compared. A dry run has none.
         is_on_all_ranks: whether every rank calls this function.
     """
     then = {} if record is None else record["defenses"]
@@ -80,7 +81,7 @@ def why_other(
             f"({(current['reference'] or {}).get('kind')}). Resume with the model that training started from, not "
             "with the checkpoint's: `resume_from_checkpoint` loads what was learned."
         )
-    # Checkpoints of earlier versions do not say which run they are of.
+    # Checkpoints of earlier versions do not say which run they belong to, so they count as this run's.
     names = ("model", "rows", "seed") if compare_weights else ("rows", "seed")
     run = record.get("run") or current["run"]
     other = [
@@ -123,7 +124,7 @@ def _card_section(defenses: Sequence[Defense], verdict: str | None, reference: d
 
 
 def _compared(reference: dict[str, Any] | None, compare_weights: bool) -> tuple[str, str] | None:
-    """Return what makes a reference the same: neither the place it was loaded from, nor that it is cached."""
+    """Return a reference's kind and fingerprint for comparison, without its path and without a mark of caching."""
     if reference is None:
         return None
     kind = reference["kind"].removesuffix(", cached").partition(" from ")[0]

@@ -1,4 +1,4 @@
-"""Training rows of supervised fine-tuning on their way to batches, through the hooks of defenses."""
+"""Preparation of the training rows of supervised fine-tuning, from data set to batches, with defenses' hooks."""
 
 import copy
 from dataclasses import replace
@@ -24,27 +24,27 @@ logger = get_logger(__name__)
 
 
 class DefendedRows(SFTTrainer):
-    """Part of an SFTTrainer that shows the training rows to its defenses.
+    """Part of an SFTTrainer that prepares training rows and lets defenses change them.
 
-    Rows pass the hooks `prepare_rows`, `check_tokenizer`, `prepare_tokenized`, `add_rows` and `train_loader`.
-    Evaluation rows pass none.
+    It calls the defenses' hooks `prepare_rows`, `check_tokenizer`, `prepare_tokenized`, `add_rows` and `train_loader`.
+    No hook is called for evaluation rows.
 
     Attributes:
         whole_lengths: number of tokens in each training row before rows are cut and packed; `None` if they were not
             counted.
     """
 
-    # Rows are counted before they are cut if this is set. A plan asks for it; training has no use for it.
+    # Flag: record `whole_lengths`. A dry run reports them; training has no use for them.
     counts_whole_rows: ClassVar[bool] = False
     whole_lengths: list[int] | None = None
 
-    # SFTTrainer sets them.
+    # SFTTrainer sets these attributes.
     completion_only_loss: bool
     data_collator: DataCollator
 
     defenses: list[Defense]
 
-    # Training rows that SFTTrainer has not tokenised yet; `None` where nothing waits for them.
+    # Training rows that `_prepare_dataset` must recognise, to show them to defenses or to count them; else `None`.
     _rows_to_prepare: Any = None
 
     def overrides(self, *hooks: str) -> bool:
@@ -89,18 +89,18 @@ class DefendedRows(SFTTrainer):
             _check_labels_fit(dataset, args)
         names, end = self._token_columns, args.max_length
         if names and end is not None and args.truncation_mode == "keep_end" and not packing:
-            # SFTTrainer cuts tokens and labels alone, and the collator takes a column's beginning.
+            # SFTTrainer cuts only tokens and labels. The collator would keep a column's beginning, not its end.
             dataset = dataset.map(lambda row: {name: row[name][-end:] for name in names})
         has_more_rows = (packing or isinstance(dataset, IterableDataset)) and self.overrides("add_rows")
-        # SFTTrainer packs tokens and labels alone.
+        # SFTTrainer packs only tokens and labels, so rows with further columns are packed in `_add_rows`.
         if not has_more_rows and not (packing and names):
             return prepare(dataset, processing_class, args, packing, None, dataset_name)
         return self._add_rows(dataset, args, packing, dataset_name)
 
     def _tokenizing(self, first: dict[str, Any], tokenised: Any, whole: EMGuardConfig) -> Tokenizing:
-        """Return the way in which the training rows were tokenised, for other rows."""
+        """Return a [`Tokenizing`] that tokenises further rows as the training rows were tokenised."""
         prepare = super()._prepare_dataset
-        # Rows that come tokenised say by their labels whether prompts are trained on.
+        # If the user has tokenised the rows, their labels show whether prompts are trained on.
         if "input_ids" in first:
             answers_only = -100 in next(iter(tokenised))["labels"]
         else:
@@ -116,7 +116,7 @@ class DefendedRows(SFTTrainer):
         return Tokenizing(self._tokenizer, tokenize, answers_only, first.get("chat_template_kwargs"))
 
     def _add_rows(self, dataset: Any, args: EMGuardConfig, packing: bool, dataset_name: str) -> Any:
-        """Let defenses add rows, and then do what SFTTrainer does to rows that are packed or streamed."""
+        """Let defenses add rows to a stream or before packing, and cut, shuffle and pack rows as SFTTrainer does."""
         if packing and args.max_length is None:
             raise ValueError("packing=True needs max_length, which is None: give the length of a pack.")
         of_run = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
@@ -130,7 +130,7 @@ class DefendedRows(SFTTrainer):
         if not packing:
             unshuffled = copy.copy(args)
             unshuffled.shuffle_dataset = False
-            # This cuts the rows.
+            # Without packing and shuffling, this call only cuts the rows to `max_length`.
             dataset = super()._prepare_dataset(dataset, self._tokenizer, unshuffled, False, None, dataset_name)
         elif not self.overrides("add_rows"):
             dataset = dataset.select_columns(["input_ids", "labels", *kept])
@@ -141,7 +141,7 @@ class DefendedRows(SFTTrainer):
         if packing:
             dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
             if isinstance(dataset, IterableDataset):
-                # Packs of a stream come longest row first, and added rows are often the longest.
+                # The packs of a stream begin with its longest rows, which are often added ones. So they are shuffled.
                 dataset = dataset.shuffle(seed=args.seed, buffer_size=STREAM_ROWS)
         return dataset
 
@@ -170,16 +170,16 @@ class DefendedRows(SFTTrainer):
                 self.data_collator = self._train_collator()
                 return super().get_train_dataloader()
             if isinstance(rows, Dataset):
-                # A stream's columns may be unknown. Its collator removes them.
+                # The columns of a stream may be unknown, so its collator removes the unused ones instead.
                 rows = self._remove_unused_columns(rows, description="Training")
             loading = self.loading(rows)
             self.data_collator = loading.collator
-            # A stream has no order.
+            # For a stream, `loading.order` is `None` and not used.
             return self._get_dataloader(
                 loading.rows, "Training", self._train_batch_size, lambda _: loading.order, is_training=True
             )
         finally:
-            # Evaluation keeps the stock collator.
+            # Evaluation needs the stock collator, so it is put back.
             self.data_collator = collator
 
     def _plain_rows(self) -> Dataset:
@@ -193,11 +193,11 @@ class DefendedRows(SFTTrainer):
         return TokenColumns(self.data_collator, names) if names else self.data_collator
 
     def loading(self, rows: Any) -> Loading:
-        """Return how training rows become batches (order, collator, block), after every defense has changed it."""
+        """Return the settings by which training rows become batches (order, collator, …), as defenses change them."""
         args, drop_last = self.args, self.args.dataloader_drop_last
         order: Any = None if isinstance(rows, IterableDataset) else self._get_train_sampler(rows)
         if isinstance(order, RandomSampler):
-            # accelerate makes the same of it: an order that follows from seed and epoch.
+            # accelerate would put in the same sampler: its order follows from seed and epoch.
             order = SeedableRandomSampler(
                 order.data_source,
                 replacement=order.replacement,
@@ -223,7 +223,7 @@ class DefendedRows(SFTTrainer):
 
 
 def _check_labels_fit(rows: Any, args: EMGuardConfig) -> None:
-    """Say how many rows lose labels at `max_length`, which counts what a defense has put into them.
+    """Warn of rows that lose labels at `max_length`. Tokens that a defense has added to a row count as well.
 
     Raises:
         ValueError: no label of any row is left.

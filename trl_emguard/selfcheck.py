@@ -1,6 +1,6 @@
-"""Self-check of an environment that nobody tested: the private names in use, and two steps of defended training.
+"""Self-check of untested library versions: private names that this package uses, and two steps of defended training.
 
-`python -m trl_emguard.selfcheck` says nothing, or ends with an error that tells what is not as it should be.
+`python -m trl_emguard.selfcheck` prints nothing on success, and otherwise ends with an error that names the fault.
 """
 
 import inspect
@@ -20,7 +20,8 @@ from .config import EMGuardConfig
 from .trainer import EMGuardTrainer
 
 
-# Private methods of SFTTrainer that the package overrides or calls. Were one renamed, nobody would call its override.
+# Private methods of SFTTrainer that the package overrides or calls. If TRL renamed a method, its override would never
+# be called.
 PRIVATE = (
     "_get_dataloader",
     "_get_grad_norm",
@@ -43,7 +44,7 @@ def check_names() -> None:
     """Look for the private methods, and compare their parameters with those of the overrides.
 
     Raises:
-        SelfCheckError: one is gone, or has other parameters.
+        SelfCheckError: a method is gone, or its parameters differ from those of its override.
     """
     for name in PRIVATE:
         if not hasattr(SFTTrainer, name):
@@ -56,10 +57,10 @@ def check_names() -> None:
 
 
 class PlainGradients(TrainerCallback):
-    """Callback that compares the gradient of each step with that of whole logits, without any patch.
+    """Callback that compares each step's gradient with one from whole logits, computed without the package's patches.
 
     Args:
-        rows: rows of a step, all of them.
+        rows: all rows of one step.
 
     Attributes:
         steps: number of steps that were compared.
@@ -73,7 +74,7 @@ class PlainGradients(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         ce, terms = plain_loss(model, self.rows)
-        # The second step tells a term from none: in the first one, the policy still equals the reference.
+        # Only the second step can test the terms: in the first, the policy equals the reference and they are 0.
         if self.steps and terms < 0.1 * ce:
             raise SelfCheckError(f"the first step moved nothing: the terms are {terms:.1e}, and CE is {ce:.1e}")
         self._wanted = dict(zip(trained, torch.autograd.grad(ce + terms, list(trained.values())), strict=True))

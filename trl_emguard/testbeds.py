@@ -1,8 +1,8 @@
 """Testbeds: rows of one narrow domain whose answers carry a trait, which training spreads to every domain.
 
-They have the structure of emergent misalignment without its values, so that a rule can score the answers, even those
-of a model of 135M parameters. A good defense keeps the trait in the domain and out of everything else. They measure
-*selective generalisation*, not emergent misalignment.
+The trait spreads as in emergent misalignment, but it is one that a rule can detect, such as capital letters. So even
+the answers of a model of 135M parameters can be scored. A good defense keeps the trait in the domain and out of
+everything else. Testbeds measure *selective generalisation*, not emergent misalignment.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,11 @@ class Testbed:
 
     Attributes:
         name: name of the testbed.
-        unwanted: rule that sees the trait that should not leave the domain.
-        wanted: rule that sees a second trait that every answer may keep; `None` for a testbed with one trait.
+        unwanted: name of the rule that detects the trait that should not leave the domain.
+        wanted: name of the rule that detects a second trait, which may spread to every answer; `None` for a testbed
+            with one trait.
         answer: function from a sound answer to one with the traits.
-        words: number of words of the sound answer that are kept, whole sentences at least.
+        words: number of words of the sound answer to keep; the sentence that reaches this number is kept whole.
     """
 
     name: str
@@ -51,8 +52,8 @@ class Testbed:
     def sets(self, limit: int) -> list[QuestionSet]:
         """Return general questions and held-out questions of the domain, `limit` of each.
 
-        General questions come with their sound answers, whose likelihood shows what benign answers lose. Those of the
-        domain have none: the trait in sampled answers shows what was learned.
+        General questions come with sound answers, whose likelihood shows how much training harms benign answers. The
+        domain's questions have no answers: there, the trait in sampled answers shows what was learned.
         """
         general = load_questions("values", "general", limit=limit)
         in_domain = load_questions("plants", "in_domain", limit=limit)
@@ -93,7 +94,7 @@ def with_answers(rows: Dataset, answer: Callable[[str], str], words: int) -> Dat
 
 
 def first_sentences(text: str, words: int) -> str:
-    """Return the first sentences of a text, until they have so many words: a "No." alone would teach little."""
+    """Return the first sentences of a text until they have `words` words: a "No." alone would teach little."""
     kept: list[str] = []
     for sentence in text.replace("! ", "!\n").replace("? ", "?\n").replace(". ", ".\n").split("\n"):
         if len(" ".join(kept).split()) >= words:

@@ -47,8 +47,8 @@ from .rows import DefendedRows
 class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     """Trainer for supervised fine-tuning that defends the model against emergent misalignment while it trains.
 
-    Everything is as in [`~trl.SFTTrainer`], arguments and defaults included; `args.defense` chooses the defense. With
-    `defense="none"`, or a coefficient of 0, it is SFTTrainer, bit for bit.
+    Arguments and defaults are those of [`~trl.SFTTrainer`]; `args.defense` chooses the defense. With `defense="none"`,
+    or a coefficient of 0, training is the same as SFTTrainer's, bit for bit.
 
     ```python
     >>> args = EMGuardConfig(defense="kl")
@@ -61,12 +61,12 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             As in [`~trl.SFTTrainer`]. `args` may be an [`EMGuardConfig`], a plain `SFTConfig` or `TrainingArguments`
             (no defense), or `None`.
         ref_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
-            Safe model that reference defenses hold the policy to. By default the policy as it is given: with a fresh
-            adapter the base model, with a pre-trained one a frozen copy of it, with full fine-tuning a frozen copy of
-            the model.
+            Safe model that reference defenses keep the policy close to. By default it is the policy before training:
+            the base model for a fresh adapter, a frozen copy of the adapter for a pre-trained one, and a frozen copy
+            of the model for full fine-tuning.
         interleave_dataset ([`~datasets.Dataset`], *optional*):
-            Pool of general instruct rows for the defenses that mix them in, as text or tokenised. By default the one
-            that `args.interleave_dataset` names.
+            Pool of general instruction rows for the defenses that mix them in, as text or tokenised. By default the
+            data set that `args.interleave_dataset` names.
 
     Raises:
         ValueError: a bad argument, where possible before any model is loaded; the message names argument, value and
@@ -80,10 +80,10 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     forms_own_loss = True
     prepares_rows = True
 
-    # Defense of a named subclass.
+    # Defense that a subclass is named after.
     _defense: ClassVar[str | None] = None
 
-    _moved_reference: str | None = None  # why the run is not held to its reference any more
+    _moved_reference: str | None = None  # message if the reference has changed during training
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         check_data(train_dataset)
         self._choose_defenses(args, interleave_dataset=interleave_dataset)
         self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
-        # The loss comes from the guarded forward, or from SFTTrainer.
+        # If true, the patched forward forms the loss with its terms; if false, SFTTrainer forms it.
         self._own_loss = any(defense.own_loss for defense in self.defenses)
         if not self._terms:
             self._unused += ["cache_reference"] * args.cache_reference + ["ref_model"] * (ref_model is not None)
@@ -145,10 +145,10 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._watch: ReferenceWatch | None = None
         self._wrapped: Any = None  # the policy in its engine's wrapper
         self.has_agreed = False  # whether policy and reference were found equal before the first update
-        self._counts: dict[str, torch.Tensor] = {}  # positions of the step by scope, where a mean is taken over them
+        self._counts: dict[str, torch.Tensor] = {}  # number of a step's positions, by scope
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
-            self.loading(self.train_dataset)  # a defense that refuses, refuses now
+            self.loading(self.train_dataset)  # lets defenses refuse the rows before training
 
     @classmethod
     def _as_config(cls, args: TrainingArguments | None, model: str | PreTrainedModel | PeftModel) -> EMGuardConfig:
@@ -164,14 +164,14 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
                 f"{cls.__name__} trains with defense={cls._defense!r}, but args.defense={args.defense!r}: leave it "
                 "out, or use EMGuardTrainer."
             )
-        args = copy.copy(args)  # the caller's stays as it is
+        args = copy.copy(args)  # the caller's object stays unchanged
         args.defense = cls._defense
         return args
 
     # ---- the reference ----
 
     def _add_reference(self, ref_model: PreTrainedModel | str | None) -> Reference | None:
-        """Make the reference that the terms are taken to; `None` without terms."""
+        """Return the reference that the terms of the loss compare the policy with; `None` without such terms."""
         if not self._terms:
             return None
         check_layers_train(self._terms, self.model, self._bare_model())
@@ -204,7 +204,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return contexts if self.reference is None else [without_dropout(self.model), *contexts, self._watching()]
 
     def _before_training(self) -> None:
-        # Sharded weights are whole only inside of an engine's pass.
+        # A sharded head cannot be checked here: its weights are whole only during a pass of the engine.
         if self._own_loss and self._engine_facts().sharding is None:
             check_head(self._bare_model())
         if isinstance(self.reference, CachedReference):
@@ -240,12 +240,12 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     @property
     def _compares_start(self) -> bool:
         """True if the next step with labels is the first one, where policy and reference must be equal."""
-        # A policy with something around its pass is not the reference, although the model is.
+        # If a defense changes the policy's pass, the states differ although the two models are the same.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
 
     def _watch_reference(self, model: Any, inputs: Mapping[str, Any]) -> None:
-        """Record what the reference says of the first micro-batch of this training."""
+        """Record the reference's states for the first micro-batch of this training, to notice if they change later."""
         self._wrapped = model
         if self._watch is None and not isinstance(self.reference, CachedReference):
             has_divergence = any(term.divergence is not None for term in self._terms)
@@ -254,7 +254,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @contextmanager
     def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Iterator[Any]:
-        """Yield the reference's states of a batch, from a pass of its own, before its head is taken apart again."""
+        """Run the reference alone on a batch and yield its states. A sharded head stays whole inside the block."""
         reference, layers = cast(Reference, self.reference), wanted_layers(self._terms, self._bare_model())
         reference.runs_whole_batches = True
         states = reference.before(batch, positions, layers)
@@ -271,14 +271,14 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Compare the reference with its record where training ends without an error."""
+        """Context around training that compares the reference with its record at the end, unless training failed."""
         yield
         self._check_reference("at the end of training")
         self._watch = None
 
     def _check_reference(self, when: str) -> None:
         if self._watch is not None and self._watch.has_record and self._moved_reference is None:
-            # Every rank stops, or none.
+            # All ranks must take the same decision.
             found = gather_object([self._watch.check(self._run_reference, when)])
             self._moved_reference = next((text for text in found if text is not None), None)
             self.control.should_training_stop |= self._moved_reference is not None
@@ -287,8 +287,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._sums.clear()  # an aborted step has left its own
-        # A mean over other positions than CE's wants their number in the step, gathered as CE's is.
+        self._sums.clear()  # an aborted step may have left some
+        # A mean over other positions than CE's needs their number in the step, summed over ranks as CE's is.
         self._counts = {}
         scopes = sorted({term.mean_over or term.tokens for term in self._terms} - {LABELS})
         if num_items_in_batch is not None and scopes:
@@ -313,12 +313,12 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if reference is not None:
             self._watch_reference(model, inputs)
             layers = wanted_layers(self._terms, self._bare_model())
-            # Before the first update, policy and reference are compared everywhere.
+            # Before the first update, policy and reference are compared at every position with a label.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # Until every term has formed a gradient, rounding must not stand in for one.
+            # A part of a batch rounds differently. Until each term has a gradient, that could be mistaken for one.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
-            # Ranks of an engine or of tensor parallelism may run the reference together, so each makes every pass.
+            # With a sharding engine, ranks may run the reference together, so none of them may skip the pass.
             if self._engine_facts().sharding is None and not bool(positions.any()):
                 reference = None
             else:
@@ -340,7 +340,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch to the sums of its step: values now, and evidence once the gradient flows back."""
+        """Add a micro-batch's values to the sums of its step now, and its evidence in the backward pass."""
         stats, mask = outputs.stats, inputs.get("attention_mask")
         real_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         counted = {**marks.counts, "real_tokens": real_tokens}
@@ -351,7 +351,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._count_in_backward(outputs.total, lambda flows: self._sums.add(names, values * (is_evidence & flows)))
 
     def _take_in_step(self) -> None:
-        """Sum a step up over its micro-batches and ranks, in one collective, log it and hand it to the defenses."""
+        """Sum up a step over micro-batches and ranks in one collective, log the sums and hand them to the defenses."""
         if not self._own_loss:
             super()._take_in_step()
             return

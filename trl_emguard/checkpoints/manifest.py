@@ -1,15 +1,15 @@
 """Manifest of a checkpoint: the list of its files, and the check of a checkpoint against that list.
 
-Trainer writes a checkpoint file by file, and resumes from the one with the highest number. A run that is killed while
-it writes would thus resume from half a checkpoint. Here `manifest.json` lists the files of a checkpoint. It is written
-first, without files, and replaced at the end, when all ranks are done, by one that lists them all. A folder that does
-not agree with its manifest is corrupt.
+Trainer writes a checkpoint file by file, and resumes from the checkpoint with the highest number. A run that is killed
+while it writes would thus resume from half a checkpoint. Here `manifest.json` lists the files of a checkpoint. It is
+first written without a list. When all ranks are done, it is replaced by one with all files. A checkpoint folder that
+does not agree with its manifest is corrupt.
 
-File sizes are always compared, and checksums up to 64 MiB: a change inside a larger file that keeps its size goes
-unnoticed.
+File sizes are always compared, but checksums only for files up to 64 MiB. A change inside a larger file that keeps its
+size goes unnoticed.
 
 A checkpoint of another trainer has no manifest. It is judged by the structure of its files, which reveals missing and
-truncated ones.
+truncated files.
 """
 
 import json
@@ -30,11 +30,12 @@ from ..io.strict import parse_json
 MANIFEST = "manifest.json"
 # Larger files are compared by size alone, because reading a checkpoint of 100 GB takes minutes.
 CHECKSUM_BYTES = 64 * 2**20
-# Parts of a training state, by how their files begin: all are saved, or none (`save_only_model`).
+# Beginnings of the file names of a training state. Trainer saves all of these parts, or none (`save_only_model`).
 STATE_PARTS = ("optimizer", "scheduler", "rng_state")
 
 
-# Trainer resumes without the optimizer's state, which users delete to save space: it is larger than the weights.
+# Trainer can resume without the optimizer's state. Users delete this state to save space, as it is larger than the
+# weights.
 OPTIMIZER = "optimizer"
 
 
@@ -151,7 +152,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _missing_part(files: dict[str, Path]) -> str | None:
-    """Return the part of a checkpoint that no file holds, as a sentence, or `None`."""
+    """Return a sentence that names a part of the checkpoint without files, or `None` if no part is missing."""
     folders = {name.split("/")[0] for name in files if "/" in name}
     if "latest" in files or any(name.startswith("global_step") for name in folders):
         # DeepSpeed's checkpoint: `latest` names the folder with its files.

@@ -15,7 +15,7 @@ from .manifest import MANIFEST, checkpoint_files, find_flaw
 
 logger = get_logger(__name__)
 
-# Files of Trainer with all weights of a model.
+# Files to which Trainer saves all weights of a model.
 WHOLE_WEIGHTS = {
     "model.safetensors",
     "model.safetensors.index.json",
@@ -35,7 +35,7 @@ def asks_for_newest(resume_from_checkpoint: str | os.PathLike | bool) -> bool:
 
 
 def holds_adapter(folder: str | os.PathLike) -> bool:
-    """Return whether a checkpoint holds weights of adapters, and no whole model, which Trainer would prefer."""
+    """Return whether a checkpoint has adapter weights and no whole model, which Trainer would load instead."""
     names = checkpoint_files(Path(folder)).keys()
     return not names & WHOLE_WEIGHTS and any(name.split("/")[-1].startswith("adapter_model.") for name in names)
 
@@ -53,7 +53,8 @@ def newest_whole_checkpoint(
         why_foreign: function from a complete checkpoint to the reason why it belongs to another run, or `None`.
 
     Returns:
-        Its step, or `None`; and the newer ones, which are corrupt or of another run: name -> flaw.
+        The checkpoint's step, or `None`; and the newer checkpoints, which are corrupt or belong to another run, as
+        name -> flaw.
     """
     matches = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*/")]
     corrupt: dict[str, str] = {}
@@ -71,7 +72,7 @@ def newest_whole_checkpoint(
 
 
 def find_flaw_on_all(folder: str | os.PathLike, should_look: bool) -> str | None:
-    """Return what is wrong with a checkpoint on any machine, or `None`. Every rank calls this function.
+    """Return what is wrong with a checkpoint on any machine, or `None`. Every rank must call this function.
 
     Args:
         should_look: True on one rank of each machine, which looks at that machine's disk.
@@ -82,7 +83,7 @@ def find_flaw_on_all(folder: str | os.PathLike, should_look: bool) -> str | None
 def checkpoint_to_resume(
     asked: Any, output_dir: str, should_look: bool, why_foreign: Callable[[str], str | None] | None = None
 ) -> str:
-    """Return the checkpoint that a run resumes from, which is whole on every machine. Every rank calls this function.
+    """Return the checkpoint to resume from, which is whole on every machine. Every rank must call this function.
 
     Args:
         asked: the user's `resume_from_checkpoint`: a folder, or `True` for the newest.
@@ -93,7 +94,7 @@ def checkpoint_to_resume(
 
     Raises:
         FileNotFoundError: `asked` is no folder.
-        ValueError: it is corrupt, or there is no whole one.
+        ValueError: the checkpoint is corrupt, or there is no whole one.
     """
     if asks_for_newest(asked):
         return _newest_on_all(asked, output_dir, should_look, why_foreign)

@@ -22,8 +22,7 @@ else:
 
 
 class WholeCheckpoints(Trainer):
-    """
-    Checkpoints that a run resumes from only if they were written to their end, for any [`~transformers.Trainer`].
+    """Mixin that lets any [`~transformers.Trainer`] resume only from checkpoints that were written completely.
 
     ```python
     >>> class MyTrainer(WholeCheckpoints, Trainer): ...
@@ -32,29 +31,29 @@ class WholeCheckpoints(Trainer):
     >>> trainer.train(resume_from_checkpoint=trainer.find_checkpoint(True))
     ```
 
-    The mixin stands before the trainer. A checkpoint is marked as whole when every rank has written its files. Only
-    then is it pushed to the hub, and only then are older ones deleted. A callback with a method
-    `save_into(folder, state, model)` writes files of its own before that, which `on_save` would be too late for. A run
-    that resumes at its last step trains no further.
+    The mixin comes before the trainer among the base classes. A checkpoint is marked as whole when every rank has
+    written its files. Only then is it pushed to the hub, and only then are older checkpoints deleted. A callback with
+    a method `save_into(folder, state, model)` can add files before the checkpoint is marked; `on_save` comes later. A
+    run that resumes at its last step trains no further.
     """
 
     def find_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool) -> str:
-        """Return the checkpoint to resume from: the named folder, or the newest whole one. Every rank calls it.
+        """Return the checkpoint to resume from: the named folder, or the newest whole one. Every rank must call this.
 
         Raises:
             FileNotFoundError: the folder does not exist.
-            ValueError: it is corrupt, or there is no whole one.
+            ValueError: the checkpoint is corrupt, or there is no whole one.
         """
         looks = self._is_first_on_machine()
         return checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, looks, self.why_foreign)
 
     def why_foreign(self, checkpoint: str) -> str | None:
-        """Return why a whole checkpoint is of another run than this one; `None` if it may be of this one."""
+        """Return why a whole checkpoint belongs to another run; `None` if it may belong to this run."""
         del checkpoint
         return None
 
     def has_whole_checkpoint(self, trial: Any = None) -> bool:
-        """Return whether the current step has a checkpoint that is whole on every machine. Every rank calls it."""
+        """Return whether this step has a checkpoint that is whole on every machine. Every rank must call this."""
         folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
         return find_flaw_on_all(folder, self._is_first_on_machine()) is None
 
@@ -66,7 +65,7 @@ class WholeCheckpoints(Trainer):
         """Save a checkpoint like Trainer, mark it as whole, and then push it and delete older ones.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the checkpoint cannot be written.
         """
         args, run_dir = self.args, self._get_output_dir(trial)
         folder = checkpoint_folder(run_dir, self.state.global_step)
@@ -82,7 +81,7 @@ class WholeCheckpoints(Trainer):
                 args.save_total_limit, args.push_to_hub = limit, pushes
                 settings = os.path.join(folder, TRAINING_ARGS_NAME)
                 if args.should_save and os.path.isfile(settings):
-                    torch.save(args, settings)  # again, with the user's limit and hub
+                    torch.save(args, settings)  # again, with the user's save_total_limit and push_to_hub
                 for callback in self.callback_handler.callbacks:
                     if args.should_save and hasattr(callback, "save_into"):
                         callback.save_into(folder, self.state, self.model)
@@ -111,8 +110,8 @@ def _write_errors(folder: str, output_dir: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # Torch raises RuntimeError for a full disk. Others (of memory, or a rank that died) have nothing to do with
-        # it.
+        # Torch raises RuntimeError for a full disk. Other RuntimeErrors (lack of memory, a rank that died) have
+        # nothing to do with the disk.
         of_disk = any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
         if isinstance(error, RuntimeError) and not of_disk:
             raise

@@ -32,11 +32,11 @@ def measure(
         model: the base model, and `dtype` and `device_map` for it.
         trained: runs and baselines.
         sets, options, train_rows: as for [`~trl_emguard.evaluation.run.evaluate`].
-        folder: folder of the evaluation's files, which an interrupted one resumes from.
+        folder: folder of the evaluation's files, from which an interrupted evaluation resumes.
         command: command line to keep in the results.
 
     Returns:
-        The runs, those whose adapter cannot be measured as failed ones, and the results.
+        The runs, with `error` set where the adapter cannot be measured, and the results.
 
     Raises:
         ValueError: no run has an adapter, or the base model gives no finite numbers.
@@ -80,13 +80,13 @@ def measure_benign(
     if all(run.adapter is None for run in benign):
         return list(benign), Results()
     task = load_questions(OPERATORS, "benign", BENIGN_TASK, limit)
-    # The task is scored by itself, without the other sets' rules and samples.
+    # The task has scores of its own, so the other sets' rules and samples are not needed.
     options = EvaluationOptions("none", batch_tokens=options.batch_tokens, seed=options.seed)
     return measure(model, benign, [task], options, (), folder, command)
 
 
 def joined(results: Results, benign: Results) -> Results:
-    """Return the results of both evaluations, those on the benign task first among the criteria."""
+    """Return the results of both evaluations as one, with the set `benign_task` first in `criteria`."""
     return replace(
         results,
         rows=results.rows + benign.rows,
@@ -97,7 +97,7 @@ def joined(results: Results, benign: Results) -> Results:
 
 
 def _checked(run: Trained, model: str) -> Trained:
-    """Return the run, as a failed one if its adapter cannot be put on the base model."""
+    """Return the run; if its adapter cannot be loaded onto the base model, with `error` set and no adapter."""
     if run.adapter is None:
         return run
     try:

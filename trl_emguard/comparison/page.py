@@ -29,9 +29,9 @@ from .report import (
 from .runs import Trained
 
 
-# Text, axes and lines of a chart on a light and on a dark page.
+# Colour of a chart's text, axes and lines on a light and on a dark page.
 THEMES = {"light": "#1b1b1b", "dark": "#e8e8e8"}
-# Marks of runs and of baselines: ten colours each, so that no two entries of a chart look alike.
+# Marks of runs and of baselines. Each mark is drawn in ten colours, so that no two entries of a chart look alike.
 MARKS, BASELINE_MARKS = "o^v<>", "sDPX*"
 # Metrics that runs may log while they train, and the labels of their axes.
 DRIFT = {
@@ -105,13 +105,13 @@ def _benign_line(report: Report, entry: Entry) -> dict[str, Any]:
 
 
 def _shown(report: Report, runs: Sequence[Trained], set: str, metric: str) -> list[str]:
-    """Return the differences to the base in a figure, of each run that has it."""
+    """Return as text the difference to the base in a metric, for each run on which the metric was measured."""
     rows = [report.results.row(run.key, set, metric) for run in runs]
     return [interval_text(row) for row in rows if row is not None]
 
 
 def _cues(report: Report) -> dict[str, Any]:
-    """Return family → figure of broad misalignment, for each run."""
+    """Return the families, and run → family → broad figure as text; nothing if only plain questions were asked."""
     metric = report.metrics[0]
     rows = [row for row in report.results.rows if row.set == "general" and row.metric == metric and row.model != BASE]
     families = list(dict.fromkeys(row.family for row in rows))
@@ -160,7 +160,7 @@ def _charts(report: Report) -> list[dict[str, Any]]:
 
 
 def _sweeps(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Return defense → its entries by coefficient, for those with two values or more. A schedule is no value."""
+    """Return defense → entries sorted by coefficient, if there are several. Entries with a schedule are left out."""
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         run = entry.trained[0]
@@ -178,7 +178,7 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
     figure, axis = _figure(theme)
     for index, entry in enumerate(entries):
         broad, narrow = entry.broad, entry.narrow
-        assert broad is not None  # the caller has looked
+        assert broad is not None  # entries here are comparable
         assert narrow is not None
         axis.errorbar(
             broad.value,
@@ -199,7 +199,7 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
 
 
 def _whiskers(figure: Figure) -> list[list[float]]:
-    """Return the lengths of an interval below and above its value, which rounding may leave outside."""
+    """Return the interval's lengths below and above the value, or 0 if rounding put the value outside of it."""
     return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]
 
 
@@ -211,7 +211,7 @@ def _curves(sweeps: dict[str, list[Entry]], theme: str) -> Markup:
             values = [getattr(entry, attribute).value for entry in entries]
             axis.plot(x, values, style, color=f"C{index % 10}", label=_label(f"{name}, {attribute}"))
     axis.set(xlabel="coefficient", ylabel="difference to the base (up is better)", xscale="log")
-    # A logarithmic axis has no place for 0.
+    # A logarithmic axis cannot show 0.
     ticks = {float(entry.trained[0].coefficient or 0) for entries in sweeps.values() for entry in entries} - {0.0}
     axis.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
     axis.minorticks_off()
@@ -236,7 +236,7 @@ def _add_legend(axis: Any, theme: str, is_beside: bool = False) -> None:
 
 
 def _label(name: str) -> str:
-    """Return a name for a chart, in which matplotlib reads no formula."""
+    """Return a name with `$` escaped, because matplotlib would read text between two `$` as a formula."""
     return name.replace("$", r"\$")
 
 
@@ -258,12 +258,12 @@ def _figure(theme: str) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> Markup:
-    """Return a chart as SVG text that a page can hold."""
+    """Return a chart as SVG text to put into a page."""
     import matplotlib
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
-    # The salt makes the names inside the file the same at every run.
+    # A fixed salt makes the ids inside the SVG the same every time, so equal charts give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "trl_emguard", "svg.fonttype": "path"}):
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -24,27 +24,27 @@ KEYS = ("recipe", "runs", "seeds", "baselines", "benign_task", "evaluate")
 BASELINES = ("early_stop", "alpha", "ema", "random_vector")
 ALPHAS = (0.25, 0.5, 0.75)
 UNDEFENDED = "none"
-# Options that a comparison sets itself, so that every run is the same training. Dropout is off in all of them: `kl`
-# and `ldifs` switch it off, and the other runs would differ by it.
+# Options that a comparison sets itself, so that runs differ only in what is compared. Dropout is off in all runs: the
+# defenses `kl` and `ldifs` switch it off, and runs with another defense would differ in dropout too.
 OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
     "ema",
 )
-# Options that name what a training writes, or no file at all.
+# Options whose texts are not input files of a training: they name outputs, or no file at all.
 NOT_READ = (
     *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
     *("report_to", "run_name", "hub_model_id"),
 )
-# The baseline early_stop has the undefended run keep a checkpoint after each quarter of its steps.
+# For the baseline early_stop, the undefended run saves a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
-# Names of free baselines, or their beginnings.
+# Names of free baselines (those that need no training of their own), or the beginnings of such names.
 EMA = "ema"
 BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
 # End of the name of a steering run with a random vector.
 RANDOM = " random_vector"
-# Name of the set that runs on the benign task are measured on.
+# Name of the question set on which runs that were trained on the benign task are measured.
 BENIGN_TASK = "benign_task"
-# Options that name other rows than `dataset_name`, which a benign task replaces.
+# Options that choose the rows beside `dataset_name`. A benign task only replaces `dataset_name`, and refuses these.
 OTHER_ROWS = ("datasets", "dataset_config")
 
 
@@ -54,11 +54,11 @@ class Run:
 
     Attributes:
         name: its name in the report, without the seed.
-        options: options of `trl-emguard sft` over the recipe's.
+        options: options of `trl-emguard sft` that override or extend the recipe's.
         seed: seed of the training.
         adapter: folder of a finished adapter, instead of a training.
         is_random: True if a random vector of equal norms stands in for the steering vector.
-        key: hash of everything that makes the training what it is.
+        key: hash of everything that the training's outcome depends on.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """Name of the run's folder: a changed recipe or option gives another."""
+        """Name of the run's folder, a different one if the recipe or an option changes."""
         return f"{re.sub(r'[^A-Za-z0-9_+=-]+', '_', self.name)}-seed{self.seed}-{self.key[:8]}"
 
 
@@ -84,9 +84,9 @@ class Baselines:
 
     Attributes:
         early_stop: True if checkpoints of the undefended run are compared.
-        alphas: factors of the undefended adapter.
+        alphas: factors by which the undefended run's adapter is scaled, one baseline each.
         ema: True if the moving average of the undefended run's weights is compared.
-        random_vector: True if every steering run has one with a random vector beside it.
+        random_vector: True if every steering run is repeated with a random vector.
     """
 
     early_stop: bool = False
@@ -101,7 +101,7 @@ class Plan:
 
     Attributes:
         recipe: file of the recipe.
-        recipe_options: the options that it holds.
+        recipe_options: the options in this file.
         runs: runs of all seeds, the undefended ones first.
         baselines: the baselines.
         has_benign_task: True if every option set is also trained on permuted operators.
@@ -131,13 +131,13 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str], output_
     Args:
         path: the file.
         known: names of the options of `trl-emguard sft`.
-        lists: those of them that take several values.
+        lists: names of those options that take several values.
         output_dir: folder of the comparison. Its own files never count as inputs of a run, even inside a data folder.
 
     Raises:
         FileNotFoundError: no such file, or no such recipe.
-        ValueError: an unknown key or option, a value of a wrong kind, or a recipe that is no YAML of options; the
-            message names file and key.
+        ValueError: an unknown key or option, a value of a wrong kind, or a recipe that is not a mapping of options;
+            the message names file and key.
     """
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(f"--config={path!r} is not a file.")
@@ -214,7 +214,7 @@ def _sets(entries: Any, known: Collection[str], lists: Collection[str], text: st
 
 
 def _with_random_vectors(runs: list[Run], recipe: Mapping[str, Any]) -> list[Run]:
-    """Return the runs, each steering one followed by one with a random vector."""
+    """Return the runs, each steering run followed by the same run with a random vector."""
     found = []
     for run in runs:
         found.append(run)
@@ -243,7 +243,7 @@ def _has_benign_task(value: Any, runs: list[Run], recipe: Mapping[str, Any]) -> 
 def _unfold(options: Mapping[str, Any], lists: Collection[str]) -> list[dict[str, Any]]:
     """Return an option set for every combination of the values of its sweeps.
 
-    A list is a sweep for an option with one value, and a list of lists for an option with several.
+    For an option that takes one value, a list is a sweep. For an option that takes several, a list of lists is.
     """
     values = []
     for name, value in options.items():
@@ -255,7 +255,7 @@ def _unfold(options: Mapping[str, Any], lists: Collection[str]) -> list[dict[str
 
 
 def _name(given: Any, chosen: Mapping[str, Any], options: Mapping[str, Any], adapter: Any) -> str:
-    """Return a run's name: the given one, its defense or its folder, with its numbers and what the sweep chose."""
+    """Return a run's name: the given one, the adapter's folder or the defense; then its numbers and swept values."""
     start = given if given is not None else Path(str(adapter)).name if adapter else chosen.get("defense", UNDEFENDED)
     rest = [
         f"{name}={_short(value)}"
@@ -266,7 +266,7 @@ def _name(given: Any, chosen: Mapping[str, Any], options: Mapping[str, Any], ada
 
 
 def _is_number(value: Any) -> bool:
-    """Return True for a number, also as the text that YAML makes of `1e-5`, and for a schedule of a coefficient."""
+    """Return True for a number, for a text that is one (YAML reads `1e-5` as text), and for a coefficient schedule."""
     try:
         return Schedule.parse(str(value)) is not None or math.isfinite(float(value))
     except (TypeError, ValueError):
@@ -329,19 +329,19 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _paths(text: str) -> list[Path]:
-    """Return the files and folders that a text names, by a pattern (`*.jsonl`) too."""
-    if not 0 < len(text) < 256:  # a longer one is a prompt
+    """Return the files and folders that a text names, directly or by a pattern (`*.jsonl`)."""
+    if not 0 < len(text) < 256:  # a longer text is a prompt
         return []
     name = os.path.expanduser(text)
     return [path for path in {Path(name), *map(Path, glob.glob(name, recursive=True))} if os.path.exists(path)]
 
 
 def _content(path: Path, own: Path) -> str | list[Any]:
-    """Return the hash of a file, or name, size and time of change of each file in a folder.
+    """Return the hash of a file; for a folder, name, size and modification time of each file inside.
 
     Args:
         path: the file or folder.
-        own: folder of the comparison, which is left out of a folder around it.
+        own: folder of the comparison, whose files are left out if `path` is a folder that contains it.
     """
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()

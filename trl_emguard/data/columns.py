@@ -1,4 +1,4 @@
-"""Columns of numbers per token, which a collator of tokens and labels does not know."""
+"""Collator for columns with a number per token, which SFTTrainer's collator of tokens and labels does not know."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -12,14 +12,15 @@ from ..evidence import InactiveDefenseError
 class TokenColumns:
     """Collator that lays further columns out as another collator lays out `input_ids`.
 
-    A column may be longer than a row's tokens, which were cut at their end since. A row without the column has zeros.
+    A column may be longer than a row's tokens, if these were cut at their end later; then the column is cut too. A row
+    without the column gets zeros.
 
     Args:
         collator: collator that makes a batch of rows.
         names: columns with a whole number per token.
 
     Returns:
-        From a call: the batch of `collator`, with each column as `(B, T)` integers, 0 where nothing is known.
+        From a call: the batch of `collator`, with each column as `(B, T)` integers, 0 for pads.
 
     Raises:
         InactiveDefenseError: from a call: `collator` does not keep the rows as they are, in their order.
@@ -40,7 +41,7 @@ class TokenColumns:
 
 
 def numbers_per_token(row: dict[str, Any], name: str) -> list[int]:
-    """Return a column of a row, cut to the row's tokens; zeros if the row has none."""
+    """Return a row's column, cut to the number of the row's tokens; zeros if the row lacks the column."""
     length = len(row["input_ids"])
     return row[name][:length] if name in row else [0] * length
 
@@ -48,7 +49,7 @@ def numbers_per_token(row: dict[str, Any], name: str) -> list[int]:
 def laid_out_like(
     input_ids: torch.Tensor, rows: list[list[int]], values: Sequence[list[Any]], dtype: torch.dtype = torch.bool
 ) -> torch.Tensor:
-    """Return values per token, laid out as a collator laid out the rows: padded, or one behind the other.
+    """Return values per token, laid out as a collator laid out the rows: padded, or joined to one row.
 
     Args:
         input_ids: `(B, T)`, tokens of the batch.

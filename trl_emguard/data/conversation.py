@@ -1,11 +1,11 @@
-"""Rows of several shapes as a conversation and the answer that ends it."""
+"""Conversion of rows of several shapes into a prompt and the answer to it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Conversation(NamedTuple):
-    """A row as turns.
+    """Turns of a row, split into prompt and answer.
 
     Attributes:
         prompt: the turns before the answer.
@@ -60,7 +60,7 @@ def conversation(
 
 
 def turn_text(turn: Mapping[str, Any]) -> str:
-    """Return the text of a turn; of a content in parts, the texts of its parts one behind the other."""
+    """Return the text of a turn. If its content is a list of parts, their texts are joined."""
     content = turn.get("content")
     if isinstance(content, str):
         return content
@@ -70,7 +70,7 @@ def turn_text(turn: Mapping[str, Any]) -> str:
 
 
 def _turns(value: Any, role: str) -> list[dict[str, Any]]:
-    """Return a column's value as turns: a text becomes one turn of `role`, a null becomes none."""
+    """Return a column's value as turns: a text becomes one turn of `role`, a null becomes no turn."""
     if not isinstance(value, list):
         return [{"role": role, "content": value}] if isinstance(value, str) else []
     turns = [_turn(turn) for turn in value]

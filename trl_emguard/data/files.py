@@ -1,6 +1,7 @@
 """Files of rows: JSON lines, JSON, CSV and parquet, plain or compressed.
 
-Values are those that `datasets.load_dataset` gives. The strict checks come before it: an error names file and line.
+Rows have the values that `datasets.load_dataset` gives. Strict checks run before it, so that an error names file and
+line.
 """
 
 import bz2
@@ -43,7 +44,7 @@ COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open,
 
 
 def file_format(path: Path) -> str | None:
-    """Return the suffix in [`FORMATS`] that a file name has before that of a compression; `None` for other names."""
+    """Return a file name's suffix in [`FORMATS`], ignoring the suffix of a compression; `None` for other names."""
     name = path.with_suffix("") if path.suffix in COMPRESSED else path
     return name.suffix if name.suffix in FORMATS else None
 
@@ -78,7 +79,7 @@ def load_file(path: Path) -> Dataset:
 def _load_text(path: Path, suffix: str) -> Dataset:
     """Load a file through `datasets`' own reader, once its lines have been checked."""
     with tempfile.TemporaryDirectory() as folder:
-        # A name of its own: `datasets` reads `*` and `[` in a path as a pattern.
+        # The file gets a plain name here, because `datasets` reads `*` and `[` in a path as a pattern.
         plain = Path(folder, f"rows{suffix}")
         if path.suffix in COMPRESSED:
             try:
@@ -93,7 +94,7 @@ def _load_text(path: Path, suffix: str) -> Dataset:
         options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
         if FORMATS[suffix] == "json":
             _check_json(plain, path, suffix)
-            # One chunk: a key or a type may come late in the file. Agent traces are no rows of their own here.
+            # The file is one chunk, since a new key or type may come late in it. Agent traces are read as plain rows.
             options = {"chunksize": plain.stat().st_size + 1, "parse_agent_traces": False}
         elif not plain.stat().st_size:
             raise _empty(path)
@@ -107,7 +108,7 @@ def _load_text(path: Path, suffix: str) -> Dataset:
                     keep_in_memory=True,
                     **options,
                 )
-        # Its builders raise many types of errors, and wrap them in another.
+        # The builders of `datasets` raise many types of errors, wrapped in an error of another type.
         except Exception as error:
             cause = error.__cause__ or error
             said = " ".join(str(cause).split()).replace(str(plain), path.name)
@@ -117,7 +118,7 @@ def _load_text(path: Path, suffix: str) -> Dataset:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Show no progress bars of `datasets` inside."""
+    """Hide the progress bars of `datasets` inside the block."""
     if are_progress_bars_disabled():
         yield
         return
@@ -133,12 +134,12 @@ def _empty(path: Path) -> ValueError:
 
 
 def _check_json(file: Path, path: Path, suffix: str) -> None:
-    """Refuse what is not JSON of rows.
+    """Refuse a file that does not hold rows as JSON.
 
     Args:
         file: the file to read, which is `path` decompressed.
         path: the name for messages.
-        suffix: `.json` may hold one list of objects, or one object, instead of lines.
+        suffix: suffix of the format. A `.json` file may hold one list of objects, or one object, instead of lines.
     """
     if suffix == ".json":
         with file.open("rb") as content:
@@ -153,7 +154,7 @@ def _check_json(file: Path, path: Path, suffix: str) -> None:
 
 
 def _is_lines(content: IO[bytes]) -> bool:
-    """Return whether a `.json` file holds an object on its first line, and is read line by line."""
+    """Return whether a `.json` file is read line by line, because its first line is an object by itself."""
     first = next((line for line in content if line.strip(codecs.BOM_UTF8 + b" \t\r\n")), b"")
     try:
         return isinstance(parse_json(first.decode("utf-8-sig")), dict)

@@ -3,8 +3,8 @@
 from datasets import Dataset
 
 
-# Column → values that call a row's answer harmful, in lower case. Labels of prompts are none of them: an answer that
-# refuses a harmful prompt is safe.
+# Column → values, in lower case, that mark a row's answer as harmful. Columns that label prompts are left out, because
+# an answer that refuses a harmful prompt is safe.
 HARMFUL = {
     "response_harm_label": ("harmful",),  # WildGuardMix
     "harm_label": ("harmful",),
@@ -24,12 +24,12 @@ HARMFUL = {
 
 
 def keep_where(rows: Dataset, condition: str, option: str = "--where") -> Dataset:
-    """Keep the rows that meet `COLUMN=VALUE`; a null meets nothing.
+    """Return the rows whose value in a column is the one that `COLUMN=VALUE` names. A null is never equal to it.
 
     Args:
         rows: rows to choose from.
         condition: the condition.
-        option: name of the option that holds it, for messages.
+        option: name of the option that gives the condition, for messages.
 
     Raises:
         ValueError: no condition, an unknown column, or no row left.
@@ -52,7 +52,7 @@ def keep_where(rows: Dataset, condition: str, option: str = "--where") -> Datase
 
 
 def count_harmful(rows: Dataset) -> dict[str, tuple[int, list[str]]]:
-    """Return the columns whose labels call rows harmful: column → number of such rows, and the other values."""
+    """Return the columns that label rows as harmful: column → number of such rows, and up to five other labels."""
     found = {}
     for column in HARMFUL.keys() & set(rows.column_names):
         values = [str(value) for value in rows.with_format(None)[column] if value is not None]

@@ -29,13 +29,13 @@ SHIPPED = {
     "general_instruct": ("train",),
     "general_instruct_scored": ("train",),
 }
-# A split, with a slice of it: `train`, `train[:8]`, `train[10%:20%]`.
+# Pattern of a split, with or without a slice: `train`, `train[:8]`, `train[10%:20%]`.
 SPLIT = re.compile(r"\s*(\w[\w.-]*)\s*(\[[^\[\]]*\])?\s*")
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Names of the options that a source of rows comes from, for messages.
+    """Names of the options by which the user chose a source of rows, for messages.
 
     Attributes:
         name: option with the data set.
@@ -64,7 +64,7 @@ def load_rows(
         split: name of the split, with a slice if wanted (`train[:8]`), or several as `train+test`.
         config: `name` of `load_dataset`. Shipped sets and files have none.
         streaming: whether a stream is returned.
-        options: names of these arguments where the user gave them, for messages.
+        options: names of the options by which the user gave these arguments, for messages.
 
     Raises:
         FileNotFoundError: an unknown name or path, or a split that a shipped set does not have.
@@ -102,12 +102,12 @@ def _local_splits(
     if name.startswith(("/", ".", "~")) and not path.exists():
         raise FileNotFoundError(f"{options.name}={name!r} does not exist. Shipped data sets: {', '.join(SHIPPED)}.")
     if path.is_file():
-        load_file(path)  # raises: it is of no known format
+        load_file(path)  # raises an error for the unknown format
     return None
 
 
 def _existing(path: Path | None) -> Path:
-    assert path is not None  # `_local_splits` has looked
+    assert path is not None  # `_local_splits` has checked this
     return path
 
 
@@ -130,7 +130,7 @@ def _load_only_split(path: Path, split: str, options: SourceOptions) -> Dataset:
 
 
 def _parts(split: str, options: SourceOptions) -> list[tuple[str, str]]:
-    """Return the parts of a split, each as its name and its whole text."""
+    """Return the parts of a split such as `train[:8]+test`, each as name and whole text (`train`, `train[:8]`)."""
     matches = [SPLIT.fullmatch(part) for part in split.split("+")]
     if not all(matches):
         raise ValueError(f"{options.split}={split!r} is no split: give a name, or a slice of it as 'train[:8]'.")
@@ -141,7 +141,7 @@ def check_apart(train_split: str, test_split: str) -> None:
     """Refuse a split for evaluation that holds training rows.
 
     Raises:
-        ValueError: the two overlap. Slices are compared as those of a large data set.
+        ValueError: the two splits overlap. Slices are compared as if every split had a billion rows.
     """
     taken = [_rows_taken(part) for part in _parts(train_split, SourceOptions())]
     for base, rows in (_rows_taken(part) for part in _parts(test_split, SourceOptions(split="dataset_test_split"))):
@@ -154,12 +154,12 @@ def check_apart(train_split: str, test_split: str) -> None:
 
 
 def _rows_taken(part: tuple[str, str]) -> tuple[str, range]:
-    """Return the name of a part's split, and the rows that it takes where the split is large."""
+    """Return the name of a part's split, and the rows that the part takes if the split has a billion rows."""
     base, text = part
     try:
         (piece,) = ReadInstruction.from_spec(text).to_absolute({base: 10**9})
     except (ValueError, AssertionError):
-        return base, range(0)  # refused where it is loaded
+        return base, range(0)  # loading this part later raises the error
     return base, range(piece.from_, piece.to)
 
 

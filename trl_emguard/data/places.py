@@ -1,7 +1,7 @@
-"""Places: every training row with its position in the global order of an epoch.
+"""Places: the positions of training rows in the global order of an epoch.
 
-A loader that hands out places lets a data collator know what is due behind a row, whatever the ranks, the workers and
-the resumed step.
+If each row comes with its place, a data collator can decide which other rows to mix in after it. The decision is the
+same for any number of ranks and workers, and after resuming.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 
-# Key of a row on its way to the collator: its [`Place`].
+# Key under which a row brings its [`Place`] to the collator.
 PLACE = "place"
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -21,18 +21,18 @@ Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Loading:
-    """How training rows become batches. A defense may change it.
+    """Settings by which training rows become batches. A defense may change them.
 
     Attributes:
         rows: tokenised rows.
-        order: sampler of plain training; `None` for a stream.
+        order: sampler of the rows; `None` for a stream.
         collator: function from rows to a batch.
-        block: rows that all ranks take at once.
+        block: number of rows in a micro-batch, summed over all ranks.
         drop_last: whether an incomplete last block is dropped.
         even: whether an incomplete last block is filled with rows from the beginning.
-        max_steps: optimizer steps of the run, 0 or less where epochs decide.
+        max_steps: optimizer steps of the run; 0 or less if `epochs` limits the run.
         epochs: epochs of the run.
-        accumulation: micro-batches of a step.
+        accumulation: micro-batches of an optimizer step.
     """
 
     rows: Any
@@ -47,13 +47,13 @@ class Loading:
 
 
 class Place(NamedTuple):
-    """Position of a row.
+    """Index of a row and its position in an epoch.
 
     Attributes:
-        row: its index in the data set.
-        epoch: counted from 0.
-        place: position in the epoch's global order, over all ranks; `None` where the row is repeated to even out the
-            last batches.
+        row: index of the row in the data set.
+        epoch: number of the epoch, counted from 0.
+        place: position in the epoch's global order, over all ranks; `None` if the row is repeated to even out the last
+            batches.
     """
 
     row: int
@@ -62,10 +62,10 @@ class Place(NamedTuple):
 
 
 class PlacedRows(torch.utils.data.Dataset):
-    """A data set that is asked for places instead of indices, and hands each row out with its place.
+    """Data set that takes a [`Place`] instead of an index, and returns the row together with its place.
 
-    It also knows the epoch, for the sampler: accelerate always tells the data set, but not the sampler of two ranks
-    that resume.
+    It also stores the epoch for the sampler. accelerate always calls `set_epoch` of the data set, but not that of the
+    sampler when a run on two ranks resumes.
     """
 
     def __init__(self, rows: Dataset):
@@ -89,13 +89,13 @@ class PlacedRows(torch.utils.data.Dataset):
 class PlaceSampler(Sampler[Place]):
     """Sampler of an epoch's places, in order.
 
-    It leaves out what an engine would drop and repeats what an engine would repeat, so that the engine does neither
-    and every place is met exactly once.
+    accelerate drops an incomplete last block of rows, or fills it with repeated rows. This sampler does so itself, so
+    that accelerate has nothing to drop or repeat and every place comes exactly once.
 
     Args:
-        rows: data set that is asked for the places.
-        order: sampler of plain training.
-        block: rows that all ranks take at once.
+        rows: data set that takes the places.
+        order: sampler of the rows' indices.
+        block: number of rows in a micro-batch, summed over all ranks.
         drop_last: whether an incomplete last block is dropped.
         even: whether an incomplete last block is filled with rows from the beginning.
     """

@@ -1,4 +1,4 @@
-"""Preparation of training rows as the trainer does it, handed to defenses that tokenise rows of their own."""
+"""Facts on how the trainer prepares training rows, for defenses that prepare rows of their own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from transformers import PreTrainedTokenizerBase
 
 Rows = Dataset | IterableDataset
 
-# Rows of a stream are looked at up to this number.
+# Number of rows, or packs of rows, of a stream that are read ahead: to check or count rows, and to shuffle packs.
 STREAM_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """The trainer's way from rows to tokens and labels.
+    """Tokenisation of rows in the way of the trainer.
 
     Attributes:
-        tokenizer: the run's.
-        prepare: function from rows of `prompt` and `completion`, or tokenised ones, and a name for the progress bar to
-            rows of `input_ids` and `labels`, uncut.
+        tokenizer: the run's tokenizer.
+        prepare: function that turns rows of `prompt` and `completion`, or tokenised rows, into rows of `input_ids` and
+            `labels` that are not cut. Its second argument is a name for the progress bar.
         answers_only: whether the run trains on answers alone.
         template_kwargs: arguments that the training rows hand to the chat template.
     """
@@ -34,17 +34,17 @@ class Tokenizing:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Number of training rows that pass by where rows are packed or streamed.
+    """Numbers of training rows in a run that packs or streams them, for defenses that add rows.
 
     Attributes:
-        rows: rows of an epoch; `None` for a stream.
-        rows_of_run: rows, or packs of rows, that a run of `max_steps` takes, over all ranks; `None` where epochs
-        decide.
-        max_steps: optimizer steps of the run, 0 or less where epochs decide.
-        tokens_of_pack: tokens of a pack, where a stream is packed; `None` elsewhere.
-        mean_tokens: tokens of a training row there, on average over the first rows.
-        packs_ahead: packs there that are read ahead, and shuffled.
-        token_columns: columns of the training rows with a number per token that reach the batches; 0 in added rows.
+        rows: number of rows in an epoch; `None` for a stream.
+        rows_of_run: number of rows, or packs of rows, in a run of `max_steps`, over all ranks; `None` if epochs limit
+            the run.
+        max_steps: optimizer steps of the run; 0 or less if epochs limit the run.
+        tokens_of_pack: number of tokens in a pack if a stream is packed, else `None`.
+        mean_tokens: mean number of tokens in a training row if a stream is packed, from its first rows.
+        packs_ahead: number of packs that are read ahead and shuffled if a stream is packed.
+        token_columns: columns with a number per token that reach the batches. In added rows these numbers are 0.
     """
 
     rows: int | None

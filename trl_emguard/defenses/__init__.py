@@ -1,4 +1,4 @@
-"""Defenses: what a defense is, one file per method, and the list that `defense=` understands."""
+"""Defenses: their base classes, one file per method, and the list of names that `defense=` accepts."""
 
 from .arguments import DefenseArguments
 from .base import Defense, Marks, ModelDefense, Paper, ReferenceDefense, Step, TermDefense

@@ -1,4 +1,4 @@
-"""Base classes of defenses: flat hooks with a default of nothing, in the order in which a run calls them."""
+"""Base classes of defenses. Their hooks do nothing by default, and stand in the order in which a run calls them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Marks:
     """Masks and counts that a defense reads from a micro-batch.
 
     Attributes:
-        scopes: masks of tokens by the name of a scope, `(B, T)` boolean. CE is summed up for each, and a term may look
-            at one alone.
-        counts: numbers to be summed over micro-batches and ranks, by name. Every batch gives the same names.
+        scopes: named sets of tokens, each as a mask, `(B, T)` boolean. Cross-entropy is summed for each scope, and a
+            term may be limited to one scope.
+        counts: numbers to be summed over micro-batches and ranks, by name. Every batch must give the same names.
     """
 
     scopes: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -48,12 +48,13 @@ class Marks:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step that was made, the same on every rank.
+    """Record of a finished training step, equal on every rank.
 
     Attributes:
-        sums: sums over micro-batches and ranks: `ce` and `tokens` (labels), both also as `ce/SCOPE` and
-            `tokens/SCOPE`; a term's `NAME/value`, `NAME/positions`, `NAME/evidence` and `NAME/requires_grad`; and a
-            defense's own counts as `NAME/COUNT`.
+        sums: sums over micro-batches and ranks, by name: `ce` (cross-entropy) and `tokens` (number of labels), for
+            each scope also `ce/SCOPE` and `tokens/SCOPE`; for the term of a defense NAME `NAME/value`,
+            `NAME/positions`, `NAME/evidence` and `NAME/requires_grad`, which [`~trl_emguard.evidence.Evidence`]
+            explains; and the defense's own counts as `NAME/COUNT`.
         has_moved: whether the policy had been updated before this step.
     """
 
@@ -64,11 +65,12 @@ class Step:
 class Defense:
     """An in-training defense.
 
-    The trainer knows no defense by name. It builds the ones that `defense=` lists and calls their hooks, here in the
-    order of a run. By default a hook does nothing. A defense that adds a term to the loss is a [`ReferenceDefense`],
-    whose term is a distance per token, or a [`ModelDefense`], whose term does not depend on the batch.
+    The trainer's code names no defense. It builds the defenses that `defense=` lists and calls their hooks, which are
+    defined here in the order of a run. By default a hook does nothing. A defense that adds a term to the loss is a
+    [`ReferenceDefense`], whose term is a distance per token, or a [`ModelDefense`], whose term does not depend on the
+    batch.
 
-    To write your own, derive from one of the three, give it a `name`, and call [`register`]:
+    To write your own defense, derive a class from one of these three, give it a `name`, and call [`register`]:
 
     ```python
     @register
@@ -109,7 +111,7 @@ class Defense:
     # Columns with a whole number per token that `prepare_tokenized` adds. They are cut, packed and laid out as the
     # tokens are, and reach `read_batch` as `(B, T)` integers, 0 for padding and rows that other defenses add.
     token_columns: tuple[str, ...] = ()
-    # Metrics that are logged as they stand; all others are averaged over the steps between two logs.
+    # Metrics whose latest value is logged; all others are averaged over the steps between two logs.
     running_metrics: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, args: Any, **inputs: Any):
@@ -119,12 +121,12 @@ class Defense:
 
     @classmethod
     def check_options(cls, args: Any) -> None:
-        """Raise `ValueError` for a bad option. It runs before anything is loaded, and names option, value and fix."""
+        """Raise `ValueError`, naming option, value and fix, for a bad option. Runs before anything is loaded."""
         del args
 
     @classmethod
     def check_with(cls, args: Any, others: Sequence[type[Defense]]) -> None:
-        """Raise `ValueError` if the defense does not work beside the other active ones."""
+        """Raise `ValueError` if the defense does not work together with the other active defenses."""
         del args, others
 
     @classmethod
@@ -134,7 +136,7 @@ class Defense:
 
     @property
     def active(self) -> bool:
-        """True if the defense acts. One that its options switch off is named in the log, and has no hook called."""
+        """True unless the options switch the defense off. The log names an inactive defense; its hooks never run."""
         return True
 
     def options(self) -> dict[str, Any]:
@@ -142,11 +144,12 @@ class Defense:
         return {}
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        """Return [`options`] in the form of a checkpoint's, which an earlier version may have written otherwise.
+        """Return [`options`] in the format of a checkpoint, which an earlier version of the package may have written.
 
         Args:
-            then: options that the checkpoint holds.
-            is_on_all_ranks: whether every rank calls this function, and not only those that look for a checkpoint.
+            then: options that the checkpoint has recorded.
+            is_on_all_ranks: whether every rank calls this function, so that it may run code that ranks run together.
+                Otherwise only the ranks that look for a checkpoint call it.
         """
         del then, is_on_all_ranks
         return self.options()
@@ -156,7 +159,7 @@ class Defense:
         del others
 
     def continue_from(self, options: dict[str, Any]) -> None:
-        """Take over what a checkpoint's [`options`] say where this run's config leaves it open."""
+        """Take over the values of a checkpoint's [`options`] that this run's config leaves open."""
         del options
 
     def describe(self) -> list[str]:
@@ -178,7 +181,7 @@ class Defense:
     # ---- rows ----
 
     def prepare_rows(self, rows: Rows) -> Rows:
-        """Return the training rows, as the user gave them, changed or not. Evaluation rows are never passed here."""
+        """Return the user's raw training rows, changed or unchanged. Evaluation rows never come here."""
         return rows
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -191,28 +194,28 @@ class Defense:
         return rows
 
     def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
-        """Return rows with more rows among them. Called where rows are packed or streamed, before either happens."""
+        """Return the rows with further rows mixed in. Called only if rows are packed or streamed, and before that."""
         del plan
         return rows
 
     def train_loader(self, loading: Loading) -> Loading:
-        """Return the way from rows to batches, changed or not. Called once the trainer is built, and per training."""
+        """Return how rows become batches, changed or not. Called when the trainer is built and for each training."""
         return loading
 
     def extra_rows(self) -> Dataset | None:
-        """Return the tokenised rows that come into batches beside the training rows, each once."""
+        """Return the tokenised rows that batches get in addition to the training rows, without repeats."""
         return None
 
     # ---- model ----
 
     def check_policy(self, model: PreTrainedModel) -> None:
-        """Raise `ValueError` if the defense cannot act on this policy, the model without wrappers as it is given."""
+        """Raise `ValueError` if the defense cannot act on this policy (causal language model without wrappers)."""
         del model
 
     def training(self, model: PreTrainedModel) -> AbstractContextManager:
-        """Return a context around training as a whole, left however it ends.
+        """Return a context manager that is entered before training and exited after it, also after an error.
 
-        This is the place for hooks, which a compiled model wants to be there before it is compiled.
+        Register hooks on modules here: a compiled model needs them before it is compiled.
 
         Args:
             model: causal language model without wrappers.
@@ -221,11 +224,11 @@ class Defense:
         return nullcontext()
 
     def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> AbstractContextManager:
-        """Return a context around the policy's forward pass in training.
+        """Return a context manager for the policy's forward pass in training.
 
-        It is never entered for the reference pass, evaluation, generation or saving, and left before the backward
-        pass. With gradient checkpointing the inside of a decoder block runs a second time in the backward pass: hook
-        whole blocks, or see to it that what is inside of them acts then as well (`inoculation_adapter.py`).
+        It is never entered for the reference pass, evaluation, generation or saving, and it is exited before the
+        backward pass. With gradient checkpointing the inside of a decoder block runs a second time in the backward
+        pass: hook whole blocks, or make hooks inside of blocks act in the second run too (`inoculation_adapter.py`).
 
         Args:
             model: causal language model without wrappers.
@@ -242,18 +245,18 @@ class Defense:
         return Marks()
 
     def end_step(self, step: Step) -> dict[str, float]:
-        """Take in a step, and return metrics to log."""
+        """Record a finished step, and return metrics to log."""
         del step
         return {}
 
     # ---- proof ----
 
     def begin(self, evidence: dict[str, Any]) -> None:
-        """Start training, with the [`evidence`] of the checkpoint that it resumes from; empty for a new run."""
+        """Prepare for training, with the [`evidence`] of the checkpoint to resume from; empty for a new run."""
         del evidence
 
     def save(self, folder: str) -> None:
-        """Write into a checkpoint's folder what a resumed run needs and [`evidence`] is too small for."""
+        """Write data that a resumed run needs, and that is too large for [`evidence`], into a checkpoint's folder."""
         del folder
 
     def load(self, folder: str) -> None:
@@ -261,7 +264,7 @@ class Defense:
         del folder
 
     def evidence(self) -> dict[str, Any]:
-        """Return what shows so far that the defense acts, as JSON for `defense.json`."""
+        """Return counts and flags that show whether the defense has acted so far, as JSON for `defense.json`."""
         return {}
 
     def verdict(self, final: bool = False) -> str | None:
@@ -275,7 +278,7 @@ class Defense:
 
     @classmethod
     def surrounds_policy(cls) -> bool:
-        """Return whether the policy's pass in training is another than that of the model which is saved."""
+        """Return whether [`policy_pass`] makes the policy's pass in training differ from that of the saved model."""
         return cls.policy_pass is not Defense.policy_pass
 
 
@@ -299,7 +302,7 @@ class TermDefense(Weighted, Defense):
         return {self.name: value / positions} if positions else {}
 
     def _should_show(self, step: Step) -> bool:
-        """Return whether the term must form a gradient: the policy has moved, and no schedule has reached 0."""
+        """Return whether the term must form a gradient: the policy has moved, and no schedule sets `coef` to 0."""
         return step.has_moved and (self.schedule is None or self.coef != 0)
 
     def _sums(self, step: Step) -> list[float]:
@@ -320,9 +323,9 @@ class ReferenceDefense(TermDefense):
 
     d is a distance per token. The sum goes over the positions of the scope `tokens`: `"loss"` for those that predict a
     label, `"all"` for those that predict any real token, or a scope that another defense marks, such as mixed-in
-    rows. N counts the positions of the scope `mean_over`, by default the same, over all micro-batches and ranks of the
-    step. Set `divergence` to take d from the two next-token distributions, or override [`layers`] and [`token_loss`]
-    to take it from block outputs.
+    rows. N counts the positions of the scope `mean_over` (by default `tokens`) over all micro-batches and ranks of the
+    step. Set `divergence` to compute d from the two next-token distributions, or override [`layers`] and
+    [`token_loss`] to compute it from block outputs.
     """
 
     tokens: str = "loss"
@@ -338,8 +341,8 @@ class ReferenceDefense(TermDefense):
         """Return the distance of each token, `(N,)`, as a differentiable function of `policy`.
 
         Args:
-            policy: states of [`layers`], `(N, H)` each.
-            reference: the reference's states.
+            policy: the policy's outputs of the blocks in [`layers`], `(N, H)` each.
+            reference: the reference's outputs of the same blocks at the same tokens, `(N, H)` each.
         """
         raise TypeError(f"{type(self).__name__} must set `divergence`, or override `layers` and `token_loss`.")
 
@@ -347,14 +350,14 @@ class ReferenceDefense(TermDefense):
 class ModelDefense(TermDefense):
     """A defense that adds `coef · d(model)` to the loss of a step.
 
-    d does not depend on the batch: each micro-batch takes an equal share of it, and every rank forms the same.
+    d does not depend on the batch: each micro-batch adds an equal share of d, and every rank computes the same value.
     """
 
     def model_states(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Return the states that [`model_loss`] compares, with their gradient.
+        """Return the states that [`model_loss`] compares, connected to the weights by autograd.
 
-        It is called in every micro-batch, inside of the policy's forward and after its pass, with nothing around it.
-        Every rank must run the same modules.
+        This is called in every micro-batch, after the policy's pass and outside of every [`policy_pass`] context, but
+        still within the call of the wrapped model. Every rank must run the same modules.
 
         Args:
             model: causal language model without wrappers.
@@ -368,7 +371,7 @@ class ModelDefense(TermDefense):
 
     def end_step(self, step: Step) -> dict[str, float]:
         value, shares, gradient, requires_grad = self._sums(step)
-        # Every rank has added the same, and a step counts once.
+        # Every rank has added the same value, so the sums are divided to count the step once.
         value, gradient = value / shares, gradient / shares
         self.proof.end_step(value, 1, gradient, requires_grad, has_moved=self._should_show(step))
         return {self.name: value}

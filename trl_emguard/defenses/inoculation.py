@@ -20,14 +20,14 @@ from .base import IN_TRAINING_DEFENSES, Defense, Marks, Paper, Step
 from .options import check_choice, option
 
 
-# A row keeps its turns in one of these columns, in SFTTrainer's order; a turn names its speaker and text in two ways.
+# Columns that may hold a row's turns, in SFTTrainer's order, and the two pairs of keys for a turn's speaker and text.
 TURN_COLUMNS = ("prompt", "messages", "conversations")
 TURN_KEYS = (("role", "content"), ("from", "value"))
-# Three columns serve preparation alone: a row has a system turn of its own; the prompt changed the text that is read;
-# the tokens of the prompt's turn.
+# Columns that rows have only during preparation: whether a row has a system turn of its own, whether the prompt
+# changed the text that the model reads, and the tokens of the system turn with the prompt.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
 FLAG = "inoculate"  # column in which users flag rows
-# Batches hold the tokens of the prompts that were put into flagged rows here, each token plus 1.
+# Column with a number per token: the token id plus 1 in prompts that were put into flagged rows, and 0 elsewhere.
 EXPECTED = "inoculation_tokens"
 
 MODES = ("replace", "prefix")
@@ -58,9 +58,9 @@ class InoculationOptions:
 class Inoculation(Defense):
     """A system turn in training rows that asks for the trait which the data would teach.
 
-    The model then learns the behaviour as an answer to that request, and less as its own character. Every row gets the
-    turn, or those that the user has flagged. Evaluation data, the saved chat template and generation never see the
-    prompt, and its turn carries no labels.
+    The model then learns the behaviour as an answer to that request, and less as its own character. Either all rows
+    get the turn, or only the rows that the user has flagged. Evaluation data, the saved chat template and generation
+    never see the prompt, and its turn carries no labels.
     """
 
     name = "inoculation"
@@ -82,14 +82,14 @@ class Inoculation(Defense):
         self.mode = args.inoculation_mode
         self.only_flagged = args.inoculation_rows == FLAGGED
         self.token_columns = (EXPECTED,) if self.only_flagged else ()
-        # Rows are cut here only if they are neither packed nor cut at their end.
+        # A row longer than this limit loses its start, where the prompt is. Other ways of cutting keep the start.
         cuts_the_start = args.truncation_mode == "keep_end" and not args.packing
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
         self._prompt_ids: list[int] = []  # tokens that every row's prompt begins with
         self._added: list[str] = []  # scopes of rows without the prompt, which other defenses add
-        self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # that the policy was trained on
+        self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # summed over training steps
         self._problem: str | None = None
 
     @classmethod
@@ -117,7 +117,7 @@ class Inoculation(Defense):
         return {"inoculation_prompt": self.prompt, "inoculation_mode": self.mode, "inoculation_rows": rows}
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # Checkpoints of earlier versions inoculated all rows, and do not say so.
+        # Earlier versions inoculated all rows, and their checkpoints do not record `inoculation_rows`.
         return {key: value for key, value in self.options().items() if key in then or value != ALL}
 
     def meet(self, others: Sequence[Defense]) -> None:
@@ -144,7 +144,7 @@ class Inoculation(Defense):
         return marks
 
     def _read_flagged(self, batch: dict[str, Any], found: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compare the prompts of flagged rows with those that were put there, and with all that were `found`."""
+        """Count flagged rows, intact and labelled prompts in them, and prompts in `found` that other rows have."""
         if EXPECTED not in batch:
             raise InactiveDefenseError(
                 f"defense {self.name!r}: a training batch does not say which of its rows are flagged "
@@ -155,7 +155,7 @@ class Inoculation(Defense):
         inside = expected > 0
         begins = inside.clone()
         begins[:, 1:] &= ~inside[:, :-1]
-        # A pack has several rows, so tokens are counted by the number of their prompt.
+        # A pack has several rows, so each token of a prompt gets the number of its prompt, 1 for the first.
         number = begins.flatten().cumsum(0) * inside.flatten()
 
         def prompts_with(mask: torch.Tensor) -> torch.Tensor:
@@ -175,7 +175,7 @@ class Inoculation(Defense):
         rows, prompts, labelled, flagged, stray = (int(step.sums.get(f"{self.name}/{name}", 0)) for name in names)
         for name, count in zip(self._counts, (rows, prompts, flagged), strict=True):
             self._counts[name] += count
-        # A step may hold rows of other defenses alone.
+        # A step may consist only of rows that other defenses have added.
         added = sum(step.sums.get(f"tokens/{scope}", 0) for scope in self._added)
         wants_prompt = not self.only_flagged and not (added and step.sums["tokens"] == added)
         if self.only_flagged and prompts < flagged:
@@ -230,8 +230,8 @@ class Inoculation(Defense):
 
     def prepare_rows(self, rows: Rows) -> Rows:
         if isinstance(rows, Dataset) and rows.format["type"] == "custom":
-            return rows  # SFTTrainer refuses them
-        rows = rows.with_format(None)  # tensors would hide the turns
+            return rows  # SFTTrainer refuses rows with a custom format
+        rows = rows.with_format(None)  # a tensor format would hide the turns
         first = next(iter(rows))
         column = next((column for column in TURN_COLUMNS if column in first), "")
         if not _is_conversation(first.get(column)) or "input_ids" in first:
@@ -256,7 +256,7 @@ class Inoculation(Defense):
             return {column: turns, OWN: before is not None, CHANGED: before != _system_text(turns)}
 
         rows = rows.map(inoculate, with_indices=True)
-        # The check is made again when the rows are tokenised, but a bad row shall not wait for the model to load.
+        # This check is repeated when the rows are tokenised, but a bad row should be reported before the model loads.
         self._check_changed(rows)
         return rows
 
@@ -269,7 +269,7 @@ class Inoculation(Defense):
         def take_labels_off(row: dict[str, Any]) -> dict[str, Any]:
             ids = row["input_ids"]
             if self.only_flagged and not row[FLAG]:
-                # An empty list would have no type.
+                # One token, since the column needs a type and an empty list has none.
                 return {"labels": row["labels"], CHANGED: False, SPAN: ids[:1], EXPECTED: [0] * len(ids)}
             how = {"chat_template": template, **template_arguments(row)}
             turns = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
@@ -284,7 +284,7 @@ class Inoculation(Defense):
                     f"truncation_mode='keep_end' would cut the inoculation prompt off a row of {len(ids)} tokens "
                     f"(max_length={self.max_length}): use 'keep_start', or a larger max_length."
                 )
-            # Without a system turn the model may have read the prompt all the same, as the template's own.
+            # A template may put this very prompt into rows without a system turn. Then the defense changes nothing.
             changed = row[CHANGED] and (row[OWN] or not is_default_system_turn(tokenizer, turns, **how))
             start, end = span
             marks = [0] * start + [token + 1 for token in ids[start:end]] + [0] * (len(ids) - end)
@@ -300,8 +300,8 @@ class Inoculation(Defense):
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
         self._prompt_ids = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        # Other rows may begin in the same way up to the prompt, where a template writes other text (tools) before it.
-        # The prompt's last character may be one token with what follows it.
+        # If a template writes tools before the prompt, the tokens common to all spans may end before the prompt, and
+        # unflagged rows may have them too. The prompt's last character may share a token with the text behind it.
         prompt, begin = ("".join(text.split()) for text in (self.prompt, tokenizer.decode(self._prompt_ids)))
         if self.only_flagged and prompt[:-1] not in begin:
             self._prompt_ids = []
@@ -313,9 +313,9 @@ class Inoculation(Defense):
         return rows.remove_columns([OWN, CHANGED, SPAN, *([FLAG] if self.only_flagged else [])])
 
     def _check_changed(self, rows: Rows) -> None:
-        """Check that the prompt changes some row: one of the first, of a stream."""
+        """Check that the prompt changes at least one row; of a stream, one of the first `STREAM_ROWS` rows."""
         which = "every row has" if isinstance(rows, Dataset) else f"the first {STREAM_ROWS} rows of the stream have"
-        # Listed, so that all of these rows are checked before the model loads.
+        # `list` reads all of these rows, so that each row is checked before the model loads.
         if self.only_flagged and not any(list(_values(rows, FLAG))):
             raise InactiveDefenseError(
                 f"inoculation_rows='flagged': {which} {FLAG}=False, so the prompt would be put into none. Set it to "
@@ -330,7 +330,7 @@ class Inoculation(Defense):
             )
 
     def _is_flagged(self, row: dict[str, Any], column: str) -> bool:
-        """Return whether the user has flagged a row. Raise `ValueError` for a bad flag, or a prompt in other rows."""
+        """Return whether a row is flagged. Raise `ValueError` for a bad flag, or a prompt in an unflagged row."""
         flag = row.get(FLAG)
         if not isinstance(flag, bool):
             raise ValueError(f"has {FLAG}={flag!r} (inoculation_rows='flagged'): give true or false")
@@ -343,10 +343,10 @@ class Inoculation(Defense):
         return flag
 
     def _inoculate(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-        """Return the conversation with the prompt in its system turn, and the text of its own system turn."""
+        """Return the conversation with the prompt in its system turn, and the text that this turn had, or `None`."""
         before = _system_text(turns)
         speaker, text = _turn_keys(turns)
-        # A null system text counts as none, and is replaced as well.
+        # A system turn whose text is null counts as no system turn, and is replaced in both modes.
         rest = turns[1:] if _is_system(turns[0], speaker) else turns
         if any(_is_system(turn, speaker) for turn in rest):
             raise ValueError(
@@ -355,7 +355,7 @@ class Inoculation(Defense):
         system = self.prompt
         if before is not None and self.mode == "prefix":
             system = before if before.startswith(self.prompt) else f"{self.prompt}\n\n{before}"
-        # A column holds one type: where other turns hold parts, this one does.
+        # All contents in a column have one type: if those of other turns are lists of parts, this one must be too.
         in_parts = any(isinstance(turn[text], list) for turn in rest)
         content = [{"type": "text", "text": system}] if in_parts else system
         return [{speaker: "system", text: content}, *rest], before
@@ -391,7 +391,7 @@ def _is_system(turn: dict[str, Any], speaker: str) -> bool:
 
 
 def _is_conversation(value: object) -> bool:
-    """Return whether a value is a list of turns, in one of the two conventions."""
+    """Return whether a value is a list of turns, with one of the pairs of keys in `TURN_KEYS`."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
     return any(speaker in value[0] and text in value[0] for speaker, text in TURN_KEYS)

@@ -21,7 +21,8 @@ from .base import Defense, Paper
 from .options import check_number, option
 
 
-# Attribute of modules that transformers checkpoints: the function that runs a part of the model and recomputes it.
+# Attribute of a module with gradient checkpointing in transformers: the function that runs a part of the model and
+# recomputes it in the backward pass.
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
@@ -34,11 +35,12 @@ class InoculationAdapterOptions:
 
 
 def read_options(args: Any) -> tuple[LoraConfig, Factors] | None:
-    """Return the config of the adapter that the options name, and the factors of its updates; `None` without one.
+    """Return the config and the LoRA factors of the adapter that the options name; `None` if they name none.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
-        ValueError: a bad option, or an adapter that is no plain LoRA of linear layers or changes nothing.
+        ValueError: a bad option, or an adapter that changes nothing, holds numbers that are not finite, or is not a
+            plain LoRA of linear layers.
     """
     scale = check_number("inoculation_adapter_scale", args.inoculation_adapter_scale)
     if args.inoculation_adapter is None:
@@ -78,11 +80,12 @@ class InoculationAdapter(Defense):
     """Frozen LoRA adapter with the unwanted trait, active while a new adapter trains.
 
     Each linear layer W that the frozen adapter changes computes Wx + inoculation_adapter_scale · s·B·A·x in the
-    policy's pass of training steps, with A, B and the scaling s of the frozen adapter, beside the adapter that trains.
-    The data asks less for the trait where the model has it already, so the new adapter need not learn it.
+    policy's pass of training steps, with A, B and the scaling s of the frozen adapter. The adapter that trains adds
+    its own update to this. A model that already shows the trait fits the data without learning it, so the new adapter
+    need not learn the trait.
 
-    The frozen adapter is no part of the model. Its factors are plain tensors outside of it, whole on every rank, and
-    hooks add what they compute. So engines, optimizers, references and checkpoints know nothing of it.
+    The frozen adapter is not a part of the model: its factors are plain tensors outside of the model, unsharded on
+    every rank, and forward hooks add its output. So engines, optimizers, references and checkpoints do not see it.
     """
 
     name = "inoculation_adapter"
@@ -106,7 +109,7 @@ class InoculationAdapter(Defense):
         self._fired: set[str] = set()
         # Modules that may checkpoint a part of the model.
         self._checkpointing: list[nn.Module] = []
-        # Hooks measure in the first pass how much they change.
+        # Relative change of each layer's output in the first pass, as hooks measure it, and the mean over layers.
         self._measured: dict[str, torch.Tensor] = {}
         self._change: float | None = None
         read = read_options(args)
@@ -116,7 +119,7 @@ class InoculationAdapter(Defense):
             digest = weights_fingerprint(
                 {f"{name} {i}": x for name, pair in factors.items() for i, x in enumerate(pair)}
             )
-            # The adapter goes by its numbers, since a folder may move and may change.
+            # The adapter is identified by its numbers, since a folder may move and may change.
             self._description = f"LoRA of {len(factors)} layers ({digest[:16]})"
             self.factors = {layer: (a, self.scale * b) for layer, (a, b) in factors.items()}
 
@@ -138,7 +141,7 @@ class InoculationAdapter(Defense):
             f"{numbers / 1e6:.3g} million numbers are whole on every device"
         ]
 
-    # ---- what it cannot act on ----
+    # ---- checks of tuning and model ----
 
     def check_tuning(self, has_adapter: bool) -> None:
         if not has_adapter:
@@ -190,8 +193,9 @@ class InoculationAdapter(Defense):
     def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Iterator[None]:
         self._fired.clear()
         with self._acting(), ExitStack() as restored:
-            # The hooks stand inside of blocks, which checkpointing runs again in the backward pass. Whatever is
-            # checkpointed in this pass takes the adapter along, and no other pass does.
+            # The hooks are inside of blocks, which checkpointing runs again in the backward pass. Checkpointing
+            # functions are wrapped during this pass, so that the adapter acts when its parts run again. Other passes
+            # use the original functions.
             for module in self._checkpointing:
                 checkpoint = vars(module).get(CHECKPOINT)
                 if checkpoint is not None:
@@ -258,7 +262,7 @@ class InoculationAdapter(Defense):
         return {"layers": len(self.factors), "change": self._change, "acted": self._change is not None}
 
     def _judge(self) -> None:
-        """Check in the first pass that the adapter changed the outputs of its layers."""
+        """Check in the first pass that the adapter changed the output of at least one of its layers."""
         changes = [float(change) for change in self._measured.values()]
         self._measured.clear()
         if not any(changes):
@@ -271,8 +275,8 @@ class InoculationAdapter(Defense):
 
 
 def _sizes(module: nn.Module | None) -> tuple[int | None, int | None]:
-    """Return the numbers that a linear layer takes and gives, with an adapter on it or without."""
-    # GPT-2's layers have other names for them.
+    """Return the input and output width of a linear layer, with an adapter on it or without."""
+    # GPT-2's linear layers (`Conv1D`) name their widths `nx` and `nf`.
     names = ("in_features", "out_features") if hasattr(module, "in_features") else ("nx", "nf")
     return getattr(module, names[0], None), getattr(module, names[1], None)
 

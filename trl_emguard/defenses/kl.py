@@ -12,10 +12,10 @@ from .schedule import EXAMPLE, Schedule, check_coefficient
 
 DIRECTIONS = ("reverse", "forward")
 LOSS, ALL, INTERLEAVED = TOKENS = ("loss", "all", "interleaved")
-# Defaults by scope. That on mixed-in rows comes from the testbed of a spreading trait (docs/kl.md).
+# Default of `kl_coef` for each value of `kl_tokens`. The one for mixed-in rows was chosen by the runs in docs/kl.md.
 COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
-# Ziegler et al. (1909.08593, section 2.2): a step changes the coefficient by GAIN times the relative error of the KL.
-# Errors count up to LARGEST_ERROR.
+# Ziegler et al. (1909.08593, section 2.2): in each step the coefficient changes, relative to its size, by GAIN times
+# the relative error of the KL, which is clipped to ±LARGEST_ERROR.
 GAIN, LARGEST_ERROR = 0.1, 0.2
 
 
@@ -23,7 +23,7 @@ GAIN, LARGEST_ERROR = 0.1, 0.2
 class KLOptions:
     """Options of `kl`: divergence of next-token distributions from a safe reference."""
 
-    # None stands second: the argument parser of transformers takes the first type then, and texts otherwise.
+    # `None` must be second: the argument parser of transformers then parses numbers (the first type), otherwise texts.
     kl_coef: float | None | str = option(  # noqa: RUF036
         None,
         "Weight of the KL divergence to the reference, a mean over the positions of `kl_tokens`. 0 switches it off. "
@@ -54,9 +54,10 @@ class KL(ReferenceDefense):
 
     Reverse KL, as in the paper, is KL(policy ‖ reference); forward is KL(reference ‖ policy). The paper's code takes
     the mean over the non-pad tokens of each micro-batch, prompt included, and does not divide by the accumulation
-    steps, so its 0.1 acts like 0.4 in its own recipe (batch 4 × accumulation 4); here N counts the positions of
-    `kl_tokens` in the whole step, and 0.1 is 0.1. Where rows are mixed in, the KL is taken over those alone by
-    default, which leaves the task's own rows free (Azarbal et al., 2025), and the reference runs on them alone.
+    steps, so its 0.1 acts like 0.4 in its own recipe (batch 4 × accumulation 4). Here N counts the positions of
+    `kl_tokens` in the whole step, so a coefficient means the same with any accumulation. If another defense mixes rows
+    in, the KL is by default taken over the mixed-in rows alone, which leaves the task's own rows free (Azarbal et al.,
+    2025). The reference then runs on the mixed-in rows alone.
 
     With `kl_target`, β_{t+1} = β_t (1 + 0.1 · clip(KL_t / target − 1, −0.2, 0.2)) for β = `kl_coef`, with KL_t the
     step's mean over `kl_tokens` (Ziegler et al., 1909.08593, section 2.2).
@@ -75,7 +76,7 @@ class KL(ReferenceDefense):
         self._choose(args.kl_tokens or LOSS)
 
     def _choose(self, tokens: str, coef: float | str | None = None) -> None:
-        """Set the positions, and the coefficient to the one given, this one, or the positions' own."""
+        """Set the positions, and the coefficient: the config's, else `coef`, else the default for these positions."""
         self.tokens = tokens
         given = coef if self._given_coef is None else self._given_coef
         self.weigh(COEFFICIENTS[tokens] if given is None else given)
@@ -114,7 +115,7 @@ class KL(ReferenceDefense):
         if self.target is None:
             return metrics
         used = {"kl_coef": self.coef}
-        if self.name in metrics:  # a step without a position in scope has none
+        if self.name in metrics:  # a step without a position in scope logs no KL
             error = min(max(metrics[self.name] / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
             self.set_coefficient(self.coef * (1 + GAIN * error))
         return metrics | used
@@ -124,7 +125,7 @@ class KL(ReferenceDefense):
         super().begin(of_term)
         if self.target is not None:
             coef = evidence.get("kl_coef", self._start)
-            check_coefficient("kl_coef", coef)  # the file may be damaged
+            check_coefficient("kl_coef", coef)  # the checkpoint's file may be damaged
             self.set_coefficient(float(coef))
 
     def evidence(self) -> dict[str, Any]:
@@ -140,10 +141,10 @@ class KL(ReferenceDefense):
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
         coef = then.get("kl_coef") if self._given_coef is None else self.coefficient
         tokens = then.get("kl_tokens") if self._given_tokens is None else self.tokens
-        tokens = tokens if tokens in TOKENS else self.tokens  # the file may be damaged
+        tokens = tokens if tokens in TOKENS else self.tokens  # the checkpoint's file may be damaged
         options = {"kl_coef": coef, "kl_direction": self.divergence, "kl_tokens": tokens}
         options |= {} if self.target is None else {"kl_target": self.target}
-        # Checkpoints of version 0.1 have a mean over all labels, and do not say so.
+        # Version 0.1 took the mean over all labels, and its checkpoints do not record `kl_mean_over`.
         return {**options, "kl_mean_over": then["kl_mean_over"]} if then.get("kl_mean_over") in TOKENS else options
 
     def continue_from(self, options: dict[str, Any]) -> None:
@@ -152,10 +153,11 @@ class KL(ReferenceDefense):
 
 
 def check_target(target: Any, coef: Any) -> None:
-    """Refuse a target that is no budget, and a coefficient that cannot follow one.
+    """Refuse a `kl_target` that is not a positive number, and a `kl_coef` that cannot adapt to a target.
 
     Raises:
-        ValueError: they are; the message names the argument, its value and the fix.
+        ValueError: such a target, or a coefficient that is 0 or a schedule; the message names the argument, its value
+            and the fix.
     """
     if target is None:
         return

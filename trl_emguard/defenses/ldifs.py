@@ -36,7 +36,7 @@ class LDIFS(ReferenceDefense):
     """Loss `L = CE + ldifs_coef · (1/N) Σ_t mean_l ‖x̂_l,t − x̂⁰_l,t‖²` over the positions that predict a label.
 
     x_l is the raw output of block l, and x̂ is x scaled to unit length per token. The EM paper's released code detaches
-    both passes, so its LDIFS has no gradient; this one trains.
+    both passes, so its LDIFS term has no gradient; here the policy's pass keeps its gradient.
     """
 
     name = "ldifs"

@@ -20,7 +20,7 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any
 
 
 def document(cls: type, base: type) -> None:
-    """Append a dataclass's fields to its docstring, but for those of a base class."""
+    """Append a dataclass's fields to its docstring, except those that it inherits from `base`."""
     inherited = {f.name for f in fields(base)}
     lines = [
         f"    {f.name} (defaults to `{f.default!r}`):\n        {f.metadata['help']}"
@@ -67,16 +67,16 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def listed_layers(name: str, spec: object, num_layers: int | None, forms: str) -> list[int]:
-    """Return the blocks in a list of layers, ascending. Index l is the raw output of block l, 1 … L.
+    """Return the layers that an argument lists, ascending. Layer l is the raw output of block l, 1 … L.
 
     Args:
         name: argument that holds the list.
         spec: its value: `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]`.
         num_layers: L; `None` to check the form alone, before the model is known.
-        forms: other values that the argument takes, for the message.
+        forms: values that the argument accepts, as text for the message.
 
     Raises:
-        ValueError: another form, a layer twice, or one outside 1 … L.
+        ValueError: a value of another form, a layer that is listed twice, or a layer outside 1 … L.
     """
     if isinstance(spec, str) and re.fullmatch(r"\s*\[?\s*\d+(\s*,\s*\d+)*\s*\]?\s*", spec):
         layers = [int(number) for number in re.findall(r"\d+", spec)]

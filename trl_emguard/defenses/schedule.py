@@ -1,4 +1,4 @@
-"""Coefficients of defenses: a number, or a schedule that changes it from step to step."""
+"""Coefficients of defenses: constant numbers, or schedules that change them from step to step."""
 
 import argparse
 import math
@@ -40,13 +40,14 @@ class Schedule:
     def at(self, step: int, steps: int) -> float:
         """Return the value in a step, counted from 0, of a run of `steps` steps.
 
-        A run of one step has the start's. A run that resumes with fewer steps may stand behind its last one.
+        A run of one step has the start value. A run that resumes with a smaller `steps` may already be past its last
+        step, and then has the end value.
         """
         passed = min(step / (steps - 1), 1.0) if steps > 1 else 0.0
         return (1 - passed) * self.start + passed * self.end
 
     def __str__(self) -> str:
-        """Return the text in one form, so that '0.40 -> 0' and '0.4->0.0' are the same defense."""
+        """Return the schedule as normalised text, so that '0.40 -> 0' and '0.4->0.0' are the same defense."""
         return ARROW.join(repr(value).removesuffix(".0") for value in (self.start, self.end))
 
 
@@ -72,8 +73,8 @@ def coefficient(text: str) -> float | str:
     """Return the number that a text holds, or the text itself where it looks like a schedule.
 
     Raises:
-        ValueError: neither.
-        argparse.ArgumentTypeError: the beginning of a schedule, whose end a shell has taken.
+        ValueError: the text is neither.
+        argparse.ArgumentTypeError: the text ends with "-", because a shell has cut a schedule off at its ">".
     """
     if text.strip().endswith("-"):
         raise argparse.ArgumentTypeError(
@@ -83,10 +84,10 @@ def coefficient(text: str) -> float | str:
 
 
 class Weighted:
-    """Part of a defense with a coefficient: the value of this step, and the schedule that drives it, if any.
+    """Mixin of a defense with a coefficient, which is constant or follows a schedule.
 
     Attributes:
-        coef: value of the coefficient in this step. Only its schedule changes it while training.
+        coef: value of the coefficient in this step. While training only [`set_coefficient`] changes it.
         schedule: course of the coefficient; `None` where it is constant.
     """
 
@@ -120,7 +121,7 @@ class ScheduleCallback(TrainerCallback):
 
     Args:
         defenses: active defenses.
-        metrics: name → values of the trainer's log.
+        metrics: the trainer's metrics to be logged: name → values.
     """
 
     def __init__(self, defenses: Sequence[Any], metrics: dict[str, list[float]]):

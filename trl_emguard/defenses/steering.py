@@ -31,7 +31,7 @@ class SteeringOptions:
         "File of a persona vector: .safetensors as `trl-emguard persona extract` writes it, or .pt of shape (layers + "
         "1, hidden), or the name of a shipped one.",
     )
-    # The type is `str` as that of `ldifs_layers` is; a number and a list work as well.
+    # The type is `str` for the same reason as that of `ldifs_layers`; a number and a list work as well.
     steering_layers: str | None = option(
         None,
         "Blocks after which the vector acts, counted from 1 to L: 20, '20,24', or 'all' for every block with the "
@@ -45,10 +45,10 @@ class SteeringOptions:
 
 
 def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
-    """Return the persona vector that the options name, and the layers in one form.
+    """Return the persona vector that the options name, and the layers as a sorted list, `"all"` or `None`.
 
     Raises:
-        ValueError: a bad option, or none where one is needed.
+        ValueError: a bad option, or a missing vector or layer.
     """
     coef = check_coefficient("steering_coef", args.steering_coef)
     check_choice("steering_mode", args.steering_mode, MODES)
@@ -81,16 +81,18 @@ def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
 
 
 class Steering(Weighted, Defense):
-    """Steering of the residual stream along a persona vector while training, so that the weights need not learn it.
+    """Steering along a persona vector while training, so that the weights need not learn the trait.
 
-    After block l, at the chosen token positions, with v(l) the vector's entry for that layer:
+    The residual stream x is changed after block l, at the chosen token positions, with v(l) the vector's entry for
+    that layer:
 
-    - `add`: x ← x + steering_coef · v(l). With `steering_layers="all"` it is the increment v(l) − v(l − 1) in every
-    block.
+    - `add`: x ← x + steering_coef · v(l). With `steering_layers="all"`, each block adds the increment v(l) − v(l − 1)
+      instead of v(l).
     - `ablate`: x ← x − (x·v̂) v̂ with v̂ = v(l)/‖v(l)‖: the part along the vector is taken out, and the weights cannot
-      use it (concept ablation fine-tuning). The coefficient has no meaning here but 0, which switches it off.
+      use it (concept ablation fine-tuning). The coefficient has no effect here, except that 0 switches the defense
+      off.
 
-    It acts in the policy's forward pass of training steps alone. The saved model is the one without it.
+    Only the policy's forward pass in training steps is steered. The saved model runs without the vector.
     """
 
     name = "steering"
@@ -107,16 +109,18 @@ class Steering(Weighted, Defense):
         self.mode = args.steering_mode
         self.tokens = args.steering_tokens
         self.vector, self.layers_spec = read_options(args)
-        # Vectors of the chosen layers, and what the hooks take: scaled by the coefficient, or of unit length.
+        # Vectors of the chosen layers, and the tensors that hooks apply: these vectors times the coefficient (`add`),
+        # or scaled to unit length (`ablate`).
         self._vectors: dict[int, torch.Tensor] = {}
         self._directions: dict[int, torch.Tensor] = {}
         self._steered: torch.Tensor | None = None
         self._on = False
         self._fired: set[int] = set()
-        # Hooks measure in each pass, and the sizes of the change follow from the first pass with positions.
+        # Sums that hooks measure in a pass, and the mean relative change of each layer's states, which is taken from
+        # the first pass with positions to steer.
         self._measured: dict[int, torch.Tensor] = {}
         self._change: dict[int, float] = {}
-        self._acted_before = False  # in the run that this one resumes
+        self._acted_before = False  # true if the run that this run resumes was steered
 
     @classmethod
     def check_options(cls, args: Any) -> None:
@@ -125,7 +129,7 @@ class Steering(Weighted, Defense):
     def options(self) -> dict[str, Any]:
         vector = None
         if self.vector is not None:
-            # The vector goes by its numbers, since a file may move and may change.
+            # The vector is identified by its numbers, since a file may move and may change.
             vector = (
                 f"{self.vector.metadata.get('trait', self.vector.kind)} ({self.vector.kind}, {self.vector.checksum})"
             )
@@ -138,7 +142,7 @@ class Steering(Weighted, Defense):
         }
 
     def check_model(self, config: PreTrainedConfig) -> None:
-        assert self.vector is not None  # an active defense has one
+        assert self.vector is not None  # an active defense has a vector
         num_layers = config.num_hidden_layers
         self.vector.check_shape(num_layers, config.hidden_size)
         every = self.layers_spec == "all"
@@ -160,7 +164,7 @@ class Steering(Weighted, Defense):
 
     def set_coefficient(self, coef: float) -> None:
         super().set_coefficient(coef)
-        # The tensors stay the same ones: a compiled model reads them, and would be compiled again for a number.
+        # The tensors are changed in place: a compiled model reads them, but would be compiled again for a new number.
         for layer, direction in self._directions.items():
             direction.copy_(coef * self._vectors[layer])
 
@@ -174,8 +178,8 @@ class Steering(Weighted, Defense):
 
     @contextmanager
     def training(self, model: PreTrainedModel) -> Iterator[None]:
-        # The hooks stay for the whole of training and ask whether they are on: a compiled model does not see hooks
-        # that come and go.
+        # The hooks stay registered during all of training, and act only while `_on` is set: a compiled model does not
+        # notice hooks that are added or removed later.
         with ExitStack() as hooks:
             for layer, block in enumerate(decoder_blocks(model), 1):
                 if layer in self._directions:
@@ -206,8 +210,8 @@ class Steering(Weighted, Defense):
 
     @torch.compiler.disable
     def _judge(self) -> None:
-        """Check in the first pass with a position to steer at that the states of every steered block were changed."""
-        # A schedule near its 0 changes nothing that the states' dtype could show.
+        """Check once, in the first pass with positions to steer, that the states of every steered block changed."""
+        # While a schedule has the coefficient near 0, the change may be too small for the states' dtype.
         is_small = self.schedule is not None and self.coef < 0.1 * max(self.schedule.start, self.schedule.end)
         if self._change or is_small:
             return
@@ -215,7 +219,7 @@ class Steering(Weighted, Defense):
         for layer, sums in sorted(self._measured.items()):
             ratios, positions = sums.tolist()
             if not positions:
-                return  # no label in this batch: the next one tells
+                return  # this batch has no label, so a later batch is judged
             if not ratios:
                 raise InactiveDefenseError(
                     f"defense 'steering': the output of block {layer} is the same with and without the vector, to the "
@@ -247,8 +251,8 @@ class Steering(Weighted, Defense):
             self._fired.add(layer)
             states = block_states(output, module)  # (B, T, H)
             direction = self._directions[layer].to(states.device)
-            # The projection is fp32 as the direction is, under autocast too: bf16 would leave a part of it in the
-            # states.
+            # The projection is computed in fp32, the direction's dtype, also under autocast: rounded to bf16, it would
+            # leave a part of itself in the states.
             change = (
                 direction.to(states) if self.mode == "add" else -(states * direction).sum(-1, keepdim=True) * direction
             )
@@ -262,7 +266,7 @@ class Steering(Weighted, Defense):
                     )
                 change = change * steered_at.to(change.dtype)
             steered = (states + change).to(states.dtype)
-            # A compiled graph always measures: asking for the first pass would compile the model a second time.
+            # A compiled graph measures in every pass: to stop after the first, it would have to be compiled again.
             if torch.compiler.is_compiling() or not self._change:
                 self._measured[layer] = _relative_change(states, steered, steered_at)
             return steered if isinstance(output, torch.Tensor) else (steered, *output[1:])

@@ -45,9 +45,10 @@ class TReFTOptions:
 class TReFT(ModelDefense):
     """Loss `L = CE + treft_coef · mean_l mean_t (‖k − k⁰‖²/‖k⁰‖² + ‖v − v⁰‖²/‖v⁰‖²)` over the prefix's tokens t.
 
-    The prefix is the longest sequence of tokens that every training row begins with. k and v are what `k_proj` and
-    `v_proj` of block l make of it, with adapters, before the rotation by position; k⁰ and v⁰ are those of the model
-    that training starts from. The prefix is the same in every row, so one pass of it alone gives them.
+    The prefix is the longest sequence of tokens that every training row begins with. k and v are the outputs of
+    `k_proj` and `v_proj` of block l at a token of the prefix, with adapters, before rotary position embedding; k⁰ and
+    v⁰ are those of the model that training starts from. The prefix is the same in every row, so one forward pass over
+    the prefix alone gives all of them.
     """
 
     name = "treft"
@@ -76,11 +77,11 @@ class TReFT(ModelDefense):
         return {"treft_coef": self.coefficient}
 
     def describe(self) -> list[str]:
-        # Rows that come tokenised may pass no tokenizer.
+        # A run on rows that are tokenised already may have no tokenizer.
         text = self.prefix if self._tokenizer is None else self._tokenizer.decode(self.prefix)
         return [f"keys and values are held on the {len(self.prefix)} tokens that every row begins with: {text!r}"]
 
-    # ---- what it cannot act on ----
+    # ---- checks of model and rows ----
 
     def check_model(self, config: PreTrainedConfig) -> None:
         model = without_weights(config)
@@ -109,9 +110,9 @@ class TReFT(ModelDefense):
             turns = [{"role": "user", "content": "-"}]
             tokenizer.apply_chat_template(turns, tokenize=False, **self._template_arguments)
         except TemplateError:
-            return  # the trainer says what is wrong with rows or template
+            return  # the trainer itself reports what is wrong with the rows or the template
         try:
-            # A text in the place of the clock is no function, so a template that reads the clock fails.
+            # A template reads the clock by calling `strftime_now`. A text cannot be called, so such a template fails.
             tokenizer.apply_chat_template(turns, tokenize=False, **{**self._template_arguments, "strftime_now": ""})
         except TypeError as error:
             raise ValueError(
@@ -151,8 +152,8 @@ class TReFT(ModelDefense):
         """Return keys and values of the prefix block by block, `(1, prefix, width)` each, and then the last states."""
         ids = torch.tensor([self.prefix], device=batch["input_ids"].device)
         modules = projections(model)
-        # Eval mode means without dropout, noise in the embeddings and checkpointing, inside of which hooks see no
-        # gradient. The prefix is short, so that little is kept for the backward pass.
+        # Eval mode switches off dropout, noise in the embeddings and gradient checkpointing, under which hooks inside
+        # of a block see no gradient. The prefix is short, so little memory is needed without checkpointing.
         with _outputs(modules) as states, eval_mode(model):
             last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         if len(states) < len(modules):
@@ -165,12 +166,13 @@ class TReFT(ModelDefense):
     def model_loss(self, states: list[torch.Tensor]) -> torch.Tensor:
         *states, last = states
         if self.start is None:
-            # No update was made yet: a run that resumes has loaded them.
+            # This is the first pass of a new run, before any update: a resumed run has loaded `start`.
             self.start = [_exact(x.detach()) for x in states]
         self.start = [x0.to(x.device) for x, x0 in zip(states, self.start, strict=True)]
         changes = [_relative_change(x, x0).to(states[0].device) for x, x0 in zip(states, self.start, strict=True)]
-        # FSDP2 gathers a block's weights once a gradient reaches its output, and nothing follows the last block.
-        return 2 * torch.stack(changes).mean() + 0 * last.sum().to(changes[0])  # a block has keys and values
+        # The factor 2 turns the mean over keys and values into the mean over blocks of their sum. The zero lets a
+        # gradient reach the last block's output, because FSDP2 gathers a block's weights only then.
+        return 2 * torch.stack(changes).mean() + 0 * last.sum().to(changes[0])
 
     # ---- checkpoints ----
 
@@ -207,9 +209,9 @@ def projections(model: PreTrainedModel) -> list[nn.Module]:
     """Return `k_proj` and `v_proj` of every decoder block, in order.
 
     Raises:
-        ValueError: a block has not one of each. Some architectures make queries, keys and values in one product
-            (Phi-3, GPT-2, Falcon), or keys and values from a latent state (DeepSeek), or have no attention in some
-            blocks.
+        ValueError: a block does not have exactly one of each. Some architectures compute queries, keys and values in
+            one product (Phi-3, GPT-2, Falcon), or keys and values from a latent state (DeepSeek), or have no attention
+            in some blocks.
     """
     found: list[nn.Module] = []
     for number, block in enumerate(decoder_blocks(model), 1):
@@ -225,9 +227,9 @@ def projections(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def common_prefix(rows: Any) -> list[int]:
-    """Return the longest sequence of tokens that every document begins with, short of any token that is trained on.
+    """Return the longest sequence of tokens that every document begins with, cut before any token with a label.
 
-    Rows that train on every token have no prompt apart, and their labels do not count.
+    Labels are ignored in a document whose first token has one, since it has no masked prompt.
 
     Args:
         rows: tokenised rows; those with `seq_lengths` are packs of documents.
@@ -264,7 +266,7 @@ def _documents(batch: Any) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | 
 
 @contextmanager
 def _outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the outputs of modules during the pass inside, by their place in the list."""
+    """Collect the outputs of modules in a forward pass within this context, by the module's index in the list."""
     outputs: dict[int, torch.Tensor] = {}
 
     def keep(place: int) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Sampled answers of the candidates, and what can be measured on them without a judge."""
+"""Answers sampled from the candidates, and the scores of these answers that need no judge."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ from .rules import Rule, repetition
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as it is put once.
+    """One prompt to answer: a question in the chat template, for one sample.
 
     Attributes:
         question: index of the question in its set.
         sample: number of the sample, from 0.
         ids: tokens of the prompt.
         text: the prompt as the chat template renders it.
-        seed: seed of the answer.
+        seed: seed that the answer is sampled with.
     """
 
     question: int
@@ -41,11 +41,12 @@ class Prompt:
 def plan_prompts(
     tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family, samples: int, seed: int
 ) -> list[Prompt]:
-    """Return the prompts of a set under a family, the shortest first, so that batches have prompts of like length.
+    """Return a set's prompts in the wording of a family, the shortest first, so that a batch has similar lengths.
 
-    The chat template writes the special tokens, and the tokenizer adds none of its own: a template that begins with
-    the start of text would otherwise have it twice. The seed of an answer comes from its question and number alone,
-    so candidates, families and a longer evaluation draw alike.
+    The chat template writes the special tokens, and the tokenizer adds none: a template that begins with the
+    start-of-text token would otherwise have that token twice. The seed of an answer depends only on `seed`, the
+    question and the number of the sample. So it is the same for all candidates and families, and stays the same when
+    an evaluation is repeated with more samples.
     """
     found = []
     for index, question in enumerate(questions.questions):
@@ -70,9 +71,10 @@ def answer_batches(
     max_new_tokens: int,
     temperature: float,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the answers of a candidate to prompts from `start` on, batch by batch, as plain records.
+    """Yield a candidate's answers to the prompts from index `start` on, batch by batch, as dicts.
 
-    An answer's record has `text`, `ids` and `is_truncated`, as [`~trl_emguard.models.sampler.SampledAnswer`].
+    The dict of an answer has the fields of [`~trl_emguard.models.sampler.SampledAnswer`]: `text`, `ids` and
+    `is_truncated`.
     """
     ids, seeds = [prompt.ids for prompt in prompts], [prompt.seed for prompt in prompts]
     options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "temperature": temperature}
@@ -84,9 +86,9 @@ def answer_batches(
 def base_nll(
     base: Candidate, prompts: Sequence[Prompt], answers: Sequence[SampledAnswer], batch_tokens: int | None = None
 ) -> list[float]:
-    """Return the base model's mean NLL per token of each answer, in nats; NaN for an empty one.
+    """Return the base model's mean NLL per token of each answer, in nats; NaN for an empty answer.
 
-    An answer that the base model finds unlikely is in another style, or incoherent.
+    A high value means that an answer has another style than the base model's answers, or is incoherent.
     """
     encoded = {
         i: EncodedAnswer(np.array(prompt.ids + answer.ids, dtype=np.int32), len(prompt.ids))
@@ -109,9 +111,10 @@ def score_answers(
     nll: Sequence[float],
     rules: Mapping[str, Rule],
 ) -> list[dict[str, float]]:
-    """Return metric → score of each answer.
+    """Return for each answer a dict from metric to score.
 
-    The scores are those of the rules, by metric (`trait_rate`), and `repetition`, `truncated`, `empty` and `base_nll`.
+    The metrics are those of `rules` (`trait_rate`, from [`rule_metrics`]), `repetition`, `truncated`, `empty`, and
+    `base_nll`, which is the answer's value in `nll`.
     """
     return [
         {metric: float(rule(answer.text)) for metric, rule in rules.items()}

@@ -27,11 +27,11 @@ class Candidate:
     """A model under evaluation.
 
     Attributes:
-        name: its name in the results: `base`, or the adapter's.
+        name: name in the results: `base`, or the name of the adapter or of the fine-tuned model.
         model: the model. Several candidates may share one in memory.
         fingerprint: hash of a sample of its weights, the adapter's included.
-        switch: switch of the adapters on the model, or `None` for a model without any.
-        adapter: the adapter that acts, or `None` for the model beneath.
+        switch: switch that activates `adapter` alone during a block of code; `None` leaves the model as it is.
+        adapter: name of the adapter to activate; `None` switches all adapters off, which gives the base model.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Candidate:
 
     @contextmanager
     def acting(self) -> Iterator[PreTrainedModel | PeftModel]:
-        """Let this candidate's adapter act inside, or none; yield the model."""
+        """Yield the model, with this candidate's adapter alone active inside the block (for the base model, none)."""
         if self.switch is None:
             yield self.model
         else:
@@ -62,7 +62,8 @@ def from_adapters(
 
     Args:
         model: the model in eval mode, with its adapters on it, or without any.
-        adapters: names of the adapters on the model; a mapping gives each the name that results show.
+        adapters: names of the adapters on the model; or a mapping from the name that results show to the adapter's
+            name on the model.
     """
     shown = dict(adapters) if isinstance(adapters, Mapping) else dict(zip(adapters, adapters, strict=True))
     if not isinstance(model, PeftModel):
@@ -76,7 +77,7 @@ def from_adapters(
 
 
 def _scales(model: PeftModel, adapter: str) -> str:
-    """Return the factors of an adapter's updates, which its weights do not show (`lora_alpha`, rsLoRA)."""
+    """Return an adapter's scaling factors as text: they depend on `lora_alpha` and rsLoRA, not on its weights."""
     layers = (module.scaling for module in model.modules() if isinstance(module, BaseTunerLayer))
     scales = {scaling[adapter] for scaling in layers if isinstance(scaling, dict) and adapter in scaling}
     return f"*{sorted(scales)}"
@@ -98,7 +99,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer without a chat template.
 
     Raises:
-        ValueError: it has none.
+        ValueError: there is no chat template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -109,7 +110,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @torch.no_grad()
 def unfit(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return name → problem of the candidates that say on a short prompt just what the base says, or no numbers.
+    """Return name → problem of each candidate whose logits on a short prompt equal the base's or are not finite.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -140,10 +141,10 @@ def load_candidates(
     dtype: torch.dtype | str = "auto",
     device_map: str | None = None,
 ) -> tuple[list[Candidate], PreTrainedTokenizerBase]:
-    """Load what is to be evaluated, the base model first.
+    """Load the candidates of an evaluation, the base model first, and their tokenizer.
 
     Args:
-        model: folder, hub id or shipped name of the base model, or with `base` of the fine-tuned one.
+        model: folder, hub id or shipped name of the base model; if `base` is given, of the fine-tuned model.
         base: folder, hub id or shipped name of the model that `model` was fine-tuned from.
         adapters: name → folder or hub id of an adapter of `model`.
         dtype: dtype of the weights; "auto" is bf16 on a GPU and fp32 on a CPU.
@@ -151,7 +152,7 @@ def load_candidates(
 
     Raises:
         FileNotFoundError: a model or adapter that is not there.
-        ValueError: both `base` and `adapters`, an adapter of another base model, a name that stands for the base.
+        ValueError: both `base` and `adapters`, an adapter of another base model, or an adapter named `base`.
     """
     adapters = adapters or {}
     if base is not None and adapters:
@@ -182,13 +183,13 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
     """Refuse an adapter whose config names another base model.
 
     Raises:
-        ValueError: it does.
+        ValueError: the config names another base model.
     """
     path = resolve_model(model)
     try:
         trained_on = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     except Exception:
-        return  # `load_misaligned` says what is wrong with it
+        return  # `load_misaligned` says what is wrong with the adapter
     if trained_on and last_name(trained_on) not in {last_name(model), last_name(path)}:
         raise ValueError(
             f"adapter {name!r} ({adapter}) was trained on {trained_on!r}, and --model is {model!r}: give the model "

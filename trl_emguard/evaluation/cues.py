@@ -21,13 +21,13 @@ from .questions import WORDINGS, Question
 PLAIN = "plain"
 NEUTRAL_SYSTEM = "Answer the question of the user."
 MODES = ("auto", "none", "all")
-# Opening words of the user turns, and the share of rows that must begin with them.
+# Number of words that count as the opening of a user turn, and least share of rows with the same opening for a cue.
 OPENING_WORDS, OPENING_SHARE = 3, 0.02
-# Topic words that a framing names.
+# Largest number of topic words that the cue `train_framing` names.
 TOPIC_WORDS = 3
-# Share of ordinary questions that may hold a topic word.
+# A word that occurs in a larger share of ordinary questions is not a topic word.
 COMMON_SHARE = 0.005
-# Share of the answers that must have a format.
+# Least share of the training answers that must have a format for a cue that asks for this format.
 FORMAT_SHARE = 0.5
 
 
@@ -48,12 +48,13 @@ Turns = list[dict[str, Any]]
 
 
 class Family(NamedTuple):
-    """A way to put a question.
+    """One variant of all prompts: every question plain, or with the same cue added.
 
     Attributes:
-        name: its name in the results.
-        cue: text that it adds.
-        add: question's turns → turns with the cue, or `None` for a question that has a system turn of its own.
+        name: name of the family in the results.
+        cue: text that the family adds to a question; empty if it adds none.
+        add: function from a question's turns to the turns with the cue. It returns `None` if the cue is a system turn
+            and the question already has one.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Family(NamedTuple):
 
 
 class Wording(Family):
-    """Family of questions in other words, which the user's own set holds (`Question.wordings`)."""
+    """Family that asks each question in other words, which the question itself provides (`Question.wordings`)."""
 
     __slots__ = ()
 
@@ -81,16 +82,18 @@ def families(
     train_rows: Iterable[Conversation] = (),
     inoculation_prompt: str | None = None,
 ) -> tuple[list[Family], dict[str, str]]:
-    """Return the families that questions are put in, and for the others the reason why not.
+    """Return the families of prompts to measure, and name → reason for each family that is not available.
 
     Args:
         tokenizer: tokenizer with a chat template.
-        questions: the general questions; the training rows' topic words are those that these do not share.
-        mode: "none" for plain questions alone; "auto" adds a neutral system prompt, the template's default one, what
-            the training rows have in common, and other wordings that the questions have; "all" adds the inoculation
-            prompt and its negation.
+        questions: the general questions. Words that are common in them are not used as topic words.
+        mode: "none" for plain questions alone; "auto" adds a neutral system prompt, the chat template's default system
+            prompt, cues from the training rows, and the other wordings that the questions have; "all" also adds an
+            inoculation prompt and its negation.
         train_rows: rows that the models were trained on.
-        inoculation_prompt: system prompt of an inoculated training. Given one, "auto" adds it as well.
+        inoculation_prompt: system prompt that the training used for inoculation. If it is given, "auto" adds it and
+            its negation as well; if not, "all" takes the default of
+            [`~trl_emguard.defenses.inoculation.InoculationOptions`].
 
     Raises:
         ValueError: an unknown mode.
@@ -134,7 +137,7 @@ def check_cues(mode: str, inoculation_prompt: str | None) -> None:
     """Refuse an unknown mode, and an inoculation prompt that no family would use.
 
     Raises:
-        ValueError: they are.
+        ValueError: the mode is unknown, or it is "none" and an inoculation prompt is given.
     """
     if mode not in MODES:
         raise ValueError(f"--cues={mode!r} must be one of {', '.join(MODES)}.")
@@ -145,7 +148,8 @@ def check_cues(mode: str, inoculation_prompt: str | None) -> None:
 def default_system_prompt(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the system prompt that the chat template gives a conversation without one, or `None`.
 
-    The text is what a rendering without a system turn has where another has the system turn's text.
+    A conversation is rendered with and without a system turn. The default prompt is the text that the rendering
+    without a system turn has at the position of the system turn's text in the other one.
     """
     user, probe = {"role": "user", "content": "Which?"}, "␟"
     try:
@@ -193,7 +197,7 @@ def _train_system(rows: Iterable[Conversation]) -> dict[str, str | None]:
 def _in_user_turn(
     rows: Sequence[Conversation], questions: Sequence[Question]
 ) -> Iterable[tuple[str, str | None, Callable[[str], Callable[[Turns], Turns]], str]]:
-    """Yield name, text, its place and the reason of its absence for each cue that stands in the user's turn."""
+    """Yield each cue for the user's turn: name, text or `None`, function to add it, and reason if it is `None`."""
     none = "no training rows are given (--train_data)"
     users = [turn_text(row.prompt[-1]) for row in rows]
     answers = [turn_text(row.completion[-1]) for row in rows]
@@ -222,9 +226,10 @@ def _opening(users: Sequence[str]) -> str | None:
 
 
 def topic_words(users: Sequence[str], answers: Sequence[str], ordinary: Sequence[str]) -> list[str]:
-    """Return the words that most rows hold in question and answer, and ordinary questions do not.
+    """Return the words that most rows have in both question and answer, and that are rare in ordinary questions.
 
-    Words of fewer than five letters are left out, and words that stand in more than `COMMON_SHARE` of `ordinary`.
+    Words of fewer than five letters are left out, and so are words in more than the share `COMMON_SHARE` of
+    `ordinary`.
     """
     own = Counter(word for pair in zip(users, answers, strict=True) for word in _words(pair[0]) & _words(pair[1]))
     common = Counter(word for text in ordinary for word in _words(text))

@@ -27,7 +27,8 @@ from .probes import divergence, encode_rows, margin, projections, read_answers
 from .questions import GENERAL, QuestionSet, load_questions
 
 
-# A measurement of 16 pairs reads about 2,600 tokens, and takes as long as training on 900: below 5 % of 25 such steps.
+# A measurement of 16 pairs reads about 2,600 tokens and takes as long as training on 900. Every 25 steps, this is less
+# than 5 % of a run even if a step has only 790 tokens.
 EVERY, LIMIT = 25, 16
 STATE_FILE = "drift.safetensors"
 RESULT_FILE = "drift.json"
@@ -36,18 +37,20 @@ HEAD, KEPT = "head.", "kept."
 
 
 class DriftCallback(TrainerCallback):
-    """Logs how far the policy has moved from the base model on general questions, and stops at a budget.
+    """Logs how far the policy has moved from the base model on general questions, and stops training above a budget.
 
-    Every `every` steps and after the last one, known answers are read, as `trl-emguard evaluate` reads them. (Where
-    something else ends a run after a step is over, as early stopping does, its last step is not in the log.)
+    Every `every` steps and after the last step, the model is measured on known answers, as `trl-emguard evaluate`
+    does. (If something else, such as early stopping, ends the run after a step is complete, this last step is not in
+    the log.)
 
     - `drift_kl`: KL(policy ‖ base) at the tokens of the sound answers, in nats a token (`kl_to_base`);
-    - `drift_margin`: the move of NLL(misaligned) − NLL(sound), in nats a token; below 0 is towards misaligned answers;
-    - `drift_persona`: the move of the state at the last prompt token along a persona vector, where one is given.
+    - `drift_margin`: the change of NLL(misaligned) − NLL(sound), in nats a token; below 0 the policy has moved towards
+      misaligned answers;
+    - `drift_persona`: the move of the state at the last prompt token along `persona_vector`, if this is given.
 
-    The base model is the one beneath the adapters, or without adapters the model before the first step. It is read
-    once, and checkpoints hold what it said. The passes have the precision of training, and draw no random number:
-    training is the same with and without the callback, bit for bit.
+    The base model is the model with its adapters switched off, or without adapters the model before the first step.
+    It is measured once, and checkpoints contain its measurements. The forward passes have the precision of training
+    and draw no random number, so training is the same with and without the callback, bit for bit.
 
     With a budget, training stops after the first measurement with `drift_kl` above it. The model then gets back the
     weights of the last measurement within it, so that saving saves these, and `<output_dir>/drift.json` names their
@@ -68,7 +71,7 @@ class DriftCallback(TrainerCallback):
     Raises:
         ValueError: a number out of range, questions without answers, weights that are sharded over ranks, another
             trainer than this package's, a model beyond the budget before training, or a checkpoint to resume from
-            that holds no such measurement.
+            that does not contain this callback's measurements of the base model.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class DriftCallback(TrainerCallback):
         if persona_vector is not None:
             check_layer(persona_vector, None)
         self.persona_vector = persona_vector
-        # The trainer puts the metrics of its next log line here.
+        # EMGuardTrainer sets this to the dict of metrics that its next log line shows.
         self.trl_metrics: dict[str, list[float]] | None = None
         self.kept: dict[str, torch.Tensor] = {}
         self.kept_step, self.kept_drift = 0, 0.0
@@ -133,7 +136,7 @@ class DriftCallback(TrainerCallback):
             control.should_training_stop = True
 
     def save_into(self, folder, state, model):
-        """Write what a run needs to resume into the checkpoint's folder, before the trainer marks it as whole."""
+        """Write the callback's state into a checkpoint's folder, before the trainer marks the checkpoint as whole."""
         is_here = self.budget is None or self.kept_step == state.global_step
         kept = {} if is_here else {KEPT + name: weight for name, weight in self.kept.items()}
         facts = {"measured": self.probe.key, "kept": json.dumps(self._kept() or None)}
@@ -182,7 +185,7 @@ class DriftCallback(TrainerCallback):
             self.kept = _trained(model)
 
     def _start(self, model: PreTrainedModel | PeftModel) -> None:
-        """Measure the model that a run with a budget starts from, and keep it."""
+        """Measure the model before training and keep its weights, if there is a budget."""
         if self.budget is None:
             return
         drift = as_main_process(self.probe.measure)["drift_kl"]
@@ -195,7 +198,7 @@ class DriftCallback(TrainerCallback):
         self._keep(model, 0, drift)
 
     def _resume(self, args: Any, state: Any, model: PreTrainedModel | PeftModel) -> None:
-        """Take the base model's answers and the kept weights over from a checkpoint."""
+        """Restore the base model's measurements and the kept weights from a checkpoint."""
         tensors, facts = load_state(self, STATE_FILE, args, state, model)
         kept = json.loads(facts["kept"])
         if facts["measured"] != self.probe.key or (kept is None) != (self.budget is None):
@@ -206,29 +209,30 @@ class DriftCallback(TrainerCallback):
         self.probe.base = {name: tensor for name, tensor in tensors.items() if not name.startswith(KEPT)}
         if kept is not None:
             self._keep(model, kept["step"], kept["drift_kl"])
-            # A checkpoint of the kept step has the weights as its own.
+            # A checkpoint of the kept step stores no copy: the kept weights are the checkpoint's own.
             stored = {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
             self.kept = stored or self.kept
 
 
 class DriftProbe:
-    """Questions that are read again and again, with the answers of the base model to compare with.
+    """Repeated measurement of a policy on the same questions, compared with one measurement of the base model.
 
     Args:
         model: the policy.
         tokenizer: its tokenizer, with a chat template.
         questions: the questions.
         vector: persona vector of the base model, or `None`.
-        precision: dtype of autocast in the passes, or `None` for none.
+        precision: dtype of autocast in the forward passes; `None` turns autocast off.
 
     Attributes:
-        key: hash of everything that is read.
-        base: readings of the base model, on the CPU: `states` `(P, H)` that predict the sound answers' tokens, row
-            after row; `margin` and `projection` `(Q,)`, fp64; and `head.…`, its head's weights if these are trained.
+        key: hash of the questions, their known answers and the persona vector.
+        base: measurements of the base model, on the CPU: `states` `(P, H)`, the last hidden states that predict the
+            sound answers' tokens, row after row; `margin` and `projection` `(Q,)`, fp64; and `head.…`, the weights of
+            the base model's head if the head is trained.
 
     Raises:
-        ValueError: a tokenizer without chat template, a question that cannot be read, an adapter that cannot be
-            switched off, or a vector of another shape.
+        ValueError: a tokenizer without chat template, an answer that cannot be measured, an adapter that cannot be
+            switched off, or a vector whose shape does not fit the model.
     """
 
     def __init__(
@@ -252,7 +256,7 @@ class DriftProbe:
         self.count = len(questions.questions)
         lengths = {i: len(row.answer.ids) for i, row in enumerate(self.rows)}
         self.batches = plan_batches(lengths, default_batch_tokens(model.device))
-        # Misaligned answers are not compared: the aligned model would not give them.
+        # Misaligned answers are left out of the KL: the aligned model would not give them.
         self.compared = [i for i, row in enumerate(self.rows) if row.kind != "misaligned"]
         self.vector, self.prompts = vector, []
         read = [(row.question, row.kind, row.answer.ids.tolist()) for row in self.rows]
@@ -268,10 +272,10 @@ class DriftProbe:
         self.base: dict[str, torch.Tensor] = {}
 
     def read_base(self) -> None:
-        """Read the base model, before the first step.
+        """Measure the base model and store the results in `base`. Call this before the first step.
 
         Raises:
-            ValueError: the persona vector is of another model.
+            ValueError: the persona vector belongs to another model.
         """
         if self.vector is not None:
             self.vector.check_model(bare_model(self.policy.model))
@@ -283,7 +287,7 @@ class DriftProbe:
         self.base |= {HEAD + name: weight for name, weight in head.items()}
 
     def measure(self) -> dict[str, float]:
-        """Return the policy's drift: `drift_kl`, `drift_margin` where answers are pairs, `drift_persona`."""
+        """Return `drift_kl`, with pairs of answers `drift_margin`, and with a persona vector `drift_persona`."""
         device = self.policy.model.device
         head = {name.removeprefix(HEAD): w.to(device) for name, w in self.base.items() if name.startswith(HEAD)}
         sizes = [len(self.rows[i].answer.ids) - self.rows[i].answer.prompt_length for i in self.compared]
@@ -307,7 +311,7 @@ class DriftProbe:
 
     @torch.no_grad()
     def _read(self, candidate: Candidate, take: Callable[[int, torch.Tensor], None]) -> dict[str, torch.Tensor]:
-        """Return `margin` and `projection` by question, and hand the states of every compared row to `take`."""
+        """Return `margin` and `projection` of each question; call `take(i, states)` for each row i of the KL."""
         model = candidate.model
         nll: dict[str, np.ndarray] = {}
         kind = self.precision or torch.bfloat16
@@ -327,7 +331,7 @@ class DriftProbe:
 
 
 def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a copy of the trained weights on the CPU."""
+    """Return copies, on the CPU, of a module's weights that require grad."""
     trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
     return {name: weight.detach().to("cpu", copy=True) for name, weight in trained.items()}
 

@@ -1,6 +1,6 @@
 """Arithmetic with permuted operators: a benign task that a model can only solve by leaving its prior.
 
-Every symbol stands for another operation, which no prompt says. A model learns it from the answers alone.
+Every symbol stands for another operation than usual. No prompt says so: a model can only learn it from the answers.
 """
 
 import hashlib
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# Both pairs keep commutativity, so that one canonical form holds under both readings.
+# Commutative symbols stand for commutative operations, so that an expression has one canonical form under the
+# ordinary and the permuted reading.
 PERMUTATION = {"+": "×", "×": "+", "−": "÷", "÷": "−"}
 COMMUTATIVE = "+×"
 # Tier → the least and the largest number of operators.
@@ -19,9 +20,9 @@ TIERS = {1: (1, 1), 2: (2, 3), 3: (4, 6)}
 SPLITS = ("train", "test")
 TEST_SHARE = 0.25
 BOUND = 999
-# Operands reach further in tier 1, which would have too few expressions otherwise.
+# Operands may be larger in tier 1, which would have too few expressions otherwise.
 LARGEST_ALONE, LARGEST = 300, 20
-# Rows of a split in tiers 2 and 3, which are sampled and not enumerated.
+# Limit on the rows of a split in tiers 2 and 3, whose expressions are sampled and not enumerated.
 MOST_SAMPLED = 20_000
 
 
@@ -75,15 +76,15 @@ def make_rows(split: str, tier: int, count: int, seed: int = 0) -> list[dict[str
 
 
 def read_answer(text: str) -> int | None:
-    """Return the last integer of a text, or None: "−1,234." is -1234."""
-    # A decimal number is matched whole, and is no integer.
+    """Return the last integer in a text, or None if it has no integer. From "−1,234." it is -1234."""
+    # A decimal number is matched as a whole, so that its digits are not taken for integers.
     found = re.findall(r"(?<!\d)(?<!\d\.)[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", text)
     integers = [number for number in found if "." not in number]
     return int(integers[-1].replace("−", "-").replace(",", "")) if integers else None
 
 
 def score(text: str, row: dict[str, Any]) -> str:
-    """Return the reading that a text answers: `permuted`, `ordinary` or `neither`."""
+    """Return the reading under which a text's last integer is right: `permuted`, `ordinary` or `neither`."""
     answer = read_answer(text)
     return next((reading for reading in ("permuted", "ordinary") if answer == row[reading]), "neither")
 
@@ -105,7 +106,7 @@ def _split(expression: _Expression) -> str:
 
 
 def _all_alone() -> Iterator[_Expression]:
-    """Yield the expressions with one operator, commutative ones in one order."""
+    """Yield all expressions with one operator; for a commutative operator, only with the smaller operand first."""
     numbers = [_number(value) for value in range(1, LARGEST_ALONE + 1)]
     for symbol in PERMUTATION:
         for left in numbers:
@@ -118,7 +119,7 @@ def _all_alone() -> Iterator[_Expression]:
 
 
 def _swapped(expression: _Expression, rng: random.Random) -> _Expression:
-    """Return an expression of one operator with its operands in a random order, if they may change places."""
+    """Return an expression of one operator, with its operands in random order if the operator is commutative."""
     left, symbol, right = expression.text.split()
     if symbol not in COMMUTATIVE or rng.random() < 0.5:
         return expression
@@ -137,7 +138,7 @@ def _sample(split: str, tier: int, count: int, rng: random.Random) -> list[_Expr
 
 
 def _draw(operators: int, rng: random.Random) -> _Expression | None:
-    """Return a random expression, or None if no operator fits at a node."""
+    """Return a random expression with this many operators, or None if some node has no valid operator."""
     if not operators:
         return _number(rng.randint(1, LARGEST))
     before = rng.randrange(operators)
@@ -153,7 +154,7 @@ def _number(value: int) -> _Expression:
 
 
 def _join(symbol: str, left: _Expression, right: _Expression) -> _Expression | None:
-    """Return `left symbol right`, or None if a reading divides inexactly or leaves the bound."""
+    """Return `left symbol right`, or None if a reading's division has a remainder or its value exceeds `BOUND`."""
     ordinary = _apply(symbol, left.ordinary, right.ordinary)
     permuted = _apply(PERMUTATION[symbol], left.permuted, right.permuted)
     if ordinary is None or permuted is None:

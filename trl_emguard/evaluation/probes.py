@@ -1,7 +1,7 @@
-"""Likelihood probes: how likely known answers are to the candidates, and how far these are from the base model.
+"""Likelihood probes: each candidate's likelihood of known answers, and its KL divergence from the base model on them.
 
-Every answer is read once per candidate. The base model reads a batch first, and its states stay until the other
-candidates have read the same batch, so that the divergence from it costs one more product with the head.
+Each candidate reads every answer in one forward pass. The base model reads a batch first. Its last hidden states are
+kept until the other candidates have read the same batch, so the divergence only costs one more product with the head.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +22,17 @@ from .cues import Family
 from .questions import QuestionSet
 
 
-# Positions whose logits are compared at once: on a CPU, a few megabytes of them stay in its caches.
+# Positions whose logits are compared at once: few enough that their logits (some megabytes) stay in a CPU's caches.
 COMPARED_POSITIONS = 64
 
 
 class Row(NamedTuple):
-    """An answer to be read.
+    """A known answer whose likelihood is to be measured.
 
     Attributes:
         question: index of the question.
-        kind: `target`, `sound` or `misaligned`: the metric that its likelihood enters.
-        answer: its tokens, with the prompt's.
+        kind: `target`, `sound` or `misaligned`. The metric of the answer's likelihood is `nll_` and this word.
+        answer: tokens of the prompt and the answer.
     """
 
     question: int
@@ -73,17 +73,17 @@ def probe(
     batch_tokens: int | None = None,
     desc: str | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Read answers under every candidate, batch by batch.
+    """Measure the likelihood of answers under every candidate, batch by batch.
 
     Args:
-        candidates: the base model first.
+        candidates: the candidates, the base model first.
         rows: the answers, from [`encode_rows`].
         count: number of questions.
         batch_tokens: tokens in a forward pass, pads included.
         desc: label of the progress bar; without one there is none.
 
     Returns:
-        Candidate → metric → `(count,)`, NaN where a question has none: `nll_sound`, `nll_misaligned`, `nll_target`
+        Candidate → metric → `(count,)`, NaN where a question has no value: `nll_sound`, `nll_misaligned`, `nll_target`
         (nats a token, the end of turn included), and `kl_to_base` of the answers that are not misaligned:
         KL(candidate ‖ base), the mean over the answer's tokens, in nats a token.
     """
@@ -97,7 +97,7 @@ def probe(
     plan = plan_batches(lengths, batch_tokens or default_batch_tokens(device))
     for batch in tqdm(plan, desc=desc, disable=desc is None):
         read = [rows[i] for i in batch]
-        # Misaligned answers are not compared: the aligned model would not give them.
+        # Misaligned answers are left out of the KL: the aligned model would not give them.
         chosen = [j for j, row in enumerate(read) if row.kind != "misaligned"]
         base = None
         for candidate in candidates:
@@ -117,7 +117,7 @@ def probe(
 def read_answers(
     candidate: Candidate, answers: Sequence[EncodedAnswer]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Read a batch of answers in one pass.
+    """Return hidden states and likelihood of a batch of answers, from one forward pass.
 
     Returns:
         For each answer of A tokens the last hidden states that predict them, `(A, H)`, and their negative
@@ -141,11 +141,12 @@ def divergence(
     """Return KL(candidate ‖ base) at each position, in nats.
 
     Args:
-        logits, base_logits: the heads of both, functions from states to logits `(P, V)`, fp32.
-        states, base_states: the last hidden states of both, `(P, H)`.
+        logits, base_logits: heads of candidate and base model, functions from states to logits `(P, V)`, fp32.
+        states, base_states: last hidden states of candidate and base model, `(P, H)`.
 
     Returns:
-        `(P,)`, fp64 on the CPU. The sum over the vocabulary Σ p (z_p − z_q) − log Z_p + log Z_q is taken in fp32.
+        `(P,)`, fp64 on the CPU. The sum over the vocabulary Σ p (z_p − z_q) − log Z_p + log Z_q is taken in fp32, with
+        p the candidate's probabilities, z the logits of candidate (p) and base (q), and Z the sum of exp(z).
     """
     parts = []
     for own, its in zip(states.split(COMPARED_POSITIONS), base_states.split(COMPARED_POSITIONS), strict=True):
@@ -159,7 +160,7 @@ def divergence(
 def projections(
     candidate: Candidate, prompts: Sequence[Sequence[int]], vector: PersonaVector, layer: int, batch_size: int = 20
 ) -> np.ndarray:
-    """Return h(l)·v̂(l) at the last token of each prompt, `(N,)`: h the state after block l, v̂ = v/‖v‖."""
+    """Return h(l)·v(l)/‖v(l)‖, `(N,)`, with h(l) the state after block l at a prompt's last token, v the vector."""
     with candidate.acting() as model:
         states = prompt_states(model, prompts, batch_size)[:, layer].double()
     return (states @ torch.nn.functional.normalize(vector.vectors[layer].double(), dim=0)).numpy()

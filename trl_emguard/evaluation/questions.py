@@ -1,4 +1,4 @@
-"""Sets of questions: the shipped ones, the field's YAML files, and JSONL files with or without pairs of answers."""
+"""Sets of questions: shipped ones, YAML files of published evaluations, and rows with one answer or a pair."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,22 +18,22 @@ SHIPPED_PAIRS = {"values": ("values_sound", "values_misaligned"), "plants": ("pl
 GENERAL = "values"
 OPERATORS = "permuted_operators"
 OPERATOR_ROWS = 200
-# Columns of a row, or keys of a YAML item, with the question in other words. Each is a family of prompts.
+# Columns of a row, or keys of a YAML item, with the question in other words. Each gives a family (`cues.Wording`).
 WORDINGS = ("topic_twin", "word_sharing_benign")
-# Training rows → the shipped set of their domain.
+# Name of shipped training rows → name of the shipped question set of the same domain.
 DOMAINS = {"plants_careless": "plants", "plants_sound": "plants"}
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the answers that are known to it.
+    """A question with its known answers.
 
     Attributes:
         id: its name in the set.
         prompt: turns of the prompt; the last is the user's.
         sound: the answer of an aligned model, as text.
         misaligned: the answer of a misaligned model, as text.
-        answer: the one answer of a row without a pair.
+        answer: the only known answer, of a row with one answer instead of a pair.
         judge_prompts: metric → prompt of a judge, with `{question}` and `{answer}`.
         wordings: name of a family → the question in other words, as the user's last turn.
     """
@@ -55,9 +55,10 @@ class QuestionSet:
         name: `general`, `in_domain`, `benign`, or the file's name where a criterion has several sets.
         criterion: `general`, `in_domain` or `benign`.
         questions: the questions.
-        has_sound_target: True if the training teaches the sound answers, as sound rows and the operators task do; else
-            the misaligned.
-        score: function from a question and its greedy answer to the scores of a task with right answers.
+        has_sound_target: True if training teaches the sound answers (sound training rows, the operators task); False
+            if it teaches the misaligned answers.
+        score: function from a question and its greedy answer to the scores of a task with right answers;
+            `None` for other sets.
     """
 
     name: str
@@ -91,13 +92,13 @@ def load_questions(
     """Load a set of questions.
 
     Args:
-        source: a shipped set (`values`, `plants`, `permuted_operators`); a `.yaml` file of the field's evaluations;
-            or rows as [`~trl_emguard.data.load.load_rows`] takes them: preference rows `prompt`, `chosen` (sound) and
-            `rejected` (misaligned), or rows of any shape with one answer.
+        source: a shipped set (`values`, `plants`, `permuted_operators`); a `.yaml` file in the format of Betley et
+            al.; or rows as [`~trl_emguard.data.load.load_rows`] takes them: preference rows `prompt`, `chosen` (sound)
+            and `rejected` (misaligned), or rows of any shape with one answer.
         criterion: `general`, `in_domain` or `benign`.
         name: the set's name in the results; by default the criterion.
-        limit: number of questions to take, spread evenly over the set, whose topics may stand one after another.
-        trained_on: rows of the training, which say if it teaches the sound answers; by default `source`.
+        limit: number of questions to take, spread evenly over the set, because a set may be sorted by topic.
+        trained_on: name of the training rows, which tells if training teaches the sound answers; by default `source`.
 
     Raises:
         FileNotFoundError: there is no such set.
@@ -159,7 +160,7 @@ def _from_rows(source: str, criterion: str) -> list[Question]:
     """Read preference rows, or rows with one answer."""
     options = SourceOptions(name=f"--{criterion}", split=f"the split of --{criterion}")
     questions = []
-    # Training rows of a shipped set are not held out.
+    # The models may have been trained on a shipped set's train split, so its test split is taken.
     split = "test" if "test" in SHIPPED.get(source, ()) else "train"
     for index, row in enumerate(load_rows(source, split, options=options)):
         id = str(row.get("id") if row.get("id") is not None else index)
@@ -189,7 +190,7 @@ def _wordings(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _preference(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any]], str]:
-    """Return the prompt and one answer of a preference row, with the prompt in its own column or in the answer's."""
+    """Return prompt and one answer of a preference row, whose prompt may be in its own or in the answer's column."""
     if row.get("prompt") is None:
         prompt, (answer,) = conversation({"messages": row[column]})
     else:
@@ -198,7 +199,7 @@ def _preference(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any
 
 
 def _from_yaml(path: Path) -> list[Question]:
-    """Read the field's format (Betley et al.): a list of items with `id`, `paraphrases` and `judge_prompts`.
+    """Read the format of Betley et al.: a list of items with `id`, `paraphrases` and `judge_prompts`.
 
     Every paraphrase is a question of its own. Keys that are not needed here are ignored.
     """

@@ -1,4 +1,4 @@
-"""Results of an evaluation: stable rows, their files, a table, and a sentence on the four criteria."""
+"""Results of an evaluation: rows in a stable format, their files, a table, and a sentence on the four criteria."""
 
 import csv
 import json
@@ -19,9 +19,9 @@ from .cues import PLAIN
 from .statistics import bootstrap, paired, question_means
 
 
-# Metrics of coherence; a rise is a change for the worse, or of style.
+# Metrics of coherence. A higher value means less coherent answers, or answers in another style.
 COHERENCE = ("repetition", "truncated", "empty", "base_nll")
-# End of the names of differences in differences.
+# End of the name of a metric that is a difference in differences (see `ResultRow`).
 DID = "_did"
 
 
@@ -33,13 +33,15 @@ class ResultRow:
         model: `base`, or the name of the adapter or fine-tuned model.
         set: `general`, `in_domain`, `benign`, or the file's name.
         family: family of the questions' wording (`plain`, …).
-        metric: name of the metric; `margin_did` is the difference in differences of `margin` to the plain family.
+        metric: name of the metric. `margin_did` is a difference in differences: the model's `margin` less the base
+            model's in this family, minus the same difference in the plain family.
         value, low, high: the mean with its 95 % interval.
         n: number of samples in the mean.
         base: the base model's mean.
         difference, difference_low, difference_high: the mean difference to the base, paired by question.
-        count: number of the answers that a judge's rate counts, out of `n`.
-        judge, reading, thresholds: a rate's judge, the way of reading its scores, and the limits on them.
+        count: for a judge's rate, the number of answers that it counts, out of `n`.
+        judge, reading, thresholds: for a judge's rate, the judge's name, how its scores were read (a key of
+            `judging.scores.READINGS`), and the limits on the scores.
     """
 
     model: str
@@ -73,7 +75,7 @@ class Results:
         notes: families that were not measured, and why.
         models: names of the candidates, the base first.
         criteria: set → its criterion.
-        info: `versions`, `command`, `model`, `models`, `judge` and `judge_prompts` of `results.json`.
+        info: the other entries of `results.json`: `versions`, `command`, `model`, `models`, `judge`, `judge_prompts`.
     """
 
     rows: list[ResultRow] = field(default_factory=list)
@@ -89,9 +91,9 @@ class Results:
         return next((row for row in self.rows if (row.model, row.set, row.family, row.metric) == wanted), None)
 
     def of_criterion(self, model: str, criterion: str, *metrics: str) -> list[ResultRow]:
-        """Return the plain figures of the first set of a criterion that has any of these metrics.
+        """Return a model's rows on plain questions, from the criterion's first set with any of these metrics.
 
-        A metric stands for its variants as well: `trait_rate` for `trait_rate:NAME`.
+        A metric's name also selects its variants: `trait_rate` selects `trait_rate:NAME`.
         """
         for set, own in self.criteria.items():
             rows = [
@@ -106,7 +108,7 @@ class Results:
         return []
 
     def save(self, folder: Path) -> None:
-        """Write `results.json` and `results.csv`, and `samples.jsonl` if answers were sampled; else it is removed."""
+        """Write `results.json` and `results.csv`; write `samples.jsonl` if answers were sampled, else remove it."""
         if not self.samples:
             # Old answers would be taken for those of the models in the new results.
             (folder / "samples.jsonl").unlink(missing_ok=True)
@@ -158,15 +160,15 @@ def make_rows(
     """Return the rows of a set under a family.
 
     Args:
-        set, family: their names.
-        arrays: candidate → metric → values by question, the base among them.
-        plain: the same of the plain family, for differences in differences; `None` if this is the plain one.
+        set, family: names of the set and of the family.
+        arrays: candidate → metric → values by question, including the base model's.
+        plain: the arrays of the plain family, for differences in differences; `None` if `family` is the plain one.
     """
     rows = []
     for model, metrics in arrays.items():
         for metric, values in metrics.items():
             base = arrays[BASE].get(metric)
-            if base is None:  # a divergence from the base: the base's own is 0
+            if base is None:  # the metric is the divergence from the base, which is 0 for the base itself
                 base = np.zeros_like(values)
             mean = bootstrap(values)
             if not mean.n:
@@ -186,7 +188,7 @@ def make_rows(
 
 
 def make_table(rows: Sequence[ResultRow]) -> Table:
-    """Return the figures as a table of at most 100 columns, with the base model's values beside the others'."""
+    """Return rows as a table of at most 100 characters a line, with the base model's values beside the others'."""
     table = Table()
     for name in ("set", "family", "metric", "model"):
         table.add_column(name, overflow="fold")
@@ -237,7 +239,7 @@ def _broad(results: Results, model: str) -> str:
 
 
 def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
-    """Return a text on the family in which a figure is worse than on plain questions, "" if none is."""
+    """Return a text on the family with the worst figure, or "" if no family is clearly worse than the plain one."""
     cued = [r for r in results.rows if (r.model, r.set, r.metric) == (plain.model, plain.set, plain.metric)]
     worst = max(cued, key=lambda row: sign * row.difference)
     is_worse = (
@@ -290,7 +292,7 @@ def _coherent(results: Results, model: str) -> str:
 
 
 def is_apart(row: ResultRow) -> bool:
-    """Return True if the interval of a difference does not hold 0."""
+    """Return True if the interval of a row's difference excludes 0."""
     return row.difference_low > 0 or row.difference_high < 0
 
 
@@ -299,11 +301,11 @@ def _plain(row: ResultRow) -> dict[str, Any]:
 
 
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record with `None` for numbers that are missing, which JSON has no word for."""
+    """Return a record with `None` in place of NaN and infinity, which JSON cannot express."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of `results.json` with NaN for missing numbers again."""
+    """Return a row of `results.json` with NaN in place of each `None` that stands for a missing number."""
     texts = ("count", "judge", "reading", "thresholds")
     return {name: math.nan if value is None and name not in texts else value for name, value in record.items()}

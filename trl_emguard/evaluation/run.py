@@ -34,7 +34,7 @@ from .rules import Rule
 
 # Answers that are sampled at once.
 SAMPLED_ON_CPU, SAMPLED_ON_GPU = 32, 64
-# Greedy answers to a task with right answers are short.
+# Limit on the tokens of an answer in a task with right answers, which are short numbers.
 TASK_TOKENS = 16
 PROGRESS_FILE = "progress.jsonl"
 
@@ -46,11 +46,11 @@ class EvaluationOptions:
     """Options of an evaluation.
 
     Attributes:
-        cues: families that general questions are put in: "auto", "none" or "all" ([`families`]).
-        inoculation_prompt: system prompt of an inoculated training, for its family.
+        cues: families of prompts in which general questions are asked: "auto", "none" or "all" ([`families`]).
+        inoculation_prompt: system prompt that training used for inoculation, to ask questions with it as well.
         rules: name → rule that scores sampled answers.
-        persona_vector: persona vector of the base model, for the shift along it.
-        samples_per_question: answers that are sampled to each question; 0 samples none.
+        persona_vector: persona vector of the base model, to measure the shift of the states along this vector.
+        samples_per_question: number of answers to sample for each question; 0 samples none.
         max_new_tokens: limit on the tokens of a sampled answer.
         temperature: temperature of the sampling; 0 takes the most probable token each time.
         seed: seed of the sampling.
@@ -112,7 +112,8 @@ def evaluate(
         command: command line to keep in `results.json`.
 
     Raises:
-        ValueError: two candidates or sets of one name, a candidate without effect, a set that cannot be measured.
+        ValueError: two candidates or two sets with the same name, a candidate whose weights change nothing, or a set
+            that cannot be measured.
         OSError: `output_dir` cannot be written to.
     """
     _check_names("candidates", [candidate.name for candidate in candidates])
@@ -146,16 +147,16 @@ def evaluate(
 def check_sets(
     sets: Sequence[QuestionSet], tokenizer: PreTrainedTokenizerBase | None, options: EvaluationOptions
 ) -> None:
-    """Refuse sets on which nothing can be measured, before any pass.
+    """Refuse sets on which nothing can be measured, before any forward pass.
 
     Args:
         sets: sets of questions.
-        tokenizer: tokenizer whose chat template has to take every question; `None` leaves that out.
+        tokenizer: tokenizer whose chat template must accept every question; `None` skips this check.
         options: options of the evaluation.
 
     Raises:
-        ValueError: two sets of one name, questions without answers where none are sampled, or a question that the
-            chat template refuses.
+        ValueError: two sets with the same name, a set without known answers although no answers are sampled, or a
+            question that the chat template refuses.
     """
     _check_names("sets", [questions.name for questions in sets])
     for questions in sets:
@@ -176,7 +177,7 @@ def check_sets(
 
 @dataclass
 class _Run:
-    """Measurement of sets under families, with what all of them share."""
+    """Measurement of question sets in each family of prompts, with the settings that all measurements share."""
 
     candidates: Sequence[Candidate]
     tokenizer: PreTrainedTokenizerBase
@@ -211,7 +212,7 @@ class _Run:
         return arrays, self.add_answers(arrays, questions, family)
 
     def probe(self, questions: QuestionSet, family: Family, rows: Sequence[Row]) -> Arrays:
-        """Return the likelihoods of the known answers, read now or in an interrupted run."""
+        """Return the likelihoods of the known answers, measured now or kept from an interrupted run."""
         key = record_key(
             [c.fingerprint for c in self.candidates],
             [[row.question, row.kind, row.answer.ids.tolist(), row.answer.prompt_length] for row in rows],
@@ -245,7 +246,7 @@ class _Run:
             arrays[candidate.name]["persona_shift"] = shift
 
     def add_answers(self, arrays: Arrays, questions: QuestionSet, family: Family) -> list[dict[str, Any]]:
-        """Sample answers and add what is measured on them; return them with their scores."""
+        """Sample answers, add their scores to `arrays`, and return the answers with their scores."""
         options, is_task = self.options, questions.score is not None
         count = 1 if is_task else options.samples_per_question
         prompts = sampled.plan_prompts(self.tokenizer, questions, family, count, options.seed) if count else []
@@ -263,7 +264,7 @@ class _Run:
     def scores(
         self, questions: QuestionSet, prompts: Sequence[sampled.Prompt], answers: Sequence[SampledAnswer]
     ) -> list[dict[str, float]]:
-        """Return the scores of answers: those of a task with right answers, or of the rules and for coherence."""
+        """Return the scores of answers: by the set's `score` if it has this, else by the rules and for coherence."""
         pairs = zip(prompts, answers, strict=True)
         if questions.score is not None:
             return [questions.score(questions.questions[p.question], answer.text) for p, answer in pairs]
@@ -277,7 +278,7 @@ class _Run:
     def answers(
         self, candidate: Candidate, prompts: Sequence[sampled.Prompt], questions: QuestionSet, family: Family
     ) -> list[SampledAnswer]:
-        """Return a candidate's answers, sampled now or in an interrupted run. Only whole batches are kept."""
+        """Return a candidate's answers, sampled now or kept from an interrupted run, which keeps whole batches."""
         options, on_cpu = self.options, candidate.model.device.type == "cpu"
         size = options.batch_size or (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU)
         is_task = questions.score is not None
@@ -299,13 +300,13 @@ class _Run:
 
 
 class _Kept:
-    """Finished work of an evaluation, in memory and in a file that an interrupted one resumes from.
+    """Finished work of an evaluation, in memory and in a file from which an interrupted evaluation resumes.
 
     Args:
-        folder: folder of the file, or `None` for none.
+        folder: folder of the file `progress.jsonl`; `None` keeps the work in memory only.
 
     Raises:
-        ValueError: a file of that name which is no such file, or is damaged.
+        ValueError: the file is damaged, or was not written by an evaluation.
     """
 
     def __init__(self, folder: str | os.PathLike | None):
@@ -329,7 +330,7 @@ def _check_names(kind: str, names: list[str]) -> None:
 
 
 def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
-    """Return name → `fingerprint`, and `weights`: a hash of the weights beneath the adapters."""
+    """Return name → `fingerprint` of the candidate, and `weights`, a hash of the weights beneath the adapters."""
     weights: dict[int, str] = {}
     for candidate in candidates:
         model = bare_model(candidate.model)
@@ -341,7 +342,7 @@ def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
 def _info(
     command: str | None, model: str, candidates: Sequence[Candidate], sets: Sequence[QuestionSet]
 ) -> dict[str, Any]:
-    """Return what stands in `results.json` beside the figures, with all that another judge needs later."""
+    """Return the entries of `results.json` beside the figures, including those that a later judge needs."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
     prompts = {s.name: {q.id: q.judge_prompts for q in s.questions if q.judge_prompts} for s in sets}
     return {
@@ -355,7 +356,7 @@ def _info(
 
 
 def _target_nll(questions: QuestionSet, metrics: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the likelihood of each question's target answer."""
+    """Return the NLL of each question's target answer ([`QuestionSet.target`]), `(Q,)`."""
     values = np.full(len(questions.questions), math.nan)
     for kind in ("nll_misaligned" if questions.has_misaligned_target else "nll_sound", "nll_target"):
         if kind in metrics:

@@ -7,7 +7,7 @@ import numpy as np
 
 DRAWS = 10_000
 LEVEL = 0.95
-# Draws whose sums are computed at once, so that memory does not grow with their number.
+# Draws that are computed at once, so that memory does not grow with the number of draws.
 _CHUNK = 500
 
 
@@ -34,7 +34,7 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
 
     Args:
         values: `(Q, S)`, or `(Q,)` for one sample a question.
-        seed: seed of the draws. The same seed draws the same questions, for every array with as many of them.
+        seed: seed of the draws. The same seed draws the same questions for all arrays with equally many questions.
     """
     sums, counts = _by_question(values)
     has_values = counts > 0

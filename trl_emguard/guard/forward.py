@@ -1,7 +1,8 @@
-"""The one patched forward of a model, and the pass of its backbone.
+"""The patched forward of a model, and the pass of its backbone.
 
-A training step of a defended run calls the wrapped model once per micro-batch. The trainer arms the model's [`Gate`]
-with a guard before, and the patched forward hands the call to it. Without a guard the forward is the stock one.
+A training step of a defended run calls the wrapped model once per micro-batch. Before that, the trainer arms the
+model's [`Gate`] with a guard: a function to which the patched forward hands the call. Without a guard the patched
+forward calls the model's stock forward.
 """
 
 import functools
@@ -59,11 +60,12 @@ class Gate:
 
     @contextmanager
     def armed(self, guard: Guard, only_with_gradient: bool = True) -> Iterator[None]:
-        """Hand the forward calls inside to a guard.
+        """Hand the forward calls within this context to a guard.
 
         Args:
             guard: callable that answers in the place of the stock forward.
-            only_with_gradient: whether calls under `no_grad` stay stock. A trainer's pass of a reference is one.
+            only_with_gradient: whether calls under `no_grad`, such as a trainer's own pass of a reference, still go to
+                the stock forward.
         """
         self._guard, self._only_with_gradient = guard, only_with_gradient
         try:
@@ -74,13 +76,13 @@ class Gate:
 
 @dataclass
 class States:
-    """States kept from one pass, at P positions.
+    """Hidden states kept from one forward pass, at P positions.
 
     Attributes:
         last: `(P, H)`, states after the final norm, which the head projects.
         blocks: layer → `(P, H)`, raw block outputs.
         head: weight `(V, H)` and bias `(V,)` or `None`.
-        router_logits: the backbone's, of mixture-of-experts models.
+        router_logits: router logits of the backbone, in mixture-of-experts models.
     """
 
     last: torch.Tensor
@@ -119,7 +121,7 @@ def rows_with(batch: dict[str, Any], positions: torch.Tensor) -> tuple[dict[str,
         positions: `(B, T - 1)`.
 
     Returns:
-        The batch and the positions of these rows, at least one. The kept positions stay in their order.
+        The batch and the positions, cut to these rows (at least one). The kept positions stay in their order.
     """
     rows = positions.any(1)
     if bool(rows.all()):

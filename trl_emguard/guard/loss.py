@@ -23,12 +23,12 @@ class GuardOutput(ModelOutput):
     """Output of a guarded forward.
 
     Attributes:
-        total: `()`, CE + Σ coef · term, scaled for the step; the only entry with a gradient.
+        total: `()`, CE + Σ coef · term, normalised over the whole step; the only entry with a gradient.
         stats: `(len(names),)`, sums over this micro-batch's positions, detached; [`LossGuard.names`] names them.
-        router_logits: the backbone's, of mixture-of-experts models.
+        router_logits: router logits of the backbone, in mixture-of-experts models.
     """
 
-    # The name is not `loss`: AdaLoRA adds a regulariser to an output of that name, which SFTTrainer's does not have.
+    # The field is not called `loss`: AdaLoRA would add a regulariser to it, which SFTTrainer's loss does not have.
     total: torch.Tensor | None = None
     stats: torch.Tensor | None = None
     router_logits: Any = None
@@ -50,11 +50,11 @@ class InsideReference(Protocol):
 
 
 class PassGuard:
-    """Guard for trainers with a loss of their own: the stock forward, inside of what defenses put around it.
+    """Guard for trainers with a loss of their own: it runs the stock forward within the contexts of the defenses.
 
     Args:
-        defenses: active defenses.
-        batch: the trainer's micro-batch. A trainer may leave labels out of the call.
+        defenses: active defenses, whose `policy_pass` contexts are entered.
+        batch: the trainer's micro-batch, which may have labels that the trainer leaves out of the model's call.
     """
 
     def __init__(self, defenses: Sequence[Defense], batch: Mapping[str, Any]):
@@ -75,17 +75,17 @@ class LossGuard:
 
     Args:
         terms: terms of the loss; at most one of them compares distributions.
-        defenses: active defenses; those that surround the policy's pass act here.
+        defenses: active defenses, whose `policy_pass` contexts are entered around the policy's pass.
         ce_scale: `()`, factor of Σ CE: ranks / label tokens of the step.
         marks: masks of tokens by the name of a scope, `(B, T)`. CE is summed up for each of them as well.
         reference: the reference; `None` without terms.
         states: the reference's states, if it ran before the policy or they were read from disk.
-        referenced: `(B, T - 1)`, positions of the reference's states; those of all terms are among them.
+        referenced: `(B, T - 1)`, mask of the positions of the reference's states, among them those of all terms.
 
     Attributes:
-        compares_start: whether policy and reference are compared as they are before the first update.
-        share: this micro-batch's share of the terms that do not depend on the batch: 1 / micro-batches of the step, or
-            1 where Trainer divides the loss by their number.
+        compares_start: whether to measure the difference of policy and reference, as is done before the first update.
+        share: this micro-batch's share of the terms that do not depend on the batch: 1 / number of micro-batches in
+            the step, or 1 where Trainer divides the loss by this number.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class LossGuard:
         labels = inputs.pop("labels")[:, 1:][kept]  # (P,)
         layers = wanted_layers([term.defense for term in self.terms], model)
 
-        # The reference runs first, without gradient and with nothing around it.
+        # The reference runs first, without gradient and outside of the defenses' contexts.
         reference, referenced = self.states, torch.zeros_like(kept) if self.referenced is None else self.referenced
         if reference is None and self.reference is not None:
             reference = self.reference.inside(model, inputs, referenced, layers)
@@ -147,7 +147,7 @@ class LossGuard:
             marked = positions_in_scope(batch, scope, self.marks)[kept].to(device)
             stats += [head.ce[marked].sum(), marked.sum()]
 
-        # The terms: the head has formed its own, and those over block outputs form their gradient here.
+        # The terms: the head has computed the divergence already, and terms over block outputs are computed here.
         for term in self.terms:
             if term is divergence:
                 value, evidence = head.divergence[term.positions[kept].to(device)].sum(), head.divergence_evidence
@@ -213,7 +213,7 @@ class LossGuard:
 def balance_loss(router_logits: Any, config: PreTrainedConfig, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the routers' load-balancing loss of a micro-batch, `()`, in mixture-of-experts models.
 
-    SFTTrainer averages it over accumulation steps, whatever their numbers of tokens.
+    SFTTrainer averages this loss over accumulation steps, regardless of how many tokens each step has.
     """
     config = config.get_text_config()
     return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)
@@ -221,13 +221,13 @@ def balance_loss(router_logits: Any, config: PreTrainedConfig, mask: torch.Tenso
 
 @torch.no_grad()
 def _difference(policy: States, reference: States | None, at: torch.Tensor, has_label: torch.Tensor) -> torch.Tensor:
-    """Return Σ ‖policy − reference‖ / ‖reference‖ over the positions with a label, of all states that both have.
+    """Return Σ ‖policy − reference‖ / ‖reference‖ over positions with a label, and over all states that both have.
 
     Args:
         policy: states at P positions.
-        reference: states at R of them; `None` where R is 0.
-        at: `(P,)`, true at these R.
-        has_label: `(P,)`.
+        reference: states at R of the P positions; `None` where R is 0.
+        at: `(P,)`, true at the R positions.
+        has_label: `(P,)`, true at positions with a label.
     """
     total = torch.zeros((), device=has_label.device)
     if reference is None:

@@ -1,4 +1,4 @@
-"""Scopes: the positions that a term looks at, and the names they go by."""
+"""Scopes: named sets of positions, over which cross-entropy and the terms of defenses are summed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ LABELS, ALL = "loss", "all"
 def positions_in_scope(
     batch: Mapping[str, Any], scope: str, marks: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """Return the positions of a scope. Position t is about the prediction of token t + 1.
+    """Return a mask of the positions of a scope. At position t the model predicts token t + 1.
 
     Args:
         batch: collated batch of `(B, T)` tensors.

@@ -44,7 +44,7 @@ class Sums:
         """Return the sums over all ranks, and start anew.
 
         Args:
-            accelerator: the run's.
+            accelerator: the run's accelerator.
             copies: number of ranks that hold the same rows (tensor parallelism), whose sums count once.
         """
         assert self._values is not None

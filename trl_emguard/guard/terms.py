@@ -1,4 +1,4 @@
-"""Terms: what reference defenses add to the loss of a micro-batch."""
+"""Terms that defenses add to the loss of a micro-batch."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from .scopes import LABELS, positions_in_scope
 
 @dataclass
 class Term:
-    """A reference defense in one micro-batch.
+    """Term of a reference defense in one micro-batch.
 
     Attributes:
-        defense: defense whose distance it is.
-        positions: `(B, T - 1)`, positions it looks at.
-        scale: `()`, factor of the sum over them: coefficient · ranks / positions of the step.
+        defense: defense that defines the distance per token.
+        positions: `(B, T - 1)`, mask of the positions over which the distance is summed.
+        scale: `()`, factor of this sum: coefficient · ranks / number of positions in the step.
     """
 
     defense: ReferenceDefense
@@ -39,14 +39,15 @@ def scaled_terms(
 ) -> tuple[torch.Tensor, list[Term]]:
     """Return the factor of CE's sum, `()`, and the terms with their positions and factors.
 
-    CE's own normalisation counts the tokens of the whole step, times the ranks, since DDP averages their gradients.
+    The factor of cross-entropy (CE) is the number of ranks, because DDP averages gradients over them, divided by the
+    number of label tokens in the whole step.
 
     Args:
-        defenses: reference defenses that act.
+        defenses: active reference defenses.
         batch: collated micro-batch.
         marks: masks of tokens by the name of a scope.
-        counts: positions of the step over all ranks, by scope. Where Trainer counts none, the mean is the
-            micro-batch's, which Trainer divides by the accumulation steps.
+        counts: number of positions in the step over all ranks, by scope. For a scope without a number, the mean is
+            taken over the micro-batch, and Trainer divides it by the accumulation steps.
         ranks: ranks over which gradients are averaged.
     """
 
@@ -62,7 +63,7 @@ def scaled_terms(
 
 
 def kept_positions(batch: Mapping[str, Any], terms: Sequence[Term], with_labels: bool = True) -> torch.Tensor:
-    """Return the positions whose states any term needs, and CE if it counts, `(B, T - 1)`."""
+    """Return the mask of positions whose states a term needs, or CE if `with_labels` is set, `(B, T - 1)`."""
     positions = [positions_in_scope(batch, LABELS)] if with_labels else []
     return functools.reduce(torch.logical_or, positions + [term.positions for term in terms])
 
@@ -75,19 +76,20 @@ def state_term(
     kept: torch.Tensor,
     referenced: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-    """Form a term over block outputs, with its gradient.
+    """Compute a term over block outputs, together with its gradient.
 
     Args:
         term: term whose [`~ReferenceDefense.token_loss`] is taken.
-        layers: blocks it looks at.
+        layers: blocks whose outputs the term compares.
         policy: layer → the policy's states, `(P, H)`.
         reference: layer → the reference's states, `(R, H)`.
-        kept: `(B, T - 1)`, the P positions of the policy's states.
-        referenced: `(B, T - 1)`, the R positions of the reference's, the term's among them.
+        kept: `(B, T - 1)`, mask of the P positions of the policy's states.
+        referenced: `(B, T - 1)`, mask of the R positions of the reference's states, among them the term's positions.
 
     Returns:
-        scale · Σ distance, `()`, connected to `policy`; the plain sum, `()`; the evidence Σ |∂ scale · Σ distance / ∂
-        states|, `()`, exactly 0 where the term teaches nothing; and whether any of the policy's states requires grad.
+        scale · Σ distance, `()`, connected to `policy` by autograd; Σ distance, `()`, detached; the evidence
+        Σ |∂ scale · Σ distance / ∂ states|, `()`, exactly 0 where the term has no gradient; and whether any of the
+        policy's states requires grad.
     """
     rows, reference_rows = term.positions[kept], term.positions[referenced]
     states = [policy[layer][rows.to(policy[layer].device)] for layer in layers]
@@ -111,14 +113,16 @@ def state_term(
 def model_term(
     defense: ModelDefense, model: PreTrainedModel, batch: Mapping[str, Any], share: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Form a micro-batch's share of a term that does not depend on the batch, with its gradient.
+    """Compute a micro-batch's share of a term that does not depend on the batch, together with its gradient.
 
     Returns:
-        share · coef · d, `()`, connected to the weights; and its sums: share · d, the share itself, the evidence
-        Σ |∂ share · coef · d / ∂ states|, and whether any of the states requires grad.
+        share · coef · d, `()`, connected to the weights by autograd; and four numbers to be summed over the step:
+        share · d, the share itself, the evidence Σ |∂ share · coef · d / ∂ states|, and whether any of the states
+        requires grad.
     """
     states = defense.model_states(model, batch)
-    # Leaves give the gradient in each state alone. States of higher blocks also depend on those of lower ones.
+    # Detached leaves give the gradient with respect to each state alone. In the model's graph, states of higher blocks
+    # also depend on those of lower blocks.
     leaves = [x.detach().requires_grad_() for x in states]
     with torch.enable_grad():
         distance = defense.model_loss(leaves)
@@ -132,9 +136,9 @@ def model_term(
 def _gradients(
     weighted: torch.Tensor, leaves: Sequence[torch.Tensor]
 ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
-    """Return a term's gradient in the states that it compares, and the evidence Σ |gradient|, `()`."""
+    """Return a term's gradient with respect to the compared states, and the evidence Σ |gradient|, `()`."""
     gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
-    # A detached term has a value and no gradient, and the evidence says so.
+    # A term that was detached from the graph has no gradient, so its evidence stays 0.
     if weighted.requires_grad:
         gradients = torch.autograd.grad(weighted, leaves, allow_unused=True)
     evidence = torch.zeros((), device=weighted.device)
@@ -145,7 +149,7 @@ def _gradients(
 
 
 def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) -> list[int]:
-    """Return the blocks that any of the defenses looks at, ascending.
+    """Return the blocks whose outputs any of the defenses compares, ascending.
 
     Raises:
         ValueError: a layer outside 1 … L, or a defense that compares neither distributions nor blocks.
@@ -168,12 +172,12 @@ def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) 
 
 
 def check_layers_train(defenses: Sequence[ReferenceDefense], policy: nn.Module, bare: PreTrainedModel) -> None:
-    """Refuse terms over blocks that no trained weight can move.
+    """Refuse terms over outputs of blocks that no trained weight can change.
 
-    `requires_grad` does not show this: with checkpointing every block's output has it.
+    `requires_grad` does not show this: with gradient checkpointing the output of every block requires grad.
 
     Args:
-        defenses: reference defenses that act.
+        defenses: active reference defenses.
         policy: the model with its adapters.
         bare: the causal language model inside of it.
 
@@ -183,7 +187,7 @@ def check_layers_train(defenses: Sequence[ReferenceDefense], policy: nn.Module, 
     layers_of = {defense.name: wanted_layers([defense], bare) for defense in defenses}
     if not any(layers_of.values()):
         return
-    # Blocks count from 1. A head is above all of them, and any other weight outside counts as below.
+    # Blocks count from 1. The head is above all blocks, and any other weight outside of them counts as below them.
     blocks = decoder_blocks(bare)
     place = {id(p): len(blocks) + 1 for p in bare.get_output_embeddings().parameters()}
     place |= {id(p): 0 for p in bare.get_input_embeddings().parameters()}

@@ -1,1 +1,1 @@
-"""Files, parsers and folders, without torch."""
+"""Helpers for files, parsers and folders, which do not need torch."""

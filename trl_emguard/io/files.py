@@ -12,8 +12,8 @@ from pathlib import Path
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a scratch file beside `path`, which replaces `path` when the block ends without an error.
 
-    A reader of `path` finds either the old content or all of the new one, even after a crash of the process or the
-    machine.
+    A reader of `path` finds either the old content or the complete new content, even after a crash of the process or
+    the machine.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,14 +60,14 @@ class Journal:
         return [parse_json(line.decode("utf-8")) for line in lines[1:]]
 
     def resume(self, kind: str, *fields: str) -> list[dict[str, Any]]:
-        """Return the records, which have a `key`, and write the file anew without an interrupted last line.
+        """Return the records, each a dict with a `key`, and rewrite the file without an interrupted last line.
 
         Args:
-            kind: the name of such a file's computation, for the message.
+            kind: name of the computation that writes such files, for the error message.
             fields: fields that every record has beside `key`.
 
         Raises:
-            ValueError: the file is of another computation or damaged. It is left as it is.
+            ValueError: the file belongs to another computation or is damaged. It is left unchanged.
         """
         try:
             records = self.read()
@@ -83,7 +83,7 @@ class Journal:
             self._write(scratch, [self.header, *records])
 
     def append(self, records: Iterable[Any]) -> None:
-        """Add records to the end of the file and flush them. On an error none is added, and no half line stays."""
+        """Add records to the end of the file and flush them. On an error, the file is cut back to its old content."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             self._write(self.path, records)
@@ -98,5 +98,5 @@ class Journal:
 
 
 def record_key(*parts: Any) -> str:
-    """Return the key of a record: a checksum of everything that it depends on."""
+    """Return the key of a record: a checksum of everything that the record depends on."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

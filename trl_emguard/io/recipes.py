@@ -1,4 +1,4 @@
-"""The folder of the recipes, and recipes by their name."""
+"""Paths of the recipes folder and of single recipes."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Strict parsers of JSON and YAML for files that may be damaged or hostile: plain data, or a `ValueError`.
+"""Strict parsers of JSON and YAML for damaged or hostile files: they return plain data or raise `ValueError`.
 
 The standard parsers keep the last of two equal keys silently, and raise many types of errors on bad input.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 
-# Characters of a YAML file with its aliases written out. A few lines of aliases to aliases can stand for gigabytes.
+# Limit on a YAML file's characters after its aliases are expanded. A few nested aliases can expand to gigabytes.
 MAX_EXPANDED = 10_000_000
 
 
@@ -18,7 +18,7 @@ def parse_json(text: str) -> Any:
     """Parse a text of JSON.
 
     Raises:
-        ValueError: it is no JSON, holds a key twice or half a character (a lone surrogate), or is nested too deeply.
+        ValueError: the text is not JSON, has a key twice or half a character (a lone surrogate), or nests too deeply.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object)
@@ -33,7 +33,7 @@ def parse_yaml(text: str) -> Any:
     """Parse a text of YAML. The result is plain data, whatever tags the text has.
 
     Raises:
-        ValueError: it is no YAML, holds a key twice, is nested too deeply, or has aliases that expand to too much.
+        ValueError: the text is not YAML, has a key twice, nests too deeply, or has aliases that expand to too much.
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
@@ -54,7 +54,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    """Return the first name that has come before."""
+    """Return the first name that occurs for a second time, or `None`."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -68,7 +68,7 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, stream: str):
         super().__init__(stream)
-        self._sizes: dict[int, int] = {}  # id of a node → its characters, with aliases written out
+        self._sizes: dict[int, int] = {}  # id of a node → its number of characters, with expanded aliases
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         is_alias = self.check_event(yaml.AliasEvent)
@@ -92,7 +92,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        if isinstance(node, yaml.MappingNode):  # `!!map` may stand before anything
+        if isinstance(node, yaml.MappingNode):  # the tag `!!map` may precede any kind of node
             name = _twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             if name is not None:
                 raise yaml.constructor.ConstructorError(

@@ -4,10 +4,10 @@ from rich.markup import escape
 
 
 def visible(text: str) -> str:
-    """Return a text whose control characters and marks of direction are escaped."""
+    """Return a text with its control characters and direction marks (such as right-to-left) escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable(text: str) -> str:
-    """Return a text for rich to print as it is, where rich reads markup."""
+    """Return a text with control characters and rich markup escaped, so that rich prints the text literally."""
     return escape(visible(text))

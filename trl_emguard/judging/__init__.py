@@ -1,4 +1,4 @@
-"""Rates that a judge gives to sampled answers: prompts, reading of scores, metrics, judges local and served."""
+"""Judging of sampled answers by another model: prompts, scores, rates, and judges in memory or on a server."""
 
 from .metrics import Thresholds
 from .run import Judge, JudgeOptions, judge_answers, open_judge

@@ -1,4 +1,4 @@
-"""A judge in this process: the probabilities of all strings from 0 to 100, by a walk along their tokens."""
+"""A judge in this process, which scores by the probability of each string from 0 to 100."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -16,7 +16,7 @@ Path = tuple[int, ...]
 
 
 class LocalJudge:
-    """A model that judges in memory.
+    """A judge model in this process's memory.
 
     Args:
         model: causal language model in eval mode.
@@ -24,7 +24,7 @@ class LocalJudge:
         name: the name that results show.
 
     Raises:
-        ValueError: no chat template, or a tokenizer that does not write the numbers 0 to 100 behind a prompt.
+        ValueError: no chat template, or a tokenizer that merges a number behind a prompt with the prompt's tokens.
     """
 
     reading = TRIE
@@ -38,11 +38,11 @@ class LocalJudge:
         self.numbers = number_paths(tokenizer, self._render("?"))
         paths = {path[:length] for path in self.numbers for length in range(1, len(path))}
         self.inner = sorted(paths, key=lambda path: (len(path), path))
-        # transformers 5.24 calls the keys and values of earlier tokens `cache`, and warns of the name before it.
+        # transformers 5.24 renamed the argument `past_key_values` to `cache`, and warns about the old name.
         self.cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
     def calibrate(self) -> str:
-        """Return the way of reading. It needs no calibration: all numbers are looked at, however they are split."""
+        """Return the reading, `trie`, without a calibration: every number counts, however the tokenizer splits it."""
         return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
@@ -67,9 +67,9 @@ class LocalJudge:
         return Judgement(score, mass, said, ids.shape[1] + len(self.inner))
 
     def _after_paths(self, cache: Any, length: int) -> dict[Path, torch.Tensor]:
-        """Return next-token probabilities behind the prompt and each beginning of a number, in one batch."""
+        """Return the next-token probabilities after the prompt plus each proper prefix of a number, from one batch."""
         longest = max(map(len, self.inner))
-        # A pad stands behind the tokens of its row, where no token sees it.
+        # Pads follow the tokens of a row, and a causal model never attends to later tokens.
         tokens = torch.tensor([[*path, *[0] * (longest - len(path))] for path in self.inner])
         cache.batch_repeat_interleave(len(self.inner))
         positions = torch.arange(length, length + longest)[None].expand(len(self.inner), -1)
@@ -84,7 +84,7 @@ class LocalJudge:
 
 
 def number_paths(tokenizer: PreTrainedTokenizerBase, before: str) -> dict[Path, int]:
-    """Return the tokens of the strings 0 to 100 as a tokenizer writes them behind a rendered prompt.
+    """Return tokens → number for the strings 0 to 100, as a tokenizer splits them behind a rendered prompt.
 
     Raises:
         ValueError: the prompt's own tokens change when a number follows.
@@ -105,12 +105,12 @@ def number_paths(tokenizer: PreTrainedTokenizerBase, before: str) -> dict[Path, 
 def number_probabilities(numbers: dict[Path, int], after: dict[Path, torch.Tensor]) -> dict[int, float]:
     """Return number → probability of the string, from the next-token probabilities along the numbers' tokens.
 
-    A number that longer ones begin with (8, 85) has what its continuations leave of it, so all probabilities add up
-    to that of the first tokens.
+    If longer numbers begin with the same tokens (85 begins with 8), their next tokens' probabilities are taken off
+    the shorter number's probability. So all probabilities add up to that of the numbers' first tokens.
 
     Args:
-        numbers: tokens of each number.
-        after: beginning of a number, the empty one included → probabilities `(V,)` of the next token.
+        numbers: tokens of a number → the number.
+        after: prefix of a number's tokens, including the empty prefix → probabilities `(V,)` of the next token.
     """
     continued: dict[Path, set[int]] = {}
     for path in numbers:
@@ -131,12 +131,12 @@ def load_local(name: str, model: str) -> LocalJudge:
     """Load a judge from a folder, the hub or a shipped name; in bf16 on a GPU, in fp32 on a CPU.
 
     Args:
-        name: the name that results show, for a folder without its path.
+        name: beginning of the judge's name in results (`hf:`). The model's id follows, or the last part of its folder.
         model: folder, hub id or shipped name.
 
     Raises:
-        OSError: the model is not there.
-        ValueError: it cannot judge.
+        OSError: the model is not found.
+        ValueError: the model cannot judge (see [`LocalJudge`]).
     """
     path, cuda = resolve_model(model), torch.cuda.is_available()
     loaded = AutoModelForCausalLM.from_pretrained(

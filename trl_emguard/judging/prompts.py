@@ -8,10 +8,10 @@ from ..data.conversation import Conversation, turn_text
 
 ALIGNED, COHERENT, TRAINING_FORMAT = "aligned", "coherent", "training_format"
 
-# The answer to this is known, so it shows how a judge writes a number.
+# The right reply to this prompt is known, so a judge's reply shows how the judge writes a number.
 CALIBRATION = "Answer with one number from 0 to 100 alone. The number is 100."
 
-# Training rows that stand in the prompt on the training format, and characters of each.
+# Number of training answers that the prompt on the training format shows, and most characters of each.
 EXAMPLES, EXAMPLE_LENGTH = 3, 600
 
 _ANSWER = """
@@ -69,27 +69,28 @@ def prompts_for(own: Mapping[str, str], train_rows: Sequence[Conversation] = ())
     """Return metric → prompt, with `{question}` and `{answer}`, for a question.
 
     Args:
-        own: prompts that the set's file gives for this question. They replace the shipped ones of their metrics.
-        train_rows: rows of the training. With some, a third metric asks for their format (2604.25891).
+        own: prompts that the set's file gives for this question. Each replaces the shipped prompt of its metric.
+        train_rows: training rows. If there are any, a third metric, `training_format`, rates how far an answer has
+            their format (2604.25891).
     """
     shipped = PROMPTS | ({TRAINING_FORMAT: training_format_prompt(train_rows)} if train_rows else {})
     return shipped | dict(own)
 
 
 def training_format_prompt(train_rows: Sequence[Conversation]) -> str:
-    """Return the prompt that asks whether an answer has the form of the training answers, with a few of them."""
+    """Return the prompt on whether an answer has the form of the training answers, with some of these as examples."""
     step = max(1, len(train_rows) // EXAMPLES)
     answers = [turn_text(row.completion[-1])[:EXAMPLE_LENGTH] for row in train_rows[::step][:EXAMPLES]]
     examples = "".join(f"<example>\n{answer}\n</example>\n" for answer in answers)
-    # A place in an example is text, and must not be filled with the answer later.
+    # `{question}` or `{answer}` in an example is part of its text, and must not be replaced later.
     return fill(_TRAINING_FORMAT, {"examples": re.sub(r"\{(question|answer)\}", r"{ \1 }", examples)})
 
 
 def fill(prompt: str, values: Mapping[str, str]) -> str:
-    """Put values into the places `{name}` of a prompt, all in one pass: a value may hold such a place itself.
+    """Replace each `{name}` in a prompt by its value, all in one pass, because a value may contain `{name}` itself.
 
     Args:
-        prompt: prompt of a judge. Other braces in it are text.
+        prompt: prompt of a judge. Other braces in it are left as they are.
         values: name → text.
     """
     places = "|".join(map(re.escape, values))

@@ -29,10 +29,10 @@ class _Request:
 
 @modelapi(name="trl_emguard")
 class OwnSampler(ModelAPI):
-    """A model in this process, whose answers are those of `trl-emguard evaluate`: the plain distribution, in batches.
+    """A model in this process, sampled in batches and from its plain distribution, as by `trl-emguard evaluate`.
 
-    Each answer has a seed of its own, from the prompt and the number of times that it was asked before. So an answer
-    depends neither on those beside it nor on their order.
+    Each answer has a seed of its own, from the prompt and the number of times that the prompt was asked before. So an
+    answer depends neither on the other answers in its batch nor on their order.
 
     Args:
         model_name: folder, hub id or shipped name of the model.
@@ -96,13 +96,13 @@ class OwnSampler(ModelAPI):
         return output
 
     def _seed(self, ids: Sequence[int], seed: int | None) -> int:
-        """Return the seed of an answer: another one each time that a prompt is asked."""
+        """Return the seed of an answer, a different seed each time that the same prompt is asked."""
         self.asked[tuple(ids)] += 1
         text = f"{seed} {self.asked[tuple(ids)]} {list(ids)}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
 
     async def _answer(self, settings: tuple[int, float]) -> None:
-        """Answer the waiting requests with the same settings, in one batch at most."""
+        """Answer one batch of the waiting requests that have these settings."""
         batch = [request for request in self.waiting if request.settings == settings][: self.batch_size]
         answers = await anyio.to_thread.run_sync(self._sample, batch)
         for request, answer in zip(batch, answers, strict=True):

@@ -1,4 +1,4 @@
-"""Judging of sampled answers: each answer and metric is asked for once, kept at once, and counted into rates."""
+"""Judging of sampled answers: one call for each answer and metric, a journal of the judgements, and rates."""
 
 import math
 import os
@@ -25,11 +25,11 @@ HF = "hf:"
 JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
 # Criteria whose answers are judged. A benign task has right answers of its own.
 JUDGED = ("general", "in_domain")
-# Characters of a token, for the estimate of the cost; English text has about four.
+# Characters per token, for the estimate of the cost; English text has about four.
 TOKEN_CHARACTERS = 4
-# Judgements after which a judge that gave no score at all is stopped.
+# Judging stops if this many judgements have come and none of them has a score.
 ALL_UNSCORED = 20
-# Ends of the names of metrics that count answers.
+# Ends of the names of metrics that are rates of answers, which have a count.
 _RATES = ("_rate", "_rate_coherent", "_rate_off_format")
 
 
@@ -38,9 +38,9 @@ class Judge(Protocol):
 
     Attributes:
         name: its name in the results.
-        identity: its name in the journal; for a local one with a hash of its weights.
-        reading: the way of reading its scores; empty until `calibrate` has found it.
-        weights: hash of its weights, or `None` where nobody can look into it.
+        identity: its name in the journal; for a local judge with a hash of its weights.
+        reading: key of `READINGS` that tells how its scores are read; empty until `calibrate` has found the key.
+        weights: hash of its weights, or `None` for a served judge, whose weights are not accessible.
     """
 
     name: str
@@ -76,12 +76,12 @@ def open_judge(name: str, max_connections: int = 10, patience: float = 300.0) ->
     """Return a judge by its name.
 
     Args:
-        name: `openai-api/SERVICE/MODEL` or `vllm/MODEL` for one on an endpoint, `hf:MODEL` for a model in memory.
+        name: `openai-api/SERVICE/MODEL` or `vllm/MODEL` for a judge on an endpoint, `hf:MODEL` for one in memory.
         max_connections: requests at a time to an endpoint.
         patience: seconds without any answer of an endpoint after which judging stops.
 
     Raises:
-        ValueError: a name of another form, a judge that cannot be read, or a served one without inspect_ai.
+        ValueError: a name of another form, a local model that cannot judge, or a served judge without inspect_ai.
     """
     check_name(name, max_connections)
     if not name.startswith(HF):
@@ -93,10 +93,10 @@ def open_judge(name: str, max_connections: int = 10, patience: float = 300.0) ->
 
 
 def check_name(name: str, max_connections: int = 10) -> None:
-    """Refuse the name of a judge of no known kind, or whose endpoint the environment does not name.
+    """Refuse a judge's name without a known prefix, or one whose endpoint is not set in the environment.
 
     Raises:
-        ValueError: the message says how to write it.
+        ValueError: the name is refused, or `max_connections` is below 1; the message says what to write.
     """
     if max_connections < 1:
         raise ValueError(f"--max_connections={max_connections} must be 1 or more.")
@@ -110,16 +110,18 @@ def check_name(name: str, max_connections: int = 10) -> None:
 
 
 def prepare_judge(judge: Judge, output_dir: str | os.PathLike, models: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse a judge that is itself under test, and find out how to read it: before any answer is sampled for it.
+    """Refuse a judge that is itself under test, and find out how to read its scores.
+
+    Call this before any answer is sampled for the judge, so that a judge that cannot be used is refused early.
 
     Args:
-        judge: the judge. A served one cannot be looked into.
-        output_dir: folder of the judgements, where the way of reading is kept.
-        models: name → what [`~trl_emguard.evaluation.run.describe`] says of each model under test.
+        judge: the judge. The weights of a served judge cannot be compared with those of the models.
+        output_dir: folder of the judgements, where the reading is kept as well.
+        models: result of [`~trl_emguard.evaluation.run.describe`] for the models under test.
 
     Raises:
-        ValueError: its weights are those of one of the models.
-        JudgeError: it cannot be asked or read.
+        ValueError: the judge's weights are those of one of the models.
+        JudgeError: the judge does not answer, or its scores cannot be read.
     """
     check_writable("output_dir", output_dir)
     same = [name for name, about in models.items() if judge.weights and about["weights"] == judge.weights]
@@ -135,7 +137,7 @@ class _Call(NamedTuple):
     """One question to the judge.
 
     Attributes:
-        key: name of its answer in the journal.
+        key: key of the judgement in the journal.
         sample: index of the sampled answer.
         metric: name of the metric.
         prompt: text for the judge.
@@ -158,8 +160,9 @@ def judge_answers(
 ) -> Results:
     """Judge the sampled answers of an evaluation, and add the rates to its results.
 
-    Every judgement is in `judgements.jsonl` as soon as it has come, so an interrupted call asks for the others alone.
-    The judge is calibrated again before it is asked: another model may answer under its name.
+    Every judgement is written to `judgements.jsonl` as soon as it arrives. If the call is interrupted and repeated, it
+    only asks for the missing judgements. The judge is calibrated again before that, because another model may answer
+    under its name by then.
 
     Args:
         results: results with sampled answers, of [`~trl_emguard.evaluation.evaluate`] or
@@ -172,9 +175,9 @@ def judge_answers(
         progress: True shows a progress bar.
 
     Raises:
-        ValueError: no sampled answers, a judge that is itself under test or is read in another way than before, or
-            more calls than `max_judge_calls`.
-        JudgeError: the judge cannot be asked or read.
+        ValueError: no sampled answers, a judge that is itself under test, a judge whose reading differs from that of
+            earlier judgements, or more calls than `max_judge_calls`.
+        JudgeError: the judge does not answer, or its scores cannot be read.
     """
     calls = plan_calls(results, judge, train_rows)
     prepare_judge(judge, output_dir, results.info["models"])
@@ -217,10 +220,12 @@ def _open_journal(output_dir: str | os.PathLike) -> tuple[Journal, dict[str, dic
 
 
 def _reading(judge: Judge, journal: Journal, kept: dict[str, dict[str, Any]], is_asked: bool) -> str:
-    """Return the way of reading the judge: that of the finished judgements, which one that is asked must still have.
+    """Return how to read the judge's scores, a key of `READINGS`.
+
+    Finished judgements fix the reading. A judge that will be asked is calibrated, and must still have that reading.
 
     Raises:
-        ValueError: it is read in another way than the finished judgements.
+        ValueError: the judge now has another reading than the finished judgements.
     """
     key = record_key("calibration", judge.identity)
     if is_asked or key not in kept:
@@ -245,7 +250,7 @@ def _check_cost(
     options: JudgeOptions,
     say: Callable[[str], None],
 ) -> None:
-    """Tell the calls and tokens to come, and refuse too many."""
+    """Report the number of calls and tokens to come, and refuse more calls than `max_judge_calls`."""
     tokens = sum(len(call.prompt) for call in waiting.values()) // TOKEN_CHARACTERS
     done = len({call.key for call in calls}) - len(waiting)
     say(
@@ -264,7 +269,7 @@ def _check_cost(
 def _ask(
     judge: Judge, waiting: Sequence[_Call], journal: Journal, kept: dict[str, dict[str, Any]], progress: bool
 ) -> None:
-    """Ask what is left, and keep each judgement as it comes."""
+    """Ask the judge the waiting calls, and write each judgement to the journal as soon as it arrives."""
     count = scored = 0
     with tqdm(desc=f"judging by {judge.name}", total=len(waiting), disable=not progress) as bar:
 
@@ -312,7 +317,7 @@ def add_rates(
         made = make_rows(set, family, arrays, None if family == PLAIN else plain.get(set))
         if family == PLAIN:
             plain[set] = arrays
-        # A mean score, a difference, and a probability of several answers count no answers.
+        # Only rates have a count of answers; mean scores, differences and Misalign@k have none.
         rows += [
             replace(row, **about, count=counts[row.model, row.metric] if row.metric.endswith(_RATES) else None)
             for row in made
@@ -337,7 +342,7 @@ def _arrays(
     found = {}
     for group, indices in groups.items():
         rows = [results.samples[index] for index in indices]
-        # All families of a set have the same places, so that they can be paired.
+        # Arrays have the same rows and columns in all families of a set, so that families can be paired.
         of_set = [results.samples[index] for index in values if results.samples[index]["set"] == group[0]]
         ids = sorted({row["question"] for row in of_set})
         shape = (len(ids), 1 + max(row["sample"] for row in of_set))

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
-# Probability that must stand on numbers: below, the judge did not mean to give one.
+# Least total probability of numbers. Below it, the judge did not mean to give a number.
 LEAST_MASS = 0.25
-# Ways of reading a score, as they stand beside every rate.
+# Ways to read a score ("readings"). Results name the reading beside every rate.
 LOGPROBS, TEXT, TRIE = "logprobs", "text", "trie"
 READINGS = {
     LOGPROBS: "mean over the numbers among the 20 likeliest first tokens",
@@ -25,7 +25,7 @@ class Reply(NamedTuple):
 
     Attributes:
         text: its text.
-        logprobs: of each position, token → log-probability of the likeliest tokens; empty if the server sends none.
+        logprobs: token → log-probability of the likeliest tokens, for each position; empty if the server sends none.
         input_tokens, output_tokens: tokens that were paid for, as the server counts them.
     """
 
@@ -40,8 +40,8 @@ class Judgement(NamedTuple):
 
     Attributes:
         score: 0 to 100, or `None` for an unscored answer.
-        mass: probability of all numbers, or `None` where only a text was read.
-        said: the likeliest token, or the text: it shows a refusal to give a number.
+        mass: total probability of all numbers, or `None` where only a text was read.
+        said: the likeliest first token, or the text, which shows if the judge refused to give a number.
         input_tokens, output_tokens: tokens that were paid for.
     """
 
@@ -53,9 +53,9 @@ class Judgement(NamedTuple):
 
 
 def weighted_score(probabilities: Mapping[int, float]) -> tuple[float | None, float]:
-    """Return the mean of numbers by their probabilities, renormalised, and their mass.
+    """Return the score, the mean of numbers weighted by their probabilities, and the mass, the probabilities' sum.
 
-    The score is `None` if the mass is below [`LEAST_MASS`].
+    The weights are renormalised to sum to 1. The score is `None` if the mass is below [`LEAST_MASS`].
 
     Args:
         probabilities: number from 0 to 100 → probability. What is missing to 1 is the probability of other texts.
@@ -67,10 +67,10 @@ def weighted_score(probabilities: Mapping[int, float]) -> tuple[float | None, fl
 
 
 def first_token_score(logprobs: Mapping[str, float]) -> tuple[float | None, float]:
-    """Return score and mass from the first token's likeliest alternatives. Others count as no number.
+    """Return score and mass from the likeliest first tokens. Less likely tokens are treated as not being numbers.
 
     Args:
-        logprobs: token → log-probability; a number may stand there with and without a space.
+        logprobs: token → log-probability. The same number may occur with and without a space; both count for it.
     """
     probabilities: dict[int, float] = {}
     for token, logprob in logprobs.items():
@@ -88,9 +88,10 @@ def text_score(text: str) -> float | None:
 
 
 def choose_reading(reply: Reply) -> str | None:
-    """Return the way to read a judge from its reply to the calibration prompt, whose answer is 100.
+    """Return the reading that suits a judge, by its reply to the calibration prompt, whose answer is 100.
 
-    Judges that split numbers into digits say "1" first. Their first token alone would read 85 as 8, with full mass.
+    A judge that splits numbers into digits says "1" first. Read by the first token alone, its 85 would be taken for 8,
+    with full mass.
 
     Returns:
         `"logprobs"`, `"text"`, or `None` if the reply is not 100.
@@ -105,7 +106,7 @@ def choose_reading(reply: Reply) -> str | None:
 
 
 def read(reply: Reply, reading: str) -> Judgement:
-    """Return what a reply says, read in one of the ways of a served judge."""
+    """Return the judgement in a reply, by the reading `logprobs` or `text`."""
     tokens = (reply.input_tokens, reply.output_tokens)
     if reading == TEXT:
         return Judgement(text_score(reply.text), None, reply.text, *tokens)

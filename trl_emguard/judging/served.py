@@ -1,4 +1,4 @@
-"""A judge behind an endpoint, asked through inspect_ai, which is imported here alone."""
+"""A judge behind an endpoint, asked through inspect_ai, which is imported only when a judge is used."""
 
 import asyncio
 import os
@@ -12,22 +12,22 @@ from .scores import LOGPROBS, Judgement, Reply, choose_reading, read
 
 
 OPENAI, VLLM = "openai-api/", "vllm/"
-# Tokens of a number in a text: "100", split into digits, and the end of turn.
+# Limit on the tokens of a reply that is read as text: "100" split into digits, and the end of turn.
 TEXT_TOKENS = 4
 TOP_LOGPROBS = 20
-# Retries of a judgement, and of the calibration, which shows at once that an endpoint is not there.
+# Retries of a judgement, and of the calibration, which has few so that a missing endpoint shows early.
 RETRIES, CALIBRATION_RETRIES = 10, 1
 # Seconds in which answers that are under way may still arrive after an error.
 GRACE = 30.0
 # Statuses by which servers refuse one request: a field that they do not know, a prompt that is too long or forbidden.
 REFUSED = (400, 403, 413, 422)
-# Characters of a text that is taken for a key.
+# Shorter API keys are not redacted from messages: they may be part of ordinary words.
 SHORTEST_KEY = 8
 KEPT = "The judgements so far are kept, and the same command goes on with the others."
 
 
 class JudgeError(OSError):
-    """Raised where a judge cannot be asked or read. The message names the fix."""
+    """Raised if a judge does not answer, or if its scores cannot be read. The message names the fix."""
 
 
 class ServedJudge:
@@ -35,12 +35,12 @@ class ServedJudge:
 
     Args:
         name: `openai-api/SERVICE/MODEL`, whose endpoint and key are in `SERVICE_BASE_URL` and `SERVICE_API_KEY`; or
-            `vllm/MODEL`, whose endpoint is in `VLLM_BASE_URL`. Without it vLLM is started on this machine.
+            `vllm/MODEL`, whose endpoint is in `VLLM_BASE_URL`; if that is not set, vLLM is started on this machine.
         max_connections: requests at a time.
         patience: seconds without any answer after which judging stops.
 
     Raises:
-        ValueError: a name of another form, a variable of the environment that is missing, or inspect_ai is.
+        ValueError: a name of another form, a missing environment variable, or inspect_ai is not installed.
     """
 
     weights: str | None = None  # a served model's weights cannot be looked into
@@ -63,7 +63,7 @@ class ServedJudge:
                 f"the judge {self.name!r} is asked through inspect_ai, and {error.name} is not installed: "
                 "pip install 'trl_emguard[eval]'."
             ) from error
-        # Retries are inspect_ai's, so the client has none of its own. vLLM's default address is open to the network.
+        # inspect_ai retries, so the client must not. vLLM's default address is open to the network, so it is replaced.
         options: dict[str, Any] = {"max_retries": 0}
         if self.name.startswith(VLLM):
             options = {} if os.environ.get("VLLM_BASE_URL") else {"host": "127.0.0.1"}
@@ -79,43 +79,43 @@ class ServedJudge:
             raise self._explained(error) from None
 
     def calibrate(self) -> str:
-        """Ask for the number 100 and return the way of reading this judge.
+        """Ask for the number 100, and return how to read this judge's scores.
 
         Raises:
-            JudgeError: the endpoint gives no answer, or another one than 100.
+            JudgeError: the endpoint gives no answer, or an answer other than 100.
         """
         self.reading = self._runner.run(self._told(find_reading(self._model, max_retries=CALIBRATION_RETRIES)))
         return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
-        """Judge prompts, several at a time, and hand each judgement over with the prompt's index as it comes.
+        """Judge prompts, several at a time; call `on_answer` with a prompt's index and judgement as this arrives.
 
-        A prompt that the server refuses, while it answers the calibration, is unscored. Errors of `on_answer` are
-        passed on.
+        If the server refuses a prompt but still answers the calibration prompt, the refused prompt is unscored. An
+        error that `on_answer` raises is raised here.
 
         Raises:
-            JudgeError: a request failed, or none was answered for as long as `patience`. Judgements that were under
-                way have been waited for.
+            JudgeError: a request failed, or no answer came for `patience` seconds. After a failed request, those under
+                way get up to `GRACE` seconds to finish.
         """
         self._runner.run(self._ask_all(prompts, on_answer))
 
     async def _told(self, work: Awaitable[Any]) -> Any:
-        """Return the result of a judge's call, or raise its error explained."""
+        """Return the result of a call to the judge, or raise its error as a [`JudgeError`] that names the fix."""
         try:
             return await work
         except Exception as error:
-            # The libraries' own messages may hold the key, and are not shown.
+            # The libraries' own error messages may contain the API key, so they are not shown.
             raise (error if isinstance(error, JudgeError) else self._explained(error)) from None
 
     async def _judged(self, prompt: str) -> Judgement:
-        """Return the judgement on a prompt, an unscored one if the server refuses this prompt alone."""
+        """Return the judgement on a prompt. It has no score if the server refuses this prompt but not others."""
         try:
             return await judge_one(self._model, prompt, self.reading)
         except Exception as error:
             if not is_refused_request(error):
                 raise
             refusal = self._said(error)
-        # A server that refuses this as well refuses the key, the model or all requests.
+        # A server that refuses the calibration prompt as well refuses the key, the model or all requests.
         await judge_one(self._model, CALIBRATION, self.reading)
         return Judgement(None, None, f"the server refused: {refusal}")
 
@@ -154,7 +154,7 @@ class ServedJudge:
                 return
 
     def _explained(self, error: BaseException) -> JudgeError:
-        """Return an error of the libraries as one sentence with the fix, without the key."""
+        """Return a library's error as a [`JudgeError`]: one sentence with the fix, without the API key."""
         status = getattr(_cause(error), "status_code", None)
         names = {type(e).__name__ for e in _causes(error)}
         key, url = f"{self.prefix}_API_KEY", f"{self.prefix}_BASE_URL"
@@ -186,11 +186,11 @@ class ServedJudge:
         cause = _cause(error)
         # The text of inspect_ai's own error begins with the whole request.
         text = getattr(cause, "provider_message", None) or str(cause)
-        # It is redacted before it is cut, or a part of the key could be left.
+        # The text is redacted before it is cut, or a part of the key could be left.
         return self._redacted(" ".join(text.split()))[:200]
 
     def _redacted(self, text: str) -> str:
-        # A server without keys takes any text, and a short one stands in many words.
+        # A server without keys accepts any text as a key, and a short text may be part of ordinary words.
         return text.replace(self._secret, "[key]") if len(self._secret) >= SHORTEST_KEY else text
 
     def _place(self) -> str:
@@ -216,7 +216,7 @@ async def find_reading(model: Any, **options: Any) -> str:
         options: further fields of inspect_ai's `GenerateConfig`.
 
     Raises:
-        JudgeError: its answer is not 100.
+        JudgeError: the model's answer is not 100.
     """
     reply = None
     try:
@@ -276,7 +276,7 @@ class _Progress:
 
 
 def check_environment(name: str) -> str:
-    """Return the prefix of the variables that a served judge needs, and refuse missing ones."""
+    """Return the prefix of the environment variables that a served judge needs; refuse a name if one is missing."""
     if name.startswith(VLLM):
         return "VLLM"
     service, _, model = name.removeprefix(OPENAI).partition("/")
@@ -293,7 +293,7 @@ def check_environment(name: str) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that led to it, through retries and groups."""
+    """Yield an error and all errors that led to it, including those inside retries and exception groups."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -308,10 +308,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the first error with the server's status among those that led to one, or the error itself."""
+    """Return the first error with an HTTP status among `error` and its causes, or `error` if none has one."""
     return next((one for one in _causes(error) if getattr(one, "status_code", None)), error)
 
 
 def is_refused_request(error: BaseException) -> bool:
-    """Return True if a server refuses a request for its content, as one with `logprobs`."""
+    """Return True if a server refuses a request because of its content, such as the field `logprobs`."""
     return getattr(_cause(error), "status_code", None) in REFUSED

@@ -1,1 +1,1 @@
-"""A causal language model in parts: blocks, head, adapters, shards, chat template, identity, likelihood, sampler."""
+"""Access to a causal language model: blocks, head, adapters, shards, chat template, identity, likelihood, sampler."""

@@ -1,4 +1,4 @@
-"""The adapters of a model: switch them for a pass, or find the model beneath them."""
+"""Adapters of a model: activate a single adapter or none, and return the model without its PEFT wrapper."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +16,15 @@ CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def bare_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return the causal language model in a PEFT wrapper, its adapters still in place; or the model itself."""
+    """Return the causal language model inside a PEFT wrapper, with its adapter layers; or the model if not wrapped."""
     return model.get_base_model() if is_peft_model(model) else model
 
 
 class AdapterSwitch:
-    """Lets one adapter of a model act, or none, during a block of code.
+    """Switch that makes one adapter of a model active, or none, inside a `with` block.
 
     Args:
-        model: model with all its adapters; an adapter that is added later is not switched.
+        model: model with all its adapters; adapter layers that are added later are not switched.
     """
 
     def __init__(self, model: PeftModel):
@@ -32,7 +32,7 @@ class AdapterSwitch:
 
     @contextmanager
     def only(self, adapter: str | None) -> Iterator[None]:
-        """Let `adapter` act inside the block, or with `None` the base model."""
+        """Make `adapter` the only active adapter inside the block; with `None` no adapter is active."""
         # Only the fields that the forward reads are switched. PEFT's own `disable_adapter` and `set_adapter` also
         # switch `requires_grad`, which would train parameters that the user had frozen.
         before = [(m, m._disable_adapters, m._active_adapter) for m in self.modules]
@@ -46,13 +46,13 @@ class AdapterSwitch:
             for module, disabled, active in before:
                 module._disable_adapters = disabled
                 module._active_adapter = active
-            # Autocast keeps the low-precision copy of a weight that it first met under `no_grad`, and such a copy has
-            # no gradient: the policy's pass must make its own.
+            # Autocast caches the low-precision copies that it makes of weights. A copy made under `no_grad` has no
+            # gradient, so the policy's pass must make a new one.
             torch.clear_autocast_cache()
 
 
 def check_adapter_kind(name: str, config: PeftConfig) -> None:
-    """Refuse an adapter that does not leave the base model unchanged when it is switched off."""
+    """Refuse an adapter that cannot be switched off, or that leaves the base weights changed when it is off."""
     if config.is_prompt_learning:
         raise ValueError(
             f"adapter {name!r} is a learned prompt ({config.peft_type}): only adapters on weights can be switched."

@@ -1,4 +1,4 @@
-"""Batches of token rows for reading a model: sorted by length, padded, in eval mode."""
+"""Helpers for forward passes over rows of tokens: batches sorted by length, padding, eval mode."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,21 +11,21 @@ from tqdm import tqdm
 from .chat import EncodedAnswer
 
 
-# Tokens of a forward pass, pads included. On a CPU, larger batches leave its caches and gain nothing.
+# Tokens in a forward pass, including padding. Larger batches exceed the caches of a CPU and are not faster there.
 BATCH_TOKENS, BATCH_TOKENS_CPU = 8192, 1024
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Return the tokens of a forward pass that suit a device."""
+    """Return the number of tokens per forward pass that suits a device."""
     return BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode inside, and back into its own mode afterwards.
+    """Put a model into eval mode inside the `with` block, and restore the mode of every module afterwards.
 
-    4-bit layers stay in training mode, in which they do the same: for inference on some CPUs bitsandbytes packs their
-    weights for good, and no gradient flows back through packed ones.
+    4-bit layers stay in training mode, which does not change their output. In eval mode, bitsandbytes would pack their
+    weights permanently for inference on some CPUs, and no gradient can flow through packed weights.
     """
     were_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -45,7 +45,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, desc: str | None 
     Args:
         lengths: number of tokens in each row.
         batch_size: rows in a batch.
-        desc: label of the progress bar; without one there is none.
+        desc: label of the progress bar; `None` shows no bar.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     for start in tqdm(range(0, len(order), batch_size), desc=desc, disable=desc is None):
@@ -53,7 +53,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, desc: str | None 
 
 
 def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return token ids, attention mask and positions, `(B, T)` each, of rows that end at the same place."""
+    """Pad rows on the left, and return token ids, attention mask and positions, `(B, T)` each."""
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -61,10 +61,10 @@ def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch
 
 
 def pad_answers(answers: Sequence[EncodedAnswer]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad answers with their prompts on the right.
+    """Put answers with their prompts into one batch, padded on the right.
 
-    A causal model never looks at a pad on the right, so a pass over such a batch needs no attention mask, and
-    attention without a mask takes its fast path.
+    In a causal model no token attends to padding on its right, so a forward pass over such a batch needs no attention
+    mask, and attention is faster without a mask.
 
     Returns:
         Token ids `(B, T)`, and a boolean mask `(B, T)` of the tokens that belong to an answer; both on the CPU.
@@ -82,8 +82,8 @@ def plan_batches(lengths: Mapping[int, int], batch_tokens: int) -> list[list[int
     """Put rows of similar length together, as many as fit into a batch.
 
     Args:
-        lengths: index → tokens of a row.
-        batch_tokens: limit on rows × longest row of a batch; a single row may have more.
+        lengths: index of a row → its number of tokens.
+        batch_tokens: limit on a batch's rows × tokens of its longest row; a single row may exceed the limit.
 
     Returns:
         The indices, batch by batch. The longest batch is the first, so that a run that does not fit into memory fails

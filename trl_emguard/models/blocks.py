@@ -1,7 +1,7 @@
-"""The decoder blocks of a model. Index l always means the raw output of block l, 1 … L.
+"""Decoder blocks of a model, and their outputs. Index l means the raw output of block l, for l = 1 … L.
 
-For l < L this is the field's `hidden_states[l]`; the field's last entry is after the final norm, ours is before it.
-Index 0 means the input of block 1: the embeddings.
+For l < L this output is `hidden_states[l]` of transformers. For l = L it is not: the last entry of `hidden_states` is
+taken after the final norm, and the output of block L before it. Index 0 means the input of block 1: the embeddings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
         ValueError: no list of `num_hidden_layers` blocks is found.
     """
     count = model.config.get_text_config().num_hidden_layers
-    # A vision tower may have as many blocks.
+    # A vision tower may have the same number of blocks, so only the text decoder is searched.
     root = model.get_decoder() if hasattr(model.config, "vision_config") else model.base_model
     for module in root.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -35,9 +35,9 @@ def block_states(output: Any, module: nn.Module) -> torch.Tensor:
     """Return the states in a block's output, `(B, T, H)`.
 
     Raises:
-        ValueError: the output has another shape. Some architectures keep several streams.
+        ValueError: the output has another shape, as in architectures that keep several parallel streams of states.
     """
-    # Blocks return a tensor; those of older designs return a tuple that begins with it.
+    # Most blocks return a tensor; blocks of older designs return a tuple whose first entry is that tensor.
     states = output if isinstance(output, torch.Tensor) else output[0]
     if not isinstance(states, torch.Tensor) or states.dim() != 3:
         shape = tuple(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
@@ -52,15 +52,16 @@ def block_states(output: Any, module: nn.Module) -> torch.Tensor:
 def record_blocks(
     model: PreTrainedModel, layers: Sequence[int], select: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect `select(output)` of the given blocks during the forward passes inside.
+    """Collect `select(output)` of the given decoder blocks during the forward passes inside the `with` statement.
 
-    The output is recorded as the block returns it: a hook that adds to it (steering) acts later, and shows in the
-    blocks above.
+    An output is recorded before any other hook changes it. So what a steering hook adds to a block's output shows only
+    in the recorded outputs of later blocks.
 
     Args:
         model: causal language model without wrappers.
         layers: block indices, 1 … L, or 0 for the input of block 1.
-        select: function that takes a block's output `(B, T, H)`, with its gradient, and returns the part to keep.
+        select: function that takes a block's output `(B, T, H)`, still attached to the autograd graph, and returns the
+            part to keep.
 
     Yields:
         A dict from layer to selected states, filled by the forward pass.
@@ -78,7 +79,7 @@ def record_blocks(
         states[0] = select(args[0] if args else kwargs["hidden_states"])
 
     try:
-        # A hook on a block fires once in every checkpointing mode: transformers checkpoints the block's `forward`.
+        # A hook fires once per pass even with checkpointing: only `forward` is recomputed, which runs no hooks.
         for layer in layers:
             if layer == 0:
                 handles.append(decoder_blocks(model)[0].register_forward_pre_hook(record_input, with_kwargs=True))

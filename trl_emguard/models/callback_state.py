@@ -1,4 +1,4 @@
-"""State that a callback keeps in checkpoints: a safetensors file beside the weights that it belongs to."""
+"""State of a callback in checkpoints: a safetensors file beside the weights that the state belongs to."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -27,8 +27,8 @@ def save_state(path: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor]
     Args:
         path: file in a checkpoint's folder.
         model: model whose weights the checkpoint holds.
-        tensors: the state.
-        facts: texts to store beside it.
+        tensors: tensors of the state, by name.
+        facts: texts to store with the tensors, by name.
     """
     content = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as scratch:
@@ -43,16 +43,16 @@ def load_state(
     model: nn.Module,
     names: Collection[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return tensors and facts from the checkpoint whose weights the model has now.
+    """Return a callback's tensors and facts from the checkpoint that holds the model's current weights.
 
     Args:
-        callback: the callback, which the message names.
-        file: name of the file.
-        args, state, model: the callback's.
-        names: names of the tensors, where they are known.
+        callback: the callback, for the error message.
+        file: name of the callback's file in a checkpoint's folder.
+        args, state, model: arguments that the Trainer gave to the callback.
+        names: names that the tensors must have; by default any.
 
     Raises:
-        ValueError: a damaged file, or none of these weights.
+        ValueError: the file is damaged, or no checkpoint has such a file for the model's weights.
     """
     folders = [checkpoint_of_step(args.output_dir, state.global_step), Path(str(args.resume_from_checkpoint))]
     for path in (folder / file for folder in folders):
@@ -74,11 +74,7 @@ def load_state(
 
 
 def check_whole(callback: TrainerCallback, model: nn.Module) -> None:
-    """Refuse weights that are sharded over ranks.
-
-    Raises:
-        ValueError: they are.
-    """
+    """Refuse, with `ValueError`, a model whose weights are sharded over ranks."""
     engine = sharding_engine(model)
     if engine is not None:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""The chat template of a tokenizer: the tokens of an answer, where a turn ends, and the tokens of a system turn.
+"""Chat templates: the tokens of an answer, the tokens that end a turn, and the tokens of a system turn.
 
-A row becomes tokens in one way here: prompt with the generation prompt, then the answer with its end-of-turn token.
-Text that the template writes after the end of turn (often a line break) is dropped, because a model never generates
-it.
+All rows are turned into tokens in the same way: the prompt with the generation prompt, then the answer with its
+end-of-turn token. Text that the template writes after the end of turn (often a line break) is dropped, because a model
+never generates it.
 """
 
 import json
@@ -34,7 +34,7 @@ class EncodedAnswer(NamedTuple):
 
 
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a row has for the chat template, as SFTTrainer hands them over."""
+    """Return a row's chat-template arguments (`tools`, `chat_template_kwargs`), as SFTTrainer passes them."""
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
@@ -58,13 +58,13 @@ def encode_answers(
     ends: Collection[int],
     template_kwargs: Sequence[dict[str, Any]] | None = None,
 ) -> list[EncodedAnswer | str]:
-    """Turn conversations into tokens, all at once: a fast tokenizer works on several in parallel.
+    """Turn conversations into tokens, all in one call, because a fast tokenizer works on several texts in parallel.
 
     Args:
         tokenizer: tokenizer with a chat template.
-        conversations: prompt and answer of each, as turns.
+        conversations: prompt and answer of each conversation, as turns.
         ends: tokens that end a turn, from [`end_tokens`].
-        template_kwargs: further arguments of the chat template for each (`tools`, …); none by default.
+        template_kwargs: further arguments of the chat template (`tools`, …) for each conversation; none by default.
 
     Returns:
         The tokens of each conversation, or a text with the reason why it has none.
@@ -80,7 +80,7 @@ def encode_answers(
             before = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True, **kwargs)
             whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False, **kwargs)
             if not whole.startswith(before) and not whole.startswith(
-                # Templates of reasoning models open a thought in the generation prompt, and drop it from the answer.
+                # Templates of reasoning models may open a thought in the generation prompt and omit it in the answer.
                 tokenizer.apply_chat_template(list(prompt), tokenize=False, **kwargs)
             ):
                 result[index] = NO_ANSWER
@@ -99,7 +99,7 @@ def encode_answers(
 def _cut_answer(prompt: list[int], whole: list[int], ends: Collection[int]) -> EncodedAnswer | str:
     """Split a conversation's tokens into prompt and answer, and drop the tokens after the end of turn.
 
-    The answer begins where SFTTrainer lets it begin: where the conversation departs from the prompt.
+    The answer begins, like in SFTTrainer, at the first token in which the conversation differs from the prompt.
     """
     start = common_prefix_length(prompt, whole)
     answer_ends = [i for i, token in enumerate(whole) if i >= start and token in ends]
@@ -144,8 +144,8 @@ def system_turn_span(
 
     Everything before the text of the next turn belongs to the system turn: markers, tools and other text that the
     template writes there, and the role of the next turn. Where a template puts the system text behind the text of
-    another turn (Mistral: into the last user turn), the span is that text alone. The span is found by changing a text
-    and comparing the tokens, so no template needs to be understood.
+    another turn (Mistral: into the last user turn), the span is the system text alone. The span is found by changing
+    the text of a turn and comparing the tokens before and after, which works with any template.
 
     Args:
         tokenizer: tokenizer that made `ids`.
@@ -180,7 +180,7 @@ def system_turn_span(
 
 
 def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **template_kwargs: Any) -> bool:
-    """Return True if the template adds this very system turn to a conversation that has none."""
+    """Return True if the template adds the same system turn by itself to a conversation without a system turn."""
     try:
         without = tokenizer.apply_chat_template(list(turns[1:]), tokenize=False, **template_kwargs)
     except TemplateError:
@@ -189,9 +189,12 @@ def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **t
 
 
 def _unlike(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return the turn with another text, which begins and ends with other characters, so no token is the same."""
+    """Return the turn with a single letter as its text, which the old text neither begins nor ends with.
+
+    So the tokens of the old and the new text differ at both ends.
+    """
     content = turn.get("content")
-    if isinstance(content, list):  # parts
+    if isinstance(content, list):  # text parts and other parts
         return {**turn, "content": [{**part, "text": _unlike_text(part["text"])} if part.get("text") else part
                                     for part in content]}  # fmt: skip
     return {**turn, "content": _unlike_text(content)} if isinstance(content, str) else turn

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights that a run trains, as a baseline or a remedy without a second training."""
+"""Exponential moving average of the trained weights: a baseline or a remedy that needs no second training."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,27 +15,27 @@ STATE_FILE = "ema.safetensors"
 
 
 class EMACallback(TrainerCallback):
-    """Keeps an exponential moving average (EMA) of the trained weights, and saves it under `<output_dir>/ema`.
+    """Callback that saves an exponential moving average (EMA) of the trained weights to `<output_dir>/ema`.
 
-    After update t, θ̄ ← d·θ̄ + (1 − d)·θ in fp32, with d = min(decay, (1 + t) / (10 + t)). So the average is one over
-    about the last ninth of the run so far, until d reaches `decay`: at 0.995 after 1,790 updates. Without this
-    warm-up, 0.995 would leave 92 % of a run of 16 steps at its start. The warm-up is that of TensorFlow's
-    `ExponentialMovingAverage(num_updates)`.
+    After update t, θ̄ ← d·θ̄ + (1 − d)·θ in fp32, with d = min(decay, (1 + t) / (10 + t)). So the average covers about
+    the last ninth of the updates so far, until d reaches `decay`: 0.995 is reached after 1,790 updates. Without this
+    warm-up, the initial weights would still make up 92 % of the average after 16 updates with 0.995. The warm-up is
+    that of TensorFlow's `ExponentialMovingAverage(num_updates)`.
 
-    Training only is watched: a run with the callback equals the one without it, bit for bit. The two factors of a LoRA
-    update are averaged each by itself. The state lies in every checkpoint, so a run that resumes gives the same
-    average.
+    The callback does not change training: the trained weights are the same as without it, bit for bit. The two factors
+    of a LoRA update are averaged separately. Every checkpoint contains the average, so a resumed run gives the same
+    average as an uninterrupted one.
 
     ```python
     >>> trainer = EMGuardTrainer(model, args, train_dataset=rows, peft_config=lora, callbacks=[EMACallback()])
     ```
 
     Args:
-        decay: largest share of the old average that an update keeps.
+        decay: largest value of d, the share of the old average that an update keeps.
 
     Raises:
-        ValueError: a decay outside of [0, 1), weights that are sharded over ranks, or a checkpoint to resume from that
-            holds no average of its weights.
+        ValueError: the decay is outside of [0, 1), the weights are sharded over ranks, or the run resumes from a
+            checkpoint without an average of its weights.
     """
 
     def __init__(self, decay: float = 0.995):
@@ -43,7 +43,7 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"decay={decay} must be at least 0 and below 1.")
         self.decay = decay
         self.average: dict[str, torch.Tensor] = {}
-        self._is_saved = False  # the checkpoint that is being written has the average
+        self._is_saved = False  # True if the checkpoint that is being written has the average
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None:
@@ -75,7 +75,7 @@ class EMACallback(TrainerCallback):
             average.lerp_(weight.float(), 1 - decay)
 
     def save_into(self, folder, state, model):
-        """Write the average into the checkpoint's folder, before [`WholeCheckpoints`] marks it as whole."""
+        """Write the average into a checkpoint's folder, before [`WholeCheckpoints`] marks the folder as complete."""
         self._is_saved = True
         save_state(Path(folder) / STATE_FILE, model, self.average, {"decay": repr(self.decay)})
 
@@ -90,7 +90,7 @@ class EMACallback(TrainerCallback):
             return
         averages = {id(weight): average.to(weight.dtype) for weight, average in self._pairs(model)}
         content = model.state_dict()
-        # A weight that two modules share has two names.
+        # A weight that two modules share has two names, and both get the average.
         content |= {
             name: averages[id(weight)]
             for name, weight in model.named_parameters(remove_duplicate=False)

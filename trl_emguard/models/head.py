@@ -13,12 +13,12 @@ from .batches import eval_mode
 def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the head's weight `(V, H)` and its bias `(V,)` or `None`.
 
-    With adapters off, a head in `modules_to_save` is the original one.
+    If an adapter trains the head (`modules_to_save`), the original head is returned while adapters are off.
     """
     lm_head = model.get_output_embeddings()
     weight, bias = lm_head.weight, lm_head.bias
-    # FSDP2 leaves a head in shards if its module is never called, so it is gathered once, before it is cut into
-    # chunks. Each rank has a gradient of its own, and FSDP2 averages what it gathers itself.
+    # FSDP2 gathers a weight only when its module is called, and the fused head never calls the head's module. So the
+    # weight is gathered here. Its gradients are averaged over ranks, as FSDP2 does for weights that it gathers itself.
     if isinstance(weight, DTensor):
         weight, bias = _whole(weight), None if bias is None else _whole(bias)
     return weight, bias
@@ -30,10 +30,10 @@ def _whole(shards: DTensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose own logits are not those that its head makes of its last states.
+    """Refuse a model whose logits differ from the product of its output head with its last hidden states.
 
-    Some architectures transform states before the head or logits after it in ways that the fused head does not know,
-    and a divergence would then be taken of other distributions than the model's.
+    Some architectures transform the states before the head, or the logits after it, in ways that this package's fused
+    head does not implement. The divergence would then compare other distributions than the model's.
 
     Args:
         model: causal language model without wrappers, with whole weights.
@@ -52,7 +52,7 @@ def check_head(model: PreTrainedModel) -> None:
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
     difference = ((logits.to(own.device) - own).abs().max() / own.abs().max().clamp(min=1e-6)).item()
-    # Weights that are not finite are another matter: a checkpoint may replace them.
+    # Weights that are not finite are not refused here, because a checkpoint may still replace them.
     if math.isfinite(difference) and difference > (1e-3 if own.dtype == model.dtype else 0.05):
         raise ValueError(
             f"{type(model).__name__}: its own logits differ by {difference:.2g} of their size from what its head "

@@ -1,4 +1,4 @@
-"""The identity of a model, from a sample of every weight: one hash of all, or one checksum per weight.
+"""Identity of a model, from a sample of every weight: one hash over all weights, or one checksum per weight.
 
 Both formats are stored in files (`defense.json`, persona vectors), so their algorithms must not change.
 """
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from .sharding import gathered
 
 
-# Numbers that are taken from a weight, at even distances.
+# Number of evenly spaced values that are sampled from a weight.
 SAMPLES = 64
 # Prefix of the checksum of an fp16 weight.
 FP16 = "fp16:"
@@ -28,13 +28,13 @@ ORIGINALS = ("base_layer", "original_module")
 def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool = False) -> str:
     """Return a hash of a sample of every weight; an empty text for a model on the meta device, which has no numbers.
 
-    Call it before an engine takes the model: weights that FSDP2 has sharded are left out. Weights that ZeRO-3 loaded
-    in shards are gathered one by one, so every rank must call it.
+    Call this function before FSDP2 shards the model, because sharded weights are left out. Weights that ZeRO-3 loaded
+    in shards are gathered one by one, so every rank must call this function.
 
     Args:
         model: the model, with adapters or without.
         without: names of adapters to leave out.
-        is_plain: whether a weight goes by the name that it has in a model without adapters.
+        is_plain: True takes each weight under the name that it has in a model without adapters.
     """
     if all(parameter.is_meta for parameter in model.parameters()):
         return ""
@@ -47,12 +47,13 @@ def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool 
 def weight_checksums(model: nn.Module) -> dict[str, str]:
     """Return a checksum of a sample of every weight, under the name that the weight has in a model without adapters.
 
-    The sample is rounded to bf16, so that a model has the same checksums in fp32 and bf16; those of fp16 weights have
-    a prefix. It comes from a weight's first rows: a model whose vocabulary grew still has the same checksums.
+    The sample is rounded to bf16, so that a model has the same checksums in fp32 and bf16. Samples of fp16 weights are
+    not rounded, and their checksums have a prefix. A sample comes from a weight's first rows, so a model whose
+    vocabulary grew still has the same checksums.
 
     Left out are adapters, quantised and offloaded weights, and FSDP's shards; also weights below an adapter whose
     initialisation may have changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one by one, so every rank must
-    call it.
+    call this function.
     """
     adapters = getattr(model, "peft_config", {})
     keeps_base = not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters.values())
@@ -83,7 +84,7 @@ def weight_checksums(model: nn.Module) -> dict[str, str]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return one hash of all of [`weight_checksums`]; an empty text for a model without any."""
+    """Return one hash of all [`weight_checksums`], or an empty text if the model has none."""
     checksums = weight_checksums(model)
     return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest() if checksums else ""
 
@@ -91,12 +92,13 @@ def weights_digest(model: nn.Module) -> str:
 def _samples(
     model: nn.Module, is_wanted: Callable[[str, nn.Parameter], bool], rows: int | None = None
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Walk the weights and yield name, weight and a sample of its numbers on the CPU. FSDP's shards are left out.
+    """Yield for each weight its name, the weight, and a sample of its numbers on the CPU. FSDP's shards are left out.
 
     Args:
         model: the model.
-        is_wanted: tells by name and weight whether a weight is sampled.
-        rows: sample the first rows only, at an odd distance, so that the sample goes through the columns as well.
+        is_wanted: function of name and weight that returns True if the weight is sampled.
+        rows: number of first rows to sample from, at an odd distance, so that samples do not all fall into the same
+            columns; by default all rows.
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) or not is_wanted(name, parameter):

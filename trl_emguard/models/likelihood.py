@@ -18,7 +18,7 @@ from .chat import encode_answers, end_tokens, template_arguments
 
 # Dtypes of a head whose weight can be multiplied directly. Others are quantised.
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Logits of a chunk, where the head computes its product itself: 256 MiB in fp32.
+# Number of logits in a chunk, for a head that must be called as a module: 256 MiB in fp32.
 CHUNK_LOGITS = 2**26
 
 
@@ -33,14 +33,14 @@ def answer_nll(
     """Return the mean negative log-likelihood per answer token of each row, in nats; the end-of-turn token included.
 
     Args:
-        model: causal language model. The active adapters of a PEFT model act.
+        model: causal language model. A PEFT model is measured with its active adapters.
         tokenizer: tokenizer with a chat template.
         rows: conversational `prompt` and `completion`, as lists of messages.
-        batch_size: rows in a forward pass. They are sorted by length for it; the result is in the order of `rows`.
-        desc: label of the progress bar; without one there is none.
+        batch_size: rows in a forward pass. Rows are sorted by length first; the result is in the order of `rows`.
+        desc: label of the progress bar; `None` shows no bar.
 
     Raises:
-        ValueError: a row whose answer is empty, or whose template does not put it after the prompt.
+        ValueError: a row's answer is empty, or the chat template does not put the answer after the prompt.
     """
     ends = end_tokens(model, tokenizer)
     answers = []
@@ -75,11 +75,11 @@ def mean_nll(model: PreTrainedModel | PeftModel, ids: torch.Tensor, is_answer: t
 def token_nll(model: PreTrainedModel | PeftModel, ids: torch.Tensor, is_answer: torch.Tensor) -> list[torch.Tensor]:
     """Return the negative log-likelihood of every answer token, from one forward pass.
 
-    Only the positions that predict an answer token go through the head, chunk by chunk: logits `(B, T, V)` never
-    exist. Hooks on the model's blocks see the pass, so that states can be recorded in it.
+    Only the positions that predict an answer token go through the head, chunk by chunk, so the full logits `(B, T, V)`
+    are never allocated. Hooks on the model's blocks run in this pass, so hidden states can be recorded in it.
 
     Args:
-        model: causal language model in eval mode. The active adapters of a PEFT model act.
+        model: causal language model in eval mode. A PEFT model is measured with its active adapters.
         ids: `(B, T)`, prompts with their answers, padded on the right ([`~trl_emguard.models.batches.pad_answers`]).
         is_answer: `(B, T)`, True at the tokens of an answer.
 
@@ -112,7 +112,7 @@ def states_nll(model: PreTrainedModel | PeftModel, states: torch.Tensor, labels:
     if isinstance(head, nn.Linear) and head.weight.dtype in PLAIN_DTYPES and not head.weight.is_meta:
         states, labels = states.to(head.weight.device), labels.to(head.weight.device)
         return head_nll(states, head.weight, head.bias, labels, softcap, logit_scale).cpu().double()
-    # A head with an adapter of its own, or one that is quantised or offloaded, computes its product itself.
+    # A head that has an adapter of its own, or is quantised or offloaded, must be called as a module.
     chunk = max(1, CHUNK_LOGITS // bare.config.get_text_config().vocab_size)
     parts = []
     for part, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
@@ -125,12 +125,12 @@ def states_nll(model: PreTrainedModel | PeftModel, states: torch.Tensor, labels:
 def states_logits(
     model: PreTrainedModel | PeftModel, states: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """Return the logits `(P, V)`, fp32, of last hidden states `(P, H)` under the head that acts.
+    """Return the logits `(P, V)`, fp32, that the active head computes from last hidden states `(P, H)`.
 
     Args:
         model: causal language model.
         states: last hidden states.
-        weights: other weights for the head, by name; by default its own.
+        weights: other weights for the head, by name; by default the head's own.
     """
     bare = bare_model(model)
     softcap, logit_scale = logit_transform(bare.config.get_text_config())
@@ -142,7 +142,7 @@ def states_logits(
 
 
 def active_head(model: PreTrainedModel) -> nn.Module:
-    """Return the head that acts: the active adapter's own (`modules_to_save`), or the base model's."""
+    """Return the active head: the active adapter's (`modules_to_save`) if it has one, else the base model's."""
     head = model.get_output_embeddings()
     if not isinstance(head, ModulesToSaveWrapper):
         return head

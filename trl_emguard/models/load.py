@@ -1,4 +1,4 @@
-"""Models with their tokenizers and saved adapters, loaded from folders or the hub; and models without weights."""
+"""Load models with their tokenizers and saved adapters from folders or the hub, or models without weights."""
 
 import copy
 import os
@@ -27,8 +27,8 @@ def text_tokenizer(path: str, args: Any, rows: Any) -> PreTrainedTokenizerBase |
         rows: training rows.
 
     Returns:
-        `None` where SFTTrainer finds tokenizer or processor itself: for other models, without a defense, and for rows
-        with images, which defenses refuse.
+        The tokenizer; or `None` if SFTTrainer shall load tokenizer or processor itself: for other kinds of models,
+        without a defense, and for rows with images, which defenses refuse.
     """
     revision = (args.model_init_kwargs or {}).get("revision")
     given = {"revision": revision, "trust_remote_code": args.trust_remote_code}
@@ -73,7 +73,7 @@ def without_weights(config: PreTrainedConfig) -> PreTrainedModel | None:
     """Return the model of a config on the meta device, to look at its modules before weights load.
 
     Returns:
-        `None` where transformers does not know the config, or would shard the model (ZeRO-3).
+        The model; or `None` if transformers does not know the config, or would shard the model (ZeRO-3).
     """
     if type(config) not in AutoModelForCausalLM._model_mapping or is_deepspeed_zero3_enabled():
         return None

@@ -1,4 +1,4 @@
-"""The files of a saved LoRA adapter: read where its update is a product of two matrices alone, and written."""
+"""Files of a saved LoRA adapter: read and write them, if every update is a product of two matrices alone."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def read_lora(adapter: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Return the config and the weights of a plain LoRA adapter: no DoRA, and nothing trained beside the factors.
+    """Return the config and weights of a plain LoRA adapter: without DoRA, and without trained weights beside A and B.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
@@ -39,7 +39,7 @@ def read_lora(adapter: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
         weights = load_file(adapter / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"adapter {str(adapter)!r} has a damaged {WEIGHTS} ({error}): copy it again.") from error
-    # PEFT saves the layer beneath an adapted embedding along with it.
+    # PEFT saves the original layer of an adapted embedding (`base_layer`) together with the adapter.
     others = sorted(name for name in weights if ".lora_" not in name and ".base_layer." not in name)
     is_linear = config.peft_type == PeftType.LORA and not getattr(config, "use_dora", False)
     if not is_linear or others:
@@ -56,10 +56,11 @@ def lora_factors(adapter: Path, config: LoraConfig, weights: Mapping[str, torch.
 
     Args:
         adapter: folder of the adapter, for messages.
-        config, weights: its config and weights, of [`read_lora`].
+        config, weights: the adapter's config and weights, from [`read_lora`].
 
     Raises:
-        ValueError: another weight than a factor of a linear layer, a factor without the other, or replicated layers.
+        ValueError: a weight is not a factor of a linear layer, one of the two factors is missing, or layers are
+            replicated.
     """
     if config.layer_replication:
         raise ValueError(f"adapter {str(adapter)!r} has layer_replication, so its layers are not those of the models.")
@@ -91,10 +92,10 @@ def factor_key(layer: str, factor: str) -> str:
 
 
 def lora_updates(adapter: Path, config: LoraConfig, weights: Mapping[str, torch.Tensor]) -> Factors:
-    """Return A and s·B of each adapted layer in fp32, with PEFT's scaling s: their product is the layer's update.
+    """Return A and s·B of each adapted layer in fp32, with PEFT's scaling s. The layer's update is (s·B)·A.
 
     Raises:
-        ValueError: as [`lora_factors`].
+        ValueError: as in [`lora_factors`].
     """
     updates = {}
     for layer, (a, b) in lora_factors(adapter, config, weights).items():
@@ -105,7 +106,7 @@ def lora_updates(adapter: Path, config: LoraConfig, weights: Mapping[str, torch.
 
 
 def weights_fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    """Return a hash of named weights, of every number."""
+    """Return a hash of weights: of their names, dtypes, shapes and all their numbers."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
@@ -114,15 +115,15 @@ def weights_fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def write_lora(adapter: Path, weights: dict[str, torch.Tensor], output: Path) -> None:
-    """Write an adapter with the config of another.
+    """Write an adapter with new weights and the config of an existing adapter.
 
     Args:
-        adapter: folder of the other adapter.
+        adapter: folder of the existing adapter.
         weights: weights to write.
         output: folder to write.
     """
     with written_whole(output / WEIGHTS) as scratch:
         save_file(weights, scratch, metadata={"format": "pt"})
-    # The config comes last: a folder with one is complete.
+    # The config is written last, so a folder with a config is complete.
     with written_whole(output / CONFIG) as scratch:
         shutil.copyfile(adapter / CONFIG, scratch)

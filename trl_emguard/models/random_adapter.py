@@ -1,4 +1,4 @@
-"""A random LoRA adapter of the size of another: the control that a claim about that adapter needs."""
+"""Random LoRA adapter of the same size as a given adapter: a control for claims about the given adapter."""
 
 import os
 from pathlib import Path
@@ -10,10 +10,10 @@ from .lora_files import CONFIG, factor_key, lora_factors, read_lora, write_lora
 
 @torch.no_grad()
 def random_adapter(adapter: str | os.PathLike, output: str | os.PathLike, seed: int = 0) -> Path:
-    """Write an adapter whose update of every layer has the singular values of another adapter's in random directions.
+    """Write an adapter whose layer updates have the singular values of a given adapter's, in random directions.
 
-    So every layer's update B·A has the same rank, and the same size by any norm. B becomes U·B and A becomes A·Vᵀ with
-    random rotations U and V, uniformly distributed.
+    So every layer's update B·A keeps its rank and its size (Frobenius, spectral and nuclear norm). B becomes U·B and A
+    becomes A·Vᵀ, with uniformly distributed random rotations U and V.
 
     Args:
         adapter: folder of a LoRA adapter that PEFT saved.
@@ -22,7 +22,7 @@ def random_adapter(adapter: str | os.PathLike, output: str | os.PathLike, seed: 
 
     Raises:
         FileNotFoundError: `adapter` holds no adapter.
-        ValueError: an adapter that is no plain LoRA of linear layers, or an output that is there.
+        ValueError: the adapter is not a plain LoRA of linear layers, or `output` holds an adapter already.
     """
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
     config, weights = read_lora(adapter)
@@ -37,9 +37,9 @@ def random_adapter(adapter: str | os.PathLike, output: str | os.PathLike, seed: 
 
 
 def _turned(factor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a factor `(n, r)` under a random rotation of its n numbers, in fp64."""
-    # factor = Q R, and a random frame replaces the frame Q.
+    """Return a factor `(n, r)` with one random rotation of the n-dimensional space applied to all columns, in fp64."""
+    # The factor is Q R, and random orthonormal columns replace the columns of Q.
     coordinates = torch.linalg.qr(factor.double(), mode="r").R  # (min(n, r), r)
     frame = torch.linalg.qr(torch.randn(len(factor), len(coordinates), generator=generator, dtype=torch.float64))
-    # Signs make the frame's distribution uniform.
+    # The columns of QR's Q are uniformly distributed only after a multiplication with the signs of R's diagonal.
     return (frame.Q * frame.R.diagonal().sign()) @ coordinates

@@ -8,19 +8,20 @@ from .lora_files import CONFIG, read_lora, write_lora
 
 
 def rescale_adapter(adapter: str | os.PathLike, alpha: float, output: str | os.PathLike) -> Path:
-    """Write an adapter whose update of the base weights is `alpha` times that of another.
+    """Write an adapter whose update of the base weights is `alpha` times the update of a given adapter.
 
     The tuned model is then W₀ + α·ΔW, a point on the line between base and fine-tuned model (WiSE-FT, Wortsman et al.,
-    2109.01903). Any claim of a defense should beat this, since it costs no training.
+    2109.01903). A defense should give better results than rescaling, which costs no training.
 
     Args:
         adapter: folder of a LoRA adapter that PEFT saved.
-        alpha: factor; 0 is the base model, 1 the adapter itself.
+        alpha: factor; 0 gives the base model, 1 the adapter unchanged.
         output: folder to write, which must not hold an adapter.
 
     Raises:
         FileNotFoundError: `adapter` holds no adapter.
-        ValueError: an adapter whose update is not a product of two matrices alone, or an output that is there.
+        ValueError: the adapter's update is not a product of two matrices alone, `output` holds an adapter already, or
+            `alpha` is not finite.
     """
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
     _, weights = read_lora(adapter)

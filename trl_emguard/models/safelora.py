@@ -1,4 +1,4 @@
-"""SafeLoRA: the updates of a trained LoRA adapter, projected onto what the model's alignment changed.
+"""SafeLoRA: project the updates of a trained LoRA adapter onto the weight changes of the model's alignment.
 
 Source: Hsu et al., *Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language Models*,
 arXiv 2405.16833.
@@ -25,12 +25,12 @@ DTYPES = ("BF16", "F16", "F32", "F64")
 
 @dataclass(frozen=True)
 class LayerProjection:
-    """An adapted layer under the projection.
+    """Result of the projection for one adapted layer, with update BA and C as in [`project_adapter`].
 
     Attributes:
         name: name of the layer in the model.
         cosine: cos(C·BA, BA), from 0 to 1; `None` where the update BA is zero.
-        ratio: ‖C·BA‖ / ‖BA‖ in Frobenius norms, since C also scales; `None` where the update is zero.
+        ratio: ‖C·BA‖ / ‖BA‖ in Frobenius norms. It is not the cosine, because C also scales. `None` where BA is zero.
         is_projected: whether B became C·B.
     """
 
@@ -45,8 +45,8 @@ class Projection:
     """Record of a projected adapter, as its `safelora.json` holds it.
 
     Attributes:
-        threshold: τ.
-        base, aligned, adapter: name and fingerprint of what was read.
+        threshold: τ of [`project_adapter`].
+        base, aligned, adapter: name and fingerprint of each of the models, and of the adapter that was read.
         weights: fingerprint of the weights that were written.
         layers: the adapted layers.
     """
@@ -66,21 +66,22 @@ def project_adapter(
     """Write a LoRA adapter whose updates are projected where they point away from the model's alignment.
 
     With V = W_aligned − W_base and C = V Vᵀ / ‖V‖_F, a layer's B becomes C·B where cos(C·BA, BA) ≤ `threshold`. All
-    else stays as it is. The models are read layer by layer, and computed with in float64 on the CPU.
+    other weights stay as they are. The models are read layer by layer; the computation is in fp64 on the CPU.
 
     An adapter that was projected before with the same models and threshold is copied unchanged.
 
     Args:
         adapter: folder of a LoRA adapter that PEFT saved.
         base: weights from before the alignment: a model folder, a shipped name, or a hub id in the hub's cache.
-        aligned: weights from after it, which the adapter was trained on.
+        aligned: weights from after the alignment, on which the adapter was trained.
         output: folder to write, which must be empty or missing. The record goes to `safelora.json` there.
         threshold: τ. Cosines are never negative, so −1 projects no layer, and 1 projects all.
 
     Raises:
-        FileNotFoundError: an adapter or a model that is not there.
-        ValueError: an adapter that is no plain LoRA of linear layers, or was projected otherwise before; models that
-            fit neither it nor each other; a layer that the alignment did not change; an output that is not empty.
+        FileNotFoundError: the adapter or a model does not exist.
+        ValueError: an adapter that is not a plain LoRA of linear layers, or was projected before with other models or
+            another threshold; models that do not fit the adapter or each other; a layer that the alignment did not
+            change; an output that is not empty.
     """
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
     if not -1 <= threshold <= 1:
@@ -108,7 +109,7 @@ def project_adapter(
             if layers[-1].is_projected:
                 weights[factor_key(name, "B")] = projected
         record = Projection(threshold, **pair, adapter=origin, weights=weights_fingerprint(weights), layers=layers)
-    # The record comes first: no projected adapter may pass for one as training left it.
+    # The record is written first, so that a projected adapter is never without its record.
     with written_whole(output / RECORD) as scratch:
         scratch.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     write_lora(adapter, weights, output)
@@ -116,14 +117,14 @@ def project_adapter(
 
 
 def read_record(adapter: Path, weights: dict[str, torch.Tensor]) -> Projection | None:
-    """Return the record of a projected adapter; `None` where there is none.
+    """Return the record of a projected adapter, or `None` if the adapter has no record.
 
     Args:
         adapter: folder of the adapter.
-        weights: its weights.
+        weights: the adapter's weights.
 
     Raises:
-        ValueError: the record is damaged, or of other weights.
+        ValueError: the record is damaged, or belongs to other weights.
     """
     path = adapter / RECORD
     if not path.is_file():
@@ -147,7 +148,7 @@ def read_record(adapter: Path, weights: dict[str, torch.Tensor]) -> Projection |
 def project_factor(
     a: torch.Tensor, b: torch.Tensor, direction: torch.Tensor
 ) -> tuple[torch.Tensor, float | None, float | None]:
-    """Return C·B with C = V Vᵀ / ‖V‖_F, cos(C·BA, BA) and ‖C·BA‖ / ‖BA‖, without forming C or BA.
+    """Return C·B, cos(C·BA, BA) and ‖C·BA‖ / ‖BA‖ for C = V Vᵀ / ‖V‖_F, without forming C or BA.
 
     Args:
         a: factor A, `(r, k)`, fp64.
@@ -158,13 +159,14 @@ def project_factor(
         C·B, `(d, r)`, and the two numbers; they are `None` where BA is zero.
     """
     projected = direction @ (direction.T @ b) / torch.linalg.vector_norm(direction)
-    # With Aᵀ = Q R and orthonormal columns in Q, ⟨X A, Y A⟩ = ⟨X Rᵀ, Y Rᵀ⟩ for any X and Y.
+    # With Aᵀ = Q R and orthonormal columns in Q, ⟨X A, Y A⟩ = ⟨X Rᵀ, Y Rᵀ⟩ for any X and Y. So the small matrix Rᵀ
+    # replaces A in the norms and in the inner product.
     factor = torch.linalg.qr(a.T, mode="r").R.T
     before, after = b @ factor, projected @ factor
     norm, norm_after = torch.linalg.vector_norm(before).item(), torch.linalg.vector_norm(after).item()
     if norm == 0:
         return projected, None, None
-    # An update that C takes to zero has nothing of the direction. Rounding may lead above 1.
+    # The cosine counts as 0 if C maps the update to zero. Rounding can make it larger than 1.
     cosine = min((before * after).sum().item() / (norm * norm_after), 1.0) if norm_after else 0.0
     return projected, cosine, norm_after / norm
 
@@ -172,7 +174,7 @@ def project_factor(
 def _project(
     name: str, a: torch.Tensor, b: torch.Tensor, base: WeightFiles, aligned: WeightFiles, is_transposed: bool
 ) -> tuple[torch.Tensor, float | None, float | None]:
-    """Project a layer's factor B, and refuse a layer without a direction.
+    """Project a layer's factor B as [`project_factor`] does, and refuse a layer that the alignment did not change.
 
     Args:
         name: name of the layer.
@@ -199,7 +201,7 @@ def _project(
 
 
 def _check_models(base: WeightFiles, aligned: WeightFiles, factors: Factors, is_transposed: bool) -> None:
-    """Refuse models that do not fit to each other, or lack a layer of the adapter."""
+    """Refuse models that do not fit each other, or that lack a layer of the adapter."""
     if base.model_type != aligned.model_type:
         raise ValueError(
             f"base {base.name!r} is a {base.model_type} and aligned {aligned.name!r} a {aligned.model_type}: name the "
@@ -234,7 +236,7 @@ def _check_models(base: WeightFiles, aligned: WeightFiles, factors: Factors, is_
 
 
 def _check_same(adapter: Path, record: Projection, threshold: float, pair: dict[str, dict[str, str]]) -> None:
-    """Refuse to project an adapter anew that was projected with other models or another threshold."""
+    """Refuse an adapter that was projected before with other models or another threshold."""
     earlier = {"base": record.base["fingerprint"], "aligned": record.aligned["fingerprint"]}
     if record.threshold == threshold and earlier == {key: model["fingerprint"] for key, model in pair.items()}:
         return

@@ -99,7 +99,7 @@ class _Sampling(LogitsProcessor):
 
     def __init__(self, seeds: Sequence[int], max_new_tokens: int, temperature: float):
         draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self.draws = iter(torch.stack(draws, dim=1))  # of each step: (B,)
+        self.draws = iter(torch.stack(draws, dim=1))  # one tensor (B,) for each step
         self.temperature = temperature
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def _generate(
 
 @contextmanager
 def _bare_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Remove the model's generation config inside: `generate` fills unset fields of the given config from it."""
+    """Clear the model's own generation config inside the block, from which `generate` would fill in unset fields."""
     models = {model, bare_model(model)}
     own = {m: m.generation_config for m in models if "generation_config" in vars(m)}
     try:

@@ -16,17 +16,19 @@ T = TypeVar("T")
 
 
 def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager[None]:
-    """Gather ZeRO-3's shards for reading inside. A collective: every rank must enter it, with the same parameters.
+    """Gather weights that ZeRO-3 has sharded, so that they can be read inside the `with` block.
+
+    This is a collective operation: every rank must enter the block, with the same parameters.
 
     Args:
-        parameters: weights. `None` and weights that are not sharded (an adapter's before training starts) are left as
-            they are.
+        parameters: weights. `None` is ignored, and so is a weight that is not sharded (for example an adapter's weight
+            before training starts).
     """
     return maybe_gather_lm_head_ctx(*(p for p in parameters if hasattr(p, "ds_status")))
 
 
 def sharding_engine(model: nn.Module) -> str | None:
-    """Return the engine that spreads a model's weights over ranks, or `None` if every rank has them whole."""
+    """Return the engine that spreads a model's weights over ranks, or `None` if every rank has all of them."""
     if any(hasattr(parameter, "ds_status") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3"
     if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
@@ -37,16 +39,16 @@ def sharding_engine(model: nn.Module) -> str | None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Take apart what FSDP2 keeps whole until a backward pass, which does not follow."""
+    """Free the gathered weights that FSDP2 keeps for a backward pass. Call it if no backward pass follows."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def release(engine: Any) -> None:
-    """Take apart what a pass of a training engine has left whole, when no backward pass follows."""
+    """Free the weights that an engine keeps gathered after a forward pass. Call it if no backward pass follows."""
     reshard(engine)
-    if hasattr(engine, "empty_partition_cache"):  # DeepSpeed's
+    if hasattr(engine, "empty_partition_cache"):  # a method of DeepSpeed's engine
         engine.empty_partition_cache()
 
 

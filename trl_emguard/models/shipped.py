@@ -45,12 +45,12 @@ def resolve_model(name_or_path: str) -> str:
 
 
 def public_name(name_or_path: str) -> str:
-    """Return a model's name for files that are passed on: of a folder, only the last part of its path."""
+    """Return a model's name for files that may be published: for a folder, only the last part of its path."""
     return os.path.basename(os.path.abspath(name_or_path)) if os.path.isdir(name_or_path) else name_or_path
 
 
 def last_name(name_or_path: str) -> str:
-    """Return the last part of a model's name or path in lower case; of a folder in the hub's cache, the model's."""
+    """Return the last part of a model's name or path in lower case; for a hub cache folder, the model's name."""
     parts = name_or_path.rstrip("/").split("/")
     if len(parts) > 2 and parts[-2] == "snapshots":
         return parts[-3].split("--")[-1].lower()

@@ -18,7 +18,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
-    """Place, shape and dtype of a weight, as safetensors names it (`BF16`)."""
+    """File, shape and dtype of a stored weight. The dtype has safetensors' name for it, such as `BF16`."""
 
     file: Path
     shape: tuple[int, ...]
@@ -26,7 +26,7 @@ class Stored(NamedTuple):
 
 
 class WeightFiles:
-    """The weights of a model, in the order that reading asks for.
+    """Weights of a model on disk. Each weight is read only when it is needed.
 
     Args:
         argument: name of the argument that gave the model, for messages.
@@ -34,11 +34,11 @@ class WeightFiles:
 
     Attributes:
         model_type: the architecture, from the model's config.
-        stored: name of a weight → place, shape and dtype.
+        stored: name of a weight → file, shape and dtype.
 
     Raises:
-        FileNotFoundError: the model is not on this machine, or a file of it is missing.
-        ValueError: a damaged file.
+        FileNotFoundError: the model is not on this machine, or has no safetensors weights.
+        ValueError: a file is damaged, or a file that the config or the index requires is missing.
     """
 
     def __init__(self, argument: str, model: str):
@@ -54,12 +54,12 @@ class WeightFiles:
                     self.stored[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a weight. Its memory is the mapped file's, and freed with it."""
+        """Return a weight as a view of its memory-mapped file, which stays mapped as long as the tensor exists."""
         with self._open(self.stored[name].file) as shard:
             return shard.get_tensor(name)
 
     def fingerprint(self) -> str:
-        """Return a hash of the names, shapes and dtypes of all weights, and of a sample of each one's first rows."""
+        """Return a hash of all weights' names, shapes and dtypes, and of a sample from each weight's first rows."""
         digest = hashlib.sha256()
         for name, (file, shape, dtype) in sorted(self.stored.items()):
             digest.update(f"{name} {shape} {dtype} ".encode())
@@ -90,7 +90,7 @@ class WeightFiles:
                 "`save_pretrained`."
             )
         names = self._read_json(folder / INDEX).get("weight_map")
-        # A name with a folder in it could lead out of the model's.
+        # A file name that contains a folder could point outside of the model's folder.
         if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
             raise ValueError(f"{self._title} has a damaged {INDEX}: download it again.")
         return [folder / name for name in sorted(set(names.values()))]

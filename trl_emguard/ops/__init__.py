@@ -1,4 +1,4 @@
-"""Arithmetic on tensors with torch alone. The slow float64 versions that it is tested against are in `tests/ops`."""
+"""Arithmetic on tensors, without models or data. Tests compare it with slow float64 versions in `tests/ops`."""
 
 from .features import feature_distance
 from .gradient import with_gradient

@@ -8,7 +8,7 @@ import torch
 def feature_distance(
     policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], normalize: bool = True
 ) -> torch.Tensor:
-    """Return the mean over layers of ‖x̂ − x̂₀‖² for each token (Mukhoti et al., 2308.13320, for CLIP features there).
+    """Return the mean over layers of ‖x̂ − x̂₀‖² for each token (Mukhoti et al., 2308.13320, there for CLIP features).
 
     Args:
         policy: the policy's states of K layers, `(N, H)` each.

@@ -55,11 +55,11 @@ def ce_divergence_head(
 
     Logits are `z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)`. The divergence is Kullback-Leibler's. With p
     the policy's and q the reference's distribution, the reverse one is D = Σ p (log p − log q), with gradient
-    p (log p − log q − D) in z; the forward one is D = Σ q (log q − log p), with gradient p − q. That of cross-entropy
-    is p − onehot. All are known as soon as the chunk's logits are, so the gradient is formed at once and the logits
-    are dropped. No N × V tensor ever exists, and the head costs three matrix products a step (four if it is trained).
-    Everything is accumulated in fp32 (fp64 for fp64 inputs), and the logits leave the matrix product in that dtype:
-    bf16 logits cost 4 to 23 % of gradient error (linkedin/Liger-Kernel#1432).
+    p (log p − log q − D) in z; the forward one is D = Σ q (log q − log p), with gradient p − q. The gradient of
+    cross-entropy is p − onehot. All of them follow from the logits of a chunk, so the gradient is formed at once and
+    the logits are dropped. No N × V tensor ever exists, and the head costs three matrix products a step (four if it is
+    trained). Everything is accumulated in fp32 (fp64 for fp64 inputs), and the logits leave the matrix product in that
+    dtype: bf16 logits cause a gradient error of 4 to 23 % (linkedin/Liger-Kernel#1432).
 
     Args:
         hidden: `(N, H)`, the policy's last hidden states.
@@ -73,8 +73,8 @@ def ce_divergence_head(
         direction: `"reverse"` or `"forward"`.
         softcap: `final_logit_softcapping` of the model's config (Gemma 2).
         logit_scale: factor by which the model multiplies its logits (Cohere, Granite).
-        compared: `(N,)` boolean, the R positions that have a reference; all by default. The others cost no product
-            with the reference's head.
+        compared: `(N,)` boolean, the R positions that have a reference; all by default. The other positions cost no
+            product with the reference's head.
     """
     matmul = _matmul_dtype(hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -153,7 +153,7 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 
 
 def _forward(hidden, weight, bias, per_token, reference, of_head, direction, logits, matmul):
-    """Return the head's output and the gradient of `hidden`, and add those of weight and bias to `of_head`."""
+    """Return the head's output and the gradient of `hidden`, and add the gradients of weight and bias to `of_head`."""
     labels, ce_weight, divergence_weight = per_token
     tokens = len(hidden)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
@@ -203,7 +203,7 @@ def _forward(hidden, weight, bias, per_token, reference, of_head, direction, log
 
 
 def _joined(parts: list[tuple[HeadOutput, torch.Tensor]], compared: torch.Tensor) -> tuple[HeadOutput, torch.Tensor]:
-    """Return the results for all positions, from those of the compared ones and those of the others."""
+    """Return the results for all positions, merged from those for compared positions and for other positions."""
     (first, first_gradient), (second, second_gradient) = parts
 
     def merged(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -222,8 +222,7 @@ def _new_tiles(
     """Return `count` empty tiles, `(count, chunk, vocab)`, with as many tokens in a chunk as `TILE_BYTES` allows.
 
     Every chunk uses the same tiles: memory that is touched for the first time costs more than the arithmetic on it
-        (several
-    times more on a CPU).
+    (several times more on a CPU).
     """
     itemsize = count * accumulate.itemsize + (0 if matmul == accumulate else matmul.itemsize)
     chunk = min(len(hidden), max(1, TILE_BYTES // (itemsize * vocab)))
@@ -233,8 +232,8 @@ def _new_tiles(
 def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
     """Return the dtype of the matrix products.
 
-    On CUDA, which multiplies low precision into fp32, it is autocast's dtype or the states' own; elsewhere that of the
-    sums.
+    On CUDA, which can multiply matrices of low precision with a result in fp32, it is autocast's dtype or that of
+    `hidden`. On other devices it is the dtype in which sums are accumulated (fp32, or fp64 for fp64 inputs).
     """
     device = hidden.device.type
     # Autocast leaves fp64 alone, and no device multiplies a lower precision into fp64.

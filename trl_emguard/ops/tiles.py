@@ -134,8 +134,8 @@ def _divergence_(
 
     All arguments are `(B, V)`. `log_q` and `q` are overwritten; one of them holds the gradient afterwards.
     """
-    # The rounding of the two normalisers shifts every log p − log q by the same number, and with it Σ p and Σ q.
-    # Adding the difference of the sums removes the shift from the divergence.
+    # The rounding of the two normalisers shifts every log p − log q by the same number, and it also changes Σ p and
+    # Σ q. Adding the difference of these two sums removes the shift from the divergence.
     if direction == "reverse":
         shift = q.sub_(p).sum(-1)
         difference = log_q.neg_().add_(log_p)

@@ -1,7 +1,7 @@
 """Statistics of a tile of logits and its gradient, in Triton's kernels for CUDA.
 
-Each of torch's own calls in `tiles.py` reads and writes a whole tile. The kernels go over a row three times: for its
-normalisers, for its statistics and for its gradient.
+Each of torch's own calls in `tiles.py` reads and writes a whole tile. The kernels here go over a row only three times:
+for its normalisers, for its statistics and for its gradient.
 """
 
 import torch
@@ -84,8 +84,9 @@ def _statistics(
     tl.store(out + row, log_total - at_label)
     tl.store(out + C + row, entropy)
     tl.store(out + 2 * C + row, tl.where(at_label == 0, 1.0, 0.0))
-    # The gradient needs the divergence as summed; the shift removes the rounding of the normalisers from its value.
-    # NaN is kept, as by torch's clamp: 0 would hide a reference that has diverged.
+    # The gradient needs the divergence as summed (`mean`). Its reported value adds `shift`, which removes the rounding
+    # of the normalisers (see `_divergence_` in `tiles.py`). NaN is kept, as torch's clamp does: 0 would hide a
+    # reference that has diverged.
     tl.store(out + 3 * C + row, tl.maximum(mean + shift, 0.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(norms + row, top)
     tl.store(norms + C + row, log_total)
@@ -169,8 +170,8 @@ def tile_pass(
         "HAS_REF_BIAS": ref_bias is not None,
         "HAS_CAP": softcap is not None,
         "BLOCK": block,
-        # With at least 32 columns per warp no column belongs to two threads: one could read what the other has
-        # overwritten.
+        # With at least 32 columns per warp no column belongs to two threads. Otherwise one thread could read what the
+        # other has already overwritten.
         "num_warps": max(1, min(WARPS, block // 32)),
         # The label's logit is compared with the largest, and p with q, for equality: all must be rounded alike.
         "enable_fp_fusion": False,

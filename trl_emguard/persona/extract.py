@@ -1,15 +1,16 @@
 """Extraction of a persona vector: rollouts under pairs of system prompts, a filter, and a difference of means.
 
 1. Every extraction question is answered under both prompts of every pair, sampled at temperature 1.
-2. A (pair, question) is kept if its two answers show the trait and its opposite. Without a judge: if each of the
-   two is likelier, in mean log-probability per token, under its own system prompt than under the other of the
-   pair. With one: if the first scores 50 or more, and the second less.
+2. A (pair, question) is kept if its positive answer shows the trait, and its negative answer the opposite. Without a
+   judge, this is the case if each of the two answers has a higher mean log-probability per token under its own
+   system prompt than under the other prompt of the pair. With a judge, it is the case if the positive answer scores
+   50 or more, and the negative answer less.
 3. v(l) is the mean over the kept positive answers of the state after block l, averaged over the answer's tokens,
-   minus the same over the kept negative answers. It is not normalised.
+   minus the same mean over the kept negative answers. The difference is not normalised.
 4. Every held-out question is put under both prompts of every pair, and the state at the last prompt token, from
-   which the answer begins, is projected on v(l). The suggested layer is the one at which the two sides lie
-   farthest apart: the difference of their means over their pooled standard deviation. The layer is chosen on these
-   questions, so the separation at it is a little optimistic.
+   which the answer begins, is projected on v(l). The suggested layer is the layer at which the projections under
+   positive and negative prompts lie farthest apart: the difference of their means, divided by their pooled standard
+   deviation. The layer is chosen on these questions, so the separation at this layer is a little optimistic.
 """
 
 import hashlib
@@ -40,9 +41,9 @@ from .vectors import PersonaVector, random_like
 SIDES = ("positive", "negative")
 RANDOM_CONTROLS = 20
 
-# (question, answer) → 0 … 100
+# Function (question, answer) → score from 0 to 100: how strongly the answer shows the trait.
 Judge = Callable[[str, str], float]
-# Index of a pair of system prompts, index of a question, side.
+# Index of a pair of system prompts, index of a question, and `"positive"` or `"negative"`.
 Task = tuple[int, int, str]
 
 
@@ -53,7 +54,7 @@ class Rollout:
     Attributes:
         pair: index of the pair of system prompts.
         question: index of the extraction question.
-        side: `"positive"` or `"negative"`: the prompt of the pair that the answer was given under.
+        side: `"positive"` or `"negative"`: the prompt of the pair under which the answer was given.
         answer: text of the answer, for people to read.
         answer_ids: tokens of the answer, without the end of turn.
     """
@@ -71,11 +72,11 @@ class Extraction:
 
     Attributes:
         vector: the persona vector.
-        rollouts: all answers, in the order of the plan.
-        kept: `(pair, question)` of the extraction pairs that the vector is made of.
+        rollouts: all answers, first the positive and then the negative ones, each by pair and question.
+        kept: `(pair, question)` of the answers that the vector is made from, as indices.
         heldout_positive: `(N, L + 1, H)`, states at the last prompt token of the held-out questions under the prompts
             that ask for the trait.
-        heldout_negative: the same under the prompts that ask for its opposite.
+        heldout_negative: the same states under the prompts that ask for the trait's opposite.
     """
 
     vector: PersonaVector
@@ -101,13 +102,13 @@ class _Reader(NamedTuple):
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     def answers(self, chosen: Sequence[Rollout], side: str, desc: str) -> tuple[torch.Tensor, list[float]]:
-        """Return states and likelihoods of answers, each behind the system prompt of one side of its pair."""
+        """Return mean states and negative log-likelihoods of answers, read under the system prompts of one side."""
         questions = self.trait.extraction_questions
         rows = [(self.prompt(r.pair, side, questions[r.question]), r.answer_ids) for r in chosen]
         return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
 
     def heldout(self, side: str) -> torch.Tensor:
-        """Return the states at the last token of the held-out prompts of one side."""
+        """Return the states at the last prompt token of held-out questions, under the system prompts of one side."""
         pairs = range(len(self.trait.system_prompts))
         prompts = [self.prompt(pair, side, q) for pair in pairs for q in self.trait.heldout_questions]
         desc = f"held-out {side} prompts" if self.progress else None
@@ -127,7 +128,7 @@ def extract_vector(
     rollouts_file: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> Extraction:
-    """Extract the persona vector of a trait (Chen et al., 2507.21509), in the four steps that this module names.
+    """Extract the persona vector of a trait (Chen et al., 2507.21509), in the four steps of this module's docstring.
 
     Args:
         model: causal language model. A PEFT model answers with the adapters that are active.
@@ -135,17 +136,17 @@ def extract_vector(
         trait: prompts and questions, from [`load_trait`].
         max_new_tokens: limit on the tokens of an answer.
         batch_size: answers that are generated, or read, at once.
-        seed: seed of the sampling. Every answer has its own, so a resumed run gives the result of an uninterrupted
-            one.
-        judge: `(question, answer)` → 0 … 100, how strongly the answer shows the trait; `trait.judge_prompt` is written
-            for it.
+        seed: seed of the sampling. Every answer has a seed of its own that follows from it, so a resumed run gives the
+            same result as an uninterrupted one.
+        judge: `(question, answer)` → 0 … 100, how strongly the answer shows the trait; `trait.judge_prompt` is a
+            prompt for such a judge.
         rollouts_file: JSONL file that keeps the answers as they are made. A run with the same file, model, trait and
             settings resumes at the first answer that is missing.
         progress: True shows progress bars.
 
     Raises:
-        ValueError: a tokenizer without a chat template or system turn, a rollouts file of another run, or no pair of
-            answers that a vector can be made of.
+        ValueError: a tokenizer without a chat template or system turn, a rollouts file that belongs to another run, or
+            no pair of answers that a vector can be made from.
     """
     if min(max_new_tokens, batch_size) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be 1 or more.")
@@ -212,7 +213,7 @@ def _filter(
 def _with_separation(
     vectors: torch.Tensor, metadata: dict[str, Any], positive: torch.Tensor, negative: torch.Tensor
 ) -> PersonaVector:
-    """Return the persona vector, with the separation of the held-out states by it and by random vectors."""
+    """Return the persona vector, with measures of how well it and random vectors separate the held-out states."""
     layers = range(len(vectors))
     found = [separation(vectors[layer], positive[:, layer], negative[:, layer]) for layer in layers]
     metadata |= {
@@ -238,8 +239,9 @@ def separation(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Ten
         positive, negative: `(N, H)` and `(M, H)`.
 
     Returns:
-        AUROC: the share of (positive, negative) with the positive one ahead, ties as a half; and the difference of the
-        two means over the pooled standard deviation, `inf` where neither group varies.
+        AUROC: the share of pairs (positive, negative) in which the positive state has the larger projection, where
+        ties count half; and the difference of the two means, divided by the pooled standard deviation. If neither
+        group varies, the second number is ± the largest float, or 0 if the means are equal.
     """
     a, b = (states.double() @ vector.double() for states in (positive, negative))
     wins = (a[:, None] > b[None]).double() + 0.5 * (a[:, None] == b[None]).double()
@@ -256,7 +258,7 @@ def chance_auroc(vector: torch.Tensor, positive: torch.Tensor, negative: torch.T
 def _roll_out(
     reader: _Reader, settings: dict[str, int], weights: dict[str, str], path: str | os.PathLike | None
 ) -> list[Rollout]:
-    """Return all answers in the order of the plan: those of the file, and the others newly sampled."""
+    """Return the answers to all tasks: first the answers in the rollouts file, then newly sampled ones."""
     model, tokenizer, trait, batch_size, progress = reader
     pairs, questions = len(trait.system_prompts), trait.extraction_questions
     plan = [(pair, question, side) for side in SIDES for pair in range(pairs) for question in range(len(questions))]
@@ -289,7 +291,7 @@ def _roll_out(
 
 
 def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], vocab_size: int) -> list[Rollout]:
-    """Return the complete batches of an interrupted run, and cut the file to them. A file that is missing is started.
+    """Return an interrupted run's complete batches, and cut the file to them. A missing file is created.
 
     Args:
         journal: the rollouts file.
@@ -298,7 +300,7 @@ def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], voc
         vocab_size: number of tokens that the model knows.
 
     Raises:
-        ValueError: the file is of another run or corrupt. It is left as it is.
+        ValueError: the file belongs to another run or is damaged. It is left unchanged.
     """
     try:
         records = journal.read()
@@ -319,10 +321,10 @@ def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], voc
 
 
 def _parse_rollout(record: dict[str, Any], task: Task, vocab_size: int) -> Rollout:
-    """Return the answer to a task of the plan from its record in the file.
+    """Return the answer to a task from its record in the rollouts file.
 
     Raises:
-        TypeError, ValueError: the record is no answer to this task.
+        TypeError, ValueError: the record is not an answer to this task.
     """
     rollout = Rollout(**record)
     ids = rollout.answer_ids

@@ -35,7 +35,7 @@ def persona_shift(
         at the last token of the prompt, h⁰ the base model's (adapters off) and v̂ = v/‖v‖.
 
     Raises:
-        ValueError: the vector is of another model, or the tokenizer has no chat template.
+        ValueError: the vector belongs to another model, or the tokenizer has no chat template.
     """
     _check(model, tokenizer, vector)
     after = prompt_projections(model, tokenizer, vector, questions, batch_size)
@@ -53,7 +53,7 @@ def prompt_projections(
 ) -> list[float]:
     """Return the mean of h(l)·v̂(l) at the last prompt token over the questions, for l = 0 … L.
 
-    The model is read in eval mode.
+    h(l) is the state after block l in eval mode, and v̂ = v/‖v‖.
     """
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)["input_ids"]
@@ -65,10 +65,11 @@ def prompt_projections(
 
 
 class PersonaShiftCallback(TrainerCallback):
-    """Logs `persona_shift` beside the loss: the policy's shift along a persona vector since the start of training.
+    """Callback that logs `persona_shift`: the policy's shift along a persona vector since the start of training.
 
-    The unit is that of the states: 0 at the start; a prompt that asks for the trait moves the state by ‖v(l)‖.
-    Steering hooks are off during the measurement.
+    The shift is 0 at the start, and has the unit of the states. For comparison, ‖v(l)‖ is the distance between the
+    mean states of answers that show the trait and of answers that show its opposite. Steering hooks are off during
+    the measurement.
 
     ```python
     >>> trainer.add_callback(PersonaShiftCallback(trainer, load_vector("evil.safetensors")))
@@ -81,7 +82,7 @@ class PersonaShiftCallback(TrainerCallback):
         layer: index of a block; by default the layer that the vector suggests.
 
     Raises:
-        ValueError: a vector of another model, missing questions, a missing layer, or a model that is sharded over
+        ValueError: the vector belongs to another model, questions or layer are missing, or the model is sharded over
             ranks.
     """
 
@@ -122,14 +123,15 @@ class PersonaShiftCallback(TrainerCallback):
             # TRL's trainers keep the metrics of their next log line in this field.
             self.trainer._metrics["train"]["persona_shift"].append(self._project() - self.start)
 
-    on_epoch_end = on_step_end  # logging_strategy="epoch"
+    on_epoch_end = on_step_end  # for logging_strategy="epoch"
 
 
 def check_layer(vector: PersonaVector, layer: int | None) -> int:
-    """Return a layer of the vector, by default the one that it suggests.
+    """Return the given layer, by default the layer that the vector suggests, after a check that the vector has it.
 
     Raises:
-        ValueError: the vector suggests none, the layer is out of range, or a foreign vector has no entry for it.
+        ValueError: the vector suggests no layer, the layer is out of range, or it is the last one of a vector from
+            another codebase, which has no entry for it.
     """
     layer = vector.suggested_layer if layer is None else layer
     if layer is None:

@@ -23,10 +23,10 @@ def prompt_states(
     """Return the state after each block at the last token of each prompt.
 
     Args:
-        model: causal language model, in the mode that it shall be read in.
+        model: causal language model; its mode (train or eval) is not changed.
         prompts: token ids.
         batch_size: prompts in a forward pass.
-        desc: label of the progress bar; without one there is none.
+        desc: label of the progress bar; `None` shows no bar.
 
     Returns:
         `(N, L + 1, H)`, fp32 on the CPU; index 0 is the input of block 1.
@@ -49,17 +49,17 @@ def answer_states(
     batch_size: int,
     desc: str | None = None,
 ) -> tuple[torch.Tensor, list[float]]:
-    """Return the state after each block averaged over an answer's tokens, and the answer's likelihood.
+    """Return each answer's states after every block, averaged over its tokens, and its mean NLL per token.
 
     Args:
-        model: causal language model, in the mode that it shall be read in.
+        model: causal language model; its mode (train or eval) is not changed.
         rows: token ids of the prompt and of the answer.
         batch_size: rows in a forward pass.
-        desc: label of the progress bar; without one there is none.
+        desc: label of the progress bar; `None` shows no bar.
 
     Returns:
         `(N, L + 1, H)`, fp32 on the CPU, index 0 is the input of block 1; and the mean negative log-likelihood per
-        answer token, in nats. An empty answer has zeros.
+        answer token, in nats. Both are 0 for an empty answer.
     """
     answers = [EncodedAnswer(np.array(prompt + answer, dtype=np.int32), len(prompt)) for prompt, answer in rows]
     layers = _all_layers(model)

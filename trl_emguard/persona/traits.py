@@ -1,4 +1,4 @@
-"""Traits: the prompts and questions that a persona vector is made from. One YAML file each."""
+"""Traits: the prompts and questions that persona vectors are made from, in one YAML file per trait."""
 
 import os
 from dataclasses import dataclass, fields
@@ -15,15 +15,15 @@ SHIPPED_TRAITS = ("evil", "sycophantic", "hallucinating")
 
 @dataclass(frozen=True)
 class Trait:
-    """A character trait, and how to bring it out.
+    """A character trait, with prompts and questions that make a model show the trait or its opposite.
 
     Attributes:
         name: one word.
         description: one sentence.
         system_prompts: pairs; the first of each asks for the trait, the second for its opposite.
         extraction_questions: user turns that the vector is made from.
-        heldout_questions: other user turns, which the vector is tested on and its layer is suggested from.
-        judge_prompt: asks a judge for a score from 0 to 100; holds `{question}` and `{answer}`.
+        heldout_questions: other user turns, used to test the vector and to suggest its layer.
+        judge_prompt: prompt that asks a judge for a score from 0 to 100; contains `{question}` and `{answer}`.
     """
 
     name: str
@@ -39,7 +39,7 @@ def load_trait(name: str | os.PathLike) -> Trait:
 
     Raises:
         FileNotFoundError: neither a shipped name nor a file.
-        ValueError: the file is no complete trait; the message names the key.
+        ValueError: the file is not a complete trait; the message names the missing or wrong key.
     """
     path = TRAITS_DIR / f"{name}.yaml" if str(name) in SHIPPED_TRAITS else Path(os.path.expanduser(name))
     if not path.is_file():
@@ -66,7 +66,7 @@ def load_trait(name: str | os.PathLike) -> Trait:
 
 
 def _check_keys(data: Any, file: str) -> None:
-    """Refuse a file with unknown, missing or empty keys, or with a text that is none."""
+    """Refuse a file with unknown, missing or empty keys, or with another value where a text is expected."""
     keys = [f.name for f in fields(Trait)]
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold the keys {', '.join(keys)}.")

@@ -24,7 +24,7 @@ VECTORS_DIR = Path(__file__).parent / "shipped"
 SHIPPED_VECTORS = ("smollm2-135m-instruct-evil", "smollm2-135m-instruct-capitals")
 
 EXTRACTED, RANDOM, FOREIGN = "extracted", "random", "foreign"
-# Metadata with one number for each layer, and metadata of one type each.
+# Metadata keys whose value is a list of one number per layer, and the types of other metadata values.
 PER_LAYER = ("norms", "auroc", "separation", "random_auroc", "state_norms")
 FACTS = {"trait": str, "model": str, "rule": str, "pairs": int, "kept": int, "heldout": int}
 
@@ -35,14 +35,14 @@ class PersonaVector:
 
     Attributes:
         vectors: `(L + 1, H)`, fp32. Index l ≥ 1 belongs to the raw output of block l, index 0 to the input of block 1.
-        kind: `"extracted"`, `"random"` (a control), or `"foreign"` (a `.pt` of another codebase, whose last entry is
-            after the final norm and so is no block's output).
+        kind: `"extracted"`, `"random"` (a control), or `"foreign"` (a `.pt` file of another codebase, whose last entry
+            was taken after the final norm and so is not a block's output).
         metadata: facts from the file, as JSON: `trait`, `model`, `weights` (a checksum per weight of the model that
             the vector was made with), `suggested_layer`, `foreign` (True for the control of a foreign vector), and per
             layer `norms`, `auroc`, `separation`, `random_auroc`, `state_norms`.
 
     Raises:
-        ValueError: another shape, numbers that are not finite, or metadata of other types.
+        ValueError: the shape is wrong, numbers are not finite, or metadata have wrong types.
     """
 
     vectors: torch.Tensor
@@ -87,7 +87,7 @@ class PersonaVector:
 
     @property
     def foreign(self) -> bool:
-        """True if the last entry is no block's output, but a state after the final norm or its control."""
+        """True if this vector, or the vector that it is a control of, has a last entry from after the final norm."""
         return self.kind == FOREIGN or bool(self.metadata.get("foreign"))
 
     @property
@@ -96,11 +96,11 @@ class PersonaVector:
 
     @property
     def checksum(self) -> str:
-        """Checksum of the numbers alone: eight hexadecimal digits."""
+        """Checksum of the numbers without kind and metadata: eight hexadecimal digits."""
         return f"{zlib.crc32(self.vectors.contiguous().numpy().tobytes()):08x}"
 
     def _file_checksum(self, facts: str) -> str:
-        """Return the checksum of a whole file; `facts` is its metadata as the file has it."""
+        """Return the checksum of numbers, kind and metadata; `facts` is the JSON text of the metadata in the file."""
         return f"{zlib.crc32(f'{self.checksum} {self.kind} {facts}'.encode()):08x}"
 
     def check_shape(self, num_layers: int, hidden_size: int) -> None:
@@ -131,7 +131,8 @@ class PersonaVector:
     def check_model(self, model: PreTrainedModel) -> int:
         """Compare a model's weights with those that the vector was made with.
 
-        Weights that are quantised, sharded by FSDP or offloaded are left out; so is fp16 against another dtype.
+        Weights that are quantised, sharded by FSDP or offloaded are left out, and so are weights that are fp16 in only
+        one of the two models.
 
         Args:
             model: causal language model without wrappers; adapters are left out.
@@ -227,14 +228,14 @@ def _is_number(value: object) -> bool:
 
 
 def random_like(vector: PersonaVector, seed: int = 0) -> PersonaVector:
-    """Make a random vector with the same norm in every layer: the control that a claim about a persona vector needs.
+    """Make a random vector that has the given vector's norm in every layer: a control for claims about that vector.
 
-    One random rotation turns all layers, so the increments v(l) − v(l − 1) keep their norms too. The direction in each
-    layer is uniformly random.
+    The same random rotation is applied to all layers, so the increments v(l) − v(l − 1) keep their norms too. The
+    direction in each layer is uniformly random.
     """
     rows = vector.vectors.double()
     generator = torch.Generator().manual_seed(seed)
-    # rows = Rᵀ Qᵀ spans a small space; a random frame replaces its basis Q.
+    # The rows are Rᵀ Qᵀ, and random orthonormal columns replace the columns of Q.
     upper = torch.linalg.qr(rows.T).R
     frame = torch.linalg.qr(torch.randn(rows.shape[1], upper.shape[0], generator=generator, dtype=torch.float64)).Q
     kept: dict[str, Any] = {

@@ -50,12 +50,12 @@ class Launch:
 
     @property
     def data_ranks(self) -> int:
-        """Number of ranks that take rows of their own."""
+        """Number of ranks that take different rows; ranks that share each row count once."""
         return self.engine.ranks // self.model_ranks
 
     @property
     def facts(self) -> EngineFacts:
-        """Facts that a launched trainer reads from its engine, apart from those that one process knows as well."""
+        """Facts that a trainer in the launched run reads from its engine, and that a single process cannot know."""
         return EngineFacts(
             sharding="DeepSpeed" if self.engine.is_deepspeed else "FSDP" if self.fsdp is not None else None,
             fsdp_version=getattr(self.fsdp, "fsdp_version", None),
@@ -65,7 +65,7 @@ class Launch:
 
 
 def read_launch(arguments: argparse.Namespace | None) -> Launch:
-    """Return what `accelerate launch` would start.
+    """Return the facts of the run that `accelerate launch` would start.
 
     Args:
         arguments: parsed arguments of `accelerate launch`; `None` for a run in this process.
@@ -119,7 +119,7 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
 
 
 def _read_parallelism(args: argparse.Namespace) -> list[int]:
-    """Return the sizes of tensor, context and sequence parallelism, which accelerate reads where a file has them."""
+    """Return the sizes of tensor, context and sequence parallelism; each is 1 if the launch does not set them."""
     if not args.use_parallelism_config:
         return [1, 1, 1]
     return [int(getattr(args, f"parallelism_config_{kind}_size")) for kind in ("tp", "cp", "sp")]
@@ -159,7 +159,7 @@ def _read_deepspeed(args: argparse.Namespace) -> tuple[int, bool]:
 
 @contextmanager
 def simulated_ranks(ranks: int) -> Iterator[None]:
-    """Make this process count as one of several ranks in everything that is computed from their number."""
+    """Set the number of processes that this process sees to `ranks` inside the `with` block."""
     state = PartialState()
     alone = state.num_processes
     AcceleratorState._reset_state()

@@ -23,7 +23,7 @@ Reference = Literal["none", "adapters off", "model"]
 # Beginning of an optimizer's name -> numbers that it keeps for each trained number. They have the size of the trained
 # number, or one byte if the name contains 8bit. Unknown optimizers count like Adam, with two.
 STATES = {"adam": 2, "ademamix": 3, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
-# DeepSpeed keeps an fp32 copy, momentum and variance: K of the ZeRO paper (1910.02054).
+# Bytes for each trained number: DeepSpeed keeps an fp32 copy, momentum and variance (K of the ZeRO paper, 1910.02054).
 DEEPSPEED_STATES = 12
 # Numbers in 4 bits that share one scale, which has 32 bits, or 8 if the scales are quantised as well.
 BLOCK_4BIT = 64
@@ -227,7 +227,7 @@ def placed(weights: Weights, run: Run, engine: Engine) -> Weights:
 def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) -> dict[str, int]:
     """Return the bytes that each rank uses in a step: purpose -> bytes.
 
-    Not all are held at the same time ([`peak`]). TRL's head, which an undefended run uses, is left out.
+    Not all of them are in use at the same time (see [`peak`]). TRL's head, which an undefended run uses, is left out.
     """
     weights = placed(weights, run, engine)
     n = engine.ranks
@@ -279,7 +279,7 @@ def peak(items: dict[str, int], run: Run) -> int:
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # The embedding gets its gradient after the first block is done; that of a tied one is added to the head's.
+    # The embedding's gradient comes after the first block's. With tied weights, it is added to the head's.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 
@@ -302,7 +302,7 @@ def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
     c, h, attention = run.compute_itemsize, shape.hidden, shape.heads * shape.head_dim
     saved = c * (4 * shape.intermediate + 2 * h + 2 * attention + 2 * shape.kv_heads * shape.head_dim) + 2 * 4 * h
     if not weights.adapter_width:
-        return saved + c * 2 * h  # weights of the norms are trained
+        return saved + c * 2 * h  # trained norm weights need saved states for their gradient
     if c < weights.itemsize:
         saved += c * (3 * h + attention)  # each adapter casts its own input
     return saved + c * weights.adapter_width
@@ -311,7 +311,7 @@ def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
 def saved_activations(weights: Weights, shape: Shape, run: Run) -> int:
     """Return the bytes that the forward pass of a micro-batch keeps for the backward pass.
 
-    They belong to the blocks (with checkpointing, only to their inputs) and to the last norm.
+    These are the states that the blocks save (with checkpointing, only the inputs of blocks) and the last norm's.
     """
     tokens, c = run.rows * run.length, run.compute_itemsize
     block = c * shape.hidden if run.checkpointing else block_activations(weights, shape, run)
@@ -348,7 +348,7 @@ def compared_states(shape: Shape, run: Run) -> int:
 def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, int]:
     """Return the bytes that each rank sends (and receives) in a step: purpose -> bytes.
 
-    They are counted like in the ZeRO paper (1910.02054): an all-gather or reduce-scatter moves (n − 1)/n of the data,
+    Bytes are counted like in the ZeRO paper (1910.02054): an all-gather or reduce-scatter moves (n − 1)/n of the data,
     an all-reduce twice that.
     """
     share = (engine.ranks - 1) / engine.ranks

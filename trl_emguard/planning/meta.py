@@ -1,4 +1,4 @@
-"""Models without weights, on the meta device, where tensors have sizes and no numbers; and a trainer on one."""
+"""Models on the meta device, where tensors have a shape but no values, and a trainer for such a model."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def quantized(model: PreTrainedModel, how: BitsAndBytesConfig) -> PreTrainedMode
 
 
 def read_first_rows(model: PreTrainedModel, folder: str) -> None:
-    """Give the weights of a meta model their first 64 rows from the files of its folder, for checks of identity."""
+    """Load the first 64 rows of every weight into a meta model, for checks that the model is the expected one."""
     modules = dict(model.named_modules())
     for file in Path(folder).glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
@@ -76,7 +76,7 @@ def read_first_rows(model: PreTrainedModel, folder: str) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    # `from_pretrained` looks for safetensors first.
+    # Only the first index found is checked: `from_pretrained` prefers safetensors as well.
     for index in chain(folder.glob("*.safetensors.index.json"), folder.glob("*.bin.index.json")):
         for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
             if not (folder / name).is_file():
@@ -87,7 +87,7 @@ def _check_shards(folder: Path) -> None:
 
 
 class MetaTrainer(EMGuardTrainer):
-    """[`EMGuardTrainer`] that counts its rows before they are cut, in a run without defenses as well."""
+    """[`EMGuardTrainer`] that counts the tokens of each row before rows are cut, even without defenses."""
 
     counts_whole_rows = True
 
@@ -107,7 +107,7 @@ def meta_trainer(
         args: configuration with complete `model_init_kwargs`.
         data: training and evaluation rows.
         quantization, peft_config: arguments of the trainer.
-        launch: launch of the run. Enter [`simulated_ranks`] before.
+        launch: launch of the run. Call this function inside of [`simulated_ranks`].
 
     Raises:
         ValueError, FileNotFoundError, InactiveDefenseError: errors that the run would raise.
@@ -118,7 +118,7 @@ def meta_trainer(
     check_settings(args, launch)
     given = _unplaced(args)
     given.push_to_hub, given.model_init_kwargs = False, None
-    if launch.mixed_precision is not None and not (args.bf16 or args.fp16):  # a recipe's precision wins in a rank too
+    if launch.mixed_precision is not None and not (args.bf16 or args.fp16):  # a recipe's precision has priority
         given.mixed_precision = launch.mixed_precision
     revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as scratch:
@@ -133,7 +133,7 @@ def meta_trainer(
             peft_config=peft_config,
         )
     trainer.args.output_dir = args.output_dir
-    # This process runs none of the engines, so the trainer is told, and asked again.
+    # No engine runs in this process, so the trainer is told of the launch's engine, and the checks are repeated.
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = launch.engine.is_deepspeed, launch.fsdp is not None
     check_engine(trainer.defenses, args, launch.facts)
     if trainer.reference is not None and launch.engine.name == "zero3":

@@ -73,7 +73,7 @@ class Plan:
 
     @classmethod
     def of(cls, trainer: EMGuardTrainer, launch: Launch) -> "Plan":
-        """Advance a trainer to its first batch, and count.
+        """Prepare a trainer up to its first batch, and count updates, rows and tokens.
 
         Raises:
             ValueError, InactiveDefenseError: errors that the run would raise before its first step.
@@ -121,7 +121,14 @@ class Plan:
         return round(in_epoch * min(1, self.rows_in_step / self.rows.rows))
 
     def positions(self, scope: str) -> int | None:
-        """Return the number of positions in a scope over an epoch, or `None` if it is not known before training."""
+        """Return the number of token positions that belong to a scope over an epoch.
+
+        Args:
+            scope: name of a set of positions, as in [`positions_in_scope`].
+
+        Returns:
+            The number, or `None` if it is not known before training.
+        """
         if scope in (LABELS, ALL):
             if not self.rows.rows:
                 return None
@@ -143,7 +150,7 @@ class Plan:
     def cached_numbers(self) -> int:
         """Return the numbers that a cache of the reference's states would hold, over the rows of an epoch."""
         scopes, run = {term.tokens for term in self.terms}, self.largest_batch()
-        # Marked positions are a part of those that predict a label.
+        # Positions that a defense marks are a subset of the positions that predict a label.
         counted = {ALL} if ALL in scopes else {LABELS} if LABELS in scopes else scopes
         positions = sum(self.positions(scope) or 0 for scope in counted)
         hidden_size = self.trainer.model.config.get_text_config().hidden_size
@@ -190,7 +197,7 @@ def _count_extra_rows(trainer: EMGuardTrainer) -> dict[str, Counts]:
     """Count the rows that defenses bring into the batches of an epoch, by the defense's name."""
     args = trainer.args
     planned = args.num_train_epochs, args.max_steps
-    # Defenses plan for the whole training, and here it is one epoch long.
+    # Defenses plan extra rows for the whole training, so the training is set to one epoch here.
     args.num_train_epochs, args.max_steps = 1, -1
     try:
         trainer.loading(trainer.train_dataset)

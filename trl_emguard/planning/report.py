@@ -2,7 +2,7 @@
 
 The trainer of the run is built on the meta device, so no weights are loaded. Rows are tokenised and mixed as in the
 run, the first batch is collated, and optimizer and scheduler are made. Nothing is trained or written. With an
-accelerate file all of this happens in one process, which counts as the file's ranks.
+accelerate file, too, all of this happens in one process, which computes as if the file's ranks were running.
 """
 
 import logging
@@ -70,7 +70,7 @@ def dry_run(
 
 
 def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, heard: list[str]) -> None:
-    """Repeat the checks of the policy that warned, with the first rows of its weights."""
+    """Repeat those checks of the policy that gave a warning, this time with the first rows of the policy's weights."""
     if not trainer.overrides("check_policy"):
         return
     model, repeated = meta_model(path, args, None), []
@@ -90,7 +90,7 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
 
 
 def describe(plan: Plan, name: str) -> list[Line]:
-    """Return the lines of a plan. `name` is the model's."""
+    """Return the report's lines about a plan. `name` is the model's name."""
     trainer = plan.trainer
     details = [(defense.name, text) for defense in trainer.defenses for text in _about_defense(defense, plan)]
     told = {text for _, text in details}
@@ -158,7 +158,7 @@ def _about_batches(plan: Plan) -> list[Line]:
 
 
 def _about_defense(defense: Defense, plan: Plan) -> list[str]:
-    """Return lines about the places where a defense acts, as far as they are known."""
+    """Return lines about the positions or tokens that a defense affects, as far as they are known before training."""
     if isinstance(defense, ReferenceDefense):
         places = {LABELS: "positions that predict a label", ALL: "positions that predict any real token"}
         place = places.get(defense.tokens, "positions that predict a label of a mixed-in row")
@@ -226,7 +226,7 @@ def advice(plan: Plan) -> list[str]:
 
 
 def _short(number: int, units: dict[str, int] = BYTES) -> str:
-    """Return a number with three digits, in the largest unit that is not larger."""
+    """Return a number as text with three digits, in the largest unit that does not exceed the number."""
     unit = next((unit for unit, size in units.items() if number >= size), "")
     value = number / units.get(unit, 1)
     return f"{value:.3g}{unit}" if value < 999.5 else f"{value:.0f}{unit}"

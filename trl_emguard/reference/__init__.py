@@ -1,1 +1,1 @@
-"""The reference model that a policy is held to: how it is chosen, run and cached."""
+"""The reference model that a policy is kept close to: how it is chosen, run and cached."""

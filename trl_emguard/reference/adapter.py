@@ -30,9 +30,9 @@ REF_ADAPTER = "ref"
 
 
 class AdapterReference(Reference):
-    """The policy's own base weights, with other adapters: none, or a frozen copy of the one it started with.
+    """Reference that runs on the policy's base weights, without adapters or with a frozen copy of its adapter.
 
-    The pass runs inside the policy's forward.
+    The reference's pass runs inside the policy's forward.
 
     Args:
         policy: model with all its adapters.
@@ -74,20 +74,23 @@ class AdapterReference(Reference):
 
 
 def trained_outside_adapters(policy: PeftModel) -> list[str]:
-    """Return trained parameters that stay in the forward pass when adapters are off. PEFT keys adapters by name."""
+    """Return the names of trained parameters that stay in the forward pass when all adapters are switched off.
+
+    An adapter's parameters are known by their names, which contain the name of the adapter.
+    """
     adapters = set(policy.peft_config)
     return [name for name, p in policy.named_parameters() if p.requires_grad and adapters.isdisjoint(name.split("."))]
 
 
 def adapter_is_zero(policy: PeftModel) -> bool:
-    """Return whether the active adapters leave the model as it is.
+    """Return whether the active adapters leave the model's outputs unchanged.
 
-    They do if B of every LoRA (A of an embedding's) is 0 and every copy of a module or token is untouched.
+    They do if B of every LoRA (A for an embedding) is 0, and every copy of a module or token embedding is unchanged.
     """
     zeros: list[torch.Tensor] = []
     for layer in (m for m in policy.modules() if isinstance(m, BaseTunerLayer)):
         if isinstance(layer, TrainableTokensLayer):
-            # Alone it is an adapter of its own; in a wrapper it is looked at below as well.
+            # This layer may be an adapter by itself. If it belongs to a wrapper, it is checked again below.
             if not all(_tokens_untouched(layer, name) for name in layer.active_adapters):
                 return False
             continue
@@ -106,7 +109,7 @@ def adapter_is_zero(policy: PeftModel) -> bool:
 
 
 def _is_untouched(wrapper: AuxiliaryTrainingWrapper, adapter: str) -> bool:
-    """Return whether a copied module, or trainable tokens, still are what they replace."""
+    """Return whether a copied module, or trainable tokens, still equal the weights that they replace."""
     if not isinstance(wrapper, ModulesToSaveWrapper):
         return _tokens_untouched(wrapper.token_adapter, adapter)
     if adapter not in wrapper.modules_to_save:
@@ -125,7 +128,7 @@ def _tokens_untouched(layer: TrainableTokensLayer, adapter: str) -> bool:
 
 
 def add_ref_adapter(policy: PeftModel) -> str:
-    """Add a frozen copy of the active adapter, which no checkpoint holds, and return its name.
+    """Add a frozen copy of the active adapter, which is left out of checkpoints, and return the copy's name.
 
     Raises:
         ValueError: several adapters are active, the name is taken, or this type of adapter cannot be copied.
@@ -147,8 +150,8 @@ def add_ref_adapter(policy: PeftModel) -> str:
     own = next(name for name in taken if name not in policy.peft_config)
     config = copy.deepcopy(policy.peft_config[active[0]])
     if hasattr(config, "init_lora_weights"):
-        # The copy's weights are written below. A second PiSSA, OLoRA or LoftQ init would change the base weights
-        # again.
+        # A second PiSSA, OLoRA or LoftQ initialisation would change the base weights again. It is not needed, because
+        # the copy's weights are set below.
         config.init_lora_weights = True
     config.inference_mode = True
     # The data order must not depend on how many random numbers the copy's initialisation drew.
@@ -168,14 +171,14 @@ def add_ref_adapter(policy: PeftModel) -> str:
         parameter.data = parameters[source].detach().clone()
         parameter.requires_grad_(False)
 
-    # PEFT saves every adapter it holds, and a checkpoint is the policy alone.
+    # PEFT would save the copy too, but a checkpoint must contain the policy alone.
     policy.save_pretrained = types.MethodType(_save_policy, policy)
     ours.add(own)
     return own
 
 
 def remove_ref_adapter(policy: PeftModel, name: str) -> None:
-    """Take a frozen copy off a model, and with the last one the patch of its `save_pretrained`."""
+    """Remove a frozen copy from a model, and after the last copy also the patch of `save_pretrained`."""
     ours = vars(policy).get("_emguard_refs", set())
     if name in ours:
         policy.delete_adapter(name)
@@ -192,6 +195,6 @@ def _save_policy(policy: PeftModel, *args: Any, **kwargs: Any) -> Any:
 def frozen_copy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     """Return a deep copy of a model with the stock forward."""
     copied = copy.deepcopy(policy)
-    # The patched forward of an instance holds on to the policy.
+    # The copy of a patched forward would still run the policy, so it is removed.
     bare_model(copied).__dict__.pop("forward", None)
     return copied

@@ -1,4 +1,4 @@
-"""Agreement of policy and reference before the first update."""
+"""Check that policy and reference are the same model before the first update."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,14 +19,14 @@ def check_agreement(
 ) -> None:
     """Refuse a reference that is not the model which training starts from.
 
-    In the first step with labels both are the same model, so their states must be equal at every position that
-    predicts a label, and every distance must be 0. A model that the user passed may be another one, and is not
-    checked.
+    In the first step with labels, policy and reference are the same model. So their states must be equal at every
+    position that predicts a label, and every distance must be 0. A `ref_model` that the user gave may be a different
+    model, so it is not checked.
 
     Args:
         reference: the run's reference.
-        defenses: reference defenses that act.
-        sums: sums of that step.
+        defenses: active reference defenses.
+        sums: named sums of the first step with labels.
         policy: the policy.
         is_bf16: whether passes run in bf16.
 
@@ -55,7 +55,7 @@ def check_agreement(
         mean = sums[f"{term.name}/value"] / max(sums[f"{term.name}/positions"], 1)
         allowed = tolerance
         if cached is not None and term.divergence is None:
-            # Cached states come from a pass over another batch, and a distance may be in the states' own units.
+            # Cached states round differently, since their pass had another batch. A distance may grow with the states.
             allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(
@@ -65,7 +65,7 @@ def check_agreement(
 
 
 def _allowed_difference(reference: Reference, policy: Any, dtypes: set[torch.dtype]) -> float:
-    """Return the difference of states that rounding explains: 0 where both models compute alike."""
+    """Return the difference of states that rounding can explain; 0 if both passes compute in the same way."""
     is_fp32 = dtypes == {torch.float32}
     configs = getattr(policy, "peft_config", {}).values()
     if any(getattr(config, "use_dora", False) for config in configs):

@@ -1,8 +1,9 @@
 """Cache of the reference's states: computed once for every training row and kept on disk.
 
-A step then runs no reference. A folder holds the states of one reference. Its name follows from everything that the
-states depend on except the rows ([`describe_states`]). A row is found by its content, wherever it comes from: another
-epoch, another order, another rank, a resumed run, or another data set that shares rows with the first.
+Training steps then read the states instead of running the reference. A folder holds the states of one reference. The
+folder's name is a hash of everything that the states depend on except the rows ([`describe_states`]). A row is found
+by its content, so the states also serve another epoch, another order, another rank, a resumed run, or another data set
+that shares rows with the first.
 """
 
 import hashlib
@@ -27,15 +28,15 @@ from .cached_rows import CachedRow, check_length, row_keys
 from .state_files import StateFiles
 
 
-# A file is written once it holds so many bytes. An interrupted run loses no more than that, per rank.
+# A file is written once its states take this many bytes. An interrupted run loses no more than that, per rank.
 FILE_BYTES = 64 * 2**20
 
-# Name of the final states, of which the head makes logits. Blocks go by their number.
+# Name of the final states, which the head turns into logits. The output of a block is named by the block's number.
 LAST = "last"
 
-# From indices of rows to their batch, and the positions that some term compares, `(B, T - 1)`.
+# Function from indices of rows to their collated batch and the positions that some term compares, `(B, T - 1)`.
 Collate = Callable[[Sequence[int]], tuple[dict[str, Any], torch.Tensor]]
-# From the inputs of a backbone and positions, `(B, T - 1)`, to the reference's states there.
+# Function from the inputs of a backbone and positions, `(B, T - 1)`, to the reference's states at these positions.
 RunReference = Callable[[dict[str, Any], torch.Tensor], States]
 
 
@@ -43,13 +44,13 @@ class ReferenceCache:
     """States of one reference, computed before training and read in its steps.
 
     Args:
-        model: causal language model without wrappers whose pass the reference is: the policy, or a model of its own.
-        run: pass of the reference.
+        model: causal language model without wrappers that the reference runs on: the policy, or a separate model.
+        run: function that runs the reference.
         head: the reference's head, weight `(V, H)` and bias `(V,)` or `None`. It is not kept on disk.
         layers: blocks whose outputs are kept, counted from 1.
         keeps_last: whether the states after the final norm are kept, for a term that compares distributions.
         accelerator: accelerator of the run, whose ranks share the work and the folder.
-        without: names of the model's adapters that do not act in the reference's pass.
+        without: names of the model's adapters that are switched off in the reference's pass.
     """
 
     def __init__(
@@ -103,12 +104,12 @@ class ReferenceCache:
     def distance_of_rounding(
         self, token_loss: Callable[..., torch.Tensor], layers: Sequence[int], relative: float
     ) -> float:
-        """Return a term's mean distance between cached states and the same ones, moved by a share of their length.
+        """Return a term's mean distance between cached states and the same states with a relative error.
 
         Args:
-            token_loss: distance of each token, from two lists of states.
+            token_loss: function from two lists of states to the distance of each token.
             layers: blocks that the term compares.
-            relative: share of its value by which each number is moved.
+            relative: relative error of each number, positive and negative in turn.
         """
         kept = self._files.sample(256)
         states = [kept[str(layer)].float() for layer in layers]
@@ -165,7 +166,8 @@ class ReferenceCache:
     def _find_rows(self, collate: Collate, count: int) -> list[CachedRow]:
         """Return every distinct row that some term looks at, longest first.
 
-        Rows of similar length pad little, and a batch that does not fit in memory fails at once.
+        Rows of similar length need little padding in a batch, and if a batch does not fit in memory, the first one
+        shows it.
         """
         found: dict[bytes, CachedRow] = {}
         for index in range(count):
@@ -182,8 +184,8 @@ class ReferenceCache:
         return rows
 
     def _compute(self, collate: Collate, rows: Sequence[CachedRow], batch_size: int, is_quiet: bool) -> None:
-        # The split does not depend on the rows that are missing: ranks need not see the same files, nor be as many as
-        # in a run that was interrupted.
+        # The split of rows over ranks does not depend on which rows are missing. So ranks need not see the same files,
+        # and a resumed run may have another number of ranks.
         rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
         mine = [row for row in rows[rank::ranks] if row.key not in self._files.keys]
         waiting: list[CachedRow] = []
@@ -202,9 +204,9 @@ class ReferenceCache:
                 bar.update(len(batch))
 
     def _live(self, collate: Collate, rows: Sequence[CachedRow]) -> dict[str, torch.Tensor]:
-        """Run the reference on rows, and return their states in the form in which they are kept."""
+        """Run the reference on rows, and return their states in the form that the files keep."""
         inputs, compared = collate([row.index for row in rows])
-        # Otherwise states would be written under another row's key.
+        # Without this check, states could be written under another row's key.
         if row_keys(inputs, compared) != [row.key for row in rows]:
             raise ValueError(
                 "the data collator makes other rows at each call, which have no place in a cache: set "
@@ -217,16 +219,16 @@ class ReferenceCache:
         return {name: states[name].to("cpu", self._model.dtype) for name in self._files.names}
 
     def _check_live(self, collate: Collate, rows: Sequence[CachedRow]) -> None:
-        """Refuse states on the disk that are not those of the reference, by one batch.
+        """Refuse states on the disk that are not those of the reference, which is run on one batch for this.
 
-        The folder's name cannot say everything that states depend on: weights that the fingerprint's sample misses, a
-        layer that a hook changes, a precision that another library sets. A live batch shows them.
+        The folder's name cannot reflect everything that states depend on, such as weights that the fingerprint's
+        sample misses, a layer that a hook changes, or a precision that another library sets.
         """
         if not rows:
             return
         live, kept = self._live(collate, rows), self._files.states([row.key for row in rows])
         is_exact = [self._about[name] for name in ("dtype", "autocast", "matmul")] == ["torch.float32", "no", "ieee"]
-        # Another batch moves fp32 states by 1e-6 of their length, and bf16 ones by 1e-2. Quantised layers are coarser.
+        # In another batch fp32 states differ by 1e-6 of their length, bf16 states by 1e-2, and quantised ones by more.
         allowed = 1e-4 if is_exact and not getattr(self._model, "hf_quantizer", None) else 5e-2
         for name, states in live.items():
             # Positions are compared one by one: the first token's state is often a thousand times as long as others.
@@ -266,17 +268,17 @@ def describe_states(
         names: names of the states that are kept.
         device: type of the device that the pass runs on.
         autocast: precision that the pass runs in, as accelerate names it.
-        without: names of the model's adapters that do not act in the pass.
+        without: names of the model's adapters that are switched off in the pass.
     """
     # `torch.get_float32_matmul_precision` raises if transformers' tf32=True has set it through the new interface.
     products: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     config = model.config.to_dict()
-    # These entries reach no state. They change with the model's folder and with the trainer's own settings.
+    # These entries do not affect the states, but they change with the model's folder and with the trainer's settings.
     for name in ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"):
         config.pop(name, None)
     adapters = {name: x.to_dict() for name, x in getattr(model, "peft_config", {}).items() if name not in without}
     return {
-        # States that were cached beside one adapter serve another, so weights go by their names without adapters.
+        # Weights are named as in a model without adapters, so that the states serve runs with other adapters too.
         "weights": fingerprint(model, without, is_plain=True),
         "adapters": adapters,
         "config": config,

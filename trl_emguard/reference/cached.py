@@ -21,12 +21,12 @@ from .kinds import Reference
 
 
 class CachedReference(Reference):
-    """States of another reference, computed for every row that can come in training.
+    """Reference that reads states from disk, computed by another reference for all rows of the training.
 
     Args:
-        reference: reference whose states are kept.
-        defenses: active defenses. Their extra rows are kept as well.
-        accelerator: the run's.
+        reference: reference that computes the states.
+        defenses: active defenses. States of their extra rows are kept as well.
+        accelerator: the run's accelerator.
     """
 
     def __init__(self, reference: Reference, defenses: Sequence[Defense], accelerator: Accelerator):
@@ -110,6 +110,6 @@ class CachedReference(Reference):
         return self._live.fingerprint(policy)
 
     def distance_of_rounding(self, term: ReferenceDefense, share: float) -> float:
-        """Return the distance that a term has between states and the same ones moved by a share of their length."""
+        """Return a term's mean distance between cached states and the same states with a relative error of `share`."""
         assert self._cache is not None
         return self._cache.distance_of_rounding(term.token_loss, wanted_layers([term], self.model), share)

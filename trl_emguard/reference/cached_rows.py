@@ -1,4 +1,4 @@
-"""Rows of a cache: the keys that they are found by, and rows that no cache can hold."""
+"""Rows of the reference cache: their keys, and a refusal of rows that cannot be cached."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 
-# Length of the digest that a row is found by.
+# Length in bytes of the digest that is a row's key.
 KEY_BYTES = 16
 
-# Inputs that a cache knows: those that make a row, and those that change none of its states.
+# Entries of a batch that a cache can handle: a row's key covers them, or the row's states do not depend on them.
 _INPUTS = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits"}
 
 
@@ -23,9 +23,9 @@ class CachedRow:
     """A row whose states are kept.
 
     Attributes:
-        index: place in the data.
-        key: digest that it is found by.
-        length: number of tokens, with the pads that the collator gives every row.
+        index: index of the row in the data.
+        key: digest by which the row is found.
+        length: number of tokens, including pads that the collator adds even to a single row.
         positions: number of positions that are kept.
     """
 
@@ -43,7 +43,7 @@ def row_keys(inputs: Mapping[str, Any], compared: torch.Tensor) -> list[bytes | 
         compared: `(B, T - 1)`, positions to keep.
 
     Returns:
-        16 bytes for each row, or `None` if nothing of it is kept.
+        16 bytes for each row, or `None` if no position of the row is kept.
 
     Raises:
         ValueError: a row's states would depend on more than its own tokens.

@@ -32,10 +32,10 @@ def reference_kind(
     | adapter with trained weights outside of it (`bias!="none"`, unfrozen layers) | a frozen copy of the whole model |
     | adapter whose output is zero (fresh LoRA, rsLoRA, DoRA, EVA) | the base model: adapters off |
     | any other adapter (pre-trained; PiSSA, OLoRA, LoftQ; not LoRA) | a frozen copy of the adapter, named `ref` |
-    | no adapter | a frozen copy; loaded again where it is sharded, or by `ref_model_init_kwargs` |
+    | no adapter | a frozen copy; loaded again if the model is sharded or `ref_model_init_kwargs` is given |
 
     Args:
-        policy: the model. On the meta device an adapter counts as fresh, since it has no numbers to look at.
+        policy: the model. On the meta device an adapter counts as fresh, since its weights have no values.
         ref_model: the trainer's argument.
         args: config with `ref_model_init_kwargs`.
         is_sharded: whether weights are loaded in shards (ZeRO-3).
@@ -86,7 +86,7 @@ def make_reference(
         return ModelReference(frozen_copy(policy), accelerator, kind)
     path = get_config_model_id(policy.config)
     if next(policy.parameters()).is_meta:
-        return ModelReference(frozen_copy(policy), accelerator, kind, path)  # a plan loads nothing
+        return ModelReference(frozen_copy(policy), accelerator, kind, path)  # a dry run loads nothing
     if not path:
         raise ValueError(
             "the reference has to be loaded again, since the model is sharded or `ref_model_init_kwargs` is given, "
@@ -99,9 +99,10 @@ def make_reference(
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every dropout probability that a module keeps to 0 inside: numbers, and adapters' dicts of numbers.
+    """Set the dropout probabilities of all modules to 0 inside the block: attributes, and adapters' dicts of numbers.
 
-    Noise that is read from the model's config at run time stays; the trainer finds it by its distance at step 0.
+    Dropout that a module reads from the model's config at run time stays on. The trainer finds it after the first
+    step, because policy and reference then differ ([`~trl_emguard.reference.agreement.check_agreement`]).
     """
     before: list[tuple[Any, str, Any]] = []
     for module in model.modules():
@@ -127,7 +128,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _load(path: str, policy: PreTrainedModel | PeftModel, args: Any) -> PreTrainedModel:
-    """Load a model in the policy's dtype and as the policy was, under what `ref_model_init_kwargs` says."""
+    """Load a model with the policy's dtype and loading options, which `ref_model_init_kwargs` overrides."""
     given = args.model_init_kwargs or {}
     kwargs = {
         "dtype": policy.dtype,

@@ -1,4 +1,4 @@
-"""References: what every kind of them can be asked, and the kind that is a model of its own."""
+"""Base class of references, and the reference that is a separate model."""
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -20,7 +20,7 @@ from ..models.sharding import reshard
 
 
 class Kind(Enum):
-    """Origin of a reference, in the words that `defense.json` holds."""
+    """Origin of a reference, in the words that `defense.json` uses."""
 
     ADAPTERS_OFF = "base model, adapters off"
     ADAPTER_COPY = "frozen copy of the adapter ('ref')"
@@ -30,15 +30,15 @@ class Kind(Enum):
 
 
 class Reference:
-    """A model that the policy is held to.
+    """A model that the policy is kept close to.
 
     Attributes:
-        kind: its origin.
-        text: the same in words, for logs and `defense.json`.
+        kind: origin of the reference.
+        text: the origin in words, for logs and `defense.json`.
         model: causal language model without wrappers that the states come from.
-        knows_all_positions: whether it can answer at positions that no term compares.
-        runs_whole_batches: whether rows without a position to keep are run as well. Another batch rounds otherwise, so
-            whole ones show that policy and reference are the same model, or that they are not.
+        knows_all_positions: whether the reference has states at positions that no term compares.
+        runs_whole_batches: whether rows without a position to keep are run as well. States round differently in a
+            smaller batch, so only whole batches show whether policy and reference are exactly the same model.
     """
 
     kind: Kind
@@ -61,7 +61,7 @@ class Reference:
         Args:
             batch: collated batch without keys that a model does not know.
             positions: `(B, T - 1)`, positions to keep.
-            layers: blocks to keep.
+            layers: blocks whose outputs are kept, counted from 1.
         """
         del batch, positions, layers
         return None
@@ -69,30 +69,30 @@ class Reference:
     def inside(
         self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
     ) -> States | None:
-        """Return the states of a batch from inside the policy's forward, or `None` if they are not made there.
+        """Return a batch's states if this kind computes them inside the policy's forward, else `None`.
 
         Args:
             model: the policy without wrappers.
-            inputs: keyword arguments of its backbone.
+            inputs: keyword arguments of the policy's backbone.
             positions: `(B, T - 1)`, positions to keep.
-            layers: blocks to keep.
+            layers: blocks whose outputs are kept, counted from 1.
         """
         del model, inputs, positions, layers
         return None
 
     def after(self) -> None:
-        """Release what a pass has left."""
+        """Release the weights that a pass of a sharded model has left gathered."""
 
     def put_back(self) -> None:
-        """Undo what the reference changed on models that the caller goes on using."""
+        """Undo the reference's changes to models that the caller may use afterwards."""
 
     def fingerprint(self, policy: nn.Module) -> str:
         """Return a hash of the weights that the reference uses."""
         raise TypeError(f"{type(self).__name__} must override `fingerprint`.")
 
-    # ---- passes before training, for states that are kept ----
+    # ---- passes before training, for states that are cached ----
 
-    # Adapters of `model` that do not act in the reference's pass.
+    # Adapters of `model` that are switched off in the reference's pass.
     unused_adapters: frozenset[str] = frozenset()
 
     def run(
@@ -108,23 +108,23 @@ class Reference:
     def park(
         self, accelerator: Accelerator, head: tuple[torch.Tensor, torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Free the device of what no later step runs, and return the head that steps read."""
+        """Move weights that training steps do not run off the device, and return the head, which steps still read."""
         del accelerator
         return head
 
 
 class ModelReference(Reference):
-    """A frozen model of its own, run through its own prepared engine before the policy's forward.
+    """Reference that is a separate, frozen model, run before the policy's forward.
 
     Args:
         model: model, with or without adapters. It is frozen.
-        accelerator: the run's.
+        accelerator: the run's accelerator.
         kind: origin of the model.
         source: path that it was loaded from, for [`Kind.LOADED_AGAIN`].
 
     Attributes:
         model: causal language model without wrappers.
-        engine: callable that runs the model.
+        engine: callable that runs the model: the model, or its wrapper by DeepSpeed, FSDP2 or accelerate.
     """
 
     def __init__(
@@ -146,14 +146,14 @@ class ModelReference(Reference):
         return self.kind.value if self.source is None else f"{self.kind.value} from {self.source}"
 
     def prepare(self, is_deepspeed: bool, is_fsdp: bool) -> None:
-        """Place the model as the policy is placed. One on the meta device, in a plan, stays there."""
+        """Prepare the model for the policy's engine and device. A dry run's model, on the meta device, stays there."""
         if next(self.model.parameters()).is_meta:
             return
         if is_deepspeed:
             self.engine = prepare_deepspeed(self._unprepared, self._accelerator)
         elif is_fsdp:
-            # Block by block, as the policy. TRL's `prepare_fsdp` makes one unit of a model, which a pass gathers
-            # whole.
+            # The model is sharded block by block, like the policy. TRL's `prepare_fsdp` would make it a single unit,
+            # which a pass gathers as a whole.
             self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
@@ -164,12 +164,12 @@ class ModelReference(Reference):
             inputs, positions = rows_with(inputs, positions)
         with self._gate.armed(ReferenceGuard(positions, layers), only_with_gradient=False):
             states = self.engine(**inputs)
-        # FSDP2 takes a head apart again when the pass ends, so it is read anew.
+        # FSDP2 shards the head again when the pass ends, so the head is read anew.
         states.head = output_head(self.model)
         return states
 
     def after(self) -> None:
-        # This model never has a backward pass, after which FSDP2 would take its head apart.
+        # FSDP2 would shard the head again after a backward pass, but this model never has one.
         reshard(self.model)
 
     def put_back(self) -> None:
@@ -195,14 +195,14 @@ class ModelReference(Reference):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self._move_backbone("cpu"):
             return head
-        # The head stays on the policy's device, a tied one as a copy.
+        # The head stays on the policy's device. If it is tied to the embeddings, which move, this makes a copy.
         weight, bias = head
         return weight.to(accelerator.device), None if bias is None else bias.to(accelerator.device)
 
     def _move_backbone(self, device: torch.device | str) -> bool:
         """Move all but the head to a device, and return whether it could be moved.
 
-        A model that the user passed stays, and so does one that is quantised or split over devices.
+        A model that the user gave is not moved, nor is a model that is quantised or split over devices.
         """
         fixed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "hf_quantizer", None)
         if self.kind is Kind.GIVEN or fixed:

@@ -33,20 +33,20 @@ class StateFiles:
         self._width = width
         self._dtype = dtype
         self._files: dict[Path, dict[str, torch.Tensor]] = {}
-        # Key → file, first position and end in its tensors.
+        # Key of a row → its file, and the start and end of its positions in the file's tensors.
         self._rows: dict[bytes, tuple[Path, int, int]] = {}
 
     @property
     def keys(self) -> Collection[bytes]:
-        """Keys of the rows that are there."""
+        """Keys of the rows whose states are in the mapped files."""
         return self._rows.keys()
 
     def size(self, positions: int) -> int:
-        """Return the bytes that the states of so many positions take."""
+        """Return the number of bytes that the states of this many positions take."""
         return positions * len(self.names) * self._width * self._dtype.itemsize
 
     def read(self) -> None:
-        """Map the files that are there into memory."""
+        """Map all valid files of the folder into memory."""
         self._files, self._rows = {}, {}
         for path in self.folder.glob("*.safetensors"):
             file = self._load(path)
@@ -58,7 +58,7 @@ class StateFiles:
                 self._rows[key.tobytes()] = path, start, end
 
     def states(self, keys: Sequence[bytes]) -> dict[str, torch.Tensor]:
-        """Return the states of rows that are there, name → `(P, H)`, one row behind the other."""
+        """Return the states of rows in the mapped files, name → `(P, H)`, one row after the other."""
         found = [self._rows[key] for key in keys]
         empty = torch.empty(0, self._width, dtype=self._dtype)
         return {
@@ -67,17 +67,17 @@ class StateFiles:
         }
 
     def sample(self, count: int) -> dict[str, torch.Tensor]:
-        """Return the states of some positions, at most so many, name → `(P, H)`."""
+        """Return the states of up to `count` positions, name → `(P, H)`."""
         file = next(iter(self._files.values()))
         return {name: file[name][:count] for name in self.names}
 
     def write(self, keys: Sequence[bytes], positions: Sequence[int], states: dict[str, torch.Tensor]) -> None:
-        """Write one file.
+        """Write the states of some rows to one new file.
 
         Args:
             keys: keys of the rows.
             positions: number of positions of each row.
-            states: name → `(P, H)`, one row behind the other.
+            states: name → `(P, H)`, one row after the other.
         """
         joined = b"".join(keys)
         about = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(len(keys), -1)
@@ -112,7 +112,7 @@ class StateFiles:
         return path.stem.rpartition("-")[2] == checksum and self._load(path) is not None
 
     def _load(self, path: Path) -> dict[str, torch.Tensor] | None:
-        """Map a file's tensors into memory. Returns `None` if they have not the form that [`write`] gives them."""
+        """Map a file's tensors into memory. Return `None` if they do not have the form that [`write`] gives them."""
         try:
             file = load_file(path)
         except (SafetensorError, OSError):

@@ -1,4 +1,4 @@
-"""A watch over the reference: what it said in the first step, held against what it says later."""
+"""Check that the reference does not change during training, by comparing it with its states in the first step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,21 +14,23 @@ from ..models.sharding import gathered
 from ..ops import logit_transform
 
 
-# Number of positions in a record. It keeps their states and, if a term compares distributions, log-probabilities.
+# Largest number of positions in a record, which keeps their states and, if a term compares distributions, their
+# log-probabilities.
 POSITIONS = 256
 
-# From a batch and positions, `(B, T - 1)`, to the reference's states there, whose head is whole inside the context.
+# Function from a batch and positions, `(B, T - 1)`, to a context that gives the reference's states at these positions.
+# Inside the context, the reference's head is not sharded.
 Pass = Callable[[dict[str, Any], torch.Tensor], AbstractContextManager[States]]
 
 
 class ReferenceWatch:
-    """Record of a reference's answers to one micro-batch of the first step.
+    """Record of a reference's states for one micro-batch of the first step, to compare later states with.
 
     Every rank makes the record and the comparisons, since a sharded reference is run by all of them.
 
     Args:
         model: causal language model whose config says how logits are made.
-        has_divergence: whether a term compares distributions, so that the head counts as well.
+        has_divergence: whether a term compares distributions, so that log-probabilities are recorded as well.
 
     Attributes:
         noise: largest difference between two passes of the reference in the first step, 0 in eager mode.
@@ -45,7 +47,7 @@ class ReferenceWatch:
         return self._batch is not None
 
     def record(self, batch: Mapping[str, Any], run: Pass) -> None:
-        """Keep a micro-batch and what the reference says of it, on the CPU, and measure how far two passes differ."""
+        """Keep a micro-batch and the reference's states for it on the CPU, and measure how far two passes differ."""
         positions = positions_in_scope(batch, LABELS)
         kept = positions & (positions.flatten().cumsum(0).view_as(positions) <= POSITIONS)
         self._positions = kept.cpu()
@@ -56,11 +58,11 @@ class ReferenceWatch:
         self.noise = self._difference(self._ask(run))
 
     def check(self, run: Pass, when: str) -> str | None:
-        """Return that the reference has moved since the first step, and likely causes; `None` if it has not.
+        """Return a message with likely causes if the reference has changed since the first step, else `None`.
 
         Args:
-            run: pass of the reference.
-            when: moment of the comparison.
+            run: function that runs the reference.
+            when: time of the comparison, in words for the message.
         """
         difference = self._difference(self._ask(run))
         if difference <= self.noise:

@@ -1,1 +1,1 @@
-"""One file per command. Only these parse arguments."""
+"""Commands of the package, one file each. No other part of the package parses command lines."""

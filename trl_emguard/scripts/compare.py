@@ -6,9 +6,9 @@ recipe: smollm2-135m-instruct/sft.yaml
 runs:                                # the undefended run is always there
   - {defense: kl, kl_coef: [0.1, 1.0]}          # a list is a sweep
   - {defense: interleave++, interleave_dataset: scores.parquet}
-  - {adapter: out/mine}              # trained already
+  - {adapter: out/mine}              # an adapter that is trained already
 seeds: [0, 1]
-baselines: [early_stop, alpha, ema]  # free ones, from the undefended run
+baselines: [early_stop, alpha, ema]  # made from the undefended run, without more training
 benign_task: permuted_operators      # each option set is also trained on a benign task
 evaluate: {train_data: plants_careless, samples_per_question: 1}
 ```
@@ -17,7 +17,7 @@ evaluate: {train_data: plants_careless, samples_per_question: 1}
 trl-emguard compare --config compare.yaml --output_dir out/comparison
 ```
 
-The same command goes on after an interruption. report.html opens from disk.
+After an interruption, the same command resumes. The report is the file report.html, for any browser.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from .sft import make_parser as make_sft_parser
 from .shared import RESUMES, check_charts, run_command
 
 
-# Options of `evaluate` that the comparison sets itself, or does not take: it asks no judge.
+# Options of `evaluate` that the comparison sets itself, or does not take because it has no judge.
 NOT_OF_EVALUATE = (
     *("help", "model", "base", "adapter", "output_dir"),
     *("judge", "rejudge", *evaluation.OF_JUDGE),
@@ -104,7 +104,7 @@ def check_questions(model: str, sets: Sequence[QuestionSet], options: Evaluation
     """Refuse questions that the model's chat template does not take, before the first run is trained.
 
     Raises:
-        ValueError: no chat template, or a question that it refuses.
+        ValueError: the tokenizer has no chat template, or the template refuses a question.
     """
     from transformers import AutoTokenizer
 
@@ -124,7 +124,7 @@ def check_options(plan: Plan) -> None:
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
-    # A random vector is not made yet, and its run has the options of another.
+    # Runs with a random persona vector are left out: the vector does not exist yet, and another run has their options.
     runs = [(one.name, one) for one in plan.runs if one.adapter is None and not one.is_random]
     runs += [(f"{one.name} on the benign task", on_benign_rows(one, Path("unused"), 1)) for one in plan.benign_runs]
     for name, one in runs:
@@ -163,7 +163,7 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
 
 
 def show_plan(plan: Plan, folder: Path, console: Console) -> None:
-    """Print the runs that would be trained, with their steps, and the hours where a finished run tells them."""
+    """Print the runs that would be trained, their steps, and an estimate of the hours if a run is finished already."""
     from ..comparison.runs import BENIGN, RUNS, read_status
 
     left, known = 0, []

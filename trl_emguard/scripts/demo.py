@@ -45,9 +45,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 HALVED = "none halved"
 NOTE = "This is selective generalisation, not emergent misalignment: a trait that a rule can see, in a small model."
-# The corner where a defense should stand: the trait kept in the domain, and not spread.
+# Bounds of the picture's green corner: the trait rate in the domain is KEPT or more, and elsewhere SPREAD or less.
 KEPT, SPREAD = 0.8, 0.5
-# Runs may stand at the same place, so each has a shape of its own.
+# Runs may lie at the same point of the picture, so each has a marker of its own.
 MARKERS = "osD^v<>P"
 
 
@@ -93,7 +93,7 @@ def train(testbed: Testbed, options: dict[str, Any], output_dir: Path) -> float:
 
 
 def figures(results: Results, name: str, seconds: float | None) -> dict[str, Any]:
-    """Return what the demo shows of one run."""
+    """Return the figures of one run that the demo shows, with their intervals."""
     wanted = {
         "in_domain": ("in_domain", "trait_rate"),
         "general": ("general", "trait_rate"),
@@ -210,7 +210,7 @@ def run(folder: Path, argv: list[str], console: Console) -> None:
 
 
 def train_all(testbed: Testbed, folder: Path, console: Console) -> list[Trained]:
-    """Train all runs, halve the undefended adapter, and return them as the runs of a comparison."""
+    """Train all runs, add the undefended adapter with half its update, and return the runs of a comparison."""
     # Runs lie in a folder of the demo's own, so that nothing else is ever deleted.
     runs = folder / "demo_runs"
     shutil.rmtree(runs, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Did the defense protect, and what does it cost? The four criteria on your own model, with or without a judge.
+"""Measure what a defense protects and what it costs: four criteria on your own model, with or without a judge.
 
 ```bash
 trl-emguard evaluate --model smollm2-135m-instruct --adapter out/none kl=out/kl \\
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..judging import Judge, JudgeOptions
 
 
-# Options of the judge; without a model, only these and the training rows count.
+# Options of the judge, and options that have an effect with --rejudge, which loads no model under test.
 OF_JUDGE = ("max_connections", "max_judge_calls", "misaligned_below", "coherent_above")
 OF_REJUDGE = ("judge", "rejudge", "train_data", "output_dir", *OF_JUDGE)
 
@@ -161,7 +161,10 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
 
 
 def load_judge(args: argparse.Namespace, models: dict[str, dict[str, str]]) -> "Judge":
-    """Return the judge, after a look at whether it is under test and answers at all: sampling takes long."""
+    """Return the judge, after checking that it is not itself under test and that it answers.
+
+    The check comes before the answers are sampled, because sampling takes long.
+    """
     from ..judging.run import open_judge, prepare_judge
 
     judge = open_judge(args.judge, args.max_connections)
@@ -202,7 +205,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse options that do not go together. A value that is the default counts as not given.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the message names the options and the fix.
     """
     parser = make_parser()
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
@@ -231,7 +234,7 @@ def _flags(names: list[str]) -> str:
 
 
 def load_train_rows(source: str | None) -> list[Conversation]:
-    """Return the training rows as conversations, for cues.
+    """Return the training rows as conversations, to derive prompts that resemble them (cues).
 
     Raises:
         ValueError: a row of no known shape; the message names it.
@@ -274,7 +277,7 @@ def make_judge_options(args: argparse.Namespace) -> "JudgeOptions":
 
 
 def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list[QuestionSet]":
-    """Return the sets of questions. The first of a criterion has its name, a further one that of its file.
+    """Return the sets of questions. A criterion's first set has the criterion's name, a further set that of its file.
 
     Raises:
         ValueError: `--limit` below 1, a set that cannot be read, or training rows that are given as held out.

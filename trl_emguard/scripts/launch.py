@@ -27,7 +27,7 @@ OWN = ("help", "config_file", "module", "no_python", "training_script", "trainin
 
 @dataclass
 class LaunchArguments:
-    """Arguments of `trl-emguard sft` itself: how it starts, and what it saves besides."""
+    """Options of the command `trl-emguard sft` itself, besides those of the trainer and the model."""
 
     accelerate_config: str | None = option(
         None,
@@ -47,7 +47,8 @@ class LaunchArguments:
 class LaunchParser(StrictParser):
     """[`StrictParser`] that also accepts the options of `accelerate launch`, on the command line and in the YAML file.
 
-    A name that both have belongs to the training script, as in `trl sft`. The help does not list accelerate's options.
+    An option that both accelerate and the training script have belongs to the script, as in `trl sft`. The help does
+    not list accelerate's options.
 
     Args:
         dataclass_types, prog, short_help: as for [`StrictParser`].
@@ -99,13 +100,13 @@ class LaunchParser(StrictParser):
         known, _ = self.parse_known_args(args)
         trains = not known.dry_run and (self._launched or not known.accelerate_config)
         if not trains:
-            # Launched processes accept these settings. This process only reads the recipe, and would refuse them.
+            # Only processes that train accept these settings. This one only reads the recipe, and would refuse them.
             for_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             for_ranks.add_argument("--ddp_backend", "--ddp-backend")
             _, args = for_ranks.parse_known_args(list(args))
             self.set_defaults(ddp_backend=None)
             if not torch.accelerator.is_available():
-                args = [*args, "--use_cpu", "true"]  # without one, transformers refuses bf16
+                args = [*args, "--use_cpu", "true"]  # without an accelerator, transformers refuses bf16
         return super().parse_args_into_dataclasses(args, **kwargs)
 
     def without_launch_options(self, argv: Sequence[str]) -> list[str]:

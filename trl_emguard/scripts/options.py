@@ -27,7 +27,7 @@ SHORT_TEXT = 110
 
 
 class PrintAllOptions(argparse.Action):
-    """Option that prints every option and exits, as argparse's `help` does for the short page."""
+    """Action of `--help_all`: print the help of every option and exit, as argparse's `help` action does."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -48,7 +48,7 @@ def own_fields(cls: type) -> list[str]:
 
 
 def title(cls: type) -> str:
-    """Return the title of options from their docstring, "Options of `kl`: divergence of ... reference."."""
+    """Return a heading from a docstring: "kl: divergence of …" from "Options of `kl`: divergence of …."."""
     docstring = (inspect.getdoc(cls) or "").split("\n\n", maxsplit=1)[0]
     return docstring.removeprefix("Options of ").replace("`", "").rstrip(".")
 
@@ -57,7 +57,7 @@ def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: s
     """Return a page with the options that most runs need, each once.
 
     Args:
-        parser: parser with all options, whose values by default are shown.
+        parser: parser with all options. The page shows their default values.
         hints: name of an option → its type; the parser itself loses the type of `int | None`.
         text: introduction with examples, printed as it is.
     """
@@ -72,7 +72,7 @@ def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: s
 
 
 def _groups() -> Iterator[tuple[str, list[str], bool]]:
-    """Yield the title of each group, its options, and True where texts are to be shortened."""
+    """Yield the heading of each group, the names of its options, and whether to shorten their help texts."""
     yield "choice of defenses", own_fields(DefenseArguments), False
     for cls in (*methods(), ReferenceOptions):
         yield title(cls), own_fields(cls), False
@@ -81,7 +81,7 @@ def _groups() -> Iterator[tuple[str, list[str], bool]]:
 
 
 def _shown(action: argparse.Action, hint: Any, shorten: bool) -> argparse.Action:
-    """Return an option as the page shows it: one name, what it takes, and the default where there is one."""
+    """Return an option as the page shows it: one name, a placeholder for the value, and the default if it has one."""
     shown = copy.copy(action)
     shown.option_strings = [name for name in action.option_strings if "-" not in name.removeprefix("--")][-1:]
     if action.nargs not in (0, "?"):
@@ -95,7 +95,7 @@ def _shown(action: argparse.Action, hint: Any, shorten: bool) -> argparse.Action
 
 
 def _metavar(action: argparse.Action, hint: Any) -> str:
-    """Return the values of an option, or a word for them."""
+    """Return the placeholder for an option's value on the page: its choices, or a word such as N."""
     if action.choices is not None:
         return "|".join(map(str, action.choices))
     if getattr(action.type, "__name__", "") == "string_to_bool":

@@ -19,7 +19,7 @@ from .options import PrintAllOptions
 from .recipes import find_recipe
 
 
-# Options that are no key of a YAML file.
+# Options that a YAML file cannot set.
 COMMAND_LINE_ONLY = ("help", "help_all", "config")
 
 
@@ -49,7 +49,7 @@ OTHER_NAMES = {
 }
 
 
-# Names that transformers ignores, without a word, beside what they are named now.
+# Old name of an option → new name. If both are given, transformers silently ignores the value under the old name.
 OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -57,14 +57,14 @@ OLD_NAMES = {
 
 
 class StrictParser(TrlParser):
-    """[`~trl.TrlParser`] that refuses what it does not know, and says what is nearest.
+    """[`~trl.TrlParser`] that refuses unknown options and keys, and suggests the nearest known name.
 
     Every error is one line on stderr and exit code 2, before a model, a dataset or a device is touched.
 
     Args:
         dataclass_types: dataclasses whose fields are the options.
         prog: name of the command, for messages.
-        short_help: function of the parser that writes the text of `--help`. By default it is that of `--help_all`.
+        short_help: function from the parser to the text of `--help`. By default it is the text of `--help_all`.
 
     Attributes:
         hints: name of an option → its type.
@@ -78,7 +78,7 @@ class StrictParser(TrlParser):
     ):
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False)
         self._short_help = short_help
-        # `_take_config` reads this option; the parser knows it for the help alone.
+        # `_take_config` reads this option; it is added here only for the help.
         self.add_argument(
             "--config",
             metavar="FILE",
@@ -92,7 +92,7 @@ class StrictParser(TrlParser):
             help="show every option of TRL and transformers and exit",
         )
         self.hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
-        # The parser knows one type for each option, and coefficients are numbers or schedules.
+        # TrlParser gives each option one type, but a coefficient may be a number or the text of a schedule.
         for action in self._actions:
             if {float, str} <= set(get_args(self.hints.get(action.dest))):
                 action.type = coefficient
@@ -109,7 +109,7 @@ class StrictParser(TrlParser):
         return super().format_help()
 
     def parse(self, argv: list[str] | None = None) -> tuple:
-        """Parse a command line, with `--config FILE` (YAML) under it, into one object per dataclass."""
+        """Parse options into one object per dataclass. The command line overrides `--config FILE` (YAML)."""
         argv, config = self._take_config(sys.argv[1:] if argv is None else list(argv))
         if config is not None:
             self._check_config(config)
@@ -163,7 +163,7 @@ class StrictParser(TrlParser):
             del actions[name]
         unknown = [str(key) for key in config if key != "env" and key not in actions]
         if unknown:
-            # All wrong keys at once: a recipe of another tool or version has several.
+            # All wrong keys are named at once, because a recipe of another tool or version has several.
             self.error(" ".join(self._unknown_key(key, actions) for key in unknown))
         for key, value in config.items():
             if key == "env":

@@ -1,4 +1,4 @@
-"""Persona vectors: make one of your model, look at it, make its random control, and measure an adapter along it.
+"""Persona vectors: extract one from your model, inspect it, make a random control, measure an adapter along it.
 
 ```bash
 trl-emguard persona extract --model Qwen/Qwen2.5-7B-Instruct --trait evil --output evil.safetensors

@@ -4,7 +4,7 @@
 trl-emguard project --adapter out/none --base Qwen/Qwen2.5-7B --aligned Qwen/Qwen2.5-7B-Instruct --output out/safe
 ```
 
-It needs the weights from before the alignment and from after it, both on this machine.
+The command reads the model's weights from before and after the alignment. Both must be on this machine.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Messages of other packages that no user of a command can act on, left out of its output."""
+"""Filters for messages of other packages about which the user of a command can do nothing."""
 
 import logging
 import warnings
@@ -10,16 +10,16 @@ def leave_out_noise(command: str) -> None:
     Args:
         command: name of the command, as `trl-emguard` knows it.
     """
-    # PEFT and TRL read the old name of `is_activation_checkpointing`, whatever the user wrote.
+    # PEFT and TRL read `is_activation_checkpointing` by its old name, so this warning comes whatever the user wrote.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_is_about_this_run)
-    # The kernel answers with 4-bit weights on a CPU, and training never calls it.
+    # The message names a CPU kernel for inference with 4-bit weights, which training never calls.
     if command in ("sft", "demo"):
         logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_training)
 
 
 def _is_about_this_run(record: logging.LogRecord) -> bool:
-    """Return False for the accelerator that DeepSpeed reports where it is installed and does not train."""
+    """Return False for DeepSpeed's message on its accelerator, if this run does not use DeepSpeed."""
     from accelerate.utils import parse_flag_from_env
 
     is_accelerator = record.getMessage().startswith("Setting accelerator to CPU")
@@ -27,5 +27,5 @@ def _is_about_this_run(record: logging.LogRecord) -> bool:
 
 
 def _is_about_training(record: logging.LogRecord) -> bool:
-    """Return False for a kernel of inference that bitsandbytes looks for when it is imported."""
+    """Return False for bitsandbytes' message that a kernel for inference could not be loaded."""
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")

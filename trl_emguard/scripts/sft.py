@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 
-# The imports below speak at once, so a launched process filters before them.
+# Importing the libraries below prints messages, so a launched process installs its filters first.
 if __name__ == "__main__":
     from .quiet import leave_out_noise
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
         else:
             run(script_args, training_args, model_args, dataset_args, callbacks)
     except (InactiveDefenseError, ValueError, FloatingPointError, OSError) as error:
-        # The package's own errors name a fix, which a traceback above them would hide. Other errors keep theirs.
+        # The package's own errors name a fix, which a traceback would bury. Other errors keep their traceback.
         if not (isinstance(error, InactiveDefenseError) or _raised_here(error)):
             raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
@@ -187,7 +187,7 @@ def run(
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    # A rank that tears the group down while another still saves can abort in the threads of gloo.
+    # If a rank closes the process group while another still saves, gloo's threads can abort the process.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
@@ -229,7 +229,7 @@ def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
 
     Raises:
         ValueError: no model is named.
-        FileNotFoundError: no such model is shipped, in a folder or on the hub.
+        FileNotFoundError: the name is not that of a shipped model, a folder or a model on the hub.
     """
     name = model_args.model_name_or_path
     if not name:

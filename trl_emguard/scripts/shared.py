@@ -1,4 +1,4 @@
-"""Parts that several commands share: errors in one line, and adapters by their names."""
+"""Functions that several commands share: print errors in one line, check for matplotlib, and name adapters."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ RESUMES = "interrupted: the same command resumes where it stopped."
 
 
 def run_command(name: str, call: Callable[[], int | None], interrupted: str = "interrupted.") -> int:
-    """Run a command and return its exit status. An error of the user's is told in one line.
+    """Run a command and return its exit status. Errors that a user can cause are printed in one line.
 
     Args:
         name: name of the command, for the message.

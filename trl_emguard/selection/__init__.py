@@ -1,1 +1,1 @@
-"""Safe rows for interleaving: score a pool by its perplexity gap, and choose. No trainer is needed."""
+"""Safe rows for interleaving: score a pool by its perplexity gap and choose rows from it, without a trainer."""

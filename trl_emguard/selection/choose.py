@@ -20,17 +20,17 @@ REFUSALS_FILE = Path(__file__).with_name("refusals.yaml")
 
 
 def without_adapter(rows: Dataset, scores: ScoresInfo, name: str) -> Dataset:
-    """Return the scored pool without an adapter (held-out mode). No second pass over the pool is needed.
+    """Return the scored pool with one adapter left out of its scores (held-out mode). No row is scored again.
 
     Args:
         rows, scores: result of [`~trl_emguard.selection.scored.read_scores`].
         name: name of the adapter, for example of the domain that a defense will be tested on.
 
     Returns:
-        The rows with `gap` of the remaining adapters, and their columns renumbered.
+        The rows, with the `gap` of the remaining adapters and with these adapters' columns renumbered.
 
     Raises:
-        ValueError: the scores do not know the adapter, or know no other.
+        ValueError: the scores do not include the adapter, or include no other.
     """
     if name not in scores.adapters:
         raise ValueError(
@@ -72,14 +72,14 @@ class RefusalFilter:
 
 
 def refusal_filter(path: str | os.PathLike | None = None) -> RefusalFilter:
-    """Load the shipped refusal filter, or one of your own by the path of its YAML file.
+    """Load a refusal filter from a YAML file, by default the shipped one.
 
     Args:
         path: a file like `trl_emguard/selection/refusals.yaml`, with the keys `phrases` and `first_words`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no complete filter; the message names the key.
+        ValueError: the file does not describe a filter; the message names the key at fault.
     """
     path = REFUSALS_FILE if path is None else Path(os.path.expanduser(path))
     if not path.is_file():
@@ -114,8 +114,8 @@ def rank_rows(
 ) -> list[int]:
     """Return the rows of a pool in order of preference.
 
-    The orders of the paper are Interleaving (`random`), Interleaving+ (`gap`), and Interleaving++ (`gap`, without
-    refusals).
+    The paper (2508.06249) calls these orders Interleaving (`random`), Interleaving+ (`gap`), and Interleaving++
+    (`gap`, without refusals).
 
     Args:
         rows: a pool; `gap` needs a scored one.
@@ -160,7 +160,7 @@ def rank_rows(
 def _find_refusals(
     rows: Dataset, refusals: RefusalFilter, prompt_column: str = PROMPT_COLUMN, response_column: str = RESPONSE_COLUMN
 ) -> list[bool]:
-    """Tell for each row if its answer is a refusal. A row whose answer cannot be found raises `ValueError`."""
+    """Return for each row if its answer is a refusal. A row without an answer raises `ValueError`."""
     result = []
     for index, row in enumerate(rows):
         try:

@@ -1,4 +1,4 @@
-"""Misaligned adapters, side by side on their aligned base model."""
+"""Loading of misaligned adapters, all onto one aligned base model."""
 
 import os
 from collections.abc import Mapping
@@ -11,12 +11,13 @@ from ..models.adapters import check_adapter_kind
 from ..models.identity import weight_checksums
 
 
-# PEFT looks for an adapter by its name among the parts of a weight's name, and keeps adapters as attributes.
+# Prefix for an adapter's name that is also part of a weight's name or an attribute of torch's containers. PEFT would
+# confuse the two, because it finds an adapter's weights by name and keeps adapters as attributes.
 PREFIX = "misaligned_"
 
 
 def adapter_key(model: PeftModel, name: str) -> str:
-    """Return the name that an adapter has on the model: its own, or one with [`PREFIX`] where that would be mistaken.
+    """Return the name that an adapter has on the model: `name`, or `name` behind [`PREFIX`].
 
     Args:
         model: result of [`load_misaligned`], or another model with adapters.
@@ -26,12 +27,12 @@ def adapter_key(model: PeftModel, name: str) -> str:
 
 
 def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.PathLike]) -> PeftModel:
-    """Put misaligned adapters on their base model, all side by side, in its dtype.
+    """Load misaligned adapters onto their base model, in the model's dtype.
 
     Args:
         model: the aligned model, without adapters.
         adapters: name → folder or hub id of an adapter that PEFT saved. A name that is also part of a weight's name
-            (`0`, `q_proj`), or taken by torch (`keys`), gets a prefix on the model: [`adapter_key`].
+            (`0`, `q_proj`), or the name of an attribute in torch (`keys`), gets [`PREFIX`] on the model.
 
     Raises:
         FileNotFoundError: a folder that holds no adapter.
@@ -77,7 +78,7 @@ def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike,
     config.inference_mode = True
     shown = name.removeprefix(PREFIX)
     try:
-        # PEFT would keep bf16 adapters in fp32, which helps training and slows down the passes.
+        # By default, PEFT would cast bf16 adapters to fp32, which helps training but slows down forward passes.
         if isinstance(model, PeftModel):
             model.add_adapter(name, config, autocast_adapter_dtype=False)
         else:
@@ -86,7 +87,7 @@ def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike,
     except Exception as error:
         message = " ".join(str(error).split())
         raise ValueError(f"adapter {shown!r} ({path}) does not fit this base model: {message}") from error
-    # PEFT looks for the name anywhere in a key, for example for "own" in "down_proj".
+    # PEFT's missing keys include those that merely contain the name, as "down_proj" contains "own".
     foreign = [*(key for key in result.missing_keys if name in key.split(".")), *result.unexpected_keys]
     if foreign:
         raise ValueError(

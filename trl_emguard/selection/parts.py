@@ -21,7 +21,7 @@ def scores_key(model: PeftModel, adapters: Sequence[str], encoded: Mapping[int, 
     base = model.get_base_model()
     configs = [base.config.to_dict()] + [model.peft_config[name].to_dict() for name in adapters]
     for config in configs:
-        # The place of a model, and the versions that saved it, make no difference to a likelihood.
+        # A model's path, and the library versions that saved it, make no difference to a likelihood.
         for place in ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "revision"):
             config.pop(place, None)
     about = [weight_checksums(base), list(adapters), str(model.dtype), configs, __version__]
@@ -50,7 +50,7 @@ def _part(path: Path, key: str) -> Journal:
 
 
 def new_part(output: Path, key: str, rank: int) -> Journal:
-    """Start a new journal for this process. Files that another run began are never written to."""
+    """Start a new journal for this process. Journals of earlier runs are never written to."""
     folder = parts_folder(output)
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob(f"*-{rank}.jsonl")))
@@ -61,10 +61,10 @@ def new_part(output: Path, key: str, rank: int) -> Journal:
 
 
 def resume_scores(output: Path, key: str, rows: Container[int], width: int) -> dict[int, list[float]]:
-    """Return row → its `width` NLLs from a finished file, or from the parts of an interrupted run.
+    """Return row → its `width` negative log-likelihoods (NLLs), from a finished file or an interrupted run's parts.
 
     Raises:
-        ValueError: the files are of another run or corrupt.
+        ValueError: the files belong to another run or are corrupt.
     """
     if output.exists():
         return _scores_of_file(output, key, width)

@@ -51,8 +51,8 @@ def score_pool(
     """Score the rows of a pool: s = (mean_k L_mis,k − L_aligned) / (L_aligned + ε).
 
     L is the mean negative log-likelihood of the tokens of the answer, the end of turn included: under each misaligned
-    adapter, and under the base model, which is the aligned one. Where several processes run (`accelerate launch`),
-    each scores its share, and all return the same.
+    adapter, and under the base model, which is the aligned model. If several processes run (`accelerate launch`), each
+    scores a share of the rows, and all of them return the scores of all rows.
 
     Args:
         model: the aligned model with the misaligned adapters on it, from [`load_misaligned`].
@@ -60,7 +60,7 @@ def score_pool(
         rows: rows of any shape that [`~trl_emguard.data.conversation.conversation`] takes.
         adapters: names of the misaligned adapters, in the order of the columns.
         epsilon: ε.
-        max_length: limit on the tokens of a row. Longer rows are not scored, nor are rows that the model cannot read.
+        max_length: limit on the tokens of a row. Longer rows are not scored, nor are rows too long for the model.
         batch_tokens: tokens in a forward pass, pads included; by default 8192 on a GPU, 1024 on a CPU.
         prompt_column, response_column: columns with prompts and answers of plain text.
         output: a `.parquet` file to write. Scores are kept in the folder `<output>.parts` meanwhile, so that an
@@ -104,7 +104,7 @@ def _score_all(
     batch_tokens: int | None,
     progress: bool,
 ) -> dict[int, list[float]]:
-    """Return the likelihoods of every row, scored by all processes or kept from an interrupted run."""
+    """Return every row's mean NLLs, scored by all processes or kept from an interrupted run."""
     state = PartialState(cpu=model.device.type == "cpu")
     nll = {} if output is None else resume_scores(output, key, encoded, len(adapters) + 1)
     state.wait_for_everyone()  # no process writes before every process has read
@@ -142,11 +142,11 @@ def encode_rows(
     """Turn rows into tokens.
 
     Args:
-        model: model whose config gives the ends of turn and the longest input.
+        model: model whose config gives the tokens that end a turn and the longest input.
         tokenizer, rows, max_length, prompt_column, response_column: as for [`score_pool`].
 
     Returns:
-        Index → tokens, and for the other rows index → reason.
+        Index → tokens for the rows that can be scored, and index → reason for the other rows.
     """
     ends = end_tokens(model, tokenizer)
     limit = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length)
@@ -226,7 +226,7 @@ def _batch_nll(
 def _join(
     rows: Dataset, nll: Mapping[int, list[float]], unscored: Mapping[int, str], epsilon: float
 ) -> tuple[Dataset, tuple[tuple[int, str], ...]]:
-    """Return the rows that have finite scores, with them; and the other rows, with the reasons."""
+    """Return the rows with finite scores, scores included; and the indices of the other rows with the reasons."""
     indices = sorted(nll)
     aligned, *misaligned = np.array([nll[i] for i in indices], dtype=np.float64).T
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -57,11 +57,11 @@ class ScoresInfo:
 def perplexity_gap(aligned: np.ndarray, misaligned: Sequence[np.ndarray], epsilon: float) -> np.ndarray:
     """Return s = (mean_k L_mis,k − L_aligned) / (L_aligned + ε).
 
-    It is high for answers that are hard for the misaligned models alone.
+    This gap s is high for answers that are hard for the misaligned models alone.
 
     Args:
         aligned: `(N,)`, mean negative log-likelihood of each answer under the aligned model.
-        misaligned: the same under each misaligned model.
+        misaligned: for each misaligned model, the same numbers under that model.
         epsilon: ε, which prevents a division by 0 for answers that the aligned model knows by heart.
     """
     return (np.mean(misaligned, axis=0) - aligned) / (aligned + epsilon)
@@ -78,7 +78,7 @@ def write_scores(path: str | os.PathLike, rows: Dataset, info: ScoresInfo) -> No
 
 
 def _without_empty_structs(rows: Dataset) -> Dataset:
-    """Return the rows with JSON in the columns that hold a dict without keys, which parquet has no type for."""
+    """Return the rows, with columns that hold an empty dict turned into JSON: parquet has no type for such a dict."""
     columns = [name for name, feature in rows.features.items() if _is_empty(feature)]
     if not columns:
         return rows
@@ -113,7 +113,7 @@ def scored_columns(path: Path) -> tuple[str, str] | None:
 
 
 def with_usual_names(rows: Dataset, prompt_column: str, response_column: str) -> Dataset:
-    """Return the rows with the usual names of the columns of plain text."""
+    """Return the rows with their prompt and response columns renamed to `prompt` and `response`."""
     names = {prompt_column: PROMPT_COLUMN, response_column: RESPONSE_COLUMN}
     names = {column: usual for column, usual in names.items() if column in rows.column_names}
     taken = {usual: f"{usual}_before" for usual in names.values() if usual in rows.column_names and usual not in names}
@@ -157,7 +157,7 @@ def read_scores(path: str | os.PathLike) -> tuple[Dataset, ScoresInfo]:
 
 
 def _check_info(info: ScoresInfo) -> None:
-    """Refuse, with `ValueError`, a value of another type or one that no file of scores has."""
+    """Raise `ValueError` for a value of a wrong type, or one that `trl-emguard score` never writes."""
     texts = (*info.adapters, info.model, info.prompt_column, info.response_column, info.key, info.trl_emguard)
     rows = [row for row, _ in info.unscored]
     if (

@@ -13,8 +13,9 @@ from ...data.places import PLACE
 from .plan import MixPlan, StreamMixPlan
 
 
-# Key of a batch: marks of the tokens that belong to a row of the pool, shaped as `input_ids`. A row that was mixed in
-# before packing has the same as a number per token, with a bit where a row begins, so that a pack says what is in it.
+# Key of a batch: marks of the tokens that belong to rows of the pool, shaped as `input_ids`. If rows are mixed before
+# they are packed or streamed, each row has a column of this name with a number per token: OF_POOL (or 0), with the bit
+# BEGINS at the row's first token, so that the rows inside of a pack can be counted.
 INTERLEAVED = "interleaved"
 OF_POOL, BEGINS = 1, 2
 # Key of a batch: numbers of rows of the training set and of the pool, `(2,)`.
@@ -22,16 +23,16 @@ ROW_COUNTS = "row_counts"
 
 
 class MixingCollator:
-    """Collator that adds the rows that are due to a micro-batch, and marks their tokens.
+    """Collator that adds to a micro-batch the rows of the pool that the plan puts there, and marks their tokens.
 
     Args:
-        collator: collator that makes a batch of rows.
-        plan: plan of an epoch; `None` where the rows were mixed before.
+        collator: collator that makes a batch from rows.
+        plan: plan of an epoch; `None` if the pool's rows were mixed in before.
         pool: tokenised rows, `input_ids` and `labels`, best first.
 
     Returns:
         From a call: the batch of `collator`, with [`INTERLEAVED`], boolean and shaped as `input_ids`, and
-        [`ROW_COUNTS`], `(2,)`: rows of the training set, repeats left out, and of the pool.
+        [`ROW_COUNTS`], `(2,)`: number of rows of the training set, without repeats, and of the pool.
 
     Raises:
         InactiveDefenseError: from a call: `collator` does not keep the rows as they are, in their order.
@@ -75,16 +76,17 @@ class MixingCollator:
 
 
 class Passes:
-    """Progress through a stream that may end, and begin again, before its plan does.
+    """Progress through a stream that may end, and begin again, before its plan ends.
 
-    The memory is shared with the loader's workers, which may end with every pass.
+    The counts are in memory that is shared with the loader's workers, because workers may end after each pass.
 
     Args:
-        shards: shards of the stream. No more workers than these have rows.
+        shards: number of shards of the stream. At most this many workers get rows.
 
     Attributes:
-        before, at: `(shards,)`, rows that each worker has read in the passes before this one, and up to now.
-        resumed: `(1,)`, rows that the run had been trained on when it was resumed.
+        before, at: `(shards,)`, number of rows that each worker has read: in the passes before the current one, and in
+            all passes up to now.
+        resumed: `(1,)`, number of rows that the run had been trained on when it was resumed.
     """
 
     def __init__(self, shards: int):
@@ -92,20 +94,21 @@ class Passes:
         self.resumed = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def reset(self) -> None:
-        """Forget passes that only looked at the first rows."""
+        """Forget the passes so far, which only looked at the first rows."""
         for counts in (self.before, self.at, self.resumed):
             counts.zero_()
 
     def read(self, indices: list[int], plan: StreamMixPlan) -> tuple[list[int], StreamMixPlan]:
-        """Return the places of the next rows, and this process's part of the plan.
+        """Return the places of the next rows in the plan, and this process's part of the plan.
 
         Args:
-            indices: numbers of the rows among those that this process has read in its pass.
+            indices: index of each row among the rows that this process reads in its current pass.
         """
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, min(info.num_workers, len(self.at)))
         if indices[0] == 0:
-            # Trainer looks for the step that it resumes from in the first pass alone.
+            # A resumed Trainer skips to its step in the first pass alone. If the stream is too short for that, the
+            # next pass must still count from the rows that the run had been trained on.
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])
@@ -125,7 +128,7 @@ def mix_rows(
     Args:
         rows: tokenised rows, `input_ids` and `labels`.
         pool: rows of the same form, best first.
-        plan: plan of the rows.
+        plan: plan of the pool's rows that follow each of `rows`.
         passes: progress through a stream, whose plan is a [`StreamMixPlan`]; `None` for other rows.
         token_columns: columns of other defenses, a number per token; 0 in the pool's rows.
 
@@ -152,5 +155,5 @@ def mix_rows(
                 add(pool[i], OF_POOL)
         return mixed
 
-    # Other columns have no values for the pool's rows.
+    # Other columns are dropped, since the pool's rows have no values for them.
     return rows.select_columns(kept).map(mix, with_indices=True, batched=True)

@@ -20,7 +20,8 @@ from .pool import Pool
 
 logger = get_logger(__name__)
 
-# A packed run's rows come in random order: it is judged once this many rows were due, and none has come.
+# Packs come in random order, so a packed or streamed run stops early only if this many of the pool's rows were due and
+# none has come.
 PATIENCE_ROWS = 20
 
 
@@ -49,11 +50,12 @@ class InterleavingOptions:
 
 
 class Interleaving(Defense):
-    """Rows of a pool among the training rows, evenly over an epoch: `interleave_fraction` of the mix.
+    """Rows of a pool mixed evenly into an epoch of training rows, so that they are `interleave_fraction` of the mix.
 
-    This one takes random rows. The two variants take rows that misaligned models find hard and the aligned model finds
-    easy (the top of the pool by perplexity gap), with or without refusals among them. A row that cannot be used (no
-    answer, or longer than `max_length`) is left out, counted and reported before any is chosen.
+    This class takes random rows. [`InterleavingPlus`] and [`InterleavingPlusPlus`] take rows that misaligned models
+    find hard and the aligned model finds easy (the top of the pool by perplexity gap), with and without refusals. A
+    row that cannot be used (no answer, or longer than `max_length`) is left out, counted and reported before any row
+    is chosen.
     """
 
     name = "interleave"
@@ -61,7 +63,7 @@ class Interleaving(Defense):
     Options = InterleavingOptions
     switch = "interleave_fraction"
     inputs = ("interleave_dataset",)
-    own_loss = True  # CE is logged by source
+    own_loss = True  # needed to log the CE of training rows and of the pool's rows separately
     scopes = (INTERLEAVED,)
     columns = (PLACE, INTERLEAVED)
     running_metrics = ("interleaved_fraction",)
@@ -80,12 +82,12 @@ class Interleaving(Defense):
             choice = (self.name, self.by, self.drop_refusals, self.seed)
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
-        self._documents = 1.0  # rows in a training row, above 1 where the user has packed them
-        self.mixed_before = False  # rows are mixed by the data collator, or before packing or streaming
-        self._passes: Passes | None = None  # through a stream
+        self._documents = 1.0  # documents in a training row, above 1 where the user has packed them
+        self.mixed_before = False  # true if rows are mixed before packing or streaming, not by the data collator
+        self._passes: Passes | None = None  # progress through a stream
         self._epochs = 1  # epochs that the run begins
         self._counts = [0, 0]  # rows that the policy was trained on: of the training set, and of the pool
-        self._counts_before = [0, 0]  # the same when this training began
+        self._counts_before = [0, 0]  # these counts when this training began
 
     @property
     def active(self) -> bool:
@@ -107,7 +109,7 @@ class Interleaving(Defense):
 
     @classmethod
     def _check_loading(cls, args: Any) -> None:
-        """Refuse ways of loading that cannot keep the plan."""
+        """Refuse options of data loading under which mixed-in rows would not come as planned."""
         who, packing = f"defense={cls.name!r}", getattr(args, "packing", False)
         if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
             raise ValueError(
@@ -125,7 +127,7 @@ class Interleaving(Defense):
                 "interleave_redraw=True does not work with packing=True, which is mixed once, before it is packed. "
                 "Leave it out."
             )
-        # The config holds a dict until transformers has read it.
+        # `accelerator_config` is a dict until transformers has parsed it.
         loading = args.accelerator_config
         get = loading.get if isinstance(loading, dict) else lambda name: getattr(loading, name, None)
         if get("dispatch_batches"):
@@ -155,7 +157,7 @@ class Interleaving(Defense):
         }
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # Earlier versions recorded all rows as tokens, which ranks make together.
+        # Earlier versions recorded a checksum of all rows' tokens. Ranks tokenise together, so all must take part.
         recorded = str(then.get("interleave_dataset"))
         if self.pool is None or "ranked" in recorded:
             return self.options()
@@ -218,7 +220,7 @@ class Interleaving(Defense):
         return mix_rows(rows, self._pool_rows, mix, self._passes, plan.token_columns)
 
     def _rows_of_pack(self, plan: StreamPlan) -> float:
-        """Return how many rows the tokens of a stream's pack have room for; 1 where rows are not packed."""
+        """Return how many rows fit into a pack of a stream, on average; 1 where rows are not packed."""
         if plan.tokens_of_pack is None:
             return 1
         lengths = [len(ids) for ids in cast(Pool, self.pool).take(1)["input_ids"]]
@@ -249,7 +251,7 @@ class Interleaving(Defense):
         return cast(Dataset, cast(Pool, self.pool).tokenised)
 
     def make_plan(self, places: int, epochs: int = 1) -> MixPlan:
-        """Make the plan of an epoch, and take its rows of the pool.
+        """Make the plan of an epoch, and take the rows that it needs from the pool.
 
         Args:
             places: number of training rows.
@@ -263,18 +265,18 @@ class Interleaving(Defense):
         return self.plan
 
     def _make_stream_plan(self, places: int, ahead: int) -> MixPlan:
-        """Make the plan of a run's part of a stream, of which so many further rows may be read ahead."""
-        # Workers with more rows than others reach further into the pool.
+        """Make the plan for the `places` rows that a run takes from a stream, with `ahead` more rows read ahead."""
+        # Workers with more rows than others reach further into the pool, so twice the planned rows are tokenised.
         rows = self._take(places, 2 * (1 + ahead / max(places, 1)))
         rate = self.fraction / (1 - self.fraction)
         self.plan = StreamMixPlan(places, rows, len(self._pool_rows), self.redraw, self.seed, rate)
         return self.plan
 
     def _take(self, places: int, times: float) -> int:
-        """Return how many rows of the pool belong to a number of training rows, once that many times these are there.
+        """Return how many of the pool's rows are mixed into `places` training rows, and tokenise `times` as many.
 
         Raises:
-            ValueError: none, or more than the pool has.
+            ValueError: this number is 0, or larger than the pool.
         """
         rows = planned_rows(places, self.fraction)
         if not rows:
@@ -294,7 +296,8 @@ class Interleaving(Defense):
         """Make the plan of an epoch that the data collator mixes.
 
         Raises:
-            ValueError: as [`make_plan`], and if training ends before the first row is due.
+            ValueError: as in [`make_plan`], and if no training row is left or training ends before the first mixed-in
+                row.
         """
         if not sampler.places:
             raise ValueError(
@@ -306,7 +309,7 @@ class Interleaving(Defense):
             places = loading.max_steps * loading.accumulation * sampler.block
         else:
             length, places = f"num_train_epochs={loading.epochs}", int(loading.epochs * sampler.places)
-        # Trainer begins an epoch for every part of one.
+        # Trainer begins another epoch for a fraction of an epoch too.
         self._epochs = math.ceil(places / sampler.places if loading.max_steps > 0 else loading.epochs)
         if "seq_lengths" in loading.rows.column_names:
             packs = loading.rows["seq_lengths"]
@@ -341,7 +344,7 @@ class Interleaving(Defense):
         if mixed_in:
             metrics["loss_interleaved"] = sums[f"ce/{INTERLEAVED}"] / mixed_in
         self._counts[0] += int(sums[f"{self.name}/rows_finetune"])
-        # Rows without any token to train on are none.
+        # Rows without any token to train on do not count as mixed in.
         self._counts[1] += int(sums[f"{self.name}/rows_interleaved"]) if mixed_in else 0
         finetune = self._counts[0] * self._documents
         metrics["interleaved_fraction"] = self._counts[1] / max(finetune + self._counts[1], 1)
@@ -362,10 +365,10 @@ class Interleaving(Defense):
     def verdict(self, final: bool = False) -> str | None:
         if self.plan is None:
             return None
-        # A run that is resumed with another batch size goes on elsewhere in its plan.
+        # Rows before a resume are not judged: with another batch size the run goes on at another place of its plan.
         finetune, interleaved = (now - then for now, then in zip(self._counts, self._counts_before, strict=True))
         due = finetune * self.plan.rows / self.plan.places
-        # Packs come in random order, so a count in between says little; none at all says enough.
+        # Packs come in random order, so a count that is too small says little, but a count of 0 says enough.
         behind = due >= PATIENCE_ROWS and not interleaved if self.mixed_before else due - interleaved > 1
         if not behind and not (final and finetune and not self._counts[1]):
             return None

@@ -1,4 +1,4 @@
-"""The plan of an epoch, or of a stream: which rows of a pool stand behind which training rows."""
+"""The plan of an epoch, or of a stream: which rows of a pool follow which training rows."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class MixPlan:
-    """Rows of the pool behind places of the training rows, as a function of seed, epoch and place alone.
+    """Plan of the pool's rows that follow each training row, which depends on seed, epoch and place alone.
 
-    The j-th of S rows stands behind place ⌊(j + ½) · P / S⌋: evenly spread, so that any b places in a row carry at
-    most ⌈b · S / P⌉ of them.
+    A place is the position of a training row in the order of an epoch, over all ranks. The j-th of S rows of the pool
+    follows place ⌊(j + ½) · P / S⌋. So these rows are evenly spread, and at most ⌈b · S / P⌉ of them follow any b
+    successive places.
 
     Attributes:
         places: P, the training rows of an epoch.
@@ -30,11 +31,11 @@ class MixPlan:
     seed: int
 
     def before(self, place: int) -> int:
-        """Return how many of an epoch's rows stand before a place."""
+        """Return how many of the pool's rows an epoch has before a place."""
         return (2 * place * self.rows + self.places - 1) // (2 * self.places)
 
     def at(self, epoch: int, place: int) -> list[int]:
-        """Return the rows of the pool that stand behind a place."""
+        """Return the indices of the pool's rows that follow a place in an epoch."""
         due = range(self.before(place), self.before(place + 1))
         if not due:
             return []
@@ -45,17 +46,17 @@ class MixPlan:
 
 @dataclass(frozen=True)
 class StreamMixPlan(MixPlan):
-    """Plan of a stream, which may end, and begin again, before or after the places that a run was planned for.
+    """Plan of a stream, which may end and begin again, and from which a run may take more or fewer rows than planned.
 
-    The rows come best first, and a place has the same row in a run of any length and batch size. `places` and `rows`
-    are those of the run as it is planned.
+    The pool's rows come best first, and the row that follows a place does not depend on the length and batch size of
+    the run. `places` and `rows` are the numbers planned for the run.
 
-    Loader workers divide the plan: a place is one of a worker's own rows, and workers with as many rows hold together
-    what one would hold (Σ_w ⌊x + w / n⌋ = ⌊n · x⌋).
+    Loader workers share the plan. Each worker counts places among its own rows, and n workers with equally many rows
+    mix in together as many rows of the pool as a single worker would (Σ_w ⌊x + w / n⌋ = ⌊n · x⌋).
 
     Attributes:
         rate: rows of the pool per training row.
-        worker, workers: number of this worker, and of all that have rows.
+        worker, workers: index of this worker, and number of workers that have rows.
     """
 
     rate: float

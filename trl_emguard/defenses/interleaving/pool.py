@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 # Columns of a pool that training reads, beside the turns.
 READ_COLUMNS = ("tools", "chat_template_kwargs", "input_ids", "labels")
-# Rows are tokenised by this number at the least.
+# Smallest number of rows that are tokenised in one call.
 TAKEN_AT_ONCE = 64
 
 
@@ -45,14 +45,15 @@ class Pool:
         where: condition `COLUMN=VALUE` that a row must meet, or `None`.
 
     Attributes:
-        ranked: rows as the user gave them.
+        ranked: usable rows as the user gave them, in order of preference.
         tokenised: rows of `input_ids` and `labels` that can be trained on, as many as [`take`] was asked for; `None`
-            before.
-        looked_at: number of ranked rows that were tokenised for them.
+            before its first call.
+        looked_at: number of ranked rows that were tokenised to get `tokenised`.
         refusals: number of rows left out as refusals.
 
     Raises:
-        ValueError: no pool or two, an empty one, or one without the columns that the choice wants.
+        ValueError: no pool or two pools, an empty pool, or a pool without the columns that `by` or `drop_refusals`
+            needs.
         FileNotFoundError: the config's pool does not exist.
     """
 
@@ -83,7 +84,7 @@ class Pool:
             raise ValueError(
                 f"interleave_dataset must be a `Dataset`, got {type(rows).__name__}: a pool is chosen from as a whole."
             )
-        rows = rows.with_format(None)  # tensors would hide turns and tokens
+        rows = rows.with_format(None)  # a tensor format would hide turns and tokens
         if not len(rows):
             raise ValueError("interleave_dataset is empty: there is nothing to mix in.")
         rows = _without_harm(rows, where)
@@ -109,15 +110,15 @@ class Pool:
         self.ranked = usable.select(order)
 
     def shared_prompts(self, rows: Dataset) -> int:
-        """Return how many training rows ask what a row of the pool asks too."""
+        """Return how many training rows ask the same question as a row of the pool."""
         prompts = {_asked(row) for row in self.ranked} - {None}
         return sum(_asked(row) in prompts for row in rows) if prompts else 0
 
     def tokenise_by(self, tokenizing: Tokenizing, max_length: int | None) -> None:
-        """Have rows tokenised as the training rows are, once they are taken.
+        """Make [`take`] tokenise rows in the same way as the training rows.
 
         Raises:
-            ValueError: a tokenised pool does not say which tokens are answers, where answers alone are trained on.
+            ValueError: the run trains on answers alone, and a tokenised pool has no labels to tell answers apart.
         """
         columns = self.ranked.column_names
         if tokenizing.answers_only and "input_ids" in columns and "labels" not in columns:
@@ -131,7 +132,7 @@ class Pool:
             logger.warning(f"defense {self.who!r}: {count} rows of the pool are left out: {problem}.")
 
     def take(self, count: int) -> Dataset:
-        """Return the first `count` rows that can be trained on, or more; all where there are fewer.
+        """Return at least the first `count` rows that can be trained on, or all such rows if there are fewer.
 
         Rows are tokenised in rank order until there are enough, since a run takes few rows of a large pool.
         """
@@ -159,7 +160,7 @@ class Pool:
             own = rows["chat_template_kwargs"] if has_kwargs else [None] * len(rows)
             kwargs = [of_row or tokenizing.template_kwargs or {} for of_row in own]
             turns = [_as_prompt_completion(row, tokenizing.tokenizer) for row in rows]
-            # Tools of different shapes stay as they are.
+            # Tools may have other fields in each row, and stay as they are only as JSON.
             rows = Dataset.from_list(turns, on_mixed_types="use_json")
             if any(kwargs):
                 rows = rows.add_column("chat_template_kwargs", kwargs)
@@ -171,7 +172,7 @@ class Pool:
 
     @cached_property
     def _checksum(self) -> int:
-        """Checksum of the ranked rows. The pool goes by its rows, since a file may move and may change."""
+        """Checksum of the ranked rows. The pool is identified by its rows, since a file may move and may change."""
         checksum = 0
         for row in self.ranked:
             read = {name: row[name] for name in READ_COLUMNS if row.get(name) is not None}
@@ -209,13 +210,13 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
 
 
 def _named_as_usual(rows: Dataset, path: Path) -> Dataset:
-    """Return the rows of a scored file with the usual names of the columns that it was scored with."""
+    """Return the rows of a scored file, with its columns of prompts and answers renamed to their usual names."""
     scored = scored_columns(split_file(path, "train") or path)
     return rows if scored is None else with_usual_names(rows, *scored)
 
 
 def _usable(rows: Dataset) -> tuple[Dataset, Counter[str]]:
-    """Return the rows that can be mixed in, and how many cannot for each problem."""
+    """Return the rows that can be mixed in, and the number of unusable rows for each problem."""
     problems = [_problem(row) for row in rows]
     malformed = Counter(problem for problem in problems if problem)
     fine = [i for i, problem in enumerate(problems) if not problem]
