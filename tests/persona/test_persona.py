@@ -413,6 +413,8 @@ def test_a_random_vector_has_the_norms_of_the_other():
     assert control.suggested_layer == 2
     assert torch.equal(random_like(vector, 4).vectors, control.vectors)
     assert not torch.equal(random_like(vector, 5).vectors, control.vectors)
+    # LAPACK gives the first entry of the first column one sign; a uniform direction has both.
+    assert {float(random_like(vector, seed).vectors[0, 0].sign()) for seed in range(12)} == {-1.0, 1.0}
 
 
 # ---- shifts ----

@@ -106,10 +106,7 @@ def base_nll(
 
 
 def score_answers(
-    prompts: Sequence[Prompt],
-    answers: Sequence[SampledAnswer],
-    nll: Sequence[float],
-    rules: Mapping[str, Rule],
+    answers: Sequence[SampledAnswer], nll: Sequence[float], rules: Mapping[str, Rule]
 ) -> list[dict[str, float]]:
     """Return for each answer a dict from metric to score.
 

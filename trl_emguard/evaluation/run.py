@@ -273,7 +273,7 @@ class _Run:
             found = sampled.base_nll(self.candidates[0], prompts, answers, self.options.batch_tokens)
             self.kept.add(key, [None if math.isnan(value) else value for value in found])
         nll = [math.nan if value is None else value for value in self.kept.get(key)[0]]
-        return sampled.score_answers(prompts, answers, nll, sampled.rule_metrics(self.options.rules))
+        return sampled.score_answers(answers, nll, sampled.rule_metrics(self.options.rules))
 
     def answers(
         self, candidate: Candidate, prompts: Sequence[sampled.Prompt], questions: QuestionSet, family: Family

@@ -237,10 +237,12 @@ def random_like(vector: PersonaVector, seed: int = 0) -> PersonaVector:
     generator = torch.Generator().manual_seed(seed)
     # The rows are Rᵀ Qᵀ, and random orthonormal columns replace the columns of Q.
     upper = torch.linalg.qr(rows.T).R
-    frame = torch.linalg.qr(torch.randn(rows.shape[1], upper.shape[0], generator=generator, dtype=torch.float64)).Q
+    frame = torch.linalg.qr(torch.randn(rows.shape[1], upper.shape[0], generator=generator, dtype=torch.float64))
+    # The columns of QR's Q are uniformly distributed only after a multiplication with the signs of R's diagonal.
+    columns = frame.Q * frame.R.diagonal().sign()
     kept: dict[str, Any] = {
         key: vector.metadata[key] for key in ("trait", "model", "weights", "suggested_layer") if key in vector.metadata
     }
     if vector.foreign:
         kept["foreign"] = True
-    return PersonaVector((upper.T @ frame.T).float(), RANDOM, {**kept, "like": vector.checksum, "seed": seed})
+    return PersonaVector((upper.T @ columns.T).float(), RANDOM, {**kept, "like": vector.checksum, "seed": seed})
