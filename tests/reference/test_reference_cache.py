@@ -187,7 +187,8 @@ def test_low_precision_is_what_another_padding_gives():
     others = [joined(live(indices, pads) for indices in batches) for pads in (8, 40)]
     others.append(joined(live([i]) for indices in batches for i in indices))
     noise = max((other - plain).norm() for other in others)
-    assert 0 < (joined(stored) - plain).norm() <= 2 * noise
+    # Some CPUs round alike in every batch, so the noise may be 0: the rounding of bf16 itself is allowed too.
+    assert (joined(stored) - plain).norm() <= 2 * max(noise, torch.finfo(torch.bfloat16).eps * plain.norm())
 
 
 @pytest.mark.parametrize("moved", [False, True])
