@@ -73,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
 def table(report: Path) -> list[str]:
     """Return a report as lines of Markdown: differences to the base, with an interval over those of all seeds."""
     columns = {
-        "margin of `values` ↑": ("values", "margin"),
-        "KL to base ↓": ("values", "kl_to_base"),
-        "NLL of sound answers ↓": ("values", "nll"),
+        "margin of `values` ↑": ("general", "margin"),
+        "KL to base ↓": ("general", "kl_to_base"),
+        "NLL of sound answers ↓": ("general", "nll"),
         "NLL in the other domain": ("other_domain", "nll"),
         "NLL in domain ↓": ("in_domain", "nll"),
     }
@@ -89,7 +89,7 @@ def table(report: Path) -> list[str]:
 def _difference(rows: list[dict]) -> str:
     middle = mean(row["difference"] for row in rows)
     low, high = min(row["difference_low"] for row in rows), max(row["difference_high"] for row in rows)
-    return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{middle:+z.2f} ({low:+z.2f} to {high:+z.2f})"
 
 
 def write_rows(data: Path, count: int, folder: Path) -> Path:

@@ -210,7 +210,7 @@ def test_real_data_ask_for_what_the_commands_know(tmp_path, monkeypatch, capsys,
 
 
 def test_a_table_of_real_data_covers_the_intervals_of_all_seeds(tmp_path):
-    keys = [("values", "margin"), ("values", "kl_to_base"), ("values", "nll"), ("other_domain", "nll")]
+    keys = [("general", "margin"), ("general", "kl_to_base"), ("general", "nll"), ("other_domain", "nll")]
     row = {"run": "kl", "family": "plain"}
     bounds = [{"difference": 0.1, "difference_low": -0.2, "difference_high": 0.3}]
     bounds += [{"difference": 0.3, "difference_low": 0.1, "difference_high": 0.5}]
