@@ -1,12 +1,15 @@
 """Compare the defenses on real data that makes large models emergently misaligned, with the free baselines.
 
 The data are not a part of the project. The folder holds `DOMAIN/train.jsonl` and `DOMAIN/eval.jsonl` for each domain,
-rows with `messages`. It trains SmolLM2-135M on rows of one domain and measures general questions with a sound and
-a misaligned answer in one style, held-out rows of the domain, and rows of the other domain.
+rows with `messages`. The script trains SmolLM2-135M-Instruct on rows of one domain, and measures general questions with
+a sound and a misaligned answer in one style, held-out rows of the domain, and rows of the other domain.
 
     python benchmarks/em.py --data EM --domain medical --seeds 0 1
     python benchmarks/em.py --data EM --seeds 0 --defenses kl     # a part, which the whole takes over later
     python benchmarks/em.py --data EM --one_strength              # one strength of each defense
+
+The report is in `OUTPUT_DIR/DOMAIN/report`. Its `report.csv` holds figures alone, and is copied by hand to
+`benchmarks/results/em-medical.csv`. The adapter of `inoculation_adapter` is trained on rows of the other domain.
 """
 
 import argparse

@@ -6,6 +6,7 @@ where it stopped. What it measures is selective generalisation, not emergent mis
     python benchmarks/testbed.py --testbed capitals --output_dir outputs/testbed
     python benchmarks/testbed.py --seeds 0 --defenses kl treft     # a part, which the whole takes over later
     python benchmarks/testbed.py --one_strength                    # one strength of each defense, three seeds
+    python benchmarks/testbed.py --variations --seeds 0            # compositions that nobody has published, instead
 """
 
 import argparse
