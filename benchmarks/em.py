@@ -1,7 +1,7 @@
 """Compare the defenses on real data that makes large models emergently misaligned, with the free baselines.
 
 The data are not a part of the project. The folder holds `DOMAIN/train.jsonl` and `DOMAIN/eval.jsonl` for each domain,
-rows with `messages`. The script trains SmolLM2-135M-Instruct on rows of one domain, and measures general questions with
+rows with `messages`. The script trains SmolLM2-135M-Instruct on rows of one domain. It measures general questions with
 a sound and a misaligned answer in one style, held-out rows of the domain, and rows of the other domain.
 
     python benchmarks/em.py --data EM --domain medical --seeds 0 1
