@@ -340,7 +340,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch's values to the sums of its step now, and its evidence in the backward pass."""
+        """Add a micro-batch's values to its step's sums; evidence that a term acted only in its backward pass."""
         stats, mask = outputs.stats, inputs.get("attention_mask")
         real_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         counted = {**marks.counts, "real_tokens": real_tokens}

@@ -131,7 +131,7 @@ class KL(ReferenceDefense):
     def evidence(self) -> dict[str, Any]:
         return super().evidence() | ({} if self.target is None else {"kl_coef": self.coef})
 
-    # ---- options, and those of a checkpoint ----
+    # ---- options of the run, and those saved in a checkpoint ----
 
     def options(self) -> dict[str, Any]:
         options = {"kl_coef": self.coefficient, "kl_direction": self.divergence, "kl_tokens": self.tokens}

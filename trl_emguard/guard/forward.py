@@ -19,12 +19,13 @@ from ..models.blocks import record_blocks
 from ..models.head import output_head
 
 
-# A guard is given the model without wrappers, the stock forward, and the keyword arguments of the call.
+# A guard is a function that is called in place of the model's forward. It is given the model without wrappers, the
+# stock forward, and the keyword arguments of the call.
 Guard = Callable[[PreTrainedModel, Callable[..., Any], dict[str, Any]], Any]
 
 
 class Gate:
-    """Patch of a model's forward that can be armed with a guard.
+    """Patch of a model's forward that calls a guard instead while one is set, and the stock forward otherwise.
 
     Args:
         model: causal language model without wrappers. Make the gate after TRL added its head, and before any engine

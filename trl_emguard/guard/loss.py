@@ -154,7 +154,7 @@ class LossGuard:
                 connected = any(x is not None and x.requires_grad for x in (policy.last, *policy.head))
             else:
                 own = wanted_layers([term.defense], model)
-                # A batch without a position to compare has no pass of the reference.
+                # The reference did not run on a batch without a position to compare, so both sides are empty.
                 blocks = {layer: policy.blocks[layer][:0] for layer in own} if reference is None else reference.blocks
                 weighted, value, evidence, connected = state_term(term, own, policy.blocks, blocks, kept, referenced)
                 loss = loss + weighted.to(loss.device)

@@ -45,7 +45,9 @@ def torch_tile_pass(
     softcap: float | None,
     logit_scale: float,
 ) -> TileStatistics:
-    """Return a tile's statistics, and overwrite its products with the gradient of the weighted sum.
+    """Return the losses at some positions, and overwrite their logits with the gradient of the weighted losses.
+
+    The gradient is that of Σ (ce_weight · CE + divergence_weight · divergence), with respect to `products`.
 
     Args:
         products: `(C, V)`, hidden states times the head. Overwritten with their gradient.
