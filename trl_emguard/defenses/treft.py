@@ -152,8 +152,8 @@ class TReFT(ModelDefense):
         """Return keys and values of the prefix block by block, `(1, prefix, width)` each, and then the last states."""
         ids = torch.tensor([self.prefix], device=batch["input_ids"].device)
         modules = projections(model)
-        # Eval mode switches off dropout, noise in the embeddings and gradient checkpointing, under which hooks inside
-        # of a block see no gradient. The prefix is short, so little memory is needed without checkpointing.
+        # Eval mode switches off dropout, noise in the embeddings and gradient checkpointing. With checkpointing, hooks
+        # inside a block see no gradient. The prefix is short, so little memory is needed without checkpointing.
         with _outputs(modules) as states, eval_mode(model):
             last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         if len(states) < len(modules):

@@ -84,8 +84,8 @@ def _statistics(
     tl.store(out + row, log_total - at_label)
     tl.store(out + C + row, entropy)
     tl.store(out + 2 * C + row, tl.where(at_label == 0, 1.0, 0.0))
-    # The gradient needs the divergence as summed (`mean`). Its reported value adds `shift`, which removes the rounding
-    # of the normalisers (see `_divergence_` in `tiles.py`). NaN is kept, as torch's clamp does: 0 would hide a
+    # The gradient needs the divergence as summed (`mean`). Its reported value adds `shift`, which removes the
+    # normalisers' rounding (see `_divergence_` in `tiles.py`). NaN is kept, as torch's clamp does: 0 would hide a
     # reference that has diverged.
     tl.store(out + 3 * C + row, tl.maximum(mean + shift, 0.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(norms + row, top)

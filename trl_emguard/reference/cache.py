@@ -228,7 +228,7 @@ class ReferenceCache:
             return
         live, kept = self._live(collate, rows), self._files.states([row.key for row in rows])
         is_exact = [self._about[name] for name in ("dtype", "autocast", "matmul")] == ["torch.float32", "no", "ieee"]
-        # In another batch fp32 states differ by 1e-6 of their length, bf16 states by 1e-2, and quantised ones by more.
+        # Another batch changes fp32 states by 1e-6 of their length, bf16 states by 1e-2, and quantised ones by more.
         allowed = 1e-4 if is_exact and not getattr(self._model, "hf_quantizer", None) else 5e-2
         for name, states in live.items():
             # Positions are compared one by one: the first token's state is often a thousand times as long as others.

@@ -153,7 +153,7 @@ class ModelReference(Reference):
             self.engine = prepare_deepspeed(self._unprepared, self._accelerator)
         elif is_fsdp:
             # The model is sharded block by block, like the policy. TRL's `prepare_fsdp` would make it a single unit,
-            # which a pass gathers as a whole.
+            # and every pass would gather all of its weights.
             self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
