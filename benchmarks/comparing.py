@@ -1,6 +1,7 @@
 """A comparison as the benchmarks run it: one recipe for SmolLM2-135M, a list of runs, a folder that resumes."""
 
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,28 @@ def compare(
     return commands.main(["compare", "--config", str(folder / "compare.yaml"), "--output_dir", str(folder / "report")])
 
 
-def plain_rows(report: Path) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
-    """Return the figures of plain questions in a `report.json`: run → (set, metric) → a row for each seed."""
+def markdown(
+    report: Path,
+    columns: dict[str, tuple[str, str]],
+    cell: Callable[[list[dict[str, Any]]], str],
+    left_out: Collection[str] = (),
+) -> list[str]:
+    """Return the figures of plain questions in a `report.json` as lines of Markdown, one for each run.
+
+    Args:
+        report: the file.
+        columns: heading → set and metric.
+        cell: function from the rows of a figure, one for each seed, to its text.
+        left_out: names of runs to leave out.
+    """
     found: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
     for row in json.loads(report.read_text(encoding="utf-8"))["rows"]:
-        if row["family"] == "plain":
+        if row["family"] == "plain" and row["run"] not in left_out:
             found.setdefault(row["run"], {}).setdefault((row["set"], row["metric"]), []).append(row)
-    return found
+    lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return lines + [
+        f"| {run} | " + " | ".join(cell(rows[key]) for key in columns.values()) + " |" for run, rows in found.items()
+    ]
 
 
 def adapter_runs(folder: Path, recipe: dict[str, Any], rows: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,9 @@ import shutil
 import sys
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-from comparing import POOL, adapter_runs, chosen, compare, plain_rows
+from comparing import POOL, adapter_runs, chosen, compare, markdown
 
 from trl_emguard.data.load import load_rows
 
@@ -82,14 +83,10 @@ def table(report: Path) -> list[str]:
         "NLL in the other domain": ("other_domain", "nll"),
         "NLL in domain ↓": ("in_domain", "nll"),
     }
-    lines = [" | ".join(["| run", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-    for run, found in plain_rows(report).items():
-        if run != "base":
-            lines.append(" | ".join([f"| {run}", *(_difference(found[key]) for key in columns.values())]) + " |")
-    return lines
+    return markdown(report, columns, _difference, left_out=["base"])
 
 
-def _difference(rows: list[dict]) -> str:
+def _difference(rows: list[dict[str, Any]]) -> str:
     middle = mean(row["difference"] for row in rows)
     low, high = min(row["difference_low"] for row in rows), max(row["difference_high"] for row in rows)
     return f"{middle:+z.2f} ({low:+z.2f} to {high:+z.2f})"

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from comparing import POOL, adapter_runs, chosen, compare, plain_rows
+from comparing import POOL, adapter_runs, chosen, compare, markdown
 from datasets import Dataset
 
 from trl_emguard.data.load import load_rows
@@ -129,12 +129,13 @@ def table(testbed: Testbed, report: Path) -> list[str]:
         arrow = "↓" if testbed.wanted and rule == testbed.unwanted else "↑"
         columns[f"{rule} in domain {arrow}"] = ("in_domain", name.format(rule))
     columns |= {"NLL of sound answers ↓": ("general", "nll"), "repetition ↓": ("general", "repetition")}
-    lines = [" | ".join(["| run", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-    for run, found in plain_rows(report).items():
-        cells = [[row["value"] for row in found[key]] for key in columns.values()]
-        texts = [f"{mean(v):.2f}" + (f" ({min(v):.2f}–{max(v):.2f})" if len(v) > 1 else "") for v in cells]
-        lines.append(" | ".join([f"| {run}", *texts]) + " |")
-    return lines
+    return markdown(report, columns, _values)
+
+
+def _values(rows: list[dict[str, Any]]) -> str:
+    values = [row["value"] for row in rows]
+    span = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{span}"
 
 
 def main(argv: list[str] | None = None) -> int:

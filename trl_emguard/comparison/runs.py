@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,7 @@ def with_record(trained: Trained, folder: Path) -> Trained:
     names = record["defenses"]
     acted = all(record["evidence"][name].get("acted") for name in names)
     defense = str(record.get("defense", trained.defense))
-    return Trained(**{**asdict(trained), "defense": defense, "is_defended": acted if names else None})
+    return replace(trained, defense=defense, is_defended=acted if names else None)
 
 
 def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:

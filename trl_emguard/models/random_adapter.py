@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .lora_files import CONFIG, factor_key, lora_factors, read_lora, write_lora
+from .rotation import rotated
 
 
 @torch.no_grad()
@@ -30,16 +31,7 @@ def random_adapter(adapter: str | os.PathLike, output: str | os.PathLike, seed: 
         raise ValueError(f"output {str(output)!r} holds an adapter already: name another folder.")
     generator = torch.Generator().manual_seed(seed)
     for layer, (a, b) in lora_factors(adapter, config, weights).items():
-        weights[factor_key(layer, "A")] = _turned(a.T, generator).T.contiguous().to(a.dtype)
-        weights[factor_key(layer, "B")] = _turned(b, generator).to(b.dtype)
+        weights[factor_key(layer, "A")] = rotated(a.T, generator).T.contiguous().to(a.dtype)
+        weights[factor_key(layer, "B")] = rotated(b, generator).to(b.dtype)
     write_lora(adapter, weights, output)
     return output
-
-
-def _turned(factor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a factor `(n, r)` with one random rotation of the n-dimensional space applied to all columns, in fp64."""
-    # The factor is Q R, and random orthonormal columns replace the columns of Q.
-    coordinates = torch.linalg.qr(factor.double(), mode="r").R  # (min(n, r), r)
-    frame = torch.linalg.qr(torch.randn(len(factor), len(coordinates), generator=generator, dtype=torch.float64))
-    # The columns of QR's Q are uniformly distributed only after a multiplication with the signs of R's diagonal.
-    return (frame.Q * frame.R.diagonal().sign()) @ coordinates

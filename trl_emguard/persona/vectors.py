@@ -18,6 +18,7 @@ from ..io.files import written_whole
 from ..io.lookup import did_you_mean
 from ..io.strict import parse_json
 from ..models.identity import FP16, weight_checksums
+from ..models.rotation import rotated
 
 
 VECTORS_DIR = Path(__file__).parent / "shipped"
@@ -233,16 +234,10 @@ def random_like(vector: PersonaVector, seed: int = 0) -> PersonaVector:
     The same random rotation is applied to all layers, so the increments v(l) − v(l − 1) keep their norms too. The
     direction in each layer is uniformly random.
     """
-    rows = vector.vectors.double()
-    generator = torch.Generator().manual_seed(seed)
-    # The rows are Rᵀ Qᵀ, and random orthonormal columns replace the columns of Q.
-    upper = torch.linalg.qr(rows.T).R
-    frame = torch.linalg.qr(torch.randn(rows.shape[1], upper.shape[0], generator=generator, dtype=torch.float64))
-    # The columns of QR's Q are uniformly distributed only after a multiplication with the signs of R's diagonal.
-    columns = frame.Q * frame.R.diagonal().sign()
+    rows = rotated(vector.vectors.T, torch.Generator().manual_seed(seed)).T.float()
     kept: dict[str, Any] = {
         key: vector.metadata[key] for key in ("trait", "model", "weights", "suggested_layer") if key in vector.metadata
     }
     if vector.foreign:
         kept["foreign"] = True
-    return PersonaVector((upper.T @ columns.T).float(), RANDOM, {**kept, "like": vector.checksum, "seed": seed})
+    return PersonaVector(rows.contiguous(), RANDOM, {**kept, "like": vector.checksum, "seed": seed})
