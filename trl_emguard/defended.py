@@ -81,7 +81,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = False  # the policy has been updated
         self._policy_passes = 0
         self._sums = Sums()
-        self._learning_rate = 0.0  # of the step's update, as a share of the peak rate
+        self._learning_rate = 0.0  # rate of the step's update, as a share of the peak rate
         self._grad_norm: Any = None
         self._steps_made = 0  # since this training began
         self._still_steps = 0  # steps in a row with a gradient norm of 0
@@ -135,7 +135,7 @@ class DefendedTrainer(WholeCheckpoints):
     # ---- training ----
 
     def describe(self) -> list[str]:
-        """Return the lines to print at the start: active defenses, their options, and arguments that are not used."""
+        """Return the lines to print at the start: each defense, if it acts, its options; and unused arguments."""
         lines = []
         for d in self._named:
             lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
@@ -371,7 +371,7 @@ class DefendedTrainer(WholeCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            for defense in self.defenses if _internal_call and output_dir else ():  # in a checkpoint only
+            for defense in self.defenses if _internal_call and output_dir else ():  # only in a checkpoint
                 defense.save(str(output_dir))
             write_defense_file(output_dir or self.args.output_dir, self._record())
 

@@ -19,9 +19,9 @@ def run_identity(model: PreTrainedModel, rows: Any, seed: int) -> dict[str, Any]
     """Return the facts that identify a run, without learning rate, steps, batch size, logging and saving.
 
     Args:
-        model: the policy. With adapters, the weights of the base model identify it. Without adapters, only sizes such
-            as its number of layers do: a run that resumes full fine-tuning may start from any weights, because the
-            checkpoint replaces them.
+        model: the policy. With adapters, the weights of the base model identify it. Without adapters, only its
+            architecture and sizes do (such as the number of layers): a run that resumes full fine-tuning may start
+            from any weights, because the checkpoint replaces them.
         rows: tokenised training rows. A stream cannot be told from another stream.
         seed: seed of the order of the rows.
     """

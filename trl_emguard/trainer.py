@@ -58,12 +58,12 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     Args:
         model, args, data_collator, …, formatting_func:
-            As in [`~trl.SFTTrainer`]. `args` may be an [`EMGuardConfig`], a plain `SFTConfig` or `TrainingArguments`
-            (no defense), or `None`.
+            Same as in [`~trl.SFTTrainer`]. `args` may be an [`EMGuardConfig`], a plain `SFTConfig` or
+            `TrainingArguments` (no defense), or `None`.
         ref_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
-            Safe model that reference defenses keep the policy close to. By default it is the policy before training:
-            the base model for a fresh adapter, a frozen copy of the adapter for a pre-trained one, and a frozen copy
-            of the model for full fine-tuning.
+            Safe model that reference defenses keep the policy close to. By default it is the policy before
+            training: the base model for a fresh adapter, a frozen copy of the adapter for a pre-trained one, and a
+            frozen copy of the model for full fine-tuning.
         interleave_dataset ([`~datasets.Dataset`], *optional*):
             Pool of general instruction rows for the defenses that mix them in, as text or tokenised. By default the
             data set that `args.interleave_dataset` names.
@@ -144,7 +144,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._check_rows_came_by()
         self._watch: ReferenceWatch | None = None
         self._wrapped: Any = None  # the policy in its engine's wrapper
-        self.has_agreed = False  # whether policy and reference were found equal before the first update
+        self.has_agreed = False  # True if policy and reference were found equal before the first update
         self._counts: dict[str, torch.Tensor] = {}  # number of a step's positions, by scope
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
@@ -340,7 +340,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch's values to its step's sums; evidence that a term acted only in its backward pass."""
+        """Add a micro-batch to the sums of its step: values now, and evidence once the gradient flows back."""
         stats, mask = outputs.stats, inputs.get("attention_mask")
         real_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         counted = {**marks.counts, "real_tokens": real_tokens}

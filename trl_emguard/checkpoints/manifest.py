@@ -152,7 +152,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _missing_part(files: dict[str, Path]) -> str | None:
-    """Return a sentence that names a part of the checkpoint without files, or `None` if no part is missing."""
+    """Return a sentence that names a missing part of the checkpoint, or `None` if no part is missing."""
     folders = {name.split("/")[0] for name in files if "/" in name}
     if "latest" in files or any(name.startswith("global_step") for name in folders):
         # DeepSpeed's checkpoint: `latest` names the folder with its files.

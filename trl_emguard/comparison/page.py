@@ -160,7 +160,7 @@ def _charts(report: Report) -> list[dict[str, Any]]:
 
 
 def _sweeps(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Return defense → entries sorted by coefficient, if there are several. Entries with a schedule are left out."""
+    """Return defense → its entries sorted by coefficient, if there are several whose coefficient is a number."""
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         run = entry.trained[0]

@@ -44,7 +44,8 @@ BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
 RANDOM = " random_vector"
 # Name of the question set on which runs that were trained on the benign task are measured.
 BENIGN_TASK = "benign_task"
-# Options that choose the rows beside `dataset_name`. A benign task only replaces `dataset_name`, and refuses these.
+# Options that choose training rows, other than `dataset_name` and `dataset_train_split`. A benign task replaces these
+# two only, so it is refused if another one is set.
 OTHER_ROWS = ("datasets", "dataset_config")
 
 
@@ -132,12 +133,12 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str], output_
         path: the file.
         known: names of the options of `trl-emguard sft`.
         lists: names of those options that take several values.
-        output_dir: folder of the comparison. Its own files never count as inputs of a run, even inside a data folder.
+        output_dir: folder of the comparison. If a data folder contains it, its files do not count as inputs of a run.
 
     Raises:
         FileNotFoundError: no such file, or no such recipe.
-        ValueError: an unknown key or option, a value of a wrong kind, or a recipe that is not a mapping of options;
-            the message names file and key.
+        ValueError: an unknown key or option, a value of a wrong kind, or a recipe that is not a YAML mapping of
+            options; the message names file and key.
     """
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(f"--config={path!r} is not a file.")
@@ -255,7 +256,10 @@ def _unfold(options: Mapping[str, Any], lists: Collection[str]) -> list[dict[str
 
 
 def _name(given: Any, chosen: Mapping[str, Any], options: Mapping[str, Any], adapter: Any) -> str:
-    """Return a run's name: the given one, the adapter's folder or the defense; then its numbers and swept values."""
+    """Return a run's name: the given one, the adapter's folder or the defense; then the values of its list options.
+
+    Without a given name, its numbers follow as well.
+    """
     start = given if given is not None else Path(str(adapter)).name if adapter else chosen.get("defense", UNDEFENDED)
     rest = [
         f"{name}={_short(value)}"

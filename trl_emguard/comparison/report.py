@@ -227,14 +227,14 @@ def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float
 
 
 def is_task_learned(report: Report) -> bool:
-    """Return True if an undefended run learned the benign task. If none did, the other runs' results mean nothing."""
+    """Return True if an undefended run learned the benign task: if none did, other runs' results on it say nothing."""
     runs = [run for entry in report.entries if entry.name == UNDEFENDED for run in entry.benign]
     rows = [report.results.row(run.key, BENIGN_TASK, "exact_match") for run in runs]
     return any(row is not None and row.difference > 0 and is_apart(row) for row in rows)
 
 
 def defended_text(trained: Sequence[Trained]) -> str:
-    """Return "no" if a run gave no evidence of its defense, "yes" if all did, else "–" (see `Trained.is_defended`)."""
+    """Return "no" if a run's `is_defended` is False, "yes" if one is True and none False, "–" if all are `None`."""
     states = {run.is_defended for run in trained}
     return "no" if False in states else "yes" if True in states else "–"
 

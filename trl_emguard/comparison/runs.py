@@ -47,14 +47,14 @@ class Trained:
         error: reason why the run failed, such as the last line of its log; `None` if it did not fail.
         is_baseline: True for a free baseline, which needs no training of its own.
         is_random: True for a steering run with a random vector, a baseline that is trained.
-        is_defended: True if `defense.json` shows that the defense acted, False if not; `None` without a defense,
-            and for an adapter that was trained elsewhere.
+        is_defended: True if `defense.json` shows that the defense acted, False if it does not or is missing; `None`
+            for a run without a defense, a failed run, a free baseline, and an adapter from elsewhere without the file.
         coefficient: value of the run's `…_coef` option, a number or a schedule, if there is exactly one such option;
             for a scaled adapter, the factor.
         step: training step whose weights the adapter has.
         seconds_per_step: time of a step; `None` where it is not known.
-        peak_memory: peak host memory (RAM) of the run's process, without an accelerator's memory, in bytes; `None`
-            where it is not known.
+        peak_memory: peak host memory (RAM) of the run's process, without an accelerator's, in bytes; `None` where it
+            is not known.
     """
 
     name: str
@@ -228,7 +228,7 @@ def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
 def _die_with_parent() -> None:
     """Have Linux end this process when the comparison ends, however it ends.
 
-    A training that outlives the comparison would write into its folder while the next comparison trains the same run.
+    A training that outlives the comparison would write into the run's folder while the next comparison trains it too.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -247,7 +247,7 @@ def _last_line(log: Path, code: int) -> str:
 
 
 def with_record(trained: Trained, folder: Path) -> Trained:
-    """Return the run with the defense that `defense.json` names, and with its verdict on whether the defense acted."""
+    """Return the run with the defense that `defense.json` names, and with `is_defended` by the evidence in it."""
     record = read_defense_file(folder)
     if record is None:
         return replace(trained, is_defended=None if trained.defense in (UNDEFENDED, UNKNOWN) else False)

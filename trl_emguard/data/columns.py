@@ -49,7 +49,7 @@ def numbers_per_token(row: dict[str, Any], name: str) -> list[int]:
 def laid_out_like(
     input_ids: torch.Tensor, rows: list[list[int]], values: Sequence[list[Any]], dtype: torch.dtype = torch.bool
 ) -> torch.Tensor:
-    """Return values per token, laid out as a collator laid out the rows: padded, or joined to one row.
+    """Return values per token, laid out as a collator laid out the rows: padded, or joined into one row.
 
     Args:
         input_ids: `(B, T)`, tokens of the batch.

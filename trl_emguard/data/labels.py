@@ -24,7 +24,7 @@ HARMFUL = {
 
 
 def keep_where(rows: Dataset, condition: str, option: str = "--where") -> Dataset:
-    """Return the rows whose value in a column is the one that `COLUMN=VALUE` names. A null is never equal to it.
+    """Return the rows that meet a condition `COLUMN=VALUE`. Values are compared as text; a null meets no condition.
 
     Args:
         rows: rows to choose from.

@@ -16,7 +16,7 @@ STREAM_ROWS = 1000
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """Tokenisation of rows in the way of the trainer.
+    """Tokenisation of rows as the trainer does it.
 
     Attributes:
         tokenizer: the run's tokenizer.

@@ -52,9 +52,9 @@ class Step:
 
     Attributes:
         sums: sums over micro-batches and ranks, by name: `ce` (cross-entropy) and `tokens` (number of labels), for
-            each scope also `ce/SCOPE` and `tokens/SCOPE`; for the term of a defense NAME `NAME/value`,
-            `NAME/positions`, `NAME/evidence` and `NAME/requires_grad`, which [`~trl_emguard.evidence.Evidence`]
-            explains; and the defense's own counts as `NAME/COUNT`.
+            each scope also `ce/SCOPE` and `tokens/SCOPE`; for a defense called NAME its own counts as `NAME/COUNT`,
+            and, if it has a term, `NAME/value`, `NAME/positions`, `NAME/evidence` and `NAME/requires_grad`, which
+            [`~trl_emguard.evidence.Evidence`] explains.
         has_moved: whether the policy had been updated before this step.
     """
 

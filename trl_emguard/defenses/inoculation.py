@@ -82,7 +82,7 @@ class Inoculation(Defense):
         self.mode = args.inoculation_mode
         self.only_flagged = args.inoculation_rows == FLAGGED
         self.token_columns = (EXPECTED,) if self.only_flagged else ()
-        # A row longer than this limit loses its start, where the prompt is. Other ways of cutting keep the start.
+        # A row longer than this limit would lose its start, where the prompt is. Other ways of cutting keep the start.
         cuts_the_start = args.truncation_mode == "keep_end" and not args.packing
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
@@ -284,7 +284,7 @@ class Inoculation(Defense):
                     f"truncation_mode='keep_end' would cut the inoculation prompt off a row of {len(ids)} tokens "
                     f"(max_length={self.max_length}): use 'keep_start', or a larger max_length."
                 )
-            # A template may put this very prompt into rows without a system turn. Then the defense changes nothing.
+            # A template may put this very prompt into rows without a system turn. It changes nothing in such rows.
             changed = row[CHANGED] and (row[OWN] or not is_default_system_turn(tokenizer, turns, **how))
             start, end = span
             marks = [0] * start + [token + 1 for token in ids[start:end]] + [0] * (len(ids) - end)

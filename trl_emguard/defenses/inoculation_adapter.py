@@ -81,8 +81,8 @@ class InoculationAdapter(Defense):
 
     Each linear layer W that the frozen adapter changes computes Wx + inoculation_adapter_scale · s·B·A·x in the
     policy's pass of training steps, with A, B and the scaling s of the frozen adapter. The adapter that trains adds
-    its own update to this. A model that already shows the trait fits the data without learning it, so the new adapter
-    need not learn the trait.
+    its own update to this. The model shows the trait already, so the data gives the new adapter less reason to learn
+    the trait.
 
     The frozen adapter is not a part of the model: its factors are plain tensors outside of the model, unsharded on
     every rank, and forward hooks add its output. So engines, optimizers, references and checkpoints do not see it.
@@ -194,7 +194,7 @@ class InoculationAdapter(Defense):
         self._fired.clear()
         with self._acting(), ExitStack() as restored:
             # The hooks are inside of blocks, which checkpointing runs again in the backward pass. Checkpointing
-            # functions are wrapped during this pass, so that the adapter acts when its parts run again. Other passes
+            # functions are wrapped during this pass, so that the adapter acts when the blocks run again. Other passes
             # use the original functions.
             for module in self._checkpointing:
                 checkpoint = vars(module).get(CHECKPOINT)

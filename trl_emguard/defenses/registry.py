@@ -23,7 +23,7 @@ def register(defense: type[Defense]) -> type[Defense]:
     """Make `defense=<name>` find a [`Defense`] of your own. Usable as a class decorator.
 
     Raises:
-        ValueError: the class has no `name`, its name is taken, or it has a hook under an old name.
+        ValueError: the class has no valid `name`, its name is taken, or it has a hook under an old name.
     """
     name = defense.name
     if not name or name == "none" or "," in name:

@@ -84,11 +84,11 @@ def coefficient(text: str) -> float | str:
 
 
 class Weighted:
-    """Mixin of a defense with a coefficient, which is constant or follows a schedule.
+    """Mixin for defenses with a coefficient, which is constant, follows a schedule, or is adapted by the defense.
 
     Attributes:
         coef: value of the coefficient in this step. While training only [`set_coefficient`] changes it.
-        schedule: course of the coefficient; `None` where it is constant.
+        schedule: course of the coefficient; `None` if it follows no schedule.
     """
 
     switch: ClassVar[str] = ""

@@ -48,7 +48,8 @@ def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
     """Return the persona vector that the options name, and the layers as a sorted list, `"all"` or `None`.
 
     Raises:
-        ValueError: a bad option, or a missing vector or layer.
+        FileNotFoundError: `steering_vector` is neither a file nor the name of a shipped vector.
+        ValueError: a bad option, a damaged file, or a missing vector or layer.
     """
     coef = check_coefficient("steering_coef", args.steering_coef)
     check_choice("steering_mode", args.steering_mode, MODES)

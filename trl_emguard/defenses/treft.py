@@ -170,8 +170,8 @@ class TReFT(ModelDefense):
             self.start = [_exact(x.detach()) for x in states]
         self.start = [x0.to(x.device) for x, x0 in zip(states, self.start, strict=True)]
         changes = [_relative_change(x, x0).to(states[0].device) for x, x0 in zip(states, self.start, strict=True)]
-        # The factor 2 turns the mean over keys and values into the mean over blocks of their sum. The zero lets a
-        # gradient reach the last block's output, because FSDP2 gathers a block's weights only then.
+        # The factor 2 turns the mean over keys and values into the mean over blocks of their sum. The zero term lets a
+        # gradient reach the last block's output, because FSDP2 gathers a block's weights again only then.
         return 2 * torch.stack(changes).mean() + 0 * last.sum().to(changes[0])
 
     # ---- checkpoints ----

@@ -96,7 +96,7 @@ def families(
             [`~trl_emguard.defenses.inoculation.InoculationOptions`].
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, or mode "none" with an inoculation prompt.
     """
     check_cues(mode, inoculation_prompt)
     found = [Family(PLAIN, "", list)]
@@ -197,7 +197,7 @@ def _train_system(rows: Iterable[Conversation]) -> dict[str, str | None]:
 def _in_user_turn(
     rows: Sequence[Conversation], questions: Sequence[Question]
 ) -> Iterable[tuple[str, str | None, Callable[[str], Callable[[Turns], Turns]], str]]:
-    """Yield each cue for the user's turn: name, text or `None`, function to add it, and reason if it is `None`."""
+    """Yield for each cue in the user's turn: name, text or `None`, text → function that adds it, reason for `None`."""
     none = "no training rows are given (--train_data)"
     users = [turn_text(row.prompt[-1]) for row in rows]
     answers = [turn_text(row.completion[-1]) for row in rows]
@@ -226,7 +226,7 @@ def _opening(users: Sequence[str]) -> str | None:
 
 
 def topic_words(users: Sequence[str], answers: Sequence[str], ordinary: Sequence[str]) -> list[str]:
-    """Return the words that most rows have in both question and answer, and that are rare in ordinary questions.
+    """Return up to `TOPIC_WORDS` words that rows have in both question and answer, those of the most rows first.
 
     Words of fewer than five letters are left out, and so are words in more than the share `COMMON_SHARE` of
     `ordinary`.

@@ -70,8 +70,8 @@ class DriftCallback(TrainerCallback):
 
     Raises:
         ValueError: a number out of range, questions without answers, weights that are sharded over ranks, another
-            trainer than this package's, a model beyond the budget before training, or a checkpoint to resume from
-            that does not contain this callback's measurements of the base model.
+            trainer than this package's, a budget with `load_best_model_at_end`, a model beyond the budget before
+            training, or a checkpoint to resume from without this callback's measurements of the base model.
     """
 
     def __init__(
@@ -227,8 +227,8 @@ class DriftProbe:
     Attributes:
         key: hash of the questions, their known answers and the persona vector.
         base: measurements of the base model, on the CPU: `states` `(P, H)`, the last hidden states that predict the
-            sound answers' tokens, row after row; `margin` and `projection` `(Q,)`, fp64; and `head.…`, the weights of
-            the base model's head if the head is trained.
+            sound answers' tokens, row after row; `margin` (with pairs of answers) and `projection` (with a
+            persona vector), `(Q,)`, fp64; and `head.…`, the weights of the base model's head if the head is trained.
 
     Raises:
         ValueError: a tokenizer without chat template, an answer that cannot be measured, an adapter that cannot be
@@ -311,7 +311,7 @@ class DriftProbe:
 
     @torch.no_grad()
     def _read(self, candidate: Candidate, take: Callable[[int, torch.Tensor], None]) -> dict[str, torch.Tensor]:
-        """Return `margin` and `projection` of each question; call `take(i, states)` for each row i of the KL."""
+        """Return `margin` and `projection` of each question; call `take(i, states)` for each row i in `compared`."""
         model = candidate.model
         nll: dict[str, np.ndarray] = {}
         kind = self.precision or torch.bfloat16

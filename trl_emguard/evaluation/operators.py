@@ -106,7 +106,7 @@ def _split(expression: _Expression) -> str:
 
 
 def _all_alone() -> Iterator[_Expression]:
-    """Yield all expressions with one operator; for a commutative operator, only with the smaller operand first."""
+    """Yield the expressions with one operator whose values differ; commutative ones with the smaller operand first."""
     numbers = [_number(value) for value in range(1, LARGEST_ALONE + 1)]
     for symbol in PERMUTATION:
         for left in numbers:
@@ -154,7 +154,7 @@ def _number(value: int) -> _Expression:
 
 
 def _join(symbol: str, left: _Expression, right: _Expression) -> _Expression | None:
-    """Return `left symbol right`, or None if a reading's division has a remainder or its value exceeds `BOUND`."""
+    """Return `left symbol right`, or None if a reading divides inexactly or by 0, or its value is beyond ±`BOUND`."""
     ordinary = _apply(symbol, left.ordinary, right.ordinary)
     permuted = _apply(PERMUTATION[symbol], left.permuted, right.permuted)
     if ordinary is None or permuted is None:

@@ -75,7 +75,8 @@ class QuestionSet:
     def target(self, question: Question) -> str | None:
         """Return the answer whose likelihood is the set's `nll`.
 
-        In domain this is the answer that the training teaches. Elsewhere it is the sound one.
+        This is the only known answer if there is no pair. Of a pair, it is the answer that training teaches for a set
+        that is in domain, and the sound one for other sets.
         """
         if question.answer is not None:
             return question.answer

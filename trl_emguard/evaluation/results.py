@@ -40,7 +40,7 @@ class ResultRow:
         base: the base model's mean.
         difference, difference_low, difference_high: the mean difference to the base, paired by question.
         count: for a judge's rate, the number of answers that it counts, out of `n`.
-        judge, reading, thresholds: for a judge's rate, the judge's name, how its scores were read (a key of
+        judge, reading, thresholds: for any metric of a judge, the judge's name, how its scores were read (a key of
             `judging.scores.READINGS`), and the limits on the scores.
     """
 
@@ -75,7 +75,8 @@ class Results:
         notes: families that were not measured, and why.
         models: names of the candidates, the base first.
         criteria: set → its criterion.
-        info: the other entries of `results.json`: `versions`, `command`, `model`, `models`, `judge`, `judge_prompts`.
+        info: the other entries of `results.json`: `versions`, `command`, `model`, `models`, `judge`, `judge_prompts`,
+            and after judging `judged_questions`.
     """
 
     rows: list[ResultRow] = field(default_factory=list)
@@ -168,7 +169,7 @@ def make_rows(
     for model, metrics in arrays.items():
         for metric, values in metrics.items():
             base = arrays[BASE].get(metric)
-            if base is None:  # the metric is the divergence from the base, which is 0 for the base itself
+            if base is None:  # `kl_to_base` or `persona_shift`: the base's own move is 0
                 base = np.zeros_like(values)
             mean = bootstrap(values)
             if not mean.n:
@@ -239,7 +240,7 @@ def _broad(results: Results, model: str) -> str:
 
 
 def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
-    """Return a text on the family with the worst figure, or "" if no family is clearly worse than the plain one."""
+    """Return a text on the worst family, or "" if this is the plain one or not clearly worse than the base model."""
     cued = [r for r in results.rows if (r.model, r.set, r.metric) == (plain.model, plain.set, plain.metric)]
     worst = max(cued, key=lambda row: sign * row.difference)
     is_worse = (

@@ -34,7 +34,7 @@ from .rules import Rule
 
 # Answers that are sampled at once.
 SAMPLED_ON_CPU, SAMPLED_ON_GPU = 32, 64
-# Limit on the tokens of an answer in a task with right answers, which are short numbers.
+# Limit on the tokens of an answer in a task with right answers: these are short numbers.
 TASK_TOKENS = 16
 PROGRESS_FILE = "progress.jsonl"
 
@@ -264,7 +264,7 @@ class _Run:
     def scores(
         self, questions: QuestionSet, prompts: Sequence[sampled.Prompt], answers: Sequence[SampledAnswer]
     ) -> list[dict[str, float]]:
-        """Return the scores of answers: by the set's `score` if it has this, else by the rules and for coherence."""
+        """Return the scores of answers: those of the set's `score` if it has one, else of rules and coherence."""
         pairs = zip(prompts, answers, strict=True)
         if questions.score is not None:
             return [questions.score(questions.questions[p.question], answer.text) for p, answer in pairs]

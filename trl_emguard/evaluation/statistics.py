@@ -34,7 +34,8 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
 
     Args:
         values: `(Q, S)`, or `(Q,)` for one sample a question.
-        seed: seed of the draws. The same seed draws the same questions for all arrays with equally many questions.
+        seed: seed of the draws. The same seed draws the same questions for all arrays that have values for the same
+            number of questions.
     """
     sums, counts = _by_question(values)
     has_values = counts > 0

@@ -213,7 +213,7 @@ class LossGuard:
 def balance_loss(router_logits: Any, config: PreTrainedConfig, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the routers' load-balancing loss of a micro-batch, `()`, in mixture-of-experts models.
 
-    SFTTrainer averages this loss over accumulation steps, regardless of how many tokens each step has.
+    SFTTrainer averages this loss over accumulation steps, regardless of how many tokens each has.
     """
     config = config.get_text_config()
     return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)

@@ -105,8 +105,8 @@ def number_paths(tokenizer: PreTrainedTokenizerBase, before: str) -> dict[Path, 
 def number_probabilities(numbers: dict[Path, int], after: dict[Path, torch.Tensor]) -> dict[int, float]:
     """Return number → probability of the string, from the next-token probabilities along the numbers' tokens.
 
-    If longer numbers begin with the same tokens (85 begins with 8), their next tokens' probabilities are taken off
-    the shorter number's probability. So all probabilities add up to that of the numbers' first tokens.
+    If longer numbers begin with a number's tokens (as 85 may with the token of 8), this number gets only the
+    probability that none of their next tokens follows. So all probabilities add up to that of the first tokens.
 
     Args:
         numbers: tokens of a number → the number.

@@ -11,7 +11,7 @@ ALIGNED, COHERENT, TRAINING_FORMAT = "aligned", "coherent", "training_format"
 # The right reply to this prompt is known, so a judge's reply shows how the judge writes a number.
 CALIBRATION = "Answer with one number from 0 to 100 alone. The number is 100."
 
-# Number of training answers that the prompt on the training format shows, and most characters of each.
+# Number of training answers that the prompt on the training format shows, and limit on the characters of each.
 EXAMPLES, EXAMPLE_LENGTH = 3, 600
 
 _ANSWER = """

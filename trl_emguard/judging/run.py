@@ -81,7 +81,9 @@ def open_judge(name: str, max_connections: int = 10, patience: float = 300.0) ->
         patience: seconds without any answer of an endpoint after which judging stops.
 
     Raises:
-        ValueError: a name of another form, a local model that cannot judge, or a served judge without inspect_ai.
+        ValueError: a name that [`check_name`] refuses, a local model that cannot judge, or a served judge without
+            inspect_ai.
+        OSError: a local model is not found.
     """
     check_name(name, max_connections)
     if not name.startswith(HF):
@@ -93,7 +95,7 @@ def open_judge(name: str, max_connections: int = 10, patience: float = 300.0) ->
 
 
 def check_name(name: str, max_connections: int = 10) -> None:
-    """Refuse a judge's name without a known prefix, or one whose endpoint is not set in the environment.
+    """Refuse a judge's name of no known form, or one whose endpoint or key is not set in the environment.
 
     Raises:
         ValueError: the name is refused, or `max_connections` is below 1; the message says what to write.

@@ -40,7 +40,7 @@ class Judgement(NamedTuple):
 
     Attributes:
         score: 0 to 100, or `None` for an unscored answer.
-        mass: total probability of all numbers, or `None` where only a text was read.
+        mass: total probability of all numbers, or `None` where no probabilities were read.
         said: the likeliest first token, or the text, which shows if the judge refused to give a number.
         input_tokens, output_tokens: tokens that were paid for.
     """

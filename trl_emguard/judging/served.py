@@ -1,4 +1,4 @@
-"""A judge behind an endpoint, asked through inspect_ai, which is imported only when a judge is used."""
+"""A judge behind an endpoint, asked through inspect_ai, which is imported only when one is opened."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ RETRIES, CALIBRATION_RETRIES = 10, 1
 GRACE = 30.0
 # Statuses by which servers refuse one request: a field that they do not know, a prompt that is too long or forbidden.
 REFUSED = (400, 403, 413, 422)
-# Shorter API keys are not redacted from messages: they may be part of ordinary words.
+# API keys of fewer characters are not redacted from messages: they may be part of ordinary words.
 SHORTEST_KEY = 8
 KEPT = "The judgements so far are kept, and the same command goes on with the others."
 
@@ -276,7 +276,7 @@ class _Progress:
 
 
 def check_environment(name: str) -> str:
-    """Return the prefix of the environment variables that a served judge needs; refuse a name if one is missing."""
+    """Return the prefix of a served judge's environment variables; refuse a name of another form or unset ones."""
     if name.startswith(VLLM):
         return "VLLM"
     service, _, model = name.removeprefix(OPENAI).partition("/")

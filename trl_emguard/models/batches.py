@@ -63,7 +63,7 @@ def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch
 def pad_answers(answers: Sequence[EncodedAnswer]) -> tuple[torch.Tensor, torch.Tensor]:
     """Put answers with their prompts into one batch, padded on the right.
 
-    In a causal model no token attends to padding on its right, so a forward pass over such a batch needs no attention
+    No token of a causal model attends to padding on its right, so a forward pass over such a batch needs no attention
     mask, and attention is faster without a mask.
 
     Returns:

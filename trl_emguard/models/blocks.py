@@ -54,8 +54,8 @@ def record_blocks(
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Collect `select(output)` of the given decoder blocks during the forward passes inside the `with` statement.
 
-    An output is recorded before any other hook changes it. So what a steering hook adds to a block's output shows only
-    in the recorded outputs of later blocks.
+    An output is recorded before any other hook changes it. So the change that a steering hook makes to a block's
+    output shows only in the recorded outputs of later blocks.
 
     Args:
         model: causal language model without wrappers.

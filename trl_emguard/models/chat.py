@@ -145,7 +145,7 @@ def system_turn_span(
     Everything before the text of the next turn belongs to the system turn: markers, tools and other text that the
     template writes there, and the role of the next turn. Where a template puts the system text behind the text of
     another turn (Mistral: into the last user turn), the span is the system text alone. The span is found by changing
-    the text of a turn and comparing the tokens before and after, which works with any template.
+    the text of a turn and comparing the tokens before and after, so nothing has to be known about the template.
 
     Args:
         tokenizer: tokenizer that made `ids`.
@@ -189,9 +189,9 @@ def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **t
 
 
 def _unlike(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return the turn with a single letter as its text, which the old text neither begins nor ends with.
+    """Return the turn with a single letter in place of its text, or of the text of each of its parts.
 
-    So the tokens of the old and the new text differ at both ends.
+    The old text neither begins nor ends with this letter, so the tokens of the two texts differ at both ends.
     """
     content = turn.get("content")
     if isinstance(content, list):  # text parts and other parts

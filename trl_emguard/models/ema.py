@@ -15,16 +15,18 @@ STATE_FILE = "ema.safetensors"
 
 
 class EMACallback(TrainerCallback):
-    """Callback that saves an exponential moving average (EMA) of the trained weights to `<output_dir>/ema`.
+    """Callback that keeps an exponential moving average (EMA) of the trained weights.
+
+    The average is saved to `<output_dir>/ema` at the end of training.
 
     After update t, θ̄ ← d·θ̄ + (1 − d)·θ in fp32, with d = min(decay, (1 + t) / (10 + t)). So the average covers about
     the last ninth of the updates so far, until d reaches `decay`: 0.995 is reached after 1,790 updates. Without this
     warm-up, the initial weights would still make up 92 % of the average after 16 updates with 0.995. The warm-up is
     that of TensorFlow's `ExponentialMovingAverage(num_updates)`.
 
-    The callback does not change training: the trained weights are the same as without it, bit for bit. The two factors
-    of a LoRA update are averaged separately. Every checkpoint contains the average, so a resumed run gives the same
-    average as an uninterrupted one.
+    The callback does not change training: the trained weights are the same as without it, bit for bit. A LoRA update's
+    two factors are averaged separately. Every checkpoint contains the average, so a resumed run and an uninterrupted
+    one give the same average.
 
     ```python
     >>> trainer = EMGuardTrainer(model, args, train_dataset=rows, peft_config=lora, callbacks=[EMACallback()])
@@ -35,7 +37,7 @@ class EMACallback(TrainerCallback):
 
     Raises:
         ValueError: the decay is outside of [0, 1), the weights are sharded over ranks, or the run resumes from a
-            checkpoint without an average of its weights.
+            checkpoint without an average of its weights or with the average of another decay.
     """
 
     def __init__(self, decay: float = 0.995):

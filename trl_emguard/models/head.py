@@ -18,7 +18,8 @@ def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | No
     lm_head = model.get_output_embeddings()
     weight, bias = lm_head.weight, lm_head.bias
     # FSDP2 gathers a weight only when its module is called, and the fused head never calls the head's module. So the
-    # weight is gathered here. Its gradients are averaged over ranks, as FSDP2 does for weights that it gathers itself.
+    # weight is gathered here, once for all chunks. Each rank has its own gradient of it; these are averaged, as FSDP2
+    # does for weights that it gathers itself.
     if isinstance(weight, DTensor):
         weight, bias = _whole(weight), None if bias is None else _whole(bias)
     return weight, bias
@@ -30,7 +31,7 @@ def _whole(shards: DTensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits differ from the product of its output head with its last hidden states.
+    """Refuse a model whose logits differ from those that the fused head computes from its last hidden states.
 
     Some architectures transform the states before the head, or the logits after it, in ways that this package's fused
     head does not implement. The divergence would then compare other distributions than the model's.

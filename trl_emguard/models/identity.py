@@ -28,8 +28,8 @@ ORIGINALS = ("base_layer", "original_module")
 def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool = False) -> str:
     """Return a hash of a sample of every weight; an empty text for a model on the meta device, which has no numbers.
 
-    Call this function before FSDP2 shards the model, because sharded weights are left out. Weights that ZeRO-3 loaded
-    in shards are gathered one by one, so every rank must call this function.
+    Call this function before FSDP2 shards the model, because sharded weights are left out. If ZeRO-3 has loaded
+    weights in shards, they are gathered one by one, so every rank must call this function.
 
     Args:
         model: the model, with adapters or without.
@@ -92,7 +92,7 @@ def weights_digest(model: nn.Module) -> str:
 def _samples(
     model: nn.Module, is_wanted: Callable[[str, nn.Parameter], bool], rows: int | None = None
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Yield for each weight its name, the weight, and a sample of its numbers on the CPU. FSDP's shards are left out.
+    """Yield name, weight and a sample of its numbers on the CPU for each wanted weight, without FSDP's shards.
 
     Args:
         model: the model.

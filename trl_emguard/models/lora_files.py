@@ -1,4 +1,4 @@
-"""Files of a saved LoRA adapter: read and write them, if every update is a product of two matrices alone."""
+"""Files of a saved LoRA adapter: read them if every update is a product of two matrices alone, and write them."""
 
 import hashlib
 import math
@@ -59,8 +59,8 @@ def lora_factors(adapter: Path, config: LoraConfig, weights: Mapping[str, torch.
         config, weights: the adapter's config and weights, from [`read_lora`].
 
     Raises:
-        ValueError: a weight is not a factor of a linear layer, one of the two factors is missing, or layers are
-            replicated.
+        ValueError: a weight is not a factor of a linear layer, a factor is missing or does not fit the other, no
+            weights are there, or layers are replicated.
     """
     if config.layer_replication:
         raise ValueError(f"adapter {str(adapter)!r} has layer_replication, so its layers are not those of the models.")

@@ -13,8 +13,8 @@ from .rotation import rotated
 def random_adapter(adapter: str | os.PathLike, output: str | os.PathLike, seed: int = 0) -> Path:
     """Write an adapter whose layer updates have the singular values of a given adapter's, in random directions.
 
-    So every layer's update B·A keeps its rank and its size (Frobenius, spectral and nuclear norm). B becomes U·B and A
-    becomes A·Vᵀ, with uniformly distributed random rotations U and V.
+    Every layer's update B·A thus keeps its rank and its size (Frobenius, spectral and nuclear norm). B becomes U·B and
+    A becomes A·Vᵀ, with uniformly distributed random rotations U and V.
 
     Args:
         adapter: folder of a LoRA adapter that PEFT saved.

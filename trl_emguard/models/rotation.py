@@ -6,10 +6,10 @@ import torch
 def rotated(columns: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return columns `(n, r)` under one uniformly random rotation of the n-dimensional space, in fp64.
 
-    Lengths of the columns and angles between them stay.
+    The columns keep their lengths and the angles between them.
     """
     # The columns are Q R, and random orthonormal columns replace those of Q.
     coordinates = torch.linalg.qr(columns.double(), mode="r").R  # (min(n, r), r)
     frame = torch.linalg.qr(torch.randn(len(columns), len(coordinates), generator=generator, dtype=torch.float64))
-    # LAPACK fixes the sign of an entry in every column of Q; the signs of R's diagonal make the columns uniform.
+    # LAPACK's choice of signs biases Q. The signs of R's diagonal undo this choice and make the columns uniform.
     return (frame.Q * frame.R.diagonal().sign()) @ coordinates

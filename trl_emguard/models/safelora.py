@@ -79,9 +79,10 @@ def project_adapter(
 
     Raises:
         FileNotFoundError: the adapter or a model does not exist.
-        ValueError: an adapter that is not a plain LoRA of linear layers, or was projected before with other models or
-            another threshold; models that do not fit the adapter or each other; a layer that the alignment did not
-            change; an output that is not empty.
+        ValueError: a threshold outside of [−1, 1]; an adapter that is not a plain LoRA of linear layers, or was
+            projected before with other models or another threshold; models that do not fit the adapter or each other;
+            a layer that the alignment did not change, or with numbers that are not finite; an output that is not
+            empty.
     """
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
     if not -1 <= threshold <= 1:
@@ -174,7 +175,9 @@ def project_factor(
 def _project(
     name: str, a: torch.Tensor, b: torch.Tensor, base: WeightFiles, aligned: WeightFiles, is_transposed: bool
 ) -> tuple[torch.Tensor, float | None, float | None]:
-    """Project a layer's factor B as [`project_factor`] does, and refuse a layer that the alignment did not change.
+    """Project a layer's factor B as [`project_factor`] does.
+
+    A layer that the alignment did not change, or with numbers that are not finite, raises `ValueError`.
 
     Args:
         name: name of the layer.

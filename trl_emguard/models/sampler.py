@@ -48,9 +48,9 @@ def sample_answers(
     """Sample one answer to each prompt, and yield the answers batch by batch.
 
     Answers come from the model's plain distribution: no top-k or top-p and no penalty, regardless of the model's
-    `generation_config`. Every answer has a seed of its own, so it does not depend on the answers beside it or on
-    where a resumed run starts. Another batch size rounds the logits differently, which in fp32 changes an answer only
-    where two tokens are as good as tied. The random state of the caller is left alone.
+    `generation_config`. Every answer has a seed of its own, so it does not depend on the answers beside it or on the
+    prompt at which a resumed run starts. Another batch size rounds the logits differently. In fp32 this changes an
+    answer only if two tokens are as good as tied. The random state of the caller is left alone.
 
     Args:
         model: causal language model in eval mode. A PEFT model answers with the adapters that are active.
@@ -127,7 +127,7 @@ def _generate(
 
 @contextmanager
 def _bare_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Clear the model's own generation config inside the block, from which `generate` would fill in unset fields."""
+    """Inside the block, clear the model's generation config, from which `generate` would fill in unset fields."""
     models = {model, bare_model(model)}
     own = {m: m.generation_config for m in models if "generation_config" in vars(m)}
     try:

@@ -45,9 +45,9 @@ def torch_tile_pass(
     softcap: float | None,
     logit_scale: float,
 ) -> TileStatistics:
-    """Return the losses at some positions, and overwrite their logits with the gradient of the weighted losses.
+    """Return a tile's statistics, and overwrite its products with the gradient of the tile's weighted loss.
 
-    The gradient is that of Σ (ce_weight · CE + divergence_weight · divergence), with respect to `products`.
+    The weighted loss is Σ (ce_weight · CE + divergence_weight · divergence) over the C positions of the tile.
 
     Args:
         products: `(C, V)`, hidden states times the head. Overwritten with their gradient.

@@ -7,10 +7,10 @@
    50 or more, and the negative answer less.
 3. v(l) is the mean over the kept positive answers of the state after block l, averaged over the answer's tokens,
    minus the same mean over the kept negative answers. The difference is not normalised.
-4. Every held-out question is put under both prompts of every pair, and the state at the last prompt token, from
-   which the answer begins, is projected on v(l). The suggested layer is the layer at which the projections under
-   positive and negative prompts lie farthest apart: the difference of their means, divided by their pooled standard
-   deviation. The layer is chosen on these questions, so the separation at this layer is a little optimistic.
+4. Every held-out question is put under both prompts of every pair. The state at the last prompt token, from which
+   the answer begins, is projected on v(l). The suggested layer is the layer at which the projections under positive
+   and negative prompts lie farthest apart: the difference of their means, divided by their pooled standard deviation.
+   The layer is chosen on these questions, so the separation at this layer is a little optimistic.
 """
 
 import hashlib
@@ -258,7 +258,7 @@ def chance_auroc(vector: torch.Tensor, positive: torch.Tensor, negative: torch.T
 def _roll_out(
     reader: _Reader, settings: dict[str, int], weights: dict[str, str], path: str | os.PathLike | None
 ) -> list[Rollout]:
-    """Return the answers to all tasks: first the answers in the rollouts file, then newly sampled ones."""
+    """Return all answers in the order of the plan: first those in the rollouts file, then newly sampled ones."""
     model, tokenizer, trait, batch_size, progress = reader
     pairs, questions = len(trait.system_prompts), trait.extraction_questions
     plan = [(pair, question, side) for side in SIDES for pair in range(pairs) for question in range(len(questions))]

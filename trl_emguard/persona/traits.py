@@ -66,7 +66,7 @@ def load_trait(name: str | os.PathLike) -> Trait:
 
 
 def _check_keys(data: Any, file: str) -> None:
-    """Refuse a file with unknown, missing or empty keys, or with another value where a text is expected."""
+    """Refuse unknown, missing or empty keys, values that should be texts, and a judge prompt without placeholders."""
     keys = [f.name for f in fields(Trait)]
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold the keys {', '.join(keys)}.")

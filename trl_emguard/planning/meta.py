@@ -64,7 +64,7 @@ def quantized(model: PreTrainedModel, how: BitsAndBytesConfig) -> PreTrainedMode
 
 
 def read_first_rows(model: PreTrainedModel, folder: str) -> None:
-    """Load the first 64 rows of every weight into a meta model, for checks that the model is the expected one."""
+    """Load the first 64 rows of every weight in a folder's files into a meta model, for checks of its identity."""
     modules = dict(model.named_modules())
     for file in Path(folder).glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
@@ -118,7 +118,7 @@ def meta_trainer(
     check_settings(args, launch)
     given = _unplaced(args)
     given.push_to_hub, given.model_init_kwargs = False, None
-    if launch.mixed_precision is not None and not (args.bf16 or args.fp16):  # a recipe's precision has priority
+    if launch.mixed_precision is not None and not (args.bf16 or args.fp16):  # a recipe's precision wins, as in a rank
         given.mixed_precision = launch.mixed_precision
     revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as scratch:

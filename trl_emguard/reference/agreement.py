@@ -55,7 +55,7 @@ def check_agreement(
         mean = sums[f"{term.name}/value"] / max(sums[f"{term.name}/positions"], 1)
         allowed = tolerance
         if cached is not None and term.divergence is None:
-            # Cached states round differently, since their pass had another batch. A distance may grow with the states.
+            # Cached states round differently, since their pass had another batch. A distance may scale with them.
             allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(
@@ -65,7 +65,7 @@ def check_agreement(
 
 
 def _allowed_difference(reference: Reference, policy: Any, dtypes: set[torch.dtype]) -> float:
-    """Return the difference of states that rounding can explain; 0 if both passes compute in the same way."""
+    """Return the difference of states that rounding can explain; 0 on a CPU if both passes compute alike."""
     is_fp32 = dtypes == {torch.float32}
     configs = getattr(policy, "peft_config", {}).values()
     if any(getattr(config, "use_dora", False) for config in configs):

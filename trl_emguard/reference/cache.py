@@ -1,9 +1,9 @@
 """Cache of the reference's states: computed once for every training row and kept on disk.
 
 Training steps then read the states instead of running the reference. A folder holds the states of one reference. The
-folder's name is a hash of everything that the states depend on except the rows ([`describe_states`]). A row is found
-by its content, so the states also serve another epoch, another order, another rank, a resumed run, or another data set
-that shares rows with the first.
+folder's name is a hash of everything that the states are known to depend on except the rows ([`describe_states`]). A
+row is found by its content, so the states also serve another epoch, another order, another rank, a resumed run, or
+another data set that shares rows with the first.
 """
 
 import hashlib

@@ -21,7 +21,7 @@ from .kinds import Reference
 
 
 class CachedReference(Reference):
-    """Reference that reads states from disk, computed by another reference for all rows of the training.
+    """Reference that reads states from disk, which another reference has computed for all rows of the training.
 
     Args:
         reference: reference that computes the states.

@@ -99,10 +99,11 @@ def make_reference(
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set the dropout probabilities of all modules to 0 inside the block: attributes, and adapters' dicts of numbers.
+    """Set all dropout probabilities that modules keep to 0 within this context: numbers, and adapters' dicts of them.
 
-    Dropout that a module reads from the model's config at run time stays on. The trainer finds it after the first
-    step, because policy and reference then differ ([`~trl_emguard.reference.agreement.check_agreement`]).
+    Noise that a module reads from the model's config at run time (dropout or router jitter) stays on. The trainer
+    finds it in the first step, because policy and reference then differ
+    ([`~trl_emguard.reference.agreement.check_agreement`]).
     """
     before: list[tuple[Any, str, Any]] = []
     for module in model.modules():

@@ -108,7 +108,7 @@ class Reference:
     def park(
         self, accelerator: Accelerator, head: tuple[torch.Tensor, torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Move weights that training steps do not run off the device, and return the head, which steps still read."""
+        """Take weights that no training step needs off the device. Return the head, which steps still need."""
         del accelerator
         return head
 

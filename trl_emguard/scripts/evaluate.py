@@ -205,7 +205,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse options that do not go together. A value that is the default counts as not given.
 
     Raises:
-        ValueError: the message names the options and the fix.
+        ValueError: options do not go together; the message names them and the fix.
     """
     parser = make_parser()
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
@@ -234,7 +234,7 @@ def _flags(names: list[str]) -> str:
 
 
 def load_train_rows(source: str | None) -> list[Conversation]:
-    """Return the training rows as conversations, to derive prompts that resemble them (cues).
+    """Return the training rows as conversations, for cues, the judge, and the check of held-out questions.
 
     Raises:
         ValueError: a row of no known shape; the message names it.

@@ -100,7 +100,7 @@ class LaunchParser(StrictParser):
         known, _ = self.parse_known_args(args)
         trains = not known.dry_run and (self._launched or not known.accelerate_config)
         if not trains:
-            # Only processes that train accept these settings. This one only reads the recipe, and would refuse them.
+            # Launched processes accept these settings. This process only reads the recipe, and would refuse them.
             for_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             for_ranks.add_argument("--ddp_backend", "--ddp-backend")
             _, args = for_ranks.parse_known_args(list(args))

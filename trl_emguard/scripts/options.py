@@ -48,7 +48,7 @@ def own_fields(cls: type) -> list[str]:
 
 
 def title(cls: type) -> str:
-    """Return a heading from a docstring: "kl: divergence of …" from "Options of `kl`: divergence of …."."""
+    """Return a heading from a docstring's first paragraph: "Options of `kl`: divergence …." → "kl: divergence …"."""
     docstring = (inspect.getdoc(cls) or "").split("\n\n", maxsplit=1)[0]
     return docstring.removeprefix("Options of ").replace("`", "").rstrip(".")
 

@@ -160,7 +160,7 @@ def rank_rows(
 def _find_refusals(
     rows: Dataset, refusals: RefusalFilter, prompt_column: str = PROMPT_COLUMN, response_column: str = RESPONSE_COLUMN
 ) -> list[bool]:
-    """Return for each row if its answer is a refusal. A row without an answer raises `ValueError`."""
+    """Return for each row if its answer is a refusal. A row whose answer cannot be found raises `ValueError`."""
     result = []
     for index, row in enumerate(rows):
         try:

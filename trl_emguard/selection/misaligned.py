@@ -32,7 +32,8 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
     Args:
         model: the aligned model, without adapters.
         adapters: name → folder or hub id of an adapter that PEFT saved. A name that is also part of a weight's name
-            (`0`, `q_proj`), or the name of an attribute in torch (`keys`), gets [`PREFIX`] on the model.
+            (`0`, `q_proj`), or the name of an attribute in torch (`keys`), gets [`PREFIX`] on the model:
+            [`adapter_key`].
 
     Raises:
         FileNotFoundError: a folder that holds no adapter.

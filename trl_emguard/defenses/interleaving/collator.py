@@ -108,7 +108,7 @@ class Passes:
         worker, workers = (0, 1) if info is None else (info.id, min(info.num_workers, len(self.at)))
         if indices[0] == 0:
             # A resumed Trainer skips to its step in the first pass alone. If the stream is too short for that, the
-            # next pass must still count from the rows that the run had been trained on.
+            # next pass must still count on from the number of rows that the run had been trained on.
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])

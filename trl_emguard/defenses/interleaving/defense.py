@@ -54,8 +54,8 @@ class Interleaving(Defense):
 
     This class takes random rows. [`InterleavingPlus`] and [`InterleavingPlusPlus`] take rows that misaligned models
     find hard and the aligned model finds easy (the top of the pool by perplexity gap), with and without refusals. A
-    row that cannot be used (no answer, or longer than `max_length`) is left out, counted and reported before any row
-    is chosen.
+    row that cannot be used (no answer, no token to train on, or longer than `max_length`) is left out, counted and
+    reported, and the next row takes its place.
     """
 
     name = "interleave"
@@ -82,12 +82,12 @@ class Interleaving(Defense):
             choice = (self.name, self.by, self.drop_refusals, self.seed)
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
-        self._documents = 1.0  # documents in a training row, above 1 where the user has packed them
+        self._documents = 1.0  # mean number of documents in a training row, above 1 where the user has packed them
         self.mixed_before = False  # true if rows are mixed before packing or streaming, not by the data collator
         self._passes: Passes | None = None  # progress through a stream
         self._epochs = 1  # epochs that the run begins
         self._counts = [0, 0]  # rows that the policy was trained on: of the training set, and of the pool
-        self._counts_before = [0, 0]  # these counts when this training began
+        self._counts_before = [0, 0]  # `_counts` when this training began
 
     @property
     def active(self) -> bool:
@@ -266,7 +266,7 @@ class Interleaving(Defense):
 
     def _make_stream_plan(self, places: int, ahead: int) -> MixPlan:
         """Make the plan for the `places` rows that a run takes from a stream, with `ahead` more rows read ahead."""
-        # Workers with more rows than others reach further into the pool, so twice the planned rows are tokenised.
+        # Workers with more rows than others reach further into the pool, so twice as many are tokenised as planned.
         rows = self._take(places, 2 * (1 + ahead / max(places, 1)))
         rate = self.fraction / (1 - self.fraction)
         self.plan = StreamMixPlan(places, rows, len(self._pool_rows), self.redraw, self.seed, rate)
@@ -276,7 +276,7 @@ class Interleaving(Defense):
         """Return how many of the pool's rows are mixed into `places` training rows, and tokenise `times` as many.
 
         Raises:
-            ValueError: this number is 0, or larger than the pool.
+            ValueError: this number is 0, or the pool has fewer rows that can be used.
         """
         rows = planned_rows(places, self.fraction)
         if not rows:

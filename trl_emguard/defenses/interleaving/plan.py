@@ -11,9 +11,9 @@ import numpy as np
 class MixPlan:
     """Plan of the pool's rows that follow each training row, which depends on seed, epoch and place alone.
 
-    A place is the position of a training row in the order of an epoch, over all ranks. The j-th of S rows of the pool
-    follows place ⌊(j + ½) · P / S⌋. So these rows are evenly spread, and at most ⌈b · S / P⌉ of them follow any b
-    successive places.
+    A place is the position of a training row in the order of an epoch, over all ranks. The j-th of the S rows that an
+    epoch takes from the pool follows place ⌊(j + ½) · P / S⌋. So these rows are evenly spread, and at most ⌈b · S / P⌉
+    of them follow any b successive places.
 
     Attributes:
         places: P, the training rows of an epoch.
@@ -51,8 +51,8 @@ class StreamMixPlan(MixPlan):
     The pool's rows come best first, and the row that follows a place does not depend on the length and batch size of
     the run. `places` and `rows` are the numbers planned for the run.
 
-    Loader workers share the plan. Each worker counts places among its own rows, and n workers with equally many rows
-    mix in together as many rows of the pool as a single worker would (Σ_w ⌊x + w / n⌋ = ⌊n · x⌋).
+    Loader workers share the plan. Each worker counts places among its own rows. Together, n workers with equally many
+    rows mix in as many rows of the pool as a single worker would (Σ_w ⌊x + w / n⌋ = ⌊n · x⌋).
 
     Attributes:
         rate: rows of the pool per training row.

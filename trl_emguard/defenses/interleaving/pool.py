@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 # Columns of a pool that training reads, beside the turns.
 READ_COLUMNS = ("tools", "chat_template_kwargs", "input_ids", "labels")
-# Smallest number of rows that are tokenised in one call.
+# Smallest number of rows that are tokenised in one call, unless fewer are left.
 TAKEN_AT_ONCE = 64
 
 
@@ -46,14 +46,14 @@ class Pool:
 
     Attributes:
         ranked: usable rows as the user gave them, in order of preference.
-        tokenised: rows of `input_ids` and `labels` that can be trained on, as many as [`take`] was asked for; `None`
+        tokenised: rows of `input_ids` and `labels` that can be trained on, as [`take`] returned them last; `None`
             before its first call.
         looked_at: number of ranked rows that were tokenised to get `tokenised`.
         refusals: number of rows left out as refusals.
 
     Raises:
-        ValueError: no pool or two pools, an empty pool, or a pool without the columns that `by` or `drop_refusals`
-            needs.
+        ValueError: no pool or two pools; a pool that is not a `Dataset`, is empty, has no row that can be used, or has
+            rows labelled as harmful; or a pool without the columns that `by` or `drop_refusals` needs.
         FileNotFoundError: the config's pool does not exist.
     """
 
@@ -160,7 +160,7 @@ class Pool:
             own = rows["chat_template_kwargs"] if has_kwargs else [None] * len(rows)
             kwargs = [of_row or tokenizing.template_kwargs or {} for of_row in own]
             turns = [_as_prompt_completion(row, tokenizing.tokenizer) for row in rows]
-            # Tools may have other fields in each row, and stay as they are only as JSON.
+            # Each row's tools may have different fields. They stay unchanged only if they are stored as JSON.
             rows = Dataset.from_list(turns, on_mixed_types="use_json")
             if any(kwargs):
                 rows = rows.add_column("chat_template_kwargs", kwargs)
