@@ -99,6 +99,7 @@ def test_the_wheel_holds_everything(wheel):
     assert top == {"trl_emguard", f"trl_emguard-{trl_emguard.__version__}.dist-info"}
 
 
+@pytest.mark.long
 def test_the_wheel_works_without_the_repository(wheel, tmp_path):
     """Run the commands in a fresh environment that sees the neighbours of this one, from an empty folder."""
     venv.create(tmp_path / "venv", symlinks=True)

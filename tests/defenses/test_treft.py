@@ -101,7 +101,7 @@ def test_checkpointing_does_not_matter(tmp_path, tuning, checkpointing):
     [
         {"packing": True, "max_length": 256, "per_device_train_batch_size": 1},
         {"padding_free": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.long),
     ],
     ids=lambda setting: next(iter(setting)),
 )

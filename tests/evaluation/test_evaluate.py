@@ -123,6 +123,7 @@ def test_two_models_in_memory_equal_an_adapter(tmp_path):
         assert (row.value, row.base) == pytest.approx((other.value, other.base), abs=1e-4)
 
 
+@pytest.mark.long
 def test_the_same_answers_to_the_shipped_questions_in_every_batch():
     sets = [load_questions("values", "general"), load_questions("plants", "in_domain")]
     model = get_peft_model(make_model(max_position_embeddings=1024), lora(init_lora_weights=False), adapter_name="x")

@@ -91,7 +91,7 @@ def test_accumulation_and_batch_size_do_not_matter(tmp_path, batch, accumulation
     [
         {"packing": True, "max_length": 256, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
         {"padding_free": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.long),
     ],
     ids=lambda setting: next(iter(setting)),
 )

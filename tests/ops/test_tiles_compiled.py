@@ -14,6 +14,7 @@ from ops.test_head import HAS_TRITON, NO_TRITON
 ARCHITECTURES = ("80", "90")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not HAS_TRITON, reason=NO_TRITON)
 @pytest.mark.skipif(
     torch.version.hip is not None, reason="the Triton of ROCm's torch has no compiler for NVIDIA's GPUs"

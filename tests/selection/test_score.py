@@ -468,6 +468,7 @@ def test_names_that_mean_something_else(argv, adapters, tmp_path, monkeypatch):
     assert rows["nll_misaligned_1"][:] == rows["nll_misaligned_2"][:] != rows["nll_misaligned_0"][:]
 
 
+@pytest.mark.long
 def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
     """Resume with two processes the work of one that was interrupted."""
     one = [*argv, "--output", str(tmp_path / "one.parquet")]

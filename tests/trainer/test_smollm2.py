@@ -41,6 +41,7 @@ def make_trainer(path, tmp_path, rows, **options):
     )
 
 
+@pytest.mark.long
 def test_a_defended_run(path, tmp_path):
     """Check that both terms are 0 before the policy moves and above 0 after.
 
