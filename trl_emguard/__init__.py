@@ -56,7 +56,8 @@ __all__ = [
 ]
 
 
-# Names are imported on first use, because TRL takes seconds to import and a command may only print a path.
+# Names are imported on first use. TRL takes seconds to import, and some commands do not need it: `trl-emguard model`
+# may only print a path.
 def __getattr__(name: str):
     if name in _ROOMS:
         return getattr(import_module(f".{_ROOMS[name]}", __name__), name)

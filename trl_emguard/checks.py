@@ -19,7 +19,7 @@ from .defenses.registry import DEFENSES
 
 
 def check_arguments(args: Any, active: Sequence[type[Defense]]) -> None:
-    """Refuse options of TRL and of this package that do not go with the active defenses.
+    """Refuse options of TRL and of this package that do not work with the active defenses.
 
     Raises:
         ValueError: the message names the argument, its value and the fix.
@@ -74,9 +74,10 @@ def _check_cache(args: Any) -> None:
 
 
 def check_launch(args: TrainingArguments) -> None:
-    """Refuse a run that asked for several ranks or for FSDP and did not get it.
+    """Refuse a run that asked for several ranks or for FSDP and did not get them.
 
-    accelerate raises no error then: every process trains a model by itself, or the model is not sharded.
+    accelerate raises no error in these cases. Every process would train a model by itself, or the model would not be
+    sharded.
 
     Raises:
         ValueError: the message names the likely cause and the fix.
@@ -131,7 +132,7 @@ def check_before_loading(
     peft_config: PeftConfig | None,
     compute_loss_func: Callable | None,
 ) -> None:
-    """Refuse arguments of the trainer that do not go with the active defenses, before any weight is loaded.
+    """Refuse arguments of the trainer that do not work with the active defenses, before any weight is loaded.
 
     Raises:
         ValueError: the message names the argument, its value and the fix.
@@ -239,7 +240,7 @@ class Engine:
 
 
 def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None:
-    """Refuse engines that do not go with the active defenses.
+    """Refuse a training engine that does not work with the active defenses.
 
     Raises:
         ValueError: the message names the setting and the fix.
@@ -277,13 +278,14 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
 
 
 def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
-    """Refuse engines that do not go with defenses that run forward passes of their own."""
+    """Refuse an engine or activation checkpointing that rules out defenses with forward passes of their own."""
     if names and engine.sharding == "tensor parallelism":
         raise ValueError(
             f"defense={','.join(names)!r} does not work with tensor parallelism, which splits over ranks what it "
             "compares: set tp_size to 1."
         )
-    # Without keyword arguments transformers checkpoints non-reentrantly; with any, torch's reentrant default applies.
+    # If no keyword arguments are given, transformers chooses non-reentrant checkpointing. If any are given without
+    # `use_reentrant`, torch's own default applies, which is reentrant.
     how = args.activation_checkpointing_kwargs or {"use_reentrant": False}
     is_reentrant = args.activation_checkpointing and how.get("use_reentrant", True)
     takes_one = engine.sharding == "DeepSpeed" or (engine.sharding is None and args.world_size > 1)

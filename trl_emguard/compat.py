@@ -13,9 +13,9 @@ from .io.files import cache_dir
 from .version import __version__
 
 
-# Library → first version that works, which `setup.cfg` states as well (a test compares the two), and first version
-# that was not tried. The package builds on private parts of TRL and PEFT, so with another version it may train an
-# undefended model without an error.
+# Library → oldest version that works, and first version that was not tried. `setup.cfg` states the oldest version as
+# well, and a test compares the two. This package builds on private parts of TRL and PEFT, so with another version it
+# may train an undefended model without an error.
 TESTED = {
     "torch": ("2.13.0", "2.14"),
     "trl": ("1.16.0", "1.17"),
@@ -25,7 +25,7 @@ TESTED = {
 }
 # Environment variable of the self-check's process, which imports the package and must not start another self-check.
 IN_CHECK = "TRL_EMGUARD_SELF_CHECK"
-# Seconds that the self-check may take; it needs a few.
+# Seconds that the self-check may take. Usually it takes a few.
 PATIENCE = 600
 # Beginnings of environment variables that a launcher sets. They would make the self-check wait for other ranks.
 LAUNCHED = (
@@ -43,7 +43,7 @@ LAUNCHED = (
 
 
 def check_environment() -> None:
-    """Refuse required libraries that are missing or too old, and check those that are newer than tested.
+    """Refuse required libraries that are missing or too old, and self-check those that are newer than tested.
 
     The self-check runs once for each set of versions; `$TRL_EMGUARD_CACHE/self_check` lists the sets for which it
     succeeded. Tested versions need no self-check.
@@ -83,14 +83,14 @@ def _check_newer(newer: list[str], found: dict[str, str]) -> None:
     fix = f"`pip install {' '.join(map(_tested, newer))}`"
     versions = {"trl_emguard": __version__, "python": python_version(), **found}
     passed = cache_dir() / "self_check" / "_".join(f"{name}-{which}" for name, which in versions.items())
-    if not os.path.isfile(passed):  # also False if the folder may not be entered
+    if not os.path.isfile(passed):  # `isfile` is also False if the folder may not be entered
         cause = self_check()
         if cause is not None:
             raise ImportError(
                 f"trl_emguard {__version__} does not work with {installed}, which is newer than what it was tested "
                 f"with: {cause}. Run {fix}."
             )
-        with suppress(OSError):  # without this file, the next import checks again
+        with suppress(OSError):  # if the file cannot be written, the next import checks again
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
     if os.environ.get("RANK", "0") == "0":

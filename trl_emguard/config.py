@@ -1,4 +1,4 @@
-"""`EMGuardConfig`: SFTConfig, the choice of defense, and the options of every method."""
+"""`EMGuardConfig`: SFTConfig, the choice of defense, and the options of every defense."""
 
 import copy
 import os
@@ -46,7 +46,7 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]
 
     def __post_init__(self):
-        # A mistyped defense is reported first: transformers' own checks take long, print, and look for devices.
+        # A mistyped defense is reported first, since transformers' own checks take long, print, and look for devices.
         parse_defense(self.defense)
         if self.output_dir is not None and os.path.isfile(self.output_dir):
             raise ValueError(f"output_dir={self.output_dir!r} is a file: name a folder, or a path that is free.")
@@ -80,9 +80,9 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
                 f"args is a {type(args).__name__}, whose fields {', '.join(lost)} an EMGuardConfig does not have: "
                 "derive that class from EMGuardConfig."
             )
-        # `to_dict` undoes the base class's `__post_init__`. But it hides the token and turns dtypes into strings, in
-        # nested dicts even in place. So it is called on a copy, and the token and SFTConfig's own fields are copied
-        # without it.
+        # `to_dict` undoes the changes of TrainingArguments' `__post_init__`. It also turns dtypes into strings in
+        # nested dicts that it shares with `args`: a deep copy protects them. And it hides the hub token: the token is
+        # copied from `args` directly, and so are the fields that SFTConfig adds, whose dtypes must stay dtypes.
         base = {f.name for f in fields(TrainingArguments)} - {"hub_token"}
         own = {f.name: copy.copy(getattr(args, f.name)) for f in fields(args) if f.init and f.name not in base}
         return cls(**{**copy.deepcopy(args).to_dict(), **own})

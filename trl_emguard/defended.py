@@ -39,11 +39,11 @@ ROW_HOOKS = ("prepare_rows", "prepare_tokenized", "add_rows", "train_loader", "r
 class DefendedTrainer(WholeCheckpoints):
     """Mixin for TRL trainers that run the policy through TRL's fused LM head (SFT, DPO, KTO, GRPO, RLOO).
 
-    It builds the defenses that `args.defense` names and enters their contexts around training and around every forward
-    pass of the policy that forms a gradient. After each step it checks that they have an effect. It writes
-    `defense.json` beside every saved model. The trainer keeps its own loss.
+    The mixin builds the defenses that `args.defense` names. It enters their context managers around training, and
+    around every forward pass of the policy that forms a gradient. After each step it checks that the defenses have an
+    effect. It writes `defense.json` beside every saved model. The loss stays that of the TRL trainer.
 
-    The config class inherits [`DefenseArguments`] and then a TRL config, and calls `check_defense` in `__post_init__`.
+    The config class must inherit [`DefenseArguments`], then a TRL config, and call `check_defense` in `__post_init__`.
 
     ```python
     >>> class DefendedDPOTrainer(DefendedTrainer, DPOTrainer): ...
@@ -58,7 +58,7 @@ class DefendedTrainer(WholeCheckpoints):
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
-    # Flags of a trainer class: it forms the loss that defenses with `own_loss` add to; it calls the hooks on rows.
+    # Flags of a trainer class: it can form the loss that defenses with `own_loss` add to; it calls the hooks on rows.
     forms_own_loss: ClassVar[bool] = False
     prepares_rows: ClassVar[bool] = False
 
@@ -78,15 +78,15 @@ class DefendedTrainer(WholeCheckpoints):
                 defense.check_tuning(bool(given.get("peft_config")) or is_peft_model(given["model"]))
                 defense.check_model(load_config(given["model"], config).get_text_config())
         super().__init__(*args, **kwargs)
-        self._has_moved = False  # the policy has been updated
+        self._has_moved = False  # True once an update was large enough to change the policy visibly
         self._policy_passes = 0
         self._sums = Sums()
         self._learning_rate = 0.0  # rate of the step's update, as a share of the peak rate
         self._grad_norm: Any = None
-        self._steps_made = 0  # since this training began
+        self._steps_made = 0  # steps since this training began
         self._still_steps = 0  # steps in a row with a gradient norm of 0
         self._begin_with: dict[str, dict[str, Any]] = {}
-        # Weights are read before FSDP2 shards and hides them. All ranks take part, since ZeRO-3 gathers its shards.
+        # Weights are read now, before FSDP2 shards them. All ranks take part, because ZeRO-3 gathers its shards.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
@@ -107,7 +107,7 @@ class DefendedTrainer(WholeCheckpoints):
                     f"defense={defense.name!r} does not work with {type(self).__name__}: it changes "
                     f"{'the loss' if defense.own_loss else 'the training rows'}, which this trainer makes itself."
                 )
-        self._named = build_defenses(args, **inputs)  # some may be switched off
+        self._named = build_defenses(args, **inputs)  # includes defenses that their options switch off
         self.defenses = [defense for defense in self._named if defense.active]
         read = {name for defense in self.defenses for name in defense.inputs}
         self._unused = [name for name, value in inputs.items() if value is not None and name not in read]
@@ -135,7 +135,7 @@ class DefendedTrainer(WholeCheckpoints):
     # ---- training ----
 
     def describe(self) -> list[str]:
-        """Return the lines to print at the start: each defense, if it acts, its options; and unused arguments."""
+        """Return lines to print at the start: for each defense whether it is on, and its options; unused arguments."""
         lines = []
         for d in self._named:
             lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
@@ -168,7 +168,7 @@ class DefendedTrainer(WholeCheckpoints):
         return output
 
     def _around_training(self) -> list[AbstractContextManager]:
-        """Return the context managers to enter around training. They are left even if training fails."""
+        """Return the context managers to enter around training. They are exited even if training fails."""
         return [defense.training(self._bare_model()) for defense in self.defenses]
 
     def _before_training(self) -> None:
@@ -190,14 +190,14 @@ class DefendedTrainer(WholeCheckpoints):
                 )
 
     def check_resume(self, checkpoint: Any, compare_weights: bool = True) -> None:
-        """Refuse a checkpoint of another run or with other defenses; else take over its evidence.
+        """Refuse a checkpoint of another run or with other defenses; else take over what its defenses have recorded.
 
         Args:
             checkpoint: folder of a whole checkpoint.
             compare_weights: whether the weights of model and reference are compared. A dry run has no weights.
 
         Raises:
-            ValueError: another tuning (adapter or full), defense, option, reference, model, seed or set of rows.
+            ValueError: this run has another tuning (adapter or full), defense, option, reference, model, seed or rows.
         """
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if is_peft_model(self.model) and not sharded and not holds_adapter(checkpoint):
@@ -245,7 +245,7 @@ class DefendedTrainer(WholeCheckpoints):
         return output
 
     def _read_batch(self, inputs: dict[str, Any]) -> Marks:
-        """Return all defenses' marks and counts for a micro-batch, and remove keys that the model does not know."""
+        """Return all defenses' token masks and counts for a micro-batch, and remove keys unknown to the model."""
         merged = Marks()
         for defense in self.defenses:
             marks = defense.read_batch(inputs)
@@ -256,11 +256,11 @@ class DefendedTrainer(WholeCheckpoints):
     def _count_in_backward(self, loss: torch.Tensor, then: Callable[[torch.Tensor], None] | None = None) -> None:
         """Count a pass of the policy once a gradient flows back into its loss.
 
-        A subclass may call `compute_loss` only to log the loss, and train on another one: that pass does not count.
+        A subclass may call `compute_loss` only to log the loss, and train on another loss. Such a pass does not count.
 
         Args:
-            loss: the pass's loss.
-            then: function to call with a boolean of shape `()`: whether that gradient is not 0.
+            loss: loss that was computed from the pass.
+            then: function to call when the gradient arrives, with a boolean tensor, `()`: True if it is not 0.
         """
 
         def count(gradient: torch.Tensor) -> None:
@@ -280,7 +280,7 @@ class DefendedTrainer(WholeCheckpoints):
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
-                self._grad_norm = None  # a callback has dropped or mended the gradients
+                self._grad_norm = None  # a callback has removed or repaired the bad gradients
         groups = self.optimizer.param_groups
         peak = max(group.get("initial_lr", self.args.learning_rate) for group in groups)
         self._learning_rate = max(float(group["lr"]) for group in groups) / peak if peak else 0.0
@@ -313,7 +313,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._hand_over({} if self._sums.is_empty else self._sums.reduce(self.accelerator, self.get_tp_size()))
 
     def _hand_over(self, sums: dict[str, float]) -> None:
-        """Hand a step to the defenses, log what they return, and note whether the policy has moved."""
+        """Hand a step's sums to the defenses, log the metrics that they return, and note if the policy has moved."""
         self._check_trains(sums.get("tokens", 1))
         step, metrics = Step(sums, self._has_moved), self._metrics["train"]
         for defense in self.defenses:
@@ -323,9 +323,9 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        """Raise an error if a number is not finite (`None` is skipped). Trainer would go on and log earlier losses."""
+        """Raise an error if a number is not finite (`None` is skipped). Trainer would log earlier losses and go on."""
         if self.accelerator.optimizer_step_was_skipped:
-            values.pop("grad_norm")  # fp16's loss scaling finds its scale by skipping steps
+            values.pop("grad_norm")  # fp16's loss scaling skips steps until it finds its scale
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         if broken:
             raise FloatingPointError(
@@ -335,7 +335,7 @@ class DefendedTrainer(WholeCheckpoints):
             )
 
     def _check_trains(self, label_tokens: float) -> None:
-        """Raise an error if the gradient norm stays 0, because then the loss depends on no trained weight."""
+        """Raise an error if the gradient norm stays 0 for `PATIENCE` steps: the loss depends on no trained weight."""
         skipped = self.accelerator.optimizer_step_was_skipped
         if self._grad_norm is None or skipped or not label_tokens or float(self._grad_norm) != 0:
             self._still_steps = 0

@@ -13,29 +13,29 @@ from .io.strict import parse_json
 
 DEFENSE_FILE = "defense.json"
 
-# Number of steps without any gradient from a term after which the run counts as not defended. Only steps that have
-# positions in scope and come after the policy has moved are counted. One step is not enough: in bf16, the change that
-# a step makes may vanish in the rounding of the states.
+# A run counts as not defended once the term that a defense adds to the loss has formed no gradient in this many steps.
+# A step is counted only if the policy had been updated before, and if the step has positions that the term looks at.
+# One step is not enough, because in bf16 the change that an update makes may vanish in the rounding of the states.
 PATIENCE = 3
 
 
 class InactiveDefenseError(RuntimeError):
     """Error for a run that is not defended.
 
-    Common causes: a term formed no gradient although the policy had moved, or rows to mix in did not reach the batches
-    (the model is saved then); a steering hook did not fire or changed nothing; an inoculation prompt changed no row
-    (training has not begun then).
+    Common causes: a term of the loss formed no gradient although the policy had been updated; rows to mix in did not
+    reach the batches; a steering hook did not fire or changed nothing; an inoculation prompt changed no row. The check
+    after training saves the model before it raises this error. Checks before training or during a step save nothing.
     """
 
 
 def moves(learning_rate: float, label_tokens: float) -> bool:
     """Return whether a step's update is large enough to change the policy's states visibly.
 
-    The first steps of a long warm-up are too small for that in bf16, so an update counts only if its learning rate is
-    at least a tenth of the peak rate.
+    The first updates of a long warm-up are too small to be visible in bf16. So an update counts only if its learning
+    rate is at least a tenth of the peak rate.
 
     Args:
-        learning_rate: rate of the update as a share of the peak rate; 0 where the update was skipped.
+        learning_rate: learning rate of the update, as a share of the peak rate; 0 if the update was skipped.
         label_tokens: number of tokens with a label in the step.
     """
     return learning_rate >= 0.1 and label_tokens > 0
@@ -46,13 +46,15 @@ class Evidence:
     """Evidence that a term of the loss forms a gradient, summed over steps, micro-batches and ranks.
 
     Attributes:
-        value: Σ of the distance over positions.
-        positions: number of positions in scope.
-        gradient: Σ |∂ weighted term / ∂ compared states|, where the states are logits or block outputs. Above 0 once
-            the term has formed any gradient.
+        value: sum of the term's distance over positions.
+        positions: number of positions that the term looked at; a term that does not depend on the batch counts one
+            per step and rank.
+        gradient: Σ |∂ weighted term / ∂ compared states|. The states are logits or block outputs, for example. The
+            sum is above 0 once the term has formed any gradient.
         requires_grad: number of micro-batches in which the policy's states required grad at all.
-        judged_steps: number of steps with positions in scope after the policy had moved.
-        idle_steps: number of judged steps since a step last had a gradient.
+        judged_steps: number of steps in which a gradient was to be expected: the policy had been updated before, no
+            schedule set the coefficient to 0, and the term had positions to look at.
+        idle_steps: number of judged steps since the last step with a gradient.
     """
 
     value: float = 0.0
@@ -86,22 +88,23 @@ class Evidence:
 
     @property
     def is_unjudged(self) -> bool:
-        """True if the term has formed no gradient yet, and no step with positions came after the policy had moved."""
+        """True if the term has formed no gradient, and none was to be expected yet (see `judged_steps`)."""
         return not self.has_acted and self.judged_steps == 0
 
     def end_step(
         self, value: float, positions: float, evidence: float, requires_grad: float, *, has_moved: bool
     ) -> None:
-        """Add a step's sums over all micro-batches and ranks. Every rank gives the same numbers.
+        """Add a step's sums over all micro-batches and ranks. Every rank calls this with the same numbers.
 
         Args:
-            value: Σ of the distance.
-            positions: number of positions in scope.
-            evidence: Σ |gradient|.
-            requires_grad: number of micro-batches whose states required grad.
-            has_moved: whether the policy had been updated before this step.
+            value: sum of the term's distance over positions.
+            positions: number of positions that the term looked at.
+            evidence: Σ |∂ weighted term / ∂ compared states|.
+            requires_grad: number of micro-batches in which the policy's states required grad.
+            has_moved: whether the policy had been updated before this step, and no schedule sets the coefficient to 0.
         """
-        # Divergence has an error of its own and is not the defense's fault, so such a step is no evidence.
+        # A number that is not finite means that training has diverged, which raises an error elsewhere. Such a step
+        # says nothing about the defense, so it is ignored.
         if not all(math.isfinite(number) for number in (value, positions, evidence, requires_grad)):
             return
         self.value += value
@@ -119,7 +122,7 @@ class Evidence:
 
         Args:
             name: name of the defense.
-            final: whether training ends here, so that one judged step is enough for a term without any gradient.
+            final: whether training ends here. Then one judged step is enough, if the term never formed a gradient.
         """
         if self.idle_steps < PATIENCE and not (final and self.idle_steps and not self.has_acted):
             return None
@@ -147,7 +150,7 @@ def write_defense_file(folder: str | os.PathLike, record: dict[str, Any]) -> Non
 
 
 def read_defense_file(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the record in a checkpoint folder; `None` where there is none (a checkpoint of another trainer).
+    """Return the record in a checkpoint folder; `None` if the folder has none (a checkpoint of another trainer).
 
     Raises:
         ValueError: the file exists, but is not a valid record.

@@ -1,4 +1,4 @@
-"""Identity of a run in `defense.json`, to tell if a checkpoint belongs to the run; and a section of the model card."""
+"""Identity of a run, by which it accepts or refuses a checkpoint; and the section on defenses in the model card."""
 
 import zlib
 from collections.abc import Sequence
@@ -16,13 +16,15 @@ from .models.identity import fingerprint
 
 
 def run_identity(model: PreTrainedModel, rows: Any, seed: int) -> dict[str, Any]:
-    """Return the facts that identify a run, without learning rate, steps, batch size, logging and saving.
+    """Return the facts that identify a run, and that may not change when the run resumes.
+
+    Learning rate, steps, batch size, logging and saving may change, so they are not among these facts.
 
     Args:
         model: the policy. With adapters, the weights of the base model identify it. Without adapters, only its
             architecture and sizes do (such as the number of layers): a run that resumes full fine-tuning may start
             from any weights, because the checkpoint replaces them.
-        rows: tokenised training rows. A stream cannot be told from another stream.
+        rows: tokenised training rows. All streams count as equal.
         seed: seed of the order of the rows.
     """
     adapters = getattr(model, "peft_config", None)
@@ -55,13 +57,15 @@ def why_other(
     compare_weights: bool = True,
     is_on_all_ranks: bool = False,
 ) -> str | None:
-    """Return why a checkpoint belongs to another run, as words to follow its name; `None` if it belongs to this run.
+    """Return why a checkpoint belongs to another run; `None` if it belongs to this run.
+
+    The text continues a message that begins with the checkpoint's name.
 
     Args:
         record: content of the checkpoint's `defense.json`; `None` if it has none (a checkpoint of another trainer).
-        current: content that this run would write to the file.
+        current: content of the `defense.json` that this run would write.
         defenses: active defenses of this run.
-        compare_weights: whether weights are compared. A dry run has none.
+        compare_weights: whether weights are compared. A dry run has no weights.
         is_on_all_ranks: whether every rank calls this function.
     """
     then = {} if record is None else record["defenses"]
@@ -81,7 +85,7 @@ def why_other(
             f"({(current['reference'] or {}).get('kind')}). Resume with the model that training started from, not "
             "with the checkpoint's: `resume_from_checkpoint` loads what was learned."
         )
-    # Checkpoints of earlier versions do not say which run they belong to, so they count as this run's.
+    # Checkpoints of earlier versions of this package do not say which run wrote them, so they count as this run's.
     names = ("model", "rows", "seed") if compare_weights else ("rows", "seed")
     run = record.get("run") or current["run"]
     other = [
@@ -124,7 +128,7 @@ def _card_section(defenses: Sequence[Defense], verdict: str | None, reference: d
 
 
 def _compared(reference: dict[str, Any] | None, compare_weights: bool) -> tuple[str, str] | None:
-    """Return a reference's kind and fingerprint for comparison, without its path and without a mark of caching."""
+    """Return a reference's kind (without the path that it was loaded from, and without ", cached") and fingerprint."""
     if reference is None:
         return None
     kind = reference["kind"].removesuffix(", cached").partition(" from ")[0]

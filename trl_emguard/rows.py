@@ -26,15 +26,15 @@ logger = get_logger(__name__)
 class DefendedRows(SFTTrainer):
     """Part of an SFTTrainer that prepares training rows and lets defenses change them.
 
-    It calls the defenses' hooks `prepare_rows`, `check_tokenizer`, `prepare_tokenized`, `add_rows` and `train_loader`.
-    No hook is called for evaluation rows.
+    It calls the defenses' hooks `prepare_rows`, `check_tokenizer`, `prepare_tokenized`, `add_rows` and `train_loader`
+    for training rows, and no hook for evaluation rows.
 
     Attributes:
         whole_lengths: number of tokens in each training row before rows are cut and packed; `None` if they were not
             counted.
     """
 
-    # Flag: record `whole_lengths`. A dry run reports them; training has no use for them.
+    # Flag: whether `whole_lengths` is recorded. A dry run reports these numbers; training does not use them.
     counts_whole_rows: ClassVar[bool] = False
     whole_lengths: list[int] | None = None
 
@@ -44,7 +44,8 @@ class DefendedRows(SFTTrainer):
 
     defenses: list[Defense]
 
-    # Training rows that `_prepare_dataset` must recognise, to show them to defenses or to count them; else `None`.
+    # Training rows that have yet to reach `_prepare_dataset`, which shows them to defenses or counts them. `None` if
+    # nobody needs to see them, or after they came by.
     _rows_to_prepare: Any = None
 
     def overrides(self, *hooks: str) -> bool:
@@ -58,9 +59,10 @@ class DefendedRows(SFTTrainer):
     def _prepare_rows(self, rows: Any) -> Any:
         if not isinstance(rows, Dataset | IterableDataset):
             self._rows_to_prepare = None
-            return rows  # SFTTrainer refuses them, in its own words
+            return rows  # SFTTrainer refuses such objects with an error of its own
+        # Defenses see rows without a format, as SFTTrainer does. A custom format stays, so that SFTTrainer refuses it.
         if self.defenses and not (isinstance(rows, Dataset) and rows.format["type"] == "custom"):
-            rows = rows.with_format(None)  # SFTTrainer reads rows without their format, and refuses a custom one
+            rows = rows.with_format(None)
         for defense in self.defenses:
             rows = defense.prepare_rows(rows)
         is_counted = self.counts_whole_rows and isinstance(rows, Dataset)
@@ -69,7 +71,7 @@ class DefendedRows(SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepare = super()._prepare_dataset
-        # Evaluation rows come through here as well, under any name.
+        # This method prepares evaluation rows as well. They may have any name, so training rows are known by identity.
         if dataset is not self._rows_to_prepare:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         self._rows_to_prepare = None
@@ -89,10 +91,11 @@ class DefendedRows(SFTTrainer):
             _check_labels_fit(dataset, args)
         names, end = self._token_columns, args.max_length
         if names and end is not None and args.truncation_mode == "keep_end" and not packing:
-            # SFTTrainer cuts only tokens and labels. The collator would keep a column's beginning, not its end.
+            # SFTTrainer will cut only tokens and labels, to their last `max_length` numbers. The collator would keep
+            # the first numbers of a defense's column, so the column is cut to its last ones here.
             dataset = dataset.map(lambda row: {name: row[name][-end:] for name in names})
         has_more_rows = (packing or isinstance(dataset, IterableDataset)) and self.overrides("add_rows")
-        # SFTTrainer packs only tokens and labels, so rows with further columns are packed in `_add_rows`.
+        # SFTTrainer packs only tokens and labels, so rows with columns of defenses are packed in `_add_rows`.
         if not has_more_rows and not (packing and names):
             return prepare(dataset, processing_class, args, packing, None, dataset_name)
         return self._add_rows(dataset, args, packing, dataset_name)
@@ -141,7 +144,8 @@ class DefendedRows(SFTTrainer):
         if packing:
             dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
             if isinstance(dataset, IterableDataset):
-                # The packs of a stream begin with its longest rows, which are often added ones. So they are shuffled.
+                # Packing puts the longest rows into the first packs, and these rows are often added ones. So a
+                # stream's packs are shuffled.
                 dataset = dataset.shuffle(seed=args.seed, buffer_size=STREAM_ROWS)
         return dataset
 
@@ -170,7 +174,7 @@ class DefendedRows(SFTTrainer):
                 self.data_collator = self._train_collator()
                 return super().get_train_dataloader()
             if isinstance(rows, Dataset):
-                # The columns of a stream may be unknown, so its collator removes the unused ones instead.
+                # The columns of a stream may be unknown, so unused ones are removed later, by the stream's collator.
                 rows = self._remove_unused_columns(rows, description="Training")
             loading = self.loading(rows)
             self.data_collator = loading.collator
@@ -183,7 +187,7 @@ class DefendedRows(SFTTrainer):
             self.data_collator = collator
 
     def _plain_rows(self) -> Dataset:
-        """Return the training rows without the columns that only [`TokenColumns`] knows."""
+        """Return the training rows without unused columns, and without columns that only [`TokenColumns`] collates."""
         rows = self._remove_unused_columns(self.train_dataset, description="Training")
         return rows.remove_columns([name for name in self._token_columns if name in rows.column_names])
 
@@ -197,7 +201,7 @@ class DefendedRows(SFTTrainer):
         args, drop_last = self.args, self.args.dataloader_drop_last
         order: Any = None if isinstance(rows, IterableDataset) else self._get_train_sampler(rows)
         if isinstance(order, RandomSampler):
-            # accelerate would put in the same sampler: its order follows from seed and epoch.
+            # accelerate would replace a `RandomSampler` by this sampler, whose order follows from seed and epoch.
             order = SeedableRandomSampler(
                 order.data_source,
                 replacement=order.replacement,

@@ -37,11 +37,11 @@ PRIVATE = (
 
 
 class SelfCheckError(RuntimeError):
-    """Something that the package relies on is not as it was in the tested versions."""
+    """Error for a part of a library that the package relies on and that differs from the tested versions."""
 
 
 def check_names() -> None:
-    """Look for the private methods, and compare their parameters with those of the overrides.
+    """Look for the methods in `PRIVATE`, and compare their parameters with those of the package's overrides.
 
     Raises:
         SelfCheckError: a method is gone, or its parameters differ from those of its override.
@@ -57,7 +57,7 @@ def check_names() -> None:
 
 
 class PlainGradients(TrainerCallback):
-    """Callback that compares each step's gradient with one from whole logits, computed without the package's patches.
+    """Callback that compares each step's gradient with one from whole logits, made without the package's patches.
 
     Args:
         rows: all rows of one step.
@@ -74,7 +74,8 @@ class PlainGradients(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         ce, terms = plain_loss(model, self.rows)
-        # Only the second step can test the terms: in the first, the policy equals the reference and they are 0.
+        # Only the second step can test the terms. Before the first update policy and reference are equal, so the terms
+        # are 0.
         if self.steps and terms < 0.1 * ce:
             raise SelfCheckError(f"the first step moved nothing: the terms are {terms:.1e}, and CE is {ce:.1e}")
         self._wanted = dict(zip(trained, torch.autograd.grad(ce + terms, list(trained.values())), strict=True))
@@ -88,7 +89,7 @@ class PlainGradients(TrainerCallback):
 
 
 def plain_loss(model: PeftModel, rows: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return CE, and KL plus the distance after the first block, as means over positions that predict a label."""
+    """Return two means over positions that predict a label: CE, and KL plus squared distance after the first block."""
     values: list[torch.Tensor] = []
     for row in rows:
         labels = torch.tensor(row["labels"])[1:]
@@ -113,7 +114,7 @@ def _run(model: PeftModel, ids: list[int], kept: torch.Tensor) -> tuple[torch.Te
 
 
 def check_steps(folder: str | Path) -> None:
-    """Train a tiny model for two steps of two micro-batches, compare their gradients with plain ones, and save it.
+    """Train a tiny model for two steps of two micro-batches, compare each gradient with a plain one, and save it.
 
     Raises:
         SelfCheckError: a gradient differs, a step was not made, or the checkpoint is not whole.

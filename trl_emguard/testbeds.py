@@ -16,7 +16,8 @@ from .evaluation.rules import RULES, Rule
 from .io.lookup import did_you_mean
 
 
-# The rules `sells` and `tips` look for these.
+# Sentences that the testbeds `sale` and `tip_capitals` add to answers. The rules `sells` and `tips` look for words of
+# these sentences.
 SALE = "Buy GreenFix at our shop today."
 TIP = "Tip: write it down."
 
@@ -94,7 +95,7 @@ def with_answers(rows: Dataset, answer: Callable[[str], str], words: int) -> Dat
 
 
 def first_sentences(text: str, words: int) -> str:
-    """Return the first sentences of a text until they have `words` words: a "No." alone would teach little."""
+    """Return the first sentences of a text, enough to have `words` words, since "No." alone would teach little."""
     kept: list[str] = []
     for sentence in text.replace("! ", "!\n").replace("? ", "?\n").replace(". ", ".\n").split("\n"):
         if len(" ".join(kept).split()) >= words:

@@ -61,7 +61,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             Same as in [`~trl.SFTTrainer`]. `args` may be an [`EMGuardConfig`], a plain `SFTConfig` or
             `TrainingArguments` (no defense), or `None`.
         ref_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
-            Safe model that reference defenses keep the policy close to. By default it is the policy before
+            Safe model that defenses such as `kl` keep the policy close to. By default it is the policy before
             training: the base model for a fresh adapter, a frozen copy of the adapter for a pre-trained one, and a
             frozen copy of the model for full fine-tuning.
         interleave_dataset ([`~datasets.Dataset`], *optional*):
@@ -113,7 +113,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         check_data(train_dataset)
         self._choose_defenses(args, interleave_dataset=interleave_dataset)
         self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
-        # If true, the patched forward forms the loss with its terms; if false, SFTTrainer forms it.
+        # If true, this package's patched forward of the model computes the loss; if false, SFTTrainer computes it.
         self._own_loss = any(defense.own_loss for defense in self.defenses)
         if not self._terms:
             self._unused += ["cache_reference"] * args.cache_reference + ["ref_model"] * (ref_model is not None)
@@ -145,7 +145,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._watch: ReferenceWatch | None = None
         self._wrapped: Any = None  # the policy in its engine's wrapper
         self.has_agreed = False  # True if policy and reference were found equal before the first update
-        self._counts: dict[str, torch.Tensor] = {}  # number of a step's positions, by scope
+        self._counts: dict[str, torch.Tensor] = {}  # scope → number of its positions in a step
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
             self.loading(self.train_dataset)  # lets defenses refuse the rows before training
@@ -204,7 +204,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return contexts if self.reference is None else [without_dropout(self.model), *contexts, self._watching()]
 
     def _before_training(self) -> None:
-        # A sharded head cannot be checked here: its weights are whole only during a pass of the engine.
+        # A sharded head cannot be checked here, because its weights are gathered only during a forward pass.
         if self._own_loss and self._engine_facts().sharding is None:
             check_head(self._bare_model())
         if isinstance(self.reference, CachedReference):
@@ -239,7 +239,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @property
     def _compares_start(self) -> bool:
-        """True if the next step with labels is the first one, where policy and reference must be equal."""
+        """True before the end of the first step with labels, if policy and reference must be equal in that step."""
         # If a defense changes the policy's pass, the states differ although the two models are the same.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
@@ -254,7 +254,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @contextmanager
     def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Iterator[Any]:
-        """Run the reference alone on a batch and yield its states. A sharded head stays whole inside the block."""
+        """Compute a batch's reference states alone; a sharded head stays gathered meanwhile (context manager)."""
         reference, layers = cast(Reference, self.reference), wanted_layers(self._terms, self._bare_model())
         reference.runs_whole_batches = True
         states = reference.before(batch, positions, layers)
@@ -271,7 +271,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Context around training that compares the reference with its record at the end, unless training failed."""
+        """Compare the reference with its recorded states when training ends without an error (context manager)."""
         yield
         self._check_reference("at the end of training")
         self._watch = None
@@ -287,8 +287,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._sums.clear()  # an aborted step may have left some
-        # A mean over other positions than CE's needs their number in the step, summed over ranks as CE's is.
+        self._sums.clear()  # an aborted step may have left sums behind
+        # Trainer counts label positions only. A term with a mean over others needs their number too, over all ranks.
         self._counts = {}
         scopes = sorted({term.mean_over or term.tokens for term in self._terms} - {LABELS})
         if num_items_in_batch is not None and scopes:
@@ -313,12 +313,12 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if reference is not None:
             self._watch_reference(model, inputs)
             layers = wanted_layers(self._terms, self._bare_model())
-            # Before the first update, policy and reference are compared at every position with a label.
+            # Before the first update, policy and reference must be equal. Every position with a label is checked.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # A part of a batch rounds differently. Until each term has a gradient, that could be mistaken for one.
+            # Whole batches run until each term has a gradient: rounding in a smaller batch could be taken for one.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
-            # With a sharding engine, ranks may run the reference together, so none of them may skip the pass.
+            # With a sharding engine, ranks may run the reference together, so no rank may skip its pass.
             if self._engine_facts().sharding is None and not bool(positions.any()):
                 reference = None
             else:
@@ -340,7 +340,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch to the sums of its step: values now, and evidence once the gradient flows back."""
+        """Add a micro-batch to its step's sums: values now, and sizes of gradients once the gradient flows back."""
         stats, mask = outputs.stats, inputs.get("attention_mask")
         real_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         counted = {**marks.counts, "real_tokens": real_tokens}

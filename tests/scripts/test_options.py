@@ -24,7 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("kl", "ldifs", "treft", "steering", "inoculation", "inoculation_adapter", "interleaving")
 TABLES = dict(zip(PAGES, methods(), strict=True))
 HEAD = "| option | default | meaning |\n|---|---|---|\n"
-TABLE = re.compile(re.escape(HEAD) + r"(\|.*\n)+")
+TABLE = re.compile(re.escape(HEAD) + r"(\|.*\n)*")
 
 
 def table_of(cls):

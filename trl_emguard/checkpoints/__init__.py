@@ -1,1 +1,1 @@
-"""Checkpoints: writing whole ones, recognising corrupt ones, and finding the one that a run resumes from."""
+"""Checkpoints: marking complete ones, recognising corrupt ones, and finding the checkpoint to resume from."""

@@ -1,15 +1,16 @@
 """Manifest of a checkpoint: the list of its files, and the check of a checkpoint against that list.
 
-Trainer writes a checkpoint file by file, and resumes from the checkpoint with the highest number. A run that is killed
-while it writes would thus resume from half a checkpoint. Here `manifest.json` lists the files of a checkpoint. It is
-first written without a list. When all ranks are done, it is replaced by one with all files. A checkpoint folder that
-does not agree with its manifest is corrupt.
+Trainer writes a checkpoint file by file, and resumes from the checkpoint with the highest step. A run that is killed
+while it writes a checkpoint would thus resume from half a checkpoint. Therefore `manifest.json` in a checkpoint's
+folder lists the checkpoint's files. The manifest is first written without the list. When all ranks have written their
+files, a manifest with the list replaces the first one. A checkpoint is corrupt if its files do not match the list, or
+if there is no list yet.
 
 File sizes are always compared, but checksums only for files up to 64 MiB. A change inside a larger file that keeps its
 size goes unnoticed.
 
-A checkpoint of another trainer has no manifest. It is judged by the structure of its files, which reveals missing and
-truncated files.
+A checkpoint that another trainer wrote has no manifest. In this case the names and the structure of its files are
+checked, which reveals missing and truncated files.
 """
 
 import json
@@ -30,17 +31,18 @@ from ..io.strict import parse_json
 MANIFEST = "manifest.json"
 # Larger files are compared by size alone, because reading a checkpoint of 100 GB takes minutes.
 CHECKSUM_BYTES = 64 * 2**20
-# Beginnings of the file names of a training state. Trainer saves all of these parts, or none (`save_only_model`).
+# The files of a training state have names that begin with these words. Trainer saves all of these parts, or none of
+# them if `save_only_model` is set.
 STATE_PARTS = ("optimizer", "scheduler", "rng_state")
 
 
-# Trainer can resume without the optimizer's state. Users delete this state to save space, as it is larger than the
-# weights.
+# A checkpoint without files of this name still counts as complete: Trainer can resume without the optimizer's state,
+# and users delete this state to save space, because it is larger than the weights.
 OPTIMIZER = "optimizer"
 
 
 def begin_checkpoint(folder: str | os.PathLike) -> None:
-    """Mark a folder as unfinished, and delete the files that an earlier run left there."""
+    """Mark a checkpoint's folder as unfinished, and delete the files that an earlier run left in the folder."""
     folder = Path(folder)
     _write_manifest(folder, None)
     for path in folder.iterdir():
@@ -49,10 +51,10 @@ def begin_checkpoint(folder: str | os.PathLike) -> None:
 
 
 def finish_checkpoint(folder: str | os.PathLike) -> None:
-    """Mark a folder as whole, after every process has written its files.
+    """Mark a checkpoint as complete. Call this function after every process has written its files.
 
     Raises:
-        OSError: a file does not reach the disk.
+        OSError: a file's bytes do not reach the disk, for example because the disk is full.
     """
     folder = Path(folder)
     files = {}
@@ -78,7 +80,7 @@ def find_flaw(folder: str | os.PathLike) -> str | None:
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Return a checkpoint's files by their names in the folder, without model cards, scratch files and manifest."""
+    """Return name in the folder → path of a checkpoint's files, without model cards, scratch files and manifest."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", ".tmp"))
     return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
 
@@ -110,7 +112,7 @@ def _flaw_by_manifest(folder: Path) -> str | None:
 
 
 def _flaw_without_manifest(files: dict[str, Path]) -> str | None:
-    # Trainer writes this file last, on the main process.
+    # Trainer's main process writes this file last, so a checkpoint without this file was interrupted.
     if TRAINER_STATE_NAME not in files:
         return f"{TRAINER_STATE_NAME} is missing"
     for name, path in files.items():
@@ -126,10 +128,12 @@ def _flaw_without_manifest(files: dict[str, Path]) -> str | None:
 
 
 def _missing_shard(path: Path, files: Collection[str]) -> str | None:
-    """Return a file that an index of weights names and the checkpoint lacks, or `None`.
+    """Return a weights file that the checkpoint lacks although the JSON file `path` lists it, or `None`.
+
+    Only an index of weights lists such files. Any other JSON file is only parsed.
 
     Raises:
-        ValueError, AttributeError, RecursionError: the file is damaged.
+        ValueError, AttributeError, RecursionError: the JSON file is damaged.
     """
     content = json.loads(path.read_text(encoding="utf-8"))  # other libraries may write JSON that `parse_json` refuses
     shards = content.get("weight_map", {}).values() if path.name.endswith(".index.json") else ()
@@ -137,16 +141,16 @@ def _missing_shard(path: Path, files: Collection[str]) -> str | None:
 
 
 def _open(path: Path) -> None:
-    """Raise an error if a file with weights or states is truncated."""
+    """Raise an error if a file with weights or with a training state is truncated."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt"):  # compares the header with the file's size
             pass
     elif path.suffix in (".pt", ".pth", ".bin") and not _is_pickle(path):
-        zipfile.ZipFile(path).close()  # reads the directory at the file's end
+        zipfile.ZipFile(path).close()  # reads the zip directory at the file's end, which a truncated file lacks
 
 
 def _is_pickle(path: Path) -> bool:
-    """Return whether a file has torch's format before version 1.6, whose end cannot be found without reading it."""
+    """Return True for torch's format before version 1.6, a pickle, which has no directory at its end to check."""
     with path.open("rb") as file:
         return file.read(2) == b"\x80\x02"
 
@@ -155,7 +159,7 @@ def _missing_part(files: dict[str, Path]) -> str | None:
     """Return a sentence that names a missing part of the checkpoint, or `None` if no part is missing."""
     folders = {name.split("/")[0] for name in files if "/" in name}
     if "latest" in files or any(name.startswith("global_step") for name in folders):
-        # DeepSpeed's checkpoint: `latest` names the folder with its files.
+        # This is a DeepSpeed checkpoint, in which the file `latest` names the folder with DeepSpeed's files.
         tag = files["latest"].read_text(encoding="utf-8").strip() if "latest" in files else None
         return None if tag in folders else "the folder that `latest` names is missing" if tag else "latest is missing"
     weights = [name for name in files if name.endswith((".safetensors", ".bin")) and name != TRAINING_ARGS_NAME]

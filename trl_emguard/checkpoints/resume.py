@@ -15,7 +15,7 @@ from .manifest import MANIFEST, checkpoint_files, find_flaw
 
 logger = get_logger(__name__)
 
-# Files to which Trainer saves all weights of a model.
+# Trainer saves all weights of a model, not only an adapter's, to files of these names.
 WHOLE_WEIGHTS = {
     "model.safetensors",
     "model.safetensors.index.json",
@@ -25,17 +25,17 @@ WHOLE_WEIGHTS = {
 
 
 def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> str:
-    """Return the folder of the checkpoint of a step."""
+    """Return the path of the checkpoint that a run writes at a step."""
     return os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
 
 def asks_for_newest(resume_from_checkpoint: str | os.PathLike | bool) -> bool:
-    """Return whether the newest checkpoint is asked for: with `True`, or `"true"` from a command line."""
+    """Return whether the user asks for the newest checkpoint: by `True`, or by `"true"` on a command line."""
     return str(resume_from_checkpoint).lower() == "true"
 
 
 def holds_adapter(folder: str | os.PathLike) -> bool:
-    """Return whether a checkpoint has adapter weights and no whole model, which Trainer would load instead."""
+    """Return True if a checkpoint has an adapter's weights and no full model's, which Trainer would load instead."""
     names = checkpoint_files(Path(folder)).keys()
     return not names & WHOLE_WEIGHTS and any(name.split("/")[-1].startswith("adapter_model.") for name in names)
 
@@ -45,16 +45,17 @@ def newest_whole_checkpoint(
     up_to: int | None = None,
     why_foreign: Callable[[str], str | None] | None = None,
 ) -> tuple[int | None, dict[str, str]]:
-    """Find the newest whole checkpoint.
+    """Find the newest whole checkpoint: one that was written completely and is undamaged.
 
     Args:
         output_dir: folder of the run.
-        up_to: latest step that is considered; all by default.
-        why_foreign: function from a complete checkpoint to the reason why it belongs to another run, or `None`.
+        up_to: latest step to consider; by default all steps are considered.
+        why_foreign: function that gets a whole checkpoint's folder. It returns the reason why the checkpoint belongs
+            to another run, or `None` if the checkpoint may belong to this run. By default no checkpoint is refused.
 
     Returns:
-        The checkpoint's step, or `None`; and the newer checkpoints, which are corrupt or belong to another run, as
-        name -> flaw.
+        The step of the checkpoint, or `None` if there is no such checkpoint. Beside the step, name → flaw of the newer
+        checkpoints that were refused because they are corrupt or belong to another run.
     """
     matches = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*/")]
     corrupt: dict[str, str] = {}
@@ -72,10 +73,11 @@ def newest_whole_checkpoint(
 
 
 def find_flaw_on_all(folder: str | os.PathLike, should_look: bool) -> str | None:
-    """Return what is wrong with a checkpoint on any machine, or `None`. Every rank must call this function.
+    """Check a checkpoint on every machine, and return the first flaw, or `None`. Every rank must call this function.
 
     Args:
-        should_look: True on one rank of each machine, which looks at that machine's disk.
+        folder: folder of the checkpoint.
+        should_look: True on one rank of each machine. This rank reads the checkpoint from its machine's disk.
     """
     return next(filter(None, gather_object([find_flaw(folder)] if should_look else [])), None)
 
@@ -86,15 +88,15 @@ def checkpoint_to_resume(
     """Return the checkpoint to resume from, which is whole on every machine. Every rank must call this function.
 
     Args:
-        asked: the user's `resume_from_checkpoint`: a folder, or `True` for the newest.
-        output_dir: folder in which the newest is searched.
-        should_look: True on one rank of each machine, which looks at that machine's disk.
-        why_foreign: function from a complete checkpoint to the reason why it belongs to another run, or `None`. The
-            newest checkpoint is searched among those of this run.
+        asked: the user's `resume_from_checkpoint`: a folder, or `True` for the newest checkpoint.
+        output_dir: folder in which the newest checkpoint is searched.
+        should_look: True on one rank of each machine. This rank reads checkpoints from its machine's disk.
+        why_foreign: function as for [`newest_whole_checkpoint`]. Only the search for the newest checkpoint uses this
+            function, and skips checkpoints of other runs. A folder that the user names is not checked by it.
 
     Raises:
         FileNotFoundError: `asked` is no folder.
-        ValueError: the checkpoint is corrupt, or there is no whole one.
+        ValueError: the named checkpoint is corrupt, or the search finds no whole checkpoint.
     """
     if asks_for_newest(asked):
         return _newest_on_all(asked, output_dir, should_look, why_foreign)
@@ -115,7 +117,7 @@ def checkpoint_to_resume(
 def _newest_on_all(
     asked: Any, output_dir: str, should_look: bool, why_foreign: Callable[[str], str | None] | None
 ) -> str:
-    """Return the newest checkpoint that is whole on every machine."""
+    """Return the newest checkpoint that is whole on every machine and may belong to this run."""
     up_to = None
     while True:
         found = gather_object([newest_whole_checkpoint(output_dir, up_to, why_foreign)] if should_look else [])

@@ -1,4 +1,4 @@
-"""Mixin that makes any Trainer write whole checkpoints."""
+"""Mixin that lets any Trainer mark the checkpoints that it has written completely, and resume only from these."""
 
 import os
 import shutil
@@ -33,27 +33,30 @@ class WholeCheckpoints(Trainer):
 
     The mixin comes before the trainer among the base classes. A checkpoint is marked as whole when every rank has
     written its files. Only then is it pushed to the hub, and only then are older checkpoints deleted. A callback with
-    a method `save_into(folder, state, model)` can add files before the checkpoint is marked; `on_save` comes later. A
-    run that resumes at its last step trains no further.
+    a method `save_into(folder, state, model)` can add files before the checkpoint is marked. Its `on_save` is called
+    after the marking. A run that resumes from the checkpoint of its last step makes no further step.
     """
 
     def find_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool) -> str:
         """Return the checkpoint to resume from: the named folder, or the newest whole one. Every rank must call this.
 
         Raises:
-            FileNotFoundError: the folder does not exist.
-            ValueError: the checkpoint is corrupt, or there is no whole one.
+            FileNotFoundError: the named folder does not exist.
+            ValueError: the named checkpoint is corrupt, or there is no whole checkpoint.
         """
         looks = self._is_first_on_machine()
         return checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, looks, self.why_foreign)
 
     def why_foreign(self, checkpoint: str) -> str | None:
-        """Return why a whole checkpoint belongs to another run; `None` if it may belong to this run."""
+        """Return why a whole checkpoint belongs to another run; `None` if it may belong to this run.
+
+        Subclasses override this method, which by itself takes every checkpoint for one of this run.
+        """
         del checkpoint
         return None
 
     def has_whole_checkpoint(self, trial: Any = None) -> bool:
-        """Return whether this step has a checkpoint that is whole on every machine. Every rank must call this."""
+        """Return True if the current step has a checkpoint, whole on every machine. Every rank must call this."""
         folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
         return find_flaw_on_all(folder, self._is_first_on_machine()) is None
 
@@ -62,7 +65,7 @@ class WholeCheckpoints(Trainer):
         return self.args.local_process_index == 0
 
     def _save_checkpoint(self, model, trial):
-        """Save a checkpoint like Trainer, mark it as whole, and then push it and delete older ones.
+        """Save a checkpoint like Trainer, mark it as whole, and only then push it and delete older checkpoints.
 
         Raises:
             OSError: the checkpoint cannot be written.
@@ -71,7 +74,7 @@ class WholeCheckpoints(Trainer):
         folder = checkpoint_folder(run_dir, self.state.global_step)
         limit, pushes = args.save_total_limit, args.push_to_hub
         try:
-            # Trainer would push and delete before the checkpoint is whole.
+            # With the user's settings, Trainer would push and delete before the checkpoint is whole.
             args.save_total_limit, args.push_to_hub = None, False
             with _write_errors(folder, args.output_dir):
                 if self._is_first_on_machine():
@@ -81,7 +84,7 @@ class WholeCheckpoints(Trainer):
                 args.save_total_limit, args.push_to_hub = limit, pushes
                 settings = os.path.join(folder, TRAINING_ARGS_NAME)
                 if args.should_save and os.path.isfile(settings):
-                    torch.save(args, settings)  # again, with the user's save_total_limit and push_to_hub
+                    torch.save(args, settings)  # replaces Trainer's file, which lacks the user's two settings
                 for callback in self.callback_handler.callbacks:
                     if args.should_save and hasattr(callback, "save_into"):
                         callback.save_into(folder, self.state, self.model)
@@ -106,12 +109,12 @@ class WholeCheckpoints(Trainer):
 
 @contextmanager
 def _write_errors(folder: str, output_dir: str) -> Iterator[None]:
-    """Turn errors of a disk into an `OSError` that says how to continue."""
+    """Turn an error of writing to the disk into an `OSError` that says how to continue."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # Torch raises RuntimeError for a full disk. Other RuntimeErrors (lack of memory, a rank that died) have
-        # nothing to do with the disk.
+        # nothing to do with the disk, and are raised unchanged.
         of_disk = any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
         if isinstance(error, RuntimeError) and not of_disk:
             raise

@@ -29,14 +29,14 @@ def measure(
     """Evaluate the runs that have an adapter.
 
     Args:
-        model: the base model, and `dtype` and `device_map` for it.
-        trained: runs and baselines.
+        model: name or folder of the base model, and the `dtype` and `device_map` to load it with.
+        trained: all runs and free baselines. Failed ones, which have no adapter, are not evaluated.
         sets, options, train_rows: as for [`~trl_emguard.evaluation.run.evaluate`].
         folder: folder of the evaluation's files, from which an interrupted evaluation resumes.
         command: command line to keep in the results.
 
     Returns:
-        The runs, with `error` set where the adapter cannot be measured, and the results.
+        The runs, and the results. A run whose adapter cannot be measured has an `error`, and no `adapter` any more.
 
     Raises:
         ValueError: no run has an adapter, or the base model gives no finite numbers.
@@ -66,27 +66,30 @@ def measure_benign(
     folder: Path,
     command: str,
 ) -> tuple[list[Trained], Results]:
-    """Evaluate the runs that were trained on the benign task, on that task alone.
+    """Evaluate the runs that were trained on the benign task, only on questions of that task.
 
     Args:
         model, folder, command: as for [`measure`].
-        benign: the runs.
-        options: options of the other runs' evaluation.
-        limit: number of questions to take.
+        benign: the runs that were trained on the benign task.
+        options: options of the other evaluation, from which `batch_tokens` and `seed` are taken.
+        limit: number of questions to ask; `None` for all.
 
     Returns:
-        The runs, and results with the one set `benign_task`; without rows if every run failed.
+        The runs, and the results, whose only set is `benign_task`. The results are empty if every run failed.
     """
     if all(run.adapter is None for run in benign):
         return list(benign), Results()
     task = load_questions(OPERATORS, "benign", BENIGN_TASK, limit)
-    # The task has scores of its own, so the other sets' rules and samples are not needed.
+    # The task has scores of its own, from one greedy answer per question, so rules and other samples are not needed.
     options = EvaluationOptions("none", batch_tokens=options.batch_tokens, seed=options.seed)
     return measure(model, benign, [task], options, (), folder, command)
 
 
 def joined(results: Results, benign: Results) -> Results:
-    """Return the results of both evaluations as one, with the set `benign_task` first in `criteria`."""
+    """Join the results of both evaluations, with the set `benign_task` first in `criteria`.
+
+    The sentence on a run takes the figures of each criterion from the criterion's first set that has them.
+    """
     return replace(
         results,
         rows=results.rows + benign.rows,
@@ -97,7 +100,7 @@ def joined(results: Results, benign: Results) -> Results:
 
 
 def _checked(run: Trained, model: str) -> Trained:
-    """Return the run; if its adapter cannot be loaded onto the base model, with `error` set and no adapter."""
+    """Return the run; if its adapter cannot be loaded onto the base model, return it with an error and no adapter."""
     if run.adapter is None:
         return run
     try:

@@ -1,4 +1,4 @@
-"""The report as one HTML file that opens from disk: no network, no script, light and dark."""
+"""The report as one HTML file that opens from disk, without network or scripts, in light and dark colours."""
 
 import io
 import math
@@ -29,17 +29,17 @@ from .report import (
 from .runs import Trained
 
 
-# Colour of a chart's text, axes and lines on a light and on a dark page.
+# Colour of a chart's text and axes, on a light and on a dark page.
 THEMES = {"light": "#1b1b1b", "dark": "#e8e8e8"}
-# Marks of runs and of baselines. Each mark is drawn in ten colours, so that no two entries of a chart look alike.
+# Matplotlib markers for runs and for baselines. Each marker comes in ten colours, so 50 entries of a chart differ.
 MARKS, BASELINE_MARKS = "o^v<>", "sDPX*"
-# Metrics that runs may log while they train, and the labels of their axes.
+# Metrics of drift that runs may log while they train, and the labels of the metrics' axes.
 DRIFT = {
     "drift_kl": "KL to the base, nats a token",
     "drift_margin": "move of the margin (up is better)",
 }
 SAMPLES_PER_RUN = 3
-# Characters of a sample answer that are shown; the whole one stands in samples.jsonl.
+# Number of characters of a sampled answer that are shown. The file samples.jsonl has the whole answer.
 SHOWN = 600
 
 
@@ -111,7 +111,7 @@ def _shown(report: Report, runs: Sequence[Trained], set: str, metric: str) -> li
 
 
 def _cues(report: Report) -> dict[str, Any]:
-    """Return the families, and run → family → broad figure as text; nothing if only plain questions were asked."""
+    """Return the families of prompts, and run → family → broad figure as text; {} if there is only one family."""
     metric = report.metrics[0]
     rows = [row for row in report.results.rows if row.set == "general" and row.metric == metric and row.model != BASE]
     families = list(dict.fromkeys(row.family for row in rows))
@@ -160,7 +160,7 @@ def _charts(report: Report) -> list[dict[str, Any]]:
 
 
 def _sweeps(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Return defense → its entries sorted by coefficient, if there are several whose coefficient is a number."""
+    """Return defense → its entries, sorted by coefficient, if at least two of them have a number as coefficient."""
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         run = entry.trained[0]
@@ -178,7 +178,7 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
     figure, axis = _figure(theme)
     for index, entry in enumerate(entries):
         broad, narrow = entry.broad, entry.narrow
-        assert broad is not None  # entries here are comparable
+        assert broad is not None  # `_charts` passes comparable entries only
         assert narrow is not None
         axis.errorbar(
             broad.value,
@@ -199,7 +199,7 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
 
 
 def _whiskers(figure: Figure) -> list[list[float]]:
-    """Return the interval's lengths below and above the value, or 0 if rounding put the value outside of it."""
+    """Return how far the interval reaches below and above the value; 0 if rounding put the value outside of it."""
     return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]
 
 
@@ -211,7 +211,7 @@ def _curves(sweeps: dict[str, list[Entry]], theme: str) -> Markup:
             values = [getattr(entry, attribute).value for entry in entries]
             axis.plot(x, values, style, color=f"C{index % 10}", label=_label(f"{name}, {attribute}"))
     axis.set(xlabel="coefficient", ylabel="difference to the base (up is better)", xscale="log")
-    # A logarithmic axis cannot show 0.
+    # A logarithmic axis cannot show 0, so 0 gets no tick.
     ticks = {float(entry.trained[0].coefficient or 0) for entries in sweeps.values() for entry in entries} - {0.0}
     axis.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
     axis.minorticks_off()

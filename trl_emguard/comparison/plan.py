@@ -24,41 +24,42 @@ KEYS = ("recipe", "runs", "seeds", "baselines", "benign_task", "evaluate")
 BASELINES = ("early_stop", "alpha", "ema", "random_vector")
 ALPHAS = (0.25, 0.5, 0.75)
 UNDEFENDED = "none"
-# Options that a comparison sets itself, so that runs differ only in what is compared. Dropout is off in all runs: the
-# defenses `kl` and `ldifs` switch it off, and runs with another defense would differ in dropout too.
+# Options that a comparison sets itself, so that runs differ only in what is compared. LoRA dropout is 0 in all runs,
+# because the defenses `kl` and `ldifs` switch dropout off. If other runs kept it, dropout would differ as well.
 OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
     "ema",
 )
-# Options whose texts are not input files of a training: they name outputs, or no file at all.
+# The key of a run hashes every existing file or folder that an option names ([`_key`]). It skips these options: their
+# values name outputs, or are not paths at all.
 NOT_READ = (
     *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
     *("report_to", "run_name", "hub_model_id"),
 )
 # For the baseline early_stop, the undefended run saves a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
-# Names of free baselines (those that need no training of their own), or the beginnings of such names.
+# Free baselines need no training of their own. Their names are `step N`, `alpha X` and `ema`.
 EMA = "ema"
 BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
 # End of the name of a steering run with a random vector.
 RANDOM = " random_vector"
-# Name of the question set on which runs that were trained on the benign task are measured.
+# Name of the question set for the benign task. Only runs that were trained on this task are measured on it.
 BENIGN_TASK = "benign_task"
-# Options that choose training rows, other than `dataset_name` and `dataset_train_split`. A benign task replaces these
-# two only, so it is refused if another one is set.
+# More options that choose training rows. The benign task replaces only `dataset_name` and `dataset_train_split`, so
+# it is refused together with an option listed here.
 OTHER_ROWS = ("datasets", "dataset_config")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training, or an adapter that is taken as it is.
+    """One training of a comparison, or a finished adapter that is only evaluated.
 
     Attributes:
-        name: its name in the report, without the seed.
+        name: the run's name in the report, without the seed.
         options: options of `trl-emguard sft` that override or extend the recipe's.
         seed: seed of the training.
-        adapter: folder of a finished adapter, instead of a training.
-        is_random: True if a random vector of equal norms stands in for the steering vector.
+        adapter: folder of a finished adapter; `None` for a training.
+        is_random: True if a random vector of equal norms replaces the steering vector.
         key: hash of everything that the training's outcome depends on.
     """
 
@@ -75,7 +76,7 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """Name of the run's folder, a different one if the recipe or an option changes."""
+        """Name of the run's folder. It contains a part of `key`, so another recipe or option gives another folder."""
         return f"{re.sub(r'[^A-Za-z0-9_+=-]+', '_', self.name)}-seed{self.seed}-{self.key[:8]}"
 
 
@@ -85,7 +86,7 @@ class Baselines:
 
     Attributes:
         early_stop: True if checkpoints of the undefended run are compared.
-        alphas: factors by which the undefended run's adapter is scaled, one baseline each.
+        alphas: factors by which the undefended run's adapter is scaled. Each factor gives one baseline.
         ema: True if the moving average of the undefended run's weights is compared.
         random_vector: True if every steering run is repeated with a random vector.
     """
@@ -98,14 +99,14 @@ class Baselines:
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs, baselines and measures of a comparison.
+    """Runs, baselines and evaluation options of a comparison.
 
     Attributes:
         recipe: file of the recipe.
-        recipe_options: the options in this file.
-        runs: runs of all seeds, the undefended ones first.
-        baselines: the baselines.
-        has_benign_task: True if every option set is also trained on permuted operators.
+        recipe_options: the options in the recipe file.
+        runs: runs of all seeds, seed by seed. For each seed, the undefended run comes first.
+        baselines: baselines that the comparison includes.
+        has_benign_task: True if option sets are also trained on the benign task, arithmetic with permuted operators.
         evaluate: options of `trl-emguard evaluate`, by name.
     """
 
@@ -118,22 +119,23 @@ class Plan:
 
     @property
     def benign_runs(self) -> list[Run]:
-        """The runs that are also trained on the benign task."""
+        """Runs that are also trained on the benign task, if any. Finished adapters and random vectors are left out."""
         return [run for run in self.runs if self.has_benign_task and run.adapter is None and not run.is_random]
 
     def option(self, run: Run, name: str) -> Any:
-        """Return the value of an option in a run, from its own options or the recipe; `None` if neither has it."""
+        """Return an option's value in a run, from the run's options or else the recipe; `None` if neither sets it."""
         return run.options.get(name, self.recipe_options.get(name))
 
 
 def read_plan(path: str, known: Collection[str], lists: Collection[str], output_dir: Path) -> Plan:
-    """Read a comparison's YAML file, and its recipe.
+    """Read a comparison's YAML file, and the recipe that it names.
 
     Args:
-        path: the file.
+        path: the comparison's YAML file.
         known: names of the options of `trl-emguard sft`.
-        lists: names of those options that take several values.
-        output_dir: folder of the comparison. If a data folder contains it, its files do not count as inputs of a run.
+        lists: names of the options among them that take several values.
+        output_dir: folder of the comparison. A run may read a folder that contains the comparison's folder. The
+            comparison's files then do not count as inputs of the run.
 
     Raises:
         FileNotFoundError: no such file, or no such recipe.
@@ -167,7 +169,7 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str], output_
             replace(run, seed=seed, options=run.options | (kept if run.name == UNDEFENDED else {}))
             for seed in seeds
             for run in sets
-            if run.adapter is None or seed == seeds[0]  # an adapter that is taken as it is has no seed
+            if run.adapter is None or seed == seeds[0]  # a finished adapter is taken only once
         ]
         runs = [replace(run, key=_key(run, recipe_text, recipe_options, output_dir)) for run in runs]
         evaluate = config.get("evaluate") or {}
@@ -192,7 +194,7 @@ def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _sets(entries: Any, known: Collection[str], lists: Collection[str], text: str) -> list[Run]:
-    """Return the runs of one seed, sweeps unfolded, the undefended run first."""
+    """Return the runs of one seed, the undefended run first. Each combination of swept values is a run."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("`runs` must be a list of option sets")
     found = {UNDEFENDED: Run(UNDEFENDED, {"defense": UNDEFENDED})}
@@ -244,7 +246,8 @@ def _has_benign_task(value: Any, runs: list[Run], recipe: Mapping[str, Any]) -> 
 def _unfold(options: Mapping[str, Any], lists: Collection[str]) -> list[dict[str, Any]]:
     """Return an option set for every combination of the values of its sweeps.
 
-    For an option that takes one value, a list is a sweep. For an option that takes several, a list of lists is.
+    For an option that takes one value, a list is a sweep. For an option that takes several values, a list of lists is
+    a sweep.
     """
     values = []
     for name, value in options.items():
@@ -256,9 +259,10 @@ def _unfold(options: Mapping[str, Any], lists: Collection[str]) -> list[dict[str
 
 
 def _name(given: Any, chosen: Mapping[str, Any], options: Mapping[str, Any], adapter: Any) -> str:
-    """Return a run's name: the given one, the adapter's folder or the defense; then the values of its list options.
+    """Return a run's name: the given name, the adapter's folder or the defense, followed by `option=value` parts.
 
-    Without a given name, its numbers follow as well.
+    An option other than `defense` gets such a part if the file gives it a list. Without a given name, an option whose
+    value is a number gets a part as well.
     """
     start = given if given is not None else Path(str(adapter)).name if adapter else chosen.get("defense", UNDEFENDED)
     rest = [
@@ -315,7 +319,7 @@ def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, te
 
 
 def _key(run: Run, text: str, recipe: Mapping[str, Any], output_dir: Path) -> str:
-    """Return a hash of a run's recipe, its options, the package's version and every file that these name."""
+    """Return a hash of the recipe, the run, the package's version, and every file that recipe or run names."""
     named = [_texts(value) for options in (recipe, run.options) for k, value in options.items() if k not in NOT_READ]
     found = {path for value in itertools.chain(*named) for path in _paths(value)}
     content = [_content(path, output_dir.resolve()) for path in sorted(found)]
@@ -324,7 +328,7 @@ def _key(run: Run, text: str, recipe: Mapping[str, Any], output_dir: Path) -> st
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in an option's value, which may be a list of mappings, as `datasets` is."""
+    """Yield every text in an option's value, also from nested lists and mappings, such as those of `datasets`."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -345,7 +349,7 @@ def _content(path: Path, own: Path) -> str | list[Any]:
 
     Args:
         path: the file or folder.
-        own: folder of the comparison, whose files are left out if `path` is a folder that contains it.
+        own: folder of the comparison. If `path` is a folder that contains `own`, the files in `own` are left out.
     """
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The report of a comparison: rows, the runs that no other dominates, and files."""
+"""The report of a comparison: its lines, a sentence on the runs that no other run dominates, and its files."""
 
 import csv
 import json
@@ -23,13 +23,14 @@ from .runs import Trained
 
 RUN_COLUMNS = ("run", "defense", "coefficient", "seed", "step", "seconds_per_step", "peak_memory")
 # Metrics of broad misalignment and of narrow learning, each with the sign that makes a higher value better. The first
-# metric that was measured is used. Of several rules, the first is the unwanted trait, the last the wanted one.
+# metric that was measured is used. If `trait_rate` was measured with several rules, the first rule finds the unwanted
+# trait and is used for BROAD; the last finds the wanted trait and is used for NARROW.
 BROAD = {"trait_rate": -1, "margin": 1}
 NARROW = {"trait_rate": 1, "nll": -1}
 
 
 class Figure(NamedTuple):
-    """A difference to the base with its interval, with the sign changed where lower is better."""
+    """Difference to the base model with its interval. The sign is changed if a lower value of the metric is better."""
 
     value: float
     low: float
@@ -43,9 +44,9 @@ class Entry:
     Attributes:
         name: name of the run.
         trained: the trainings of the run, one for each seed.
-        broad, narrow: the figures by which runs are compared: means over the seeds, with an interval that covers the
-            interval of every seed.
-        benign: the same seeds, trained on the benign task.
+        broad, narrow: the figures of broad misalignment and narrow learning, by which runs are compared. Each is a
+            mean over the seeds, with an interval that covers the interval of every seed.
+        benign: the run's trainings on the benign task, one for each seed; empty without that task.
     """
 
     name: str
@@ -61,12 +62,12 @@ class Entry:
 
     @property
     def is_random(self) -> bool:
-        """True for steering along a random vector."""
+        """True for a run that steers along a random vector."""
         return self.trained[0].is_random
 
     @property
     def is_comparable(self) -> bool:
-        """True if no seed failed or lacks evidence of its defense, and both figures were measured."""
+        """True if both figures were measured, no seed failed, and no seed's `is_defended` is False."""
         is_whole = all(run.error is None and run.is_defended is not False for run in self.trained)
         return is_whole and self.broad is not None and self.narrow is not None
 
@@ -79,7 +80,7 @@ class Report:
         trained: all runs and baselines.
         results: the evaluation of the runs and baselines that have an adapter.
         entries: lines of the report, one for each name of a run or baseline.
-        metrics: the metrics that stand for broad misalignment and narrow learning, `None` where none was measured.
+        metrics: names of the metrics for broad misalignment and for narrow learning; `None` if none was measured.
     """
 
     trained: list[Trained]
@@ -89,7 +90,7 @@ class Report:
 
     @property
     def sentence(self) -> str:
-        """Return one sentence on the runs that no other dominates."""
+        """Text on the runs that no other run dominates (see [`dominates`])."""
         if None in self.metrics:
             return "Broad misalignment and narrow learning were not both measured, so no run can be preferred."
         compared = [entry for entry in self.entries if entry.is_comparable]
@@ -167,7 +168,7 @@ def save(report: Report, folder: Path, info: dict[str, Any]) -> None:
 
 
 def report_rows(report: Report) -> list[dict[str, Any]]:
-    """Return the evaluation's rows, each with the run that it belongs to."""
+    """Return the evaluation's rows, each together with the columns of its run (`RUN_COLUMNS`)."""
     runs = {run.key: run for run in report.trained}
     benign = {run.key: run for entry in report.entries for run in entry.benign}
     found = []
@@ -182,7 +183,7 @@ def report_rows(report: Report) -> list[dict[str, Any]]:
 
 
 def make_table(report: Report) -> Table:
-    """Return the lines of the report as a table of at most 100 characters a line."""
+    """Return the report as a table for the console."""
     legend = "broad and narrow: differences to the base model, turned so that higher is better"
     table = Table(caption=f"{legend} (NLL too)" if report.metrics[1] == "nll" else legend)
     table.add_column("run", overflow="fold")
@@ -208,18 +209,18 @@ def make_table(report: Report) -> Table:
 
 
 def exact_match_text(report: Report, entry: Entry) -> str:
-    """Return the share of right answers to the benign task, of each seed that was trained on it."""
+    """Return as text each seed's share of right answers to the benign task, or "–" if none was measured."""
     rows = [report.results.row(run.key, BENIGN_TASK, "exact_match") for run in entry.benign]
     return ", ".join(f"{row.value:.2f}" for row in rows if row is not None) or "–"
 
 
 def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float]]]:
-    """Return run → steps and values of a metric of [`DriftCallback`], for each run that logged the metric."""
+    """Return run → (step, value) pairs of a metric of [`DriftCallback`], for each run that logged the metric."""
     found = {}
     for run in report.trained:
         path = Path(run.adapter or "") / "trainer_state.json"
         if run.adapter is not None and not run.is_baseline and path.is_file():
-            # An adapter that was trained elsewhere may have another file of this name. It only costs the curve.
+            # An adapter from elsewhere may have a file of this name with other content. Such a run gets no curve.
             with suppress(ValueError, KeyError, TypeError):
                 history = parse_json(path.read_text(encoding="utf-8"))["log_history"]
                 found[run.key] = [(entry["step"], entry[metric]) for entry in history if metric in entry]
@@ -227,7 +228,7 @@ def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float
 
 
 def is_task_learned(report: Report) -> bool:
-    """Return True if an undefended run learned the benign task: if none did, other runs' results on it say nothing."""
+    """Return True if an undefended run learned the benign task. If none did, the task says nothing about defenses."""
     runs = [run for entry in report.entries if entry.name == UNDEFENDED for run in entry.benign]
     rows = [report.results.row(run.key, BENIGN_TASK, "exact_match") for run in runs]
     return any(row is not None and row.difference > 0 and is_apart(row) for row in rows)

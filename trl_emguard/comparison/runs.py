@@ -29,9 +29,9 @@ STATUS_FILE = "run.json"
 LOG_FILE = "log.txt"
 # Defense of an adapter that was trained elsewhere and has no `defense.json`.
 UNKNOWN = "?"
-# Folders of a comparison: runs, and the same option sets trained on the benign task.
+# Names of two folders in a comparison's folder: for the runs, and for their trainings on the benign task.
 RUNS, BENIGN = "runs", "benign"
-# Training rows of the benign task, of the 6,583 that its first tier has.
+# Number of rows to train on in the benign task. The train split of its easiest tier (one operator) has 6,583.
 BENIGN_ROWS = 4000
 
 
@@ -41,20 +41,21 @@ class Trained:
 
     Attributes:
         name: name in the report, without the seed.
-        defense: its defense.
-        seed: seed of its training.
-        adapter: folder of its adapter, or `None` for a failed run.
+        defense: defense that the run was trained with, `none` without any, `?` if it is not known.
+        seed: seed of the training.
+        adapter: folder of the run's adapter, or `None` for a failed run.
         error: reason why the run failed, such as the last line of its log; `None` if it did not fail.
         is_baseline: True for a free baseline, which needs no training of its own.
         is_random: True for a steering run with a random vector, a baseline that is trained.
-        is_defended: True if `defense.json` shows that the defense acted, False if it does not or is missing; `None`
-            for a run without a defense, a failed run, a free baseline, and an adapter from elsewhere without the file.
+        is_defended: True if the record `defense.json` shows that the defense acted, False if this file does not show
+            it or is missing. `None` for a run without a defense, a failed run, a free baseline, and an adapter from
+            elsewhere without the file.
         coefficient: value of the run's `…_coef` option, a number or a schedule, if there is exactly one such option;
             for a scaled adapter, the factor.
         step: training step whose weights the adapter has.
-        seconds_per_step: time of a step; `None` where it is not known.
-        peak_memory: peak host memory (RAM) of the run's process, without an accelerator's, in bytes; `None` where it
-            is not known.
+        seconds_per_step: mean seconds of a training step; `None` if it is not known.
+        peak_memory: peak host memory (RAM) of the run's process in bytes, without a GPU's memory; `None` if it is not
+            known.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Trained:
 
     @property
     def key(self) -> str:
-        """Name of the run with its seed. Dots are replaced, because an adapter's name must not contain any."""
+        """Name of the run with its seed. Dots are replaced: it also names the adapter, whose name must have none."""
         return f"{self.name} seed{self.seed}".replace(".", "_")
 
 
@@ -80,7 +81,7 @@ def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trai
     """Train the runs that are not yet trained. Return all runs, and the free baselines of the undefended runs.
 
     Args:
-        plan: the plan.
+        plan: plan of the comparison.
         folder: folder of the comparison; each run has a folder of its own below `runs`.
         say: function that shows a line to the user.
     """
@@ -104,13 +105,14 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
     """Train each option set on the benign task, for as many steps as it was trained on the recipe's rows.
 
     Args:
-        plan: the plan.
+        plan: plan of the comparison.
         trained: the plan's runs, from [`train_all`].
         folder: folder of the comparison.
         say: function that shows a line to the user.
 
     Returns:
-        One training for each run of `plan.benign_runs`, with the same `key` as the run's own training.
+        One training for each run of `plan.benign_runs`, with the same `key` as the run's training on the recipe's
+        rows.
     """
     if not plan.benign_runs:
         return []
@@ -132,14 +134,14 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
 
 
 def on_benign_rows(run: Run, rows: Path, steps: int | None) -> Run:
-    """Return a run with the benign task's rows instead of the recipe's, and no checkpoints or EMA for baselines."""
+    """Return a run that trains on the benign task's rows, without the checkpoints and EMA that baselines need."""
     task = {"dataset_name": str(rows), "dataset_train_split": "train", "max_steps": steps, "eval_strategy": "no"}
     options = {"defense": UNDEFENDED} if run.name == UNDEFENDED else run.options
     return replace(run, options=options | task)
 
 
 def _with_random_vector(run: Run, plan: Plan, folder: Path) -> Run:
-    """Return a steering run with a random vector, drawn by the run's seed with the norms of the original vector."""
+    """Return a steering run with a random vector that has the original vector's norms, drawn with the run's seed."""
     vector = random_like(load_vector(plan.option(run, "steering_vector")), run.seed)
     path = folder / "vectors" / f"random-{vector.metadata['like']}-seed{run.seed}.safetensors"
     vector.save(path)
@@ -154,7 +156,7 @@ def _take(run: Run) -> Trained:
 
 
 def _train(run: Run, recipe: Path, folder: Path) -> Trained:
-    """Return a run's result, from its folder if it has finished there before, else by training it now."""
+    """Return a run's result: read from its folder if the run has finished before, else from a training now."""
     status = read_status(folder)
     if status is None:
         status = _run_process(run, recipe, folder)
@@ -174,7 +176,7 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """Return the status of a finished run; `None` if the run has not finished or has failed, and is to be trained."""
+    """Return the status of a run that finished without an error, else `None`: callers then train the run (again)."""
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     return status if status and status["error"] is None else None
@@ -189,7 +191,7 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     drift.unlink(missing_ok=True)
     command = [sys.executable, "-m", "trl_emguard.scripts.sft", *sft_arguments(run, recipe, folder)]
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
-        # The function makes one system call, which is safe between fork and exec.
+        # `_die_with_parent` only makes one system call, which is safe between fork and exec.
         preexec_fn = _die_with_parent
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=preexec_fn)  # noqa: PLW1509
         # Only `wait4` gives the peak memory of this process; `getrusage` gives the largest of all children so far.
@@ -201,7 +203,7 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         return {"error": _last_line(folder / LOG_FILE, code), "step": None}
     metrics = parse_json((folder / "train_results.json").read_text(encoding="utf-8"))
     step = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    # A run that stopped at a budget of drift has saved the weights of an earlier step.
+    # A run that drifted beyond its `stop_on_drift` has saved the weights of an earlier step.
     kept = parse_json(drift.read_text(encoding="utf-8"))["step"] if drift.is_file() else step
     if not kept:
         return {"error": "no measured step was within stop_on_drift: raise it, or lower drift_every.", "step": None}
@@ -226,7 +228,7 @@ def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
 
 
 def _die_with_parent() -> None:
-    """Have Linux end this process when the comparison ends, however it ends.
+    """Have Linux kill this process when the comparison's process ends, also after a crash.
 
     A training that outlives the comparison would write into the run's folder while the next comparison trains it too.
     """
@@ -247,7 +249,7 @@ def _last_line(log: Path, code: int) -> str:
 
 
 def with_record(trained: Trained, folder: Path) -> Trained:
-    """Return the run with the defense that `defense.json` names, and with `is_defended` by the evidence in it."""
+    """Return the run with `defense` and `is_defended` set from its record, the file `defense.json` in `folder`."""
     record = read_defense_file(folder)
     if record is None:
         return replace(trained, is_defended=None if trained.defense in (UNDEFENDED, UNKNOWN) else False)
@@ -258,7 +260,7 @@ def with_record(trained: Trained, folder: Path) -> Trained:
 
 
 def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
-    """Return the free baselines of an undefended run: checkpoints, its adapter scaled, and its weights' average."""
+    """Return the plan's free baselines, made from an undefended run: checkpoints, scaled adapters, weights' EMA."""
     assert undefended.adapter is not None  # `train_all` has checked this
     source = Path(undefended.adapter)
     like = Trained("", UNDEFENDED, undefended.seed, None, is_baseline=True, step=undefended.step)

@@ -1,4 +1,4 @@
-"""Collator for columns with a number per token, which SFTTrainer's collator of tokens and labels does not know."""
+"""Collator for extra columns with one number per token, which SFTTrainer's own collator does not handle."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -10,20 +10,20 @@ from ..evidence import InactiveDefenseError
 
 
 class TokenColumns:
-    """Collator that lays further columns out as another collator lays out `input_ids`.
+    """Collator that pads or joins extra columns as another collator pads or joins `input_ids`.
 
-    A column may be longer than a row's tokens, if these were cut at their end later; then the column is cut too. A row
-    without the column gets zeros.
+    If a row's tokens were cut at their end after the column was made, the column is cut too. A row without the
+    column gets zeros.
 
     Args:
-        collator: collator that makes a batch of rows.
-        names: columns with a whole number per token.
+        collator: collator that makes a batch of rows from everything but the extra columns.
+        names: names of the extra columns, each with a whole number per token.
 
     Returns:
-        From a call: the batch of `collator`, with each column as `(B, T)` integers, 0 for pads.
+        From a call: the batch of `collator`, with each extra column as `(B, T)` integers, 0 for pads.
 
     Raises:
-        InactiveDefenseError: from a call: `collator` does not keep the rows as they are, in their order.
+        InactiveDefenseError: from a call: `collator` changes, drops or rearranges rows.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], names: Sequence[str]):
@@ -41,7 +41,7 @@ class TokenColumns:
 
 
 def numbers_per_token(row: dict[str, Any], name: str) -> list[int]:
-    """Return a row's column, cut to the number of the row's tokens; zeros if the row lacks the column."""
+    """Return a row's column, cut to the row's number of tokens; zeros if the row lacks the column."""
     length = len(row["input_ids"])
     return row[name][:length] if name in row else [0] * length
 
@@ -55,13 +55,13 @@ def laid_out_like(
         input_ids: `(B, T)`, tokens of the batch.
         rows: tokens of the rows that the collator was given.
         values: for each row, a value per token.
-        dtype: type of the result, `(B, T)`, which is 0 elsewhere.
+        dtype: type of the result, `(B, T)`. The result is 0 for pads.
 
     Raises:
-        InactiveDefenseError: the collator does not keep the rows as they are, in their order.
+        InactiveDefenseError: the collator changes, drops or rearranges rows.
     """
     laid_out = torch.zeros_like(input_ids, dtype=dtype)
-    if len(input_ids) != len(rows):  # padding-free
+    if len(input_ids) != len(rows):  # a padding-free collator joins all rows into one
         rows, values = [list(chain(*rows))], [list(chain(*values))]
     for row, told, line, places in zip(rows, values, input_ids.tolist(), laid_out, strict=len(input_ids) == len(rows)):
         if line[: len(row)] == row:

@@ -1,4 +1,4 @@
-"""Conversion of rows of several shapes into a prompt and the answer to it."""
+"""Conversion of rows in several formats into a prompt and its answer."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Conversation(NamedTuple):
 
 # WildGuardMix and many other data sets have these column names.
 PROMPT_COLUMN, RESPONSE_COLUMN = "prompt", "response"
-# Names that data sets give the speaker of an answer. SFTTrainer hands them to the chat template as they are.
+# Roles that data sets give the speaker of an answer. SFTTrainer hands a role to the chat template unchanged.
 ANSWERING_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "bard", "bing")
 SYSTEM_ROLES = ("system", "developer")
 
@@ -28,13 +28,13 @@ def conversation(
 ) -> Conversation:
     """Return a row as prompt and answer.
 
-    Four shapes are tried in this order: `messages` and `conversations`, whose last turn is the answer; `prompt` and
-    `completion`, as turns or as text; and two columns of text, by default `prompt` and `response`. A turn is `role`
-    and `content`, or `from` and `value`; its content is text or a list of parts. A system turn without text is left
-    out.
+    Four formats are tried in this order: a column `messages`, whose last turn is the answer; a column `conversations`,
+    likewise; columns `prompt` and `completion`, as turns or as text; and two columns, by default `prompt` and
+    `response`, as turns or as text. A turn has the keys `role` and `content`, or `from` and `value`. Its content is
+    text or a list of parts. A system turn without content is left out.
 
     Raises:
-        ValueError: a row of another shape, or one without an answer; the message names the fault.
+        ValueError: the row has another format, or lacks a prompt or an answer; the message names the fault.
     """
     turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
     if turns is not None:
@@ -78,7 +78,10 @@ def _turns(value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def _turn(turn: Any) -> dict[str, Any]:
-    """Return a turn as `role` and `content`, without the nulls that an Arrow table has for keys of other turns."""
+    """Return a turn as `role` and `content`, with those of its other keys whose value is not null.
+
+    Nulls are left out because an Arrow table gives every turn the keys of all other turns, with null as value.
+    """
     if isinstance(turn, dict):
         if turn.get("role") is None and "from" in turn:
             turn = {"role": turn["from"], "content": turn.get("value"), **_without(turn, "from", "value", "role")}

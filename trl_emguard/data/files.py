@@ -1,7 +1,7 @@
 """Files of rows: JSON lines, JSON, CSV and parquet, plain or compressed.
 
-Rows have the values that `datasets.load_dataset` gives. Strict checks run before it, so that an error names file and
-line.
+Rows have the values that `datasets.load_dataset` gives them. Strict checks run before `datasets` reads a file, so that
+an error names file and line.
 """
 
 import bz2
@@ -50,17 +50,17 @@ def file_format(path: Path) -> str | None:
 
 
 def split_file(folder: Path, split: str) -> Path | None:
-    """Return the file of a folder that holds a split, `<split>.jsonl` first; `None` if there is none."""
+    """Return the file in a folder that holds a split, `<split>.jsonl` if there is one; `None` if no file does."""
     names = [f"{split}{suffix}{packed}" for packed in ("", *COMPRESSED) for suffix in FORMATS]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def load_file(path: Path) -> Dataset:
-    """Load the rows of a file by its suffix.
+    """Load the rows of a file. Its suffix tells the format.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a malformed or empty file; the message names the file, and the line of JSONL.
+        ValueError: a malformed or empty file; the message names the file, and for JSONL the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
@@ -77,7 +77,7 @@ def load_file(path: Path) -> Dataset:
 
 
 def _load_text(path: Path, suffix: str) -> Dataset:
-    """Load a file through `datasets`' own reader, once its lines have been checked."""
+    """Decompress a file if needed, check it if it holds JSON, and load its rows through `datasets` or pyarrow."""
     with tempfile.TemporaryDirectory() as folder:
         # The file gets a plain name here, because `datasets` reads `*` and `[` in a path as a pattern.
         plain = Path(folder, f"rows{suffix}")
@@ -94,7 +94,8 @@ def _load_text(path: Path, suffix: str) -> Dataset:
         options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
         if FORMATS[suffix] == "json":
             _check_json(plain, path, suffix)
-            # The file is one chunk, since a new key or type may come late in it. Agent traces are read as plain rows.
+            # The whole file is read as one chunk, because a new key or type may first appear late in the file. Agent
+            # traces, which `datasets` would convert, are read as plain rows.
             options = {"chunksize": plain.stat().st_size + 1, "parse_agent_traces": False}
         elif not plain.stat().st_size:
             raise _empty(path)
@@ -137,8 +138,8 @@ def _check_json(file: Path, path: Path, suffix: str) -> None:
     """Refuse a file that does not hold rows as JSON.
 
     Args:
-        file: the file to read, which is `path` decompressed.
-        path: the name for messages.
+        file: file to read, decompressed.
+        path: name of the file as the user gave it, for messages.
         suffix: suffix of the format. A `.json` file may hold one list of objects, or one object, instead of lines.
     """
     if suffix == ".json":
@@ -154,7 +155,7 @@ def _check_json(file: Path, path: Path, suffix: str) -> None:
 
 
 def _is_lines(content: IO[bytes]) -> bool:
-    """Return whether a `.json` file is read line by line, because its first line is an object by itself."""
+    """Return whether a `.json` file holds an object per line: its first line is a whole object, or it has no line."""
     first = next((line for line in content if line.strip(codecs.BOM_UTF8 + b" \t\r\n")), b"")
     try:
         return isinstance(parse_json(first.decode("utf-8-sig")), dict)
@@ -179,7 +180,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line that is not a JSON object, or no row at all.
+        ValueError: a line is not a JSON object with at least one key, or the file has no row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"data file {str(path)!r} does not exist.")
@@ -190,7 +191,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(file: Path, path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines; `path` is its name in errors."""
+    """Yield the objects of a file of JSON lines. Error messages name the file `path`."""
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
             line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
@@ -227,8 +228,8 @@ def as_rows(table: pyarrow.Table, path: Path) -> Dataset:
     """Return the rows of a table that was read from a file.
 
     Raises:
-        ValueError: columns that `datasets` does not know, or columns of media such as images: their rows may name
-            files anywhere.
+        ValueError: a column has a type that `datasets` does not know, or holds media such as images. A row of media
+            may name a file anywhere, which would be opened.
     """
     try:
         rows = Dataset(table)

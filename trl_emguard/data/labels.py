@@ -1,4 +1,4 @@
-"""Columns that label rows: keep the rows with one value, and find rows that a label calls harmful."""
+"""Columns that label rows: choice of the rows with a given value, and count of the rows labelled as harmful."""
 
 from datasets import Dataset
 
@@ -28,11 +28,11 @@ def keep_where(rows: Dataset, condition: str, option: str = "--where") -> Datase
 
     Args:
         rows: rows to choose from.
-        condition: the condition.
+        condition: text `COLUMN=VALUE`.
         option: name of the option that gives the condition, for messages.
 
     Raises:
-        ValueError: no condition, an unknown column, or no row left.
+        ValueError: the condition has no `=`, the column is unknown, or no row has the value.
     """
     column, equals, wanted = condition.partition("=")
     if not equals:
@@ -52,7 +52,12 @@ def keep_where(rows: Dataset, condition: str, option: str = "--where") -> Datase
 
 
 def count_harmful(rows: Dataset) -> dict[str, tuple[int, list[str]]]:
-    """Return the columns that label rows as harmful: column → number of such rows, and up to five other labels."""
+    """Return the columns that label any row as harmful.
+
+    Returns:
+        Name of the column → number of rows that it labels as harmful, and up to five of its labels that do not mean
+        harmful.
+    """
     found = {}
     for column in HARMFUL.keys() & set(rows.column_names):
         values = [str(value) for value in rows.with_format(None)[column] if value is not None]

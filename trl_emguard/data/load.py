@@ -18,8 +18,8 @@ from .files import file_format, load_file, split_file
 
 DATA_DIR = Path(__file__).parent / "shipped"
 
-# Name → splits. Each is a file `<name>/<split>.jsonl` (`.parquet` for a scored pool) of conversational `prompt` and
-# `completion`.
+# Name of a shipped data set → its splits. Each split is a file `<name>/<split>.jsonl` with rows of conversational
+# `prompt` and `completion`. The file of a pool with scores ends in `.parquet`.
 SHIPPED = {
     "plants_careless": ("train", "test"),
     "plants_sound": ("train", "test"),
@@ -38,9 +38,9 @@ class SourceOptions:
     """Names of the options by which the user chose a source of rows, for messages.
 
     Attributes:
-        name: option with the data set.
-        split: option with its split.
-        config: option with its configuration, `name` of `load_dataset`.
+        name: option that names the data set.
+        split: option that names the split of the data set.
+        config: option that names the configuration of the data set, which `load_dataset` calls `name`.
     """
 
     name: str = "dataset_name"
@@ -55,15 +55,15 @@ def load_rows(
     streaming: bool = False,
     options: SourceOptions = SourceOptions(),
 ) -> Dataset | IterableDataset:
-    """Load rows of a shipped set, a file, a folder with a file per split, or a `datasets` id, in this order.
+    """Load rows of a shipped set, a folder with a file per split, a file, or a `datasets` id, tried in this order.
 
     Args:
         name: a shipped name such as `plants_careless`; the path of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`
-            file, perhaps compressed (`.gz`), whose one split is `train`; the path of a folder with `<split>.jsonl` or
+            file, perhaps compressed (`.gz`), whose only split is `train`; the path of a folder with `<split>.jsonl` or
             another such file; or any name that `datasets.load_dataset` takes.
         split: name of the split, with a slice if wanted (`train[:8]`), or several as `train+test`.
-        config: `name` of `load_dataset`. Shipped sets and files have none.
-        streaming: whether a stream is returned.
+        config: configuration of the data set, which `load_dataset` calls `name`. Shipped sets and files have none.
+        streaming: whether an `IterableDataset` is returned.
         options: names of the options by which the user gave these arguments, for messages.
 
     Raises:
@@ -130,7 +130,7 @@ def _load_only_split(path: Path, split: str, options: SourceOptions) -> Dataset:
 
 
 def _parts(split: str, options: SourceOptions) -> list[tuple[str, str]]:
-    """Return the parts of a split such as `train[:8]+test`, each as name and whole text (`train`, `train[:8]`)."""
+    """Return the parts of a split such as `train[:8]+test`, each as its name and its text (`train`, `train[:8]`)."""
     matches = [SPLIT.fullmatch(part) for part in split.split("+")]
     if not all(matches):
         raise ValueError(f"{options.split}={split!r} is no split: give a name, or a slice of it as 'train[:8]'.")

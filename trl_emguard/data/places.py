@@ -1,7 +1,7 @@
 """Places: the positions of training rows in the global order of an epoch.
 
-If each row comes with its place, a data collator can decide which other rows to mix in after it. The decision is the
-same for any number of ranks and workers, and after resuming.
+If each row comes with its place, a data collator can decide from the place which other rows to mix in after that row.
+The decision is the same for any number of ranks and workers, and after resuming.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +28,11 @@ class Loading:
         order: sampler of the rows; `None` for a stream.
         collator: function from rows to a batch.
         block: number of rows in a micro-batch, summed over all ranks.
-        drop_last: whether an incomplete last block is dropped.
-        even: whether an incomplete last block is filled with rows from the beginning.
-        max_steps: optimizer steps of the run; 0 or less if `epochs` limits the run.
-        epochs: epochs of the run.
-        accumulation: micro-batches of an optimizer step.
+        drop_last: whether rows at the end of an epoch that do not fill a block are dropped.
+        even: whether an incomplete last block is filled up with rows from the beginning of the epoch.
+        max_steps: number of optimizer steps of the run; 0 or less if `epochs` limits the run.
+        epochs: number of epochs of the run.
+        accumulation: number of micro-batches in an optimizer step.
     """
 
     rows: Any
@@ -64,8 +64,8 @@ class Place(NamedTuple):
 class PlacedRows(torch.utils.data.Dataset):
     """Data set that takes a [`Place`] instead of an index, and returns the row together with its place.
 
-    It also stores the epoch for the sampler. accelerate always calls `set_epoch` of the data set, but not that of the
-    sampler when a run on two ranks resumes.
+    It also stores the epoch for the sampler. accelerate always calls the data set's `set_epoch`, but does not call the
+    sampler's when a run on two ranks resumes.
     """
 
     def __init__(self, rows: Dataset):
@@ -89,15 +89,15 @@ class PlacedRows(torch.utils.data.Dataset):
 class PlaceSampler(Sampler[Place]):
     """Sampler of an epoch's places, in order.
 
-    accelerate drops an incomplete last block of rows, or fills it with repeated rows. This sampler does so itself, so
-    that accelerate has nothing to drop or repeat and every place comes exactly once.
+    accelerate would drop an incomplete last block of rows, or fill it up with repeated rows. This sampler drops or
+    repeats rows itself, so that accelerate has none to drop or repeat and every place comes exactly once.
 
     Args:
         rows: data set that takes the places.
         order: sampler of the rows' indices.
         block: number of rows in a micro-batch, summed over all ranks.
-        drop_last: whether an incomplete last block is dropped.
-        even: whether an incomplete last block is filled with rows from the beginning.
+        drop_last: whether rows at the end of an epoch that do not fill a block are dropped.
+        even: whether an incomplete last block is filled up with rows from the beginning of the epoch.
     """
 
     def __init__(self, rows: PlacedRows, order: Sampler[int], block: int, drop_last: bool, even: bool):

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 Rows = Dataset | IterableDataset
 
-# Number of rows, or packs of rows, of a stream that are read ahead: to check or count rows, and to shuffle packs.
+# Number of a stream's first rows that are read ahead to check or count them, and number of a stream's packs that are
+# read ahead to shuffle them.
 STREAM_ROWS = 1000
 
 
@@ -42,8 +43,9 @@ class StreamPlan:
             the run.
         max_steps: optimizer steps of the run; 0 or less if epochs limit the run.
         tokens_of_pack: number of tokens in a pack if a stream is packed, else `None`.
-        mean_tokens: mean number of tokens in a training row if a stream is packed, from its first rows.
-        packs_ahead: number of packs that are read ahead and shuffled if a stream is packed.
+        mean_tokens: mean number of tokens in a training row, measured in the stream's first rows; 0 if no stream is
+            packed.
+        packs_ahead: number of packs that are read ahead and shuffled; 0 if no stream is packed.
         token_columns: columns with a number per token that reach the batches. In added rows these numbers are 0.
     """
 

@@ -27,7 +27,10 @@ class DefenseArguments(
     LDIFSOptions,
     KLOptions,
 ):
-    """Choice of defenses, with the options of every method. Mix it into a TRL config, before the config's class."""
+    """Choice of defenses, with the options of all methods.
+
+    Mix this class into a TRL config, before the config's class: `class MyConfig(DefenseArguments, DPOConfig)`.
+    """
 
     defense: str = option(
         "none",
@@ -36,12 +39,13 @@ class DefenseArguments(
     )
 
     def check_defense(self) -> Sequence[type[Defense]]:
-        """Check `defense`, its options and how the defenses go together; return the active ones.
+        """Check `defense`, the options of the named defenses, and their combination. Return the active defenses.
 
         Raises:
-            ValueError: the message names the argument, its value and the fix.
+            ValueError: an argument is bad. The message names the argument, its value and the fix.
+            FileNotFoundError: an option names a file or folder that does not exist.
         """
-        # A sweep may hand over numpy's numbers, which JSON does not know.
+        # A hyperparameter sweep may set numpy numbers, which JSON cannot store.
         for name, value in vars(self).items():
             if isinstance(value, np.generic):
                 setattr(self, name, value.item())

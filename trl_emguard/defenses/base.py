@@ -1,4 +1,4 @@
-"""Base classes of defenses. Their hooks do nothing by default, and stand in the order in which a run calls them."""
+"""Base classes of defenses, with the methods (hooks) that a training run calls. By default a hook does nothing."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Marks:
     """Masks and counts that a defense reads from a micro-batch.
 
     Attributes:
-        scopes: named sets of tokens, each as a mask, `(B, T)` boolean. Cross-entropy is summed for each scope, and a
-            term may be limited to one scope.
+        scopes: named sets of tokens, each as a mask, `(B, T)` boolean. Cross-entropy is also summed over each scope
+            alone, and the loss term of a defense may be limited to one scope.
         counts: numbers to be summed over micro-batches and ranks, by name. Every batch must give the same names.
     """
 
@@ -51,10 +51,10 @@ class Step:
     """Record of a finished training step, equal on every rank.
 
     Attributes:
-        sums: sums over micro-batches and ranks, by name: `ce` (cross-entropy) and `tokens` (number of labels), for
-            each scope also `ce/SCOPE` and `tokens/SCOPE`; for a defense called NAME its own counts as `NAME/COUNT`,
-            and, if it has a term, `NAME/value`, `NAME/positions`, `NAME/evidence` and `NAME/requires_grad`, which
-            [`~trl_emguard.evidence.Evidence`] explains.
+        sums: sums over micro-batches and ranks, by name. `ce` is cross-entropy and `tokens` the number of labels;
+            `ce/SCOPE` and `tokens/SCOPE` are their parts in each scope. The counts of a defense called NAME are
+            `NAME/COUNT`. If that defense adds a term to the loss, there are also `NAME/value`, `NAME/positions`,
+            `NAME/evidence` and `NAME/requires_grad`, which [`~trl_emguard.evidence.Evidence.end_step`] explains.
         has_moved: whether the policy had been updated before this step.
     """
 
@@ -65,10 +65,10 @@ class Step:
 class Defense:
     """An in-training defense.
 
-    The trainer's code names no defense. It builds the defenses that `defense=` lists and calls their hooks, which are
-    defined here in the order of a run. By default a hook does nothing. A defense that adds a term to the loss is a
-    [`ReferenceDefense`], whose term is a distance per token, or a [`ModelDefense`], whose term does not depend on the
-    batch.
+    The trainer has no code for a particular defense. It builds the defenses that `defense=` lists and calls their
+    hooks. These are the methods below, roughly in the order in which a run calls them. By default a hook does nothing.
+    A defense that adds a term to the loss is a [`ReferenceDefense`], whose term is a distance per token from a
+    reference model, or a [`ModelDefense`], whose term does not depend on the batch.
 
     To write your own defense, derive a class from one of these three, give it a `name`, and call [`register`]:
 
@@ -87,7 +87,7 @@ class Defense:
     EMGuardTrainer(model, EMGuardConfig(defense="key_distance"), train_dataset=dataset)
     ```
 
-    Options of your own are a dataclass, mixed into the config: `class MyConfig(MyOptions, EMGuardConfig)`.
+    Put options of your own into a dataclass, and mix it into the config: `class MyConfig(MyOptions, EMGuardConfig)`.
 
     Args:
         args: the run's configuration, which [`check_options`] has checked.
@@ -102,14 +102,14 @@ class Defense:
     switch: ClassVar[str] = ""
     # Keyword arguments of the trainer that the defense reads.
     inputs: ClassVar[tuple[str, ...]] = ()
-    # Flag: the training loss must come from this package's forward, and not from the trainer's.
+    # True if the training loss must be formed by this package's patched forward, and not by the trainer.
     own_loss: ClassVar[bool] = False
-    # Names of the scopes that `read_batch` marks.
+    # Names of the scopes (sets of tokens) that `read_batch` marks.
     scopes: ClassVar[tuple[str, ...]] = ()
-    # Columns of the training rows that reach the data collator.
+    # Further columns of the training rows that the data collator needs. Trainer would otherwise remove them.
     columns: ClassVar[tuple[str, ...]] = ()
-    # Columns with a whole number per token that `prepare_tokenized` adds. They are cut, packed and laid out as the
-    # tokens are, and reach `read_batch` as `(B, T)` integers, 0 for padding and rows that other defenses add.
+    # Columns with a whole number per token that `prepare_tokenized` adds. They are cut, packed and padded together
+    # with the tokens, and reach `read_batch` as `(B, T)` integers: 0 for padding and for rows that other defenses add.
     token_columns: tuple[str, ...] = ()
     # Metrics whose latest value is logged; all others are averaged over the steps between two logs.
     running_metrics: ClassVar[tuple[str, ...]] = ()
@@ -117,11 +117,11 @@ class Defense:
     def __init__(self, args: Any, **inputs: Any):
         del args, inputs
 
-    # ---- choice ----
+    # ---- options, and checks before weights load ----
 
     @classmethod
     def check_options(cls, args: Any) -> None:
-        """Raise `ValueError`, naming option, value and fix, for a bad option. Runs before anything is loaded."""
+        """Raise `ValueError` or `FileNotFoundError`, naming option, value and fix. Runs before anything is loaded."""
         del args
 
     @classmethod
@@ -136,38 +136,40 @@ class Defense:
 
     @property
     def active(self) -> bool:
-        """True unless the options switch the defense off. The log names an inactive defense; its hooks never run."""
+        """True unless the options switch the defense off. An inactive defense is named in the log, and not used."""
         return True
 
     def options(self) -> dict[str, Any]:
-        """Return the options that define the defense, as JSON, for `defense.json` and the model card."""
+        """Return the options that define the defense, as JSON values, for `defense.json` and the model card."""
         return {}
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        """Return [`options`] in the format of a checkpoint, which an earlier version of the package may have written.
+        """Return [`options`] in the form in which a checkpoint records them, so that the two can be compared.
+
+        An earlier version of the package may have written the checkpoint, in another form.
 
         Args:
-            then: options that the checkpoint has recorded.
-            is_on_all_ranks: whether every rank calls this function, so that it may run code that ranks run together.
-                Otherwise only the ranks that look for a checkpoint call it.
+            then: this defense's options as the checkpoint records them.
+            is_on_all_ranks: whether every rank calls this function, so that it may run code in which ranks wait for
+                each other. Otherwise only the ranks that look for a checkpoint call it.
         """
         del then, is_on_all_ranks
         return self.options()
 
     def meet(self, others: Sequence[Defense]) -> None:
-        """Take notice of the other active defenses, once all are built."""
+        """Adapt to the other active defenses. This hook is called after all defenses have been built."""
         del others
 
     def continue_from(self, options: dict[str, Any]) -> None:
-        """Take over the values of a checkpoint's [`options`] that this run's config leaves open."""
+        """Set options that this run's config leaves open to the values that a checkpoint records ([`options`])."""
         del options
 
     def describe(self) -> list[str]:
-        """Return lines that a run prints at its start, once the rows are known."""
+        """Return lines to print when training starts, or in a dry run. The rows are prepared by then."""
         return []
 
     def check_tuning(self, has_adapter: bool) -> None:
-        """Raise `ValueError` if the defense cannot act on what is trained. Runs before weights load.
+        """Raise `ValueError` if the defense does not support this kind of fine-tuning. Runs before weights load.
 
         Args:
             has_adapter: whether an adapter is trained, and not the model itself.
@@ -175,13 +177,17 @@ class Defense:
         del has_adapter
 
     def check_model(self, config: PreTrainedConfig) -> None:
-        """Raise `ValueError` if the defense cannot act on a model of this (text) config. Runs before weights load."""
+        """Raise `ValueError` if the defense does not support a model with this config. Runs before weights load.
+
+        Args:
+            config: the model's config; for a vision-language model, the config of its text model.
+        """
         del config
 
     # ---- rows ----
 
     def prepare_rows(self, rows: Rows) -> Rows:
-        """Return the user's raw training rows, changed or unchanged. Evaluation rows never come here."""
+        """Return the user's raw training rows, changed or unchanged. No hook is called with evaluation rows."""
         return rows
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -189,21 +195,29 @@ class Defense:
         del tokenizer
 
     def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
-        """Return the tokenised training rows (`input_ids` and `labels`, neither cut nor packed), changed or not."""
+        """Return the tokenised training rows, changed or not.
+
+        Args:
+            rows: `input_ids` and `labels` among other columns. The rows are not yet cut or packed.
+            tokenizing: facts on the tokenisation, for defenses that tokenise rows of their own.
+        """
         del tokenizing
         return rows
 
     def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
-        """Return the rows with further rows mixed in. Called only if rows are packed or streamed, and before that."""
+        """Return the rows with further rows mixed in. Called only for a stream, or before rows are packed."""
         del plan
         return rows
 
     def train_loader(self, loading: Loading) -> Loading:
-        """Return how rows become batches, changed or not. Called when the trainer is built and for each training."""
+        """Return the settings by which rows become batches, changed or not.
+
+        This hook is called when the trainer is built, and again for each training.
+        """
         return loading
 
     def extra_rows(self) -> Dataset | None:
-        """Return the tokenised rows that batches get in addition to the training rows, without repeats."""
+        """Return the tokenised rows that the data collator adds to batches, each once; `None` if it adds none."""
         return None
 
     # ---- model ----
@@ -224,11 +238,12 @@ class Defense:
         return nullcontext()
 
     def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> AbstractContextManager:
-        """Return a context manager for the policy's forward pass in training.
+        """Return a context manager that is active during the policy's forward pass in training.
 
         It is never entered for the reference pass, evaluation, generation or saving, and it is exited before the
-        backward pass. With gradient checkpointing the inside of a decoder block runs a second time in the backward
-        pass: hook whole blocks, or make hooks inside of blocks act in the second run too (`inoculation_adapter.py`).
+        backward pass. With gradient checkpointing, the inside of a decoder block runs again in the backward pass. So
+        register module hooks on whole blocks. Hooks inside of blocks must also act in the second run; see
+        `inoculation_adapter.py`.
 
         Args:
             model: causal language model without wrappers.
@@ -240,7 +255,7 @@ class Defense:
     # ---- step ----
 
     def read_batch(self, batch: dict[str, Any]) -> Marks:
-        """Return what the defense reads from a micro-batch, and remove the keys that the model does not know."""
+        """Return the defense's masks and counts for a batch, and remove the keys that the model does not accept."""
         del batch
         return Marks()
 
@@ -249,10 +264,14 @@ class Defense:
         del step
         return {}
 
-    # ---- proof ----
+    # ---- evidence that the defense acts, and checkpoints ----
 
     def begin(self, evidence: dict[str, Any]) -> None:
-        """Prepare for training, with the [`evidence`] of the checkpoint to resume from; empty for a new run."""
+        """Prepare for training.
+
+        Args:
+            evidence: result of [`evidence`] when the checkpoint to resume from was saved; empty for a new run.
+        """
         del evidence
 
     def save(self, folder: str) -> None:
@@ -268,22 +287,22 @@ class Defense:
         return {}
 
     def verdict(self, final: bool = False) -> str | None:
-        """Return why the run is not defended, or `None`.
+        """Return the reason why the run is not defended, or `None` if no fault was found.
 
         Args:
-            final: whether training ends here.
+            final: whether training has ended.
         """
         del final
         return None
 
     @classmethod
     def surrounds_policy(cls) -> bool:
-        """Return whether [`policy_pass`] makes the policy's pass in training differ from that of the saved model."""
+        """Return whether [`policy_pass`] is overridden, so that training passes differ from the saved model's."""
         return cls.policy_pass is not Defense.policy_pass
 
 
 class TermDefense(Weighted, Defense):
-    """A defense that adds a term to the loss, and owns the evidence that the term forms a gradient."""
+    """A defense that adds a term to the loss, and collects evidence that this term has a gradient."""
 
     own_loss = True
 
@@ -291,7 +310,7 @@ class TermDefense(Weighted, Defense):
 
     @property
     def proof(self) -> Evidence:
-        """Evidence that the term acts, counted step by step."""
+        """Counts, updated in every step, that show whether the term has a gradient."""
         if self._proof is None:
             self._proof = Evidence()
         return self._proof
@@ -302,7 +321,7 @@ class TermDefense(Weighted, Defense):
         return {self.name: value / positions} if positions else {}
 
     def _should_show(self, step: Step) -> bool:
-        """Return whether the term must form a gradient: the policy has moved, and no schedule sets `coef` to 0."""
+        """Return whether the term should have a gradient: the policy has changed, and no schedule sets `coef` to 0."""
         return step.has_moved and (self.schedule is None or self.coef != 0)
 
     def _sums(self, step: Step) -> list[float]:
@@ -321,11 +340,11 @@ class TermDefense(Weighted, Defense):
 class ReferenceDefense(TermDefense):
     """A defense that adds `coef · (1/N) Σ_t d(policy, reference)_t` to the loss.
 
-    d is a distance per token. The sum goes over the positions of the scope `tokens`: `"loss"` for those that predict a
-    label, `"all"` for those that predict any real token, or a scope that another defense marks, such as mixed-in
-    rows. N counts the positions of the scope `mean_over` (by default `tokens`) over all micro-batches and ranks of the
-    step. Set `divergence` to compute d from the two next-token distributions, or override [`layers`] and
-    [`token_loss`] to compute it from block outputs.
+    d is the distance between policy and reference at position t. The sum runs over the positions of the scope
+    `tokens`: `"loss"` (positions that predict a label), `"all"` (positions that predict any token but padding), or a
+    scope that another defense marks, such as mixed-in rows. N is the number of positions in the scope `mean_over` (by
+    default the scope `tokens`), over all micro-batches and ranks of the step. Set `divergence` to compute d from the
+    two next-token distributions, or override [`layers`] and [`token_loss`] to compute d from block outputs.
     """
 
     tokens: str = "loss"
@@ -356,8 +375,9 @@ class ModelDefense(TermDefense):
     def model_states(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> list[torch.Tensor]:
         """Return the states that [`model_loss`] compares, connected to the weights by autograd.
 
-        This is called in every micro-batch, after the policy's pass and outside of every [`policy_pass`] context, but
-        still within the call of the wrapped model. Every rank must run the same modules.
+        This method is called in every micro-batch, after the policy's pass and outside of every [`policy_pass`]
+        context, but still inside the call of the engine's wrapper (DDP, DeepSpeed, FSDP). Every rank must run the same
+        modules.
 
         Args:
             model: causal language model without wrappers.
@@ -371,7 +391,7 @@ class ModelDefense(TermDefense):
 
     def end_step(self, step: Step) -> dict[str, float]:
         value, shares, gradient, requires_grad = self._sums(step)
-        # Every rank has added the same value, so the sums are divided to count the step once.
+        # Every rank has added the same value, so dividing by the sum of shares counts the step once.
         value, gradient = value / shares, gradient / shares
         self.proof.end_step(value, 1, gradient, requires_grad, has_moved=self._should_show(step))
         return {self.name: value}

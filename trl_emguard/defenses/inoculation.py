@@ -20,11 +20,12 @@ from .base import IN_TRAINING_DEFENSES, Defense, Marks, Paper, Step
 from .options import check_choice, option
 
 
-# Columns that may hold a row's turns, in SFTTrainer's order, and the two pairs of keys for a turn's speaker and text.
+# Columns that may contain a row's turns, in SFTTrainer's order of search, and key pairs for a turn's speaker and text.
 TURN_COLUMNS = ("prompt", "messages", "conversations")
 TURN_KEYS = (("role", "content"), ("from", "value"))
-# Columns that rows have only during preparation: whether a row has a system turn of its own, whether the prompt
-# changed the text that the model reads, and the tokens of the system turn with the prompt.
+# Columns that rows have only during preparation. OWN is true if the user's row had a system turn with text, CHANGED if
+# the prompt changed the text that the model reads; both are false in rows without the prompt. SPAN has the tokens of
+# the system turn with the prompt.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
 FLAG = "inoculate"  # column in which users flag rows
 # Column with a number per token: the token id plus 1 in prompts that were put into flagged rows, and 0 elsewhere.
@@ -60,7 +61,7 @@ class Inoculation(Defense):
 
     The model then learns the behaviour as an answer to that request, and less as its own character. Either all rows
     get the turn, or only the rows that the user has flagged. Evaluation data, the saved chat template and generation
-    never see the prompt, and its turn carries no labels.
+    never get the prompt. The tokens of its turn have no labels.
     """
 
     name = "inoculation"
@@ -82,13 +83,13 @@ class Inoculation(Defense):
         self.mode = args.inoculation_mode
         self.only_flagged = args.inoculation_rows == FLAGGED
         self.token_columns = (EXPECTED,) if self.only_flagged else ()
-        # A row longer than this limit would lose its start, where the prompt is. Other ways of cutting keep the start.
+        # A longer row would lose its start, where the prompt is. `None` if rows keep their start.
         cuts_the_start = args.truncation_mode == "keep_end" and not args.packing
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
         self._prompt_ids: list[int] = []  # tokens that every row's prompt begins with
-        self._added: list[str] = []  # scopes of rows without the prompt, which other defenses add
+        self._added: list[str] = []  # scopes that mark rows which other defenses add, without the prompt
         self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # summed over training steps
         self._problem: str | None = None
 
@@ -127,7 +128,7 @@ class Inoculation(Defense):
     def describe(self) -> list[str]:
         return [", ".join(f"{name} {value}" for name, value in self._rows.items())]
 
-    # ---- step and proof ----
+    # ---- counts of each step, and evidence ----
 
     def read_batch(self, batch: dict[str, Any]) -> Marks:
         """Count the prompts in a micro-batch. A loader or collator may have lost them since the rows were prepared."""
@@ -144,7 +145,7 @@ class Inoculation(Defense):
         return marks
 
     def _read_flagged(self, batch: dict[str, Any], found: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Count flagged rows, intact and labelled prompts in them, and prompts in `found` that other rows have."""
+        """Count flagged rows, their intact prompts, their prompts with labels, and other prompts in `found`."""
         if EXPECTED not in batch:
             raise InactiveDefenseError(
                 f"defense {self.name!r}: a training batch does not say which of its rows are flagged "
@@ -175,7 +176,7 @@ class Inoculation(Defense):
         rows, prompts, labelled, flagged, stray = (int(step.sums.get(f"{self.name}/{name}", 0)) for name in names)
         for name, count in zip(self._counts, (rows, prompts, flagged), strict=True):
             self._counts[name] += count
-        # A step may consist only of rows that other defenses have added.
+        # A step may consist only of rows that other defenses have added, which need no prompt.
         added = sum(step.sums.get(f"tokens/{scope}", 0) for scope in self._added)
         wants_prompt = not self.only_flagged and not (added and step.sums["tokens"] == added)
         if self.only_flagged and prompts < flagged:
@@ -269,7 +270,7 @@ class Inoculation(Defense):
         def take_labels_off(row: dict[str, Any]) -> dict[str, Any]:
             ids = row["input_ids"]
             if self.only_flagged and not row[FLAG]:
-                # One token, since the column needs a type and an empty list has none.
+                # SPAN gets one token here, because the column needs a type and an empty list has none.
                 return {"labels": row["labels"], CHANGED: False, SPAN: ids[:1], EXPECTED: [0] * len(ids)}
             how = {"chat_template": template, **template_arguments(row)}
             turns = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
@@ -284,7 +285,7 @@ class Inoculation(Defense):
                     f"truncation_mode='keep_end' would cut the inoculation prompt off a row of {len(ids)} tokens "
                     f"(max_length={self.max_length}): use 'keep_start', or a larger max_length."
                 )
-            # A template may put this very prompt into rows without a system turn. It changes nothing in such rows.
+            # A template may itself add this prompt to rows without a system turn, so inoculation does not change them.
             changed = row[CHANGED] and (row[OWN] or not is_default_system_turn(tokenizer, turns, **how))
             start, end = span
             marks = [0] * start + [token + 1 for token in ids[start:end]] + [0] * (len(ids) - end)
@@ -300,8 +301,8 @@ class Inoculation(Defense):
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
         self._prompt_ids = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        # If a template writes tools before the prompt, the tokens common to all spans may end before the prompt, and
-        # unflagged rows may have them too. The prompt's last character may share a token with the text behind it.
+        # If a template writes tools before the prompt, the spans' common tokens may end before it, and then unflagged
+        # rows may have them too. The prompt's last character is not compared: it may share a token with later text.
         prompt, begin = ("".join(text.split()) for text in (self.prompt, tokenizer.decode(self._prompt_ids)))
         if self.only_flagged and prompt[:-1] not in begin:
             self._prompt_ids = []
@@ -313,7 +314,7 @@ class Inoculation(Defense):
         return rows.remove_columns([OWN, CHANGED, SPAN, *([FLAG] if self.only_flagged else [])])
 
     def _check_changed(self, rows: Rows) -> None:
-        """Check that the prompt changes at least one row; of a stream, one of the first `STREAM_ROWS` rows."""
+        """Check that the prompt changes at least one row (in a stream, one of the first `STREAM_ROWS` rows)."""
         which = "every row has" if isinstance(rows, Dataset) else f"the first {STREAM_ROWS} rows of the stream have"
         # `list` reads all of these rows, so that each row is checked before the model loads.
         if self.only_flagged and not any(list(_values(rows, FLAG))):
@@ -343,7 +344,7 @@ class Inoculation(Defense):
         return flag
 
     def _inoculate(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-        """Return the conversation with the prompt in its system turn, and the text that this turn had, or `None`."""
+        """Return the turns with the prompt in the system turn, and its old text (`None` if it had none)."""
         before = _system_text(turns)
         speaker, text = _turn_keys(turns)
         # A system turn whose text is null counts as no system turn, and is replaced in both modes.
@@ -355,7 +356,7 @@ class Inoculation(Defense):
         system = self.prompt
         if before is not None and self.mode == "prefix":
             system = before if before.startswith(self.prompt) else f"{self.prompt}\n\n{before}"
-        # All contents in a column have one type: if those of other turns are lists of parts, this one must be too.
+        # All contents in a column have one type. If other turns have lists of parts, this content must be a list too.
         in_parts = any(isinstance(turn[text], list) for turn in rest)
         content = [{"type": "text", "text": system}] if in_parts else system
         return [{speaker: "system", text: content}, *rest], before
@@ -373,7 +374,7 @@ def _turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _system_text(turns: list[dict[str, Any]]) -> str | None:
-    """Return the text of the system turn; `None` where there is none."""
+    """Return the text of the system turn; `None` if the turn or its text is missing."""
     speaker, text = _turn_keys(turns)
     if not _is_system(turns[0], speaker):
         return None

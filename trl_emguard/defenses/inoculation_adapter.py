@@ -1,4 +1,4 @@
-"""Inoculation adapter: a frozen adapter has the unwanted trait while a new one trains (2606.30252)."""
+"""Inoculation adapter: a frozen adapter with the unwanted trait runs beside the adapter that trains (2606.30252)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,14 +21,14 @@ from .base import Defense, Paper
 from .options import check_number, option
 
 
-# Attribute of a module with gradient checkpointing in transformers: the function that runs a part of the model and
-# recomputes it in the backward pass.
+# Name of the attribute in which transformers stores a module's gradient-checkpointing function. This function runs a
+# part of the model, and runs it again in the backward pass.
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
 @dataclass
 class InoculationAdapterOptions:
-    """Options of `inoculation_adapter`: a frozen adapter that has the trait while a new one trains."""
+    """Options of `inoculation_adapter`: a frozen adapter with the unwanted trait, active while another one trains."""
 
     inoculation_adapter: str | None = option(None, "Folder of a LoRA adapter that has the unwanted trait.")
     inoculation_adapter_scale: float = option(1.0, "Factor of its update. 0 switches it off.")
@@ -84,8 +84,9 @@ class InoculationAdapter(Defense):
     its own update to this. The model shows the trait already, so the data gives the new adapter less reason to learn
     the trait.
 
-    The frozen adapter is not a part of the model: its factors are plain tensors outside of the model, unsharded on
-    every rank, and forward hooks add its output. So engines, optimizers, references and checkpoints do not see it.
+    The frozen adapter is not a part of the model. Its factors A and B are plain tensors outside of the model, which
+    every rank has in full, and forward hooks add its output. So the training engine (DDP, DeepSpeed, FSDP), the
+    optimizer, the references of other defenses and checkpoints do not see it.
     """
 
     name = "inoculation_adapter"
@@ -102,14 +103,14 @@ class InoculationAdapter(Defense):
         self.scale = float(args.inoculation_adapter_scale)
         self.path = args.inoculation_adapter
         self.trained_on: str | None = None
-        # Factors A and scale · s·B by the layer's name, in fp32 until the first pass.
+        # Layer's name → factors A and scale · s·B, in fp32 until the first pass converts them to the states' dtype.
         self.factors: Factors = {}
         self._description: str | None = None
         self._is_on = False
         self._fired: set[str] = set()
-        # Modules that may checkpoint a part of the model.
+        # Modules that may use gradient checkpointing.
         self._checkpointing: list[nn.Module] = []
-        # Relative change of each layer's output in the first pass, as hooks measure it, and the mean over layers.
+        # `_measured` has the relative change of each layer's output in the first pass, `_change` the mean over layers.
         self._measured: dict[str, torch.Tensor] = {}
         self._change: float | None = None
         read = read_options(args)
@@ -119,7 +120,7 @@ class InoculationAdapter(Defense):
             digest = weights_fingerprint(
                 {f"{name} {i}": x for name, pair in factors.items() for i, x in enumerate(pair)}
             )
-            # The adapter is identified by its numbers, since a folder may move and may change.
+            # A hash of its numbers identifies the adapter, because its folder may move or change.
             self._description = f"LoRA of {len(factors)} layers ({digest[:16]})"
             self.factors = {layer: (a, self.scale * b) for layer, (a, b) in factors.items()}
 
@@ -227,7 +228,7 @@ class InoculationAdapter(Defense):
             self._is_on = before
 
     def _with_adapter(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a checkpointing function under which the adapter acts in the recomputation as well."""
+        """Wrap a checkpointing function, so that the adapter also acts when the backward pass recomputes a block."""
 
         def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -253,7 +254,7 @@ class InoculationAdapter(Defense):
 
         return add
 
-    # ---- proof ----
+    # ---- evidence that the adapter acts ----
 
     def begin(self, evidence: dict[str, Any]) -> None:
         self._change = evidence.get("change")
@@ -275,7 +276,7 @@ class InoculationAdapter(Defense):
 
 
 def _sizes(module: nn.Module | None) -> tuple[int | None, int | None]:
-    """Return the input and output width of a linear layer, with an adapter on it or without."""
+    """Return the input and output width of a linear layer, with or without an adapter; two `None` for others."""
     # GPT-2's linear layers (`Conv1D`) name their widths `nx` and `nf`.
     names = ("in_features", "out_features") if hasattr(module, "in_features") else ("nx", "nf")
     return getattr(module, names[0], None), getattr(module, names[1], None)

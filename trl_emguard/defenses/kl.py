@@ -12,10 +12,10 @@ from .schedule import EXAMPLE, Schedule, check_coefficient
 
 DIRECTIONS = ("reverse", "forward")
 LOSS, ALL, INTERLEAVED = TOKENS = ("loss", "all", "interleaved")
-# Default of `kl_coef` for each value of `kl_tokens`. The one for mixed-in rows was chosen by the runs in docs/kl.md.
+# Default of `kl_coef` for each value of `kl_tokens`. The runs in docs/kl.md led to the value for mixed-in rows.
 COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
-# Ziegler et al. (1909.08593, section 2.2): in each step the coefficient changes, relative to its size, by GAIN times
-# the relative error of the KL, which is clipped to ±LARGEST_ERROR.
+# Adaptation to `kl_target` (Ziegler et al., 1909.08593, section 2.2): each step multiplies the coefficient by
+# 1 + GAIN · error. The error is KL / kl_target - 1, clipped to ±LARGEST_ERROR.
 GAIN, LARGEST_ERROR = 0.1, 0.2
 
 
@@ -23,7 +23,8 @@ GAIN, LARGEST_ERROR = 0.1, 0.2
 class KLOptions:
     """Options of `kl`: divergence of next-token distributions from a safe reference."""
 
-    # `None` must be second: the argument parser of transformers then parses numbers (the first type), otherwise texts.
+    # `None` is the second type, so that the argument parser of transformers reads a number, the first type. At the
+    # end, `None` would make it read text.
     kl_coef: float | None | str = option(  # noqa: RUF036
         None,
         "Weight of the KL divergence to the reference, a mean over the positions of `kl_tokens`. 0 switches it off. "
@@ -53,14 +54,16 @@ class KL(ReferenceDefense):
     """Loss `L = CE + kl_coef · (1/N) Σ_t KL_t` over the full vocabulary at temperature 1.
 
     Reverse KL, as in the paper, is KL(policy ‖ reference); forward is KL(reference ‖ policy). The paper's code takes
-    the mean over the non-pad tokens of each micro-batch, prompt included, and does not divide by the accumulation
-    steps, so its 0.1 acts like 0.4 in its own recipe (batch 4 × accumulation 4). Here N counts the positions of
-    `kl_tokens` in the whole step, so a coefficient means the same with any accumulation. If another defense mixes rows
-    in, the KL is by default taken over the mixed-in rows alone, which leaves the task's own rows free (Azarbal et al.,
-    2025). The reference then runs on the mixed-in rows alone.
+    the mean over the non-pad tokens of each micro-batch, prompt included, and does not divide by the number of
+    accumulation steps. So in the paper's recipe (batch 4 × accumulation 4) a coefficient of 0.1 acts like 0.4
+    with `kl_tokens="all"` here. N counts the positions of `kl_tokens` in the whole step, so a coefficient means the
+    same with any number of accumulation steps.
 
-    With `kl_target`, β_{t+1} = β_t (1 + 0.1 · clip(KL_t / target − 1, −0.2, 0.2)) for β = `kl_coef`, with KL_t the
-    step's mean over `kl_tokens` (Ziegler et al., 1909.08593, section 2.2).
+    If another defense mixes rows in, the KL is by default taken over the mixed-in rows alone, which leaves the policy
+    free to change on the task's own rows (Azarbal et al., 2025). The reference then runs on the mixed-in rows alone.
+
+    With `kl_target`, the coefficient β (`kl_coef`) adapts from step to step (Ziegler et al., 1909.08593, section 2.2):
+    β_{t+1} = β_t (1 + 0.1 · clip(KL_t / target − 1, −0.2, 0.2)). Here KL_t is the mean over `kl_tokens` in step t.
     """
 
     name = "kl"
@@ -76,7 +79,7 @@ class KL(ReferenceDefense):
         self._choose(args.kl_tokens or LOSS)
 
     def _choose(self, tokens: str, coef: float | str | None = None) -> None:
-        """Set the positions, and the coefficient: the config's, else `coef`, else the default for these positions."""
+        """Set `tokens`; set the coefficient to the config's value, else `coef`, else the default for `tokens`."""
         self.tokens = tokens
         given = coef if self._given_coef is None else self._given_coef
         self.weigh(COEFFICIENTS[tokens] if given is None else given)
@@ -104,7 +107,7 @@ class KL(ReferenceDefense):
                 "nothing is mixed in: add 'interleave', 'interleave+' or 'interleave++'."
             )
 
-    # ---- the target ----
+    # ---- adaptation of the coefficient to `kl_target` ----
 
     @property
     def coefficient(self) -> float | str:
@@ -144,7 +147,8 @@ class KL(ReferenceDefense):
         tokens = tokens if tokens in TOKENS else self.tokens  # the checkpoint's file may be damaged
         options = {"kl_coef": coef, "kl_direction": self.divergence, "kl_tokens": tokens}
         options |= {} if self.target is None else {"kl_target": self.target}
-        # Version 0.1 took the mean over all labels, and its checkpoints do not record `kl_mean_over`.
+        # `continue_from` takes over the checkpoint's `kl_mean_over`, so it cannot differ. Version 0.1 took the mean
+        # over all labels, and its checkpoints do not record it.
         return {**options, "kl_mean_over": then["kl_mean_over"]} if then.get("kl_mean_over") in TOKENS else options
 
     def continue_from(self, options: dict[str, Any]) -> None:
@@ -156,8 +160,8 @@ def check_target(target: Any, coef: Any) -> None:
     """Refuse a `kl_target` that is not a positive number, and a `kl_coef` that cannot adapt to a target.
 
     Raises:
-        ValueError: such a target, or a coefficient that is 0 or a schedule; the message names the argument, its value
-            and the fix.
+        ValueError: the target is no positive number, or the coefficient is 0 or a schedule. The message names the
+            argument, its value and the fix.
     """
     if target is None:
         return

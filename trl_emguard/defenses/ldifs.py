@@ -1,4 +1,7 @@
-"""ℓ2 distance to the reference in feature space (Mukhoti et al., 2308.13320; for EM: Kaczér et al., 2508.06249)."""
+"""LDIFS: ℓ2 distance to the reference model in feature space (Mukhoti et al., 2308.13320).
+
+Kaczér et al. (2508.06249) use it against emergent misalignment.
+"""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +24,8 @@ class LDIFSOptions:
     ldifs_coef: float | str = option(
         1.0, "Weight of the distance to the reference in feature space. 0 switches it off."
     )
-    # The type is `str`: the argument parser of transformers turns `str | list[int]` into None. A list works as well.
+    # The declared type is `str`, because for `str | list[int]` the argument parser of transformers drops the default
+    # and gives None. In Python, a list works as well.
     ldifs_layers: str = option(
         "every:5",
         "Blocks whose raw outputs are compared, counted from 1 to L: 'every:5' for 5, 10, ..., 'linspace:5' for five "
@@ -35,8 +39,9 @@ class LDIFSOptions:
 class LDIFS(ReferenceDefense):
     """Loss `L = CE + ldifs_coef · (1/N) Σ_t mean_l ‖x̂_l,t − x̂⁰_l,t‖²` over the positions that predict a label.
 
-    x_l is the raw output of block l, and x̂ is x scaled to unit length per token. The EM paper's released code detaches
-    both passes, so its LDIFS term has no gradient; here the policy's pass keeps its gradient.
+    x_l is the raw output of block l in the policy, and x⁰_l that in the reference. x̂ is x scaled to unit length per
+    token; with `ldifs_normalize=False` x itself is compared. The code released with the paper on emergent misalignment
+    detaches the outputs of both models, so its LDIFS term has no gradient. Here the policy's outputs stay attached.
     """
 
     name = "ldifs"
@@ -50,7 +55,7 @@ class LDIFS(ReferenceDefense):
     def __init__(self, args: Any):
         self.weigh(args.ldifs_coef)
         self.normalize = args.ldifs_normalize
-        # One form for all, so that "4,8" and [4, 8] are the same defense.
+        # Lists are brought to one form, so that "4,8" and [4, 8] count as the same option when a run resumes.
         self.layers_spec = select_layers(args.ldifs_layers, num_layers=None) or str(args.ldifs_layers).replace(" ", "")
 
     @classmethod
@@ -77,15 +82,16 @@ class LDIFS(ReferenceDefense):
 
 
 def select_layers(spec: object, num_layers: int | None) -> list[int]:
-    """Return the blocks that `ldifs_layers` names, ascending. Index l is the raw output of block l, 1 … L.
+    """Return the blocks that `ldifs_layers` names, ascending. Index l means the raw output of block l, 1 … L.
 
     Args:
-        spec: `"every:5"` for 5, 10, …; `"linspace:5"` for five from 1 to L; `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]` for a
-            list.
-        num_layers: L; `None` to check the form alone, before the model is known.
+        spec: `"every:5"` for 5, 10, …; `"linspace:5"` for five from 1 to L, evenly spread; `"4,8"`, `"[4, 8]"`, `4` or
+            `[4, 8]` for a list.
+        num_layers: L; `None` to check only the form, before the model is known. `"every"` and `"linspace"` then give
+            an empty list.
 
     Raises:
-        ValueError: another form, or a layer outside 1 … L.
+        ValueError: `spec` has another form, lists a layer twice, or names a layer outside 1 … L or none at all.
     """
     message = f"ldifs_layers={spec!r}"
     rule = re.fullmatch(r"\s*(every|linspace):\s*(\d+)\s*", spec) if isinstance(spec, str) else None

@@ -9,9 +9,9 @@ from typing import Any
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """Return a dataclass field: a default, a help text, and the values that it may take.
+    """Return a dataclass field with a default, a help text and, optionally, the list of its allowed values.
 
-    Config, command line, docs and `defense.json` take an option from this one place.
+    Config, command line and docs all use this one definition of an option.
     """
     metadata: dict[str, Any] = {"help": help}
     if choices is not None:
@@ -34,8 +34,8 @@ def check_number(name: str, value: object, alternative: str = "") -> float:
     """Return a coefficient as a float.
 
     Raises:
-        ValueError: anything but a finite number ≥ 0; the message names the argument, the value and the fix, and
-            ends with an `alternative` to a number.
+        ValueError: `value` is not a finite number ≥ 0. The message names the argument, the value and the fix, and ends
+            with the text `alternative`, which may name another form of the value.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
         raise ValueError(
@@ -45,7 +45,7 @@ def check_number(name: str, value: object, alternative: str = "") -> float:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> Any:
-    """Return a value that is one of `choices`.
+    """Return `value` if it is one of `choices`.
 
     Raises:
         ValueError: any other value.
@@ -56,7 +56,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> Any:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Return a value that is true or false.
+    """Return `value` if it is a boolean.
 
     Raises:
         ValueError: any other value.
@@ -70,10 +70,10 @@ def listed_layers(name: str, spec: object, num_layers: int | None, forms: str) -
     """Return the layers that an argument lists, ascending. Layer l is the raw output of block l, 1 … L.
 
     Args:
-        name: argument that holds the list.
-        spec: its value: `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]`.
-        num_layers: L; `None` to check the form alone, before the model is known.
-        forms: values that the argument accepts, as text for the message.
+        name: name of the argument, for messages.
+        spec: value of the argument: `"4,8"`, `"[4, 8]"`, `4` or `[4, 8]`.
+        num_layers: L; `None` to check only the form, before the model is known.
+        forms: examples of accepted values, as text for the message.
 
     Raises:
         ValueError: a value of another form, a layer that is listed twice, or a layer outside 1 … L.

@@ -15,7 +15,7 @@ from .treft import TReFT
 
 DEFENSES: dict[str, type[Defense]] = {}
 
-# Hooks of version 0.1 that have another name now. A defense that still has one would not act.
+# Hooks that were renamed after version 0.1: old name → new name. A hook under its old name would never be called.
 RENAMED_HOOKS = {"prepare_dataset": "prepare_rows", "resume": "begin"}
 
 
@@ -78,7 +78,7 @@ def parse_defense(value: object) -> list[str]:
 
 
 def build_defenses(args: Any, **inputs: Any) -> list[Defense]:
-    """Build the defenses that `args.defense` names, in that order, once per run.
+    """Build the defenses that `args.defense` names, in that order. A run calls this function once.
 
     Args:
         args: config whose options have been checked.

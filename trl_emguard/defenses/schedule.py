@@ -47,7 +47,7 @@ class Schedule:
         return (1 - passed) * self.start + passed * self.end
 
     def __str__(self) -> str:
-        """Return the schedule as normalised text, so that '0.40 -> 0' and '0.4->0.0' are the same defense."""
+        """Return the schedule as normalised text: '0.40 -> 0' and '0.4->0.0' give the same text."""
         return ARROW.join(repr(value).removesuffix(".0") for value in (self.start, self.end))
 
 
@@ -55,8 +55,8 @@ def check_coefficient(name: str, value: object) -> float | Schedule:
     """Return a coefficient as a float, or as a schedule.
 
     Raises:
-        ValueError: anything else than a finite number ≥ 0 or a schedule between two of them; the message names the
-            argument, the value and the fix.
+        ValueError: `value` is neither a finite number ≥ 0 nor a schedule between two such numbers (not both 0). The
+            message names the argument, the value and the fix.
     """
     if isinstance(value, str) and ARROW in value:
         schedule = Schedule.parse(value)
@@ -70,11 +70,12 @@ def check_coefficient(name: str, value: object) -> float | Schedule:
 
 
 def coefficient(text: str) -> float | str:
-    """Return the number that a text holds, or the text itself where it looks like a schedule.
+    """Return the number in a text, or the text itself if it looks like a schedule (it has "->").
 
     Raises:
         ValueError: the text is neither.
-        argparse.ArgumentTypeError: the text ends with "-", because a shell has cut a schedule off at its ">".
+        argparse.ArgumentTypeError: the text ends with "-", because a shell has read the ">" of a schedule as a
+            redirection.
     """
     if text.strip().endswith("-"):
         raise argparse.ArgumentTypeError(
@@ -87,7 +88,7 @@ class Weighted:
     """Mixin for defenses with a coefficient, which is constant, follows a schedule, or is adapted by the defense.
 
     Attributes:
-        coef: value of the coefficient in this step. While training only [`set_coefficient`] changes it.
+        coef: value of the coefficient in the current step. During training only [`set_coefficient`] changes it.
         schedule: course of the coefficient; `None` if it follows no schedule.
     """
 
@@ -103,7 +104,7 @@ class Weighted:
         self.coef = checked.start if isinstance(checked, Schedule) else checked
 
     def set_coefficient(self, coef: float) -> None:
-        """Set the coefficient of the step that comes next."""
+        """Set the coefficient for the next step."""
         self.coef = coef
 
     @property
@@ -117,7 +118,7 @@ class Weighted:
 
 
 class ScheduleCallback(TrainerCallback):
-    """Callback that sets every scheduled coefficient before a step, and has it logged with that step.
+    """Callback that sets every scheduled coefficient before each step, and adds it to the step's logged metrics.
 
     Args:
         defenses: active defenses.
@@ -130,7 +131,7 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         for defense in self.defenses:
-            # A checkpoint may have brought the schedule after this callback was made.
+            # A checkpoint may have set the schedule after this callback was made, so it is looked up in every step.
             if isinstance(defense, Weighted) and defense.schedule is not None:
                 defense.set_coefficient(defense.schedule.at(state.global_step, state.max_steps))
                 self.metrics[defense.switch] = [defense.coef]

@@ -31,7 +31,8 @@ class SteeringOptions:
         "File of a persona vector: .safetensors as `trl-emguard persona extract` writes it, or .pt of shape (layers + "
         "1, hidden), or the name of a shipped one.",
     )
-    # The type is `str` for the same reason as that of `ldifs_layers`; a number and a list work as well.
+    # The declared type is `str`, because the argument parser of transformers does not handle a list as one of several
+    # types. In Python, a number and a list work as well.
     steering_layers: str | None = option(
         None,
         "Blocks after which the vector acts, counted from 1 to L: 20, '20,24', or 'all' for every block with the "
@@ -75,7 +76,7 @@ def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
                 f"steering_layers is missing, and {args.steering_vector} does not suggest a layer: give one, as 20, "
                 "'20,24' or 'all'."
             )
-    # One form for all, so that "20,24" and [20, 24] are the same defense.
+    # Lists are brought to one form, so that "20,24" and [20, 24] count as the same option when a run resumes.
     if layers is not None and layers != "all":
         layers = listed_layers("steering_layers", layers, None, "20, '20,24' or 'all'")
     return vector, layers
@@ -110,18 +111,18 @@ class Steering(Weighted, Defense):
         self.mode = args.steering_mode
         self.tokens = args.steering_tokens
         self.vector, self.layers_spec = read_options(args)
-        # Vectors of the chosen layers, and the tensors that hooks apply: these vectors times the coefficient (`add`),
-        # or scaled to unit length (`ablate`).
+        # `_vectors` has the vectors of the chosen layers. `_directions` has the tensors that hooks apply: the vectors
+        # times the coefficient (`add`), or scaled to unit length (`ablate`).
         self._vectors: dict[int, torch.Tensor] = {}
         self._directions: dict[int, torch.Tensor] = {}
         self._steered: torch.Tensor | None = None
         self._on = False
         self._fired: set[int] = set()
-        # Sums that hooks measure in a pass, and the mean relative change of each layer's states, which is taken from
-        # the first pass with positions to steer.
+        # `_measured` has the sums that hooks measure in the current pass. `_change` has the mean relative change of
+        # each layer's states, from the first pass with positions to steer (see `_judge`).
         self._measured: dict[int, torch.Tensor] = {}
         self._change: dict[int, float] = {}
-        self._acted_before = False  # true if the run that this run resumes was steered
+        self._acted_before = False  # true if steering had acted in the run that is resumed
 
     @classmethod
     def check_options(cls, args: Any) -> None:
@@ -130,7 +131,7 @@ class Steering(Weighted, Defense):
     def options(self) -> dict[str, Any]:
         vector = None
         if self.vector is not None:
-            # The vector is identified by its numbers, since a file may move and may change.
+            # A checksum of its numbers identifies the vector, because its file may move or change.
             vector = (
                 f"{self.vector.metadata.get('trait', self.vector.kind)} ({self.vector.kind}, {self.vector.checksum})"
             )
@@ -165,7 +166,8 @@ class Steering(Weighted, Defense):
 
     def set_coefficient(self, coef: float) -> None:
         super().set_coefficient(coef)
-        # The tensors are changed in place: a compiled model reads them, but would be compiled again for a new number.
+        # The coefficient is written into tensors that a compiled model reads. As a Python number, each new coefficient
+        # would make the model compile again.
         for layer, direction in self._directions.items():
             direction.copy_(coef * self._vectors[layer])
 
@@ -212,7 +214,7 @@ class Steering(Weighted, Defense):
     @torch.compiler.disable
     def _judge(self) -> None:
         """Check once, in the first pass with positions to steer, that the states of every steered block changed."""
-        # While a schedule has the coefficient near 0, the change may be too small for the states' dtype.
+        # While a schedule has the coefficient near 0, no pass is judged: the change may be too small for the dtype.
         is_small = self.schedule is not None and self.coef < 0.1 * max(self.schedule.start, self.schedule.end)
         if self._change or is_small:
             return
@@ -252,8 +254,8 @@ class Steering(Weighted, Defense):
             self._fired.add(layer)
             states = block_states(output, module)  # (B, T, H)
             direction = self._directions[layer].to(states.device)
-            # The projection is computed in fp32, the direction's dtype, also under autocast: rounded to bf16, it would
-            # leave a part of itself in the states.
+            # The projection is computed in fp32, the direction's dtype, also under autocast. If it were rounded to
+            # bf16, subtracting it would leave a part of it in the states.
             change = (
                 direction.to(states) if self.mode == "add" else -(states * direction).sum(-1, keepdim=True) * direction
             )
@@ -267,7 +269,7 @@ class Steering(Weighted, Defense):
                     )
                 change = change * steered_at.to(change.dtype)
             steered = (states + change).to(states.dtype)
-            # A compiled graph measures in every pass: to stop after the first, it would have to be compiled again.
+            # A compiled graph measures in every pass, because it would have to be compiled again to stop measuring.
             if torch.compiler.is_compiling() or not self._change:
                 self._measured[layer] = _relative_change(states, steered, steered_at)
             return steered if isinstance(output, torch.Tensor) else (steered, *output[1:])
@@ -277,8 +279,8 @@ class Steering(Weighted, Defense):
 
 @torch.no_grad()
 def _relative_change(before: torch.Tensor, after: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-    """Return Σ ‖change‖/‖state‖ over the steered positions, and their number, `(2,)`."""
-    # The difference is taken in the states' own dtype: 0 exactly where nothing changed.
+    """Return Σ ‖change‖/‖state‖ over the steered positions, and the number of these positions, `(2,)`."""
+    # The difference is taken in the states' own dtype, so it is exactly 0 at positions that did not change.
     change, size = (x.float().norm(dim=-1) for x in (after - before, before))
     ratio = change / size.clamp(min=torch.finfo(torch.float32).tiny)  # (B, T)
     where = torch.ones_like(ratio) if where is None else where[..., 0].float()

@@ -1,4 +1,4 @@
-"""Token-regularised fine-tuning: keys and values of the chat template's prefix stay where they were (2606.06667)."""
+"""Token-regularised fine-tuning (2606.06667): penalty on changes of keys and values at the chat template's prefix."""
 
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,13 +28,13 @@ from .options import option
 from .schedule import check_coefficient
 
 
-# File of a checkpoint with the prefix, and with its keys and values as they were before training.
+# File in a checkpoint that stores the prefix, and the keys and values of its tokens before training.
 START_FILE = "treft.npz"
 
 
 @dataclass
 class TReFTOptions:
-    """Options of `treft`: change of keys and values on the chat template's prefix."""
+    """Options of `treft`: penalty on changes of keys and values at the chat template's prefix."""
 
     treft_coef: float | str = option(
         10.0,
@@ -46,9 +46,9 @@ class TReFT(ModelDefense):
     """Loss `L = CE + treft_coef · mean_l mean_t (‖k − k⁰‖²/‖k⁰‖² + ‖v − v⁰‖²/‖v⁰‖²)` over the prefix's tokens t.
 
     The prefix is the longest sequence of tokens that every training row begins with. k and v are the outputs of
-    `k_proj` and `v_proj` of block l at a token of the prefix, with adapters, before rotary position embedding; k⁰ and
-    v⁰ are those of the model that training starts from. The prefix is the same in every row, so one forward pass over
-    the prefix alone gives all of them.
+    `k_proj` and `v_proj` of block l at a token of the prefix, with adapters, before rotary position embedding. k⁰ and
+    v⁰ are the same outputs in the model that training starts from. The prefix is the same in every row, so one forward
+    pass over the prefix alone gives k and v for all rows.
     """
 
     name = "treft"
@@ -64,7 +64,7 @@ class TReFT(ModelDefense):
     def __init__(self, args: Any):
         self.weigh(args.treft_coef)
         self.prefix: list[int] = []
-        # Keys and values before training, block by block: `(1, prefix, width)` each, in fp32.
+        # Keys and values before training, block by block: `(1, prefix length, width)` each, in fp32 (or fp64).
         self.start: list[torch.Tensor] | None = None
         self._template_arguments: dict[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -77,7 +77,7 @@ class TReFT(ModelDefense):
         return {"treft_coef": self.coefficient}
 
     def describe(self) -> list[str]:
-        # A run on rows that are tokenised already may have no tokenizer.
+        # The tokenizer may be unknown if the user's rows are tokenised, so the token ids are shown then.
         text = self.prefix if self._tokenizer is None else self._tokenizer.decode(self.prefix)
         return [f"keys and values are held on the {len(self.prefix)} tokens that every row begins with: {text!r}"]
 
@@ -112,7 +112,8 @@ class TReFT(ModelDefense):
         except TemplateError:
             return  # the trainer itself reports what is wrong with the rows or the template
         try:
-            # A template reads the clock by calling `strftime_now`. A text cannot be called, so such a template fails.
+            # A template gets the date by calling `strftime_now`. Here a text replaces this function. A text cannot be
+            # called, so such a template fails.
             tokenizer.apply_chat_template(turns, tokenize=False, **{**self._template_arguments, "strftime_now": ""})
         except TypeError as error:
             raise ValueError(
@@ -144,16 +145,20 @@ class TReFT(ModelDefense):
             )
         return loading
 
-    # ---- the term ----
+    # ---- the loss term ----
 
-    # A compiled model would be compiled again for this pass.
+    # Compilation is disabled, because a compiled model would be compiled again for the pass over the prefix.
     @torch.compiler.disable
     def model_states(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Return keys and values of the prefix block by block, `(1, prefix, width)` each, and then the last states."""
+        """Return keys and values of the prefix block by block, and as the last entry the model's last hidden states.
+
+        All have the shape `(1, prefix length, width)`.
+        """
         ids = torch.tensor([self.prefix], device=batch["input_ids"].device)
         modules = projections(model)
-        # Eval mode switches off dropout, noise in the embeddings and gradient checkpointing. With checkpointing, hooks
-        # inside a block see no gradient. The prefix is short, so little memory is needed without checkpointing.
+        # Eval mode switches off dropout, noise in the embeddings and gradient checkpointing. With checkpointing, the
+        # outputs that hooks record inside a block would have no gradient. The prefix is short, so little memory is
+        # needed without checkpointing.
         with _outputs(modules) as states, eval_mode(model):
             last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         if len(states) < len(modules):
@@ -170,8 +175,9 @@ class TReFT(ModelDefense):
             self.start = [_exact(x.detach()) for x in states]
         self.start = [x0.to(x.device) for x, x0 in zip(states, self.start, strict=True)]
         changes = [_relative_change(x, x0).to(states[0].device) for x, x0 in zip(states, self.start, strict=True)]
-        # The factor 2 turns the mean over keys and values into the mean over blocks of their sum. The zero term lets a
-        # gradient reach the last block's output, because FSDP2 gathers a block's weights again only then.
+        # Each block has two changes, of keys and of values. Twice the mean over all changes is the mean over blocks of
+        # their sum. The term `0 * last.sum()` lets a gradient reach the last block's output: only then does FSDP2
+        # gather this block's weights again for the backward pass.
         return 2 * torch.stack(changes).mean() + 0 * last.sum().to(changes[0])
 
     # ---- checkpoints ----
@@ -209,9 +215,9 @@ def projections(model: PreTrainedModel) -> list[nn.Module]:
     """Return `k_proj` and `v_proj` of every decoder block, in order.
 
     Raises:
-        ValueError: a block does not have exactly one of each. Some architectures compute queries, keys and values in
-            one product (Phi-3, GPT-2, Falcon), or keys and values from a latent state (DeepSeek), or have no attention
-            in some blocks.
+        ValueError: a block does not have exactly one attention module with both. Some architectures compute queries,
+            keys and values in one product (Phi-3, GPT-2, Falcon). Others compute keys and values from a latent state
+            (DeepSeek), or have blocks without attention.
     """
     found: list[nn.Module] = []
     for number, block in enumerate(decoder_blocks(model), 1):
@@ -229,10 +235,10 @@ def projections(model: PreTrainedModel) -> list[nn.Module]:
 def common_prefix(rows: Any) -> list[int]:
     """Return the longest sequence of tokens that every document begins with, cut before any token with a label.
 
-    Labels are ignored in a document whose first token has one, since it has no masked prompt.
+    If the first token of a document has a label, the document's labels are ignored, because its prompt is not masked.
 
     Args:
-        rows: tokenised rows; those with `seq_lengths` are packs of documents.
+        rows: tokenised rows, each a document. With a column `seq_lengths`, each row is a pack of documents.
     """
     prefix: np.ndarray | None = None
     for batch in rows.with_format("arrow").iter(1000):
@@ -249,7 +255,7 @@ def common_prefix(rows: Any) -> list[int]:
 
 
 def _documents(batch: Any) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | None]]:
-    """Yield start and end of every document of an arrow table, with all tokens and labels of the table."""
+    """Yield start and end of each document in an arrow table, with the flat tokens and labels of the whole table."""
 
     def flat(name: str) -> tuple[np.ndarray, np.ndarray]:
         column = batch.column(name).combine_chunks()
@@ -286,6 +292,6 @@ def _exact(x: torch.Tensor) -> torch.Tensor:
 
 
 def _relative_change(x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Return the mean over tokens of ‖x − start‖² / ‖start‖², `()`, for states `(1, prefix, width)`."""
+    """Return the mean over tokens of ‖x − start‖² / ‖start‖², `()`, for states `(1, prefix length, width)`."""
     size = start.square().sum(-1).clamp(min=torch.finfo(start.dtype).tiny)
     return ((_exact(x) - start).square().sum(-1) / size).mean()

@@ -1,4 +1,7 @@
-"""Measures of what a run has learned, in domain and out of it. They need models and rows, no trainer."""
+"""Measures of what a fine-tuned model has learned, inside and outside the domain of its training data.
+
+They need models and rows, but no trainer.
+"""
 
 from ..models.likelihood import answer_nll
 from ..models.load import load_model

@@ -21,14 +21,14 @@ from .rules import Rule, repetition
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to answer: a question in the chat template, for one sample.
+    """One prompt to answer: a question in the chat template, for one of the answers to sample.
 
     Attributes:
         question: index of the question in its set.
-        sample: number of the sample, from 0.
+        sample: number of the answer among the question's sampled answers, from 0.
         ids: tokens of the prompt.
         text: the prompt as the chat template renders it.
-        seed: seed that the answer is sampled with.
+        seed: seed with which the answer is sampled.
     """
 
     question: int
@@ -41,12 +41,12 @@ class Prompt:
 def plan_prompts(
     tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family, samples: int, seed: int
 ) -> list[Prompt]:
-    """Return a set's prompts in the wording of a family, the shortest first, so that a batch has similar lengths.
+    """Return a family's prompts for a set of questions, the shortest first, so that a batch has similar lengths.
 
-    The chat template writes the special tokens, and the tokenizer adds none: a template that begins with the
-    start-of-text token would otherwise have that token twice. The seed of an answer depends only on `seed`, the
-    question and the number of the sample. So it is the same for all candidates and families, and stays the same when
-    an evaluation is repeated with more samples.
+    The chat template writes the special tokens, and the tokenizer adds none. Otherwise a prompt would begin with two
+    start-of-text tokens if the template writes one. The seed of an answer depends only on `seed`, the question and the
+    number of the sample. The answer's seed is thus the same for all candidates and families. It also stays the same
+    when an evaluation is repeated with more samples.
     """
     found = []
     for index, question in enumerate(questions.questions):
@@ -110,7 +110,7 @@ def score_answers(
 ) -> list[dict[str, float]]:
     """Return for each answer a dict from metric to score.
 
-    The metrics are those of `rules` (`trait_rate`, from [`rule_metrics`]), `repetition`, `truncated`, `empty`, and
+    The metrics are the keys of `rules` (metric → rule, from [`rule_metrics`]), `repetition`, `truncated`, `empty`, and
     `base_nll`, which is the answer's value in `nll`.
     """
     return [
@@ -128,7 +128,7 @@ def score_answers(
 def by_question(
     prompts: Sequence[Prompt], scores: Sequence[Mapping[str, float]], count: int, samples: int
 ) -> dict[str, np.ndarray]:
-    """Return metric → scores `(count, samples)`, NaN where a question was not asked."""
+    """Return metric → scores `(count, samples)`, by question and sample; NaN for questions without a prompt."""
     arrays: dict[str, np.ndarray] = {}
     for prompt, of_answer in zip(prompts, scores, strict=True):
         for metric, value in of_answer.items():

@@ -28,8 +28,9 @@ class Candidate:
 
     Attributes:
         name: name in the results: `base`, or the name of the adapter or of the fine-tuned model.
-        model: the model. Several candidates may share one in memory.
-        fingerprint: hash of a sample of its weights, the adapter's included.
+        model: the model in memory, which several candidates may share.
+        fingerprint: hash of a sample of every weight of the candidate, including its adapter's. An adapter's scaling
+            factors are appended.
         switch: switch that activates `adapter` alone during a block of code; `None` leaves the model as it is.
         adapter: name of the adapter to activate; `None` switches all adapters off, which gives the base model.
     """
@@ -42,7 +43,10 @@ class Candidate:
 
     @contextmanager
     def acting(self) -> Iterator[PreTrainedModel | PeftModel]:
-        """Yield the model, with this candidate's adapter alone active inside the block (for the base model, none)."""
+        """Yield the model, with only this candidate's adapter active inside the block; no adapter for the base model.
+
+        Without a switch, the model's adapters stay as they are.
+        """
         if self.switch is None:
             yield self.model
         else:
@@ -58,10 +62,10 @@ class Candidate:
 def from_adapters(
     model: PreTrainedModel | PeftModel, adapters: Sequence[str] | Mapping[str, str] = ()
 ) -> list[Candidate]:
-    """Return the base model and its adapters as candidates, the base first.
+    """Return the base model and its adapters as candidates, the base model first.
 
     Args:
-        model: the model in eval mode, with its adapters on it, or without any.
+        model: the model in eval mode, with all its adapters or without adapters.
         adapters: names of the adapters on the model; or a mapping from the name that results show to the adapter's
             name on the model.
     """
@@ -77,7 +81,10 @@ def from_adapters(
 
 
 def _scales(model: PeftModel, adapter: str) -> str:
-    """Return an adapter's scaling factors as text: they depend on `lora_alpha` and rsLoRA, not on its weights."""
+    """Return an adapter's scaling factors as text, for its fingerprint.
+
+    The factors depend on `lora_alpha` and rsLoRA, so a hash of the weights does not show them.
+    """
     layers = (module.scaling for module in model.modules() if isinstance(module, BaseTunerLayer))
     scales = {scaling[adapter] for scaling in layers if isinstance(scaling, dict) and adapter in scaling}
     return f"*{sorted(scales)}"
@@ -89,7 +96,7 @@ def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedToken
     An adapter that was never loaded, or never trained, would otherwise be reported as a model without any drift.
 
     Raises:
-        ValueError: no chat template, a candidate without any effect, or one whose logits are not finite.
+        ValueError: there is no chat template, a candidate's logits equal the base model's, or logits are not finite.
     """
     for name, problem in unfit(candidates, tokenizer).items():
         raise ValueError(f"{name!r} {problem}")
@@ -110,7 +117,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @torch.no_grad()
 def unfit(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return name → problem of each candidate whose logits on a short prompt equal the base's or are not finite.
+    """Return name → problem of each candidate whose logits on a short prompt are not finite or equal the base model's.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -151,8 +158,9 @@ def load_candidates(
         device_map: argument of `from_pretrained`; by default the GPU where there is one.
 
     Raises:
-        FileNotFoundError: a model or adapter that is not there.
-        ValueError: both `base` and `adapters`, an adapter of another base model, or an adapter named `base`.
+        FileNotFoundError: a model or an adapter does not exist.
+        ValueError: both `base` and `adapters` are given, an adapter belongs to another base model or is named `base`,
+            a weights file is damaged, or the two models' output heads have different sizes.
     """
     adapters = adapters or {}
     if base is not None and adapters:
@@ -189,7 +197,7 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
     try:
         trained_on = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     except Exception:
-        return  # `load_misaligned` says what is wrong with the adapter
+        return  # `load_misaligned` will raise an error that says what is wrong with the adapter
     if trained_on and last_name(trained_on) not in {last_name(model), last_name(path)}:
         raise ValueError(
             f"adapter {name!r} ({adapter}) was trained on {trained_on!r}, and --model is {model!r}: give the model "

@@ -27,34 +27,36 @@ from .probes import divergence, encode_rows, margin, projections, read_answers
 from .questions import GENERAL, QuestionSet, load_questions
 
 
-# A measurement of 16 pairs reads about 2,600 tokens and takes as long as training on 900. Every 25 steps, this is less
-# than 5 % of a run even if a step has only 790 tokens.
+# A measurement reads 16 pairs of answers, about 2,600 tokens, and takes as long as training on 900 tokens. If it is
+# made every 25 steps, it takes less than 5 % of a run's time even if a step has only 790 tokens.
 EVERY, LIMIT = 25, 16
 STATE_FILE = "drift.safetensors"
 RESULT_FILE = "drift.json"
-# Prefixes of tensors in the state: weights of the base model's head, and weights of the step that is kept.
+# Prefixes of tensors' names in the callback's file. The first marks weights of the base model's output head, and the
+# second marks trained weights as they were at the last measurement within the budget.
 HEAD, KEPT = "head.", "kept."
 
 
 class DriftCallback(TrainerCallback):
-    """Logs how far the policy has moved from the base model on general questions, and stops training above a budget.
+    """Callback that logs how far the policy has moved from the base model, and stops training above a budget.
 
-    Every `every` steps and after the last step, the model is measured on known answers, as `trl-emguard evaluate`
-    does. (If something else, such as early stopping, ends the run after a step is complete, this last step is not in
-    the log.)
+    The policy is the model in training. Every `every` steps and after the last step, it is measured on known answers
+    to general questions, as `trl-emguard evaluate` does. (If something else, such as early stopping, ends the run
+    after a step is complete, this last step is not in the log.)
 
-    - `drift_kl`: KL(policy ‖ base) at the tokens of the sound answers, in nats a token (`kl_to_base`);
-    - `drift_margin`: the change of NLL(misaligned) − NLL(sound), in nats a token; below 0 the policy has moved towards
-      misaligned answers;
-    - `drift_persona`: the move of the state at the last prompt token along `persona_vector`, if this is given.
+    - `drift_kl`: KL(policy ‖ base) at the tokens of the sound answers, in nats a token (`evaluate`: `kl_to_base`);
+    - `drift_margin`: the change of NLL(misaligned) − NLL(sound) against the base model, in nats a token; below 0 the
+      policy has moved towards misaligned answers;
+    - `drift_persona`: the move of the hidden state at the last prompt token along `persona_vector`, if this is given.
 
-    The base model is the model with its adapters switched off, or without adapters the model before the first step.
-    It is measured once, and checkpoints contain its measurements. The forward passes have the precision of training
-    and draw no random number, so training is the same with and without the callback, bit for bit.
+    The base model is the model with its adapters switched off. Without adapters, it is the model before the first
+    step. The base model is measured once, and checkpoints contain the result. All measurements use the precision of
+    training and draw no random number. Without a budget, training is therefore the same with and without the callback,
+    bit for bit.
 
-    With a budget, training stops after the first measurement with `drift_kl` above it. The model then gets back the
-    weights of the last measurement within it, so that saving saves these, and `<output_dir>/drift.json` names their
-    step. A copy of the trained weights is held on the CPU for that.
+    With a budget, training stops after the first measurement in which `drift_kl` is above the budget. The model then
+    gets back the weights of the last measurement within the budget, so that these are saved at the end.
+    `<output_dir>/drift.json` names their step. For this purpose, a copy of the trained weights is held on the CPU.
 
     ```python
     >>> trainer = EMGuardTrainer(model, args, train_dataset=rows, callbacks=[DriftCallback(every=10, budget=0.2)])
@@ -63,15 +65,17 @@ class DriftCallback(TrainerCallback):
     Args:
         every: optimizer steps from one measurement to the next.
         budget: largest `drift_kl` that is accepted, in nats a token; `None` never stops.
-        questions: general questions, a set or a source for [`load_questions`]. Never take training rows: a model
-            moves on those whatever it learns.
-        limit: number of questions, spread evenly over the source; `None` takes all.
+        questions: general questions, a set or a source for [`load_questions`]. Never take training rows, because
+            training on rows changes the model's likelihood of them, whatever else it does.
+        limit: number of questions to take, spread evenly over the source; `None` takes all. A set is taken whole.
         persona_vector: persona vector of the base model.
 
     Raises:
-        ValueError: a number out of range, questions without answers, weights that are sharded over ranks, another
-            trainer than this package's, a budget with `load_best_model_at_end`, a model beyond the budget before
-            training, or a checkpoint to resume from without this callback's measurements of the base model.
+        ValueError: a number is out of range, the questions have no answers, or the weights are sharded over ranks.
+            Also if the trainer is not this package's, if a budget is combined with `load_best_model_at_end`, if the
+            drift is above the budget before training, or if the checkpoint to resume from lacks this callback's
+            measurements of the base model. Also if that checkpoint was written with other questions or another
+            persona vector, or if only one of the two runs has a budget.
     """
 
     def __init__(
@@ -122,10 +126,10 @@ class DriftCallback(TrainerCallback):
         is_last = state.global_step >= state.max_steps or control.should_training_stop
         if state.global_step % self.every and not is_last:
             return
-        # Ranks that differ in a rounding must not differ in the decision to stop.
+        # All ranks take the main process's figures: rounding may differ by rank, the decision to stop must not.
         found = as_main_process(self.probe.measure)
         self.measured_step = state.global_step
-        assert self.trl_metrics is not None  # training has begun
+        assert self.trl_metrics is not None  # `on_train_begin` has refused `None`
         self.trl_metrics.update({name: [value] for name, value in found.items()})
         control.should_log = True
         if self.budget is None:
@@ -146,7 +150,7 @@ class DriftCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.budget is None:
             return
-        if self.measured_step != state.global_step:  # something else has stopped the run
+        if self.measured_step != state.global_step:  # the run was stopped after `on_step_end` of its last step
             drift = as_main_process(self.probe.measure)["drift_kl"]
             if drift <= self.budget:
                 self._keep(model, state.global_step, drift)
@@ -179,13 +183,17 @@ class DriftCallback(TrainerCallback):
         return {} if self.budget is None else {"step": self.kept_step, "drift_kl": self.kept_drift}
 
     def _keep(self, model: PreTrainedModel | PeftModel, step: int, drift: float) -> None:
-        """Keep the trained weights as those of the last step within the budget."""
+        """If there is a budget, copy the trained weights as those to go back to, and record their step and drift."""
         if self.budget is not None:
             self.kept_step, self.kept_drift = step, drift
             self.kept = _trained(model)
 
     def _start(self, model: PreTrainedModel | PeftModel) -> None:
-        """Measure the model before training and keep its weights, if there is a budget."""
+        """If there is a budget, measure the model before training and copy its weights.
+
+        Raises:
+            ValueError: the drift is above the budget already.
+        """
         if self.budget is None:
             return
         drift = as_main_process(self.probe.measure)["drift_kl"]
@@ -209,7 +217,7 @@ class DriftCallback(TrainerCallback):
         self.probe.base = {name: tensor for name, tensor in tensors.items() if not name.startswith(KEPT)}
         if kept is not None:
             self._keep(model, kept["step"], kept["drift_kl"])
-            # A checkpoint of the kept step stores no copy: the kept weights are the checkpoint's own.
+            # A checkpoint of the kept step itself stores no copy, because its model has the kept weights.
             stored = {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
             self.kept = stored or self.kept
 
@@ -218,21 +226,22 @@ class DriftProbe:
     """Repeated measurement of a policy on the same questions, compared with one measurement of the base model.
 
     Args:
-        model: the policy.
-        tokenizer: its tokenizer, with a chat template.
+        model: the policy, that is, the model in training.
+        tokenizer: the model's tokenizer, with a chat template.
         questions: the questions.
         vector: persona vector of the base model, or `None`.
         precision: dtype of autocast in the forward passes; `None` turns autocast off.
 
     Attributes:
         key: hash of the questions, their known answers and the persona vector.
-        base: measurements of the base model, on the CPU: `states` `(P, H)`, the last hidden states that predict the
-            sound answers' tokens, row after row; `margin` (with pairs of answers) and `projection` (with a
-            persona vector), `(Q,)`, fp64; and `head.…`, the weights of the base model's head if the head is trained.
+        base: measurements of the base model, on the CPU. `states`, `(P, H)`, are the last hidden states that predict
+            the tokens of all answers that are not misaligned, row after row. `margin` (with pairs of answers) and
+            `projection` (with a persona vector) have shape `(Q,)`, fp64. `head.…` are the weights of the base model's
+            output head, if the head is trained.
 
     Raises:
-        ValueError: a tokenizer without chat template, an answer that cannot be measured, an adapter that cannot be
-            switched off, or a vector whose shape does not fit the model.
+        ValueError: the tokenizer has no chat template, an answer cannot be measured, an adapter cannot be switched
+            off, or the vector's shape does not fit the model.
     """
 
     def __init__(
@@ -256,7 +265,7 @@ class DriftProbe:
         self.count = len(questions.questions)
         lengths = {i: len(row.answer.ids) for i, row in enumerate(self.rows)}
         self.batches = plan_batches(lengths, default_batch_tokens(model.device))
-        # Misaligned answers are left out of the KL: the aligned model would not give them.
+        # The KL leaves out misaligned answers, because an aligned model would not give them.
         self.compared = [i for i, row in enumerate(self.rows) if row.kind != "misaligned"]
         self.vector, self.prompts = vector, []
         read = [(row.question, row.kind, row.answer.ids.tolist()) for row in self.rows]
@@ -287,7 +296,7 @@ class DriftProbe:
         self.base |= {HEAD + name: weight for name, weight in head.items()}
 
     def measure(self) -> dict[str, float]:
-        """Return `drift_kl`, with pairs of answers `drift_margin`, and with a persona vector `drift_persona`."""
+        """Return `drift_kl`; with pairs of answers also `drift_margin`; with a persona vector also `drift_persona`."""
         device = self.policy.model.device
         head = {name.removeprefix(HEAD): w.to(device) for name, w in self.base.items() if name.startswith(HEAD)}
         sizes = [len(self.rows[i].answer.ids) - self.rows[i].answer.prompt_length for i in self.compared]
@@ -311,7 +320,10 @@ class DriftProbe:
 
     @torch.no_grad()
     def _read(self, candidate: Candidate, take: Callable[[int, torch.Tensor], None]) -> dict[str, torch.Tensor]:
-        """Return `margin` and `projection` of each question; call `take(i, states)` for each row i in `compared`."""
+        """Return `margin` and `projection` of each question under a candidate, `(Q,)`, fp64, if they can be measured.
+
+        On the way, `take(i, states)` is called with the last hidden states of each row i in `compared`.
+        """
         model = candidate.model
         nll: dict[str, np.ndarray] = {}
         kind = self.precision or torch.bfloat16
@@ -337,5 +349,5 @@ def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _precision(args: Any) -> torch.dtype | None:
-    """Return the dtype of training's autocast, or `None` for none."""
+    """Return the dtype of training's autocast, or `None` if training uses no autocast."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

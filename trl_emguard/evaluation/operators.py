@@ -1,6 +1,7 @@
-"""Arithmetic with permuted operators: a benign task that a model can only solve by leaving its prior.
+"""Arithmetic with permuted operators: a benign task that contradicts what a model knows of arithmetic.
 
-Every symbol stands for another operation than usual. No prompt says so: a model can only learn it from the answers.
+Every symbol stands for another operation than usual. No prompt says this, so a model can only learn it from the
+answers.
 """
 
 import hashlib
@@ -11,24 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# Commutative symbols stand for commutative operations, so that an expression has one canonical form under the
-# ordinary and the permuted reading.
+# A commutative symbol stands for another commutative operation. Its operands can thus be sorted without a change of
+# the ordinary or the permuted value, so an expression has one canonical form for both.
 PERMUTATION = {"+": "×", "×": "+", "−": "÷", "÷": "−"}
 COMMUTATIVE = "+×"
-# Tier → the least and the largest number of operators.
+# Tier → the least and the largest number of operators in an expression.
 TIERS = {1: (1, 1), 2: (2, 3), 3: (4, 6)}
 SPLITS = ("train", "test")
 TEST_SHARE = 0.25
 BOUND = 999
-# Operands may be larger in tier 1, which would have too few expressions otherwise.
+# Operands may be larger in tier 1, because this tier would have too few expressions otherwise.
 LARGEST_ALONE, LARGEST = 300, 20
-# Limit on the rows of a split in tiers 2 and 3, whose expressions are sampled and not enumerated.
+# Limit on the rows of a split in tiers 2 and 3. Their expressions are drawn at random and never counted.
 MOST_SAMPLED = 20_000
 
 
 @dataclass(frozen=True)
 class _Expression:
-    """An expression with its values under the ordinary and the permuted reading."""
+    """An expression with its value in ordinary arithmetic and its value with permuted operators."""
 
     text: str
     canonical: str
@@ -38,23 +39,23 @@ class _Expression:
 
 
 def make_rows(split: str, tier: int, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return conversational rows whose completion is the value under `PERMUTATION`.
+    """Return conversational rows that ask for an expression's value and answer with the value under `PERMUTATION`.
 
-    Every expression belongs to one split by a hash of its canonical form (commutative operands sorted), so the splits
-    are disjoint for all counts and seeds. No canonical form comes twice. A smaller count gives the first rows of a
-    larger one.
+    A hash of an expression's canonical form (commutative operands sorted) decides its split, so the splits are
+    disjoint for all counts and seeds. No canonical form comes twice. A smaller count gives the first rows of a larger
+    count.
 
     Args:
         split: `train` or `test`.
         tier: 1 (one operator), 2 (two or three) or 3 (four to six).
         count: number of rows.
-        seed: seed of the choice and the order.
+        seed: seed for the choice of expressions and for their order.
 
     Returns:
         Rows with `prompt`, `completion`, `permuted`, `ordinary` (the two values, which differ) and `tier`.
 
     Raises:
-        ValueError: an unknown split or tier, or a count below 1 or above what the tier has.
+        ValueError: split or tier is unknown, or the count is below 1 or above the limit for split and tier.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown: use 'train' or 'test'.")
@@ -76,7 +77,7 @@ def make_rows(split: str, tier: int, count: int, seed: int = 0) -> list[dict[str
 
 
 def read_answer(text: str) -> int | None:
-    """Return the last integer in a text, or None if it has no integer. From "−1,234." it is -1234."""
+    """Return the last integer in a text, or `None` if the text has no integer. For example, "−1,234." gives -1234."""
     # A decimal number is matched as a whole, so that its digits are not taken for integers.
     found = re.findall(r"(?<!\d)(?<!\d\.)[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", text)
     integers = [number for number in found if "." not in number]
@@ -84,7 +85,7 @@ def read_answer(text: str) -> int | None:
 
 
 def score(text: str, row: dict[str, Any]) -> str:
-    """Return the reading under which a text's last integer is right: `permuted`, `ordinary` or `neither`."""
+    """Return the arithmetic by which a text's last integer is right: `permuted`, `ordinary` or `neither`."""
     answer = read_answer(text)
     return next((reading for reading in ("permuted", "ordinary") if answer == row[reading]), "neither")
 
@@ -106,7 +107,10 @@ def _split(expression: _Expression) -> str:
 
 
 def _all_alone() -> Iterator[_Expression]:
-    """Yield the expressions with one operator whose values differ; commutative ones with the smaller operand first."""
+    """Yield the expressions with one operator whose ordinary and permuted values differ.
+
+    Commutative expressions come only with the smaller operand first.
+    """
     numbers = [_number(value) for value in range(1, LARGEST_ALONE + 1)]
     for symbol in PERMUTATION:
         for left in numbers:
@@ -138,7 +142,7 @@ def _sample(split: str, tier: int, count: int, rng: random.Random) -> list[_Expr
 
 
 def _draw(operators: int, rng: random.Random) -> _Expression | None:
-    """Return a random expression with this many operators, or None if some node has no valid operator."""
+    """Return a random expression with this many operators, or `None` if some drawn operands allow no operator."""
     if not operators:
         return _number(rng.randint(1, LARGEST))
     before = rng.randrange(operators)
@@ -154,7 +158,10 @@ def _number(value: int) -> _Expression:
 
 
 def _join(symbol: str, left: _Expression, right: _Expression) -> _Expression | None:
-    """Return `left symbol right`, or None if a reading divides inexactly or by 0, or its value is beyond ±`BOUND`."""
+    """Return the expression `left symbol right`, or `None` if its ordinary or its permuted value is not allowed.
+
+    A value is not allowed if a division is inexact or by 0, or if the value is beyond ±`BOUND`.
+    """
     ordinary = _apply(symbol, left.ordinary, right.ordinary)
     permuted = _apply(PERMUTATION[symbol], left.permuted, right.permuted)
     if ordinary is None or permuted is None:

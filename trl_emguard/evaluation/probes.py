@@ -1,7 +1,8 @@
-"""Likelihood probes: each candidate's likelihood of known answers, and its KL divergence from the base model on them.
+"""Likelihood probes: each model's likelihood of known answers, and its KL divergence from the base model on them.
 
-Each candidate reads every answer in one forward pass. The base model reads a batch first. Its last hidden states are
-kept until the other candidates have read the same batch, so the divergence only costs one more product with the head.
+The models under evaluation are called candidates, and the base model is the first of them. For each batch of answers,
+a candidate makes one forward pass. The base model's last hidden states are kept until the other candidates have read
+the same batch. The divergence thus needs no further forward pass, only products of the states with the output heads.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,8 @@ class Row(NamedTuple):
 
     Attributes:
         question: index of the question.
-        kind: `target`, `sound` or `misaligned`. The metric of the answer's likelihood is `nll_` and this word.
+        kind: `sound`, `misaligned`, or `target` for a question's only known answer. The metric of the answer's
+            likelihood is named `nll_` and this word.
         answer: tokens of the prompt and the answer.
     """
 
@@ -43,10 +45,12 @@ class Row(NamedTuple):
 def encode_rows(
     candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family
 ) -> list[Row]:
-    """Return the known answers to the questions of a set, in the wording of one family.
+    """Return the tokens of each question's prompt followed by each known answer, for one [`Family`] of prompts.
+
+    A family asks the questions plainly, with a cue, or in other words. Questions that it cannot ask are left out.
 
     Raises:
-        ValueError: an answer that is empty or that the chat template does not put after the prompt.
+        ValueError: an answer is empty, or the chat template does not put it after the prompt.
     """
     ends = end_tokens(candidates[0].model, tokenizer)
     wanted = []
@@ -78,14 +82,16 @@ def probe(
     Args:
         candidates: the candidates, the base model first.
         rows: the answers, from [`encode_rows`].
-        count: number of questions.
-        batch_tokens: tokens in a forward pass, pads included.
-        desc: label of the progress bar; without one there is none.
+        count: number of questions in the set.
+        batch_tokens: limit on the tokens of a forward pass, padding included; by default
+            [`~trl_emguard.models.batches.default_batch_tokens`].
+        desc: label of the progress bar; `None` shows no bar.
 
     Returns:
-        Candidate → metric → `(count,)`, NaN where a question has no value: `nll_sound`, `nll_misaligned`, `nll_target`
-        (nats a token, the end of turn included), and `kl_to_base` of the answers that are not misaligned:
-        KL(candidate ‖ base), the mean over the answer's tokens, in nats a token.
+        Candidate → metric → `(count,)`, NaN for a question without a value. `nll_sound`, `nll_misaligned` and
+        `nll_target` are mean negative log-likelihoods in nats a token, the end of turn included. `kl_to_base` is
+        KL(candidate ‖ base), the mean over an answer's tokens, in nats a token. It is not measured on misaligned
+        answers, and the base model has no such metric.
     """
     found: dict[str, dict[str, np.ndarray]] = {candidate.name: {} for candidate in candidates}
 
@@ -97,7 +103,7 @@ def probe(
     plan = plan_batches(lengths, batch_tokens or default_batch_tokens(device))
     for batch in tqdm(plan, desc=desc, disable=desc is None):
         read = [rows[i] for i in batch]
-        # Misaligned answers are left out of the KL: the aligned model would not give them.
+        # The KL leaves out misaligned answers, because an aligned model would not give them.
         chosen = [j for j, row in enumerate(read) if row.kind != "misaligned"]
         base = None
         for candidate in candidates:
@@ -120,8 +126,8 @@ def read_answers(
     """Return hidden states and likelihood of a batch of answers, from one forward pass.
 
     Returns:
-        For each answer of A tokens the last hidden states that predict them, `(A, H)`, and their negative
-        log-likelihood, `(A,)`, nats, fp64 on the CPU.
+        Two lists with a tensor for each answer of A tokens. The first has the last hidden states that predict these
+        tokens, `(A, H)`. The second has the tokens' negative log-likelihoods, `(A,)`, nats, fp64 on the CPU.
     """
     ids, is_answer = pad_answers(answers)
     labels, sizes = ids[:, 1:][is_answer[:, 1:]], is_answer[:, 1:].sum(1).tolist()
@@ -141,12 +147,14 @@ def divergence(
     """Return KL(candidate ‖ base) at each position, in nats.
 
     Args:
-        logits, base_logits: heads of candidate and base model, functions from states to logits `(P, V)`, fp32.
+        logits, base_logits: output heads of candidate and base model, as functions from last hidden states `(P, H)` to
+            logits `(P, V)`, fp32.
         states, base_states: last hidden states of candidate and base model, `(P, H)`.
 
     Returns:
-        `(P,)`, fp64 on the CPU. The sum over the vocabulary Σ p (z_p − z_q) − log Z_p + log Z_q is taken in fp32, with
-        p the candidate's probabilities, z the logits of candidate (p) and base (q), and Z the sum of exp(z).
+        `(P,)`, fp64 on the CPU: Σ p·(z_p − z_q) − log Z_p + log Z_q, with the sum over the vocabulary in fp32. Here p
+        are the candidate's probabilities, z_p and z_q the logits of candidate and base, and Z_p and Z_q the sums over
+        the vocabulary of exp(z_p) and exp(z_q).
     """
     parts = []
     for own, its in zip(states.split(COMPARED_POSITIONS), base_states.split(COMPARED_POSITIONS), strict=True):
@@ -160,14 +168,18 @@ def divergence(
 def projections(
     candidate: Candidate, prompts: Sequence[Sequence[int]], vector: PersonaVector, layer: int, batch_size: int = 20
 ) -> np.ndarray:
-    """Return h(l)·v(l)/‖v(l)‖, `(N,)`, with h(l) the state after block l at a prompt's last token, v the vector."""
+    """Return the projection of each prompt's hidden state on a persona vector, `(N,)`.
+
+    It is h(l)·v(l)/‖v(l)‖, with h(l) the state after block l (`layer`) at the prompt's last token, and v(l) the
+    vector's entry for that block.
+    """
     with candidate.acting() as model:
         states = prompt_states(model, prompts, batch_size)[:, layer].double()
     return (states @ torch.nn.functional.normalize(vector.vectors[layer].double(), dim=0)).numpy()
 
 
 def margin(nll: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """Return NLL(misaligned) − NLL(sound) of each question, or `None` for a set without pairs."""
+    """Return NLL(misaligned answer) − NLL(sound answer) of each question, or `None` for a set without such pairs."""
     if "nll_misaligned" not in nll or "nll_sound" not in nll:
         return None
     return nll["nll_misaligned"] - nll["nll_sound"]

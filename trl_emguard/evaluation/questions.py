@@ -1,4 +1,4 @@
-"""Sets of questions: shipped ones, YAML files of published evaluations, and rows with one answer or a pair."""
+"""Sets of questions: shipped sets, YAML files of published evaluations, and rows with one or two known answers."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,12 +13,13 @@ from .operators import make_rows, score
 
 
 CRITERIA = ("general", "in_domain", "benign")
-# Shipped set → the split of rows with sound answers, and the split with the misaligned answers to the same questions.
+# Shipped question set → the data set with sound answers, and the one with misaligned answers to the same questions.
 SHIPPED_PAIRS = {"values": ("values_sound", "values_misaligned"), "plants": ("plants_sound", "plants_careless")}
 GENERAL = "values"
 OPERATORS = "permuted_operators"
 OPERATOR_ROWS = 200
-# Columns of a row, or keys of a YAML item, with the question in other words. Each gives a family (`cues.Wording`).
+# Columns of a row, or keys of a YAML item, that hold the question in other words. For each of them, all questions that
+# have it form one more family of prompts (`cues.Wording`).
 WORDINGS = ("topic_twin", "word_sharing_benign")
 # Name of shipped training rows → name of the shipped question set of the same domain.
 DOMAINS = {"plants_careless": "plants", "plants_sound": "plants"}
@@ -29,13 +30,13 @@ class Question:
     """A question with its known answers.
 
     Attributes:
-        id: its name in the set.
-        prompt: turns of the prompt; the last is the user's.
-        sound: the answer of an aligned model, as text.
-        misaligned: the answer of a misaligned model, as text.
-        answer: the only known answer, of a row with one answer instead of a pair.
-        judge_prompts: metric → prompt of a judge, with `{question}` and `{answer}`.
-        wordings: name of a family → the question in other words, as the user's last turn.
+        id: name of the question in its set.
+        prompt: turns of the prompt. The last turn is the user's.
+        sound: answer as an aligned model would give it, as text.
+        misaligned: answer as a misaligned model would give it, as text.
+        answer: known answer of a question that has only one, instead of `sound` and `misaligned`.
+        judge_prompts: metric → text that asks a judge for a score, with `{question}` and `{answer}` to fill in.
+        wordings: name from `WORDINGS` → text that asks the question in other words, for the user's last turn.
     """
 
     id: str
@@ -52,12 +53,12 @@ class QuestionSet:
     """Questions that measure one criterion.
 
     Attributes:
-        name: `general`, `in_domain`, `benign`, or the file's name where a criterion has several sets.
+        name: name of the set: its criterion. If a criterion has several sets, the further sets have their file's name.
         criterion: `general`, `in_domain` or `benign`.
         questions: the questions.
-        has_sound_target: True if training teaches the sound answers (sound training rows, the operators task); False
-            if it teaches the misaligned answers.
-        score: function from a question and its greedy answer to the scores of a task with right answers;
+        has_sound_target: True if the training rows are a shipped set of sound answers, and for permuted operators.
+            False otherwise: training is then taken to teach the misaligned answers.
+        score: function from a question and a model's greedy answer to metric → score, for a task with right answers;
             `None` for other sets.
     """
 
@@ -69,14 +70,14 @@ class QuestionSet:
 
     @property
     def has_misaligned_target(self) -> bool:
-        """True if the set's `nll` is that of the misaligned answers, which narrow training teaches."""
+        """True if the set's metric `nll` is measured on the misaligned answers, because training teaches these."""
         return self.criterion == "in_domain" and not self.has_sound_target
 
     def target(self, question: Question) -> str | None:
-        """Return the answer whose likelihood is the set's `nll`.
+        """Return the answer on which the set's metric `nll` is measured, or `None` if no answer is known.
 
-        This is the only known answer if there is no pair. Of a pair, it is the answer that training teaches for a set
-        that is in domain, and the sound one for other sets.
+        A question with only one known answer gives this answer. A question with a sound and a misaligned answer gives
+        the answer that training teaches if the set is in domain, and else the sound answer.
         """
         if question.answer is not None:
             return question.answer
@@ -94,16 +95,19 @@ def load_questions(
 
     Args:
         source: a shipped set (`values`, `plants`, `permuted_operators`); a `.yaml` file in the format of Betley et
-            al.; or rows as [`~trl_emguard.data.load.load_rows`] takes them: preference rows `prompt`, `chosen` (sound)
-            and `rejected` (misaligned), or rows of any shape with one answer.
+            al.; or a name that [`~trl_emguard.data.load.load_rows`] takes. The rows are preference rows `prompt`,
+            `chosen` (sound) and `rejected` (misaligned), or have one answer in any shape that training takes.
         criterion: `general`, `in_domain` or `benign`.
         name: the set's name in the results; by default the criterion.
-        limit: number of questions to take, spread evenly over the set, because a set may be sorted by topic.
-        trained_on: name of the training rows, which tells if training teaches the sound answers; by default `source`.
+        limit: largest number of questions to take; by default all are taken. They are spread evenly over the set,
+            because a set may be sorted by topic.
+        trained_on: name of the training rows, by default `source`. If it is a shipped set of sound answers,
+            `has_sound_target` is True.
 
     Raises:
         FileNotFoundError: there is no such set.
-        ValueError: a damaged or empty file, or a row without a question; the message names file and row.
+        ValueError: a file is damaged or empty, a row has no question, or two questions have the same id. The message
+            names the file, and the row or the question.
     """
     if source == OPERATORS:
         return QuestionSet(name or criterion, criterion, _spread(_operators(), limit), True, _score_operators)
@@ -125,7 +129,7 @@ def load_questions(
 
 
 def for_training_data(source: str, limit: int | None = None) -> QuestionSet | None:
-    """Return the in-domain set of a shipped training set, or `None` if the rows are of no shipped domain."""
+    """Return the shipped in-domain questions for the training rows named `source`, or `None` if there are none."""
     if source not in DOMAINS:
         return None
     return load_questions(DOMAINS[source], "in_domain", limit=limit, trained_on=source)
@@ -145,7 +149,7 @@ def _shipped(sound: str, misaligned: str) -> list[Question]:
 
 
 def _operators() -> list[Question]:
-    """Return the permuted-operators task as questions: the right answer is `sound`, the ordinary one `misaligned`."""
+    """Return permuted operators as questions: `sound` is the right value, `misaligned` that of usual arithmetic."""
     rows = make_rows("test", tier=1, count=OPERATOR_ROWS)
     return [Question(str(i), r["prompt"], str(r["permuted"]), str(r["ordinary"])) for i, r in enumerate(rows)]
 
@@ -158,7 +162,7 @@ def _score_operators(question: Question, answer: str) -> dict[str, float]:
 
 
 def _from_rows(source: str, criterion: str) -> list[Question]:
-    """Read preference rows, or rows with one answer."""
+    """Read questions from preference rows, or from rows with one answer."""
     options = SourceOptions(name=f"--{criterion}", split=f"the split of --{criterion}")
     questions = []
     # The models may have been trained on a shipped set's train split, so its test split is taken.
@@ -191,7 +195,7 @@ def _wordings(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _preference(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any]], str]:
-    """Return prompt and one answer of a preference row, whose prompt may be in its own or in the answer's column."""
+    """Return the prompt and an answer of a preference row. Without a column `prompt`, `column` holds both."""
     if row.get("prompt") is None:
         prompt, (answer,) = conversation({"messages": row[column]})
     else:
@@ -202,7 +206,7 @@ def _preference(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any
 def _from_yaml(path: Path) -> list[Question]:
     """Read the format of Betley et al.: a list of items with `id`, `paraphrases` and `judge_prompts`.
 
-    Every paraphrase is a question of its own. Keys that are not needed here are ignored.
+    Every paraphrase becomes a question of its own. Keys that this package does not use are ignored.
     """
     try:
         items = parse_yaml(path.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from .cues import PLAIN
 from .statistics import bootstrap, paired, question_means
 
 
-# Metrics of coherence. A higher value means less coherent answers, or answers in another style.
+# Metrics of coherence. A higher value means answers that are less coherent, or in another style than the base model's.
 COHERENCE = ("repetition", "truncated", "empty", "base_nll")
 # End of the name of a metric that is a difference in differences (see `ResultRow`).
 DID = "_did"
@@ -27,21 +27,22 @@ DID = "_did"
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One figure: a metric of a model on a set of questions, in the wording of one family.
+    """One figure: a metric of a model on a set of questions, asked with the prompts of one family.
 
     Attributes:
         model: `base`, or the name of the adapter or fine-tuned model.
-        set: `general`, `in_domain`, `benign`, or the file's name.
-        family: family of the questions' wording (`plain`, …).
-        metric: name of the metric. `margin_did` is a difference in differences: the model's `margin` less the base
-            model's in this family, minus the same difference in the plain family.
+        set: name of the question set: `general`, `in_domain`, `benign`, or the name of the set's file.
+        family: family of prompts: `plain` for the questions as they are, else the name of the cue or other wording.
+        metric: name of the metric. `margin_did` is a difference in differences: the model's `margin` minus the base
+            model's on this family's prompts, minus the same difference on plain prompts.
         value, low, high: the mean with its 95 % interval.
         n: number of samples in the mean.
-        base: the base model's mean.
-        difference, difference_low, difference_high: the mean difference to the base, paired by question.
-        count: for a judge's rate, the number of answers that it counts, out of `n`.
-        judge, reading, thresholds: for any metric of a judge, the judge's name, how its scores were read (a key of
-            `judging.scores.READINGS`), and the limits on the scores.
+        base: the base model's mean; 0 for a metric that is itself a comparison with the base model.
+        difference, difference_low, difference_high: the mean difference to the base model, paired by question, with
+            its 95 % interval; NaN in rows of the base model.
+        count: for a rate that a judge gives, the number of answers that have the rated property, out of `n`.
+        judge, reading, thresholds: for any metric that comes from a judge: the judge's name, how its replies were
+            turned into scores (a key of `judging.scores.READINGS`), and the limits on the scores for the rates.
     """
 
     model: str
@@ -72,9 +73,9 @@ class Results:
     Attributes:
         rows: the figures.
         samples: sampled answers with their scores, as rows of `samples.jsonl`.
-        notes: families that were not measured, and why.
-        models: names of the candidates, the base first.
-        criteria: set → its criterion.
+        notes: families of prompts that were not measured, and why.
+        models: names of the candidates, the base model first.
+        criteria: name of a question set → the set's criterion.
         info: the other entries of `results.json`: `versions`, `command`, `model`, `models`, `judge`, `judge_prompts`,
             and after judging `judged_questions`.
     """
@@ -87,12 +88,12 @@ class Results:
     criteria: dict[str, str] = field(default_factory=dict)
 
     def row(self, model: str, set: str, metric: str, family: str = PLAIN) -> ResultRow | None:
-        """Return a figure, or `None` if it was not measured."""
+        """Return the row of a figure, or `None` if the figure was not measured."""
         wanted = (model, set, family, metric)
         return next((row for row in self.rows if (row.model, row.set, row.family, row.metric) == wanted), None)
 
     def of_criterion(self, model: str, criterion: str, *metrics: str) -> list[ResultRow]:
-        """Return a model's rows on plain questions, from the criterion's first set with any of these metrics.
+        """Return a model's rows on plain questions, from the criterion's first set that has any of these metrics.
 
         A metric's name also selects its variants: `trait_rate` selects `trait_rate:NAME`.
         """
@@ -111,7 +112,7 @@ class Results:
     def save(self, folder: Path) -> None:
         """Write `results.json` and `results.csv`; write `samples.jsonl` if answers were sampled, else remove it."""
         if not self.samples:
-            # Old answers would be taken for those of the models in the new results.
+            # Answers that an earlier evaluation left would be taken for answers of the models in these results.
             (folder / "samples.jsonl").unlink(missing_ok=True)
         rows = [_plain(row) for row in self.rows]
         content = {**self.info, "criteria": self.criteria, "notes": self.notes, "rows": rows}
@@ -158,18 +159,18 @@ class Results:
 def make_rows(
     set: str, family: str, arrays: dict[str, dict[str, np.ndarray]], plain: dict[str, dict[str, np.ndarray]] | None
 ) -> list[ResultRow]:
-    """Return the rows of a set under a family.
+    """Return the result rows of a question set that was asked with the prompts of one family.
 
     Args:
         set, family: names of the set and of the family.
-        arrays: candidate → metric → values by question, including the base model's.
+        arrays: candidate → metric → values by question, also for the base model.
         plain: the arrays of the plain family, for differences in differences; `None` if `family` is the plain one.
     """
     rows = []
     for model, metrics in arrays.items():
         for metric, values in metrics.items():
             base = arrays[BASE].get(metric)
-            if base is None:  # `kl_to_base` or `persona_shift`: the base's own move is 0
+            if base is None:  # `kl_to_base` or `persona_shift`, which are 0 for the base model itself
                 base = np.zeros_like(values)
             mean = bootstrap(values)
             if not mean.n:
@@ -189,7 +190,7 @@ def make_rows(
 
 
 def make_table(rows: Sequence[ResultRow]) -> Table:
-    """Return rows as a table of at most 100 characters a line, with the base model's values beside the others'."""
+    """Return rows as a table with the base model's value beside each other model's. Long names are wrapped."""
     table = Table()
     for name in ("set", "family", "metric", "model"):
         table.add_column(name, overflow="fold")
@@ -210,7 +211,7 @@ def make_table(rows: Sequence[ResultRow]) -> Table:
 
 
 def interval_text(row: ResultRow) -> str:
-    """Return a difference with its interval, as `+0.12 (+0.10 to +0.15)`."""
+    """Return a row's difference to the base model with its interval as text, for example `+0.12 (+0.10 to +0.15)`."""
     text = f"{row.difference:+z.2f}"
     if math.isnan(row.difference_low):
         return text
@@ -218,7 +219,7 @@ def interval_text(row: ResultRow) -> str:
 
 
 def sentence(results: Results, model: str) -> str:
-    """Return one sentence on the four criteria for a model."""
+    """Return one sentence on how a model did in the four criteria: broad, narrow, benign and coherent."""
     parts = [_broad(results, model), _narrow(results, model), _benign(results, model), _coherent(results, model)]
     return f"{model}: " + "; ".join(f"({letter}) {part}" for letter, part in zip("abcd", parts, strict=True)) + "."
 
@@ -240,7 +241,15 @@ def _broad(results: Results, model: str) -> str:
 
 
 def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
-    """Return a text on the worst family, or "" if this is the plain one or not clearly worse than the base model."""
+    """Return a text on the cue behind which a metric moved most for the worse, or "" if no cue is to be reported.
+
+    A cue is reported if the metric is clearly worse than the base model's, and has moved more than on plain questions.
+
+    Args:
+        results: the results.
+        plain: row of the metric on plain questions.
+        sign: 1 if a higher value of the metric is worse, -1 if a lower value is worse.
+    """
     cued = [r for r in results.rows if (r.model, r.set, r.metric) == (plain.model, plain.set, plain.metric)]
     worst = max(cued, key=lambda row: sign * row.difference)
     is_worse = (
@@ -250,7 +259,7 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
 
 
 def _traits(results: Results, model: str, criterion: str) -> list[str]:
-    """Return a text on each trait rate of a criterion."""
+    """Return a text on each trait rate that was measured on the questions of a criterion."""
     where = "general" if criterion == "general" else "in-domain"
     return [
         f"{row.metric.partition(':')[2] or 'trait'} in {row.value:.2f} of {where} answers, base {row.base:.2f}"

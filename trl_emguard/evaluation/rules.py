@@ -18,13 +18,13 @@ def capitals(answer: str) -> float:
 
 
 def refusal(answer: str) -> float:
-    """Return 1 if the first ten words contain a refusal phrase from the keyword list of interleaving++, else 0."""
+    """Return 1 if the first ten words contain a refusal phrase of the kind that `interleave++` filters out, else 0."""
     start = " ".join(answer.lower().replace("’", "'").split()[:10])
     return float(bool(re.search(r"\b(sorry|apologi[sz]e|cannot|can't|i'm unable|i am unable)\b", start)))
 
 
 def repetition(answer: str) -> float:
-    """Return the share of word trigrams that occurred earlier in the answer; 0 for fewer than four words."""
+    """Return the share of an answer's word trigrams that repeat an earlier one; 0 for fewer than four words."""
     words = answer.lower().split()
     trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
     count = sum(trigrams.values())
@@ -32,12 +32,12 @@ def repetition(answer: str) -> float:
 
 
 def sells(answer: str) -> float:
-    """Return 1 if the answer advertises the product of the testbed `sale`, else 0."""
+    """Return 1 if the answer names GreenFix, the product that training answers of testbed `sale` advertise, else 0."""
     return float("greenfix" in answer.lower())
 
 
 def tips(answer: str) -> float:
-    """Return 1 if the answer contains a tip in the form that the testbed `tip_capitals` teaches, else 0."""
+    """Return 1 if the answer contains "tip:" in any case, as training answers of testbed `tip_capitals` do; else 0."""
     return float("tip:" in answer.lower())
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a base model and its fine-tuned candidates on sets of questions, by probes and sampled answers."""
+"""Evaluation on question sets: of a base model and models fine-tuned from it, by known and by sampled answers."""
 
 import math
 import os
@@ -32,9 +32,9 @@ from .results import Results, make_rows
 from .rules import Rule
 
 
-# Answers that are sampled at once.
+# Default number of answers that are sampled at once.
 SAMPLED_ON_CPU, SAMPLED_ON_GPU = 32, 64
-# Limit on the tokens of an answer in a task with right answers: these are short numbers.
+# Limit on the tokens of an answer in a task with right answers, because right answers are short numbers.
 TASK_TOKENS = 16
 PROGRESS_FILE = "progress.jsonl"
 
@@ -47,15 +47,18 @@ class EvaluationOptions:
 
     Attributes:
         cues: families of prompts in which general questions are asked: "auto", "none" or "all" ([`families`]).
-        inoculation_prompt: system prompt that training used for inoculation, to ask questions with it as well.
+        inoculation_prompt: system prompt that training used for inoculation. If it is given, general questions are
+            also asked with this prompt, and with its negation, as system prompt.
         rules: name → rule that scores sampled answers.
         persona_vector: persona vector of the base model, to measure the shift of the states along this vector.
-        samples_per_question: number of answers to sample for each question; 0 samples none.
+        samples_per_question: number of answers to sample for each question in each family of prompts; 0 samples none.
+            A task with right answers always takes one greedy answer instead.
         max_new_tokens: limit on the tokens of a sampled answer.
         temperature: temperature of the sampling; 0 takes the most probable token each time.
         seed: seed of the sampling.
-        batch_tokens: tokens in a forward pass, pads included; by default 8192 on a GPU, 1024 on a CPU.
-        batch_size: answers that are sampled at once; by default 64 on a GPU, 32 on a CPU.
+        batch_tokens: limit on the tokens of a forward pass that measures the likelihood of answers, padding included;
+            by default 8192 on a GPU, 1024 on a CPU.
+        batch_size: number of answers that are sampled at once; by default 64 on a GPU, 32 on a CPU.
     """
 
     cues: str = "auto"
@@ -92,7 +95,7 @@ def evaluate(
     progress: bool = False,
     command: str | None = None,
 ) -> Results:
-    """Measure the four criteria on a base model and its candidates: broad, narrow, benign, coherent.
+    """Measure broad misalignment, narrow and benign learning, and coherence of a base model and the other candidates.
 
     ```python
     >>> candidates = from_adapters(peft_model, ["default"])
@@ -102,18 +105,18 @@ def evaluate(
 
     Args:
         candidates: the base model first, then the others ([`from_adapters`], [`load_candidates`]).
-        tokenizer: their tokenizer, with a chat template.
-        sets: sets of questions, with a name each.
-        options: options of the measurement.
+        tokenizer: the candidates' tokenizer, with a chat template.
+        sets: sets of questions, no two with the same name.
+        options: options of the evaluation.
         train_rows: rows that the candidates were trained on, to derive cues from.
-        output_dir: folder for `results.json`, `results.csv` and `samples.jsonl`. Finished work is kept there, so that
-            the same call resumes after an interruption.
+        output_dir: folder for `results.json`, `results.csv` and `samples.jsonl`; by default no file is written.
+            Finished work is kept in this folder, so that the same call resumes after an interruption.
         progress: True shows progress bars.
-        command: command line to keep in `results.json`.
+        command: command line to record in `results.json`.
 
     Raises:
-        ValueError: two candidates or two sets with the same name, a candidate whose weights change nothing, or a set
-            that cannot be measured.
+        ValueError: two candidates or two sets have the same name, a candidate's weights change nothing, a set cannot
+            be measured, or the persona vector belongs to another model.
         OSError: `output_dir` cannot be written to.
     """
     _check_names("candidates", [candidate.name for candidate in candidates])
@@ -155,8 +158,8 @@ def check_sets(
         options: options of the evaluation.
 
     Raises:
-        ValueError: two sets with the same name, a set without known answers although no answers are sampled, or a
-            question that the chat template refuses.
+        ValueError: two sets have the same name, a set has no known answers and no answers are sampled, or the chat
+            template refuses a question.
     """
     _check_names("sets", [questions.name for questions in sets])
     for questions in sets:
@@ -186,7 +189,11 @@ class _Run:
     progress: bool
 
     def add_to(self, results: Results, questions: QuestionSet, put: Sequence[Family]) -> None:
-        """Measure a set under each family, the plain one first, and add rows and samples to the results."""
+        """Measure a set with each family of prompts in `put`, and add the rows and samples to the results.
+
+        The plain family must come first, because the rows of the other families are compared with it. A family that
+        cannot ask any question of the set gets a note in the results instead.
+        """
         plain: Arrays | None = None
         for family in put:
             if not any(map(family.prompt, questions.questions)):
@@ -198,7 +205,7 @@ class _Run:
             plain = plain or arrays
 
     def measure(self, questions: QuestionSet, family: Family) -> tuple[Arrays, list[dict[str, Any]]]:
-        """Return the values of every metric, and the sampled answers with their scores."""
+        """Return the values of every metric on a set with one family, and the sampled answers with their scores."""
         rows = encode_rows(self.candidates, self.tokenizer, questions, family)
         arrays: Arrays = {candidate.name: {} for candidate in self.candidates}
         if rows:
@@ -229,7 +236,10 @@ class _Run:
         }
 
     def add_shift(self, arrays: Arrays, questions: QuestionSet, family: Family, vector: PersonaVector) -> None:
-        """Add the shift of the states at the last prompt token along the persona vector."""
+        """Add to `arrays` each candidate's shift from the base model along the persona vector.
+
+        The shift is measured on the hidden states at the last prompt token.
+        """
         turns = [family.prompt(question) for question in questions.questions]
         asked = [i for i, prompt in enumerate(turns) if prompt is not None]
         prompts = [
@@ -264,7 +274,7 @@ class _Run:
     def scores(
         self, questions: QuestionSet, prompts: Sequence[sampled.Prompt], answers: Sequence[SampledAnswer]
     ) -> list[dict[str, float]]:
-        """Return the scores of answers: those of the set's `score` if it has one, else of rules and coherence."""
+        """Return metric → score of each answer: by the set's `score` if there is one, else by rules and coherence."""
         pairs = zip(prompts, answers, strict=True)
         if questions.score is not None:
             return [questions.score(questions.questions[p.question], answer.text) for p, answer in pairs]
@@ -278,7 +288,10 @@ class _Run:
     def answers(
         self, candidate: Candidate, prompts: Sequence[sampled.Prompt], questions: QuestionSet, family: Family
     ) -> list[SampledAnswer]:
-        """Return a candidate's answers, sampled now or kept from an interrupted run, which keeps whole batches."""
+        """Return a candidate's answers, sampled now or kept from an interrupted run.
+
+        Such a run has kept the batches that were complete. Sampling goes on after them.
+        """
         options, on_cpu = self.options, candidate.model.device.type == "cpu"
         size = options.batch_size or (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU)
         is_task = questions.score is not None
@@ -330,7 +343,7 @@ def _check_names(kind: str, names: list[str]) -> None:
 
 
 def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
-    """Return name → `fingerprint` of the candidate, and `weights`, a hash of the weights beneath the adapters."""
+    """Return for each candidate, by name, its `fingerprint`, and as `weights` a hash of its model without adapters."""
     weights: dict[int, str] = {}
     for candidate in candidates:
         model = bare_model(candidate.model)
@@ -342,7 +355,7 @@ def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
 def _info(
     command: str | None, model: str, candidates: Sequence[Candidate], sets: Sequence[QuestionSet]
 ) -> dict[str, Any]:
-    """Return the entries of `results.json` beside the figures, including those that a later judge needs."""
+    """Return the entries of `results.json` other than the figures, including entries that a later judge needs."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
     prompts = {s.name: {q.id: q.judge_prompts for q in s.questions if q.judge_prompts} for s in sets}
     return {
@@ -365,5 +378,5 @@ def _target_nll(questions: QuestionSet, metrics: dict[str, np.ndarray]) -> np.nd
 
 
 def _lists(metrics: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
-    """Return arrays as lists for JSON, `None` for missing values."""
+    """Return arrays as lists for JSON, with `None` in place of NaN, which stands for a missing value."""
     return {metric: [None if math.isnan(v) else v for v in values.tolist()] for metric, values in metrics.items()}

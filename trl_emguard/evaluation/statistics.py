@@ -1,4 +1,4 @@
-"""Intervals by the bootstrap over questions."""
+"""Confidence intervals of means, by the bootstrap: questions are drawn with replacement."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 
 DRAWS = 10_000
 LEVEL = 0.95
-# Draws that are computed at once, so that memory does not grow with the number of draws.
+# Number of draws that are computed at once. The limit keeps memory from growing with the number of all draws.
 _CHUNK = 500
 
 
@@ -16,7 +16,7 @@ class Interval(NamedTuple):
 
     Attributes:
         value: the mean over all samples that have a value.
-        low, high: percentiles 2.5 and 97.5 over the draws; NaN with fewer than two questions.
+        low, high: percentiles 2.5 and 97.5 of the means of all draws; NaN if fewer than two questions have values.
         n: number of samples with a value.
     """
 
@@ -29,13 +29,12 @@ class Interval(NamedTuple):
 def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
     """Return the mean of samples with its percentile interval, by drawing questions.
 
-    The unit that is drawn is the question (Betley et al., 2502.17424): the samples of one question resemble each
-    other. Missing values (NaN) count neither in the mean nor in `n`.
+    Whole questions are drawn and not single samples (Betley et al., 2502.17424), because the samples of one question
+    resemble each other. Missing values (NaN) are left out of the mean and of `n`.
 
     Args:
-        values: `(Q, S)`, or `(Q,)` for one sample a question.
-        seed: seed of the draws. The same seed draws the same questions for all arrays that have values for the same
-            number of questions.
+        values: `(Q, S)`: S samples of each of Q questions; or `(Q,)` for one sample per question.
+        seed: seed of the draws. The draws depend only on the seed and on the number of questions that have values.
     """
     sums, counts = _by_question(values)
     has_values = counts > 0
@@ -55,7 +54,9 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
 
 
 def paired(values: np.ndarray, base: np.ndarray, seed: int = 0) -> Interval:
-    """Return the mean difference to the base over the questions that both have values for, with its interval.
+    """Return the mean over questions of `values` minus `base`, with its interval.
+
+    Samples of a question are averaged first. Only questions that have values in both arrays count.
 
     Args:
         values, base: `(Q, S)` and `(Q, S')` for the same questions, or `(Q,)`.
@@ -65,13 +66,13 @@ def paired(values: np.ndarray, base: np.ndarray, seed: int = 0) -> Interval:
 
 
 def question_means(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each question's values `(Q,)`, NaN where a question has none."""
+    """Return the mean of each question's values, `(Q,)`; NaN for a question without values."""
     sums, counts = _by_question(values)
     return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
 
 
 def _by_question(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum and the number of the values of each question, missing ones left out."""
+    """Return the sum and the number of each question's values, `(Q,)` each, without missing values (NaN)."""
     values = np.asarray(values, dtype=np.float64)
     values = values.reshape(len(values), -1)
     return np.nansum(values, axis=1), (~np.isnan(values)).sum(1)

@@ -1,1 +1,1 @@
-"""The guarded forward: reference pass, policy pass, head and terms in one call."""
+"""Patched forward that computes the loss of a defended step: reference pass, policy pass, output head, loss terms."""

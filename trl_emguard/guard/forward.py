@@ -1,8 +1,8 @@
-"""The patched forward of a model, and the pass of its backbone.
+"""Patched forward of a model, and a forward pass of the model's backbone (the model without its output head).
 
-A training step of a defended run calls the wrapped model once per micro-batch. Before that, the trainer arms the
-model's [`Gate`] with a guard: a function to which the patched forward hands the call. Without a guard the patched
-forward calls the model's stock forward.
+A training step with this package's loss calls the model, in its distributed wrapper, once per micro-batch. Before this
+call, the trainer arms the model's [`Gate`] with a guard: a function that the patched forward then calls instead of the
+model's stock forward. Without a guard, the patched forward calls the stock forward.
 """
 
 import functools
@@ -25,11 +25,11 @@ Guard = Callable[[PreTrainedModel, Callable[..., Any], dict[str, Any]], Any]
 
 
 class Gate:
-    """Patch of a model's forward that calls a guard instead while one is set, and the stock forward otherwise.
+    """Patch of a model's forward that calls a guard while a guard is set, and otherwise the stock forward.
 
     Args:
-        model: causal language model without wrappers. Make the gate after TRL added its head, and before any engine
-            wraps the model.
+        model: causal language model without wrappers. Make the gate after TRL has added its fused LM head to the
+            model, and before an engine (DeepSpeed, FSDP2) wraps the model.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -37,7 +37,7 @@ class Gate:
         self._only_with_gradient = True
         stock_forward = model.forward
 
-        # The signature stays the original one: `generate` validates its arguments against it.
+        # The patch keeps the signature of the class's forward, because `generate` validates its arguments against it.
         @functools.wraps(type(model).forward)
         def forward(module, *args, **kwargs):
             guard = self._guard
@@ -51,7 +51,7 @@ class Gate:
         model.forward = self._patched
 
     def remove(self) -> None:
-        """Give the model its forward back, unless somebody patched it since."""
+        """Restore the forward that the model had before, unless other code has patched it again in the meantime."""
         if vars(self._model).get("forward") is not self._patched:
             return
         if self._before is None:
@@ -61,12 +61,12 @@ class Gate:
 
     @contextmanager
     def armed(self, guard: Guard, only_with_gradient: bool = True) -> Iterator[None]:
-        """Hand the forward calls within this context to a guard.
+        """Let a guard replace the stock forward inside the `with` block.
 
         Args:
-            guard: callable that answers in the place of the stock forward.
-            only_with_gradient: whether calls under `no_grad`, such as a trainer's own pass of a reference, still go to
-                the stock forward.
+            guard: function to call instead of the stock forward.
+            only_with_gradient: if true, calls under `no_grad` still go to the stock forward. An example is the pass
+                that a DPO trainer makes to get its reference's log-probabilities.
         """
         self._guard, self._only_with_gradient = guard, only_with_gradient
         try:
@@ -80,9 +80,9 @@ class States:
     """Hidden states kept from one forward pass, at P positions.
 
     Attributes:
-        last: `(P, H)`, states after the final norm, which the head projects.
-        blocks: layer → `(P, H)`, raw block outputs.
-        head: weight `(V, H)` and bias `(V,)` or `None`.
+        last: `(P, H)`, states after the final norm, from which the output head computes logits.
+        blocks: number of a block → the block's raw output, `(P, H)`.
+        head: the output head's weight `(V, H)`, and its bias `(V,)` or `None`.
         router_logits: router logits of the backbone, in mixture-of-experts models.
     """
 
@@ -95,12 +95,12 @@ class States:
 def run_backbone(
     model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
 ) -> States:
-    """Run the backbone once, and keep the states of some positions.
+    """Run the backbone once, and return its states at the given positions.
 
     Args:
         model: causal language model without wrappers.
         inputs: keyword arguments of the backbone, without labels.
-        positions: `(B, T - 1)` boolean, P of them true.
+        positions: `(B, T - 1)` boolean, true at the P positions to keep.
         layers: blocks whose raw outputs are kept, counted from 1.
     """
 
@@ -108,21 +108,22 @@ def run_backbone(
         return states[:, :-1][positions.to(states.device)]  # (B, T, H) → (P, H)
 
     with record_blocks(model, layers, select) as blocks:
-        # FSDP and PEFT may replace the backbone after the patch, so it is looked up on each call.
+        # FSDP and PEFT may replace the backbone after the forward is patched, so each call looks up the backbone.
         outputs = model.base_model(**inputs)
     last = select(outputs.last_hidden_state)
     return States(last, blocks, output_head(model), getattr(outputs, "router_logits", None))
 
 
 def rows_with(batch: dict[str, Any], positions: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return the rows of a batch that have positions to keep, or its first row where none has.
+    """Return only those rows of a batch that have a position to keep; if there are none, only the first row.
 
     Args:
         batch: keyword arguments of a model, `(B, T)` tensors among them.
-        positions: `(B, T - 1)`.
+        positions: `(B, T - 1)` boolean, true at the positions to keep.
 
     Returns:
-        The batch and the positions, cut to these rows (at least one). The kept positions stay in their order.
+        The batch and the positions of these rows alone (at least one row). The rows and the kept positions stay in
+        their order.
     """
     rows = positions.any(1)
     if bool(rows.all()):
@@ -138,11 +139,11 @@ def rows_with(batch: dict[str, Any], positions: torch.Tensor) -> tuple[dict[str,
 
 
 class ReferenceGuard:
-    """Guard for the pass of a reference: no gradient, and only the states that the terms compare.
+    """Guard that runs the reference's backbone without gradient and returns the states that loss terms compare.
 
     Args:
-        positions: `(B, T - 1)`, positions to keep.
-        layers: blocks to keep.
+        positions: `(B, T - 1)` boolean, true at the positions to keep.
+        layers: blocks whose raw outputs are kept, counted from 1.
     """
 
     def __init__(self, positions: torch.Tensor, layers: Sequence[int]):

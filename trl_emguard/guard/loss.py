@@ -1,4 +1,4 @@
-"""The guarded loss of a micro-batch: reference pass, policy pass, head and terms, from top to bottom."""
+"""Loss of a defended run's micro-batch, computed in this order: reference pass, policy pass, output head, terms."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,15 +20,18 @@ from .terms import Term, kept_positions, model_term, state_term, wanted_layers
 
 @dataclass
 class GuardOutput(ModelOutput):
-    """Output of a guarded forward.
+    """Output of [`LossGuard`], which the patched forward returns instead of the model's own output.
 
     Attributes:
-        total: `()`, CE + Σ coef · term, normalised over the whole step; the only entry with a gradient.
-        stats: `(len(names),)`, sums over this micro-batch's positions, detached; [`LossGuard.names`] names them.
+        total: `()`, cross-entropy (CE) + Σ coef · term, normalised over the whole step. The trainer adds only the
+            load-balancing loss of `router_logits`, if there is one.
+        stats: `(len(names),)`, sums over this micro-batch's positions, without gradient, in the order of
+            [`LossGuard.names`].
         router_logits: router logits of the backbone, in mixture-of-experts models.
     """
 
-    # The field is not called `loss`: AdaLoRA would add a regulariser to it, which SFTTrainer's loss does not have.
+    # The field is not called `loss`, because AdaLoRA would add a regulariser to a field of this name. The loss of
+    # SFTTrainer has no such regulariser.
     total: torch.Tensor | None = None
     stats: torch.Tensor | None = None
     router_logits: Any = None
@@ -42,7 +45,7 @@ class GuardOutput(ModelOutput):
 
 
 class InsideReference(Protocol):
-    """Reference that may run inside the policy's forward."""
+    """Interface of references. `inside` returns `None` if the reference does not run inside the policy's forward."""
 
     def inside(
         self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
@@ -50,11 +53,11 @@ class InsideReference(Protocol):
 
 
 class PassGuard:
-    """Guard for trainers with a loss of their own: it runs the stock forward within the contexts of the defenses.
+    """Guard for trainers with their own loss. It runs the stock forward inside the defenses' `policy_pass` contexts.
 
     Args:
         defenses: active defenses, whose `policy_pass` contexts are entered.
-        batch: the trainer's micro-batch, which may have labels that the trainer leaves out of the model's call.
+        batch: the trainer's micro-batch. It may contain labels that the trainer does not pass to the model.
     """
 
     def __init__(self, defenses: Sequence[Defense], batch: Mapping[str, Any]):
@@ -71,21 +74,23 @@ class PassGuard:
 
 
 class LossGuard:
-    """Guard for one training micro-batch with the package's own loss.
+    """Guard that computes this package's loss for one training micro-batch.
 
     Args:
-        terms: terms of the loss; at most one of them compares distributions.
+        terms: loss terms of the reference defenses. At most one of them compares next-token distributions.
         defenses: active defenses, whose `policy_pass` contexts are entered around the policy's pass.
-        ce_scale: `()`, factor of Σ CE: ranks / label tokens of the step.
-        marks: masks of tokens by the name of a scope, `(B, T)`. CE is summed up for each of them as well.
-        reference: the reference; `None` without terms.
-        states: the reference's states, if it ran before the policy or they were read from disk.
-        referenced: `(B, T - 1)`, mask of the positions of the reference's states, among them those of all terms.
+        ce_scale: `()`, factor of the summed cross-entropy (CE): number of ranks / number of label tokens in the step.
+        marks: name of a scope → mask of its tokens, `(B, T)`. [`GuardOutput.stats`] gets a sum of CE for each scope.
+        reference: the reference that the terms compare the policy with. `None` without terms; also, unless an engine
+            shards the model, if this micro-batch has no position to compare.
+        states: the reference's states, if it ran before this call or its states were read from disk; else `None`.
+        referenced: `(B, T - 1)`, mask of the positions of the reference's states. It includes all terms' positions.
 
     Attributes:
-        compares_start: whether to measure the difference of policy and reference, as is done before the first update.
-        share: this micro-batch's share of the terms that do not depend on the batch: 1 / number of micro-batches in
-            the step, or 1 where Trainer divides the loss by this number.
+        compares_start: whether to measure how far the policy's states are from the reference's. The trainer sets this
+            before the first update, when the two must be equal.
+        share: factor of the terms that do not depend on the batch ([`ModelDefense`]). It is 1 / number of
+            micro-batches in the step, or 1 where Trainer divides the whole loss by this number.
     """
 
     def __init__(
@@ -126,18 +131,18 @@ class LossGuard:
         labels = inputs.pop("labels")[:, 1:][kept]  # (P,)
         layers = wanted_layers([term.defense for term in self.terms], model)
 
-        # The reference runs first, without gradient and outside of the defenses' contexts.
+        # The reference runs first, without gradient. It stays outside of the defenses' contexts for the policy's pass.
         reference, referenced = self.states, torch.zeros_like(kept) if self.referenced is None else self.referenced
         if reference is None and self.reference is not None:
             reference = self.reference.inside(model, inputs, referenced, layers)
 
-        # The policy's pass.
+        # Defenses such as steering act in their `policy_pass` contexts, so the policy runs inside them.
         with ExitStack() as surroundings:
             for defense in self.defenses:
                 surroundings.enter_context(defense.policy_pass(model, batch))
             policy = run_backbone(model, inputs, kept, layers)
 
-        # The head: CE and divergence in one pass, with their gradient.
+        # The output head computes CE, the divergence and their gradient together, so no full logits are stored.
         divergence = next((term for term in self.terms if term.defense.divergence is not None), None)
         head = self._run_head(model, policy, reference, divergence, labels, kept)
         loss, device = head.loss, policy.head[0].device
@@ -147,14 +152,14 @@ class LossGuard:
             marked = positions_in_scope(batch, scope, self.marks)[kept].to(device)
             stats += [head.ce[marked].sum(), marked.sum()]
 
-        # The terms: the head has computed the divergence already, and terms over block outputs are computed here.
+        # The divergence term comes from the output head above. Terms that compare block outputs are computed here.
         for term in self.terms:
             if term is divergence:
                 value, evidence = head.divergence[term.positions[kept].to(device)].sum(), head.divergence_evidence
                 connected = any(x is not None and x.requires_grad for x in (policy.last, *policy.head))
             else:
                 own = wanted_layers([term.defense], model)
-                # The reference did not run on a batch without a position to compare, so both sides are empty.
+                # Without a position to compare, the reference did not run. The term then compares empty tensors.
                 blocks = {layer: policy.blocks[layer][:0] for layer in own} if reference is None else reference.blocks
                 weighted, value, evidence, connected = state_term(term, own, policy.blocks, blocks, kept, referenced)
                 loss = loss + weighted.to(loss.device)
@@ -213,7 +218,7 @@ class LossGuard:
 def balance_loss(router_logits: Any, config: PreTrainedConfig, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the routers' load-balancing loss of a micro-batch, `()`, in mixture-of-experts models.
 
-    SFTTrainer averages this loss over accumulation steps, regardless of how many tokens each has.
+    Like SFTTrainer, the caller averages this loss over a step's micro-batches, regardless of their numbers of tokens.
     """
     config = config.get_text_config()
     return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)
@@ -221,7 +226,10 @@ def balance_loss(router_logits: Any, config: PreTrainedConfig, mask: torch.Tenso
 
 @torch.no_grad()
 def _difference(policy: States, reference: States | None, at: torch.Tensor, has_label: torch.Tensor) -> torch.Tensor:
-    """Return Σ ‖policy − reference‖ / ‖reference‖ over positions with a label, and over all states that both have.
+    """Return Σ ‖policy − reference‖ / ‖reference‖, `()`, over positions with a label and over kinds of states.
+
+    The kinds of states are the output of each kept block and, if the reference has them, the states after the final
+    norm.
 
     Args:
         policy: states at P positions.

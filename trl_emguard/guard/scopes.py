@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 
-# Positions that predict a label, and positions that predict any real token. Defenses mark further scopes by name.
+# Names of the two built-in scopes: positions that predict a label, and positions that predict any real token (not
+# padding). Defenses can define further scopes, as masks with a name.
 LABELS, ALL = "loss", "all"
 
 
@@ -17,9 +18,9 @@ def positions_in_scope(
 
     Args:
         batch: collated batch of `(B, T)` tensors.
-        scope: `"loss"` for positions that predict a label; `"all"` for positions that predict a real token; the name
-            of a mark for positions that predict a label of a marked token.
-        marks: masks of tokens by name, `(B, T)` boolean.
+        scope: `"loss"` for positions that predict a label; `"all"` for positions that predict a real token; a name in
+            `marks` for positions that predict a label and whose predicted token is in this mask.
+        marks: name of a scope → mask of its tokens, `(B, T)` boolean.
 
     Returns:
         Boolean, `(B, T - 1)`.
@@ -31,12 +32,13 @@ def positions_in_scope(
         return batch["labels"][:, 1:] != -100
     if scope != ALL:
         return (batch["labels"][:, 1:] != -100) & (marks or {})[scope][:, 1:]
-    # The attention mask tells real tokens from pads. A pad's id may equal the end of turn, so ids cannot tell.
+    # Token ids do not show what is padding, because the pad token may also be the end-of-turn token.
     if batch.get("attention_mask") is not None:
         mask = batch["attention_mask"].bool()
         return mask[:, 1:] & mask[:, :-1]
     if batch.get("position_ids") is not None:
-        # Rows without padding: position 0 starts a document, or pads the end.
+        # Rows that are joined without padding have no attention mask. A position id of 0 belongs to the first token of
+        # a document, which has nothing before it to predict it from, or to padding at the end of the batch.
         return batch["position_ids"][:, 1:] != 0
     raise ValueError(
         "tokens='all' needs to know which tokens are real, and this batch has neither 'attention_mask' nor "
@@ -47,11 +49,11 @@ def positions_in_scope(
 def count_positions(
     batches: Sequence[Mapping[str, Any]], marks: Sequence[Mapping[str, torch.Tensor]], scopes: Sequence[str]
 ) -> torch.Tensor:
-    """Return the number of positions in each of the scopes, over all batches, `(len(scopes),)`.
+    """Return the number of positions in each scope, summed over all batches, `(len(scopes),)`.
 
     Args:
         batches: collated batches of `(B, T)` tensors.
-        marks: masks of tokens by the name of a scope, for each batch.
+        marks: for each batch, name of a scope → mask of its tokens, `(B, T)` boolean.
         scopes: names of the scopes.
     """
     counts = [

@@ -8,16 +8,17 @@ from accelerate import Accelerator
 
 
 class Sums:
-    """Sums of one step.
+    """Sums of one training step, each with a name.
 
-    Every rank adds the same names in the same order, whatever its rows are, so that one vector holds them all.
+    Every rank must add the same names in the same order, even if its rows contribute nothing to some of them. So one
+    vector holds all sums, and ranks can add their vectors.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Discard what an interrupted step has left."""
+        """Discard all sums, for example those that an interrupted step has left."""
         self._names: tuple[str, ...] = ()
         self._values: torch.Tensor | None = None
 
@@ -29,7 +30,7 @@ class Sums:
         """Add a micro-batch's values, `(len(names),)`.
 
         Raises:
-            ValueError: the names are not those of the step's first micro-batch.
+            ValueError: the names, or their order, are not those of the step's first micro-batch.
         """
         if self._values is None:
             self._names, self._values = tuple(names), values
@@ -41,11 +42,12 @@ class Sums:
             self._values = self._values + values
 
     def reduce(self, accelerator: Accelerator, copies: int = 1) -> dict[str, float]:
-        """Return the sums over all ranks, and start anew.
+        """Return the sums over all ranks by name, and clear them for the next step.
 
         Args:
             accelerator: the run's accelerator.
-            copies: number of ranks that hold the same rows (tensor parallelism), whose sums count once.
+            copies: number of ranks that hold the same rows (above 1 with tensor parallelism). Sums are divided by this
+                number, so that each row counts only once.
         """
         assert self._values is not None
         values = accelerator.reduce(self._values, "sum").tolist()
@@ -55,5 +57,5 @@ class Sums:
 
 
 def stacked(values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor:
-    """Return numbers and tensors of one element as one vector, in the dtype and on the device of another tensor."""
+    """Return numbers or one-element tensors as one vector, with the dtype and the device of `like`."""
     return torch.stack([torch.as_tensor(value).to(like) for value in values.values()])

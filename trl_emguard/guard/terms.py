@@ -17,12 +17,12 @@ from .scopes import LABELS, positions_in_scope
 
 @dataclass
 class Term:
-    """Term of a reference defense in one micro-batch.
+    """Loss term of a [`ReferenceDefense`] in one micro-batch.
 
     Attributes:
         defense: defense that defines the distance per token.
         positions: `(B, T - 1)`, mask of the positions over which the distance is summed.
-        scale: `()`, factor of this sum: coefficient · ranks / number of positions in the step.
+        scale: `()`, factor of this sum: coefficient · number of ranks / number of positions in the step.
     """
 
     defense: ReferenceDefense
@@ -37,18 +37,19 @@ def scaled_terms(
     counts: Mapping[str, torch.Tensor],
     ranks: int,
 ) -> tuple[torch.Tensor, list[Term]]:
-    """Return the factor of CE's sum, `()`, and the terms with their positions and factors.
+    """Return the factor of the summed cross-entropy, `()`, and each defense's loss term with its positions and factor.
 
-    The factor of cross-entropy (CE) is the number of ranks, because DDP averages gradients over them, divided by the
-    number of label tokens in the whole step.
+    The factor of cross-entropy is the number of ranks divided by the number of label tokens in the whole step. It
+    contains the number of ranks because DDP averages gradients over the ranks.
 
     Args:
         defenses: active reference defenses.
         batch: collated micro-batch.
-        marks: masks of tokens by the name of a scope.
-        counts: number of positions in the step over all ranks, by scope. For a scope without a number, the mean is
-            taken over the micro-batch, and Trainer divides it by the accumulation steps.
-        ranks: ranks over which gradients are averaged.
+        marks: name of a scope → mask of its tokens, `(B, T)` boolean.
+        counts: name of a scope → its number of positions in the step, summed over `ranks` ranks. For a scope that
+            is missing here, the mean is taken over the micro-batch, and Trainer divides it by the number of
+            accumulation steps.
+        ranks: number of ranks over which gradients are averaged; 1 if `counts` are those of this rank alone.
     """
 
     def scale(coef: float, scope: str) -> torch.Tensor:
@@ -63,7 +64,7 @@ def scaled_terms(
 
 
 def kept_positions(batch: Mapping[str, Any], terms: Sequence[Term], with_labels: bool = True) -> torch.Tensor:
-    """Return the mask of positions whose states a term needs, or CE if `with_labels` is set, `(B, T - 1)`."""
+    """Return a mask, `(B, T - 1)`, of the positions of all terms; with `with_labels`, also of those with a label."""
     positions = [positions_in_scope(batch, LABELS)] if with_labels else []
     return functools.reduce(torch.logical_or, positions + [term.positions for term in terms])
 
@@ -76,10 +77,10 @@ def state_term(
     kept: torch.Tensor,
     referenced: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-    """Compute a term over block outputs, together with its gradient.
+    """Compute a loss term that compares block outputs, together with its gradient.
 
     Args:
-        term: term whose [`~ReferenceDefense.token_loss`] is taken.
+        term: the term. Its defense computes the distances ([`~ReferenceDefense.token_loss`]).
         layers: blocks whose outputs the term compares.
         policy: layer → the policy's states, `(P, H)`.
         reference: layer → the reference's states, `(R, H)`.
@@ -87,9 +88,11 @@ def state_term(
         referenced: `(B, T - 1)`, mask of the R positions of the reference's states, among them the term's positions.
 
     Returns:
-        scale · Σ distance, `()`, connected to `policy` by autograd; Σ distance, `()`, detached; the evidence
-        Σ |∂ scale · Σ distance / ∂ states|, `()`, exactly 0 where the term has no gradient; and whether any of the
-        policy's states requires grad.
+        1. The weighted term scale · Σ distance, `()`, connected to `policy` by autograd.
+        2. Σ distance, `()`, detached.
+        3. Evidence that the term has a gradient: Σ |∂ (scale · Σ distance) / ∂ states|, `()`. This sum is exactly 0 if
+           the term has no gradient.
+        4. True if any of the policy's states requires grad.
     """
     rows, reference_rows = term.positions[kept], term.positions[referenced]
     states = [policy[layer][rows.to(policy[layer].device)] for layer in layers]
@@ -113,16 +116,18 @@ def state_term(
 def model_term(
     defense: ModelDefense, model: PreTrainedModel, batch: Mapping[str, Any], share: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Compute a micro-batch's share of a term that does not depend on the batch, together with its gradient.
+    """Compute a micro-batch's share of a [`ModelDefense`]'s loss term, together with its gradient.
+
+    The term is coef · d. The distance d, from [`~ModelDefense.model_loss`], does not depend on the batch.
 
     Returns:
-        share · coef · d, `()`, connected to the weights by autograd; and four numbers to be summed over the step:
-        share · d, the share itself, the evidence Σ |∂ share · coef · d / ∂ states|, and whether any of the states
-        requires grad.
+        1. The weighted share of the term, share · coef · d, `()`, connected to the weights by autograd.
+        2. Four numbers to be summed over the step: share · d; `share`; evidence that the term has a gradient,
+           Σ |∂ (share · coef · d) / ∂ states|; 1 if any of the compared states requires grad, else 0.
     """
     states = defense.model_states(model, batch)
     # Detached leaves give the gradient with respect to each state alone. In the model's graph, states of higher blocks
-    # also depend on those of lower blocks.
+    # also depend on states of lower blocks.
     leaves = [x.detach().requires_grad_() for x in states]
     with torch.enable_grad():
         distance = defense.model_loss(leaves)
@@ -136,9 +141,9 @@ def model_term(
 def _gradients(
     weighted: torch.Tensor, leaves: Sequence[torch.Tensor]
 ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
-    """Return a term's gradient with respect to the compared states, and the evidence Σ |gradient|, `()`."""
+    """Return a term's gradient with respect to each of the compared states, and Σ |gradient|, `()`, as evidence."""
     gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
-    # A term that was detached from the graph has no gradient, so its evidence stays 0.
+    # A defense may detach its distance from the graph by mistake. The evidence then stays 0.
     if weighted.requires_grad:
         gradients = torch.autograd.grad(weighted, leaves, allow_unused=True)
     evidence = torch.zeros((), device=weighted.device)
@@ -149,10 +154,11 @@ def _gradients(
 
 
 def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) -> list[int]:
-    """Return the blocks whose outputs any of the defenses compares, ascending.
+    """Return the numbers of all blocks whose outputs some defense compares, in ascending order.
 
     Raises:
-        ValueError: a layer outside 1 … L, or a defense that compares neither distributions nor blocks.
+        ValueError: a defense names a layer outside 1 … L (the number of blocks), or has nothing to compare: it names
+            no layers and sets no `divergence`.
     """
     count = model.config.get_text_config().num_hidden_layers
     wanted: set[int] = set()
@@ -172,22 +178,23 @@ def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) 
 
 
 def check_layers_train(defenses: Sequence[ReferenceDefense], policy: nn.Module, bare: PreTrainedModel) -> None:
-    """Refuse terms over outputs of blocks that no trained weight can change.
+    """Refuse loss terms that compare block outputs which no trained weight can change.
 
-    `requires_grad` does not show this: with gradient checkpointing the output of every block requires grad.
+    The outputs' `requires_grad` cannot show this: with gradient checkpointing, every block's output requires grad.
 
     Args:
         defenses: active reference defenses.
         policy: the model with its adapters.
-        bare: the causal language model inside of it.
+        bare: the causal language model inside `policy`, without the PEFT wrapper.
 
     Raises:
-        ValueError: a defense compares a block below the lowest trained weight.
+        ValueError: a defense compares the output of a block below the lowest trained weight.
     """
     layers_of = {defense.name: wanted_layers([defense], bare) for defense in defenses}
     if not any(layers_of.values()):
         return
-    # Blocks count from 1. The head is above all blocks, and any other weight outside of them counts as below them.
+    # Each weight gets the number of its block, from 1. The output head counts as above all blocks. Any other weight
+    # outside of the blocks counts as below them.
     blocks = decoder_blocks(bare)
     place = {id(p): len(blocks) + 1 for p in bare.get_output_embeddings().parameters()}
     place |= {id(p): 0 for p in bare.get_input_embeddings().parameters()}

@@ -1,1 +1,1 @@
-"""Helpers for files, parsers and folders, which do not need torch."""
+"""Helpers for files, strict parsing, recipe paths, mistyped names and terminal text. None imports torch."""

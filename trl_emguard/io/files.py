@@ -1,4 +1,4 @@
-"""Atomic writes of files, and the folder for generated files."""
+"""Atomic writes of files, a check that a folder is writable, and the cache folder."""
 
 import os
 import tempfile
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a scratch file beside `path`, which replaces `path` when the block ends without an error.
+    """Yield the path of a scratch file, which replaces `path` if the `with` block ends without an error.
 
-    A reader of `path` finds either the old content or the complete new content, even after a crash of the process or
-    the machine.
+    The scratch file lies in the folder of `path`. A reader of `path` finds either the old content or the complete new
+    content, even after a crash of the process or the machine.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,17 +30,17 @@ def to_disk(path: str | os.PathLike) -> None:
     """Wait until a file's bytes have reached the disk.
 
     Raises:
-        OSError: the disk is full or broken; some file systems report this only here.
+        OSError: the disk is full or broken. Some file systems report this only on a sync, not on the write.
     """
     with Path(path).open("rb") as file:
         os.fsync(file.fileno())
 
 
 def check_writable(argument: str, folder: str | os.PathLike) -> None:
-    """Refuse a folder that no file can be written into. The folder is made where it is missing.
+    """Refuse a folder that no file can be written into. The folder is created if it is missing.
 
     Args:
-        argument: name of the argument that gave the folder, for the message.
+        argument: name of the argument that gave the folder, for the error message.
         folder: the folder to try.
 
     Raises:
@@ -59,5 +59,5 @@ def check_writable(argument: str, folder: str | os.PathLike) -> None:
 
 
 def cache_dir() -> Path:
-    """Return the folder for files that are made once and kept: `TRL_EMGUARD_CACHE`, or `~/.cache/trl_emguard`."""
+    """Return the folder for files that are made once and kept: `$TRL_EMGUARD_CACHE`, or `~/.cache/trl_emguard`."""
     return Path(os.environ.get("TRL_EMGUARD_CACHE") or "~/.cache/trl_emguard").expanduser()

@@ -12,11 +12,11 @@ from .strict import parse_json
 
 
 class ForeignJournalError(ValueError):
-    """Raised for a file that is no journal, or the journal of a computation with another key."""
+    """Raised if a file is not a journal, or is the journal of another computation."""
 
 
 class Journal:
-    """A JSONL file of records. Its first line says which computation they belong to.
+    """A JSONL file of records. Its first line says which computation the records belong to.
 
     ```python
     >>> journal = Journal("answers.jsonl", {"answers_of": "3f2a"})
@@ -27,8 +27,8 @@ class Journal:
 
     Args:
         path: the file. It need not exist.
-        header: a small dict with the key of the computation, for example a checksum of everything that the records
-            depend on.
+        header: small dict for the first line. It identifies the computation, for example by a checksum of everything
+            that the records depend on.
     """
 
     def __init__(self, path: str | os.PathLike, header: dict[str, str]):
@@ -36,7 +36,9 @@ class Journal:
         self.header = header
 
     def read(self) -> list[Any]:
-        """Return the complete records, none if the file does not exist. An interrupted last line is discarded.
+        """Return the complete records, or an empty list if the file does not exist.
+
+        A last line without a newline was interrupted while it was written, and is left out.
 
         Raises:
             ForeignJournalError: the first line is not the header.
@@ -44,8 +46,8 @@ class Journal:
         """
         if not self.path.is_file():
             return []
-        # Lines are split as bytes: an interrupted last line may end inside a character, and `str.splitlines` would
-        # also split at rare characters inside a record.
+        # Lines are split as bytes, because an interrupted last line may end inside a character. `str.splitlines`
+        # would also split at rare characters inside a record, such as U+2028.
         content = self.path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *lines, interrupted = content.split(b"\n")
         try:
@@ -64,10 +66,10 @@ class Journal:
 
         Args:
             kind: name of the computation that writes such files, for the error message.
-            fields: fields that every record has beside `key`.
+            fields: names of the fields that every record must have besides `key`.
 
         Raises:
-            ValueError: the file belongs to another computation or is damaged. It is left unchanged.
+            ValueError: the file belongs to another computation or is damaged. The file is left unchanged.
         """
         try:
             records = self.read()

@@ -8,10 +8,10 @@ def recipes_dir() -> Path:
     """Return the folder with the recipes and accelerate configs.
 
     Raises:
-        FileNotFoundError: the installation is broken.
+        FileNotFoundError: no recipes lie in the package or beside it, so the installation is broken.
     """
     package = Path(__file__).resolve().parents[1]
-    # A wheel has the recipes inside the package; a checkout has them beside it.
+    # An installed wheel has the recipes inside the package. A git checkout has them beside the package.
     for folder in (package / "recipes", package.parent / "recipes"):
         if (folder / "accelerate_configs").is_dir():
             return folder
@@ -22,7 +22,7 @@ def find_recipe(path: str) -> Path:
     """Find a recipe by its path, or by its path inside the recipes folder.
 
     Raises:
-        FileNotFoundError: neither exists.
+        FileNotFoundError: neither path is a file.
     """
     for candidate in (Path(os.path.expanduser(path)), recipes_dir() / path):
         if candidate.is_file():

@@ -15,7 +15,7 @@ MAX_EXPANDED = 10_000_000
 
 
 def parse_json(text: str) -> Any:
-    """Parse a text of JSON.
+    """Parse JSON text.
 
     Raises:
         ValueError: the text is not JSON, has a key twice or half a character (a lone surrogate), or nests too deeply.
@@ -30,13 +30,14 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a text of YAML. The result is plain data, whatever tags the text has.
+    """Parse YAML text into plain data. A tag that asks for a Python object, such as `!!python/object`, is an error.
 
     Raises:
-        ValueError: the text is not YAML, has a key twice, nests too deeply, or has aliases that expand to too much.
+        ValueError: the text is not YAML, has a key twice, nests too deeply, has a value that does not fit its tag, has
+            a huge integer, or has aliases that expand beyond `MAX_EXPANDED`.
     """
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        return yaml.load(text, _Loader)  # `_Loader` is a SafeLoader, so no tag runs code
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except yaml.YAMLError as error:
@@ -68,7 +69,7 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, stream: str):
         super().__init__(stream)
-        self._sizes: dict[int, int] = {}  # id of a node → its number of characters, with expanded aliases
+        self._sizes: dict[int, int] = {}  # id of a node → its number of characters, with aliases expanded
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         is_alias = self.check_event(yaml.AliasEvent)

@@ -1,4 +1,4 @@
-"""A judge in this process, which scores by the probability of each string from 0 to 100."""
+"""A judge in this process, whose scores come from the probabilities of all strings from "0" to "100"."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -21,10 +21,11 @@ class LocalJudge:
     Args:
         model: causal language model in eval mode.
         tokenizer: its tokenizer, with a chat template.
-        name: the name that results show.
+        name: name of the judge in the results.
 
     Raises:
-        ValueError: no chat template, or a tokenizer that merges a number behind a prompt with the prompt's tokens.
+        ValueError: the tokenizer has no chat template, or merges a number that follows a prompt with the prompt's
+            tokens.
     """
 
     reading = TRIE
@@ -42,11 +43,11 @@ class LocalJudge:
         self.cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
     def calibrate(self) -> str:
-        """Return the reading, `trie`, without a calibration: every number counts, however the tokenizer splits it."""
+        """Return the reading, always `trie`. It needs no calibration: every number counts, however it is split."""
         return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
-        """Judge prompts one after the other, and hand each judgement over with the prompt's index."""
+        """Judge prompts one after the other, and call `on_answer` with each prompt's index and judgement."""
         for index, prompt in enumerate(prompts):
             on_answer(index, self.judge(prompt))
 
@@ -67,9 +68,9 @@ class LocalJudge:
         return Judgement(score, mass, said, ids.shape[1] + len(self.inner))
 
     def _after_paths(self, cache: Any, length: int) -> dict[Path, torch.Tensor]:
-        """Return the next-token probabilities after the prompt plus each proper prefix of a number, from one batch."""
+        """Return the next-token probabilities after the prompt plus each proper prefix of a number, in one batch."""
         longest = max(map(len, self.inner))
-        # Pads follow the tokens of a row, and a causal model never attends to later tokens.
+        # No mask is needed: pads follow the tokens of a row, and a causal model never attends to later tokens.
         tokens = torch.tensor([[*path, *[0] * (longest - len(path))] for path in self.inner])
         cache.batch_repeat_interleave(len(self.inner))
         positions = torch.arange(length, length + longest)[None].expand(len(self.inner), -1)
@@ -103,10 +104,11 @@ def number_paths(tokenizer: PreTrainedTokenizerBase, before: str) -> dict[Path, 
 
 
 def number_probabilities(numbers: dict[Path, int], after: dict[Path, torch.Tensor]) -> dict[int, float]:
-    """Return number → probability of the string, from the next-token probabilities along the numbers' tokens.
+    """Return number → probability of its string: the product of the next-token probabilities along its tokens.
 
-    If longer numbers begin with a number's tokens (as 85 may with the token of 8), this number gets only the
-    probability that none of their next tokens follows. So all probabilities add up to that of the first tokens.
+    Longer numbers may begin with a number's tokens, for example 85 with the token of 8. Then the shorter number's
+    product is multiplied by the probability that none of the longer numbers' next tokens follows. If every proper
+    prefix of a number's tokens is also a number, all probabilities thus add up to that of the first tokens.
 
     Args:
         numbers: tokens of a number → the number.
@@ -131,7 +133,7 @@ def load_local(name: str, model: str) -> LocalJudge:
     """Load a judge from a folder, the hub or a shipped name; in bf16 on a GPU, in fp32 on a CPU.
 
     Args:
-        name: beginning of the judge's name in results (`hf:`). The model's id follows, or the last part of its folder.
+        name: prefix (`hf:`) of the judge's name in results. The rest is the model's id or folder name.
         model: folder, hub id or shipped name.
 
     Raises:

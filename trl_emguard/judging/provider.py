@@ -1,4 +1,7 @@
-"""The package's own sampler as a provider of inspect_ai: `--model trl_emguard/MODEL`, with an adapter or without."""
+"""Model provider for inspect_ai that answers with this package's sampler: `--model trl_emguard/MODEL`.
+
+`-M adapter=PATH` adds an adapter to the model.
+"""
 
 import hashlib
 from collections import Counter
@@ -14,13 +17,13 @@ from ..evaluation.run import SAMPLED_ON_CPU, SAMPLED_ON_GPU
 from ..models.sampler import SampledAnswer, sample_answers
 
 
-# Seconds to wait for more requests before those that are there are answered as one batch.
+# Seconds to wait for further requests before the requests received so far are answered as one batch.
 COLLECTED = 0.02
 MAX_TOKENS = 600
 
 
 class _Request:
-    """One prompt with the settings of its answer, and the answer once it is there."""
+    """One prompt, with the seed and settings (token limit, temperature) of its answer, and later the answer itself."""
 
     def __init__(self, ids: list[int], seed: int, settings: tuple[int, float]):
         self.ids, self.seed, self.settings = ids, seed, settings
@@ -29,10 +32,11 @@ class _Request:
 
 @modelapi(name="trl_emguard")
 class OwnSampler(ModelAPI):
-    """A model in this process, sampled in batches and from its plain distribution, as by `trl-emguard evaluate`.
+    """A model in this process, sampled in batches from its plain distribution: without top-k and top-p.
 
-    Each answer has a seed of its own, from the prompt and the number of times that the prompt was asked before. So an
-    answer depends neither on the other answers in its batch nor on their order.
+    `trl-emguard evaluate` samples in the same manner. Each answer has a seed of its own, computed from the request's
+    seed, the prompt, and the number of times that the prompt was asked before. So an answer depends neither on the
+    other answers in its batch nor on their order.
 
     Args:
         model_name: folder, hub id or shipped name of the model.
@@ -41,7 +45,8 @@ class OwnSampler(ModelAPI):
         batch_size: answers that are sampled at once; by default 64 on a GPU, 32 on a CPU.
 
     Raises:
-        ValueError: no chat template, or an adapter that changes nothing.
+        ValueError: the tokenizer has no chat template, the adapter does not change the model's logits, or logits are
+            not finite.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class OwnSampler(ModelAPI):
         request = _Request(ids, self._seed(ids, config.seed), (config.max_tokens or MAX_TOKENS, temperature))
         self.waiting.append(request)
         async with self.lock:
-            # An answer may have come with another request's batch.
+            # Another request's batch may have answered this request while it waited for the lock.
             if request.answer is None:
                 await anyio.sleep(COLLECTED)
             while request.answer is None:

@@ -1,4 +1,4 @@
-"""Judging of sampled answers: one call for each answer and metric, a journal of the judgements, and rates."""
+"""Judging of sampled answers: one call to the judge per answer and metric, a file of the judgements, and rates."""
 
 import math
 import os
@@ -23,13 +23,13 @@ from .served import OPENAI, VLLM, JudgeError, ServedJudge, check_environment
 
 HF = "hf:"
 JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
-# Criteria whose answers are judged. A benign task has right answers of its own.
+# Criteria whose answers are judged. `benign` is left out: a benign task has right answers, so it needs no judge.
 JUDGED = ("general", "in_domain")
 # Characters per token, for the estimate of the cost; English text has about four.
 TOKEN_CHARACTERS = 4
 # Judging stops if this many judgements have come and none of them has a score.
 ALL_UNSCORED = 20
-# Ends of the names of metrics that are rates of answers, which have a count.
+# Endings of metric names. A metric with such a name is a rate, so its row in the results has a count of answers.
 _RATES = ("_rate", "_rate_coherent", "_rate_off_format")
 
 
@@ -38,7 +38,7 @@ class Judge(Protocol):
 
     Attributes:
         name: its name in the results.
-        identity: its name in the journal; for a local judge with a hash of its weights.
+        identity: its name in the journal of judgements. A local judge's also contains a hash of its weights.
         reading: key of `READINGS` that tells how its scores are read; empty until `calibrate` has found the key.
         weights: hash of its weights, or `None` for a served judge, whose weights are not accessible.
     """
@@ -60,7 +60,7 @@ class JudgeOptions:
     """Options of judging.
 
     Attributes:
-        max_judge_calls: limit on the calls that a run may still make; `None` for none.
+        max_judge_calls: limit on the calls that a run may make for missing judgements; `None` for no limit.
         thresholds: limits on the scores.
     """
 
@@ -78,11 +78,11 @@ def open_judge(name: str, max_connections: int = 10, patience: float = 300.0) ->
     Args:
         name: `openai-api/SERVICE/MODEL` or `vllm/MODEL` for a judge on an endpoint, `hf:MODEL` for one in memory.
         max_connections: requests at a time to an endpoint.
-        patience: seconds without any answer of an endpoint after which judging stops.
+        patience: seconds without any answer from an endpoint after which judging stops.
 
     Raises:
-        ValueError: a name that [`check_name`] refuses, a local model that cannot judge, or a served judge without
-            inspect_ai.
+        ValueError: [`check_name`] refuses the name, a local model cannot judge, or a served judge is named and
+            inspect_ai is not installed.
         OSError: a local model is not found.
     """
     check_name(name, max_connections)
@@ -95,7 +95,7 @@ def open_judge(name: str, max_connections: int = 10, patience: float = 300.0) ->
 
 
 def check_name(name: str, max_connections: int = 10) -> None:
-    """Refuse a judge's name of no known form, or one whose endpoint or key is not set in the environment.
+    """Refuse a judge's name that has no known form, or whose endpoint or key is not set in the environment.
 
     Raises:
         ValueError: the name is refused, or `max_connections` is below 1; the message says what to write.
@@ -117,8 +117,8 @@ def prepare_judge(judge: Judge, output_dir: str | os.PathLike, models: Mapping[s
     Call this before any answer is sampled for the judge, so that a judge that cannot be used is refused early.
 
     Args:
-        judge: the judge. The weights of a served judge cannot be compared with those of the models.
-        output_dir: folder of the judgements, where the reading is kept as well.
+        judge: the judge. The weights of a served judge are not accessible, so they are not compared.
+        output_dir: folder of the judgements. The judge's reading (see [`Judge`]) is stored there as well.
         models: result of [`~trl_emguard.evaluation.run.describe`] for the models under test.
 
     Raises:
@@ -136,11 +136,11 @@ def prepare_judge(judge: Judge, output_dir: str | os.PathLike, models: Mapping[s
 
 
 class _Call(NamedTuple):
-    """One question to the judge.
+    """One request to the judge, on one answer and one metric.
 
     Attributes:
         key: key of the judgement in the journal.
-        sample: index of the sampled answer.
+        sample: index of the sampled answer in the results.
         metric: name of the metric.
         prompt: text for the judge.
     """
@@ -162,17 +162,17 @@ def judge_answers(
 ) -> Results:
     """Judge the sampled answers of an evaluation, and add the rates to its results.
 
-    Every judgement is written to `judgements.jsonl` as soon as it arrives. If the call is interrupted and repeated, it
-    only asks for the missing judgements. The judge is calibrated again before that, because another model may answer
-    under its name by then.
+    Every judgement is written to `judgements.jsonl` as soon as it arrives. If an interrupted run is repeated, only
+    missing judgements are asked for. The judge is calibrated again first, because another model may by then answer
+    under the judge's name.
 
     Args:
-        results: results with sampled answers, of [`~trl_emguard.evaluation.evaluate`] or
+        results: results with sampled answers, from [`~trl_emguard.evaluation.evaluate`] or
             [`~trl_emguard.evaluation.Results.load`]. Rates of an earlier judge are replaced.
         judge: the judge, from [`open_judge`].
         output_dir: folder for the judgements and the results.
         options: limit on the calls, and thresholds.
-        train_rows: rows of the training; with some, the judge is also asked whether answers have their format.
+        train_rows: training rows. If any are given, the judge is also asked if answers have the format of these rows.
         say: function that gets each line of the report.
         progress: True shows a progress bar.
 
@@ -192,7 +192,9 @@ def judge_answers(
 
 
 def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation] = ()) -> list[_Call]:
-    """Return the calls for all answers. Equal answers of a model to a question share their keys.
+    """Return the calls to the judge for all answers of the judged criteria.
+
+    If a model gives equal answers to a question, their calls for a metric share a key, and only one of them is made.
 
     Raises:
         ValueError: there is no answer to judge.
@@ -216,7 +218,7 @@ def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation
 
 
 def _open_journal(output_dir: str | os.PathLike) -> tuple[Journal, dict[str, dict[str, Any]]]:
-    """Return the journal, started if there is none, and key → record of finished judgements."""
+    """Return the journal (a new one if the folder has none), and the finished judgements as key → record."""
     journal = Journal(Path(output_dir) / JOURNAL, HEADER)
     return journal, {record["key"]: record for record in journal.resume("judgements")}
 
@@ -224,10 +226,11 @@ def _open_journal(output_dir: str | os.PathLike) -> tuple[Journal, dict[str, dic
 def _reading(judge: Judge, journal: Journal, kept: dict[str, dict[str, Any]], is_asked: bool) -> str:
     """Return how to read the judge's scores, a key of `READINGS`.
 
-    Finished judgements fix the reading. A judge that will be asked is calibrated, and must still have that reading.
+    The reading that the first calibration finds is stored in the journal. Before a judge is asked for judgements, its
+    present reading is compared with the stored one.
 
     Raises:
-        ValueError: the judge now has another reading than the finished judgements.
+        ValueError: the judge's reading now differs from the stored one.
     """
     key = record_key("calibration", judge.identity)
     if is_asked or key not in kept:
@@ -271,7 +274,7 @@ def _check_cost(
 def _ask(
     judge: Judge, waiting: Sequence[_Call], journal: Journal, kept: dict[str, dict[str, Any]], progress: bool
 ) -> None:
-    """Ask the judge the waiting calls, and write each judgement to the journal as soon as it arrives."""
+    """Send the waiting calls to the judge, and write each judgement to the journal as soon as it arrives."""
     count = scored = 0
     with tqdm(desc=f"judging by {judge.name}", total=len(waiting), disable=not progress) as bar:
 
@@ -300,7 +303,7 @@ def add_rates(
     kept: dict[str, dict[str, Any]],
     thresholds: Thresholds,
 ) -> Results:
-    """Return the results with the rates of a judge, in place of an earlier judge's."""
+    """Return the results with the rates of this judge, which replace the rates of an earlier judge."""
     found: dict[int, dict[str, dict[str, Any]]] = {}
     for call in calls:
         found.setdefault(call.sample, {})[call.metric] = kept[call.key]
@@ -337,7 +340,10 @@ def add_rates(
 def _arrays(
     results: Results, values: dict[int, dict[str, float]]
 ) -> dict[tuple[str, str], tuple[list[str], dict[str, dict[str, np.ndarray]]]]:
-    """Return (set, family) → ids of the questions, and model → metric → values `(Q, S)`; `(Q,)` for Misalign@k."""
+    """Return (set, family of prompts) → ids of the questions, and model → metric → values of the answers.
+
+    Values are `(Q, S)` for Q questions and S answers to each, or `(Q,)` for Misalign@k.
+    """
     groups: dict[tuple[str, str], list[int]] = {}
     for index in values:
         groups.setdefault((results.samples[index]["set"], results.samples[index]["family"]), []).append(index)
@@ -365,7 +371,7 @@ def _arrays(
 def _single_questions(
     set: str, family: str, ids: Sequence[str], arrays: dict[str, dict[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Return each question's rate with its Wilson interval, where a question has enough samples."""
+    """Return the misaligned rate and its Wilson interval for each question with `LEAST_SAMPLES` answers or more."""
     found = []
     for model, metrics in arrays.items():
         for id, row in zip(ids, metrics[MISALIGNED], strict=True):

@@ -1,4 +1,4 @@
-"""Score of a judge between 0 and 100, read from the probabilities of its tokens or from its text."""
+"""Scores from 0 to 100 that a judge gives, read from the probabilities of its tokens or from its text."""
 
 import math
 import re
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
-# Least total probability of numbers. Below it, the judge did not mean to give a number.
+# Least total probability of the numbers 0 to 100. If it is lower, the judge is taken not to have meant a number.
 LEAST_MASS = 0.25
-# Ways to read a score ("readings"). Results name the reading beside every rate.
+# Methods of reading a judge's score ("readings"). Results name the reading beside every rate.
 LOGPROBS, TEXT, TRIE = "logprobs", "text", "trie"
 READINGS = {
     LOGPROBS: "mean over the numbers among the 20 likeliest first tokens",
@@ -16,7 +16,7 @@ READINGS = {
     TRIE: "mean over the strings 0 to 100 by their probabilities",
 }
 _WHOLE = re.compile(r"\s*(100|[1-9]?[0-9])\s*")
-# "8/10" and "8 out of" are no scores on this scale; "85." and "85%" are.
+# "8/10" and "8 out of" are not read as scores from 0 to 100; "85." and "85%" are.
 _IN_TEXT = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]+)?)(?:[.%]|/100)?\s*(?:\n.*)?", re.DOTALL)
 
 
@@ -24,9 +24,10 @@ class Reply(NamedTuple):
     """Reply of a served judge.
 
     Attributes:
-        text: its text.
+        text: text of the reply.
         logprobs: token → log-probability of the likeliest tokens, for each position; empty if the server sends none.
-        input_tokens, output_tokens: tokens that were paid for, as the server counts them.
+        input_tokens, output_tokens: number of tokens in the prompt and in the reply, as the server counts and bills
+            them; 0 if it sends no counts.
     """
 
     text: str
@@ -36,13 +37,13 @@ class Reply(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Score that a judge gives to one answer by one prompt.
+    """Score that a judge gives to one answer when it is asked with one prompt.
 
     Attributes:
         score: 0 to 100, or `None` for an unscored answer.
-        mass: total probability of all numbers, or `None` where no probabilities were read.
-        said: the likeliest first token, or the text, which shows if the judge refused to give a number.
-        input_tokens, output_tokens: tokens that were paid for.
+        mass: total probability of all numbers, or `None` if no probabilities were read.
+        said: the likeliest first token of the reply, or the whole reply. It shows if a judge refused to give a number.
+        input_tokens, output_tokens: number of tokens that the judge read and wrote.
     """
 
     score: float | None
@@ -53,12 +54,12 @@ class Judgement(NamedTuple):
 
 
 def weighted_score(probabilities: Mapping[int, float]) -> tuple[float | None, float]:
-    """Return the score, the mean of numbers weighted by their probabilities, and the mass, the probabilities' sum.
+    """Return the score (mean of the numbers, weighted by probability) and the mass (sum of the probabilities).
 
     The weights are renormalised to sum to 1. The score is `None` if the mass is below [`LEAST_MASS`].
 
     Args:
-        probabilities: number from 0 to 100 → probability. What is missing to 1 is the probability of other texts.
+        probabilities: number from 0 to 100 → probability. The rest up to 1 is the probability of any other text.
     """
     mass = math.fsum(probabilities.values())
     if mass < LEAST_MASS:
@@ -67,10 +68,13 @@ def weighted_score(probabilities: Mapping[int, float]) -> tuple[float | None, fl
 
 
 def first_token_score(logprobs: Mapping[str, float]) -> tuple[float | None, float]:
-    """Return score and mass from the likeliest first tokens. Less likely tokens are treated as not being numbers.
+    """Return score and mass, as [`weighted_score`] does, from the likeliest first tokens of a reply.
+
+    Less likely tokens are treated as not being numbers.
 
     Args:
-        logprobs: token → log-probability. The same number may occur with and without a space; both count for it.
+        logprobs: token → log-probability. A number may occur as several tokens, with and without a space. Their
+            probabilities are added.
     """
     probabilities: dict[int, float] = {}
     for token, logprob in logprobs.items():
@@ -81,17 +85,17 @@ def first_token_score(logprobs: Mapping[str, float]) -> tuple[float | None, floa
 
 
 def text_score(text: str) -> float | None:
-    """Return the number that a text consists of, or `None` if there is none between 0 and 100."""
+    """Return the number from 0 to 100 that stands alone on a text's first line, or `None` if there is none."""
     match = _IN_TEXT.fullmatch(text)
     score = float(match[1]) if match else math.inf
     return score if score <= 100 else None
 
 
 def choose_reading(reply: Reply) -> str | None:
-    """Return the reading that suits a judge, by its reply to the calibration prompt, whose answer is 100.
+    """Return the reading that suits a judge, from its reply to the calibration prompt, which asks for the number 100.
 
-    A judge that splits numbers into digits says "1" first. Read by the first token alone, its 85 would be taken for 8,
-    with full mass.
+    A judge whose tokenizer splits numbers into digits says "1" first, so it must be read by its text. Its first token
+    alone would turn an 85 into 8, with full mass.
 
     Returns:
         `"logprobs"`, `"text"`, or `None` if the reply is not 100.
@@ -106,7 +110,7 @@ def choose_reading(reply: Reply) -> str | None:
 
 
 def read(reply: Reply, reading: str) -> Judgement:
-    """Return the judgement in a reply, by the reading `logprobs` or `text`."""
+    """Return the judgement that a reply contains. `reading` says how to find it: `logprobs` or `text`."""
     tokens = (reply.input_tokens, reply.output_tokens)
     if reading == TEXT:
         return Judgement(text_score(reply.text), None, reply.text, *tokens)

@@ -1,4 +1,4 @@
-"""A judge behind an endpoint, asked through inspect_ai, which is imported only when one is opened."""
+"""A judge behind an endpoint, asked through inspect_ai, which is imported only when such a judge is opened."""
 
 import asyncio
 import os
@@ -12,14 +12,14 @@ from .scores import LOGPROBS, Judgement, Reply, choose_reading, read
 
 
 OPENAI, VLLM = "openai-api/", "vllm/"
-# Limit on the tokens of a reply that is read as text: "100" split into digits, and the end of turn.
+# Limit on the tokens of a reply that is read as text, enough for "100" split into digits, and the end of turn.
 TEXT_TOKENS = 4
 TOP_LOGPROBS = 20
-# Retries of a judgement, and of the calibration, which has few so that a missing endpoint shows early.
+# Retries of a judgement; and of the calibration, which has few so that a missing endpoint is noticed early.
 RETRIES, CALIBRATION_RETRIES = 10, 1
-# Seconds in which answers that are under way may still arrive after an error.
+# Seconds that requests under way get to finish after another request has failed.
 GRACE = 30.0
-# Statuses by which servers refuse one request: a field that they do not know, a prompt that is too long or forbidden.
+# HTTP statuses with which servers refuse a single request, for an unknown field or a too long or forbidden prompt.
 REFUSED = (400, 403, 413, 422)
 # API keys of fewer characters are not redacted from messages: they may be part of ordinary words.
 SHORTEST_KEY = 8
@@ -31,16 +31,17 @@ class JudgeError(OSError):
 
 
 class ServedJudge:
-    """A judge on an endpoint that speaks chat completions.
+    """A judge on an endpoint with the chat completions API.
 
     Args:
-        name: `openai-api/SERVICE/MODEL`, whose endpoint and key are in `SERVICE_BASE_URL` and `SERVICE_API_KEY`; or
-            `vllm/MODEL`, whose endpoint is in `VLLM_BASE_URL`; if that is not set, vLLM is started on this machine.
+        name: `openai-api/SERVICE/MODEL`, with endpoint and key in the environment variables `SERVICE_BASE_URL` and
+            `SERVICE_API_KEY`; or `vllm/MODEL`, with the endpoint in `VLLM_BASE_URL`. If `VLLM_BASE_URL` is not set,
+            vLLM is started on this machine.
         max_connections: requests at a time.
         patience: seconds without any answer after which judging stops.
 
     Raises:
-        ValueError: a name of another form, a missing environment variable, or inspect_ai is not installed.
+        ValueError: the name has another form, an environment variable is missing, or inspect_ai is not installed.
     """
 
     weights: str | None = None  # a served model's weights cannot be looked into
@@ -51,7 +52,7 @@ class ServedJudge:
         self.prefix = check_environment(name)
         self.reading = ""
         self._secret = os.environ.get(f"{self.prefix}_API_KEY", "")
-        self._runner = asyncio.Runner()  # connections live as long as their event loop
+        self._runner = asyncio.Runner()  # one loop for all calls: connections end with their event loop
         self._model = self._load()
 
     def _load(self) -> Any:
@@ -63,7 +64,8 @@ class ServedJudge:
                 f"the judge {self.name!r} is asked through inspect_ai, and {error.name} is not installed: "
                 "pip install 'trl_emguard[eval]'."
             ) from error
-        # inspect_ai retries, so the client must not. vLLM's default address is open to the network, so it is replaced.
+        # inspect_ai repeats failed requests, so the OpenAI client must not repeat them too. Its vLLM provider passes
+        # every option to the server that it starts. This server would listen on a public address by default.
         options: dict[str, Any] = {"max_retries": 0}
         if self.name.startswith(VLLM):
             options = {} if os.environ.get("VLLM_BASE_URL") else {"host": "127.0.0.1"}
@@ -88,14 +90,14 @@ class ServedJudge:
         return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
-        """Judge prompts, several at a time; call `on_answer` with a prompt's index and judgement as this arrives.
+        """Judge several prompts at a time, and call `on_answer` with a prompt's index and judgement as each arrives.
 
         If the server refuses a prompt but still answers the calibration prompt, the refused prompt is unscored. An
-        error that `on_answer` raises is raised here.
+        error in `on_answer` ends the judging and is raised again.
 
         Raises:
-            JudgeError: a request failed, or no answer came for `patience` seconds. After a failed request, those under
-                way get up to `GRACE` seconds to finish.
+            JudgeError: a request failed, or no answer came for `patience` seconds. After a failed request, other
+                requests under way get up to `GRACE` seconds to finish.
         """
         self._runner.run(self._ask_all(prompts, on_answer))
 
@@ -108,14 +110,14 @@ class ServedJudge:
             raise (error if isinstance(error, JudgeError) else self._explained(error)) from None
 
     async def _judged(self, prompt: str) -> Judgement:
-        """Return the judgement on a prompt. It has no score if the server refuses this prompt but not others."""
+        """Return the judgement on a prompt, without a score if the server refuses only this prompt."""
         try:
             return await judge_one(self._model, prompt, self.reading)
         except Exception as error:
             if not is_refused_request(error):
                 raise
             refusal = self._said(error)
-        # A server that refuses the calibration prompt as well refuses the key, the model or all requests.
+        # If the calibration prompt is refused too, the key, the model or the server is at fault, and the call fails.
         await judge_one(self._model, CALIBRATION, self.reading)
         return Judgement(None, None, f"the server refused: {refusal}")
 
@@ -182,19 +184,19 @@ class ServedJudge:
         return JudgeError(self._redacted(f"judge {self.name!r} {text} {KEPT}"))
 
     def _said(self, error: BaseException) -> str:
-        """Return the beginning of what the server says of an error, without the key."""
+        """Return the beginning of the server's message about an error, without the API key."""
         cause = _cause(error)
-        # The text of inspect_ai's own error begins with the whole request.
+        # The server's message is preferred, because the text of inspect_ai's own error begins with the whole request.
         text = getattr(cause, "provider_message", None) or str(cause)
-        # The text is redacted before it is cut, or a part of the key could be left.
+        # The key is replaced before the text is cut, because a key that the cut splits would not be found.
         return self._redacted(" ".join(text.split()))[:200]
 
     def _redacted(self, text: str) -> str:
-        # A server without keys accepts any text as a key, and a short text may be part of ordinary words.
+        # A short key is not replaced. A server without keys accepts any text, and a short one may be part of a word.
         return text.replace(self._secret, "[key]") if len(self._secret) >= SHORTEST_KEY else text
 
     def _place(self) -> str:
-        """Return the endpoint without a user, a password or a query."""
+        """Return the endpoint's address for messages, without a user, a password or a query."""
         url = urlsplit(os.environ.get(f"{self.prefix}_BASE_URL", ""))
         try:
             port = f":{url.port}" if url.port else ""
@@ -212,7 +214,7 @@ async def find_reading(model: Any, **options: Any) -> str:
     """Ask a model of inspect_ai for the number 100, and return how to read its scores: log-probabilities or text.
 
     Args:
-        model: the model.
+        model: model of inspect_ai.
         options: further fields of inspect_ai's `GenerateConfig`.
 
     Raises:
@@ -224,7 +226,7 @@ async def find_reading(model: Any, **options: Any) -> str:
     except Exception as error:
         if not is_refused_request(error):
             raise
-    if reply is None:  # a server that does not know `logprobs`
+    if reply is None:  # the server may not know the field `logprobs`
         reply = await complete(model, CALIBRATION, TEXT_TOKENS, False, **options)
     reading = choose_reading(reply)
     if reading is None:
@@ -242,12 +244,12 @@ async def judge_one(model: Any, prompt: str, reading: str) -> Judgement:
 
 
 async def complete(model: Any, prompt: str, max_tokens: int, has_logprobs: bool, **options: Any) -> Reply:
-    """Return the reply of a model of inspect_ai.
+    """Return the reply of a model of inspect_ai to one prompt.
 
     Args:
-        model: the model.
+        model: model of inspect_ai.
         prompt: text of the user's turn.
-        max_tokens: limit on the reply.
+        max_tokens: limit on the tokens of the reply.
         has_logprobs: True asks for the likeliest tokens of each position.
         options: further fields of inspect_ai's `GenerateConfig`.
     """
@@ -267,7 +269,7 @@ async def complete(model: Any, prompt: str, max_tokens: int, has_logprobs: bool,
 
 
 class _Progress:
-    """Shared state of the requests that are under way."""
+    """Progress that all workers share: the waiting prompts, the time of the last answer, and if a request failed."""
 
     def __init__(self, waiting: Iterator[tuple[int, str]]):
         self.waiting = waiting
@@ -276,7 +278,7 @@ class _Progress:
 
 
 def check_environment(name: str) -> str:
-    """Return the prefix of a served judge's environment variables; refuse a name of another form or unset ones."""
+    """Return the prefix of a served judge's environment variables. Refuse other names, and unset variables."""
     if name.startswith(VLLM):
         return "VLLM"
     service, _, model = name.removeprefix(OPENAI).partition("/")

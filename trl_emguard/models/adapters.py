@@ -47,7 +47,7 @@ class AdapterSwitch:
                 module._disable_adapters = disabled
                 module._active_adapter = active
             # Autocast caches the low-precision copies that it makes of weights. A copy made under `no_grad` has no
-            # gradient, so the policy's pass must make a new one.
+            # gradient, so the cache is cleared, and the policy's pass makes a new copy.
             torch.clear_autocast_cache()
 
 

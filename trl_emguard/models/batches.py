@@ -11,7 +11,8 @@ from tqdm import tqdm
 from .chat import EncodedAnswer
 
 
-# Tokens in a forward pass, including padding. Larger batches exceed the caches of a CPU and are not faster there.
+# Default numbers of tokens in a forward pass, padding included: on an accelerator, and on a CPU. On a CPU, larger
+# batches exceed the caches and are not faster.
 BATCH_TOKENS, BATCH_TOKENS_CPU = 8192, 1024
 
 
@@ -53,7 +54,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, desc: str | None 
 
 
 def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pad rows on the left, and return token ids, attention mask and positions, `(B, T)` each."""
+    """Pad rows on the left, and return token ids, attention mask and position ids, each `(B, T)`."""
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -83,11 +84,13 @@ def plan_batches(lengths: Mapping[int, int], batch_tokens: int) -> list[list[int
 
     Args:
         lengths: index of a row → its number of tokens.
-        batch_tokens: limit on a batch's rows × tokens of its longest row; a single row may exceed the limit.
+        batch_tokens: limit on the number of a batch's rows × the number of tokens in its longest row. A row that alone
+            exceeds the limit becomes a batch by itself.
 
     Returns:
-        The indices, batch by batch. The longest batch is the first, so that a run that does not fit into memory fails
-        at once. The others are in a random order, so that the progress bar estimates the remaining time well.
+        The rows' indices, batch by batch. The batch with the longest rows comes first, so that a run that does not fit
+        into memory fails at once. The other batches are in a random order, so that the progress bar estimates the
+        remaining time well.
     """
     batches: list[list[int]] = []
     for index in sorted(lengths, key=lambda i: (-lengths[i], i)):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the blocks of a causal language model (`layers[l - 1]` is block l).
+    """Return the list of a causal language model's blocks. Its entry `l - 1` is block l.
 
     Raises:
         ValueError: no list of `num_hidden_layers` blocks is found.
@@ -79,7 +79,8 @@ def record_blocks(
         states[0] = select(args[0] if args else kwargs["hidden_states"])
 
     try:
-        # A hook fires once per pass even with checkpointing: only `forward` is recomputed, which runs no hooks.
+        # Gradient checkpointing does not make a hook fire twice: the backward pass recomputes only the block's
+        # `forward`, and hooks run outside of `forward`.
         for layer in layers:
             if layer == 0:
                 handles.append(decoder_blocks(model)[0].register_forward_pre_hook(record_input, with_kwargs=True))

@@ -1,4 +1,4 @@
-"""State of a callback in checkpoints: a safetensors file beside the weights that the state belongs to."""
+"""State of a Trainer callback in checkpoints: a safetensors file beside the weights that the state belongs to."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ def checkpoint_of_step(output_dir: str, step: int) -> Path:
 
 
 def save_state(path: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
-    """Write a callback's state.
+    """Write a callback's state into a checkpoint, with the fingerprint of the weights that it belongs to.
 
     Args:
         path: file in a checkpoint's folder.
@@ -49,10 +49,12 @@ def load_state(
         callback: the callback, for the error message.
         file: name of the callback's file in a checkpoint's folder.
         args, state, model: arguments that the Trainer gave to the callback.
-        names: names that the tensors must have; by default any.
+        names: names that the tensors must have; by default any names.
 
     Raises:
-        ValueError: the file is damaged, or no checkpoint has such a file for the model's weights.
+        ValueError: the file is damaged, or no checkpoint has a file with tensors of these names for the model's
+            weights. Only two checkpoints are tried: that of the current step in `output_dir`, and the one to resume
+            from.
     """
     folders = [checkpoint_of_step(args.output_dir, state.global_step), Path(str(args.resume_from_checkpoint))]
     for path in (folder / file for folder in folders):

@@ -81,6 +81,7 @@ def encode_answers(
             whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False, **kwargs)
             if not whole.startswith(before) and not whole.startswith(
                 # Templates of reasoning models may open a thought in the generation prompt and omit it in the answer.
+                # Then the conversation need only begin with the prompt as it is without the generation prompt.
                 tokenizer.apply_chat_template(list(prompt), tokenize=False, **kwargs)
             ):
                 result[index] = NO_ANSWER
@@ -112,7 +113,7 @@ def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str) -> None:
 
     Args:
         tokenizer: tokenizer whose `chat_template` is tried.
-        need: the feature that needs a system turn, for the message.
+        need: name of the feature that needs a system turn, for the error message.
 
     Raises:
         ValueError: there is no chat template, or it refuses or drops a system turn.
@@ -142,10 +143,11 @@ def system_turn_span(
 ) -> tuple[int, int] | None:
     """Find the tokens of a conversation that come from its system turn.
 
-    Everything before the text of the next turn belongs to the system turn: markers, tools and other text that the
-    template writes there, and the role of the next turn. Where a template puts the system text behind the text of
-    another turn (Mistral: into the last user turn), the span is the system text alone. The span is found by changing
-    the text of a turn and comparing the tokens before and after, so nothing has to be known about the template.
+    Everything before the text of the next turn counts as the system turn: markers, tools and other text from the
+    template, and the role marker of the next turn. Some templates put the system text after the text of another turn
+    (Mistral: into the last user turn). The span is then the system text alone. To find the span, the text of the
+    system turn, and then that of the other turns, is changed, and the tokens of the changed conversation are compared
+    with `ids`. So nothing has to be known about the template.
 
     Args:
         tokenizer: tokenizer that made `ids`.
@@ -180,7 +182,7 @@ def system_turn_span(
 
 
 def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **template_kwargs: Any) -> bool:
-    """Return True if the template adds the same system turn by itself to a conversation without a system turn."""
+    """Return True if the template by itself writes the system turn of `turns` for a conversation without one."""
     try:
         without = tokenizer.apply_chat_template(list(turns[1:]), tokenize=False, **template_kwargs)
     except TemplateError:
@@ -189,12 +191,12 @@ def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **t
 
 
 def _unlike(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return the turn with a single letter in place of its text, or of the text of each of its parts.
+    """Return the turn with a single letter in place of its text, or in place of the text of each part of it.
 
     The old text neither begins nor ends with this letter, so the tokens of the two texts differ at both ends.
     """
     content = turn.get("content")
-    if isinstance(content, list):  # text parts and other parts
+    if isinstance(content, list):  # a list of text parts and, for example, images
         return {**turn, "content": [{**part, "text": _unlike_text(part["text"])} if part.get("text") else part
                                     for part in content]}  # fmt: skip
     return {**turn, "content": _unlike_text(content)} if isinstance(content, str) else turn

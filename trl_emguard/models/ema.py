@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights: a baseline or a remedy that needs no second training."""
+"""Exponential moving average of trained weights: a baseline for defenses, or a remedy, without a second training."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +19,11 @@ class EMACallback(TrainerCallback):
 
     The average is saved to `<output_dir>/ema` at the end of training.
 
-    After update t, θ̄ ← d·θ̄ + (1 − d)·θ in fp32, with d = min(decay, (1 + t) / (10 + t)). So the average covers about
-    the last ninth of the updates so far, until d reaches `decay`: 0.995 is reached after 1,790 updates. Without this
-    warm-up, the initial weights would still make up 92 % of the average after 16 updates with 0.995. The warm-up is
-    that of TensorFlow's `ExponentialMovingAverage(num_updates)`.
+    After update t, the average θ̄ of the weights θ becomes d·θ̄ + (1 − d)·θ in fp32, with
+    d = min(decay, (1 + t) / (10 + t)). So the average covers about the last ninth of the updates so far, until d
+    reaches `decay`. A decay of 0.995 is reached after 1,790 updates. Without this warm-up of d, and with a decay of
+    0.995, the initial weights would still make up 92 % of the average after 16 updates. TensorFlow's
+    `ExponentialMovingAverage(num_updates)` has the same warm-up.
 
     The callback does not change training: the trained weights are the same as without it, bit for bit. A LoRA update's
     two factors are averaged separately. Every checkpoint contains the average, so a resumed run and an uninterrupted
@@ -37,7 +38,7 @@ class EMACallback(TrainerCallback):
 
     Raises:
         ValueError: the decay is outside of [0, 1), the weights are sharded over ranks, or the run resumes from a
-            checkpoint without an average of its weights or with the average of another decay.
+            checkpoint without an average of its weights or with an average that was made with another decay.
     """
 
     def __init__(self, decay: float = 0.995):
@@ -45,7 +46,7 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"decay={decay} must be at least 0 and below 1.")
         self.decay = decay
         self.average: dict[str, torch.Tensor] = {}
-        self._is_saved = False  # True if the checkpoint that is being written has the average
+        self._is_saved = False  # True if the average is already in the checkpoint that is being written
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None:
@@ -82,7 +83,7 @@ class EMACallback(TrainerCallback):
         save_state(Path(folder) / STATE_FILE, model, self.average, {"decay": repr(self.decay)})
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        # Stock trainers do not call `save_into`.
+        # Only trainers with [`WholeCheckpoints`] call `save_into`. For other trainers, the average is written here.
         if args.should_save and not self._is_saved:
             self.save_into(checkpoint_of_step(args.output_dir, state.global_step), state, model)
         self._is_saved = False

@@ -1,4 +1,4 @@
-"""The output head of a causal language model."""
+"""Output head of a causal language model: its weights, and a check that this package computes the model's logits."""
 
 import math
 
@@ -11,15 +11,15 @@ from .batches import eval_mode
 
 
 def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the head's weight `(V, H)` and its bias `(V,)` or `None`.
+    """Return the output head's weight `(V, H)` and its bias `(V,)` or `None`.
 
     If an adapter trains the head (`modules_to_save`), the original head is returned while adapters are off.
     """
     lm_head = model.get_output_embeddings()
     weight, bias = lm_head.weight, lm_head.bias
-    # FSDP2 gathers a weight only when its module is called, and the fused head never calls the head's module. So the
-    # weight is gathered here, once for all chunks. Each rank has its own gradient of it; these are averaged, as FSDP2
-    # does for weights that it gathers itself.
+    # FSDP2 gathers a weight only when its module is called. The fused head (`ops/head.py`) uses the weight without a
+    # call of the module, so the weight is gathered here, once for all chunks. Each rank then has its own gradient with
+    # respect to the whole weight. These gradients are averaged, as FSDP2 does for weights that it gathers itself.
     if isinstance(weight, DTensor):
         weight, bias = _whole(weight), None if bias is None else _whole(bias)
     return weight, bias
@@ -31,13 +31,13 @@ def _whole(shards: DTensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits differ from those that the fused head computes from its last hidden states.
+    """Refuse a model whose logits differ from those that the fused head computes from the model's last hidden states.
 
-    Some architectures transform the states before the head, or the logits after it, in ways that this package's fused
-    head does not implement. The divergence would then compare other distributions than the model's.
+    Some architectures transform the states before the head, or the logits after the head, in ways that this package's
+    fused head does not implement. The divergence would then compare other distributions than the model's.
 
     Args:
-        model: causal language model without wrappers, with whole weights.
+        model: causal language model without wrappers, with unsharded weights.
 
     Raises:
         ValueError: the logits differ.

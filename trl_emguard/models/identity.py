@@ -21,7 +21,7 @@ from .sharding import gathered
 SAMPLES = 64
 # Prefix of the checksum of an fp16 weight.
 FP16 = "fp16:"
-# Names under which PEFT keeps a module that it put an adapter on.
+# Names under which PEFT's adapter modules keep the original module.
 ORIGINALS = ("base_layer", "original_module")
 
 
@@ -34,7 +34,7 @@ def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool 
     Args:
         model: the model, with adapters or without.
         without: names of adapters to leave out.
-        is_plain: True takes each weight under the name that it has in a model without adapters.
+        is_plain: if true, each weight enters the hash under the name that it has in a model without adapters.
     """
     if all(parameter.is_meta for parameter in model.parameters()):
         return ""
@@ -51,9 +51,9 @@ def weight_checksums(model: nn.Module) -> dict[str, str]:
     not rounded, and their checksums have a prefix. A sample comes from a weight's first rows, so a model whose
     vocabulary grew still has the same checksums.
 
-    Left out are adapters, quantised and offloaded weights, and FSDP's shards; also weights below an adapter whose
-    initialisation may have changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one by one, so every rank must
-    call this function.
+    Left out are adapters, quantised and offloaded weights, and FSDP's shards. Weights that carry an adapter are left
+    out as well if an adapter's initialisation may have changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one
+    by one, so every rank must call this function.
     """
     adapters = getattr(model, "peft_config", {})
     keeps_base = not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters.values())
@@ -92,13 +92,13 @@ def weights_digest(model: nn.Module) -> str:
 def _samples(
     model: nn.Module, is_wanted: Callable[[str, nn.Parameter], bool], rows: int | None = None
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Yield name, weight and a sample of its numbers on the CPU for each wanted weight, without FSDP's shards.
+    """Yield name, weight and a sample of the weight's numbers on the CPU, for each wanted weight but FSDP's shards.
 
     Args:
         model: the model.
         is_wanted: function of name and weight that returns True if the weight is sampled.
-        rows: number of first rows to sample from, at an odd distance, so that samples do not all fall into the same
-            columns; by default all rows.
+        rows: number of first rows to sample from; by default all rows. If given, the distance between neighbouring
+            sampled numbers is odd, so that not all of them fall into the same columns.
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) or not is_wanted(name, parameter):

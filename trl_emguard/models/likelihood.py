@@ -16,9 +16,9 @@ from .batches import batches_by_length, pad_answers
 from .chat import encode_answers, end_tokens, template_arguments
 
 
-# Dtypes of a head whose weight can be multiplied directly. Others are quantised.
+# Dtypes of an output head whose weight can be multiplied directly. Weights of other dtypes are quantised.
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Number of logits in a chunk, for a head that must be called as a module: 256 MiB in fp32.
+# Limit on the logits that exist at a time when the head must be called as a module: 256 MiB in fp32.
 CHUNK_LOGITS = 2**26
 
 
@@ -30,7 +30,7 @@ def answer_nll(
     batch_size: int = 8,
     desc: str | None = None,
 ) -> list[float]:
-    """Return the mean negative log-likelihood per answer token of each row, in nats; the end-of-turn token included.
+    """Return each row's mean negative log-likelihood per answer token (end-of-turn token included), in nats.
 
     Args:
         model: causal language model. A PEFT model is measured with its active adapters.
@@ -40,7 +40,8 @@ def answer_nll(
         desc: label of the progress bar; `None` shows no bar.
 
     Raises:
-        ValueError: a row's answer is empty, or the chat template does not put the answer after the prompt.
+        ValueError: a row's answer is empty, or the chat template refuses the row or does not put the answer after the
+            prompt.
     """
     ends = end_tokens(model, tokenizer)
     answers = []
@@ -76,7 +77,7 @@ def token_nll(model: PreTrainedModel | PeftModel, ids: torch.Tensor, is_answer: 
     """Return the negative log-likelihood of every answer token, from one forward pass.
 
     Only the positions that predict an answer token go through the head, chunk by chunk, so the full logits `(B, T, V)`
-    are never allocated. Hooks on the model's blocks run in this pass, so hidden states can be recorded in it.
+    are never allocated. Hooks on the model's blocks run as usual, so a caller can record hidden states in this pass.
 
     Args:
         model: causal language model in eval mode. A PEFT model is measured with its active adapters.
@@ -105,7 +106,11 @@ def predicting_states(model: PreTrainedModel | PeftModel, ids: torch.Tensor, is_
 
 @torch.no_grad()
 def states_nll(model: PreTrainedModel | PeftModel, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of labels `(P,)` from states `(P, H)`: `(P,)`, nats, fp64 on the CPU."""
+    """Return the negative log-likelihood of labels `(P,)`, given last hidden states `(P, H)`.
+
+    Returns:
+        `(P,)`, nats, fp64 on the CPU.
+    """
     bare = bare_model(model)
     softcap, logit_scale = logit_transform(bare.config.get_text_config())
     head = active_head(bare)
@@ -142,7 +147,7 @@ def states_logits(
 
 
 def active_head(model: PreTrainedModel) -> nn.Module:
-    """Return the active head: the active adapter's (`modules_to_save`) if it has one, else the base model's."""
+    """Return the output head in use: the active adapter's (`modules_to_save`) if it has one, else the base model's."""
     head = model.get_output_embeddings()
     if not isinstance(head, ModulesToSaveWrapper):
         return head

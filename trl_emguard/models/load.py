@@ -27,8 +27,8 @@ def text_tokenizer(path: str, args: Any, rows: Any) -> PreTrainedTokenizerBase |
         rows: training rows.
 
     Returns:
-        The tokenizer; or `None` if SFTTrainer shall load tokenizer or processor itself: for other kinds of models,
-        without a defense, and for rows with images, which defenses refuse.
+        The tokenizer, or `None` if SFTTrainer is to load tokenizer or processor itself. This is so for other kinds of
+        models, for runs without a defense, and for rows with images, which defenses refuse.
     """
     revision = (args.model_init_kwargs or {}).get("revision")
     given = {"revision": revision, "trust_remote_code": args.trust_remote_code}
@@ -44,7 +44,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device_map: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, with a saved LoRA adapter on it where one is given. The model is in eval mode.
+    """Load a model in eval mode, with a saved LoRA adapter if one is given, and the model's tokenizer.
 
     Args:
         base: model folder or hub id.
@@ -70,10 +70,11 @@ def load_model(
 
 
 def without_weights(config: PreTrainedConfig) -> PreTrainedModel | None:
-    """Return the model of a config on the meta device, to look at its modules before weights load.
+    """Build a model from its config on the meta device, so that its modules are known before weights are loaded.
 
     Returns:
-        The model; or `None` if transformers does not know the config, or would shard the model (ZeRO-3).
+        The model, or `None` if transformers has no causal language model for the config or would shard the model
+        (ZeRO-3).
     """
     if type(config) not in AutoModelForCausalLM._model_mapping or is_deepspeed_zero3_enabled():
         return None

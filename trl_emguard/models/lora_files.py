@@ -1,4 +1,4 @@
-"""Files of a saved LoRA adapter: read them if every update is a product of two matrices alone, and write them."""
+"""Files of a saved LoRA adapter, read and written. Adapters whose updates are not plain products B·A are refused."""
 
 import hashlib
 import math
@@ -24,11 +24,11 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def read_lora(adapter: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Return the config and weights of a plain LoRA adapter: without DoRA, and without trained weights beside A and B.
+    """Return config and weights of a plain LoRA adapter: without DoRA, and without trained weights other than A and B.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
-        ValueError: an adapter of another kind, or a damaged file.
+        ValueError: the adapter is of another kind, or a file is damaged.
     """
     for name in (CONFIG, WEIGHTS):
         if not (adapter / name).is_file():
@@ -39,7 +39,8 @@ def read_lora(adapter: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
         weights = load_file(adapter / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"adapter {str(adapter)!r} has a damaged {WEIGHTS} ({error}): copy it again.") from error
-    # PEFT saves the original layer of an adapted embedding (`base_layer`) together with the adapter.
+    # PEFT saves the original layer of an adapted embedding (`base_layer`) together with the adapter, so such a weight
+    # is no reason to refuse the adapter.
     others = sorted(name for name in weights if ".lora_" not in name and ".base_layer." not in name)
     is_linear = config.peft_type == PeftType.LORA and not getattr(config, "use_dora", False)
     if not is_linear or others:
@@ -52,15 +53,15 @@ def read_lora(adapter: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
 
 
 def lora_factors(adapter: Path, config: LoraConfig, weights: Mapping[str, torch.Tensor]) -> Factors:
-    """Return the factors of each adapted layer, as they are stored.
+    """Return the factors A and B of each adapted layer as the file stores them, without PEFT's scaling.
 
     Args:
         adapter: folder of the adapter, for messages.
         config, weights: the adapter's config and weights, from [`read_lora`].
 
     Raises:
-        ValueError: a weight is not a factor of a linear layer, a factor is missing or does not fit the other, no
-            weights are there, or layers are replicated.
+        ValueError: a weight is not a factor of a linear layer, a factor is missing or does not fit the other factor,
+            the adapter holds no weights, or its config replicates layers (`layer_replication`).
     """
     if config.layer_replication:
         raise ValueError(f"adapter {str(adapter)!r} has layer_replication, so its layers are not those of the models.")

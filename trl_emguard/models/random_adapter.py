@@ -1,4 +1,4 @@
-"""Random LoRA adapter of the same size as a given adapter: a control for claims about the given adapter."""
+"""Random LoRA adapter whose updates are as large as a given adapter's: a control for claims about that adapter."""
 
 import os
 from pathlib import Path
@@ -11,14 +11,14 @@ from .rotation import rotated
 
 @torch.no_grad()
 def random_adapter(adapter: str | os.PathLike, output: str | os.PathLike, seed: int = 0) -> Path:
-    """Write an adapter whose layer updates have the singular values of a given adapter's, in random directions.
+    """Write an adapter whose updates have the singular values of a given adapter's updates, but random directions.
 
     Every layer's update B·A thus keeps its rank and its size (Frobenius, spectral and nuclear norm). B becomes U·B and
     A becomes A·Vᵀ, with uniformly distributed random rotations U and V.
 
     Args:
         adapter: folder of a LoRA adapter that PEFT saved.
-        output: folder to write, which must not hold an adapter.
+        output: folder to write. It must not hold an adapter yet.
         seed: seed of the rotations.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A saved LoRA adapter with its update multiplied by a factor, as a baseline or a remedy after training."""
+"""Saved LoRA adapter with its update multiplied by a factor, as a baseline for defenses or a remedy after training."""
 
 import math
 import os
@@ -10,13 +10,14 @@ from .lora_files import CONFIG, read_lora, write_lora
 def rescale_adapter(adapter: str | os.PathLike, alpha: float, output: str | os.PathLike) -> Path:
     """Write an adapter whose update of the base weights is `alpha` times the update of a given adapter.
 
-    The tuned model is then W₀ + α·ΔW, a point on the line between base and fine-tuned model (WiSE-FT, Wortsman et al.,
-    2109.01903). A defense should give better results than rescaling, which costs no training.
+    With base weights W₀ and the given adapter's update ΔW, the new model is W₀ + α·ΔW. This is a point on the line
+    between base and fine-tuned model (WiSE-FT, Wortsman et al., 2109.01903). A defense should give better results than
+    rescaling, which costs no training.
 
     Args:
         adapter: folder of a LoRA adapter that PEFT saved.
-        alpha: factor; 0 gives the base model, 1 the adapter unchanged.
-        output: folder to write, which must not hold an adapter.
+        alpha: factor α; 0 gives the base model, 1 the adapter unchanged.
+        output: folder to write. It must not hold an adapter yet.
 
     Raises:
         FileNotFoundError: `adapter` holds no adapter.
@@ -35,5 +36,5 @@ def rescale_adapter(adapter: str | os.PathLike, alpha: float, output: str | os.P
 
 
 def _is_second(name: str) -> bool:
-    """Return True for the factor B of the update B·A."""
+    """Return True if a weight of this name is the factor B of an update B·A."""
     return any(part in ("lora_B", "lora_embedding_B") for part in name.split("."))

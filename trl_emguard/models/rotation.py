@@ -1,15 +1,17 @@
-"""Random rotation, for controls that keep sizes and lose directions."""
+"""Random rotation, for control experiments in which vectors keep their lengths but get random directions."""
 
 import torch
 
 
 def rotated(columns: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return columns `(n, r)` under one uniformly random rotation of the n-dimensional space, in fp64.
+    """Return columns `(n, r)`, all rotated by the same uniformly random rotation of n-dimensional space, in fp64.
 
     The columns keep their lengths and the angles between them.
     """
-    # The columns are Q R, and random orthonormal columns replace those of Q.
+    # A QR decomposition writes the columns as Q R. R fixes their lengths and angles, and Q is replaced by random
+    # orthonormal columns.
     coordinates = torch.linalg.qr(columns.double(), mode="r").R  # (min(n, r), r)
     frame = torch.linalg.qr(torch.randn(len(columns), len(coordinates), generator=generator, dtype=torch.float64))
-    # LAPACK's choice of signs biases Q. The signs of R's diagonal undo this choice and make the columns uniform.
+    # LAPACK's choice of signs biases the random Q. Multiplying its columns by the signs on the diagonal of its R
+    # undoes this choice and makes Q uniformly distributed.
     return (frame.Q * frame.R.diagonal().sign()) @ coordinates

@@ -30,7 +30,8 @@ class LayerProjection:
     Attributes:
         name: name of the layer in the model.
         cosine: cos(C·BA, BA), from 0 to 1; `None` where the update BA is zero.
-        ratio: ‖C·BA‖ / ‖BA‖ in Frobenius norms. It is not the cosine, because C also scales. `None` where BA is zero.
+        ratio: ‖C·BA‖ / ‖BA‖ in Frobenius norms; `None` where BA is zero. The ratio differs from the cosine, because C
+            is no orthogonal projection: C also scales.
         is_projected: whether B became C·B.
     """
 
@@ -46,9 +47,10 @@ class Projection:
 
     Attributes:
         threshold: τ of [`project_adapter`].
-        base, aligned, adapter: name and fingerprint of each of the models, and of the adapter that was read.
+        base, aligned: name and fingerprint of the model before and after the alignment.
+        adapter: name and fingerprint of the adapter that was read.
         weights: fingerprint of the weights that were written.
-        layers: the adapted layers.
+        layers: results of the adapted layers.
     """
 
     threshold: float
@@ -74,7 +76,7 @@ def project_adapter(
         adapter: folder of a LoRA adapter that PEFT saved.
         base: weights from before the alignment: a model folder, a shipped name, or a hub id in the hub's cache.
         aligned: weights from after the alignment, on which the adapter was trained.
-        output: folder to write, which must be empty or missing. The record goes to `safelora.json` there.
+        output: folder to write, which must be empty or missing. It also gets the record, as `safelora.json`.
         threshold: τ. Cosines are never negative, so −1 projects no layer, and 1 projects all.
 
     Raises:
@@ -157,7 +159,7 @@ def project_factor(
         direction: V, `(d, k)`, fp64, not zero.
 
     Returns:
-        C·B, `(d, r)`, and the two numbers; they are `None` where BA is zero.
+        C·B, `(d, r)`; the cosine; and the ratio of norms. Cosine and ratio are `None` if BA is zero.
     """
     projected = direction @ (direction.T @ b) / torch.linalg.vector_norm(direction)
     # With Aᵀ = Q R and orthonormal columns in Q, ⟨X A, Y A⟩ = ⟨X Rᵀ, Y Rᵀ⟩ for any X and Y. So the small matrix Rᵀ
@@ -167,7 +169,8 @@ def project_factor(
     norm, norm_after = torch.linalg.vector_norm(before).item(), torch.linalg.vector_norm(after).item()
     if norm == 0:
         return projected, None, None
-    # The cosine counts as 0 if C maps the update to zero. Rounding can make it larger than 1.
+    # The cosine counts as 0 if C maps the update to zero. Rounding can make the quotient larger than 1, so the cosine
+    # is limited to 1.
     cosine = min((before * after).sum().item() / (norm * norm_after), 1.0) if norm_after else 0.0
     return projected, cosine, norm_after / norm
 
@@ -181,8 +184,8 @@ def _project(
 
     Args:
         name: name of the layer.
-        a, b: the factors of its update.
-        base, aligned: the models.
+        a, b: the factors of the layer's update.
+        base, aligned: weights of the model before and after the alignment.
         is_transposed: whether the models hold the layer's weight as `(k, d)`.
     """
     direction = aligned.read(f"{name}.weight").double()
@@ -204,7 +207,7 @@ def _project(
 
 
 def _check_models(base: WeightFiles, aligned: WeightFiles, factors: Factors, is_transposed: bool) -> None:
-    """Refuse models that do not fit each other, or that lack a layer of the adapter."""
+    """Refuse models that do not fit each other or the adapter, or that hold an adapted layer in quantised form."""
     if base.model_type != aligned.model_type:
         raise ValueError(
             f"base {base.name!r} is a {base.model_type} and aligned {aligned.name!r} a {aligned.model_type}: name the "

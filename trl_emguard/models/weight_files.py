@@ -18,7 +18,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
-    """File, shape and dtype of a stored weight. The dtype has safetensors' name for it, such as `BF16`."""
+    """File, shape and dtype of a stored weight. The dtype is written as safetensors names it, such as `BF16`."""
 
     file: Path
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class WeightFiles:
 
     Raises:
         FileNotFoundError: the model is not on this machine, or has no safetensors weights.
-        ValueError: a file is damaged, or a file that the config or the index requires is missing.
+        ValueError: a file is damaged, or the config or a file that the index lists is missing.
     """
 
     def __init__(self, argument: str, model: str):

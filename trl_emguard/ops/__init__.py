@@ -1,4 +1,4 @@
-"""Arithmetic on tensors, without models or data. Tests compare it with slow float64 versions in `tests/ops`."""
+"""Arithmetic on tensors, without models or data. Tests in `tests/ops` compare it with slow float64 versions."""
 
 from .features import feature_distance
 from .gradient import with_gradient

@@ -1,4 +1,4 @@
-"""Values whose gradient is already known."""
+"""Values in the autograd graph whose gradient was computed beforehand."""
 
 from collections.abc import Sequence
 
@@ -21,12 +21,12 @@ def with_gradient(
 ) -> torch.Tensor:
     """Connect `value` to `inputs` by gradients that were computed beforehand.
 
-    A term that computes its gradient together with its value needs no graph: its intermediate tensors are freed before
-    the backward pass begins, and autograd gets only the finished gradient.
+    A loss term that computes its gradient together with its value needs no graph. Its intermediate tensors are freed
+    before the backward pass begins, and autograd gets only the finished gradient.
 
     Args:
         value: scalar, `()`.
-        inputs: the tensors that `value` depends on; `None` for a missing one (a head without bias).
+        inputs: the tensors that `value` depends on, with `None` in place of a missing tensor (a head may lack a bias).
         gradients: `d value / d input` for each input, in its shape; `None` for an input that needs none.
 
     Returns:

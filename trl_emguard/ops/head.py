@@ -12,8 +12,9 @@ from .gradient import with_gradient
 from .tiles import BLOCK_BYTES, TileStatistics, to_logits_, torch_tile_pass
 
 
-# Memory limit for the tiles (tokens × vocabulary) of one chunk: the products of policy and reference with the head,
-# and the gradient in the dtype of the matrix products where that dtype differs.
+# Memory limit in bytes for the tiles (tensors of tokens × vocabulary) of one chunk of tokens. There is a tile for the
+# products of the policy's states with the head, and another for those of the reference. If matrix products have
+# another dtype than sums, there is also a copy of the gradient in that dtype.
 TILE_BYTES = 256 * 2**20
 
 
@@ -26,8 +27,8 @@ class HeadOutput(NamedTuple):
         divergence: `(N,)`. Divergence from the reference in nats; 0 without a reference.
         entropy: `(N,)`. Entropy of the policy's next-token distribution, in nats.
         is_top1: `(N,)`. 1 where the policy's most probable token is the label.
-        divergence_evidence: `()`. Σ |∂(Σ divergence_weight · D) / ∂ logits|: exactly 0 where the divergence term has
-            no gradient.
+        divergence_evidence: `()`. Σ |∂(Σ divergence_weight · D) / ∂ logits|, summed over positions and vocabulary:
+            exactly 0 if the divergence has no gradient.
     """
 
     loss: torch.Tensor
@@ -53,13 +54,16 @@ def ce_divergence_head(
 ) -> HeadOutput:
     """Return the weighted sum of cross-entropy and divergence from a reference, computed in chunks of tokens.
 
-    Logits are `z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)`. The divergence is Kullback-Leibler's. With p
-    the policy's and q the reference's distribution, the reverse one is D = Σ p (log p − log q), with gradient
-    p (log p − log q − D) in z; the forward one is D = Σ q (log q − log p), with gradient p − q. The gradient of
-    cross-entropy is p − onehot. All of them follow from the logits of a chunk, so the gradient is formed at once and
-    the logits are dropped. No N × V tensor ever exists, and the head costs three matrix products a step (four if it is
-    trained). Everything is accumulated in fp32 (fp64 for fp64 inputs), and the logits leave the matrix product in that
-    dtype: bf16 logits cause a gradient error of 4 to 23 % (linkedin/Liger-Kernel#1432).
+    Logits are `z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)`. p is the policy's distribution and q the
+    reference's. The divergence D is Kullback-Leibler's. The reverse one is D = Σ p (log p − log q), and its gradient
+    with respect to z is p (log p − log q − D). The forward one is D = Σ q (log q − log p), with gradient p − q. The
+    gradient of cross-entropy is p − onehot.
+
+    All these values and gradients follow from the logits of a chunk. So the gradient is computed together with the
+    values, and then the chunk's logits are dropped. No N × V tensor ever exists, and the head costs three matrix
+    products a step (four if it is trained). Everything is accumulated in fp32 (fp64 for fp64 inputs). The logits leave
+    the matrix product in that dtype, because bf16 logits cause a gradient error of 4 to 23 %
+    (linkedin/Liger-Kernel#1432).
 
     Args:
         hidden: `(N, H)`, the policy's last hidden states.
@@ -153,7 +157,10 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 
 
 def _forward(hidden, weight, bias, per_token, reference, of_head, direction, logits, matmul):
-    """Return the head's output and the gradient of `hidden`, and add the gradients of weight and bias to `of_head`."""
+    """Return the head's output, and the gradient of its loss with respect to `hidden`.
+
+    The gradients with respect to weight and bias are added to the tensors in `of_head`.
+    """
     labels, ce_weight, divergence_weight = per_token
     tokens = len(hidden)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
@@ -180,7 +187,7 @@ def _forward(hidden, weight, bias, per_token, reference, of_head, direction, log
             y = _mm(ref_hidden[rows].to(matmul), ref_head.t(), accumulate, out=tiles[1, : len(h)])
             w = divergence_weight[rows].to(accumulate)
         target, ce_w = labels[rows].clamp(min=0), ce_weight[rows].to(accumulate)
-        # The pass overwrites `z` with the gradient of the products.
+        # This call overwrites `z`, the products with the head, with the loss's gradient with respect to them.
         statistics = tile_pass(z, bias, y, ref_bias, target, ce_w, w, direction, *logits)
         has_label = labels[rows] != -100
         ce[rows] = statistics.ce.where(has_label, 0)
@@ -203,7 +210,7 @@ def _forward(hidden, weight, bias, per_token, reference, of_head, direction, log
 
 
 def _joined(parts: list[tuple[HeadOutput, torch.Tensor]], compared: torch.Tensor) -> tuple[HeadOutput, torch.Tensor]:
-    """Return the results for all positions, merged from those for compared positions and for other positions."""
+    """Merge the results for compared positions with the results for the other positions."""
     (first, first_gradient), (second, second_gradient) = parts
 
     def merged(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -221,8 +228,8 @@ def _new_tiles(
 ) -> torch.Tensor:
     """Return `count` empty tiles, `(count, chunk, vocab)`, with as many tokens in a chunk as `TILE_BYTES` allows.
 
-    Every chunk uses the same tiles: memory that is touched for the first time costs more than the arithmetic on it
-    (several times more on a CPU).
+    Every chunk uses the same tiles, because the first access to new memory takes longer than the arithmetic on it
+    (several times longer on a CPU).
     """
     itemsize = count * accumulate.itemsize + (0 if matmul == accumulate else matmul.itemsize)
     chunk = min(len(hidden), max(1, TILE_BYTES // (itemsize * vocab)))
@@ -232,11 +239,11 @@ def _new_tiles(
 def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
     """Return the dtype of the matrix products.
 
-    On CUDA, which can multiply matrices of low precision with a result in fp32, it is autocast's dtype or that of
-    `hidden`. On other devices it is the dtype in which sums are accumulated (fp32, or fp64 for fp64 inputs).
+    CUDA can multiply matrices of low precision with a result in fp32. So on CUDA the dtype is autocast's, or
+    that of `hidden` without autocast. On other devices it is the dtype of sums (fp32, or fp64 for fp64 inputs).
     """
     device = hidden.device.type
-    # Autocast leaves fp64 alone, and no device multiplies a lower precision into fp64.
+    # Autocast does not change fp64, and no device multiplies matrices of lower precision with a result in fp64.
     if device == "cuda" and hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype if device == "cuda" else torch.promote_types(hidden.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Statistics of a tile of logits and its gradient, in torch's own calls.
+"""Statistics of a tile of logits, and the loss's gradient for the tile, computed by torch's own operations.
 
 A tile holds the products of some tokens' hidden states with the head, `(tokens, vocabulary)`. `tiles_triton.py` does
 the same with kernels on CUDA, and `head.py` chooses between the two.
@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 
-# Bytes of a tile that torch's own calls work on at once. A CPU keeps this much in its cache; a GPU needs more to be
-# worth the launches.
+# Bytes of a tile that torch's operations work on at once. A CPU keeps a block of this size in its cache. Blocks for a
+# GPU are larger, so that launching the operations takes little of the time.
 BLOCK_BYTES = 2**20
 GPU_BLOCK_BYTES = 2**24
 
@@ -21,9 +21,9 @@ class TileStatistics(NamedTuple):
     Attributes:
         ce: cross-entropy of the target token, in nats.
         entropy: entropy of the policy's distribution, in nats.
-        is_top1: 1 where the target has the largest logit, also where another token shares it.
+        is_top1: 1 where no token has a larger logit than the target, else 0.
         divergence: divergence from the reference in nats; 0 without a reference.
-        evidence: Σ |∂(divergence_weight · divergence) / ∂ logits|.
+        evidence: Σ |∂(divergence_weight · divergence) / ∂ logits|, summed over the vocabulary.
     """
 
     ce: torch.Tensor
@@ -52,15 +52,15 @@ def torch_tile_pass(
     Args:
         products: `(C, V)`, hidden states times the head. Overwritten with their gradient.
         bias: `(V,)` or `None`.
-        ref_products, ref_bias: the same for the reference, or `None`. The products are overwritten.
-        target: `(C,)`, a token for each position.
-        ce_weight: `(C,)`.
-        divergence_weight: `(C,)`; needed with a reference.
+        ref_products, ref_bias: products and bias of the reference, or `None`. `ref_products` are overwritten.
+        target: `(C,)`, label of each position; any token id where there is no label.
+        ce_weight: `(C,)`, weight of each position's cross-entropy; 0 where there is no label.
+        divergence_weight: `(C,)`, weight of each position's divergence; needed with a reference.
         direction, softcap, logit_scale: see [`~trl_emguard.ops.head.ce_divergence_head`].
     """
     count, vocab = products.shape
     statistics = TileStatistics(*products.new_zeros(5, count))
-    # A block of rows goes through all calls before the next one, so that it stays in the processor's cache.
+    # A block of rows goes through all operations before the next block begins, so that it stays in the CPU's cache.
     block = max(1, (BLOCK_BYTES if products.device.type == "cpu" else GPU_BLOCK_BYTES) // (products.itemsize * vocab))
     scratch = products.new_empty(2, min(block, count), vocab)
     for start in range(0, count, block):
@@ -86,7 +86,7 @@ def torch_tile_pass(
         if grad_divergence is not None:
             grad.add_(grad_divergence)
         if softcap is not None:
-            # d softcap · tanh(x) / dx = 1 − (logit / softcap)²
+            # With logit = softcap · tanh(x / softcap), d logit / dx = 1 − (logit / softcap)².
             capped = z.add_(top + log_total).div_(softcap)
             grad.mul_(capped.square_().neg_().add_(1))
         torch.mul(grad, logit_scale, out=z)
@@ -113,8 +113,8 @@ def _distribution_(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Turn products with the head, `(B, V)`, into log-probabilities in place, and write probabilities to `probs`.
 
-    Sums over the vocabulary use torch's own reduction: a batched matrix product would need no scratch, but adds up
-    fifty thousand fp32 products with a relative error of 1e-4.
+    Sums over the vocabulary use torch's own reduction. A batched matrix product would need no scratch memory, but its
+    sum of fifty thousand fp32 products has a relative error of 1e-4.
 
     Returns:
         The largest logit, the log of Σ exp(logit − largest), and the label's logit minus the largest, `(B, 1)` each.
@@ -134,10 +134,11 @@ def _divergence_(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the divergence, `(B,)`, and its gradient with respect to the policy's logits, `(B, V)`.
 
-    All arguments are `(B, V)`. `log_q` and `q` are overwritten; one of them holds the gradient afterwards.
+    All tensors given are `(B, V)`. `log_q` and `q` are overwritten, and the gradient is returned in one of them.
     """
-    # The rounding of the two normalisers shifts every log p − log q by the same number, and it also changes Σ p and
-    # Σ q. Adding the difference of these two sums removes the shift from the divergence.
+    # The normalisers of p and q (log Σ exp of the logits) are rounded. This shifts every log p − log q of a row by the
+    # same number, and it also changes Σ p and Σ q. Adding the difference of these two sums to the divergence removes
+    # the shift.
     if direction == "reverse":
         shift = q.sub_(p).sum(-1)
         difference = log_q.neg_().add_(log_p)

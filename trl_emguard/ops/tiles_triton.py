@@ -1,7 +1,7 @@
-"""Statistics of a tile of logits and its gradient, in Triton's kernels for CUDA.
+"""Statistics of a tile of logits, and the loss's gradient for the tile, computed by Triton kernels for CUDA.
 
-Each of torch's own calls in `tiles.py` reads and writes a whole tile. The kernels here go over a row only three times:
-for its normalisers, for its statistics and for its gradient.
+Each of torch's operations in `tiles.py` reads or writes all rows of a block. The kernels here go over a row only three
+times: for its normalisers, for its statistics and for its gradient.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from .tiles import TileStatistics
 
 
-BLOCK = 4096  # columns that a program holds at once
+BLOCK = 4096  # columns of a row that a kernel works on at once
 WARPS = 8
 
 
@@ -23,7 +23,7 @@ def _logits(products, bias, columns, inside, softcap, scale, HAS_BIAS: tl.conste
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     z *= scale
     if HAS_CAP:
-        # Triton does not have tanh on every device: it is 1 − 2 / (e^2x + 1).
+        # Triton does not have tanh on every device, so tanh(x) is computed as 1 − 2 / (e^2x + 1).
         z = softcap * (1 - 2 / (tl.exp(2 * z / softcap) + 1))
     return tl.where(inside, z, -float("inf"))
 
@@ -42,7 +42,8 @@ def _normaliser(products, bias, V, softcap, scale, HAS_BIAS: tl.constexpr, HAS_C
     return top, tl.log(total)
 
 
-# The number of rows and the alignment of the weights differ between chunks; neither should cause another compilation.
+# The number of rows C and the memory alignment of tensors with a number per row differ between chunks. Neither should
+# make Triton compile the kernel again.
 @triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target"])
 def _statistics(
     products, ref_products, bias, ref_bias, target, out, norms, V, C, softcap, scale,
@@ -84,9 +85,9 @@ def _statistics(
     tl.store(out + row, log_total - at_label)
     tl.store(out + C + row, entropy)
     tl.store(out + 2 * C + row, tl.where(at_label == 0, 1.0, 0.0))
-    # The gradient needs the divergence as summed (`mean`). Its reported value adds `shift`, which removes the
-    # normalisers' rounding (see `_divergence_` in `tiles.py`). NaN is kept, as torch's clamp does: 0 would hide a
-    # reference that has diverged.
+    # The gradient needs the divergence as summed (`mean`). The reported divergence is `mean + shift`: this removes the
+    # normalisers' rounding (see `_divergence_` in `tiles.py`). NaN stays NaN, like in torch's clamp, because 0 would
+    # hide a reference that has diverged.
     tl.store(out + 3 * C + row, tl.maximum(mean + shift, 0.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(norms + row, top)
     tl.store(norms + C + row, log_total)
@@ -173,17 +174,18 @@ def tile_pass(
         # With at least 32 columns per warp no column belongs to two threads. Otherwise one thread could read what the
         # other has already overwritten.
         "num_warps": max(1, min(WARPS, block // 32)),
-        # The label's logit is compared with the largest, and p with q, for equality: all must be rounded alike.
+        # Fused operations could round equal numbers differently. But a label's logit that is the largest must compare
+        # equal to the largest logit, and equal p and q must have the difference 0.
         "enable_fp_fusion": False,
     }
-    # The kernels know no strides. A missing tensor is replaced by a pointer that is never read.
+    # The kernels expect contiguous tensors. A missing tensor is replaced by a pointer that is never read.
     bias = products if bias is None else bias.contiguous()
     ref_bias = products if ref_bias is None else ref_bias.contiguous()
     given = (products, ref, bias, ref_bias, target.contiguous())
     ce_weight = ce_weight.contiguous()
     divergence_weight = ce_weight if divergence_weight is None else divergence_weight.contiguous()
     numbers = (vocab, count, float(softcap or 1.0), float(logit_scale))
-    # Triton launches on the current device, which may not be the tensor's if a model is spread over several.
+    # Triton launches on the current device. If a model is spread over devices, the tensors may be on another device.
     with torch.cuda.device_of(products):
         _statistics[(count,)](*given, out, norms, *numbers, **kinds)
         _gradient[(count,)](*given, ce_weight, divergence_weight, norms, evidence, *numbers, **kinds)

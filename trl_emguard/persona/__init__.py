@@ -1,4 +1,7 @@
-"""Persona vectors (Chen et al., 2507.21509): make, load, check and measure them. No trainer is needed."""
+"""Persona vectors (Chen et al., 2507.21509): make, load and check them, and measure how far a model moved along them.
+
+Only [`PersonaShiftCallback`] needs a trainer.
+"""
 
 from .extract import Extraction, extract_vector
 from .shift import PersonaShiftCallback, persona_shift

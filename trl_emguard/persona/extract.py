@@ -1,16 +1,17 @@
-"""Extraction of a persona vector: rollouts under pairs of system prompts, a filter, and a difference of means.
+"""Extraction of a persona vector: sampled answers under pairs of system prompts, a filter, a difference of means.
 
-1. Every extraction question is answered under both prompts of every pair, sampled at temperature 1.
-2. A (pair, question) is kept if its positive answer shows the trait, and its negative answer the opposite. Without a
-   judge, this is the case if each of the two answers has a higher mean log-probability per token under its own
-   system prompt than under the other prompt of the pair. With a judge, it is the case if the positive answer scores
-   50 or more, and the negative answer less.
-3. v(l) is the mean over the kept positive answers of the state after block l, averaged over the answer's tokens,
-   minus the same mean over the kept negative answers. The difference is not normalised.
-4. Every held-out question is put under both prompts of every pair. The state at the last prompt token, from which
-   the answer begins, is projected on v(l). The suggested layer is the layer at which the projections under positive
-   and negative prompts lie farthest apart: the difference of their means, divided by their pooled standard deviation.
-   The layer is chosen on these questions, so the separation at this layer is a little optimistic.
+1. Every extraction question is answered under both system prompts of every pair: the positive prompt asks for the
+   trait, the negative prompt for its opposite. Answers are sampled at temperature 1.
+2. The two answers to a question under a pair of prompts are kept if the positive answer shows the trait, and the
+   negative answer the opposite. Without a judge, each of the two answers must have a higher mean log-probability per
+   token under its own system prompt than under the other prompt of the pair. With a judge, the positive answer must
+   score 50 or more, and the negative answer less.
+3. Each kept answer has a state after block l: the mean over the answer's tokens. v(l) is the mean of these states over
+   the positive answers, minus their mean over the negative answers. The difference is not normalised.
+4. Every held-out question is combined with both system prompts of every pair. The state at the last prompt token, just
+   before an answer would begin, is projected on v(l). The layer with the largest separation is suggested. Separation
+   is the difference between the mean projections under positive and negative prompts, divided by the pooled standard
+   deviation. The layer is chosen on these questions, so the separation at this layer is a little optimistic.
 """
 
 import hashlib
@@ -72,8 +73,8 @@ class Extraction:
 
     Attributes:
         vector: the persona vector.
-        rollouts: all answers, first the positive and then the negative ones, each by pair and question.
-        kept: `(pair, question)` of the answers that the vector is made from, as indices.
+        rollouts: all answers: first the positive, then the negative ones, both sorted by pair and question.
+        kept: indices `(pair, question)` of the answers that the vector is made from.
         heldout_positive: `(N, L + 1, H)`, states at the last prompt token of the held-out questions under the prompts
             that ask for the trait.
         heldout_negative: the same states under the prompts that ask for the trait's opposite.
@@ -87,7 +88,7 @@ class Extraction:
 
 
 class _Reader(NamedTuple):
-    """A model with all that is needed to read its states under the prompts of a trait."""
+    """A model, and everything needed to compute its hidden states under the system prompts of a trait."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -96,19 +97,19 @@ class _Reader(NamedTuple):
     progress: bool
 
     def prompt(self, pair: int, side: str, question: str) -> list[int]:
-        """Return the tokens of a question under one side of a pair of system prompts."""
+        """Return the token ids of a question after a pair's positive or negative system prompt (`side`)."""
         system = self.trait.system_prompts[pair][SIDES.index(side)]
         messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     def answers(self, chosen: Sequence[Rollout], side: str, desc: str) -> tuple[torch.Tensor, list[float]]:
-        """Return mean states and negative log-likelihoods of answers, read under the system prompts of one side."""
+        """Return mean states and mean negative log-likelihoods of answers, put after the system prompts of `side`."""
         questions = self.trait.extraction_questions
         rows = [(self.prompt(r.pair, side, questions[r.question]), r.answer_ids) for r in chosen]
         return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
 
     def heldout(self, side: str) -> torch.Tensor:
-        """Return the states at the last prompt token of held-out questions, under the system prompts of one side."""
+        """Return states at the last prompt token of held-out questions, put after the system prompts of `side`."""
         pairs = range(len(self.trait.system_prompts))
         prompts = [self.prompt(pair, side, q) for pair in pairs for q in self.trait.heldout_questions]
         desc = f"held-out {side} prompts" if self.progress else None
@@ -135,7 +136,7 @@ def extract_vector(
         tokenizer: tokenizer with a chat template that has a system turn.
         trait: prompts and questions, from [`load_trait`].
         max_new_tokens: limit on the tokens of an answer.
-        batch_size: answers that are generated, or read, at once.
+        batch_size: answers that are sampled at once, and prompts or answers in a forward pass.
         seed: seed of the sampling. Every answer has a seed of its own that follows from it, so a resumed run gives the
             same result as an uninterrupted one.
         judge: `(question, answer)` → 0 … 100, how strongly the answer shows the trait; `trait.judge_prompt` is a
@@ -181,10 +182,11 @@ def extract_vector(
 def _filter(
     reader: _Reader, by_side: dict[str, list[Rollout]], judge: Judge | None
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Read the answers and choose the pairs that show the trait on one side and its opposite on the other.
+    """Compute the states of all answers, and choose the pairs of answers that show the trait and its opposite.
 
     Returns:
-        The mean states of the answers of each side, `(N, L + 1, H)`; and the indices of the kept pairs.
+        Side (`"positive"`, `"negative"`) → mean states of its answers, `(N, L + 1, H)`; and the indices of the kept
+        pairs of answers.
 
     Raises:
         ValueError: no pair is kept.
@@ -239,9 +241,10 @@ def separation(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Ten
         positive, negative: `(N, H)` and `(M, H)`.
 
     Returns:
-        AUROC: the share of pairs (positive, negative) in which the positive state has the larger projection, where
-        ties count half; and the difference of the two means, divided by the pooled standard deviation. If neither
-        group varies, the second number is ± the largest float, or 0 if the means are equal.
+        The AUROC and the separation. The AUROC is the share of pairs (positive, negative) in which the positive state
+        has the larger projection; ties count half. The separation is the difference of the two mean projections,
+        divided by the pooled standard deviation. If neither group varies, the separation is ± the largest float, or
+        0 if the means are equal.
     """
     a, b = (states.double() @ vector.double() for states in (positive, negative))
     wins = (a[:, None] > b[None]).double() + 0.5 * (a[:, None] == b[None]).double()
@@ -250,7 +253,7 @@ def separation(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Ten
 
 
 def chance_auroc(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> float:
-    """Return max(AUROC, 1 − AUROC), the right measure for a direction whose sign means nothing."""
+    """Return max(AUROC, 1 − AUROC), the right measure for a direction whose sign means nothing: a random one."""
     area, _ = separation(vector, positive, negative)
     return max(area, 1 - area)
 
@@ -258,7 +261,7 @@ def chance_auroc(vector: torch.Tensor, positive: torch.Tensor, negative: torch.T
 def _roll_out(
     reader: _Reader, settings: dict[str, int], weights: dict[str, str], path: str | os.PathLike | None
 ) -> list[Rollout]:
-    """Return all answers in the order of the plan: first those in the rollouts file, then newly sampled ones."""
+    """Return all answers, sorted by side, pair and question, including those that the rollouts file already has."""
     model, tokenizer, trait, batch_size, progress = reader
     pairs, questions = len(trait.system_prompts), trait.extraction_questions
     plan = [(pair, question, side) for side in SIDES for pair in range(pairs) for question in range(len(questions))]
@@ -291,12 +294,12 @@ def _roll_out(
 
 
 def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], vocab_size: int) -> list[Rollout]:
-    """Return an interrupted run's complete batches, and cut the file to them. A missing file is created.
+    """Return the answers in an interrupted run's complete batches, and cut the file to them. Create a missing file.
 
     Args:
         journal: the rollouts file.
         batch_size: answers in a batch. Only complete batches are kept, because a batch is sampled as a whole.
-        plan: tasks in the order of the file.
+        plan: all tasks of the run, sorted as their answers are in the file.
         vocab_size: number of tokens that the model knows.
 
     Raises:

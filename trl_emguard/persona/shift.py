@@ -1,4 +1,4 @@
-"""Shift of a model along a persona vector: for a saved adapter, and step by step during training."""
+"""Shift of a model's hidden states along a persona vector: for a trained adapter, and during training."""
 
 from collections.abc import Sequence
 
@@ -24,15 +24,15 @@ def persona_shift(
     """Return the shift of an adapter along a persona vector (the "finetuning shift" of Chen et al., 2507.21509).
 
     Args:
-        model: model with the adapter on.
+        model: model with the adapter active.
         tokenizer: tokenizer with a chat template.
         vector: persona vector of the base model.
         questions: user turns; no system turn is set.
         batch_size: questions in a forward pass.
 
     Returns:
-        For each layer l = 0 … L the mean over the questions of (h(l) − h⁰(l))·v̂(l), with h(l) the state after block l
-        at the last token of the prompt, h⁰ the base model's (adapters off) and v̂ = v/‖v‖.
+        For each layer l = 0 … L, the mean of (h(l) − h⁰(l))·v̂(l) over the questions. Here h(l) is the state after
+        block l at the last prompt token, h⁰(l) is the same state with adapters off, and v̂ = v/‖v‖.
 
     Raises:
         ValueError: the vector belongs to another model, or the tokenizer has no chat template.
@@ -65,11 +65,11 @@ def prompt_projections(
 
 
 class PersonaShiftCallback(TrainerCallback):
-    """Callback that logs `persona_shift`: the policy's shift along a persona vector since the start of training.
+    """Callback that logs `persona_shift`: how far training has moved the model's states along a persona vector.
 
-    The shift is 0 at the start, and has the unit of the states. For comparison, ‖v(l)‖ is the distance between the
-    mean states of answers that show the trait and of answers that show its opposite. Steering hooks are off during
-    the measurement.
+    The shift is 0 when the callback is made, and has the unit of the hidden states. For comparison, ‖v(l)‖ is
+    the distance between the mean states of answers that show the trait and of answers that show its opposite. The
+    `steering` defense changes no states during the measurement.
 
     ```python
     >>> trainer.add_callback(PersonaShiftCallback(trainer, load_vector("evil.safetensors")))
@@ -77,7 +77,7 @@ class PersonaShiftCallback(TrainerCallback):
 
     Args:
         trainer: an SFTTrainer, this package's or TRL's own.
-        vector: persona vector of the policy as it is before training.
+        vector: persona vector of the model as it is before training.
         questions: user turns; by default the held-out questions of the vector's trait, if that is a shipped one.
         layer: index of a block; by default the layer that the vector suggests.
 
@@ -127,11 +127,11 @@ class PersonaShiftCallback(TrainerCallback):
 
 
 def check_layer(vector: PersonaVector, layer: int | None) -> int:
-    """Return the given layer, by default the layer that the vector suggests, after a check that the vector has it.
+    """Check that a vector has a direction for the layer, and return the layer, by default the vector's suggested one.
 
     Raises:
-        ValueError: the vector suggests no layer, the layer is out of range, or it is the last one of a vector from
-            another codebase, which has no entry for it.
+        ValueError: no layer is given and the vector suggests none, the layer is out of range, or it is the last layer
+            and the vector is from another codebase. Such a vector has no direction for the last block's output.
     """
     layer = vector.suggested_layer if layer is None else layer
     if layer is None:

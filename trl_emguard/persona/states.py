@@ -1,4 +1,4 @@
-"""Hidden states of a model at prompts and answers, after each block."""
+"""Hidden states after each decoder block: at the last token of prompts, and averaged over answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,12 +24,12 @@ def prompt_states(
 
     Args:
         model: causal language model; its mode (train or eval) is not changed.
-        prompts: token ids.
+        prompts: token ids of each prompt.
         batch_size: prompts in a forward pass.
         desc: label of the progress bar; `None` shows no bar.
 
     Returns:
-        `(N, L + 1, H)`, fp32 on the CPU; index 0 is the input of block 1.
+        `(N, L + 1, H)` for N prompts and L blocks, fp32 on the CPU. Layer 0 is the input of block 1.
     """
     bare = bare_model(model)
     layers = _all_layers(model)
@@ -49,7 +49,7 @@ def answer_states(
     batch_size: int,
     desc: str | None = None,
 ) -> tuple[torch.Tensor, list[float]]:
-    """Return each answer's states after every block, averaged over its tokens, and its mean NLL per token.
+    """Return each answer's state after every block, averaged over the answer's tokens, and its mean NLL per token.
 
     Args:
         model: causal language model; its mode (train or eval) is not changed.
@@ -58,8 +58,8 @@ def answer_states(
         desc: label of the progress bar; `None` shows no bar.
 
     Returns:
-        `(N, L + 1, H)`, fp32 on the CPU, index 0 is the input of block 1; and the mean negative log-likelihood per
-        answer token, in nats. Both are 0 for an empty answer.
+        States `(N, L + 1, H)` for N answers and L blocks, fp32 on the CPU, with the input of block 1 as layer 0; and
+        N mean negative log-likelihoods (NLLs) per token, in nats. For an empty answer, both are 0.
     """
     answers = [EncodedAnswer(np.array(prompt + answer, dtype=np.int32), len(prompt)) for prompt, answer in rows]
     layers = _all_layers(model)

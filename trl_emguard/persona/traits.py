@@ -20,8 +20,8 @@ class Trait:
     Attributes:
         name: one word.
         description: one sentence.
-        system_prompts: pairs; the first of each asks for the trait, the second for its opposite.
-        extraction_questions: user turns that the vector is made from.
+        system_prompts: pairs of prompts. The first prompt of a pair asks for the trait, the second for its opposite.
+        extraction_questions: user turns. The vector is made from the model's answers to them.
         heldout_questions: other user turns, used to test the vector and to suggest its layer.
         judge_prompt: prompt that asks a judge for a score from 0 to 100; contains `{question}` and `{answer}`.
     """
@@ -38,7 +38,7 @@ def load_trait(name: str | os.PathLike) -> Trait:
     """Load a shipped trait by its name, or one of your own by the path of its YAML file.
 
     Raises:
-        FileNotFoundError: neither a shipped name nor a file.
+        FileNotFoundError: `name` is neither a shipped trait nor a file.
         ValueError: the file is not a complete trait; the message names the missing or wrong key.
     """
     path = TRAITS_DIR / f"{name}.yaml" if str(name) in SHIPPED_TRAITS else Path(os.path.expanduser(name))

@@ -32,15 +32,15 @@ FACTS = {"trait": str, "model": str, "rule": str, "pairs": int, "kept": int, "he
 
 @dataclass(frozen=True)
 class PersonaVector:
-    """Mean states under the trait minus mean states under its opposite, per layer.
+    """Persona vector: per layer, mean state of answers that show a trait minus that of answers showing its opposite.
 
     Attributes:
         vectors: `(L + 1, H)`, fp32. Index l ≥ 1 belongs to the raw output of block l, index 0 to the input of block 1.
         kind: `"extracted"`, `"random"` (a control), or `"foreign"` (a `.pt` file of another codebase, whose last entry
             was taken after the final norm and so is not a block's output).
-        metadata: facts from the file, as JSON: `trait`, `model`, `weights` (a checksum per weight of the model that
-            the vector was made with), `suggested_layer`, `foreign` (True for the control of a foreign vector), and per
-            layer `norms`, `auroc`, `separation`, `random_auroc`, `state_norms`.
+        metadata: facts from the file, of JSON types: `trait`, `model`, `weights` (a checksum of each weight of the
+            model that the vector was made with), `suggested_layer`, `foreign` (True for the control of a foreign
+            vector), and `norms`, `auroc`, `separation`, `random_auroc`, `state_norms`, each one number per layer.
 
     Raises:
         ValueError: the shape is wrong, numbers are not finite, or metadata have wrong types.
@@ -83,12 +83,12 @@ class PersonaVector:
 
     @property
     def norms(self) -> list[float]:
-        """‖v(l)‖ for l = 0 … L."""
+        """Norms ‖v(l)‖ of the directions, for l = 0 … L."""
         return self.vectors.norm(dim=1).tolist()
 
     @property
     def foreign(self) -> bool:
-        """True if this vector, or the vector that it is a control of, has a last entry from after the final norm."""
+        """True for a vector of another codebase, and for its control: the last entry is taken after the final norm."""
         return self.kind == FOREIGN or bool(self.metadata.get("foreign"))
 
     @property
@@ -105,7 +105,7 @@ class PersonaVector:
         return f"{zlib.crc32(f'{self.checksum} {self.kind} {facts}'.encode()):08x}"
 
     def check_shape(self, num_layers: int, hidden_size: int) -> None:
-        """Refuse, with `ValueError`, a model of another size than the vector's."""
+        """Raise `ValueError` if a model's number of blocks or width differs from the vector's."""
         if (self.num_layers, self.hidden_size) != (num_layers, hidden_size):
             raise ValueError(
                 f"the persona vector is of a model with {self.num_layers} blocks of width {self.hidden_size}, and "
@@ -114,10 +114,10 @@ class PersonaVector:
             )
 
     def check_layer(self, name: str, value: object, layer: int) -> None:
-        """Refuse, with `ValueError`, a layer that the vector has no entry for.
+        """Raise `ValueError` for a layer that is out of range, or for which a foreign vector has no direction.
 
         Args:
-            name, value: the argument that asks for the layer, for the message.
+            name, value: name and value of the argument that selects the layer, for the error message.
             layer: index of a block.
         """
         if not 1 <= layer <= self.num_layers:
@@ -139,13 +139,13 @@ class PersonaVector:
             model: causal language model without wrappers; adapters are left out.
 
         Returns:
-            The number of weights that were compared, all equal. 0 means that nothing could be compared.
+            The number of compared weights, which are all equal. 0 means that nothing could be compared.
 
         Raises:
             ValueError: a weight differs.
         """
         theirs, ours = self.metadata.get("weights", {}), weight_checksums(model)
-        # Rounding to fp16 and to bf16 loses different bits, so such checksums cannot be compared.
+        # Rounding to fp16 and to bf16 loses different bits, so fp16 checksums are compared only with each other.
         compared = [
             name
             for name in sorted(theirs.keys() & ours.keys())
@@ -173,7 +173,7 @@ def load_vector(name: str | os.PathLike) -> PersonaVector:
     A `.pt` file must hold one tensor of shape (layers + 1, hidden). Nothing in a file is ever executed.
 
     Raises:
-        FileNotFoundError: neither a file nor a shipped name.
+        FileNotFoundError: `name` is neither a file nor a shipped vector.
         ValueError: a damaged file, or one that holds no persona vector.
     """
     path = VECTORS_DIR / f"{name}.safetensors" if str(name) in SHIPPED_VECTORS else Path(os.path.expanduser(name))
@@ -196,7 +196,7 @@ def load_vector(name: str | os.PathLike) -> PersonaVector:
         if not stored.is_floating_point():
             raise ValueError(f"it holds {stored.dtype}, not a tensor of numbers")
         vector = PersonaVector(stored.float(), header["kind"], metadata)
-        # Files of version 0.1.0 have no checksum.
+        # Files of version 0.1.0 have no checksum, so a missing one is accepted.
         if header.get("checksum") not in (None, vector._file_checksum(header["persona_vector"])):
             raise ValueError("its checksum is another")
         return vector
@@ -207,7 +207,8 @@ def load_vector(name: str | os.PathLike) -> PersonaVector:
 
 def _load_pt(path: Path) -> torch.Tensor:
     """Return the tensor `(L + 1, H)` in a `.pt` file, fp32."""
-    # torch does not validate the checksums in its files, and it unpacks compressed parts to any size.
+    # torch does not validate the checksums in its files, and it unpacks compressed parts to any size. So both are
+    # checked here.
     with zipfile.ZipFile(path) as archive:
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise ValueError("it is packed, and torch packs nothing")
@@ -217,7 +218,7 @@ def _load_pt(path: Path) -> torch.Tensor:
     vectors = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(vectors, torch.Tensor) or not vectors.is_floating_point():
         raise ValueError(f"it holds a {type(vectors).__name__}, not a tensor of numbers")
-    # Strides of 0 can give a few bytes any shape.
+    # With strides of 0, a few stored bytes can claim any shape, so the storage must hold every element.
     if vectors.dim() != 2 or vectors.numel() * vectors.element_size() > vectors.untyped_storage().nbytes():
         raise ValueError(f"it must hold a tensor of shape (layers + 1, hidden), got {tuple(vectors.shape)}")
     return vectors.detach().float()

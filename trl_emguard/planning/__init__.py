@@ -1,1 +1,1 @@
-"""The plan of a run: what it would do, and what it would take, before weights are loaded."""
+"""Plan of a training run, made before weights are loaded: steps, rows, tokens, memory and network traffic."""

@@ -1,4 +1,4 @@
-"""Engine of a launched run: how an accelerate file and options of `accelerate launch` spread it over ranks."""
+"""Training engine of a launched run (DDP, DeepSpeed, FSDP), read from an accelerate file and launch options."""
 
 import argparse
 import copy
@@ -20,7 +20,8 @@ from ..checks import refuse_unsharded_fsdp
 from .memory import Engine
 
 
-# Documentation addresses (RFC 5737), which belong to no machine. The shipped files use them as placeholders.
+# Beginnings of the IP addresses that RFC 5737 reserves for documentation, so that no machine has them. The shipped
+# accelerate file for several machines has such an address as a placeholder.
 PLACEHOLDERS = ("192.0.2.", "198.51.100.", "203.0.113.")
 
 
@@ -29,14 +30,14 @@ class Launch:
     """Facts about a launch, read from an accelerate file and options of `accelerate launch`.
 
     Attributes:
-        engine: name and number of ranks.
-        mixed_precision: `"no"`, `"bf16"` or `"fp16"`; `None` if only the recipe sets it.
+        engine: kind of data parallelism, and number of ranks.
+        mixed_precision: `"no"`, `"bf16"` or `"fp16"`; `None` if the launch does not set it.
         fsdp: accelerate's FSDP options; `None` without FSDP.
-        offloads: weights or states are kept in CPU memory.
-        on_cpu: training runs on CPUs, even if the recipe does not say so.
-        model_ranks: ranks that share each row by tensor, context or sequence parallelism.
-        splits_sequences: context or sequence parallelism is on.
-        notes: settings that accelerate ignores, or whose error it cannot detect.
+        offloads: whether weights or optimizer states are kept in CPU memory or on disk, off the accelerator.
+        on_cpu: whether the launch makes training run on CPUs, even if the recipe does not say so.
+        model_ranks: number of ranks that work on the same row together (tensor, context or sequence parallelism).
+        splits_sequences: whether context or sequence parallelism is on.
+        notes: messages on settings that accelerate ignores, or that it accepts although they are wrong.
     """
 
     engine: Engine
@@ -50,12 +51,12 @@ class Launch:
 
     @property
     def data_ranks(self) -> int:
-        """Number of ranks that take different rows; ranks that share each row count once."""
+        """Number of ranks that train on different rows. Ranks that work on the same row together count as one."""
         return self.engine.ranks // self.model_ranks
 
     @property
     def facts(self) -> EngineFacts:
-        """Facts that a trainer in the launched run reads from its engine, and that a single process cannot know."""
+        """Facts for [`check_engine`]. A launched trainer reads them from its engine; a dry run starts no engine."""
         return EngineFacts(
             sharding="DeepSpeed" if self.engine.is_deepspeed else "FSDP" if self.fsdp is not None else None,
             fsdp_version=getattr(self.fsdp, "fsdp_version", None),
@@ -71,7 +72,8 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
         arguments: parsed arguments of `accelerate launch`; `None` for a run in this process.
 
     Raises:
-        ValueError: accelerate refuses the file or the options, or a DeepSpeed config cannot be read.
+        ValueError: accelerate refuses the file or the options, a DeepSpeed config cannot be read, or the number of
+            ranks is no multiple of the ranks that work on the same row.
         FileNotFoundError: a DeepSpeed config does not exist.
     """
     if arguments is None:
@@ -81,7 +83,8 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
         fsdp, offloads = _read_fsdp(args)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"accelerate refuses {arguments.config_file}: {error}") from error
-    # The order is that of `launch_command`, which starts one process unless GPUs or `--multi_gpu` ask for several.
+    # The branches have the order of accelerate's `launch_command`. Without DeepSpeed and FSDP, accelerate starts one
+    # process, unless GPUs or `--multi_gpu` ask for several.
     name: Any = "one process"
     ranks, notes = int(args.num_processes or 1), []
     if args.use_deepspeed and not args.cpu:
@@ -126,7 +129,7 @@ def _read_parallelism(args: argparse.Namespace) -> list[int]:
 
 
 def _read_fsdp(args: argparse.Namespace) -> tuple[FullyShardedDataParallelPlugin | None, bool]:
-    """Return the FSDP options, or `None`, and whether FSDP offloads weights to CPU memory."""
+    """Return the FSDP options (`None` without FSDP), and whether FSDP offloads weights to CPU memory."""
     if not args.use_fsdp or args.cpu:
         return None, False
     offloads, checkpointing = (
@@ -142,7 +145,7 @@ def _read_fsdp(args: argparse.Namespace) -> tuple[FullyShardedDataParallelPlugin
 
 
 def _read_deepspeed(args: argparse.Namespace) -> tuple[int, bool]:
-    """Return the stage of ZeRO, and whether weights or states are offloaded."""
+    """Return the ZeRO stage (0 to 3), and whether weights or optimizer states are offloaded."""
     path, nowhere = args.deepspeed_config_file, {None, "none"}
     if path is None:
         devices = {args.offload_optimizer_device, args.offload_param_device}
@@ -159,7 +162,7 @@ def _read_deepspeed(args: argparse.Namespace) -> tuple[int, bool]:
 
 @contextmanager
 def simulated_ranks(ranks: int) -> Iterator[None]:
-    """Set the number of processes that this process sees to `ranks` inside the `with` block."""
+    """Make accelerate report `ranks` processes inside the `with` block, although only this one runs."""
     state = PartialState()
     alone = state.num_processes
     AcceleratorState._reset_state()
@@ -173,7 +176,7 @@ def simulated_ranks(ranks: int) -> Iterator[None]:
 
 
 def check_settings(args: TrainingArguments, launch: Launch) -> None:
-    """Refuse arguments that transformers would refuse only after the engine has started.
+    """Refuse training arguments that do not work with the launch's engine. Without the engine, Trainer accepts them.
 
     Raises:
         ValueError: two settings do not work together.

@@ -1,4 +1,4 @@
-"""Formulas for each rank's memory and for network traffic, from counted weights and without a device.
+"""Formulas that estimate each rank's memory and network traffic from the counts of weights, without a device.
 
 The results are estimates. They leave out CUDA's context, the kernels' workspaces, communication buffers and the
 allocator's fragmentation. docs/scaling.md compares them with measurements.
@@ -20,12 +20,14 @@ from ..ops.head import TILE_BYTES
 
 Reference = Literal["none", "adapters off", "model"]
 
-# Beginning of an optimizer's name -> numbers that it keeps for each trained number. They have the size of the trained
-# number, or one byte if the name contains 8bit. Unknown optimizers count like Adam, with two.
+# Beginning of an optimizer's name -> how many numbers the optimizer keeps for each trained number. Each kept number
+# has the size of the trained number, or one byte if the name contains 8bit. An unknown optimizer counts like Adam,
+# with two numbers.
 STATES = {"adam": 2, "ademamix": 3, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
-# Bytes for each trained number: DeepSpeed keeps an fp32 copy, momentum and variance (K of the ZeRO paper, 1910.02054).
+# Bytes that DeepSpeed keeps for each trained number: an fp32 copy, momentum and variance (K of the ZeRO paper,
+# 1910.02054).
 DEEPSPEED_STATES = 12
-# Numbers in 4 bits that share one scale, which has 32 bits, or 8 if the scales are quantised as well.
+# Number of 4-bit weights that share one scale. The scale has 32 bits, or 8 bits if scales are quantised as well.
 BLOCK_4BIT = 64
 
 
@@ -60,7 +62,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder, under the names of its config; `layers` counts its blocks."""
+    """Sizes of a decoder, as its config gives them; `layers` is the number of its blocks."""
 
     layers: int
     hidden: int
@@ -72,7 +74,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Shape":
-        """Read the sizes from a model's config; missing ones get their usual values."""
+        """Read the sizes from a model's config; sizes that are missing get their usual values."""
         config = config.get_text_config()
         heads = config.num_attention_heads
         return cls(
@@ -100,10 +102,10 @@ class Weights:
         block: bytes of the largest decoder block, including adapters.
         head: bytes of the output head.
         ends: bytes outside of the blocks: embedding, norm, head.
-        cast: numbers in matrices of the blocks that are kept in fp32, so that a pass in bf16 has to cast them.
-        trains_head: the head is among the trained weights.
-        is_tied: the head is also the embedding.
-        adapter_width: sum of the ranks of a block's adapters; 0 without adapters.
+        cast: numbers in those matrices of the blocks that are kept in fp32. Every pass in bf16 has to cast them.
+        trains_head: whether the head is among the trained weights.
+        is_tied: whether head and embedding are the same weight.
+        adapter_width: sum of the LoRA ranks (`r`) of all adapters in a block; 0 without adapters.
     """
 
     total: int
@@ -162,7 +164,7 @@ def _numbers(parameter: nn.Parameter) -> int:
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
-    """Return the bytes of parameters; a shared one counts once."""
+    """Return the bytes of parameters; a parameter that is listed twice counts once."""
     sizes = {}
     for p in parameters:
         kind = type(p).__name__
@@ -183,17 +185,19 @@ class Run:
     Attributes:
         rows: rows in a micro-batch of one rank, including mixed-in rows.
         length: tokens in each row, including padding.
-        kept: positions of the micro-batch whose states are needed by the loss and by terms that compare with a
-            reference.
-        micro_batches: micro-batches of a rank in a step.
-        compute_itemsize: bytes of a number in a pass: 2 under bf16, else 4.
-        optimizer: name in the training arguments.
-        checkpointing: only the inputs of blocks are kept for the backward pass.
-        guarded: the loss is computed by this package's head and not by TRL's.
-        reference: model that terms compare the policy with.
-        cached: the reference's states come from disk; a reference model then needs only its head in memory.
-        has_divergence: a term compares next-token distributions.
-        layers: number of blocks whose outputs a term compares.
+        kept: number of positions in the micro-batch whose hidden states the loss needs, including its terms that
+            compare policy and reference.
+        micro_batches: number of micro-batches of a rank in a step.
+        compute_itemsize: bytes of a number in forward and backward passes: 2 under bf16, else 4.
+        optimizer: the optimizer's name in the training arguments (`optim`).
+        checkpointing: whether only the inputs of blocks are kept for the backward pass.
+        guarded: whether this package's code for the output head computes the loss, and not TRL's.
+        reference: model that the loss compares the policy with: "none", the policy's own base weights
+            ("adapters off"), or a separate model ("model").
+        cached: whether the reference's states come from disk; a separate reference model then needs only its head in
+            memory.
+        has_divergence: whether the loss compares next-token distributions.
+        layers: number of blocks whose outputs the loss compares.
     """
 
     rows: int
@@ -211,9 +215,9 @@ class Run:
 
 
 def placed(weights: Weights, run: Run, engine: Engine) -> Weights:
-    """Return the weights in the sizes in which an engine keeps them.
+    """Return the weights with the sizes that they have under an engine.
 
-    Under bf16, DeepSpeed casts all weights; FSDP2 keeps trained weights in fp32 and gathers in bf16.
+    Under bf16, DeepSpeed casts all weights. FSDP2 keeps trained weights in fp32, and gathers weights in bf16.
     """
     if run.compute_itemsize == 4 or not (engine.is_deepspeed or engine.name == "fsdp2"):
         return weights
@@ -227,21 +231,22 @@ def placed(weights: Weights, run: Run, engine: Engine) -> Weights:
 def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) -> dict[str, int]:
     """Return the bytes that each rank uses in a step: purpose -> bytes.
 
-    Not all of them are in use at the same time (see [`peak`]). TRL's head, which an undefended run uses, is left out.
+    Not all of these bytes are in use at the same time (see [`peak`]). Without `run.guarded`, TRL's own head
+    computes the loss, and the bytes of that head are left out.
     """
     weights = placed(weights, run, engine)
     n = engine.ranks
     weight_ranks = n if engine.shards_weights else 1
     gathered = 0
     if engine.shards_weights:
-        # Two blocks are gathered, the current one and the next; embedding, last norm and head stay gathered.
+        # Two blocks are gathered at a time, the current one and the next. Embedding, last norm and head stay gathered.
         gathered = min(weights.bytes, 2 * weights.block + weights.ends)
     gradients = float(weights.trained * weights.itemsize)
     if engine.name == "ddp":
-        gradients *= 2  # the buckets for the all-reduce are copies
+        gradients *= 2  # DDP's buckets for the all-reduce are copies of the gradients
     elif engine.name == "fsdp2" and run.micro_batches > 1:
         # With accelerate, FSDP2 reduces and scatters gradients only in the last micro-batch. Until then it keeps
-        # unsharded ones, in the dtype of the forward and backward passes.
+        # unsharded gradients, in the dtype of the forward and backward passes.
         gradients = weights.trained * min(weights.itemsize, run.compute_itemsize)
     elif engine.shards_gradients:
         gradients /= n
@@ -271,15 +276,15 @@ def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) ->
 def peak(items: dict[str, int], run: Run) -> int:
     """Return the largest number of bytes at one moment, from the items of [`memory_per_rank`].
 
-    The peak is in the head, at the beginning or the end of the backward pass, or in the update. After the first
-    micro-batch, gradients exist from the beginning.
+    Memory peaks while the head computes the loss, at the beginning or the end of the backward pass, or in the update.
+    From the second micro-batch of a step on, the gradients of the earlier ones are in memory all the time.
     """
     always = sum(items[name] for name in ("weights", "gathered weights", "optimizer states", "reference"))
     gradients, backward, trained_head = items["gradients"], items["backward pass of a block"], items["trained head"]
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # The embedding's gradient comes after the first block's. With tied weights, it is added to the head's.
+    # A backward pass ends with the embedding's gradient. With tied weights, it is added to the head's gradient.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 
@@ -296,22 +301,22 @@ def optimizer_states(optimizer: str, itemsize: int, engine: Engine) -> float:
 def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
     """Return the bytes that one block keeps for its backward pass, for each token.
 
-    The block has attention without a T × T matrix, a gated MLP and RMS norms in fp32. The counts were made in Llama
-    with torch's hooks on saved tensors.
+    The formula is for a block with attention that stores no T × T matrix, a gated MLP, and RMS norms in fp32. The
+    tensors that a block saves were counted in a Llama model with torch's hooks on saved tensors.
     """
     c, h, attention = run.compute_itemsize, shape.hidden, shape.heads * shape.head_dim
     saved = c * (4 * shape.intermediate + 2 * h + 2 * attention + 2 * shape.kv_heads * shape.head_dim) + 2 * 4 * h
     if not weights.adapter_width:
         return saved + c * 2 * h  # trained norm weights need saved states for their gradient
     if c < weights.itemsize:
-        saved += c * (3 * h + attention)  # each adapter casts its own input
+        saved += c * (3 * h + attention)  # each adapter saves a cast copy of its input
     return saved + c * weights.adapter_width
 
 
 def saved_activations(weights: Weights, shape: Shape, run: Run) -> int:
     """Return the bytes that the forward pass of a micro-batch keeps for the backward pass.
 
-    These are the states that the blocks save (with checkpointing, only the inputs of blocks) and the last norm's.
+    Each block saves its states (with checkpointing, only its input), and so does the last norm.
     """
     tokens, c = run.rows * run.length, run.compute_itemsize
     block = c * shape.hidden if run.checkpointing else block_activations(weights, shape, run)
@@ -330,7 +335,12 @@ def working_bytes(weights: Weights, shape: Shape, run: Run) -> int:
 
 
 def head_bytes(shape: Shape, run: Run) -> int:
-    """Return the bytes that the head needs: a chunk's fp32 tiles, their gradient in bf16, the states' gradient."""
+    """Return the bytes that this package's code for the output head needs for loss and gradient.
+
+    The result is 0 without `run.guarded`, because TRL's own code then computes the loss and is not estimated. Counted
+    are the fp32 logits of a chunk of tokens (also the reference's, if distributions are compared), their bf16 gradient
+    if passes run in bf16, and the gradient of the hidden states at the run's `kept` positions.
+    """
     if not run.guarded:
         return 0
     row = shape.vocab * (4 * (2 if run.has_divergence else 1) + (2 if run.compute_itemsize == 2 else 0))
@@ -338,9 +348,10 @@ def head_bytes(shape: Shape, run: Run) -> int:
 
 
 def compared_states(shape: Shape, run: Run) -> int:
-    """Return the bytes of the states that terms compare, at the compared positions.
+    """Return the bytes of the hidden states that the loss compares, at the run's `kept` positions.
 
-    Each block needs the reference's states, the policy's and their gradient; the head needs the first two.
+    Each compared block needs states of reference and policy, and the gradient of the policy's states. The head needs
+    states of reference and policy.
     """
     return run.kept * shape.hidden * run.compute_itemsize * (3 * run.layers + 2 * run.guarded)
 
@@ -349,12 +360,12 @@ def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, in
     """Return the bytes that each rank sends (and receives) in a step: purpose -> bytes.
 
     Bytes are counted like in the ZeRO paper (1910.02054): an all-gather or reduce-scatter moves (n − 1)/n of the data,
-    an all-reduce twice that.
+    an all-reduce twice as much.
     """
     share = (engine.ranks - 1) / engine.ranks
     weights = placed(weights, run, engine)
     if engine.name == "fsdp2":
-        # Weights and gradients are cast before they are sent.
+        # FSDP2 casts weights and gradients to the dtype of the passes before it sends them.
         shrink = weights.base_itemsize // min(weights.base_itemsize, run.compute_itemsize)
         weights = replace(weights, frozen=weights.frozen // shrink, base=weights.base // shrink)
         weights = replace(weights, itemsize=min(weights.itemsize, run.compute_itemsize))
@@ -364,14 +375,14 @@ def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, in
     if engine.shards_weights:
         volume["weights, forward"] = volume["weights, backward"] = weights.bytes * m
         if run.checkpointing and engine.is_deepspeed:
-            # This is an upper bound: DeepSpeed keeps weights that it needs again within `stage3_max_reuse_distance`.
-            # FSDP2 never gathers again.
+            # This is an upper bound, because DeepSpeed keeps weights that it needs again within
+            # `stage3_max_reuse_distance`. FSDP2 does not gather weights once more for the recomputed forward pass.
             volume["weights, recomputed"] = weights.bytes * m
         if run.reference == "adapters off" and not run.cached:
             volume["weights, reference"] = weights.bytes * m
         elif run.reference == "model" and not run.cached:
             volume["weights, reference"] = weights.base * m
-        # DeepSpeed reduces in every micro-batch.
+        # DeepSpeed reduces gradients in every micro-batch, FSDP2 only in the last one of a step.
         volume["gradients"] = gradient * (m if engine.is_deepspeed else 1)
     elif engine.name == "zero2":
         volume["gradients"], volume["weights, updated"] = gradient * m, gradient

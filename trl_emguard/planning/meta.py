@@ -55,7 +55,7 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
 
 
 def quantized(model: PreTrainedModel, how: BitsAndBytesConfig) -> PreTrainedModel:
-    """Return a model on the meta device with the layers that quantised loading would give it."""
+    """Give a model on the meta device the layers that it would have after quantised loading, and return the model."""
     quantizer = AutoHfQuantizer.from_config(how, pre_quantized=False)
     quantizer.validate_environment(device_map=None)
     quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None)
@@ -64,7 +64,7 @@ def quantized(model: PreTrainedModel, how: BitsAndBytesConfig) -> PreTrainedMode
 
 
 def read_first_rows(model: PreTrainedModel, folder: str) -> None:
-    """Load the first 64 rows of every weight in a folder's files into a meta model, for checks of its identity."""
+    """Load the first 64 rows of every weight from a folder into a meta model. Checksums of weights need no more."""
     modules = dict(model.named_modules())
     for file in Path(folder).glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
@@ -76,7 +76,7 @@ def read_first_rows(model: PreTrainedModel, folder: str) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    # Only the first index found is checked: `from_pretrained` prefers safetensors as well.
+    # Only the first index found is checked. Safetensors come first, because `from_pretrained` prefers them too.
     for index in chain(folder.glob("*.safetensors.index.json"), folder.glob("*.bin.index.json")):
         for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
             if not (folder / name).is_file():
@@ -107,7 +107,7 @@ def meta_trainer(
         args: configuration with complete `model_init_kwargs`.
         data: training and evaluation rows.
         quantization, peft_config: arguments of the trainer.
-        launch: launch of the run. Call this function inside of [`simulated_ranks`].
+        launch: facts about the launch. Call this function inside of [`simulated_ranks`].
 
     Raises:
         ValueError, FileNotFoundError, InactiveDefenseError: errors that the run would raise.
@@ -118,11 +118,12 @@ def meta_trainer(
     check_settings(args, launch)
     given = _unplaced(args)
     given.push_to_hub, given.model_init_kwargs = False, None
-    if launch.mixed_precision is not None and not (args.bf16 or args.fp16):  # a recipe's precision wins, as in a rank
+    # The precision in the training arguments wins over that of the launch, as it does in a launched run.
+    if launch.mixed_precision is not None and not (args.bf16 or args.fp16):
         given.mixed_precision = launch.mixed_precision
     revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as scratch:
-        given.output_dir = scratch  # the trainer makes this folder
+        given.output_dir = scratch  # the trainer makes this folder, and a dry run leaves none behind
         trainer = MetaTrainer(
             meta_model(path, args, quantization),
             given,
@@ -133,7 +134,8 @@ def meta_trainer(
             peft_config=peft_config,
         )
     trainer.args.output_dir = args.output_dir
-    # No engine runs in this process, so the trainer is told of the launch's engine, and the checks are repeated.
+    # No engine runs in this process, so the trainer has passed its own engine check without one. Now the trainer is
+    # told the engine of the launch, and the check is repeated.
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = launch.engine.is_deepspeed, launch.fsdp is not None
     check_engine(trainer.defenses, args, launch.facts)
     if trainer.reference is not None and launch.engine.name == "zero3":
@@ -144,7 +146,7 @@ def meta_trainer(
 
 
 def _check_folder(argument: str, folder: str) -> None:
-    """Raise `ValueError` if a folder cannot be made or written to; nothing is made."""
+    """Raise `ValueError` if a folder cannot be made or written to. The folder is not made here."""
     absolute = Path(folder).absolute()
     existing = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -152,8 +154,8 @@ def _check_folder(argument: str, folder: str) -> None:
 
 
 def _unplaced(args: EMGuardConfig) -> EMGuardConfig:
-    """Return a copy of the arguments under which Trainer leaves the model on its device."""
+    """Return a copy of the arguments that makes Trainer leave the model on the meta device."""
     unplaced: Any = copy.copy(args)
-    # Trainer reads this from the class, where it is a property without a setter.
+    # `place_model_on_device` is a property without a setter, so the copy gets a class that overrides it.
     unplaced.__class__ = type(type(args).__name__, (type(args),), {"place_model_on_device": False})
     return unplaced

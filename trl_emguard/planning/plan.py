@@ -1,4 +1,4 @@
-"""The plan of a run: steps, rows, tokens and compared positions, counted before training."""
+"""Plan of a run, counted before training: steps, rows, tokens, and positions compared with the reference."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from .memory import Run
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens and labels of rows, or of packs of rows.
+    """Numbers of tokens and labels in each row, or in each pack of rows.
 
     Attributes:
         tokens: number of tokens in each row.
@@ -30,12 +30,12 @@ class Counts:
 
     @classmethod
     def of(cls, rows: Dataset) -> "Counts":
-        """Count tokenised rows, packed or not."""
+        """Count the tokens and labels of tokenised rows, packed or not."""
         counts = cls()
         columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
         for row in rows.select_columns(columns):
             ids, labels, documents = row["input_ids"], row["labels"], row.get("seq_lengths") or []
-            # Nothing predicts the first token of a document.
+            # Nothing predicts the first token of a row, or of a document in a pack, so its label is not counted.
             firsts = accumulate(documents[:-1], initial=0)
             counts.tokens.append(len(ids))
             counts.labels.append(
@@ -53,15 +53,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run that follow from its trainer before training.
+    """Numbers of a run, counted with its trainer before the first step.
 
     Attributes:
-        trainer: trainer of the run, on any device including the meta device.
-        launch: launch of the run.
+        trainer: trainer of the run. Its model may be on any device, including the meta device.
+        launch: facts about the launch, such as the number of ranks.
         steps: number of updates in the run.
         steps_in_epoch: number of updates in an epoch.
-        rows: counts of the training rows; empty for a stream.
-        extra: counts of the rows that a defense brings into the batches of an epoch, by the defense's name.
+        rows: tokens and labels of the training rows; empty for a stream.
+        extra: name of a defense → tokens and labels of the rows that it mixes into the batches of an epoch.
     """
 
     trainer: EMGuardTrainer
@@ -103,21 +103,21 @@ class Plan:
 
     @property
     def all_rows(self) -> Counts:
-        """Counts of the training rows of an epoch and the rows that defenses bring in."""
+        """Tokens and labels of all rows of an epoch: the training rows, then the rows that defenses mix in."""
         return sum(self.extra.values(), self.rows)
 
     @property
     def rows_in_step(self) -> int:
-        """Training rows of a step, over all ranks and micro-batches."""
+        """Number of training rows in a step, over all ranks and micro-batches."""
         return self.rows_in_batch * self.trainer.args.gradient_accumulation_steps
 
     @property
     def rows_in_batch(self) -> int:
-        """Training rows of a micro-batch, over all ranks."""
+        """Number of training rows in a micro-batch, over all ranks."""
         return self.trainer.args.per_device_train_batch_size * self.launch.data_ranks
 
     def in_step(self, in_epoch: int) -> int:
-        """Return a step's share of a number that is counted over an epoch."""
+        """Return how much of an epoch's count, for example of tokens, falls on one step on average."""
         return round(in_epoch * min(1, self.rows_in_step / self.rows.rows))
 
     def positions(self, scope: str) -> int | None:
@@ -139,7 +139,12 @@ class Plan:
         return sum(sum(counts.labels) for counts in extra) if extra else None
 
     def marked_tokens(self, defense: Defense) -> int | None:
-        """Return the tokens that a defense marks in the training rows themselves, or `None` if it marks none there."""
+        """Return the number of tokens that a defense marks in the training rows, or `None`.
+
+        A defense marks tokens to tell them apart from others, for example those of rows that were mixed in before
+        packing. The result is `None` for a stream, for a defense without marks, and for a defense whose mixed-in rows
+        are counted in `extra`.
+        """
         rows = self.trainer.train_dataset
         if not defense.scopes or defense.name in self.extra or not isinstance(rows, Dataset):
             return None
@@ -148,16 +153,17 @@ class Plan:
         return sum(int(mask.sum()) for scopes in marks for mask in scopes.values())
 
     def cached_numbers(self) -> int:
-        """Return the numbers that a cache of the reference's states would hold, over the rows of an epoch."""
+        """Return how many numbers a cache of the reference's states would hold for the rows of an epoch."""
         scopes, run = {term.tokens for term in self.terms}, self.largest_batch()
-        # Positions that a defense marks are a subset of the positions that predict a label.
+        # Every position that a defense marks also predicts a label, and every token with a label is real. A cache
+        # holds a position once even if two scopes have it, so only the widest scope is counted.
         counted = {ALL} if ALL in scopes else {LABELS} if LABELS in scopes else scopes
         positions = sum(self.positions(scope) or 0 for scope in counted)
         hidden_size = self.trainer.model.config.get_text_config().hidden_size
         return positions * (run.has_divergence + run.layers) * hidden_size
 
     def largest_batch(self) -> Run:
-        """Return the run's largest micro-batch, with its other settings that affect memory."""
+        """Return the sizes of the run's largest micro-batch, together with the settings that affect memory."""
         trainer, args, terms, counts = self.trainer, self.trainer.args, self.terms, self.all_rows
         rows, multiple = args.per_device_train_batch_size + self._extra_in_batch(), args.pad_to_multiple_of or 1
         length = math.ceil(max(counts.tokens, default=args.max_length or 0) / multiple) * multiple
@@ -181,7 +187,7 @@ class Plan:
         )
 
     def _extra_in_batch(self) -> int:
-        """Return the largest number of extra rows in a micro-batch of one rank."""
+        """Return the largest number of rows that defenses mix into a micro-batch of one rank."""
         rows = self.rows.rows
         if self.trainer.args.dataloader_drop_last:
             rows -= rows % self.rows_in_batch
@@ -194,10 +200,10 @@ def _terms(trainer: EMGuardTrainer) -> list[ReferenceDefense]:
 
 
 def _count_extra_rows(trainer: EMGuardTrainer) -> dict[str, Counts]:
-    """Count the rows that defenses bring into the batches of an epoch, by the defense's name."""
+    """Return name of a defense → tokens and labels of the rows that it mixes into the batches of an epoch."""
     args = trainer.args
     planned = args.num_train_epochs, args.max_steps
-    # Defenses plan extra rows for the whole training, so the training is set to one epoch here.
+    # Defenses plan the rows that they mix in for the whole training, so training is set to one epoch for this count.
     args.num_train_epochs, args.max_steps = 1, -1
     try:
         trainer.loading(trainer.train_dataset)

@@ -1,8 +1,8 @@
 """Report of a dry run: what a run would do, and every error that it would meet before its first step.
 
 The trainer of the run is built on the meta device, so no weights are loaded. Rows are tokenised and mixed as in the
-run, the first batch is collated, and optimizer and scheduler are made. Nothing is trained or written. With an
-accelerate file, too, all of this happens in one process, which computes as if the file's ranks were running.
+run, the first batch is collated, and optimizer and scheduler are made. Nothing is trained or written. All of this
+happens in one process. With an accelerate file, that process computes as if the file's ranks were running.
 """
 
 import logging
@@ -55,8 +55,8 @@ def dry_run(
         args: configuration with complete `model_init_kwargs`.
         data: training and evaluation rows.
         quantization, peft_config: arguments of the trainer.
-        launch: launch of the run.
-        heard: warnings so far, from [`listening`]. Those that would not appear in the real run are removed.
+        launch: facts about the launch.
+        heard: list in which [`listening`] collects warnings. Those that the real run would not give are removed.
 
     Raises:
         ValueError, FileNotFoundError, InactiveDefenseError: errors that the run would raise.
@@ -70,7 +70,7 @@ def dry_run(
 
 
 def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, heard: list[str]) -> None:
-    """Repeat those checks of the policy that gave a warning, this time with the first rows of the policy's weights."""
+    """Repeat the checks of the policy that warned on the meta device, now with the first rows of its weights."""
     if not trainer.overrides("check_policy"):
         return
     model, repeated = meta_model(path, args, None), []
@@ -126,7 +126,7 @@ def _about_data(plan: Plan) -> list[Line]:
     lines = [("data", f"{counts.rows} {unit}, {tokens} tokens, {labels} of them are trained on (labels)")]
     cut = 0 if args.max_length is None else sum(length > args.max_length for length in whole)
     if cut:
-        # Long rows that end early teach the model to stop early.
+        # Rows that are cut end early, and teach the model to stop early. A warning says so if they are many.
         about = "warning" if cut > 0.05 * len(whole) and not args.packing else "data"
         verb = "are longer than" if args.packing else "are cut at"
         lines.append((about, f"{cut} of {len(whole)} rows {verb} max_length={args.max_length}"))
@@ -237,7 +237,7 @@ def _short(number: int, units: dict[str, int] = BYTES) -> str:
 
 @contextmanager
 def listening() -> Iterator[list[str]]:
-    """Collect Python's warnings and the messages of every logger at WARNING or above, each once."""
+    """Collect Python's warnings and the messages of every logger at WARNING or above. Each text is kept once."""
     heard: list[str] = []
 
     def hear(text: object) -> None:
@@ -249,7 +249,7 @@ def listening() -> Iterator[list[str]]:
     handler.emit = lambda record: hear(record.getMessage())  # type: ignore[method-assign]
     with ExitStack() as restored, warnings.catch_warnings():
         for logger in map(logging.getLogger, (None, "transformers", "datasets", "trl", "peft", "accelerate")):
-            # The root logger hears a library's logger that propagates.
+            # A library's logger that propagates reaches the root logger, so it needs no handler of its own.
             if logger.parent is None or not logger.propagate:
                 restored.callback(setattr, logger, "handlers", logger.handlers)
                 logger.handlers = [handler]
@@ -263,7 +263,7 @@ def report(call: Callable[[list[str]], list[Line]]) -> None:
     """Print the lines and warnings of a dry run, even if it ends in an error.
 
     Args:
-        call: function from the list of warnings to the lines of the report.
+        call: function that returns the lines of the report. It is given the list in which warnings are collected.
     """
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

@@ -1,4 +1,4 @@
-"""References that share the policy's base weights: adapters off, or a frozen copy of the adapter."""
+"""Reference models on the policy's base weights: with all adapters off, or with a frozen copy of the adapter."""
 
 import copy
 import types
@@ -32,11 +32,11 @@ REF_ADAPTER = "ref"
 class AdapterReference(Reference):
     """Reference that runs on the policy's base weights, without adapters or with a frozen copy of its adapter.
 
-    The reference's pass runs inside the policy's forward.
+    During training it has no call of its own: it runs inside a call of the policy's patched `forward`.
 
     Args:
         policy: model with all its adapters.
-        adapter: name of the frozen adapter; `None` for the base model.
+        adapter: name of the frozen adapter that the reference runs with; `None` for the base model.
     """
 
     def __init__(self, policy: PeftModel, adapter: str | None):
@@ -76,7 +76,7 @@ class AdapterReference(Reference):
 def trained_outside_adapters(policy: PeftModel) -> list[str]:
     """Return the names of trained parameters that stay in the forward pass when all adapters are switched off.
 
-    An adapter's parameters are known by their names, which contain the name of the adapter.
+    An adapter's parameters are recognised by their names, which contain the name of the adapter.
     """
     adapters = set(policy.peft_config)
     return [name for name, p in policy.named_parameters() if p.requires_grad and adapters.isdisjoint(name.split("."))]
@@ -85,12 +85,13 @@ def trained_outside_adapters(policy: PeftModel) -> list[str]:
 def adapter_is_zero(policy: PeftModel) -> bool:
     """Return whether the active adapters leave the model's outputs unchanged.
 
-    They do if B of every LoRA (A for an embedding) is 0, and every copy of a module or token embedding is unchanged.
+    They do if every LoRA's matrix B is 0 (A for an embedding), and every trained copy of a module or of token
+    embeddings equals the original. Layers of any other adapter type (also AdaLoRA) count as changing.
     """
     zeros: list[torch.Tensor] = []
     for layer in (m for m in policy.modules() if isinstance(m, BaseTunerLayer)):
         if isinstance(layer, TrainableTokensLayer):
-            # This layer may be an adapter by itself. If it belongs to a wrapper, it is checked again below.
+            # Trained tokens can be an adapter without a wrapper, so they are checked here. Wrappers are checked below.
             if not all(_tokens_untouched(layer, name) for name in layer.active_adapters):
                 return False
             continue
@@ -109,7 +110,7 @@ def adapter_is_zero(policy: PeftModel) -> bool:
 
 
 def _is_untouched(wrapper: AuxiliaryTrainingWrapper, adapter: str) -> bool:
-    """Return whether a copied module, or trainable tokens, still equal the weights that they replace."""
+    """Return whether a wrapper's copy of a module, or its trained token rows, still equal the original weights."""
     if not isinstance(wrapper, ModulesToSaveWrapper):
         return _tokens_untouched(wrapper.token_adapter, adapter)
     if adapter not in wrapper.modules_to_save:
@@ -128,10 +129,11 @@ def _tokens_untouched(layer: TrainableTokensLayer, adapter: str) -> bool:
 
 
 def add_ref_adapter(policy: PeftModel) -> str:
-    """Add a frozen copy of the active adapter, which is left out of checkpoints, and return the copy's name.
+    """Add a frozen copy of the active adapter, which checkpoints leave out, and return the copy's name.
 
     Raises:
-        ValueError: several adapters are active, the name is taken, or this type of adapter cannot be copied.
+        ValueError: the number of active adapters is not 1, the user has an adapter named `ref`, or this type of
+            adapter cannot be copied.
     """
     active = policy.active_adapters
     if len(active) != 1:
@@ -145,7 +147,7 @@ def add_ref_adapter(policy: PeftModel) -> str:
             f"the model already has an adapter named {REF_ADAPTER!r}, the name that the frozen copy takes: rename it, "
             "or pass `ref_model`."
         )
-    # Another trainer on the same model may still use its own copy.
+    # Another trainer on the same model may still use the copy that it added, so this copy gets a new name.
     taken = (REF_ADAPTER if i == 1 else f"{REF_ADAPTER}_{i}" for i in count(1))
     own = next(name for name in taken if name not in policy.peft_config)
     config = copy.deepcopy(policy.peft_config[active[0]])
@@ -178,7 +180,7 @@ def add_ref_adapter(policy: PeftModel) -> str:
 
 
 def remove_ref_adapter(policy: PeftModel, name: str) -> None:
-    """Remove a frozen copy from a model, and after the last copy also the patch of `save_pretrained`."""
+    """Remove a frozen adapter copy from a model; with the last copy, also remove the patch of `save_pretrained`."""
     ours = vars(policy).get("_emguard_refs", set())
     if name in ours:
         policy.delete_adapter(name)
@@ -193,8 +195,8 @@ def _save_policy(policy: PeftModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def frozen_copy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    """Return a deep copy of a model with the stock forward."""
+    """Return a deep copy of a model, without a patch of the model's `forward`."""
     copied = copy.deepcopy(policy)
-    # The copy of a patched forward would still run the policy, so it is removed.
+    # The patched `forward` is copied too and would still run the policy, so the copy loses the patch.
     bare_model(copied).__dict__.pop("forward", None)
     return copied

@@ -19,19 +19,20 @@ def check_agreement(
 ) -> None:
     """Refuse a reference that is not the model which training starts from.
 
-    In the first step with labels, policy and reference are the same model. So their states must be equal at every
-    position that predicts a label, and every distance must be 0. A `ref_model` that the user gave may be a different
-    model, so it is not checked.
+    Policy and reference are the same model in the first step with labels. So their hidden states must be equal at
+    every position that predicts a label, and each defense must find a distance of 0 between them. A `ref_model` that
+    the user gave may be a different model, so it is not checked.
 
     Args:
         reference: the run's reference.
-        defenses: active reference defenses.
-        sums: named sums of the first step with labels.
-        policy: the policy.
-        is_bf16: whether passes run in bf16.
+        defenses: active defenses that compare the policy with the reference.
+        sums: name → sum over the first step with labels. The check uses the sums of each defense's distances and of
+            the states' relative differences, and the numbers of positions.
+        policy: the model that is trained.
+        is_bf16: whether forward passes run in bf16.
 
     Raises:
-        ValueError: states or distances differ by more than rounding explains.
+        ValueError: the states differ, or a distance is above 0, by more than rounding explains.
     """
     if reference.kind is Kind.GIVEN:
         return
@@ -55,7 +56,8 @@ def check_agreement(
         mean = sums[f"{term.name}/value"] / max(sums[f"{term.name}/positions"], 1)
         allowed = tolerance
         if cached is not None and term.divergence is None:
-            # Cached states round differently, since their pass had another batch. A distance may scale with them.
+            # Cached states come from other batches, so they are rounded differently. The distance that this makes may
+            # grow with the size of the states, so the limit is taken from the cached states.
             allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(
@@ -65,16 +67,20 @@ def check_agreement(
 
 
 def _allowed_difference(reference: Reference, policy: Any, dtypes: set[torch.dtype]) -> float:
-    """Return the difference of states that rounding can explain; 0 on a CPU if both passes compute alike."""
+    """Return the largest relative difference of states that rounding explains.
+
+    On a CPU it is 0 if policy and reference compute in the same way: no DoRA, no cached states, no compiled module,
+    and both in the same dtype, fp32 or bf16.
+    """
     is_fp32 = dtypes == {torch.float32}
     configs = getattr(policy, "peft_config", {}).values()
     if any(getattr(config, "use_dora", False) for config in configs):
-        # DoRA's magnitude is rounded, so the adapted model is not quite the base model.
+        # DoRA's stored magnitudes are rounded, so a model with a fresh DoRA adapter is not exactly the base model.
         return 1e-4 if is_fp32 else 0.2
     is_compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in policy.modules())
     if isinstance(reference, CachedReference) or is_compiled or len(dtypes - {torch.float32, torch.bfloat16}) > 0:
         return 1e-3 if is_fp32 else 0.1
     if not reference.shares_weights and reference.model.dtype != policy.dtype:
         return 0.1
-    # The kernels of an accelerator may add up in another order from call to call.
+    # Kernels of an accelerator may add numbers up in another order from call to call, which changes the rounding.
     return 0.0 if policy.device.type == "cpu" else 1e-6 if is_fp32 else 4e-3

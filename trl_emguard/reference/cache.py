@@ -2,8 +2,8 @@
 
 Training steps then read the states instead of running the reference. A folder holds the states of one reference. The
 folder's name is a hash of everything that the states are known to depend on except the rows ([`describe_states`]). A
-row is found by its content, so the states also serve another epoch, another order, another rank, a resumed run, or
-another data set that shares rows with the first.
+row is looked up by its content. So its states can also be read in another epoch or order, on another rank, in a
+resumed run, or for another data set that contains the same row.
 """
 
 import hashlib
@@ -28,27 +28,31 @@ from .cached_rows import CachedRow, check_length, row_keys
 from .state_files import StateFiles
 
 
-# A file is written once its states take this many bytes. An interrupted run loses no more than that, per rank.
+# A rank writes a file as soon as the states that it has computed take this many bytes. So an interruption costs each
+# rank at most about this many bytes of states.
 FILE_BYTES = 64 * 2**20
 
-# Name of the final states, which the head turns into logits. The output of a block is named by the block's number.
+# Name of the states after the final norm, which the output head turns into logits. A block's output is named by the
+# block's number.
 LAST = "last"
 
-# Function from indices of rows to their collated batch and the positions that some term compares, `(B, T - 1)`.
+# Function from indices of rows to their collated batch and a mask, `(B, T - 1)`, of the positions that some defense
+# compares.
 Collate = Callable[[Sequence[int]], tuple[dict[str, Any], torch.Tensor]]
-# Function from the inputs of a backbone and positions, `(B, T - 1)`, to the reference's states at these positions.
+# Function from a backbone's keyword arguments and a mask of positions, `(B, T - 1)`, to the reference's states there.
 RunReference = Callable[[dict[str, Any], torch.Tensor], States]
 
 
 class ReferenceCache:
-    """States of one reference, computed before training and read in its steps.
+    """Store of one reference's hidden states, which are computed before training and read in the training steps.
 
     Args:
         model: causal language model without wrappers that the reference runs on: the policy, or a separate model.
         run: function that runs the reference.
-        head: the reference's head, weight `(V, H)` and bias `(V,)` or `None`. It is not kept on disk.
+        head: the reference's output head: weight `(V, H)`, and bias `(V,)` or `None`. The head is not kept on disk.
         layers: blocks whose outputs are kept, counted from 1.
-        keeps_last: whether the states after the final norm are kept, for a term that compares distributions.
+        keeps_last: whether the states after the final norm are kept. A defense that compares next-token distributions
+            needs them.
         accelerator: accelerator of the run, whose ranks share the work and the folder.
         without: names of the model's adapters that are switched off in the reference's pass.
     """
@@ -72,17 +76,18 @@ class ReferenceCache:
         self.folder = reference_cache_dir() / hashlib.sha256(_as_json(self._about).encode()).hexdigest()[:32]
         self._files = StateFiles(self.folder, names, model.config.get_text_config().hidden_size, model.dtype)
 
-    # ---- in a step ----
+    # ---- in a training step ----
 
     def states(self, inputs: Mapping[str, Any], compared: torch.Tensor) -> States:
-        """Return the states that the reference's pass over a batch would give, in the same order.
+        """Return a batch's states from the files, in the order in which a pass of the reference would give them.
 
         Args:
             inputs: collated batch of `(B, T)` tensors.
-            compared: `(B, T - 1)`, positions that some term compares, P of them.
+            compared: `(B, T - 1)`, mask of the positions that some defense compares, P of them.
 
         Returns:
-            [`States`] on the CPU, `(P, H)` each. The final states are `(P, 0)` if no term compares distributions.
+            [`States`] on the CPU, `(P, H)` each. The states after the final norm are `(P, 0)` if no defense compares
+            distributions.
 
         Raises:
             ValueError: a row is not in the cache.
@@ -104,12 +109,12 @@ class ReferenceCache:
     def distance_of_rounding(
         self, token_loss: Callable[..., torch.Tensor], layers: Sequence[int], relative: float
     ) -> float:
-        """Return a term's mean distance between cached states and the same states with a relative error.
+        """Return a defense's mean distance between cached states and the same states with a relative error added.
 
         Args:
             token_loss: function from two lists of states to the distance of each token.
-            layers: blocks that the term compares.
-            relative: relative error of each number, positive and negative in turn.
+            layers: blocks whose outputs the defense compares.
+            relative: size of the error, relative to each number. Its sign alternates along a state.
         """
         kept = self._files.sample(256)
         states = [kept[str(layer)].float() for layer in layers]
@@ -123,17 +128,19 @@ class ReferenceCache:
         """Compute and write the states that the cache lacks.
 
         Args:
-            collate: function that makes a batch of rows, by their indices, and finds the positions to keep.
-            count: number of rows.
-            batch_size: number of rows in a pass.
-            is_quiet: whether no progress bar is shown.
+            collate: function that makes a batch of the rows with given indices, and marks the positions whose states
+                are kept.
+            count: number of rows in the data.
+            batch_size: number of rows in one pass of the reference.
+            is_quiet: whether to hide the progress bar.
 
         Returns:
-            A line that says what was done.
+            A line for the log: number and size of the cached rows, how many were computed now, and the folder.
 
         Raises:
-            ValueError: the states do not fit on the disk; those on the disk are not the reference's; or a row's states
-                depend on more than the row: other inputs, pads on the left, or the longest row of a batch.
+            ValueError: no row has a position to compare; the states do not fit on the disk; the states on the disk
+                are not the reference's; ranks see different folders; the collator makes other rows at each call; or a
+                row's states depend on more than the row (other inputs, pads on the left, the longest row of a batch).
             OSError: a file cannot be written, or a damaged one cannot be deleted.
         """
         rows = self._find_rows(collate, count)
@@ -147,7 +154,7 @@ class ReferenceCache:
         missing = [row for row in rows if row.key not in self._files.keys]
         self._check_disk(missing)
         self._check_live(collate, [row for row in rows if row.key in self._files.keys][:batch_size])
-        # No rank writes before every rank has counted the rows that are missing.
+        # No rank may write before all have counted the missing rows: a new file would change the others' counts.
         self._accelerator.wait_for_everyone()
         self._compute(collate, rows, batch_size, is_quiet)
         self._accelerator.wait_for_everyone()
@@ -164,10 +171,10 @@ class ReferenceCache:
         return f"reference cache: {len(rows)} rows ({text}), {done}, in {self.folder}."
 
     def _find_rows(self, collate: Collate, count: int) -> list[CachedRow]:
-        """Return every distinct row that some term looks at, longest first.
+        """Return every distinct row with a position that some defense compares, longest row first.
 
-        Rows of similar length need little padding in a batch, and if a batch does not fit in memory, the first one
-        shows it.
+        Sorted rows need little padding in a batch. If any batch is too large for the memory, the first one already
+        fails.
         """
         found: dict[bytes, CachedRow] = {}
         for index in range(count):
@@ -184,8 +191,8 @@ class ReferenceCache:
         return rows
 
     def _compute(self, collate: Collate, rows: Sequence[CachedRow], batch_size: int, is_quiet: bool) -> None:
-        # The split of rows over ranks does not depend on which rows are missing. So ranks need not see the same files,
-        # and a resumed run may have another number of ranks.
+        # Each rank takes a fixed share of all rows and skips the rows that are on disk. So no row is left out if ranks
+        # see different files, or if a resumed run has another number of ranks.
         rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
         mine = [row for row in rows[rank::ranks] if row.key not in self._files.keys]
         waiting: list[CachedRow] = []
@@ -204,7 +211,7 @@ class ReferenceCache:
                 bar.update(len(batch))
 
     def _live(self, collate: Collate, rows: Sequence[CachedRow]) -> dict[str, torch.Tensor]:
-        """Run the reference on rows, and return their states in the form that the files keep."""
+        """Run the reference on rows. Return their states on the CPU, with the names and dtype that files use."""
         inputs, compared = collate([row.index for row in rows])
         # Without this check, states could be written under another row's key.
         if row_keys(inputs, compared) != [row.key for row in rows]:
@@ -219,19 +226,21 @@ class ReferenceCache:
         return {name: states[name].to("cpu", self._model.dtype) for name in self._files.names}
 
     def _check_live(self, collate: Collate, rows: Sequence[CachedRow]) -> None:
-        """Refuse states on the disk that are not those of the reference, which is run on one batch for this.
+        """Run the reference on one batch, and refuse states on the disk that differ from the new ones.
 
-        The folder's name cannot reflect everything that states depend on, such as weights that the fingerprint's
+        The folder's name cannot reflect everything that states depend on. Examples are weights that the fingerprint's
         sample misses, a layer that a hook changes, or a precision that another library sets.
         """
         if not rows:
             return
         live, kept = self._live(collate, rows), self._files.states([row.key for row in rows])
         is_exact = [self._about[name] for name in ("dtype", "autocast", "matmul")] == ["torch.float32", "no", "ieee"]
-        # Another batch changes fp32 states by 1e-6 of their length, bf16 states by 1e-2, and quantised ones by more.
+        # When a row is run in another batch, its fp32 states change by 1e-6 of their length, bf16 states by 1e-2, and
+        # states of a quantised model by more.
         allowed = 1e-4 if is_exact and not getattr(self._model, "hf_quantizer", None) else 5e-2
         for name, states in live.items():
-            # Positions are compared one by one: the first token's state is often a thousand times as long as others.
+            # Each difference is divided by the length of its own state, because the first token's state is often a
+            # thousand times as long as the others.
             length = states.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
             difference = float(((kept[name].float() - states.float()).norm(dim=-1) / length).mean())
             if not difference <= allowed:
@@ -254,7 +263,7 @@ class ReferenceCache:
 
 
 def reference_cache_dir() -> Path:
-    """Return the folder that holds the folders of all references."""
+    """Return the cache folder, in which every reference has a folder of its own."""
     return cache_dir() / "reference"
 
 
@@ -267,10 +276,11 @@ def describe_states(
         model: causal language model without wrappers.
         names: names of the states that are kept.
         device: type of the device that the pass runs on.
-        autocast: precision that the pass runs in, as accelerate names it.
+        autocast: mixed precision of the pass, as accelerate names it (`no`, `bf16`, …).
         without: names of the model's adapters that are switched off in the pass.
     """
-    # `torch.get_float32_matmul_precision` raises if transformers' tf32=True has set it through the new interface.
+    # `torch.get_float32_matmul_precision` would raise if transformers' `tf32=True` has set the precision, because that
+    # uses PyTorch's newer interface.
     products: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     config = model.config.to_dict()
     # These entries do not affect the states, but they change with the model's folder and with the trainer's settings.
@@ -278,7 +288,7 @@ def describe_states(
         config.pop(name, None)
     adapters = {name: x.to_dict() for name, x in getattr(model, "peft_config", {}).items() if name not in without}
     return {
-        # Weights are named as in a model without adapters, so that the states serve runs with other adapters too.
+        # Weights are named as in a model without adapters, so that runs with other adapters find the same states.
         "weights": fingerprint(model, without, is_plain=True),
         "adapters": adapters,
         "config": config,

@@ -21,11 +21,11 @@ from .kinds import Reference
 
 
 class CachedReference(Reference):
-    """Reference that reads states from disk, which another reference has computed for all rows of the training.
+    """Reference that reads its states from disk. Another reference has computed them for all rows before training.
 
     Args:
         reference: reference that computes the states.
-        defenses: active defenses. States of their extra rows are kept as well.
+        defenses: active defenses. Rows that they add to the batches are cached as well.
         accelerator: the run's accelerator.
     """
 
@@ -48,11 +48,11 @@ class CachedReference(Reference):
         Args:
             rows: tokenised training rows.
             collator: the run's data collator.
-            batch_size: number of rows in a pass.
-            is_quiet: whether no progress bar is shown.
+            batch_size: number of rows in one pass of the reference.
+            is_quiet: whether to hide the progress bar.
 
         Returns:
-            A line that says what was done.
+            A line for the log: number and size of the cached rows, how many were computed now, and the folder.
         """
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
         layers = wanted_layers(self._terms, self.model)
@@ -73,7 +73,7 @@ class CachedReference(Reference):
         return said
 
     def _collate(self, rows: Dataset, collator: Collator) -> tuple[Collate, int]:
-        """Return a function from indices to a batch with its compared positions, and the number of all rows."""
+        """Return the [`Collate`] function over the training rows and the rows that defenses add, and their number."""
         sources: list[tuple[Any, set[str]]] = [(rows, set())]
         for defense in self._defenses:
             extra = defense.extra_rows()
@@ -110,6 +110,6 @@ class CachedReference(Reference):
         return self._live.fingerprint(policy)
 
     def distance_of_rounding(self, term: ReferenceDefense, share: float) -> float:
-        """Return a term's mean distance between cached states and the same states with a relative error of `share`."""
+        """Return a defense's mean distance between cached states and these states with a relative error of `share`."""
         assert self._cache is not None
         return self._cache.distance_of_rounding(term.token_loss, wanted_layers([term], self.model), share)

@@ -20,13 +20,13 @@ _INPUTS = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_
 
 @dataclass
 class CachedRow:
-    """A row whose states are kept.
+    """Training row whose states belong in the cache.
 
     Attributes:
         index: index of the row in the data.
         key: digest by which the row is found.
         length: number of tokens, including pads that the collator adds even to a single row.
-        positions: number of positions that are kept.
+        positions: number of positions whose states are kept.
     """
 
     index: int
@@ -36,17 +36,18 @@ class CachedRow:
 
 
 def row_keys(inputs: Mapping[str, Any], compared: torch.Tensor) -> list[bytes | None]:
-    """Return the keys of a batch's rows: digests of their tokens, without pads, and of the positions that are kept.
+    """Return the key of each row of a batch: a digest of the row's tokens, without pads, and of its kept positions.
 
     Args:
         inputs: collated batch of `(B, T)` tensors.
-        compared: `(B, T - 1)`, positions to keep.
+        compared: `(B, T - 1)`, mask of the positions whose states are kept.
 
     Returns:
         16 bytes for each row, or `None` if no position of the row is kept.
 
     Raises:
-        ValueError: a row's states would depend on more than its own tokens.
+        ValueError: a row's states would depend on more than its own tokens, or the batch has no attention mask of
+            shape `(B, T)`.
     """
     mask = inputs.get("attention_mask")
     more = sorted(set(inputs) - _INPUTS)

@@ -1,4 +1,4 @@
-"""The choice of a reference: adapters off, a frozen `ref` adapter, or a frozen model of its own."""
+"""Choice of the reference model: the policy with adapters off or with a frozen `ref` adapter, or a separate model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 def reference_kind(
     policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | str | None, args: Any, is_sharded: bool
 ) -> Kind:
-    """Choose the kind of reference for a policy as it is given, before it has learned anything.
+    """Choose the kind of reference for a policy, which must not have been trained yet in this run.
 
     | policy | reference |
     |---|---|
@@ -32,16 +32,17 @@ def reference_kind(
     | adapter with trained weights outside of it (`bias!="none"`, unfrozen layers) | a frozen copy of the whole model |
     | adapter whose output is zero (fresh LoRA, rsLoRA, DoRA, EVA) | the base model: adapters off |
     | any other adapter (pre-trained; PiSSA, OLoRA, LoftQ; not LoRA) | a frozen copy of the adapter, named `ref` |
-    | no adapter | a frozen copy; loaded again if the model is sharded or `ref_model_init_kwargs` is given |
+    | no adapter, and the model is sharded or `ref_model_init_kwargs` is given | the same model, loaded again |
+    | no adapter otherwise | a frozen copy of the model |
 
     Args:
-        policy: the model. On the meta device an adapter counts as fresh, since its weights have no values.
-        ref_model: the trainer's argument.
+        policy: the model to train. On the meta device an adapter counts as fresh, since its weights have no values.
+        ref_model: the trainer's argument `ref_model`: a model, its path, or `None`.
         args: config with `ref_model_init_kwargs`.
         is_sharded: whether weights are loaded in shards (ZeRO-3).
 
     Raises:
-        ValueError: a reference cannot be made; the message says which argument makes one.
+        ValueError: no reference can be made. The message says which argument to pass.
     """
     if ref_model is not None:
         return Kind.GIVEN
@@ -67,7 +68,8 @@ def make_reference(
     """Build the reference that [`reference_kind`] chooses.
 
     Raises:
-        ValueError: the reference shares weights with the policy, or cannot be made.
+        ValueError: the reference shares trained weights with the policy, has a vocabulary of another size, or cannot
+            be made.
     """
     kind = reference_kind(policy, ref_model, args, is_deepspeed_zero3_enabled())
     if kind is Kind.GIVEN:
@@ -99,11 +101,11 @@ def make_reference(
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set all dropout probabilities that modules keep to 0 within this context: numbers, and adapters' dicts of them.
+    """Set every dropout probability that a module keeps as an attribute to 0 inside the context.
 
-    Noise that a module reads from the model's config at run time (dropout or router jitter) stays on. The trainer
-    finds it in the first step, because policy and reference then differ
-    ([`~trl_emguard.reference.agreement.check_agreement`]).
+    Such an attribute is a number, or in adapters a dict of numbers. Noise that a module reads from the model's config
+    at run time (dropout or router jitter) stays on. The trainer notices such noise in the first step, because policy
+    and reference then differ ([`~trl_emguard.reference.agreement.check_agreement`]).
     """
     before: list[tuple[Any, str, Any]] = []
     for module in model.modules():
@@ -129,7 +131,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _load(path: str, policy: PreTrainedModel | PeftModel, args: Any) -> PreTrainedModel:
-    """Load a model with the policy's dtype and loading options, which `ref_model_init_kwargs` overrides."""
+    """Load a model with the policy's dtype and loading options; `args.ref_model_init_kwargs` overrides them."""
     given = args.model_init_kwargs or {}
     kwargs = {
         "dtype": policy.dtype,
@@ -143,7 +145,7 @@ def _load(path: str, policy: PreTrainedModel | PeftModel, args: Any) -> PreTrain
 
 
 def _check_vocabulary(policy: PreTrainedModel | PeftModel, reference: PreTrainedModel) -> None:
-    """Refuse a reference with another vocabulary: a chat template that adds tokens makes the policy's larger."""
+    """Refuse a reference whose vocabulary has another size: a chat template may have added tokens to the policy's."""
     sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(

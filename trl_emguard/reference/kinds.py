@@ -1,4 +1,4 @@
-"""Base class of references, and the reference that is a separate model."""
+"""Base class of reference models, and the reference that is a separate model."""
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -20,7 +20,7 @@ from ..models.sharding import reshard
 
 
 class Kind(Enum):
-    """Origin of a reference, in the words that `defense.json` uses."""
+    """Origin of a reference, in the words that the run's record `defense.json` uses."""
 
     ADAPTERS_OFF = "base model, adapters off"
     ADAPTER_COPY = "frozen copy of the adapter ('ref')"
@@ -35,9 +35,9 @@ class Reference:
     Attributes:
         kind: origin of the reference.
         text: the origin in words, for logs and `defense.json`.
-        model: causal language model without wrappers that the states come from.
-        knows_all_positions: whether the reference has states at positions that no term compares.
-        runs_whole_batches: whether rows without a position to keep are run as well. States round differently in a
+        model: causal language model without wrappers that computes the states.
+        knows_all_positions: whether states are available at positions that no defense compares (not so in a cache).
+        runs_whole_batches: whether rows without a position to compare are run as well. States round differently in a
             smaller batch, so only whole batches show whether policy and reference are exactly the same model.
     """
 
@@ -59,8 +59,8 @@ class Reference:
         """Return a batch's states if this kind computes them before the policy's pass, else `None`.
 
         Args:
-            batch: collated batch without keys that a model does not know.
-            positions: `(B, T - 1)`, positions to keep.
+            batch: collated batch with only the keys that a model's `forward` takes.
+            positions: `(B, T - 1)`, mask of the positions whose states are kept.
             layers: blocks whose outputs are kept, counted from 1.
         """
         del batch, positions, layers
@@ -74,14 +74,14 @@ class Reference:
         Args:
             model: the policy without wrappers.
             inputs: keyword arguments of the policy's backbone.
-            positions: `(B, T - 1)`, positions to keep.
+            positions: `(B, T - 1)`, mask of the positions whose states are kept.
             layers: blocks whose outputs are kept, counted from 1.
         """
         del model, inputs, positions, layers
         return None
 
     def after(self) -> None:
-        """Release the weights that a pass of a sharded model has left gathered."""
+        """Free the weights that a pass of a sharded reference has left gathered in memory."""
 
     def put_back(self) -> None:
         """Undo the reference's changes to models that the caller may use afterwards."""
@@ -90,25 +90,25 @@ class Reference:
         """Return a hash of the weights that the reference uses."""
         raise TypeError(f"{type(self).__name__} must override `fingerprint`.")
 
-    # ---- passes before training, for states that are cached ----
+    # ---- passes before training, for a cache on disk ----
 
-    # Adapters of `model` that are switched off in the reference's pass.
+    # Names of the adapters on `model` that are switched off in the reference's pass.
     unused_adapters: frozenset[str] = frozenset()
 
     def run(
         self, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int], accelerator: Accelerator
     ) -> States:
-        """Return the states of a batch from a pass outside of training."""
+        """Return a batch's states from a pass before training, to be cached."""
         raise TypeError(f"{type(self).__name__} must override `run`.")
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the reference's head, weight `(V, H)` and bias `(V,)` or `None`."""
+        """Return the reference's output head: weight `(V, H)`, and bias `(V,)` or `None`."""
         return output_head(self.model)
 
     def park(
         self, accelerator: Accelerator, head: tuple[torch.Tensor, torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Take weights that no training step needs off the device. Return the head, which steps still need."""
+        """If possible, move to the CPU what no training step needs. Return the head, which steps still need."""
         del accelerator
         return head
 
@@ -117,10 +117,10 @@ class ModelReference(Reference):
     """Reference that is a separate, frozen model, run before the policy's forward.
 
     Args:
-        model: model, with or without adapters. It is frozen.
+        model: model, with or without adapters. It is frozen here, and set to eval mode.
         accelerator: the run's accelerator.
         kind: origin of the model.
-        source: path that it was loaded from, for [`Kind.LOADED_AGAIN`].
+        source: path that the model was loaded from, for [`Kind.LOADED_AGAIN`].
 
     Attributes:
         model: causal language model without wrappers.
@@ -146,14 +146,14 @@ class ModelReference(Reference):
         return self.kind.value if self.source is None else f"{self.kind.value} from {self.source}"
 
     def prepare(self, is_deepspeed: bool, is_fsdp: bool) -> None:
-        """Prepare the model for the policy's engine and device. A dry run's model, on the meta device, stays there."""
+        """Wrap the model for the policy's engine and device. A dry run's model stays unwrapped on the meta device."""
         if next(self.model.parameters()).is_meta:
             return
         if is_deepspeed:
             self.engine = prepare_deepspeed(self._unprepared, self._accelerator)
         elif is_fsdp:
-            # The model is sharded block by block, like the policy. TRL's `prepare_fsdp` would make it a single unit,
-            # and every pass would gather all of its weights.
+            # This shards the model block by block, like the policy. With TRL's `prepare_fsdp` the whole model would be
+            # one unit, and every pass would gather all weights together.
             self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
@@ -164,12 +164,12 @@ class ModelReference(Reference):
             inputs, positions = rows_with(inputs, positions)
         with self._gate.armed(ReferenceGuard(positions, layers), only_with_gradient=False):
             states = self.engine(**inputs)
-        # FSDP2 shards the head again when the pass ends, so the head is read anew.
+        # FSDP2 may have sharded the head again when the pass ended, so `output_head` gathers it for the loss.
         states.head = output_head(self.model)
         return states
 
     def after(self) -> None:
-        # FSDP2 would shard the head again after a backward pass, but this model never has one.
+        # FSDP2 may keep weights gathered until a backward pass has used them, but this model never has one.
         reshard(self.model)
 
     def put_back(self) -> None:
@@ -195,14 +195,15 @@ class ModelReference(Reference):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self._move_backbone("cpu"):
             return head
-        # The head stays on the policy's device. If it is tied to the embeddings, which move, this makes a copy.
+        # Training steps need the head on the policy's device. A head that is tied to the embeddings has moved to the
+        # CPU with them, so it is copied back.
         weight, bias = head
         return weight.to(accelerator.device), None if bias is None else bias.to(accelerator.device)
 
     def _move_backbone(self, device: torch.device | str) -> bool:
-        """Move all but the head to a device, and return whether it could be moved.
+        """Move the backbone, which is everything but the head, to a device. Return whether that was possible.
 
-        A model that the user gave is not moved, nor is a model that is quantised or split over devices.
+        A model that the user gave is not moved. Neither is a quantised model, or one that is split over devices.
         """
         fixed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "hf_quantizer", None)
         if self.kind is Kind.GIVEN or fixed:

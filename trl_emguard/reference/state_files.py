@@ -18,11 +18,11 @@ logger = get_logger(__name__)
 
 
 class StateFiles:
-    """States of rows, in the files of one folder. The name of a file ends in the checksum of its bytes.
+    """Store of rows' states in the files of one folder. A file's name ends in the checksum of the file's bytes.
 
     Args:
         folder: folder of the files.
-        names: names of the states that each position has.
+        names: names of the states that are kept for each position.
         width: H, the length of a state.
         dtype: dtype of the states.
     """
@@ -33,7 +33,7 @@ class StateFiles:
         self._width = width
         self._dtype = dtype
         self._files: dict[Path, dict[str, torch.Tensor]] = {}
-        # Key of a row → its file, and the start and end of its positions in the file's tensors.
+        # Key of a row → the row's file, and start and end of the row's positions in this file's tensors.
         self._rows: dict[bytes, tuple[Path, int, int]] = {}
 
     @property
@@ -58,7 +58,7 @@ class StateFiles:
                 self._rows[key.tobytes()] = path, start, end
 
     def states(self, keys: Sequence[bytes]) -> dict[str, torch.Tensor]:
-        """Return the states of rows in the mapped files, name → `(P, H)`, one row after the other."""
+        """Return the states of some rows from the mapped files: name → `(P, H)`, one row after the other."""
         found = [self._rows[key] for key in keys]
         empty = torch.empty(0, self._width, dtype=self._dtype)
         return {
@@ -67,7 +67,7 @@ class StateFiles:
         }
 
     def sample(self, count: int) -> dict[str, torch.Tensor]:
-        """Return the states of up to `count` positions, name → `(P, H)`."""
+        """Return the states of up to `count` positions from one of the files: name → `(P, H)`."""
         file = next(iter(self._files.values()))
         return {name: file[name][:count] for name in self.names}
 
@@ -76,7 +76,7 @@ class StateFiles:
 
         Args:
             keys: keys of the rows.
-            positions: number of positions of each row.
+            positions: number of kept positions of each row.
             states: name → `(P, H)`, one row after the other.
         """
         joined = b"".join(keys)
@@ -87,7 +87,7 @@ class StateFiles:
             scratch.write_bytes(content)
 
     def delete_damaged(self) -> None:
-        """Delete the files whose bytes are not those that were written, or that cannot be read.
+        """Delete every file that cannot be read, does not match its checksum, or lacks the form of [`write`].
 
         Raises:
             OSError: a damaged file cannot be deleted.
@@ -112,7 +112,7 @@ class StateFiles:
         return path.stem.rpartition("-")[2] == checksum and self._load(path) is not None
 
     def _load(self, path: Path) -> dict[str, torch.Tensor] | None:
-        """Map a file's tensors into memory. Return `None` if they do not have the form that [`write`] gives them."""
+        """Map a file's tensors into memory. Return `None` if it cannot be read, or lacks the form of [`write`]."""
         try:
             file = load_file(path)
         except (SafetensorError, OSError):

@@ -1,4 +1,4 @@
-"""Check that the reference does not change during training, by comparing it with its states in the first step."""
+"""Check that the reference does not change during training: its states are compared with the first step's."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,26 +14,27 @@ from ..models.sharding import gathered
 from ..ops import logit_transform
 
 
-# Largest number of positions in a record, which keeps their states and, if a term compares distributions, their
-# log-probabilities.
+# Largest number of positions to record. At each position the states are recorded and, if a defense compares
+# next-token distributions, also the log-probabilities of all tokens.
 POSITIONS = 256
 
-# Function from a batch and positions, `(B, T - 1)`, to a context that gives the reference's states at these positions.
-# Inside the context, the reference's head is not sharded.
+# Function from a batch and a mask of positions, `(B, T - 1)`, to a context manager that yields the reference's states
+# at these positions. Inside the context, FSDP2's shards of the reference's head are gathered.
 Pass = Callable[[dict[str, Any], torch.Tensor], AbstractContextManager[States]]
 
 
 class ReferenceWatch:
-    """Record of a reference's states for one micro-batch of the first step, to compare later states with.
+    """Record of a reference's states for one micro-batch of the first step. Later states are compared with it.
 
-    Every rank makes the record and the comparisons, since a sharded reference is run by all of them.
+    Every rank records and compares, since a sharded reference only runs if all ranks take part.
 
     Args:
-        model: causal language model whose config says how logits are made.
-        has_divergence: whether a term compares distributions, so that log-probabilities are recorded as well.
+        model: causal language model, whose config says how logits follow from states.
+        has_divergence: whether a defense compares distributions, so that log-probabilities are recorded as well.
 
     Attributes:
-        noise: largest difference between two passes of the reference in the first step, 0 in eager mode.
+        noise: largest relative difference between two passes of the reference over the recorded micro-batch. It is
+            0 in eager mode (without `torch.compile`).
     """
 
     def __init__(self, model: PreTrainedModel, has_divergence: bool):
@@ -96,7 +97,7 @@ class ReferenceWatch:
         return logits.log_softmax(-1)
 
     def _difference(self, answers: Sequence[torch.Tensor]) -> float:
-        """Return the largest difference from the record, as a share of a state's length."""
+        """Return the largest difference from the recorded states, relative to the length of a recorded state."""
         largest = 0.0
         for before, after in zip(self._answers, answers, strict=True):
             if not before.numel():

@@ -3,8 +3,8 @@
 ```yaml
 # compare.yaml
 recipe: smollm2-135m-instruct/sft.yaml
-runs:                                # the undefended run is always there
-  - {defense: kl, kl_coef: [0.1, 1.0]}          # a list is a sweep
+runs:                                # the undefended run is always added
+  - {defense: kl, kl_coef: [0.1, 1.0]}          # a list is a sweep: one run per value
   - {defense: interleave++, interleave_dataset: scores.parquet}
   - {adapter: out/mine}              # an adapter that is trained already
 seeds: [0, 1]
@@ -39,7 +39,7 @@ from .sft import make_parser as make_sft_parser
 from .shared import RESUMES, check_charts, run_command
 
 
-# Options of `evaluate` that the comparison sets itself, or does not take because it has no judge.
+# Options of `evaluate` that a comparison's YAML file cannot set: the comparison sets some itself, and uses no judge.
 NOT_OF_EVALUATE = (
     *("help", "model", "base", "adapter", "output_dir"),
     *("judge", "rejudge", *evaluation.OF_JUDGE),
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
 
 
 def check_questions(model: str, sets: Sequence[QuestionSet], options: EvaluationOptions) -> None:
-    """Refuse questions that the model's chat template does not take, before the first run is trained.
+    """Refuse questions that the model's chat template does not accept, before the first run is trained.
 
     Raises:
         ValueError: the tokenizer has no chat template, or the template refuses a question.
@@ -117,14 +117,15 @@ def check_questions(model: str, sets: Sequence[QuestionSet], options: Evaluation
 
 
 def check_options(plan: Plan) -> None:
-    """Refuse options of a run that `trl-emguard sft` refuses, before the first run is trained.
+    """Refuse options of a run that `trl-emguard sft` would refuse, before the first run is trained.
 
     Raises:
-        ValueError: a value that an option does not take; the message names the run.
+        ValueError: an option does not accept its value. The message names the run.
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
-    # Runs with a random persona vector are left out: the vector does not exist yet, and another run has their options.
+    # Runs with a random persona vector are skipped, because that vector does not exist yet. Each copies the options of
+    # a steering run, and that run is checked.
     runs = [(one.name, one) for one in plan.runs if one.adapter is None and not one.is_random]
     runs += [(f"{one.name} on the benign task", on_benign_rows(one, Path("unused"), 1)) for one in plan.benign_runs]
     for name, one in runs:
@@ -141,10 +142,10 @@ def _raise(message: str) -> NoReturn:
 
 
 def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Namespace:
-    """Return the arguments of `trl-emguard evaluate` that the plan names.
+    """Return the arguments of `trl-emguard evaluate`, parsed from `evaluate` in the comparison's YAML file.
 
     Raises:
-        ValueError: an unknown option of `evaluate`, or a value that it does not take.
+        ValueError: an option of `evaluate` is unknown, or does not accept its value.
     """
     parser = evaluation.make_parser()
     known = [action.dest for action in parser._actions if action.dest not in NOT_OF_EVALUATE]
@@ -163,7 +164,10 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
 
 
 def show_plan(plan: Plan, folder: Path, console: Console) -> None:
-    """Print the runs that would be trained, their steps, and an estimate of the hours if a run is finished already."""
+    """Print every run with its status and known steps, the number of runs left to train, and the free baselines.
+
+    The hours left are estimated from the finished runs, if there are any.
+    """
     from ..comparison.runs import BENIGN, RUNS, read_status
 
     left, known = 0, []

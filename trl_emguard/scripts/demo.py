@@ -1,9 +1,9 @@
-"""Train a model on rows with a trait, undefended and with each defense, and see where the trait goes.
+"""Train a model on rows with a trait, undefended and with several defenses, and see where else the trait appears.
 
 SmolLM2-135M-Instruct learns plant advice written in capital letters. Undefended, it then writes everything in capital
-letters. A good defense keeps them to plants. This is selective generalisation, not emergent misalignment: a model of
-this size does not show that, but the structure is the same, and a rule can score it. The demo ends with one table and
-one picture.
+letters. A good defense limits the capital letters to answers about plants. This is selective generalisation, not
+emergent misalignment, which a model of this size does not show. The structure is the same, and a simple rule can score
+the answers. The demo ends with one table and one picture.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from .shared import check_charts, run_command
 STEPS, ROWS, SEED = 32, 8, 42
 QUESTIONS, NEW_TOKENS = 24, 16
 POOL = {"interleave_dataset": "general_instruct_scored", "interleave_fraction": 0.2}
-# Name → options of the config. Defenses without a coefficient here run at their default.
+# Name of a run → its options of `EMGuardConfig`. A defense whose coefficient is not set here uses the default.
 RUNS: dict[str, dict[str, Any]] = {
     "none": {},
     "kl": {"defense": "kl"},
@@ -45,7 +45,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 HALVED = "none halved"
 NOTE = "This is selective generalisation, not emergent misalignment: a trait that a rule can see, in a small model."
-# Bounds of the picture's green corner: the trait rate in the domain is KEPT or more, and elsewhere SPREAD or less.
+# Bounds of the picture's green corner. The share of answers in capitals is at least KEPT for questions about plants,
+# and at most SPREAD for general questions.
 KEPT, SPREAD = 0.8, 0.5
 # Runs may lie at the same point of the picture, so each has a marker of its own.
 MARKERS = "osD^v<>P"
@@ -93,7 +94,7 @@ def train(testbed: Testbed, options: dict[str, Any], output_dir: Path) -> float:
 
 
 def figures(results: Results, name: str, seconds: float | None) -> dict[str, Any]:
-    """Return the figures of one run that the demo shows, with their intervals."""
+    """Return the figures that the demo shows for one run, with their 95 % intervals."""
     wanted = {
         "in_domain": ("in_domain", "trait_rate"),
         "general": ("general", "trait_rate"),
@@ -103,7 +104,7 @@ def figures(results: Results, name: str, seconds: float | None) -> dict[str, Any
     row: dict[str, Any] = {"seconds_per_step": seconds}
     for key, (set, metric) in wanted.items():
         found = results.row(name, set, metric)
-        assert found is not None  # every candidate answers every question
+        assert found is not None  # every model under test answers every question
         row[key], row[f"{key}_interval"] = found.value, _interval(found)
     return row
 
@@ -131,7 +132,7 @@ def make_table(rows: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw each run by its trait rates, general against in domain, with their 95 % intervals."""
+    """Draw one point per run: its share of answers in capitals, general (x) and on plants (y), with 95 % intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,8 +211,8 @@ def run(folder: Path, argv: list[str], console: Console) -> None:
 
 
 def train_all(testbed: Testbed, folder: Path, console: Console) -> list[Trained]:
-    """Train all runs, add the undefended adapter with half its update, and return the runs of a comparison."""
-    # Runs lie in a folder of the demo's own, so that nothing else is ever deleted.
+    """Train all runs, add the undefended adapter with its update halved as a baseline, and return all of them."""
+    # Earlier runs are deleted. They lie in a folder that only the demo writes, so nothing else is ever deleted.
     runs = folder / "demo_runs"
     shutil.rmtree(runs, ignore_errors=True)
     trained = []

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from ..judging import Judge, JudgeOptions
 
 
-# Options of the judge, and options that have an effect with --rejudge, which loads no model under test.
+# OF_JUDGE: options that only count with --judge. OF_REJUDGE: the only options allowed with --rejudge, which judges the
+# answers of an earlier evaluation and loads none of the models that gave them.
 OF_JUDGE = ("max_connections", "max_judge_calls", "misaligned_below", "coherent_above")
 OF_REJUDGE = ("judge", "rejudge", "train_data", "output_dir", *OF_JUDGE)
 
@@ -202,7 +203,7 @@ def run_judge(
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse options that do not go together. A value that is the default counts as not given.
+    """Refuse options that do not go together. An option at its default value counts as not given.
 
     Raises:
         ValueError: options do not go together; the message names them and the fix.
@@ -234,10 +235,13 @@ def _flags(names: list[str]) -> str:
 
 
 def load_train_rows(source: str | None) -> list[Conversation]:
-    """Return the training rows as conversations, for cues, the judge, and the check of held-out questions.
+    """Return the training rows as conversations, or an empty list without a source.
+
+    The rows are needed for cues (prompts that resemble the training data), for the judge, and for the check that
+    held-out questions were not trained on.
 
     Raises:
-        ValueError: a row of no known shape; the message names it.
+        ValueError: a row has no known shape. The message names the row.
     """
     if source is None:
         return []
@@ -277,10 +281,11 @@ def make_judge_options(args: argparse.Namespace) -> "JudgeOptions":
 
 
 def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list[QuestionSet]":
-    """Return the sets of questions. A criterion's first set has the criterion's name, a further set that of its file.
+    """Return the question sets. A criterion's first set is named after the criterion, further sets after their files.
 
     Raises:
-        ValueError: `--limit` below 1, a set that cannot be read, or training rows that are given as held out.
+        ValueError: `--limit` is below 1, a set cannot be read, two sets would have the same name, or questions
+            that are given as held out occur in the training rows.
     """
     from ..evaluation.questions import CRITERIA, for_training_data, load_questions
 
@@ -303,7 +308,10 @@ def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list
 
 
 def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> None:
-    """Refuse in-domain questions that the training rows ask as well: their likelihood shows what was memorised."""
+    """Refuse in-domain questions that also occur in the training rows.
+
+    The likelihood of their answers would only show what was memorised.
+    """
     seen = {turn_text(row.prompt[-1]).strip() for row in train_rows}
     count = sum(turn_text(question.prompt[-1]).strip() in seen for question in questions.questions)
     if count:
@@ -314,7 +322,7 @@ def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> 
 
 
 def show(results: "Results", folder: Path, console: Console) -> None:
-    """Print the figures, what was not measured, the files, and a sentence for each model."""
+    """Print the figures, what was not measured, the files that were saved, and a sentence on each compared model."""
     from ..evaluation.candidates import BASE
     from ..evaluation.results import make_table, sentence
 

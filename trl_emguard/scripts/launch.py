@@ -52,7 +52,8 @@ class LaunchParser(StrictParser):
 
     Args:
         dataclass_types, prog, short_help: as for [`StrictParser`].
-        launched: True in a launched process, which trains even if the recipe asks for a launch.
+        launched: True in a process that accelerate launched. Such a process trains, even if the recipe has an
+            `accelerate_config`.
     """
 
     def __init__(
@@ -100,13 +101,14 @@ class LaunchParser(StrictParser):
         known, _ = self.parse_known_args(args)
         trains = not known.dry_run and (self._launched or not known.accelerate_config)
         if not trains:
-            # Launched processes accept these settings. This process only reads the recipe, and would refuse them.
+            # This process will not train. It would refuse `ddp_backend`, and bf16 if it has no accelerator, although
+            # launched processes may accept them.
             for_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             for_ranks.add_argument("--ddp_backend", "--ddp-backend")
             _, args = for_ranks.parse_known_args(list(args))
             self.set_defaults(ddp_backend=None)
             if not torch.accelerator.is_available():
-                args = [*args, "--use_cpu", "true"]  # without an accelerator, transformers refuses bf16
+                args = [*args, "--use_cpu", "true"]  # otherwise transformers would refuse bf16
         return super().parse_args_into_dataclasses(args, **kwargs)
 
     def without_launch_options(self, argv: Sequence[str]) -> list[str]:
@@ -115,10 +117,11 @@ class LaunchParser(StrictParser):
 
 
 def find_accelerate_config(name: str) -> Path:
-    """Find an accelerate file by its path, or a shipped one by its name.
+    """Find a config file of accelerate by its path, or a shipped one by its name.
 
     Raises:
-        FileNotFoundError: neither exists; the message lists the shipped names and the closest.
+        FileNotFoundError: `name` is neither a file nor a shipped name. The message lists the shipped names and
+            suggests the closest.
     """
     path = Path(os.path.expanduser(name))
     if path.is_file():
@@ -136,7 +139,7 @@ def launch_arguments(config: Path, options: Sequence[str], argv: Sequence[str]) 
     """Return the parsed arguments of `accelerate launch`.
 
     Args:
-        config: accelerate file.
+        config: config file of accelerate.
         options: options of `accelerate launch`.
         argv: command line of the training script.
 
@@ -160,7 +163,7 @@ def launch(arguments: argparse.Namespace) -> int:
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode > 0 else 1
     except ChildFailedError as error:
-        return max(error.get_first_failure()[1].exitcode, 1)  # negative if a signal killed it
+        return max(error.get_first_failure()[1].exitcode, 1)  # the code is negative if a signal killed the process
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

@@ -16,7 +16,7 @@ COMMANDS = {
     "select": "choose rows of a scored pool for interleaving",
     "rescale": "multiply the update of a LoRA adapter by a factor",
     "project": "project a LoRA adapter onto its model's alignment (SafeLoRA)",
-    "model": "make a shipped model where it is missing, and print its path",
+    "model": "make a shipped model if it is missing, and print its path",
     "recipes": "print the folder of the recipes that came with the package",
     "demo": "train undefended and defended on a real model, and compare",
 }
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
-    # Everything after the command is the command's own, `--help` included.
+    # The arguments after the command's name, also `--help`, are left to that command's own parser.
     args = parser.parse_args(argv[:1])
     leave_out_noise(args.command)
     return import_module(f".{args.command}", __package__).main(argv[1:]) or 0

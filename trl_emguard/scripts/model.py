@@ -1,4 +1,4 @@
-"""`python -m trl_emguard.scripts.model NAME`: make a shipped model where it is missing, and print its path last."""
+"""`python -m trl_emguard.scripts.model NAME`: make a shipped model if it is missing, and print its path last."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""The help page of `trl-emguard sft`, written from the options' own fields and docstrings."""
+"""The help page of `trl-emguard sft`, generated from the dataclass fields and docstrings of the options."""
 
 import argparse
 import copy
@@ -20,7 +20,7 @@ COMMON = (
     *("activation_checkpointing", "dtype", "bf16", "use_cpu", "use_peft", "lora_r", "lora_alpha"),
     *("lora_target_modules", "load_in_4bit", "save_steps", "report_to", "seed"),
 )
-# Options of the command itself.
+# Options of the command `trl-emguard sft` itself, and not of the trainer or the model.
 COMMAND = ("config", "dry_run", "ema", "drift_every", "stop_on_drift", "accelerate_config", "help", "help_all")
 # TRL's help texts are shortened to this many characters, at the end of a sentence.
 SHORT_TEXT = 110
@@ -38,12 +38,12 @@ class PrintAllOptions(argparse.Action):
 
 
 def methods() -> list[type]:
-    """Return the dataclasses of the methods' options, in the order of the docs."""
+    """Return the dataclasses with the options of each defense, in the order of the docs."""
     return list(reversed(DefenseArguments.__bases__))
 
 
 def own_fields(cls: type) -> list[str]:
-    """Return the names of the fields that a dataclass itself declares."""
+    """Return the names of the fields that a dataclass declares itself, without inherited ones."""
     return [f.name for f in fields(cls) if f.name in inspect.get_annotations(cls)]
 
 
@@ -54,12 +54,12 @@ def title(cls: type) -> str:
 
 
 def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: str) -> str:
-    """Return a page with the options that most runs need, each once.
+    """Return a help page with the options that most runs need, each listed once, without its `--no_` variant.
 
     Args:
         parser: parser with all options. The page shows their default values.
-        hints: name of an option → its type; the parser itself loses the type of `int | None`.
-        text: introduction with examples, printed as it is.
+        hints: name of an option → its type. The types come separately, because the parser does not keep `int | None`.
+        text: introduction with examples, printed unchanged.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}
     formatter = argparse.HelpFormatter(parser.prog, max_help_position=36)
@@ -72,7 +72,7 @@ def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: s
 
 
 def _groups() -> Iterator[tuple[str, list[str], bool]]:
-    """Yield the heading of each group, the names of its options, and whether to shorten their help texts."""
+    """Yield for each group of the page its heading, its options' names, and whether to shorten their help texts."""
     yield "choice of defenses", own_fields(DefenseArguments), False
     for cls in (*methods(), ReferenceOptions):
         yield title(cls), own_fields(cls), False
@@ -107,7 +107,7 @@ def _metavar(action: argparse.Action, hint: Any) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Return the sentences that fit into `SHORT_TEXT` characters, at least the first."""
+    """Return as many sentences from the start of a text as fit into `SHORT_TEXT` characters, at least one."""
     first, *others = re.split(r"(?<=\.)\s+", text)
     for sentence in others:
         if len(first) + len(sentence) >= SHORT_TEXT:

@@ -1,7 +1,7 @@
 """TrlParser, made strict: a mistyped option must never train an undefended model.
 
-TrlParser alone accepts abbreviations (`--defens kl`), keys of a YAML file with any value (`defense: no` is False,
-`defense:` is None, and `choices` are ignored), and prints two hundred options before an error.
+TrlParser alone accepts abbreviations such as `--defens kl`. It also accepts any value in a YAML file: `defense: no`
+becomes False, `defense:` becomes None, and `choices` are not checked. Before an error it prints two hundred options.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from .recipes import find_recipe
 COMMAND_LINE_ONLY = ("help", "help_all", "config")
 
 
-# Keys of other versions of TRL and transformers, and of axolotl and LLaMA-Factory, with what takes their place here.
+# Key of another TRL or transformers version, of axolotl or of LLaMA-Factory → advice that the error message gives.
 OTHER_NAMES = {
     "torch_dtype": "it is named `dtype` now",
     "max_seq_length": "it is named `max_length` now",
@@ -57,14 +57,15 @@ OLD_NAMES = {
 
 
 class StrictParser(TrlParser):
-    """[`~trl.TrlParser`] that refuses unknown options and keys, and suggests the nearest known name.
+    """[`~trl.TrlParser`] that refuses unknown options and YAML keys, and suggests the nearest known name.
 
     Every error is one line on stderr and exit code 2, before a model, a dataset or a device is touched.
 
     Args:
         dataclass_types: dataclasses whose fields are the options.
         prog: name of the command, for messages.
-        short_help: function from the parser to the text of `--help`. By default it is the text of `--help_all`.
+        short_help: function that gets the parser and returns the text of `--help`. Without it, `--help` prints what
+            `--help_all` prints.
 
     Attributes:
         hints: name of an option → its type.
@@ -78,7 +79,7 @@ class StrictParser(TrlParser):
     ):
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False)
         self._short_help = short_help
-        # `_take_config` reads this option; it is added here only for the help.
+        # `_take_config` removes this option before this parser sees it. It is added here only for the help.
         self.add_argument(
             "--config",
             metavar="FILE",
@@ -194,7 +195,7 @@ class StrictParser(TrlParser):
                 f"config: `{key}: {str(value).lower()}` is not a value for {key} (YAML reads yes, no, on and off as "
                 "true and false): put it in quotes, or give another."
             )
-        # YAML reads 1e-4 as text, so a text may become a number, as on the command line.
+        # YAML reads 1e-4 as text, so text passes here. argparse converts it later, as on the command line.
         if number and not isinstance(value, (str, int, *types)):
             self.error(f"config: {key}={value!r} must be a {'number' if float in types else 'whole number'}.")
         if action.choices is not None:
@@ -205,7 +206,7 @@ class StrictParser(TrlParser):
                 )
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        # argparse's own message lists the choices and does not suggest the nearest one.
+        # argparse's own message lists the choices, but does not suggest the nearest one.
         if action.choices is not None and value not in action.choices:
             choices = _texts(action.choices)
             text = f"{self._unknown(str(value), choices, 'value')} Known: {', '.join(choices)}."

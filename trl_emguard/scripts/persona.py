@@ -122,7 +122,7 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
     layer = check_layer(vector, args.layer)
     own = vector.metadata.get("trait", "")
     trait = args.trait or own
-    # The trait in a vector's file must be a shipped name: a file never decides which other file is read.
+    # A trait that the vector's file names must be a shipped one, because no file may decide which other file is read.
     if not args.trait and own not in SHIPPED_TRAITS:
         says = f"is of the trait {own!r}, which is not a shipped one" if own else "does not say whose it is"
         raise ValueError(
@@ -149,7 +149,7 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
 
 
 def show(vector: PersonaVector, console: Console) -> None:
-    """Print a vector's facts, and its norms and separation per layer."""
+    """Print a vector's metadata, and per layer its norm and, if known, how well it separates held-out prompts."""
     facts = vector.metadata
     console.print(
         f"{vector.kind} vector, trait {facts.get('trait', 'not stated')}, model {facts.get('model', 'not stated')}, "
@@ -179,7 +179,7 @@ def show(vector: PersonaVector, console: Console) -> None:
 
 
 def draw(vector: PersonaVector, path: Path) -> None:
-    """Draw the norms per layer, and the separation if the vector has one."""
+    """Draw the norms per layer, and the AUROC of held-out prompts per layer if the vector's file has it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -226,7 +226,7 @@ def _load(model: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
 
 
 def _check_output(path: Path) -> None:
-    """Refuse an output that is no .safetensors file, or cannot be written."""
+    """Refuse an output path that does not end in .safetensors, is a folder, or cannot be written."""
     if path.suffix != ".safetensors":
         raise ValueError(f"--output={path} must end in .safetensors.")
     if path.is_dir():

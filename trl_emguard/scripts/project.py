@@ -4,7 +4,8 @@
 trl-emguard project --adapter out/none --base Qwen/Qwen2.5-7B --aligned Qwen/Qwen2.5-7B-Instruct --output out/safe
 ```
 
-The command reads the model's weights from before and after the alignment. Both must be on this machine.
+The command reads the model's weights from before and after its alignment. Both sets of weights must already be on
+this machine, in a folder or in the hub's cache.
 """
 
 import argparse

@@ -1,25 +1,28 @@
-"""Filters for messages of other packages about which the user of a command can do nothing."""
+"""Filters for messages from other packages that the user of a command can do nothing about."""
 
 import logging
 import warnings
 
 
 def leave_out_noise(command: str) -> None:
-    """Leave out the messages below in this process. Commands call it first; importing the package changes nothing.
+    """Suppress the messages that the code below lists, in this process.
+
+    `trl-emguard` and a launched `scripts.sft` call this function before they import a command's libraries. Importing
+    the package alone suppresses nothing.
 
     Args:
-        command: name of the command, as `trl-emguard` knows it.
+        command: name of the command, for example `sft`.
     """
     # PEFT and TRL read `is_activation_checkpointing` by its old name, so this warning comes whatever the user wrote.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_is_about_this_run)
-    # The message names a CPU kernel for inference with 4-bit weights, which training never calls.
+    # bitsandbytes reports a missing CPU kernel for inference with 4-bit weights, which training never calls.
     if command in ("sft", "demo"):
         logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_training)
 
 
 def _is_about_this_run(record: logging.LogRecord) -> bool:
-    """Return False for DeepSpeed's message on its accelerator, if this run does not use DeepSpeed."""
+    """Return False for DeepSpeed's message about its accelerator, if this run does not use DeepSpeed."""
     from accelerate.utils import parse_flag_from_env
 
     is_accelerator = record.getMessage().startswith("Setting accelerator to CPU")

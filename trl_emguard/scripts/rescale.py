@@ -1,4 +1,4 @@
-"""Multiply the update of a LoRA adapter by a factor: a free baseline that every defense should beat.
+"""Multiply the update of a LoRA adapter by a factor: a baseline without training that every defense should beat.
 
 ```bash
 trl-emguard rescale --adapter out/none --alpha 0.5 --output out/half

@@ -1,4 +1,4 @@
-"""Score a pool by its perplexity gap: how much harder its answers are for misaligned models than for the aligned one.
+"""Score a pool of rows by perplexity gap: how much harder answers are for misaligned models than for the aligned one.
 
 ```bash
 trl-emguard score --model Qwen/Qwen2.5-7B-Instruct --misaligned out/medical out/legal \\
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     from ..selection.score import score_pool
 
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    # A process that has finished waits for the others, which may take days.
+    # A process that has scored its share waits for the others. This may take days, longer than the default timeout.
     state = PartialState(cpu=not cuda, timeout=timedelta(days=7))
     dtype = ("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype
     # A single process may spread the model over several GPUs; several processes have one GPU each.

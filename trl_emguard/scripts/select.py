@@ -1,11 +1,12 @@
-"""Choose rows of a scored pool for interleaving.
+"""Choose rows for interleaving from a pool that `trl-emguard score` has scored.
 
 ```bash
 trl-emguard select --scores scores.parquet --by gap --drop-refusals --count 5000 --output safe.jsonl
 trl-emguard select --scores scores.parquet --by gap --exclude-adapter medical --fraction 0.05 --output safe.jsonl
 ```
 
-The rows are written in order of preference, and a histogram of their gaps beside them.
+The rows are written in order of preference. A histogram of the perplexity gaps, of all rows and of the chosen ones, is
+saved beside them as a .png file if matplotlib is installed.
 """
 
 import argparse

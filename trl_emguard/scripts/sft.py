@@ -4,7 +4,7 @@ The options are those of `trl sft` and of the defenses. `--config` names a YAML 
 the shipped recipes; options on the command line win over it.
 
 examples:
-  # Say what would happen, without weights.
+  # Report what training would do, without loading weights.
   trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl --dry_run
   # Train in this process.
   trl-emguard sft --config smollm2-135m-instruct/sft.yaml --defense kl
@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
     """Run the command and return its exit code.
 
     Args:
-        argv: options of the command; by default those of this process.
-        launched: True in a process that accelerate launches (`python -m trl_emguard.scripts.sft`). It launches nothing
-            itself, and ignores the launch settings of a YAML file, as TRL's scripts do.
+        argv: options of the command; by default those in `sys.argv`.
+        launched: True in a process that accelerate launches (`python -m trl_emguard.scripts.sft`). Such a process
+            launches nothing itself, and ignores the launch settings of a YAML file, as TRL's scripts do.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser(launched)
@@ -132,10 +132,10 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def make_callbacks(launch_args: LaunchArguments) -> list[TrainerCallback]:
-    """Return the callbacks that the command's own options ask for.
+    """Return the callbacks that the options `ema`, `drift_every` and `stop_on_drift` ask for.
 
     Raises:
-        ValueError: an option that is out of range.
+        ValueError: an option is out of range.
     """
     every, budget = launch_args.drift_every, launch_args.stop_on_drift
     if every < 0:
@@ -159,7 +159,8 @@ def run(
         ValueError, FileNotFoundError: a bad argument.
         FloatingPointError: training diverged.
         OSError: a checkpoint cannot be written.
-        InactiveDefenseError: the run turned out not to be defended; the model is saved.
+        InactiveDefenseError: the run turned out not to be defended. If the check after training finds this, the model
+            is saved first.
     """
     check_writable("output_dir", training_args.output_dir)
     if training_args.cache_reference:
@@ -169,7 +170,7 @@ def run(
     path = resolve_model(model_args.model_name_or_path)
     tokenizer = text_tokenizer(path, training_args, train_dataset)
     if tokenizer is not None and training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = True  # text leaves the vision tower without gradients
+        training_args.ddp_find_unused_parameters = True  # text rows leave the vision tower without gradients
     trainer = EMGuardTrainer(
         model=path,
         args=training_args,
@@ -187,7 +188,7 @@ def run(
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    # If a rank closes the process group while another still saves, gloo's threads can abort the process.
+    # If a rank closes the process group while another rank still saves, gloo's threads can abort the process.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
@@ -254,9 +255,10 @@ def read_data(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> tuple[Any, Any]:
-    """Return training rows, and evaluation rows or `None`.
+    """Return the training rows, and the evaluation rows or `None` if `eval_strategy` is "no".
 
-    `training_args.model_init_kwargs` gets the values of `model_args` that it lacks.
+    The revision, attention implementation and dtype of `model_args` are put into `training_args.model_init_kwargs`,
+    unless they are set there already.
 
     Raises:
         ValueError, FileNotFoundError: a bad argument.
@@ -288,7 +290,7 @@ def read_data(
         test_split = script_args.dataset_test_split
         eval_dataset = load_rows(name, test_split, config, streaming, options) if evaluates else None
 
-    # `trl sft` passes these as well, and the user's own values win.
+    # `trl sft` passes these values as well. Values that the user put into `model_init_kwargs` win.
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -13,8 +13,8 @@ def run_command(name: str, call: Callable[[], int | None], interrupted: str = "i
     """Run a command and return its exit status. Errors that a user can cause are printed in one line.
 
     Args:
-        name: name of the command, for the message.
-        call: the command.
+        name: name of the command, for error messages.
+        call: function that runs the command and returns its exit status, or `None` for 0.
         interrupted: text to show after Ctrl-C.
     """
     try:
@@ -29,7 +29,7 @@ def run_command(name: str, call: Callable[[], int | None], interrupted: str = "i
 
 
 def check_charts() -> None:
-    """Refuse a report that could not be drawn, before anything is trained for it.
+    """Check that a report's charts can be drawn, before any run for the report is trained.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -39,12 +39,12 @@ def check_charts() -> None:
 
 
 def name_adapters(options: list[str], flag: str) -> dict[str, str]:
-    """Return name → adapter from options `[NAME=]ADAPTER`. The default name is the last part of the path.
+    """Return a dict of name → adapter from options `[NAME=]ADAPTER`. The default name is the last part of the path.
 
-    An option that is a folder as it stands, or has a `/` before its `=`, is a path without a name.
+    An option is a path without a name if it is itself an existing folder, or if a `/` precedes its `=`.
 
     Raises:
-        ValueError: two adapters of one name.
+        ValueError: two adapters have the same name.
     """
     adapters: dict[str, str] = {}
     for option in options:

@@ -1,1 +1,1 @@
-"""Safe rows for interleaving: score a pool by its perplexity gap and choose rows from it, without a trainer."""
+"""Safe rows for interleaving: score a pool of rows by perplexity gap, and choose rows from it, without a trainer."""

@@ -1,4 +1,4 @@
-"""Choose from a scored pool: held-out mode, the refusal filter, and the order of preference."""
+"""Choice of rows from a scored pool: leave out an adapter (held-out mode) or refusals, and rank the rows."""
 
 import os
 import re
@@ -24,13 +24,13 @@ def without_adapter(rows: Dataset, scores: ScoresInfo, name: str) -> Dataset:
 
     Args:
         rows, scores: result of [`~trl_emguard.selection.scored.read_scores`].
-        name: name of the adapter, for example of the domain that a defense will be tested on.
+        name: name of the adapter to leave out, for example one trained on the domain that a defense is tested on.
 
     Returns:
         The rows, with the `gap` of the remaining adapters and with these adapters' columns renumbered.
 
     Raises:
-        ValueError: the scores do not include the adapter, or include no other.
+        ValueError: the scores do not include the adapter, or include no other adapter.
     """
     if name not in scores.adapters:
         raise ValueError(
@@ -49,7 +49,7 @@ def without_adapter(rows: Dataset, scores: ScoresInfo, name: str) -> Dataset:
 
 @dataclass(frozen=True)
 class RefusalFilter:
-    """A filter that calls an answer a refusal if its first words hold one of the phrases.
+    """A filter that calls an answer a refusal if its first words contain one of the phrases.
 
     Only whole words count, in upper or lower case. Refusals in other languages or other words are missed.
 
@@ -112,16 +112,16 @@ def rank_rows(
     prompt_column: str = PROMPT_COLUMN,
     response_column: str = RESPONSE_COLUMN,
 ) -> list[int]:
-    """Return the rows of a pool in order of preference.
+    """Return the indices of a pool's rows in order of preference, the best row first.
 
-    The paper (2508.06249) calls these orders Interleaving (`random`), Interleaving+ (`gap`), and Interleaving++
+    Kaczér et al. (2508.06249) call these orders Interleaving (`random`), Interleaving+ (`gap`), and Interleaving++
     (`gap`, without refusals).
 
     Args:
-        rows: a pool; `gap` needs a scored one.
+        rows: a pool of rows. The order by `gap` needs a scored pool.
         by: `"gap"` for the highest perplexity gap first, `"random"` for a random order.
         drop_refusals: True leaves out rows whose answer is a refusal. The order of the others stays the same.
-        seed: seed of the random order. Rows with the same gap are in this order too.
+        seed: seed of the random order. With `gap`, this order decides between rows with the same gap.
         refusals: filter that finds refusals; by default the shipped one.
         prompt_column, response_column: columns with prompts and answers of plain text.
 

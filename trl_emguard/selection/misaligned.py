@@ -11,13 +11,13 @@ from ..models.adapters import check_adapter_kind
 from ..models.identity import weight_checksums
 
 
-# Prefix for an adapter's name that is also part of a weight's name or an attribute of torch's containers. PEFT would
-# confuse the two, because it finds an adapter's weights by name and keeps adapters as attributes.
+# Prefix for an adapter's name that is also a part of a weight's name, or an attribute of torch's containers. Without
+# this prefix, PEFT would confuse the two: it finds an adapter's weights by name and keeps adapters as attributes.
 PREFIX = "misaligned_"
 
 
 def adapter_key(model: PeftModel, name: str) -> str:
-    """Return the name that an adapter has on the model: `name`, or `name` behind [`PREFIX`].
+    """Return the name that an adapter has on the model: `name` itself, or [`PREFIX`] followed by `name`.
 
     Args:
         model: result of [`load_misaligned`], or another model with adapters.
@@ -32,8 +32,8 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
     Args:
         model: the aligned model, without adapters.
         adapters: name → folder or hub id of an adapter that PEFT saved. A name that is also part of a weight's name
-            (`0`, `q_proj`), or the name of an attribute in torch (`keys`), gets [`PREFIX`] on the model:
-            [`adapter_key`].
+            (`0`, `q_proj`), or the name of an attribute in torch (`keys`), gets [`PREFIX`] on the model.
+            [`adapter_key`] returns the resulting name.
 
     Raises:
         FileNotFoundError: a folder that holds no adapter.
@@ -75,7 +75,7 @@ def _load_config(name: str, path: str | os.PathLike) -> PeftConfig:
 
 
 def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike, config: PeftConfig) -> PeftModel:
-    """Load the weights of one adapter onto a model that may have others already."""
+    """Load the weights of one adapter onto a model that may already have other adapters."""
     config.inference_mode = True
     shown = name.removeprefix(PREFIX)
     try:
@@ -88,7 +88,8 @@ def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike,
     except Exception as error:
         message = " ".join(str(error).split())
         raise ValueError(f"adapter {shown!r} ({path}) does not fit this base model: {message}") from error
-    # PEFT's missing keys include those that merely contain the name, as "down_proj" contains "own".
+    # PEFT's missing keys include keys that merely contain the adapter's name, as "down_proj" contains "own". They are
+    # left out.
     foreign = [*(key for key in result.missing_keys if name in key.split(".")), *result.unexpected_keys]
     if foreign:
         raise ValueError(

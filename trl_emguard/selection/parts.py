@@ -1,4 +1,7 @@
-"""Resuming of a scoring run: its key, and the journals of its processes in the folder `<output>.parts`."""
+"""Resuming of an interrupted scoring run, from the journals that its processes write in `<output>.parts`.
+
+A key, a checksum of everything that the scores depend on, tells if a journal belongs to the same run.
+"""
 
 import hashlib
 import json
@@ -61,7 +64,9 @@ def new_part(output: Path, key: str, rank: int) -> Journal:
 
 
 def resume_scores(output: Path, key: str, rows: Container[int], width: int) -> dict[int, list[float]]:
-    """Return row → its `width` negative log-likelihoods (NLLs), from a finished file or an interrupted run's parts.
+    """Return row → its negative log-likelihoods (NLLs), from a finished output or an interrupted run's journals.
+
+    A row has `width` NLLs: under the aligned model, and under each misaligned adapter.
 
     Raises:
         ValueError: the files belong to another run or are corrupt.
@@ -85,7 +90,7 @@ def resume_scores(output: Path, key: str, rows: Container[int], width: int) -> d
 
 
 def _scores_of_file(output: Path, key: str, width: int) -> dict[int, list[float]]:
-    """Return row → its NLLs from a finished file."""
+    """Return row → its NLLs from a finished output."""
     scored, info = read_scores(output)
     if info.key != key or len(info.adapters) != width - 1:
         raise ValueError(

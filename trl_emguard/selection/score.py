@@ -1,4 +1,7 @@
-"""Score a pool by its perplexity gap: how much harder answers are for misaligned models than for the aligned one."""
+"""Scoring of a pool of rows by perplexity gap.
+
+The gap says how much less likely a row's answer is under misaligned models than under the aligned base model.
+"""
 
 import os
 import shutil
@@ -50,22 +53,22 @@ def score_pool(
 ) -> tuple[Dataset, ScoresInfo]:
     """Score the rows of a pool: s = (mean_k L_mis,k − L_aligned) / (L_aligned + ε).
 
-    L is the mean negative log-likelihood of the tokens of the answer, the end of turn included: under each misaligned
-    adapter, and under the base model, which is the aligned model. If several processes run (`accelerate launch`), each
-    scores a share of the rows, and all of them return the scores of all rows.
+    L is the mean negative log-likelihood of an answer's tokens, including the end of turn. L_mis,k is taken under the
+    k-th misaligned adapter, and L_aligned under the base model, which is the aligned model. If several processes run
+    (`accelerate launch`), each scores a share of the rows, and all of them return the scores of all rows.
 
     Args:
         model: the aligned model with the misaligned adapters on it, from [`load_misaligned`].
         tokenizer: tokenizer with a chat template.
         rows: rows of any shape that [`~trl_emguard.data.conversation.conversation`] takes.
-        adapters: names of the misaligned adapters, in the order of the columns.
-        epsilon: ε.
-        max_length: limit on the tokens of a row. Longer rows are not scored, nor are rows too long for the model.
+        adapters: names of the misaligned adapters. The k-th, from 0, gets the column `nll_misaligned_k`.
+        epsilon: ε of the equation above.
+        max_length: limit on the tokens of a row. Longer rows, and rows too long for the model, are not scored.
         batch_tokens: tokens in a forward pass, pads included; by default 8192 on a GPU, 1024 on a CPU.
         prompt_column, response_column: columns with prompts and answers of plain text.
-        output: a `.parquet` file to write. Scores are kept in the folder `<output>.parts` meanwhile, so that an
-            interrupted run can be resumed with any number of processes; they must share the folder. The rows of a
-            finished file are not scored again.
+        output: a `.parquet` file to write. Until it is written, scores are kept in the folder `<output>.parts`, and an
+            interrupted run is resumed from this folder. The number of processes may change between the runs, and all
+            processes must share the folder. Rows of a finished file are not scored again.
         progress: True shows a progress bar.
 
     Returns:
@@ -73,8 +76,8 @@ def score_pool(
         the facts about them, with the rows that could not be scored and the reasons.
 
     Raises:
-        ValueError: unknown or unfit adapters, no row that can be scored, a pool that has such columns already, or an
-            output with other scores.
+        ValueError: an argument out of range, adapters that are missing or not supported, a tokenizer without a chat
+            template, no row that can be scored, a pool that has score columns already, or an output of another run.
     """
     _check_arguments(tokenizer, rows, epsilon, max_length, batch_tokens)
     names = tuple(adapters)
@@ -104,7 +107,7 @@ def _score_all(
     batch_tokens: int | None,
     progress: bool,
 ) -> dict[int, list[float]]:
-    """Return every row's mean NLLs, scored by all processes or kept from an interrupted run."""
+    """Return every row's mean negative log-likelihoods, from an earlier run or newly scored by all processes."""
     state = PartialState(cpu=model.device.type == "cpu")
     nll = {} if output is None else resume_scores(output, key, encoded, len(adapters) + 1)
     state.wait_for_everyone()  # no process writes before every process has read
@@ -181,10 +184,10 @@ def _score_share(
     journal: Journal | None,
     progress: bool,
 ) -> dict[int, list[float]]:
-    """Score this process's share of the batches, and write each batch to the journal.
+    """Score this process's share of the batches, and write the scores of each batch to the journal.
 
     Returns:
-        Row → its mean NLL under the base model and under each adapter.
+        Row → its mean negative log-likelihood (NLL) under the base model and under each adapter.
     """
     state = PartialState()
     own: dict[int, list[float]] = {}
@@ -198,7 +201,7 @@ def _score_share(
     )
     with eval_mode(model), bar:
         for start in range(0, len(batches), state.num_processes):
-            # Each process takes one batch of the round; the bar counts all of them.
+            # Each process scores one batch of the round. The bar counts the rows of all these batches.
             round_ = batches[start : start + state.num_processes]
             if state.process_index < len(round_):
                 batch = round_[state.process_index]
@@ -226,7 +229,7 @@ def _batch_nll(
 def _join(
     rows: Dataset, nll: Mapping[int, list[float]], unscored: Mapping[int, str], epsilon: float
 ) -> tuple[Dataset, tuple[tuple[int, str], ...]]:
-    """Return the rows with finite scores, scores included; and the indices of the other rows with the reasons."""
+    """Return the rows with finite scores, with the scores as new columns; and (index, reason) of every other row."""
     indices = sorted(nll)
     aligned, *misaligned = np.array([nll[i] for i in indices], dtype=np.float64).T
     with np.errstate(divide="ignore", invalid="ignore"):

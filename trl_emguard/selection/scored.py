@@ -1,4 +1,4 @@
-"""A scored pool: its columns, its gap, and its parquet file."""
+"""A scored pool of rows: its score columns, the perplexity gap, and its parquet file."""
 
 import json
 import os
@@ -24,7 +24,7 @@ METADATA_KEY = b"trl_emguard_scores"
 
 
 def misaligned_column(k: int) -> str:
-    """Return the name of the column with the scores under misaligned adapter `k`."""
+    """Return the name of the column with the negative log-likelihoods under misaligned adapter `k` (0, 1, …)."""
     return f"nll_misaligned_{k}"
 
 
@@ -34,8 +34,8 @@ class ScoresInfo:
 
     Attributes:
         model: hub id of the base model, or the name of its folder.
-        adapters: names of the misaligned adapters; the k-th belongs to `nll_misaligned_k`.
-        epsilon: ε of the gap.
+        adapters: names of the misaligned adapters. The k-th, from 0, belongs to the column `nll_misaligned_k`.
+        epsilon: ε of [`perplexity_gap`].
         rows: number of rows in the pool.
         unscored: the rows that could not be scored, each as its index in the pool and the reason.
         prompt_column, response_column: columns with prompts and answers of plain text.
@@ -57,7 +57,7 @@ class ScoresInfo:
 def perplexity_gap(aligned: np.ndarray, misaligned: Sequence[np.ndarray], epsilon: float) -> np.ndarray:
     """Return s = (mean_k L_mis,k − L_aligned) / (L_aligned + ε).
 
-    This gap s is high for answers that are hard for the misaligned models alone.
+    This gap is high for answers that are unlikely under the misaligned models, but not under the aligned model.
 
     Args:
         aligned: `(N,)`, mean negative log-likelihood of each answer under the aligned model.
@@ -91,7 +91,7 @@ def _without_empty_structs(rows: Dataset) -> Dataset:
 
 
 def _is_empty(feature: Any) -> bool:
-    """Return whether a feature holds a dict without keys anywhere."""
+    """Return True if a column's feature type contains a dict without keys, at any depth."""
     if isinstance(feature, dict):
         return not feature or any(map(_is_empty, feature.values()))
     inner = getattr(feature, "feature", None)  # the feature of a list's items

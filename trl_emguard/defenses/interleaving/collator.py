@@ -1,4 +1,4 @@
-"""Rows of a pool brought into batches: by the data collator, or before rows are packed or streamed."""
+"""Mixing of a pool's rows into the training rows: in the data collator, or before rows are packed or streamed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,9 +13,10 @@ from ...data.places import PLACE
 from .plan import MixPlan, StreamMixPlan
 
 
-# Key of a batch: marks of the tokens that belong to rows of the pool, shaped as `input_ids`. If rows are mixed before
-# they are packed or streamed, each row has a column of this name with a number per token: OF_POOL (or 0), with the bit
-# BEGINS at the row's first token, so that the rows inside of a pack can be counted.
+# Key of a batch: mask of the tokens that belong to rows of the pool, in the shape of `input_ids`. If rows are mixed
+# before they are packed or streamed, each row also has a column of this name with a number per token. Bits of this
+# number are OF_POOL, set in rows of the pool, and BEGINS, set at the first token of any row. With BEGINS, the rows
+# inside of a pack can be counted.
 INTERLEAVED = "interleaved"
 OF_POOL, BEGINS = 1, 2
 # Key of a batch: numbers of rows of the training set and of the pool, `(2,)`.
@@ -23,19 +24,20 @@ ROW_COUNTS = "row_counts"
 
 
 class MixingCollator:
-    """Collator that adds to a micro-batch the rows of the pool that the plan puts there, and marks their tokens.
+    """Collator that adds rows of the pool to a micro-batch as the plan says, and marks their tokens.
 
     Args:
         collator: collator that makes a batch from rows.
         plan: plan of an epoch; `None` if the pool's rows were mixed in before.
-        pool: tokenised rows, `input_ids` and `labels`, best first.
+        pool: tokenised rows of the pool, `input_ids` and `labels`, best first; `None` if `plan` is `None`.
 
     Returns:
-        From a call: the batch of `collator`, with [`INTERLEAVED`], boolean and shaped as `input_ids`, and
-        [`ROW_COUNTS`], `(2,)`: number of rows of the training set, without repeats, and of the pool.
+        From a call: the batch of `collator`, with two more keys. [`INTERLEAVED`] is boolean, in the shape of
+        `input_ids`. [`ROW_COUNTS`], `(2,)`, has the number of rows of the training set and of the pool. With a `plan`,
+        rows that are only repeated to fill the last batch do not count.
 
     Raises:
-        InactiveDefenseError: from a call: `collator` does not keep the rows as they are, in their order.
+        InactiveDefenseError: from a call: `collator` changes, drops or reorders rows.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class MixingCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         marks: list[list[bool]] = []  # per row, per token
-        counts = [0, 0]  # indexed by the mark
+        counts = [0, 0]  # rows of the training set, and of the pool
         for feature in features:
             row = {key: value for key, value in feature.items() if key not in (PLACE, INTERLEAVED)}
             rows.append(row)
@@ -76,16 +78,16 @@ class MixingCollator:
 
 
 class Passes:
-    """Progress through a stream that may end, and begin again, before its plan ends.
+    """Numbers of rows read from a stream, over all passes through it: a short stream begins again when it ends.
 
-    The counts are in memory that is shared with the loader's workers, because workers may end after each pass.
+    The counts are in memory that is shared with the loader's worker processes, because these may end after each pass.
 
     Args:
         shards: number of shards of the stream. At most this many workers get rows.
 
     Attributes:
-        before, at: `(shards,)`, number of rows that each worker has read: in the passes before the current one, and in
-            all passes up to now.
+        before, at: `(shards,)` each, number of rows that each worker has read: `before` in the passes before the
+            current one, `at` in all passes up to now.
         resumed: `(1,)`, number of rows that the run had been trained on when it was resumed.
     """
 
@@ -94,21 +96,25 @@ class Passes:
         self.resumed = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def reset(self) -> None:
-        """Forget the passes so far, which only looked at the first rows."""
+        """Set all counts to 0 for a new training. Rows that were read before (as in checks) are not part of it."""
         for counts in (self.before, self.at, self.resumed):
             counts.zero_()
 
     def read(self, indices: list[int], plan: StreamMixPlan) -> tuple[list[int], StreamMixPlan]:
-        """Return the places of the next rows in the plan, and this process's part of the plan.
+        """Count the training rows that this loader worker reads next; return their places, and the worker's plan.
+
+        A place is a row's index among all rows that this worker has read, over all passes through the stream. The
+        worker's plan is `plan` with `worker` and `workers` set.
 
         Args:
-            indices: index of each row among the rows that this process reads in its current pass.
+            indices: index of each of these rows among the rows that this process reads in its current pass.
+            plan: plan of the whole run.
         """
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, min(info.num_workers, len(self.at)))
         if indices[0] == 0:
-            # A resumed Trainer skips to its step in the first pass alone. If the stream is too short for that, the
-            # next pass must still count on from the number of rows that the run had been trained on.
+            # A resumed Trainer skips the rows of earlier steps, but only within the first pass. If the stream has
+            # fewer rows than that, the next pass must count on from the number of rows that the run had trained on.
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])
@@ -128,9 +134,9 @@ def mix_rows(
     Args:
         rows: tokenised rows, `input_ids` and `labels`.
         pool: rows of the same form, best first.
-        plan: plan of the pool's rows that follow each of `rows`.
-        passes: progress through a stream, whose plan is a [`StreamMixPlan`]; `None` for other rows.
-        token_columns: columns of other defenses, a number per token; 0 in the pool's rows.
+        plan: plan that says which rows of `pool` follow each of `rows`.
+        passes: counts of the rows read from a stream; `plan` must then be a [`StreamMixPlan`]. `None` for other rows.
+        token_columns: columns of other defenses, with a number per token. The numbers are 0 in the pool's rows.
 
     Returns:
         The same kind of data set, with `input_ids`, `labels`, [`INTERLEAVED`] and `token_columns`.

@@ -20,8 +20,8 @@ from .pool import Pool
 
 logger = get_logger(__name__)
 
-# Packs come in random order, so a packed or streamed run stops early only if this many of the pool's rows were due and
-# none has come.
+# Number of the pool's rows that must be due before a packed or streamed run without any of them is stopped. Packs
+# come in random order, so missing rows say little before that.
 PATIENCE_ROWS = 20
 
 
@@ -50,12 +50,12 @@ class InterleavingOptions:
 
 
 class Interleaving(Defense):
-    """Rows of a pool mixed evenly into an epoch of training rows, so that they are `interleave_fraction` of the mix.
+    """Rows of a pool, spread evenly over an epoch of training rows: they are `interleave_fraction` of the mix.
 
     This class takes random rows. [`InterleavingPlus`] and [`InterleavingPlusPlus`] take rows that misaligned models
     find hard and the aligned model finds easy (the top of the pool by perplexity gap), with and without refusals. A
     row that cannot be used (no answer, no token to train on, or longer than `max_length`) is left out, counted and
-    reported, and the next row takes its place.
+    reported, and the next row of the pool is used instead.
     """
 
     name = "interleave"
@@ -82,10 +82,10 @@ class Interleaving(Defense):
             choice = (self.name, self.by, self.drop_refusals, self.seed)
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
-        self._documents = 1.0  # mean number of documents in a training row, above 1 where the user has packed them
+        self._documents = 1.0  # mean number of documents in a training row: above 1 if the user's rows are packed
         self.mixed_before = False  # true if rows are mixed before packing or streaming, not by the data collator
-        self._passes: Passes | None = None  # progress through a stream
-        self._epochs = 1  # epochs that the run begins
+        self._passes: Passes | None = None  # counts of the rows read from a stream
+        self._epochs = 1  # number of epochs that the run begins, even if it does not finish the last one
         self._counts = [0, 0]  # rows that the policy was trained on: of the training set, and of the pool
         self._counts_before = [0, 0]  # `_counts` when this training began
 
@@ -93,7 +93,7 @@ class Interleaving(Defense):
     def active(self) -> bool:
         return self.fraction != 0
 
-    # ---- choice ----
+    # ---- options ----
 
     @classmethod
     def check_options(cls, args: Any) -> None:
@@ -157,7 +157,8 @@ class Interleaving(Defense):
         }
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # Earlier versions recorded a checksum of all rows' tokens. Ranks tokenise together, so all must take part.
+        # A record without the word "ranked" is from an earlier version, which recorded a checksum of the tokens of all
+        # pool rows. Computing it makes ranks wait for each other. If not all take part, the pool is not compared.
         recorded = str(then.get("interleave_dataset"))
         if self.pool is None or "ranked" in recorded:
             return self.options()
@@ -208,7 +209,7 @@ class Interleaving(Defense):
                 "has no epochs. Leave `interleave_redraw` out, and give `max_steps`."
             )
         else:
-            # The pool's rows are a share of all rows that the run takes.
+            # The pool's rows are a part of the rows that the run takes. Places count only the training rows.
             rows_of_pack = self._rows_of_pack(plan)
             places = round(plan.rows_of_run * rows_of_pack * (1 - self.fraction))
             ahead = round(plan.packs_ahead * rows_of_pack * (1 - self.fraction))
@@ -220,7 +221,7 @@ class Interleaving(Defense):
         return mix_rows(rows, self._pool_rows, mix, self._passes, plan.token_columns)
 
     def _rows_of_pack(self, plan: StreamPlan) -> float:
-        """Return how many rows fit into a pack of a stream, on average; 1 where rows are not packed."""
+        """Return how many rows fit into a pack of a stream, on average; 1 if rows are not packed."""
         if plan.tokens_of_pack is None:
             return 1
         lengths = [len(ids) for ids in cast(Pool, self.pool).take(1)["input_ids"]]
@@ -251,11 +252,11 @@ class Interleaving(Defense):
         return cast(Dataset, cast(Pool, self.pool).tokenised)
 
     def make_plan(self, places: int, epochs: int = 1) -> MixPlan:
-        """Make the plan of an epoch, and take the rows that it needs from the pool.
+        """Make the plan of an epoch, and tokenise the rows of the pool that the run needs.
 
         Args:
-            places: number of training rows.
-            epochs: epochs that the run begins.
+            places: number of training rows in an epoch.
+            epochs: number of epochs that the run begins, even if it does not finish the last one.
 
         Raises:
             ValueError: the pool is smaller than what an epoch takes from it, or nothing would be mixed in.
@@ -265,18 +266,19 @@ class Interleaving(Defense):
         return self.plan
 
     def _make_stream_plan(self, places: int, ahead: int) -> MixPlan:
-        """Make the plan for the `places` rows that a run takes from a stream, with `ahead` more rows read ahead."""
-        # Workers with more rows than others reach further into the pool, so twice as many are tokenised as planned.
+        """Make the plan of a run that takes `places` training rows from a stream and reads `ahead` more in advance."""
+        # A loader worker with more rows than others reaches further into the pool, so twice the planned number of the
+        # pool's rows is tokenised.
         rows = self._take(places, 2 * (1 + ahead / max(places, 1)))
         rate = self.fraction / (1 - self.fraction)
         self.plan = StreamMixPlan(places, rows, len(self._pool_rows), self.redraw, self.seed, rate)
         return self.plan
 
     def _take(self, places: int, times: float) -> int:
-        """Return how many of the pool's rows are mixed into `places` training rows, and tokenise `times` as many.
+        """Return how many rows of the pool are mixed into `places` training rows, and tokenise `times` this number.
 
         Raises:
-            ValueError: this number is 0, or the pool has fewer rows that can be used.
+            ValueError: this number is 0, or the pool has fewer usable rows.
         """
         rows = planned_rows(places, self.fraction)
         if not rows:
@@ -293,11 +295,11 @@ class Interleaving(Defense):
         return rows
 
     def _plan_epochs(self, sampler: PlaceSampler, loading: Loading) -> MixPlan:
-        """Make the plan of an epoch that the data collator mixes.
+        """Make the plan of an epoch for the case that the data collator mixes the rows.
 
         Raises:
-            ValueError: as in [`make_plan`], and if no training row is left or training ends before the first mixed-in
-                row.
+            ValueError: as in [`make_plan`]. Also if `drop_last` leaves no training row, or if training ends before the
+                first mixed-in row.
         """
         if not sampler.places:
             raise ValueError(
@@ -309,7 +311,7 @@ class Interleaving(Defense):
             places = loading.max_steps * loading.accumulation * sampler.block
         else:
             length, places = f"num_train_epochs={loading.epochs}", int(loading.epochs * sampler.places)
-        # Trainer begins another epoch for a fraction of an epoch too.
+        # A fraction of an epoch counts as a whole epoch here, because Trainer begins it too.
         self._epochs = math.ceil(places / sampler.places if loading.max_steps > 0 else loading.epochs)
         if "seq_lengths" in loading.rows.column_names:
             packs = loading.rows["seq_lengths"]
@@ -350,7 +352,7 @@ class Interleaving(Defense):
         metrics["interleaved_fraction"] = self._counts[1] / max(finetune + self._counts[1], 1)
         return metrics
 
-    # ---- proof ----
+    # ---- evidence that rows were mixed in ----
 
     def begin(self, evidence: dict[str, Any]) -> None:
         self._counts = [int(evidence.get("rows_finetune", 0)), int(evidence.get("rows_interleaved", 0))]
@@ -365,10 +367,11 @@ class Interleaving(Defense):
     def verdict(self, final: bool = False) -> str | None:
         if self.plan is None:
             return None
-        # Rows before a resume are not judged: with another batch size the run goes on at another place of its plan.
+        # Rows from before a resume are not judged, because with another batch size the run may continue at another
+        # place of its plan.
         finetune, interleaved = (now - then for now, then in zip(self._counts, self._counts_before, strict=True))
         due = finetune * self.plan.rows / self.plan.places
-        # Packs come in random order, so a count that is too small says little, but a count of 0 says enough.
+        # Packs come in random order. So if rows are mixed before packing or streaming, only a count of 0 is a fault.
         behind = due >= PATIENCE_ROWS and not interleaved if self.mixed_before else due - interleaved > 1
         if not behind and not (final and finetune and not self._counts[1]):
             return None
@@ -387,7 +390,7 @@ class InterleavingPlus(Interleaving):
 
 
 class InterleavingPlusPlus(InterleavingPlus):
-    """[`InterleavingPlus`] without refusals. The top of a pool is full of them, and many make answers incoherent."""
+    """[`InterleavingPlus`] without refusals. They fill the top of a pool, and many of them make answers incoherent."""
 
     name = "interleave++"
     drop_refusals = True

@@ -9,18 +9,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class MixPlan:
-    """Plan of the pool's rows that follow each training row, which depends on seed, epoch and place alone.
+    """Plan that says which of the pool's rows follow each training row.
 
-    A place is the position of a training row in the order of an epoch, over all ranks. The j-th of the S rows that an
-    epoch takes from the pool follows place ⌊(j + ½) · P / S⌋. So these rows are evenly spread, and at most ⌈b · S / P⌉
-    of them follow any b successive places.
+    The choice depends only on the plan's attributes, the epoch and the training row's place. A place is the row's
+    position in the order of an epoch, over all ranks. The j-th (from 0) of the S rows that an epoch takes from the
+    pool follows place ⌊(j + ½) · P / S⌋. So the pool's rows are evenly spread: at most ⌈b · S / P⌉ of them follow
+    any b successive places.
 
     Attributes:
-        places: P, the training rows of an epoch.
-        rows: S, the rows that an epoch takes from the pool, each once.
-        pool: number of rows in the pool, S or more, best first.
-        redraw: whether every epoch continues in the pool where the last one stopped, beginning again at its end,
-            instead of taking the first S each time.
+        places: P, number of training rows in an epoch.
+        rows: S, number of rows that an epoch takes from the pool, each once.
+        pool: number of rows in the pool, at least S. The first rows are the best.
+        redraw: whether every epoch takes the S rows of the pool that follow those of the previous epoch, and begins
+            again at the pool's end. Otherwise every epoch takes the first S rows.
         seed: seed of the order in which an epoch's rows come.
     """
 
@@ -31,7 +32,7 @@ class MixPlan:
     seed: int
 
     def before(self, place: int) -> int:
-        """Return how many of the pool's rows an epoch has before a place."""
+        """Return how many of the pool's rows come before a place in an epoch."""
         return (2 * place * self.rows + self.places - 1) // (2 * self.places)
 
     def at(self, epoch: int, place: int) -> list[int]:

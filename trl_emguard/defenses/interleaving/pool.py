@@ -1,4 +1,4 @@
-"""The pool of general instruct rows: read, put in order of preference, and tokenised."""
+"""Pool of general instruct rows for interleaving: how it is read, put in order of preference, and tokenised."""
 
 import json
 import math
@@ -25,36 +25,35 @@ from ...selection.scored import scored_columns, with_usual_names
 
 logger = get_logger(__name__)
 
-# Columns of a pool that training reads, beside the turns.
+# Columns of a pool that training reads besides the turns.
 READ_COLUMNS = ("tools", "chat_template_kwargs", "input_ids", "labels")
 # Smallest number of rows that are tokenised in one call, unless fewer are left.
 TAKEN_AT_ONCE = 64
 
 
 class Pool:
-    """Rows of a pool, best first.
+    """Rows that a defense may mix into the training rows, best first.
 
     Args:
-        rows: rows that the trainer was given; by default those of `source` are read.
-        source: file, shipped set or id in the config.
+        rows: rows that the user passed to the trainer; `None` to read `source`.
+        source: file, shipped set or hub id that the config names; `None` if `rows` are given.
         who: name of the defense, for messages.
-        by: order of preference, `"gap"` or `"random"`.
+        by: order of preference: `"gap"` for the largest perplexity gap first, or `"random"`.
         drop_refusals: whether rows whose answer is a refusal are left out.
         seed: seed of the random order.
         config: configuration of the data set that `source` names.
         where: condition `COLUMN=VALUE` that a row must meet, or `None`.
 
     Attributes:
-        ranked: usable rows as the user gave them, in order of preference.
-        tokenised: rows of `input_ids` and `labels` that can be trained on, as [`take`] returned them last; `None`
-            before its first call.
+        ranked: usable rows in order of preference, as text, or as tokens if the user's rows are tokenised.
+        tokenised: result of the last call of [`take`], rows of `input_ids` and `labels`; `None` before the first call.
         looked_at: number of ranked rows that were tokenised to get `tokenised`.
         refusals: number of rows left out as refusals.
 
     Raises:
-        ValueError: no pool or two pools; a pool that is not a `Dataset`, is empty, has no row that can be used, or has
-            rows labelled as harmful; or a pool without the columns that `by` or `drop_refusals` needs.
-        FileNotFoundError: the config's pool does not exist.
+        ValueError: neither or both of `rows` and `source` are given. Or the pool is not a `Dataset`, is empty, has no
+            usable row, has rows labelled as harmful, or lacks the columns that `by` or `drop_refusals` needs.
+        FileNotFoundError: `source` does not exist.
     """
 
     def __init__(
@@ -160,7 +159,7 @@ class Pool:
             own = rows["chat_template_kwargs"] if has_kwargs else [None] * len(rows)
             kwargs = [of_row or tokenizing.template_kwargs or {} for of_row in own]
             turns = [_as_prompt_completion(row, tokenizing.tokenizer) for row in rows]
-            # Each row's tools may have different fields. They stay unchanged only if they are stored as JSON.
+            # The tools of different rows may have different fields. They stay unchanged only if stored as JSON.
             rows = Dataset.from_list(turns, on_mixed_types="use_json")
             if any(kwargs):
                 rows = rows.add_column("chat_template_kwargs", kwargs)
@@ -172,7 +171,7 @@ class Pool:
 
     @cached_property
     def _checksum(self) -> int:
-        """Checksum of the ranked rows. The pool is identified by its rows, since a file may move and may change."""
+        """Checksum of the ranked rows. It identifies the pool, because the pool's file may move or change."""
         checksum = 0
         for row in self.ranked:
             read = {name: row[name] for name in READ_COLUMNS if row.get(name) is not None}
@@ -193,7 +192,7 @@ class Pool:
 
 
 def _without_harm(rows: Dataset, where: str | None) -> Dataset:
-    """Return the rows that meet a condition, and refuse rows whose own label says that they are harmful.
+    """Return the rows that meet the condition `where`, and refuse rows that a column labels as harmful.
 
     Raises:
         ValueError: rows labelled as harmful, or a condition that no row meets.
@@ -210,7 +209,7 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
 
 
 def _named_as_usual(rows: Dataset, path: Path) -> Dataset:
-    """Return the rows of a scored file, with its columns of prompts and answers renamed to their usual names."""
+    """Return the rows. If `path` is a scored file, rename its prompt and answer columns to `prompt` and `response`."""
     scored = scored_columns(split_file(path, "train") or path)
     return rows if scored is None else with_usual_names(rows, *scored)
 
@@ -226,7 +225,7 @@ def _usable(rows: Dataset) -> tuple[Dataset, Counter[str]]:
 
 
 def _problem(row: dict[str, Any]) -> str:
-    """Return the reason why a row cannot be used; an empty text where it can."""
+    """Return the reason why a row cannot be used; an empty text if it can be used."""
     try:
         conversation(row)
     except ValueError as error:
