@@ -1,6 +1,7 @@
 """Preparation of the training rows of supervised fine-tuning, from data set to batches, with defenses' hooks."""
 
 import copy
+import weakref
 from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar
@@ -102,7 +103,8 @@ class DefendedRows(SFTTrainer):
 
     def _tokenizing(self, first: dict[str, Any], tokenised: Any, whole: EMGuardConfig) -> Tokenizing:
         """Return a [`Tokenizing`] that tokenises further rows as the training rows were tokenised."""
-        prepare = super()._prepare_dataset
+        # A strong reference would keep the trainer, which keeps the defenses that get this function.
+        trainer = weakref.ref(self)
         # If the user has tokenised the rows, their labels show whether prompts are trained on.
         if "input_ids" in first:
             answers_only = -100 in next(iter(tokenised))["labels"]
@@ -110,9 +112,10 @@ class DefendedRows(SFTTrainer):
             answers_only = self.completion_only_loss and "completion" in first
 
         def tokenize(rows: Dataset, name: str) -> Dataset:
+            self = trainer()
             before, self.completion_only_loss = self.completion_only_loss, answers_only
             try:
-                return prepare(rows, self._tokenizer, whole, False, None, name)
+                return super(DefendedRows, self)._prepare_dataset(rows, self._tokenizer, whole, False, None, name)
             finally:
                 self.completion_only_loss = before
 

@@ -1,15 +1,18 @@
 """Test EMGuardTrainer as a drop-in: equality with SFTTrainer, and arguments that a user may pass."""
 
+import gc
 import inspect
 import math
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 
 import pytest
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
-from methods import KINDS, merged
+from methods import EVERYTHING, KINDS, METHODS, merged, run_options
 from peft import AdaLoraConfig, get_peft_model
 from tiny import (
     config,
@@ -433,3 +436,28 @@ def test_register_refuses_a_taken_name():
 
     with pytest.raises(ValueError, match="'kl' is taken by KL"):
         register(Mine)
+
+
+@pytest.mark.parametrize(
+    ("defense", "options"),
+    [
+        *((name, {}) for name in (*METHODS, EVERYTHING)),
+        ("kl,ldifs", {"cache_reference": True}),
+        ("kl,ldifs", {"peft": None}),
+        ("interleave+,inoculation", {"packing": True, "max_length": 256}),
+        ("kl,interleave+", {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}),
+    ],
+)
+def test_a_trainer_is_freed_with_its_last_reference(tmp_path, defense, options):
+    """As SFTTrainer is: a model that waits for the garbage collector keeps the memory of the next run's model."""
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = make_trainer(tmp_path, **{"peft": lora(), **run_options(defense, tmp_path, **options)})
+        trainer.train()
+        # Accelerate wraps the forward of a model without adapters in a circle of its own, also for SFTTrainer.
+        kept = [weakref.ref(x) for x in (trainer, *([trainer.model] if is_peft_model(trainer.model) else []))]
+        del trainer
+        assert [x() for x in kept] == [None] * len(kept)
+    finally:
+        gc.enable()

@@ -57,18 +57,20 @@ class CachedReference(Reference):
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
         layers = wanted_layers(self._terms, self.model)
         collate, count = self._collate(rows, collator)
-        head = self._live.head()
+        # The function below must not keep this object, which keeps the cache: the model could not be freed at once.
+        live, accelerator = self._live, self._accelerator
+        head = live.head()
         cache = ReferenceCache(
             model=self.model,
-            run=lambda inputs, positions: self._live.run(inputs, positions, layers, self._accelerator),
+            run=lambda inputs, positions: live.run(inputs, positions, layers, accelerator),
             head=head,
             layers=layers,
             keeps_last=any(term.divergence is not None for term in self._terms),
-            accelerator=self._accelerator,
-            without=self._live.unused_adapters,
+            accelerator=accelerator,
+            without=live.unused_adapters,
         )
         said = cache.fill(collate, count, batch_size, is_quiet)
-        cache.head = self._live.park(self._accelerator, head)
+        cache.head = live.park(accelerator, head)
         self._cache = cache
         return said
 
