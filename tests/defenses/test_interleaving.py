@@ -176,7 +176,10 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path, save_at):
 
 
 @pytest.mark.parametrize("kind", ["rows", "stream", "stream, 2 workers"])
-@pytest.mark.parametrize(("before", "after", "save_at"), [(2, 3, 1), (2, 5, 3), (4, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("before", "after", "save_at"),
+    [(2, 5, 3), *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in ((2, 3, 1), (4, 2, 2), (2, 2, 2)))],
+)
 def test_a_resume_with_another_batch_size_goes_on_in_the_plan(tmp_path, kind, before, after, save_at):
     """Compare with a run that had the second batch size from the start: the same batches from the same step on."""
 

@@ -223,7 +223,7 @@ def test_a_trained_adapter_starts_with_its_drift(tmp_path):
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("every", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_resumed_run_measures_the_same(tmp_path, run, every):
     """The kept step is that of the checkpoint or one before it, and training ends beyond the budget or within it."""
     kl, _, peft = run

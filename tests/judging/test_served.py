@@ -133,8 +133,8 @@ def test_a_fault_that_stays_stops_at_once_and_loses_nothing(tmp_path, judges, en
     assert no_key(tmp_path)
 
 
-# Each waits for the patience, without work.
-@pytest.mark.parametrize("answer", [*(pytest.param(a, marks=pytest.mark.long) for a in (storm, hang_up)), silent])
+@pytest.mark.long  # each waits for the patience
+@pytest.mark.parametrize("answer", [storm, hang_up, silent])
 def test_a_fault_that_may_pass_stops_after_the_patience(tmp_path, judges, endpoint, answer):
     with serving(*judges[True], fault=from_request(9, answer)) as server:
         endpoint(server.url)

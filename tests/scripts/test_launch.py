@@ -240,10 +240,8 @@ def test_two_ranks_train_as_one(command, tmp_path):
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "ranks",
-    [[], pytest.param(["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [[], ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]])
 def test_the_exit_code_of_a_failed_rank_is_the_commands(command, tmp_path, ranks):
     done = command("--output_dir", "out", "--accelerate_config", "cpu", *ranks, "--model_name_or_path", "./missing")
     assert done.returncode == 1

@@ -20,14 +20,9 @@ def inputs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("script", "recipe"),
-    [
-        ("main", "interleaving-kl"),
-        # accelerate launches this one.
-        pytest.param("sft", "full", marks=pytest.mark.long),
-    ],
-)
+# The second script is one that accelerate launches.
+@pytest.mark.long
+@pytest.mark.parametrize(("script", "recipe"), [("main", "interleaving-kl"), ("sft", "full")])
 def test_a_recipe_runs_without_a_warning(inputs, tmp_path, script, recipe):
     command = [sys.executable, "-m", f"trl_emguard.scripts.{script}", *(["sft"] if script == "main" else [])]
     command += ["--config", f"smollm2-135m-instruct/{recipe}.yaml", "--max_steps", "2", "--use_cpu", "true"]
