@@ -165,6 +165,8 @@ def test_batch_without_any_label_is_a_finite_zero(tmp_path, defense):
     assert all(g.abs().max() == 0 for g in gradients.values())
 
 
+# The reference's pass would warn, and a user would take it for a fault of the training.
+@pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}])
 def test_checkpointing_does_not_matter(tmp_path, tuning, checkpointing):

@@ -8,7 +8,7 @@ model's stock forward. Without a guard, the patched forward calls the stock forw
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,11 +107,28 @@ def run_backbone(
     def select(states: torch.Tensor) -> torch.Tensor:
         return states[:, :-1][positions.to(states.device)]  # (B, T, H) → (P, H)
 
-    with record_blocks(model, layers, select) as blocks:
+    surroundings = nullcontext() if torch.is_grad_enabled() else _without_checkpointing(model)
+    with surroundings, record_blocks(model, layers, select) as blocks:
         # FSDP and PEFT may replace the backbone after the forward is patched, so each call looks up the backbone.
         outputs = model.base_model(**inputs)
     last = select(outputs.last_hidden_state)
     return States(last, blocks, output_head(model), getattr(outputs, "router_logits", None))
+
+
+@contextmanager
+def _without_checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Switch activation checkpointing off inside the `with` block.
+
+    It saves nothing in a pass without gradient, and torch warns there that "Gradients will be None".
+    """
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
 
 
 def rows_with(batch: dict[str, Any], positions: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
