@@ -387,7 +387,7 @@ class _StepCallback(TrainerCallback):
     """Callback that tells the trainer when training begins, an update is about to be made, or a step has ended."""
 
     def __init__(self, trainer: DefendedTrainer):
-        self.trainer = weakref.proxy(trainer)  # no circle: a trainer, with its model, is freed at once as in TRL
+        self.trainer = weakref.proxy(trainer)  # the trainer keeps the callback, and is freed at once as in TRL
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._begin()

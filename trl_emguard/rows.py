@@ -113,6 +113,7 @@ class DefendedRows(SFTTrainer):
 
         def tokenize(rows: Dataset, name: str) -> Dataset:
             self = trainer()
+            assert self is not None  # defenses tokenise rows only while the trainer trains
             before, self.completion_only_loss = self.completion_only_loss, answers_only
             try:
                 return super(DefendedRows, self)._prepare_dataset(rows, self._tokenizer, whole, False, None, name)

@@ -133,14 +133,16 @@ def test_a_fault_that_stays_stops_at_once_and_loses_nothing(tmp_path, judges, en
     assert no_key(tmp_path)
 
 
-@pytest.mark.long  # each waits for the patience
-@pytest.mark.parametrize("answer", [storm, hang_up, silent])
-def test_a_fault_that_may_pass_stops_after_the_patience(tmp_path, judges, endpoint, answer):
+@pytest.mark.parametrize(
+    ("answer", "patience"),
+    [*(pytest.param(a, 12.0, marks=pytest.mark.long) for a in (storm, hang_up)), (silent, 4.0)],
+)
+def test_a_fault_that_may_pass_stops_after_the_patience(tmp_path, judges, endpoint, answer, patience):
     with serving(*judges[True], fault=from_request(9, answer)) as server:
         endpoint(server.url)
         began = time.monotonic()
         with pytest.raises(JudgeError) as error:
-            ask(tmp_path, patience=12.0)
+            ask(tmp_path, patience=patience)
         assert time.monotonic() - began < 90
         assert "are kept" in str(error.value)
         assert "\n" not in str(error.value)

@@ -288,8 +288,16 @@ def test_a_mistyped_defense_ends_without_a_traceback(argv, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("others", [",interleave+", "", ",steering,inoculation", " cached", " found", " drift"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        ",interleave+",
+        *(
+            pytest.param(o, marks=pytest.mark.long)
+            for o in ("", ",steering,inoculation", " cached", " found", " drift")
+        ),
+    ],
+)
 def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):
     """The same global batch: half of it on each of two ranks, against all of it on one.
 

@@ -45,19 +45,22 @@ class Gate:
                 return stock_forward(*args, **kwargs)
             return guard(module, functools.partial(stock_forward, *args) if args else stock_forward, kwargs)
 
-        self._model = model
-        self._before = vars(model).get("forward")
-        self._patched = types.MethodType(forward, model)
+        self._model: PreTrainedModel | None = model
+        self._before: Callable[..., Any] | None = vars(model).get("forward")
+        self._patched: types.MethodType | None = types.MethodType(forward, model)
         model.forward = self._patched
 
     def remove(self) -> None:
         """Restore the forward that the model had before, unless other code has patched it again in the meantime."""
-        if vars(self._model).get("forward") is not self._patched:
+        model, patched, before = self._model, self._patched, self._before
+        # The gate and its patch refer to each other and to the model, which would wait for the garbage collector.
+        self._model = self._patched = self._before = None
+        if model is None or vars(model).get("forward") is not patched:
             return
-        if self._before is None:
-            del self._model.forward
+        if before is None:
+            del model.forward
         else:
-            self._model.forward = self._before
+            model.forward = before
 
     @contextmanager
     def armed(self, guard: Guard, only_with_gradient: bool = True) -> Iterator[None]:
@@ -107,7 +110,8 @@ def run_backbone(
     def select(states: torch.Tensor) -> torch.Tensor:
         return states[:, :-1][positions.to(states.device)]  # (B, T, H) → (P, H)
 
-    surroundings = nullcontext() if torch.is_grad_enabled() else _without_checkpointing(model)
+    needs_none = model.training and not torch.is_grad_enabled()
+    surroundings = _without_checkpointing(model) if needs_none else nullcontext()
     with surroundings, record_blocks(model, layers, select) as blocks:
         # FSDP and PEFT may replace the backbone after the forward is patched, so each call looks up the backbone.
         outputs = model.base_model(**inputs)
@@ -121,14 +125,16 @@ def _without_checkpointing(model: PreTrainedModel) -> Iterator[None]:
 
     It saves nothing in a pass without gradient, and torch warns there that "Gradients will be None".
     """
-    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False
+    name = "gradient_checkpointing"
+    modules = [module for module in model.modules() if vars(module).get(name)]
+    values = [vars(module)[name] for module in modules]
     try:
+        for module in modules:
+            setattr(module, name, False)
         yield
     finally:
-        for module in modules:
-            module.gradient_checkpointing = True
+        for module, value in zip(modules, values, strict=True):
+            setattr(module, name, value)
 
 
 def rows_with(batch: dict[str, Any], positions: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:

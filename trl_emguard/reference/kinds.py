@@ -173,8 +173,8 @@ class ModelReference(Reference):
         reshard(self.model)
 
     def put_back(self) -> None:
+        self._gate.remove()
         if self.kind is Kind.GIVEN:
-            self._gate.remove()
             was_training, trained = self._was
             self._unprepared.train(was_training)
             for parameter in trained:
