@@ -21,9 +21,9 @@ from tiny import lora, make_model, make_rows, save_model
 
 from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
-from trl_emguard.comparison.plan import Baselines
+from trl_emguard.comparison.plan import Baselines, read_plan
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
-from trl_emguard.comparison.runs import UNKNOWN, Trained, in_bytes, with_record
+from trl_emguard.comparison.runs import UNKNOWN, Trained, environment, in_bytes, with_record
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.run import EvaluationOptions
@@ -405,6 +405,7 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("defense: kl", "defense: klx", "the run 'klx kl_coef=0.1': defense='klx'"),
         ("0.1, 5.0", "-1", "the run 'kl kl_coef=-1': kl_coef=-1"),
         ("0.1, 5.0", "0.4->", "the run 'kl kl_coef=0.4->': kl_coef='0.4->' is not a schedule"),
+        ("kl_coef: [", "accelerate_config: zero3, kl_coef: [", "accelerate_config='zero3' launches several processes"),
     ],
 )
 def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
@@ -415,6 +416,38 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     assert error.startswith("trl-emguard compare: error: ")
     assert message in error
     assert not (inputs / "out" / "runs").exists()
+
+
+def test_a_recipe_without_rows_is_refused_and_questions_without_the_narrow_task_are_noted(inputs, capsys):
+    path = inputs / "compare.yaml"
+    path.write_text(re.sub(r"in_domain: [^,]+, ", "", path.read_text()))
+    assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 0
+    assert "Note: no set asks for the narrow task" in capsys.readouterr().out
+    recipe = inputs / "sft.yaml"
+    recipe.write_text(re.sub(r"dataset_name: .*\n", "", recipe.read_text()))
+    assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 1
+    assert "the run 'none' has no training rows: add dataset_name to" in capsys.readouterr().err
+
+
+def test_the_report_says_how_it_was_made(inputs):
+    recipe = inputs / "sft.yaml"
+    recipe.write_text(f"{recipe.read_text()}\nhub_token: secret\n")
+    plan = read_plan(str(inputs / "compare.yaml"), ["defense", "kl_coef", "ldifs_layers"], [], inputs / "out").content
+    found = report({"none": (-1.0, -1.0)})
+    page = write_page(found, inputs, INFO | {"plan": plan}).read_text(encoding="utf-8")
+    for text in ("kl_coef: 5.0", "max_steps", "samples_per_question: 1", str(inputs / "mine")):
+        assert text in page
+    assert "secret" not in page
+
+
+def test_a_run_sees_one_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert environment()["CUDA_VISIBLE_DEVICES"] == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert environment()["CUDA_VISIBLE_DEVICES"] == "3"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert environment()["CUDA_VISIBLE_DEVICES"] == "3,1"
 
 
 def test_questions_that_the_template_refuses_come_before_the_training(inputs, capsys):

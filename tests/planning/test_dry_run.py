@@ -15,6 +15,7 @@ from accelerate import PartialState
 from command import make_argv, save_inputs, without, write_rows
 from methods import COVERING, METHODS, save_adapter, save_vector
 from tiny import make_model, make_pool, make_rows
+from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from trl_emguard.io.recipes import recipes_dir
@@ -389,6 +390,23 @@ def test_a_config_is_enough_and_a_missing_shard_is_found(argv, inputs, tmp_path,
     (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "config.json"}}')
     (tmp_path / "model" / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
     assert sft.main(argv("--dry_run", "--model_name_or_path", tmp_path / "model")) == 0
+
+
+def test_a_machine_without_the_runs_packages_or_with_many_gpus_is_enough(argv, report, monkeypatch, capsys):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 8)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    (Path.cwd() / "zero3.yaml").write_text("distributed_type: DEEPSPEED\nnum_processes: 4\nmixed_precision: 'no'\n")
+    lines = report(
+        *("--attn_implementation", "flash_attention_2", "--report_to", "wandb", "--accelerate_config", "zero3.yaml"),
+        *("--zero_stage", "3", "--offload_optimizer_device", "cpu"),
+    )
+    notes = "\n".join(what for about in lines.values() for what in about)
+    assert "8 GPUs, and the launch has 4 ranks: --num_processes 8 uses all" in notes
+    assert "offloaded states are counted" in notes
+    # A run in this process sees all of them, which SFTTrainer would refuse after it has loaded the weights.
+    assert sft.main(argv()) == 1
+    assert "this process sees 8 GPUs" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_an_output_folder_that_cannot_be_written_is_found(argv, tmp_path, monkeypatch, capsys):

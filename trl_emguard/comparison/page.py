@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
@@ -44,13 +45,20 @@ SHOWN = 600
 
 
 def write_page(report: Report, folder: Path, info: dict[str, Any]) -> Path:
-    """Write `report.html`, and return its path."""
+    """Write `report.html`, and return its path.
+
+    Args:
+        report: the report.
+        folder: folder of the page.
+        info: entries of `report.json` about the evaluation, and about the comparison's `plan` if there is one.
+    """
     environment = Environment(
         loader=PackageLoader("trl_emguard.comparison"),
         autoescape=select_autoescape(default=True, default_for_string=True),
     )
     page = environment.get_template("report.html.j2").render(
         info=info,
+        plan=yaml.safe_dump(info["plan"], sort_keys=False, allow_unicode=True) if "plan" in info else "",
         sentence=report.sentence,
         metrics=report.metrics,
         entries=[_line(report, entry) for entry in report.entries],

@@ -122,6 +122,20 @@ class Plan:
         """Runs that are also trained on the benign task, if any. Finished adapters and random vectors are left out."""
         return [run for run in self.runs if self.has_benign_task and run.adapter is None and not run.is_random]
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """Recipe, options of the runs, seeds and evaluation, for the report. Tokens (`hub_token`) are left out."""
+
+        def shown(options: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in options.items() if not name.endswith("token")}
+
+        return {
+            "recipe": shown(self.recipe_options),
+            "runs": {run.name: shown(run.options) if run.adapter is None else run.adapter for run in self.runs},
+            "seeds": sorted({run.seed for run in self.runs}),
+            "evaluate": self.evaluate,
+        }
+
     def option(self, run: Run, name: str) -> Any:
         """Return an option's value in a run, from the run's options or else the recipe; `None` if neither sets it."""
         return run.options.get(name, self.recipe_options.get(name))

@@ -275,7 +275,7 @@ def _narrow(results: Results, model: str) -> str:
         for row in results.of_criterion(model, "in_domain", "nll")
     ]
     parts += _traits(results, model, "in_domain")
-    return ", ".join(parts) or "narrow learning not measured (--in_domain or --train_data)"
+    return ", ".join(parts) or "narrow learning not measured (add --in_domain ROWS)"
 
 
 def _benign(results: Results, model: str) -> str:

@@ -39,10 +39,7 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
     _check_shards(Path(path))
     given, config = dict(args.model_init_kwargs or {}), load_config(path, args)  # type: ignore[arg-type]
     dtype = given.get("dtype", "float32")
-    kwargs = {
-        "dtype": config.dtype if dtype in ("auto", None) else dtype,
-        "attn_implementation": given.get("attn_implementation"),
-    }
+    kwargs = {"dtype": config.dtype if dtype in ("auto", None) else dtype}
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with device("meta"):
         if architecture is None:
@@ -50,6 +47,9 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **kwargs)
         else:
             model = architecture._from_config(config, **kwargs)
+    # Set on the finished model, an implementation is not asked whether its package and a GPU are there.
+    if given.get("attn_implementation") is not None:
+        model.config._attn_implementation = given["attn_implementation"]
     quantization = given.get("quantization_config", quantization)
     return model if quantization is None else quantized(model, quantization)
 
@@ -118,6 +118,7 @@ def meta_trainer(
     check_settings(args, launch)
     given = _unplaced(args)
     given.push_to_hub, given.model_init_kwargs = False, None
+    given.report_to = []  # a dry run logs nothing, and the trackers need not be installed here
     # The precision in the training arguments wins over that of the launch, as it does in a launched run.
     if launch.mixed_precision is not None and not (args.bf16 or args.fp16):
         given.mixed_precision = launch.mixed_precision
@@ -154,8 +155,12 @@ def _check_folder(argument: str, folder: str) -> None:
 
 
 def _unplaced(args: EMGuardConfig) -> EMGuardConfig:
-    """Return a copy of the arguments that makes Trainer leave the model on the meta device."""
+    """Return a copy of the arguments that makes Trainer leave the model on the meta device, and see one GPU at most.
+
+    Each process of the launch sees one GPU. This process may see all, and SFTTrainer would refuse several.
+    """
     unplaced: Any = copy.copy(args)
-    # `place_model_on_device` is a property without a setter, so the copy gets a class that overrides it.
-    unplaced.__class__ = type(type(args).__name__, (type(args),), {"place_model_on_device": False})
+    # The two are properties without a setter, so the copy gets a class that overrides them.
+    overridden = {"place_model_on_device": False, "n_gpu": min(1, args.n_gpu)}
+    unplaced.__class__ = type(type(args).__name__, (type(args),), overridden)
     return unplaced

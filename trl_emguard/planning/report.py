@@ -216,6 +216,10 @@ def advice(plan: Plan) -> list[str]:
         f"this machine has {gpus} GPUs, and the launch has {engine.ranks} ranks (over all machines).": (
             engine.ranks > gpus and not is_alone and not launch.on_cpu
         ),
+        f"this machine has {gpus} GPUs, and the launch has {engine.ranks} ranks: --num_processes {gpus} uses all.": (
+            engine.ranks < gpus and not is_alone and not launch.on_cpu
+        ),
+        "offloaded states are counted as GPU memory here, so the run needs less than is said.": launch.offloads,
         "the reference is a model of its own: the weights are in memory twice. With an adapter it takes none.": (
             run.reference == "model" and not run.cached
         ),

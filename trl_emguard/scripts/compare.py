@@ -70,6 +70,9 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     if plan.has_benign_task and any(questions.name == BENIGN_TASK for questions in sets):
         raise ValueError(f"`evaluate`: rename the set {BENIGN_TASK!r}: it would be mistaken for the comparison's own.")
     check_options(plan)
+    if not any(questions.criterion == "in_domain" for questions in sets):
+        text = "Note: no set asks for the narrow task, so the report can prefer no run. Add `in_domain` to `evaluate`."
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     if args.dry_run:
         show_plan(plan, args.output_dir, console)
         return
@@ -93,8 +96,9 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     trained, results = measure(model, trained, sets, options, train_rows, folder / "evaluation", command)
     benign, of_task = measure_benign(model, benign, options, eval_args.limit, folder / "evaluation_benign", command)
     report = make_report(trained, joined(results, of_task), benign)
-    save(report, args.output_dir, results.info)
-    page = write_page(report, args.output_dir, results.info)
+    info = results.info | {"plan": plan.content}
+    save(report, args.output_dir, info)
+    page = write_page(report, args.output_dir, info)
     console.print(make_table(report))
     console.print(report.sentence, soft_wrap=True, highlight=False, markup=False)
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False, markup=False)
@@ -129,6 +133,13 @@ def check_options(plan: Plan) -> None:
     runs = [(one.name, one) for one in plan.runs if one.adapter is None and not one.is_random]
     runs += [(f"{one.name} on the benign task", on_benign_rows(one, Path("unused"), 1)) for one in plan.benign_runs]
     for name, one in runs:
+        if plan.option(one, "accelerate_config") is not None:
+            raise ValueError(
+                f"the run {name!r}: accelerate_config={plan.option(one, 'accelerate_config')!r} launches several "
+                "processes, and every run of a comparison is one. Leave it out of the recipe and of the runs."
+            )
+        if plan.option(one, "dataset_name") is None and not plan.option(one, "datasets"):
+            raise ValueError(f"the run {name!r} has no training rows: add dataset_name to {plan.recipe}.")
         parser = make_sft_parser()
         parser.error = _raise  # type: ignore[method-assign]
         try:

@@ -162,6 +162,12 @@ def run(
         InactiveDefenseError: the run turned out not to be defended. If the check after training finds this, the model
             is saved first.
     """
+    if training_args.n_gpu > 1:
+        raise ValueError(
+            f"this process sees {training_args.n_gpu} GPUs, and SFTTrainer trains on one in each process: launch one "
+            f"per GPU (--accelerate_config zero3 --num_processes {training_args.n_gpu}), or show it one "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
     check_writable("output_dir", training_args.output_dir)
     if training_args.cache_reference:
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
