@@ -217,6 +217,7 @@ def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):
         (["--defense", "ldifs", "--ldifs_layers", "9"], "layer 9 is out of range"),
         (["--drift_every", "-1"], "drift_every=-1 must be 0 (off) or more"),
         (["--stop_on_drift", "0"], "stop_on_drift=0.0 (budget) must be above 0"),
+        (["--resume_from_checkpoint", "true"], "holds no checkpoint: leave it out to start anew"),
     ],
 )
 def test_a_run_that_cannot_be_is_told_in_one_line(argv, tmp_path, monkeypatch, capsys, more, words):

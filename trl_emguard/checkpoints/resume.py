@@ -40,6 +40,12 @@ def holds_adapter(folder: str | os.PathLike) -> bool:
     return not names & WHOLE_WEIGHTS and any(name.split("/")[-1].startswith("adapter_model.") for name in names)
 
 
+def checkpoint_steps(output_dir: str | os.PathLike) -> list[int]:
+    """Return the steps of all checkpoints in a run's folder, whole or not, the newest first."""
+    matches = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*/")]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
 def newest_whole_checkpoint(
     output_dir: str | os.PathLike,
     up_to: int | None = None,
@@ -57,9 +63,8 @@ def newest_whole_checkpoint(
         The step of the checkpoint, or `None` if there is no such checkpoint. Beside the step, name → flaw of the newer
         checkpoints that were refused because they are corrupt or belong to another run.
     """
-    matches = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*/")]
     corrupt: dict[str, str] = {}
-    for step in sorted((int(match[1]) for match in matches if match), reverse=True):
+    for step in checkpoint_steps(output_dir):
         if up_to is not None and step > up_to:
             continue
         folder = checkpoint_folder(output_dir, step)

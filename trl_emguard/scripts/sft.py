@@ -38,7 +38,7 @@ from trl import (
     get_quantization_config,
 )
 
-from ..checkpoints.resume import asks_for_newest
+from ..checkpoints.resume import asks_for_newest, checkpoint_steps
 from ..config import EMGuardConfig
 from ..data.load import SourceOptions, check_apart, load_rows
 from ..evaluation.drift import EVERY, DriftCallback
@@ -273,6 +273,13 @@ def read_data(
     if checkpoint and not asks_for_newest(checkpoint) and not Path(checkpoint).is_dir():
         raise FileNotFoundError(
             f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`."
+        )
+    folder = training_args.output_dir
+    # Other machines may have no copy of the checkpoints, and look for them later, together with the first.
+    if asks_for_newest(checkpoint or False) and training_args.process_index == 0 and not checkpoint_steps(folder):
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint}, but output_dir={folder!r} holds no checkpoint: leave it out to "
+            "start anew."
         )
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
