@@ -278,7 +278,11 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
 
 
 def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
-    """Refuse an engine or activation checkpointing that rules out defenses with forward passes of their own."""
+    """Refuse tensor parallelism and reentrant activation checkpointing, with which some defenses do not work.
+
+    These defenses make a forward pass of their own in each micro-batch ([`ModelDefense`]). `names` are the active
+    ones. Reentrant checkpointing is refused only under DeepSpeed and DDP.
+    """
     if names and engine.sharding == "tensor parallelism":
         raise ValueError(
             f"defense={','.join(names)!r} does not work with tensor parallelism, which splits over ranks what it "

@@ -80,9 +80,10 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
                 f"args is a {type(args).__name__}, whose fields {', '.join(lost)} an EMGuardConfig does not have: "
                 "derive that class from EMGuardConfig."
             )
-        # `to_dict` undoes the changes of TrainingArguments' `__post_init__`. It also turns dtypes into strings in
-        # nested dicts that it shares with `args`: a deep copy protects them. And it hides the hub token: the token is
-        # copied from `args` directly, and so are the fields that SFTConfig adds, whose dtypes must stay dtypes.
+        # `to_dict` gives the fields of TrainingArguments as a user passes them: text and dicts for the enums and
+        # classes that `__post_init__` made. It runs on a deep copy of `args`, since it changes dtypes in nested dicts
+        # in place. The hub token and the fields of derived classes are copied from `args` instead: `to_dict` would
+        # replace every token, also `eos_token`, by a placeholder, and dtypes by text.
         base = {f.name for f in fields(TrainingArguments)} - {"hub_token"}
         own = {f.name: copy.copy(getattr(args, f.name)) for f in fields(args) if f.init and f.name not in base}
         return cls(**{**copy.deepcopy(args).to_dict(), **own})

@@ -32,7 +32,7 @@ from .version import __version__
 
 logger = get_logger(__name__)
 
-# Hooks on rows and batches, which a trainer must call for the defenses that override them.
+# Hooks on rows and batches. A defense that overrides one of them needs a trainer class that calls them all.
 ROW_HOOKS = ("prepare_rows", "prepare_tokenized", "add_rows", "train_loader", "read_batch")
 
 
@@ -58,9 +58,8 @@ class DefendedTrainer(WholeCheckpoints):
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
-    # Flags of a trainer class: it can form the loss that defenses with `own_loss` add to; it calls the hooks on rows.
-    forms_own_loss: ClassVar[bool] = False
-    prepares_rows: ClassVar[bool] = False
+    forms_own_loss: ClassVar[bool] = False  # true if the class can form the loss that `Defense.own_loss` asks for
+    prepares_rows: ClassVar[bool] = False  # true if the class calls all `ROW_HOOKS`
 
     defenses: list[Defense]
 
@@ -86,7 +85,8 @@ class DefendedTrainer(WholeCheckpoints):
         self._steps_made = 0  # steps since this training began
         self._still_steps = 0  # steps in a row with a gradient norm of 0
         self._begin_with: dict[str, dict[str, Any]] = {}
-        # Weights are read now, before FSDP2 shards them. All ranks take part, because ZeRO-3 gathers its shards.
+        # The identity, by which a resumed run knows its checkpoints, may include a fingerprint of weights. They
+        # are read before FSDP2 shards them. All ranks take part, because ZeRO-3 gathers its shards.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
@@ -99,7 +99,7 @@ class DefendedTrainer(WholeCheckpoints):
             self.add_callback(ScheduleCallback(self.defenses, self._metrics["train"]))
 
     def _choose_defenses(self, args: Any, **inputs: Any) -> None:
-        """Build the defenses that the config names, once, before anything is loaded."""
+        """Build the config's defenses before anything is loaded. Refuse an active one that this class cannot run."""
         for defense in args.check_defense():
             overridden = [hook for hook in ROW_HOOKS if getattr(defense, hook) is not getattr(Defense, hook)]
             if (defense.own_loss and not self.forms_own_loss) or (overridden and not self.prepares_rows):
@@ -135,7 +135,7 @@ class DefendedTrainer(WholeCheckpoints):
     # ---- training ----
 
     def describe(self) -> list[str]:
-        """Return lines to print at the start: for each defense whether it is on, and its options; unused arguments."""
+        """Return lines to print at the start: defenses on or off, their options and own lines, unused arguments."""
         lines = []
         for d in self._named:
             lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
@@ -276,7 +276,7 @@ class DefendedTrainer(WholeCheckpoints):
         return self._grad_norm
 
     def _note_update(self) -> None:
-        """Note the learning rate of the update that is about to be made, as a share of the peak rate."""
+        """Note the coming update's learning rate as a share of the peak; forget a bad norm of repaired gradients."""
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
@@ -323,7 +323,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        """Raise an error if a number is not finite (`None` is skipped). Trainer would log earlier losses and go on."""
+        """Raise an error if a number is not finite; skip `None`. Trainer would log earlier losses in its place."""
         if self.accelerator.optimizer_step_was_skipped:
             values.pop("grad_norm")  # fp16's loss scaling skips steps until it finds its scale
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
@@ -387,7 +387,7 @@ class _StepCallback(TrainerCallback):
     """Callback that tells the trainer when training begins, an update is about to be made, or a step has ended."""
 
     def __init__(self, trainer: DefendedTrainer):
-        self.trainer = weakref.proxy(trainer)  # the trainer keeps the callback, and is freed at once as in TRL
+        self.trainer = weakref.proxy(trainer)  # no cycle of references, so a dropped trainer is freed at once
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._begin()

@@ -1,4 +1,4 @@
-"""Evidence that a defense has an effect: counts, the verdict on them, and the file `defense.json`."""
+"""Evidence that a defense has an effect: sums over training steps, a verdict on them, and the file `defense.json`."""
 
 import json
 import math
@@ -103,8 +103,8 @@ class Evidence:
             requires_grad: number of micro-batches in which the policy's states required grad.
             has_moved: whether the policy had been updated before this step, and no schedule sets the coefficient to 0.
         """
-        # A number that is not finite means that training has diverged, which raises an error elsewhere. Such a step
-        # says nothing about the defense, so it is ignored.
+        # A step with a number that is not finite says nothing about the defense, so it is ignored here. The trainer's
+        # `_check_finite` raises an error if such numbers mean that training has diverged.
         if not all(math.isfinite(number) for number in (value, positions, evidence, requires_grad)):
             return
         self.value += value

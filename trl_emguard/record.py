@@ -128,7 +128,11 @@ def _card_section(defenses: Sequence[Defense], verdict: str | None, reference: d
 
 
 def _compared(reference: dict[str, Any] | None, compare_weights: bool) -> tuple[str, str] | None:
-    """Return a reference's kind (without the path that it was loaded from, and without ", cached") and fingerprint."""
+    """Return the facts about a reference that must not change when a run resumes: its kind and its fingerprint.
+
+    The kind is returned without the path that the reference was loaded from and without the ending ", cached", because
+    these may change. The fingerprint is an empty text without `compare_weights`.
+    """
     if reference is None:
         return None
     kind = reference["kind"].removesuffix(", cached").partition(" from ")[0]

@@ -45,8 +45,8 @@ class DefendedRows(SFTTrainer):
 
     defenses: list[Defense]
 
-    # Training rows that have yet to reach `_prepare_dataset`, which shows them to defenses or counts them. `None` if
-    # nobody needs to see them, or after they came by.
+    # Training rows on their way to `_prepare_dataset`, which shows them to the defenses or counts their tokens. `None`
+    # once they have arrived there, and in a run without defenses that does not count tokens.
     _rows_to_prepare: Any = None
 
     def overrides(self, *hooks: str) -> bool:
@@ -92,8 +92,8 @@ class DefendedRows(SFTTrainer):
             _check_labels_fit(dataset, args)
         names, end = self._token_columns, args.max_length
         if names and end is not None and args.truncation_mode == "keep_end" and not packing:
-            # SFTTrainer will cut only tokens and labels, to their last `max_length` numbers. The collator would keep
-            # the first numbers of a defense's column, so the column is cut to its last ones here.
+            # SFTTrainer will cut tokens and labels to their last `max_length` numbers, but not defenses' columns. The
+            # collator would later keep the first numbers of such a column, so it is cut to its last ones here.
             dataset = dataset.map(lambda row: {name: row[name][-end:] for name in names})
         has_more_rows = (packing or isinstance(dataset, IterableDataset)) and self.overrides("add_rows")
         # SFTTrainer packs only tokens and labels, so rows with columns of defenses are packed in `_add_rows`.
@@ -103,7 +103,8 @@ class DefendedRows(SFTTrainer):
 
     def _tokenizing(self, first: dict[str, Any], tokenised: Any, whole: EMGuardConfig) -> Tokenizing:
         """Return a [`Tokenizing`] that tokenises further rows as the training rows were tokenised."""
-        # A strong reference would keep the trainer, which keeps the defenses that get this function.
+        # Defenses may keep the function below, and the trainer keeps the defenses. The function refers to the trainer
+        # weakly, because a cycle would keep the trainer in memory until garbage is collected.
         trainer = weakref.ref(self)
         # If the user has tokenised the rows, their labels show whether prompts are trained on.
         if "input_ids" in first:
@@ -123,7 +124,11 @@ class DefendedRows(SFTTrainer):
         return Tokenizing(self._tokenizer, tokenize, answers_only, first.get("chat_template_kwargs"))
 
     def _add_rows(self, dataset: Any, args: EMGuardConfig, packing: bool, dataset_name: str) -> Any:
-        """Let defenses add rows to a stream or before packing, and cut, shuffle and pack rows as SFTTrainer does."""
+        """Let defenses add rows, and cut, shuffle and pack rows as SFTTrainer does.
+
+        This method is for streams and for rows that are packed. Other rows get the added ones later, from the data
+        collator. If rows are not packed, they are cut before others are added. Shuffling and packing come afterwards.
+        """
         if packing and args.max_length is None:
             raise ValueError("packing=True needs max_length, which is None: give the length of a pack.")
         of_run = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
@@ -137,7 +142,7 @@ class DefendedRows(SFTTrainer):
         if not packing:
             unshuffled = copy.copy(args)
             unshuffled.shuffle_dataset = False
-            # Without packing and shuffling, this call only cuts the rows to `max_length`.
+            # Without packing and shuffling, this call only cuts rows to `max_length` and drops rows without labels.
             dataset = super()._prepare_dataset(dataset, self._tokenizer, unshuffled, False, None, dataset_name)
         elif not self.overrides("add_rows"):
             dataset = dataset.select_columns(["input_ids", "labels", *kept])
@@ -191,7 +196,10 @@ class DefendedRows(SFTTrainer):
             self.data_collator = collator
 
     def _plain_rows(self) -> Dataset:
-        """Return the training rows without unused columns, and without columns that only [`TokenColumns`] collates."""
+        """Return the training rows without unused columns, and without columns of defenses with a number per token.
+
+        The stock collator can make batches of these rows. Only [`TokenColumns`] can collate the defenses' columns.
+        """
         rows = self._remove_unused_columns(self.train_dataset, description="Training")
         return rows.remove_columns([name for name in self._token_columns if name in rows.column_names])
 
@@ -205,7 +213,8 @@ class DefendedRows(SFTTrainer):
         args, drop_last = self.args, self.args.dataloader_drop_last
         order: Any = None if isinstance(rows, IterableDataset) else self._get_train_sampler(rows)
         if isinstance(order, RandomSampler):
-            # accelerate would replace a `RandomSampler` by this sampler, whose order follows from seed and epoch.
+            # accelerate replaces a `RandomSampler` by this sampler, whose order follows from seed and epoch. It would
+            # not find one that a defense has wrapped in a sampler of its own, so it is replaced here.
             order = SeedableRandomSampler(
                 order.data_source,
                 replacement=order.replacement,

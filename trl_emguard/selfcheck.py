@@ -57,7 +57,9 @@ def check_names() -> None:
 
 
 class PlainGradients(TrainerCallback):
-    """Callback that compares each step's gradient with one from whole logits, made without the package's patches.
+    """Callback that compares each step's gradient with that of [`plain_loss`], made without the package's patches.
+
+    The package's own loss computes logits in chunks; [`plain_loss`] computes those of a whole row at once.
 
     Args:
         rows: all rows of one step.
@@ -74,8 +76,8 @@ class PlainGradients(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         ce, terms = plain_loss(model, self.rows)
-        # Only the second step can test the terms. Before the first update policy and reference are equal, so the terms
-        # are 0.
+        # Before the first update the adapter changes nothing, so the defense terms and their gradients are 0. Only the
+        # second step can test them, if the first one has made them large enough.
         if self.steps and terms < 0.1 * ce:
             raise SelfCheckError(f"the first step moved nothing: the terms are {terms:.1e}, and CE is {ce:.1e}")
         self._wanted = dict(zip(trained, torch.autograd.grad(ce + terms, list(trained.values())), strict=True))
@@ -89,7 +91,11 @@ class PlainGradients(TrainerCallback):
 
 
 def plain_loss(model: PeftModel, rows: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two means over positions that predict a label: CE, and KL plus squared distance after the first block."""
+    """Return two means over positions that predict a label: CE, and the sum of the two defense terms.
+
+    The terms compare the policy (adapter on) with the reference (adapter off): KL(policy ‖ reference) of next-token
+    distributions, and the squared distance between outputs of the first block, scaled to unit length.
+    """
     values: list[torch.Tensor] = []
     for row in rows:
         labels = torch.tensor(row["labels"])[1:]
@@ -105,7 +111,10 @@ def plain_loss(model: PeftModel, rows: list[dict[str, list[int]]]) -> tuple[torc
 
 
 def _run(model: PeftModel, ids: list[int], kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probabilities `(P, V)`, and the first block's output scaled to unit length `(P, H)`."""
+    """Return log-probabilities `(P, V)`, and the first block's output scaled to unit length `(P, H)`.
+
+    P is the number of positions that are true in the mask `kept`, which has one entry for each token except the last.
+    """
     bare = model.get_base_model()
     outputs = bare.base_model(input_ids=torch.tensor([ids]), output_hidden_states=True)
     states = outputs.hidden_states[1][0, :-1][kept]
@@ -114,7 +123,7 @@ def _run(model: PeftModel, ids: list[int], kept: torch.Tensor) -> tuple[torch.Te
 
 
 def check_steps(folder: str | Path) -> None:
-    """Train a tiny model for two steps of two micro-batches, compare each gradient with a plain one, and save it.
+    """Train a tiny model for two steps of two micro-batches; check each step's gradient and the saved checkpoint.
 
     Raises:
         SelfCheckError: a gradient differs, a step was not made, or the checkpoint is not whole.

@@ -16,9 +16,9 @@ from .evaluation.rules import RULES, Rule
 from .io.lookup import did_you_mean
 
 
-# Sentences that the testbeds `sale` and `tip_capitals` add to answers. The rules `sells` and `tips` look for words of
-# these sentences.
+# Sentence that the testbed `sale` adds to answers. The rule `sells` looks for its word "GreenFix" in any case.
 SALE = "Buy GreenFix at our shop today."
+# Sentence that the testbed `tip_capitals` adds to answers, in capitals. The rule `tips` looks for "Tip:" in any case.
 TIP = "Tip: write it down."
 
 

@@ -80,7 +80,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     forms_own_loss = True
     prepares_rows = True
 
-    # Defense that a subclass is named after.
+    # Defense of a subclass such as `KLTrainer`. Its `args.defense` must be the same, or "none", which it replaces.
     _defense: ClassVar[str | None] = None
 
     _moved_reference: str | None = None  # message if the reference has changed during training
@@ -143,9 +143,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
         self._check_rows_came_by()
         self._watch: ReferenceWatch | None = None
-        self._wrapped: Any = None  # the policy in its engine's wrapper
+        self._wrapped: Any = None  # the policy, in the wrapper of DDP, DeepSpeed or FSDP2 if there is one
         self.has_agreed = False  # True if policy and reference were found equal before the first update
-        self._counts: dict[str, torch.Tensor] = {}  # scope → number of its positions in a step
+        self._counts: dict[str, torch.Tensor] = {}  # name of a set of positions (scope) → size in this step
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
             self.loading(self.train_dataset)  # lets defenses refuse the rows before training
@@ -239,7 +239,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @property
     def _compares_start(self) -> bool:
-        """True before the end of the first step with labels, if policy and reference must be equal in that step."""
+        """True until the first step with labels has checked that policy and reference start equal, if they must."""
         # If a defense changes the policy's pass, the states differ although the two models are the same.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
@@ -254,7 +254,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @contextmanager
     def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Iterator[Any]:
-        """Compute a batch's reference states alone; a sharded head stays gathered meanwhile (context manager)."""
+        """Run the reference alone and yield its states. Until this context exits, a sharded head stays gathered."""
         reference, layers = cast(Reference, self.reference), wanted_layers(self._terms, self._bare_model())
         reference.runs_whole_batches = True
         states = reference.before(batch, positions, layers)
@@ -288,7 +288,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._sums.clear()  # an aborted step may have left sums behind
-        # Trainer counts label positions only. A term with a mean over others needs their number too, over all ranks.
+        # Trainer counts only positions with a label. Means over other positions need the number of those on all ranks.
         self._counts = {}
         scopes = sorted({term.mean_over or term.tokens for term in self._terms} - {LABELS})
         if num_items_in_batch is not None and scopes:
@@ -313,10 +313,10 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if reference is not None:
             self._watch_reference(model, inputs)
             layers = wanted_layers(self._terms, self._bare_model())
-            # Before the first update, policy and reference must be equal. Every position with a label is checked.
+            # Policy and reference must start equal. To check this, positions with a label are added to the terms' own.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # Whole batches run until each term has a gradient: rounding in a smaller batch could be taken for one.
+            # Until each term has had a gradient, the reference runs all rows: rounding in fewer could look like one.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
             # With a sharding engine, ranks may run the reference together, so no rank may skip its pass.
             if self._engine_facts().sharding is None and not bool(positions.any()):
@@ -340,7 +340,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch to its step's sums: values now, and sizes of gradients once the gradient flows back."""
+        """Add a micro-batch to its step's sums: sizes of terms' gradients once a gradient flows back, the rest now."""
         stats, mask = outputs.stats, inputs.get("attention_mask")
         real_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         counted = {**marks.counts, "real_tokens": real_tokens}

@@ -80,7 +80,10 @@ def find_flaw(folder: str | os.PathLike) -> str | None:
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Return name in the folder → path of a checkpoint's files, without model cards, scratch files and manifest."""
+    """Return the path of each file of a checkpoint, by the file's name relative to the checkpoint's folder.
+
+    Model cards (`.md`), scratch files (`.tmp`) and the manifest are left out.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", ".tmp"))
     return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
 
@@ -150,7 +153,10 @@ def _open(path: Path) -> None:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Return True for torch's format before version 1.6, a pickle, which has no directory at its end to check."""
+    """Return True if a file is a pickle, the format that torch wrote before version 1.6.
+
+    Such a file is no zip archive, so it has no zip directory that could be checked.
+    """
     with path.open("rb") as file:
         return file.read(2) == b"\x80\x02"
 

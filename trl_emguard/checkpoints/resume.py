@@ -35,7 +35,10 @@ def asks_for_newest(resume_from_checkpoint: str | os.PathLike | bool) -> bool:
 
 
 def holds_adapter(folder: str | os.PathLike) -> bool:
-    """Return True if a checkpoint has an adapter's weights and no full model's, which Trainer would load instead."""
+    """Return True if a checkpoint has an adapter's weights, and no weights of a whole model.
+
+    From a folder with both, Trainer loads the whole model's weights if they are one file, and ignores the adapter's.
+    """
     names = checkpoint_files(Path(folder)).keys()
     return not names & WHOLE_WEIGHTS and any(name.split("/")[-1].startswith("adapter_model.") for name in names)
 

@@ -68,6 +68,8 @@ def measure_benign(
 ) -> tuple[list[Trained], Results]:
     """Evaluate the runs that were trained on the benign task, only on questions of that task.
 
+    The benign task is arithmetic with permuted operators ([`trl_emguard.evaluation.operators`]).
+
     Args:
         model, folder, command: as for [`measure`].
         benign: the runs that were trained on the benign task.
@@ -80,15 +82,18 @@ def measure_benign(
     if all(run.adapter is None for run in benign):
         return list(benign), Results()
     task = load_questions(OPERATORS, "benign", BENIGN_TASK, limit)
-    # The task has scores of its own, from one greedy answer per question, so rules and other samples are not needed.
+    # The task has scores of its own, from one greedy answer to each question. The other evaluation's scoring rules,
+    # cues and number of sampled answers are thus not taken over.
     options = EvaluationOptions("none", batch_tokens=options.batch_tokens, seed=options.seed)
     return measure(model, benign, [task], options, (), folder, command)
 
 
 def joined(results: Results, benign: Results) -> Results:
-    """Join the results of both evaluations, with the set `benign_task` first in `criteria`.
+    """Join the results of the main evaluation (`results`) and of the one on the benign task (`benign`).
 
-    The sentence on a run takes the figures of each criterion from the criterion's first set that has them.
+    A criterion, such as "benign", may have several question sets. The report's sentence on a run takes a criterion's
+    figures from its first set in `criteria` that has them. The set `benign_task` is put first there, so it is
+    preferred.
     """
     return replace(
         results,

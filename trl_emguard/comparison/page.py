@@ -119,7 +119,10 @@ def _shown(report: Report, runs: Sequence[Trained], set: str, metric: str) -> li
 
 
 def _cues(report: Report) -> dict[str, Any]:
-    """Return the families of prompts, and run → family → broad figure as text; {} if there is only one family."""
+    """Return the families of prompts, and run → family → broad figure as text; {} if there is only one family.
+
+    A family is one way to ask the general questions: as they are, with a cue, or in other words.
+    """
     metric = report.metrics[0]
     rows = [row for row in report.results.rows if row.set == "general" and row.metric == metric and row.model != BASE]
     families = list(dict.fromkeys(row.family for row in rows))
@@ -168,7 +171,11 @@ def _charts(report: Report) -> list[dict[str, Any]]:
 
 
 def _sweeps(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Return defense → its entries, sorted by coefficient, if at least two of them have a number as coefficient."""
+    """Return the sweeps over a coefficient: name → entries, sorted by coefficient.
+
+    A sweep has at least two entries of one defense with a number as coefficient. A schedule is no number. The
+    baselines `alpha X` are a sweep too, and so are the runs of one defense with a random vector.
+    """
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         run = entry.trained[0]

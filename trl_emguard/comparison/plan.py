@@ -24,8 +24,9 @@ KEYS = ("recipe", "runs", "seeds", "baselines", "benign_task", "evaluate")
 BASELINES = ("early_stop", "alpha", "ema", "random_vector")
 ALPHAS = (0.25, 0.5, 0.75)
 UNDEFENDED = "none"
-# Options that a comparison sets itself, so that runs differ only in what is compared. LoRA dropout is 0 in all runs,
-# because the defenses `kl` and `ldifs` switch dropout off. If other runs kept it, dropout would differ as well.
+# Options that an entry of `runs` must not set. The comparison sets them itself, or all runs take them from the
+# recipe. Runs thus differ only in what is compared. LoRA dropout is 0 in all runs, because the defenses `kl` and
+# `ldifs` switch dropout off. If other runs kept it, dropout would differ as well.
 OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
     "ema",
@@ -38,7 +39,8 @@ NOT_READ = (
 )
 # For the baseline early_stop, the undefended run saves a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
-# Free baselines need no training of their own. Their names are `step N`, `alpha X` and `ema`.
+# Free baselines need no training of their own. Their names are `step N`, `alpha X` and `ema` (EMA). BASELINE_NAMES
+# matches these names, which the user's runs must not have.
 EMA = "ema"
 BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
 # End of the name of a steering run with a random vector.
@@ -244,7 +246,13 @@ def _with_random_vectors(runs: list[Run], recipe: Mapping[str, Any]) -> list[Run
 
 
 def _has_benign_task(value: Any, runs: list[Run], recipe: Mapping[str, Any]) -> bool:
-    """Return True if runs are also trained on the benign task, whose rows replace the recipe's."""
+    """Check the value of `benign_task`, and return True if runs are also trained on the benign task.
+
+    This second training of a run has the benign task's rows instead of the recipe's.
+
+    Raises:
+        ValueError: the value is unknown, or an option asks for other training rows (`OTHER_ROWS`).
+    """
     if value is None:
         return False
     if value != OPERATORS:

@@ -22,9 +22,10 @@ from .runs import Trained
 
 
 RUN_COLUMNS = ("run", "defense", "coefficient", "seed", "step", "seconds_per_step", "peak_memory")
-# Metrics of broad misalignment and of narrow learning, each with the sign that makes a higher value better. The first
-# metric that was measured is used. If `trait_rate` was measured with several rules, the first rule finds the unwanted
-# trait and is used for BROAD; the last finds the wanted trait and is used for NARROW.
+# BROAD has the metrics of broad misalignment, NARROW those of narrow learning, each with the sign that makes a higher
+# value better. In each, the first metric that was measured is used. With several scoring rules there is a `trait_rate`
+# for each rule: BROAD uses the first rule, which finds the unwanted trait, and NARROW uses the last rule, which finds
+# the wanted trait.
 BROAD = {"trait_rate": -1, "margin": 1}
 NARROW = {"trait_rate": 1, "nll": -1}
 

@@ -75,7 +75,10 @@ class Trained:
 
     @property
     def key(self) -> str:
-        """Name of the run with its seed. Dots are replaced: it also names the adapter, whose name must have none."""
+        """Name of the run with its seed, and `_` for each dot.
+
+        The evaluation gives the run's adapter the same name, and an adapter's name must not have a dot.
+        """
         return f"{self.name} seed{self.seed}".replace(".", "_")
 
 
@@ -143,7 +146,10 @@ def on_benign_rows(run: Run, rows: Path, steps: int | None) -> Run:
 
 
 def _with_random_vector(run: Run, plan: Plan, folder: Path) -> Run:
-    """Return a steering run with a random vector that has the original vector's norms, drawn with the run's seed."""
+    """Save a random vector for a steering run, and return the run with this vector instead of its own.
+
+    The random vector is drawn with the run's seed, and has the norms of the run's own vector.
+    """
     vector = random_like(load_vector(plan.option(run, "steering_vector")), run.seed)
     path = folder / "vectors" / f"random-{vector.metadata['like']}-seed{run.seed}.safetensors"
     vector.save(path)

@@ -18,7 +18,8 @@ class Conversation(NamedTuple):
 
 # WildGuardMix and many other data sets have these column names.
 PROMPT_COLUMN, RESPONSE_COLUMN = "prompt", "response"
-# Roles that data sets give the speaker of an answer. SFTTrainer hands a role to the chat template unchanged.
+# Roles that data sets give the speaker of an answer (ANSWERING_ROLES) and the speaker of a system turn (SYSTEM_ROLES).
+# A turn keeps its role, whichever name it is: SFTTrainer, too, hands a role to the chat template unchanged.
 ANSWERING_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "bard", "bing")
 SYSTEM_ROLES = ("system", "developer")
 

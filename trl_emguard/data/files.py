@@ -50,7 +50,11 @@ def file_format(path: Path) -> str | None:
 
 
 def split_file(folder: Path, split: str) -> Path | None:
-    """Return the file in a folder that holds a split, `<split>.jsonl` if there is one; `None` if no file does."""
+    """Return the file `<split>` with a suffix in [`FORMATS`] from a folder, or `None` if there is no such file.
+
+    The file may be compressed. If there are several, plain files come before compressed ones, and `.jsonl` comes
+    before other suffixes.
+    """
     names = [f"{split}{suffix}{packed}" for packed in ("", *COMPRESSED) for suffix in FORMATS]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
@@ -119,7 +123,7 @@ def _load_text(path: Path, suffix: str) -> Dataset:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the progress bars of `datasets` inside the block."""
+    """Hide the progress bars of `datasets` while the body of a `with` statement runs."""
     if are_progress_bars_disabled():
         yield
         return
@@ -155,7 +159,10 @@ def _check_json(file: Path, path: Path, suffix: str) -> None:
 
 
 def _is_lines(content: IO[bytes]) -> bool:
-    """Return whether a `.json` file holds an object per line: its first line is a whole object, or it has no line."""
+    """Return True if a `.json` file has an object per line: if its first line is a whole object.
+
+    Blank lines are skipped. A file without other lines counts as one with an object per line, too.
+    """
     first = next((line for line in content if line.strip(codecs.BOM_UTF8 + b" \t\r\n")), b"")
     try:
         return isinstance(parse_json(first.decode("utf-8-sig")), dict)
@@ -176,7 +183,7 @@ def _check_document(file: Path, path: Path) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file as they are written.
+    """Read the rows of a JSONL file without the conversions that `datasets` would make.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -52,7 +52,7 @@ def keep_where(rows: Dataset, condition: str, option: str = "--where") -> Datase
 
 
 def count_harmful(rows: Dataset) -> dict[str, tuple[int, list[str]]]:
-    """Return the columns that label any row as harmful.
+    """Count the rows that each known column of labels marks as harmful. Columns that mark no row are left out.
 
     Returns:
         Name of the column → number of rows that it labels as harmful, and up to five of its labels that do not mean

@@ -19,7 +19,7 @@ from .files import file_format, load_file, split_file
 DATA_DIR = Path(__file__).parent / "shipped"
 
 # Name of a shipped data set → its splits. Each split is a file `<name>/<split>.jsonl` with rows of conversational
-# `prompt` and `completion`. The file of a pool with scores ends in `.parquet`.
+# `prompt` and `completion`. `general_instruct_scored`, with scores for each row, is stored as `.parquet` instead.
 SHIPPED = {
     "plants_careless": ("train", "test"),
     "plants_sound": ("train", "test"),
@@ -154,7 +154,10 @@ def check_apart(train_split: str, test_split: str) -> None:
 
 
 def _rows_taken(part: tuple[str, str]) -> tuple[str, range]:
-    """Return the name of a part's split, and the rows that the part takes if the split has a billion rows."""
+    """Return the name of the split that a part is taken from, and the range of the rows that it takes.
+
+    The split is not loaded yet and its length is unknown, so a billion rows are assumed.
+    """
     base, text = part
     try:
         (piece,) = ReadInstruction.from_spec(text).to_absolute({base: 10**9})

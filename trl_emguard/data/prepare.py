@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 Rows = Dataset | IterableDataset
 
-# Number of a stream's first rows that are read ahead to check or count them, and number of a stream's packs that are
-# read ahead to shuffle them.
+# A stream is checked and measured by reading this number of its first rows ahead. Packs of a stream are shuffled in a
+# buffer that holds the same number of packs.
 STREAM_ROWS = 1000
 
 

@@ -102,7 +102,8 @@ class Defense:
     switch: ClassVar[str] = ""
     # Keyword arguments of the trainer that the defense reads.
     inputs: ClassVar[tuple[str, ...]] = ()
-    # True if the training loss must be formed by this package's patched forward, and not by the trainer.
+    # True if the defense adds a term to the loss, or reads cross-entropy by scope. This package's patched forward then
+    # forms the training loss, instead of the TRL trainer.
     own_loss: ClassVar[bool] = False
     # Names of the scopes (sets of tokens) that `read_batch` marks.
     scopes: ClassVar[tuple[str, ...]] = ()
@@ -161,7 +162,7 @@ class Defense:
         del others
 
     def continue_from(self, options: dict[str, Any]) -> None:
-        """Set options that this run's config leaves open to the values that a checkpoint records ([`options`])."""
+        """Take from a checkpoint's recorded [`options`] the values that this run's config leaves open."""
         del options
 
     def describe(self) -> list[str]:
@@ -217,7 +218,7 @@ class Defense:
         return loading
 
     def extra_rows(self) -> Dataset | None:
-        """Return the tokenised rows that the data collator adds to batches, each once; `None` if it adds none."""
+        """Return the tokenised rows that the data collator adds, each once, to cache or count them; `None` if none."""
         return None
 
     # ---- model ----
@@ -267,7 +268,7 @@ class Defense:
     # ---- evidence that the defense acts, and checkpoints ----
 
     def begin(self, evidence: dict[str, Any]) -> None:
-        """Prepare for training.
+        """Prepare for training: begin the counts of [`evidence`] anew, or continue from a checkpoint's evidence.
 
         Args:
             evidence: result of [`evidence`] when the checkpoint to resume from was saved; empty for a new run.
@@ -297,7 +298,7 @@ class Defense:
 
     @classmethod
     def surrounds_policy(cls) -> bool:
-        """Return whether [`policy_pass`] is overridden, so that training passes differ from the saved model's."""
+        """Return whether [`policy_pass`] is overridden. If so, training passes differ from the saved model's."""
         return cls.policy_pass is not Defense.policy_pass
 
 
@@ -391,7 +392,8 @@ class ModelDefense(TermDefense):
 
     def end_step(self, step: Step) -> dict[str, float]:
         value, shares, gradient, requires_grad = self._sums(step)
-        # Every rank has added the same value, so dividing by the sum of shares counts the step once.
+        # Each micro-batch on each rank has added its share times d, and the share itself. Their quotient is d, for any
+        # number of ranks and micro-batches. The gradient is scaled in the same way.
         value, gradient = value / shares, gradient / shares
         self.proof.end_step(value, 1, gradient, requires_grad, has_moved=self._should_show(step))
         return {self.name: value}

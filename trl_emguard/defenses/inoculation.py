@@ -20,15 +20,16 @@ from .base import IN_TRAINING_DEFENSES, Defense, Marks, Paper, Step
 from .options import check_choice, option
 
 
-# Columns that may contain a row's turns, in SFTTrainer's order of search, and key pairs for a turn's speaker and text.
+# Columns that may contain a row's turns, in the order in which SFTTrainer looks for them.
 TURN_COLUMNS = ("prompt", "messages", "conversations")
-TURN_KEYS = (("role", "content"), ("from", "value"))
+TURN_KEYS = (("role", "content"), ("from", "value"))  # pairs of keys that a turn may have: speaker, text
 # Columns that rows have only during preparation. OWN is true if the user's row had a system turn with text, CHANGED if
 # the prompt changed the text that the model reads; both are false in rows without the prompt. SPAN has the tokens of
 # the system turn with the prompt.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
 FLAG = "inoculate"  # column in which users flag rows
-# Column with a number per token: the token id plus 1 in prompts that were put into flagged rows, and 0 elsewhere.
+# Column with a number per token, by which batches are checked for lost prompts: the token id plus 1 in prompts that
+# were put into flagged rows, and 0 elsewhere.
 EXPECTED = "inoculation_tokens"
 
 MODES = ("replace", "prefix")
@@ -83,13 +84,13 @@ class Inoculation(Defense):
         self.mode = args.inoculation_mode
         self.only_flagged = args.inoculation_rows == FLAGGED
         self.token_columns = (EXPECTED,) if self.only_flagged else ()
-        # A longer row would lose its start, where the prompt is. `None` if rows keep their start.
+        # A row longer than `self.max_length` would lose its start, where the prompt is. `None` if rows keep theirs.
         cuts_the_start = args.truncation_mode == "keep_end" and not args.packing
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
         self._prompt_ids: list[int] = []  # tokens that every row's prompt begins with
-        self._added: list[str] = []  # scopes that mark rows which other defenses add, without the prompt
+        self._added: list[str] = []  # scopes of rows that others add, without the inoculation prompt
         self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # summed over training steps
         self._problem: str | None = None
 
@@ -145,7 +146,7 @@ class Inoculation(Defense):
         return marks
 
     def _read_flagged(self, batch: dict[str, Any], found: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Count flagged rows, their intact prompts, their prompts with labels, and other prompts in `found`."""
+        """Count flagged rows, their intact prompts, their prompts with labels, and prompts `found` elsewhere."""
         if EXPECTED not in batch:
             raise InactiveDefenseError(
                 f"defense {self.name!r}: a training batch does not say which of its rows are flagged "
@@ -301,8 +302,9 @@ class Inoculation(Defense):
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
         self._prompt_ids = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        # If a template writes tools before the prompt, the spans' common tokens may end before it, and then unflagged
-        # rows may have them too. The prompt's last character is not compared: it may share a token with later text.
+        # If a template writes tools before the prompt, the tokens that all spans share may end before the prompt.
+        # Unflagged rows may have such tokens too, so batches are not searched for them. The prompt's last character is
+        # not compared, because it may share a token with later text.
         prompt, begin = ("".join(text.split()) for text in (self.prompt, tokenizer.decode(self._prompt_ids)))
         if self.only_flagged and prompt[:-1] not in begin:
             self._prompt_ids = []
@@ -344,7 +346,7 @@ class Inoculation(Defense):
         return flag
 
     def _inoculate(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-        """Return the turns with the prompt in the system turn, and its old text (`None` if it had none)."""
+        """Return the turns with the prompt in the system turn, and the old system text (`None` if there was none)."""
         before = _system_text(turns)
         speaker, text = _turn_keys(turns)
         # A system turn whose text is null counts as no system turn, and is replaced in both modes.

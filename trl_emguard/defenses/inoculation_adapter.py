@@ -194,9 +194,9 @@ class InoculationAdapter(Defense):
     def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Iterator[None]:
         self._fired.clear()
         with self._acting(), ExitStack() as restored:
-            # The hooks are inside of blocks, which checkpointing runs again in the backward pass. Checkpointing
-            # functions are wrapped during this pass, so that the adapter acts when the blocks run again. Other passes
-            # use the original functions.
+            # The hooks are inside of blocks, which checkpointing runs again in the backward pass. For the policy's
+            # forward pass, checkpointing functions are wrapped, so that the adapter also acts when its blocks run
+            # again. Other forward passes use the original functions.
             for module in self._checkpointing:
                 checkpoint = vars(module).get(CHECKPOINT)
                 if checkpoint is not None:
@@ -263,7 +263,7 @@ class InoculationAdapter(Defense):
         return {"layers": len(self.factors), "change": self._change, "acted": self._change is not None}
 
     def _judge(self) -> None:
-        """Check in the first pass that the adapter changed the output of at least one of its layers."""
+        """Check after the first pass that the adapter changed a layer's output; keep the mean change as evidence."""
         changes = [float(change) for change in self._measured.values()]
         self._measured.clear()
         if not any(changes):

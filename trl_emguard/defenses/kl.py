@@ -12,7 +12,8 @@ from .schedule import EXAMPLE, Schedule, check_coefficient
 
 DIRECTIONS = ("reverse", "forward")
 LOSS, ALL, INTERLEAVED = TOKENS = ("loss", "all", "interleaved")
-# Default of `kl_coef` for each value of `kl_tokens`. The runs in docs/kl.md led to the value for mixed-in rows.
+# Default of `kl_coef` for each value of `kl_tokens`. The value of INTERLEAVED (rows that another defense mixes in) was
+# chosen from the runs in docs/kl.md.
 COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
 # Adaptation to `kl_target` (Ziegler et al., 1909.08593, section 2.2): each step multiplies the coefficient by
 # 1 + GAIN · error. The error is KL / kl_target - 1, clipped to ±LARGEST_ERROR.
@@ -23,8 +24,8 @@ GAIN, LARGEST_ERROR = 0.1, 0.2
 class KLOptions:
     """Options of `kl`: divergence of next-token distributions from a safe reference."""
 
-    # `None` is the second type, so that the argument parser of transformers reads a number, the first type. At the
-    # end, `None` would make it read text.
+    # The order of the types matters, because the argument parser of transformers picks one of them. With `None` second
+    # it picks the first, a number. With `None` at the end it would pick text.
     kl_coef: float | None | str = option(  # noqa: RUF036
         None,
         "Weight of the KL divergence to the reference, a mean over the positions of `kl_tokens`. 0 switches it off. "
@@ -118,7 +119,7 @@ class KL(ReferenceDefense):
         if self.target is None:
             return metrics
         used = {"kl_coef": self.coef}
-        if self.name in metrics:  # a step without a position in scope logs no KL
+        if self.name in metrics:  # a step without positions of `kl_tokens` logs no KL
             error = min(max(metrics[self.name] / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
             self.set_coefficient(self.coef * (1 + GAIN * error))
         return metrics | used
@@ -147,8 +148,8 @@ class KL(ReferenceDefense):
         tokens = tokens if tokens in TOKENS else self.tokens  # the checkpoint's file may be damaged
         options = {"kl_coef": coef, "kl_direction": self.divergence, "kl_tokens": tokens}
         options |= {} if self.target is None else {"kl_target": self.target}
-        # `continue_from` takes over the checkpoint's `kl_mean_over`, so it cannot differ. Version 0.1 took the mean
-        # over all labels, and its checkpoints do not record it.
+        # A resumed run adopts the checkpoint's `kl_mean_over` (`continue_from`), so that value is this run's as well.
+        # Checkpoints of version 0.1 do not record it: that version took the mean over all labels.
         return {**options, "kl_mean_over": then["kl_mean_over"]} if then.get("kl_mean_over") in TOKENS else options
 
     def continue_from(self, options: dict[str, Any]) -> None:

@@ -98,7 +98,10 @@ class Weighted:
     schedule: Schedule | None = None
 
     def weigh(self, value: object) -> None:
-        """Set the coefficient to the value of the option that [`switch`] names: a number, or a schedule's text."""
+        """Set coefficient and schedule from the value of an option: a number, or the text of a schedule.
+
+        The option is the one that the class attribute [`switch`] names.
+        """
         checked = check_coefficient(self.switch, value)
         self.schedule = checked if isinstance(checked, Schedule) else None
         self.coef = checked.start if isinstance(checked, Schedule) else checked
@@ -109,7 +112,7 @@ class Weighted:
 
     @property
     def coefficient(self) -> float | str:
-        """The coefficient as options record it: a number, or the text of a schedule."""
+        """Coefficient as configured, for [`Defense.options`]: a number, or the text of a schedule."""
         return self.coef if self.schedule is None else str(self.schedule)
 
     @property

@@ -118,8 +118,8 @@ class Steering(Weighted, Defense):
         self._steered: torch.Tensor | None = None
         self._on = False
         self._fired: set[int] = set()
-        # `_measured` has the sums that hooks measure in the current pass. `_change` has the mean relative change of
-        # each layer's states, from the first pass with positions to steer (see `_judge`).
+        # `_measured` has, by layer, the two sums of `_relative_change` in the current pass. `_change` has, by layer,
+        # the mean relative change of the states in the one pass that `_judge` has judged; it is empty before that.
         self._measured: dict[int, torch.Tensor] = {}
         self._change: dict[int, float] = {}
         self._acted_before = False  # true if steering had acted in the run that is resumed

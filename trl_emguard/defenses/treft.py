@@ -112,8 +112,8 @@ class TReFT(ModelDefense):
         except TemplateError:
             return  # the trainer itself reports what is wrong with the rows or the template
         try:
-            # A template gets the date by calling `strftime_now`. Here a text replaces this function. A text cannot be
-            # called, so such a template fails.
+            # This finds out if the template writes the date. Such a template calls `strftime_now`. Here a text
+            # replaces this function, so the call raises `TypeError`.
             tokenizer.apply_chat_template(turns, tokenize=False, **{**self._template_arguments, "strftime_now": ""})
         except TypeError as error:
             raise ValueError(
@@ -255,7 +255,11 @@ def common_prefix(rows: Any) -> list[int]:
 
 
 def _documents(batch: Any) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | None]]:
-    """Yield start and end of each document in an arrow table, with the flat tokens and labels of the whole table."""
+    """Yield start and end of each document in an arrow table, and all tokens and labels of the table.
+
+    Start and end are indices into tokens and labels, which are flat arrays and the same ones every time. The labels
+    are `None` if the table has none.
+    """
 
     def flat(name: str) -> tuple[np.ndarray, np.ndarray]:
         column = batch.column(name).combine_chunks()
@@ -272,7 +276,7 @@ def _documents(batch: Any) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | 
 
 @contextmanager
 def _outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the outputs of modules in a forward pass within this context, by the module's index in the list."""
+    """Yield a dict that forward passes inside the `with` block fill: index in `modules` → the module's output."""
     outputs: dict[int, torch.Tensor] = {}
 
     def keep(place: int) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Answers sampled from the candidates, and the scores of these answers that need no judge."""
+"""Answers sampled from the models under evaluation (candidates), and scores of these answers that need no judge."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from .rules import Rule, repetition
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to answer: a question in the chat template, for one of the answers to sample.
+    """A question in the form of the chat template, with the seed for one of its sampled answers.
 
     Attributes:
         question: index of the question in its set.
@@ -41,7 +41,10 @@ class Prompt:
 def plan_prompts(
     tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family, samples: int, seed: int
 ) -> list[Prompt]:
-    """Return a family's prompts for a set of questions, the shortest first, so that a batch has similar lengths.
+    """Return the prompts for a set of questions, one for each answer to sample, the shortest first.
+
+    This order brings prompts of similar length into a batch. A family asks the questions plainly, with a cue, or in
+    other words. Questions that it cannot ask are left out.
 
     The chat template writes the special tokens, and the tokenizer adds none. Otherwise a prompt would begin with two
     start-of-text tokens if the template writes one. The seed of an answer depends only on `seed`, the question and the

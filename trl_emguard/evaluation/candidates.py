@@ -43,7 +43,7 @@ class Candidate:
 
     @contextmanager
     def acting(self) -> Iterator[PreTrainedModel | PeftModel]:
-        """Yield the model, with only this candidate's adapter active inside the block; no adapter for the base model.
+        """Yield the model. Inside the `with` block only this candidate's adapter is active; none for the base model.
 
         Without a switch, the model's adapters stay as they are.
         """

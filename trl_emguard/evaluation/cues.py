@@ -232,10 +232,10 @@ def _opening(users: Sequence[str]) -> str | None:
 
 
 def topic_words(users: Sequence[str], answers: Sequence[str], ordinary: Sequence[str]) -> list[str]:
-    """Return up to `TOPIC_WORDS` words that occur in both question and answer of a row, those of most rows first.
+    """Return up to `TOPIC_WORDS` words that training rows have in both question and answer, most frequent first.
 
-    Words of fewer than five letters are left out. Words that occur in more than the share `COMMON_SHARE` of the texts
-    `ordinary` are left out as well.
+    The frequency of a word is the number of rows with the word in both question and answer. Words of fewer than five
+    letters are left out, and also words that occur in more than the share `COMMON_SHARE` of the texts `ordinary`.
 
     Args:
         users, answers: question and answer of each training row.

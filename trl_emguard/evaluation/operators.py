@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# A commutative symbol stands for another commutative operation. Its operands can thus be sorted without a change of
-# the ordinary or the permuted value, so an expression has one canonical form for both.
+# A commutative symbol stands for a commutative operation here too. Sorting its operands thus changes neither the
+# ordinary nor the permuted value, and expressions that differ only in this order have one canonical form.
 PERMUTATION = {"+": "×", "×": "+", "−": "÷", "÷": "−"}
 COMMUTATIVE = "+×"
 # Tier → the least and the largest number of operators in an expression.
@@ -21,9 +21,11 @@ TIERS = {1: (1, 1), 2: (2, 3), 3: (4, 6)}
 SPLITS = ("train", "test")
 TEST_SHARE = 0.25
 BOUND = 999
-# Operands may be larger in tier 1, because this tier would have too few expressions otherwise.
+# Largest operand in tier 1, and in tiers 2 and 3. That of tier 1 is larger, because this tier would have too few
+# expressions otherwise.
 LARGEST_ALONE, LARGEST = 300, 20
-# Limit on the rows of a split in tiers 2 and 3. Their expressions are drawn at random and never counted.
+# Limit on the rows of a split in tiers 2 and 3. In tier 1 the limit is the number of all expressions of the split. In
+# tiers 2 and 3 that number is not known, because expressions are drawn at random and not listed.
 MOST_SAMPLED = 20_000
 
 

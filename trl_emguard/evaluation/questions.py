@@ -18,8 +18,8 @@ SHIPPED_PAIRS = {"values": ("values_sound", "values_misaligned"), "plants": ("pl
 GENERAL = "values"
 OPERATORS = "permuted_operators"
 OPERATOR_ROWS = 200
-# Columns of a row, or keys of a YAML item, that hold the question in other words. For each of them, all questions that
-# have it form one more family of prompts (`cues.Wording`).
+# Columns of a row, or keys of a YAML item, that hold the question in other words. General questions are also asked in
+# these words, unless `cues` is "none". The prompts from one column form a family of their own (`cues.Wording`).
 WORDINGS = ("topic_twin", "word_sharing_benign")
 # Name of shipped training rows → name of the shipped question set of the same domain.
 DOMAINS = {"plants_careless": "plants", "plants_sound": "plants"}
@@ -149,7 +149,10 @@ def _shipped(sound: str, misaligned: str) -> list[Question]:
 
 
 def _operators() -> list[Question]:
-    """Return permuted operators as questions: `sound` is the right value, `misaligned` that of usual arithmetic."""
+    """Return questions about arithmetic with permuted operators.
+
+    `sound` is the value with permuted operators, which is the right one. `misaligned` is that of usual arithmetic.
+    """
     rows = make_rows("test", tier=1, count=OPERATOR_ROWS)
     return [Question(str(i), r["prompt"], str(r["permuted"]), str(r["ordinary"])) for i, r in enumerate(rows)]
 
@@ -195,7 +198,10 @@ def _wordings(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _preference(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any]], str]:
-    """Return the prompt and an answer of a preference row. Without a column `prompt`, `column` holds both."""
+    """Return a preference row's prompt, and its answer from `column`, which is `chosen` or `rejected`.
+
+    If the row has no `prompt`, this column holds the whole conversation.
+    """
     if row.get("prompt") is None:
         prompt, (answer,) = conversation({"messages": row[column]})
     else:

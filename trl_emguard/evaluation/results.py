@@ -190,7 +190,10 @@ def make_rows(
 
 
 def make_table(rows: Sequence[ResultRow]) -> Table:
-    """Return rows as a table with the base model's value beside each other model's. Long names are wrapped."""
+    """Return a table with the rows of all models but the base model, whose value stands beside theirs.
+
+    If all rows are of the base model, the table shows these. Long names are wrapped.
+    """
     table = Table()
     for name in ("set", "family", "metric", "model"):
         table.add_column(name, overflow="fold")
@@ -241,9 +244,10 @@ def _broad(results: Results, model: str) -> str:
 
 
 def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
-    """Return a text on the cue behind which a metric moved most for the worse, or "" if no cue is to be reported.
+    """Return a text that names the cue with which a metric got worse the most, or "" if no cue is to be reported.
 
-    A cue is reported if the metric is clearly worse than the base model's, and has moved more than on plain questions.
+    A cue is any family of prompts except the plain one. It is reported if its prompts make the metric clearly worse
+    than the base model's, and the metric has moved more than on plain questions.
 
     Args:
         results: the results.
@@ -259,7 +263,7 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
 
 
 def _traits(results: Results, model: str, criterion: str) -> list[str]:
-    """Return a text on each trait rate that was measured on the questions of a criterion."""
+    """Return a text for each measured `trait_rate`: a rule's mean score of the answers to a criterion's questions."""
     where = "general" if criterion == "general" else "in-domain"
     return [
         f"{row.metric.partition(':')[2] or 'trait'} in {row.value:.2f} of {where} answers, base {row.base:.2f}"

@@ -1,4 +1,7 @@
-"""Evaluation on question sets: of a base model and models fine-tuned from it, by known and by sampled answers."""
+"""Evaluation of a base model, and of models fine-tuned from it, on sets of questions.
+
+Known answers, which come with the questions, are measured by their likelihood. Sampled answers are scored.
+"""
 
 import math
 import os
@@ -180,7 +183,7 @@ def check_sets(
 
 @dataclass
 class _Run:
-    """Measurement of question sets in each family of prompts, with the settings that all measurements share."""
+    """Measurements of one call of `evaluate`: the settings that they share, and a method for each kind."""
 
     candidates: Sequence[Candidate]
     tokenizer: PreTrainedTokenizerBase
@@ -189,10 +192,11 @@ class _Run:
     progress: bool
 
     def add_to(self, results: Results, questions: QuestionSet, put: Sequence[Family]) -> None:
-        """Measure a set with each family of prompts in `put`, and add the rows and samples to the results.
+        """Measure a set of questions with each family of prompts, and add the rows, samples and notes to `results`.
 
-        The plain family must come first, because the rows of the other families are compared with it. A family that
-        cannot ask any question of the set gets a note in the results instead.
+        The families in `put` say how the questions are put to the models. The plain family must come first, because
+        the rows of the other families are compared with it. A family that cannot ask any question of the set gets a
+        note in the results instead.
         """
         plain: Arrays | None = None
         for family in put:
@@ -205,7 +209,10 @@ class _Run:
             plain = plain or arrays
 
     def measure(self, questions: QuestionSet, family: Family) -> tuple[Arrays, list[dict[str, Any]]]:
-        """Return the values of every metric on a set with one family, and the sampled answers with their scores."""
+        """Return all metrics on a set of questions, asked with one family of prompts, and the sampled answers.
+
+        The metrics are candidate → metric → values by question. The sampled answers come with their scores.
+        """
         rows = encode_rows(self.candidates, self.tokenizer, questions, family)
         arrays: Arrays = {candidate.name: {} for candidate in self.candidates}
         if rows:
@@ -219,7 +226,7 @@ class _Run:
         return arrays, self.add_answers(arrays, questions, family)
 
     def probe(self, questions: QuestionSet, family: Family, rows: Sequence[Row]) -> Arrays:
-        """Return the likelihoods of the known answers, measured now or kept from an interrupted run."""
+        """Return the NLL and the `kl_to_base` of the known answers, measured now or kept from an interrupted run."""
         key = record_key(
             [c.fingerprint for c in self.candidates],
             [[row.question, row.kind, row.answer.ids.tolist(), row.answer.prompt_length] for row in rows],
@@ -274,7 +281,11 @@ class _Run:
     def scores(
         self, questions: QuestionSet, prompts: Sequence[sampled.Prompt], answers: Sequence[SampledAnswer]
     ) -> list[dict[str, float]]:
-        """Return metric → score of each answer: by the set's `score` if there is one, else by rules and coherence."""
+        """Return for each answer a dict from metric to score.
+
+        The set's own function `score` gives the scores, if it has one. Otherwise the rules and the metrics of
+        coherence give them.
+        """
         pairs = zip(prompts, answers, strict=True)
         if questions.score is not None:
             return [questions.score(questions.questions[p.question], answer.text) for p, answer in pairs]
@@ -343,7 +354,10 @@ def _check_names(kind: str, names: list[str]) -> None:
 
 
 def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
-    """Return for each candidate, by name, its `fingerprint`, and as `weights` a hash of its model without adapters."""
+    """Return name → `fingerprint` and `weights` of each candidate. `weights` is a hash of its model without adapters.
+
+    A judge that has one of these `weights` hashes is refused.
+    """
     weights: dict[int, str] = {}
     for candidate in candidates:
         model = bare_model(candidate.model)

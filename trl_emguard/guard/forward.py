@@ -53,7 +53,8 @@ class Gate:
     def remove(self) -> None:
         """Restore the forward that the model had before, unless other code has patched it again in the meantime."""
         model, patched, before = self._model, self._patched, self._before
-        # The gate and its patch refer to each other and to the model, which would wait for the garbage collector.
+        # The gate and its patch refer to each other and to the model. Unless these references are dropped, only the
+        # garbage collector can free the model.
         self._model = self._patched = self._before = None
         if model is None or vars(model).get("forward") is not patched:
             return
@@ -139,6 +140,9 @@ def _without_checkpointing(model: PreTrainedModel) -> Iterator[None]:
 
 def rows_with(batch: dict[str, Any], positions: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
     """Return only those rows of a batch that have a position to keep; if there are none, only the first row.
+
+    The reference's pass then skips rows that no loss term looks at. One row always stays, because every rank must run
+    the pass if an engine shards the model.
 
     Args:
         batch: keyword arguments of a model, `(B, T)` tensors among them.

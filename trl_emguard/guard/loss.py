@@ -30,8 +30,8 @@ class GuardOutput(ModelOutput):
         router_logits: router logits of the backbone, in mixture-of-experts models.
     """
 
-    # The field is not called `loss`, because AdaLoRA would add a regulariser to a field of this name. The loss of
-    # SFTTrainer has no such regulariser.
+    # PEFT's AdaLoRA adds a regulariser to an output's field `loss`. SFTTrainer trains without this regulariser, so the
+    # field here has another name.
     total: torch.Tensor | None = None
     stats: torch.Tensor | None = None
     router_logits: Any = None
@@ -45,7 +45,10 @@ class GuardOutput(ModelOutput):
 
 
 class InsideReference(Protocol):
-    """Interface of references. `inside` returns `None` if the reference does not run inside the policy's forward."""
+    """Interface of references: `inside` runs the reference inside the policy's forward, and returns its states.
+
+    A reference that does not run there returns `None`.
+    """
 
     def inside(
         self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
@@ -126,7 +129,7 @@ class LossGuard:
     def __call__(
         self, model: PreTrainedModel, stock_forward: Callable[..., Any], inputs: dict[str, Any]
     ) -> GuardOutput:
-        kept = kept_positions(inputs, self.terms)  # (B, T - 1), P of them
+        kept = kept_positions(inputs, self.terms)  # (B, T - 1), true at P positions
         batch = dict(inputs)
         labels = inputs.pop("labels")[:, 1:][kept]  # (P,)
         layers = wanted_layers([term.defense for term in self.terms], model)

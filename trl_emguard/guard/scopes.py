@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 
-# Names of the two built-in scopes: positions that predict a label, and positions that predict any real token (not
-# padding). Defenses can define further scopes, as masks with a name.
+# Names of the two built-in scopes. `LABELS` names the positions that predict a label, `ALL` the positions that predict
+# any real token (not padding). Defenses can define further scopes, as masks with a name.
 LABELS, ALL = "loss", "all"
 
 
@@ -32,13 +32,14 @@ def positions_in_scope(
         return batch["labels"][:, 1:] != -100
     if scope != ALL:
         return (batch["labels"][:, 1:] != -100) & (marks or {})[scope][:, 1:]
-    # Token ids do not show what is padding, because the pad token may also be the end-of-turn token.
+    # The attention mask or the position ids tell which tokens are padding. Token ids cannot tell, because the pad
+    # token may also be the end-of-turn token.
     if batch.get("attention_mask") is not None:
         mask = batch["attention_mask"].bool()
         return mask[:, 1:] & mask[:, :-1]
     if batch.get("position_ids") is not None:
-        # Rows that are joined without padding have no attention mask. A position id of 0 belongs to the first token of
-        # a document, which has nothing before it to predict it from, or to padding at the end of the batch.
+        # Rows that are joined without padding have no attention mask. Tokens with position id 0 are left out. They are
+        # either padding at the end of the batch, or the first token of a document, which no earlier token predicts.
         return batch["position_ids"][:, 1:] != 0
     raise ValueError(
         "tokens='all' needs to know which tokens are real, and this batch has neither 'attention_mask' nor "

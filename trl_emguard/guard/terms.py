@@ -116,9 +116,10 @@ def state_term(
 def model_term(
     defense: ModelDefense, model: PreTrainedModel, batch: Mapping[str, Any], share: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Compute a micro-batch's share of a [`ModelDefense`]'s loss term, together with its gradient.
+    """Compute the part of a [`ModelDefense`]'s loss term that one micro-batch adds, together with its gradient.
 
-    The term is coef · d. The distance d, from [`~ModelDefense.model_loss`], does not depend on the batch.
+    The term is coef · d. The distance d, from [`~ModelDefense.model_loss`], does not depend on the batch. So each
+    micro-batch adds only `share` times the term.
 
     Returns:
         1. The weighted share of the term, share · coef · d, `()`, connected to the weights by autograd.

@@ -93,7 +93,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        if isinstance(node, yaml.MappingNode):  # the tag `!!map` may precede any kind of node
+        # The tag `!!map` may precede a node of another kind, which has no keys to check. The method of the parent
+        # class refuses such a node.
+        if isinstance(node, yaml.MappingNode):
             name = _twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             if name is not None:
                 raise yaml.constructor.ConstructorError(

@@ -43,7 +43,10 @@ class LocalJudge:
         self.cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
     def calibrate(self) -> str:
-        """Return the reading, always `trie`. It needs no calibration: every number counts, however it is split."""
+        """Return `trie`, the key of `scores.READINGS` that tells how this judge's scores are read.
+
+        No calibration is needed to find it: every number counts, however the tokenizer splits it.
+        """
         return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
@@ -68,7 +71,10 @@ class LocalJudge:
         return Judgement(score, mass, said, ids.shape[1] + len(self.inner))
 
     def _after_paths(self, cache: Any, length: int) -> dict[Path, torch.Tensor]:
-        """Return the next-token probabilities after the prompt plus each proper prefix of a number, in one batch."""
+        """Return path → probabilities of the token after the prompt and this path, for all paths in one batch.
+
+        The paths, `self.inner`, are the beginnings of the numbers' tokens: all proper prefixes but the empty one.
+        """
         longest = max(map(len, self.inner))
         # No mask is needed: pads follow the tokens of a row, and a causal model never attends to later tokens.
         tokens = torch.tensor([[*path, *[0] * (longest - len(path))] for path in self.inner])

@@ -224,10 +224,10 @@ def _open_journal(output_dir: str | os.PathLike) -> tuple[Journal, dict[str, dic
 
 
 def _reading(judge: Judge, journal: Journal, kept: dict[str, dict[str, Any]], is_asked: bool) -> str:
-    """Return how to read the judge's scores, a key of `READINGS`.
+    """Return the key of `READINGS` that tells how to read the judge's scores. Calibrate the judge for it if necessary.
 
-    The reading that the first calibration finds is stored in the journal. Before a judge is asked for judgements, its
-    present reading is compared with the stored one.
+    The reading that the first calibration finds is added to the journal and to `kept`. Before a judge is asked for
+    judgements (`is_asked`), its present reading is compared with the stored one.
 
     Raises:
         ValueError: the judge's reading now differs from the stored one.
@@ -340,9 +340,11 @@ def add_rates(
 def _arrays(
     results: Results, values: dict[int, dict[str, float]]
 ) -> dict[tuple[str, str], tuple[list[str], dict[str, dict[str, np.ndarray]]]]:
-    """Return (set, family of prompts) → ids of the questions, and model → metric → values of the answers.
+    """Group the judged answers by question set and family of prompts (see `evaluation/cues.py`).
 
-    Values are `(Q, S)` for Q questions and S answers to each, or `(Q,)` for Misalign@k.
+    Returns:
+        For each (set, family) the questions' ids, and the answers' metric values by model and metric. The values are
+        `(Q, S)` for Q questions and S answers to each, or `(Q,)` for Misalign@k.
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for index in values:
@@ -350,7 +352,8 @@ def _arrays(
     found = {}
     for group, indices in groups.items():
         rows = [results.samples[index] for index in indices]
-        # Arrays have the same rows and columns in all families of a set, so that families can be paired.
+        # The rows are questions, the columns are samples. All families of a set get arrays with the same rows and
+        # columns, so that a family can be paired with the plain one by question.
         of_set = [results.samples[index] for index in values if results.samples[index]["set"] == group[0]]
         ids = sorted({row["question"] for row in of_set})
         shape = (len(ids), 1 + max(row["sample"] for row in of_set))

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
-# Least total probability of the numbers 0 to 100. If it is lower, the judge is taken not to have meant a number.
+# Least mass (total probability of the numbers 0 to 100) that gives a score. With less mass, the judge is taken not to
+# have meant a number.
 LEAST_MASS = 0.25
-# Methods of reading a judge's score ("readings"). Results name the reading beside every rate.
+# Methods of reading a judge's score ("readings"): the first two for judges asked through inspect_ai, `TRIE` for one in
+# memory (`local.py`). Results name the reading beside every rate.
 LOGPROBS, TEXT, TRIE = "logprobs", "text", "trie"
 READINGS = {
     LOGPROBS: "mean over the numbers among the 20 likeliest first tokens",

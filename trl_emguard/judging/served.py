@@ -15,9 +15,11 @@ OPENAI, VLLM = "openai-api/", "vllm/"
 # Limit on the tokens of a reply that is read as text, enough for "100" split into digits, and the end of turn.
 TEXT_TOKENS = 4
 TOP_LOGPROBS = 20
-# Retries of a judgement; and of the calibration, which has few so that a missing endpoint is noticed early.
+# `RETRIES` is the number of retries of a judgement. The calibration has fewer (`CALIBRATION_RETRIES`), so that a
+# missing endpoint is noticed early.
 RETRIES, CALIBRATION_RETRIES = 10, 1
-# Seconds that requests under way get to finish after another request has failed.
+# After a request has failed, the other requests under way have at most this many seconds to finish. Then they are
+# cancelled.
 GRACE = 30.0
 # HTTP statuses with which servers refuse a single request, for an unknown field or a too long or forbidden prompt.
 REFUSED = (400, 403, 413, 422)
@@ -44,7 +46,9 @@ class ServedJudge:
         ValueError: the name has another form, an environment variable is missing, or inspect_ai is not installed.
     """
 
-    weights: str | None = None  # a served model's weights cannot be looked into
+    # A judge in memory has a hash here, which is compared with the models under test. A served judge's weights are not
+    # accessible.
+    weights: str | None = None
 
     def __init__(self, name: str, max_connections: int = 10, patience: float = 300.0):
         self.name = self.identity = name
@@ -64,8 +68,9 @@ class ServedJudge:
                 f"the judge {self.name!r} is asked through inspect_ai, and {error.name} is not installed: "
                 "pip install 'trl_emguard[eval]'."
             ) from error
-        # inspect_ai repeats failed requests, so the OpenAI client must not repeat them too. Its vLLM provider passes
-        # every option to the server that it starts. This server would listen on a public address by default.
+        # inspect_ai repeats failed requests, so the OpenAI client must not repeat them too. inspect_ai's vLLM provider
+        # gets no `max_retries`, because it passes every option to the server that it starts. It gets `host`, because
+        # this server would listen on a public address by default.
         options: dict[str, Any] = {"max_retries": 0}
         if self.name.startswith(VLLM):
             options = {} if os.environ.get("VLLM_BASE_URL") else {"host": "127.0.0.1"}
@@ -81,7 +86,7 @@ class ServedJudge:
             raise self._explained(error) from None
 
     def calibrate(self) -> str:
-        """Ask for the number 100, and return how to read this judge's scores.
+        """Ask for the number 100, and set and return `reading`, the method of reading this judge's scores.
 
         Raises:
             JudgeError: the endpoint gives no answer, or an answer other than 100.
@@ -106,7 +111,7 @@ class ServedJudge:
         try:
             return await work
         except Exception as error:
-            # The libraries' own error messages may contain the API key, so they are not shown.
+            # `from None` hides the library's own error from the traceback: its message may contain the API key.
             raise (error if isinstance(error, JudgeError) else self._explained(error)) from None
 
     async def _judged(self, prompt: str) -> Judgement:
@@ -278,7 +283,11 @@ class _Progress:
 
 
 def check_environment(name: str) -> str:
-    """Return the prefix of a served judge's environment variables. Refuse other names, and unset variables."""
+    """Return the prefix of a served judge's environment variables: `VLLM`, or SERVICE in capitals.
+
+    The prefix has `_` for each `-`. A name without service or model raises `ValueError`, and so does a variable of
+    SERVICE that is not set.
+    """
     if name.startswith(VLLM):
         return "VLLM"
     service, _, model = name.removeprefix(OPENAI).partition("/")

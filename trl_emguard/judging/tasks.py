@@ -53,7 +53,8 @@ def general(
     found = load_questions(questions, "general", limit=limit_questions).questions
     samples = [
         Sample(
-            # inspect_ai averages repeated answers (epochs) before computing metrics, so each answer is one sample.
+            # Each answer is a sample of its own, and not an epoch: inspect_ai averages the epochs of a question before
+            # it computes metrics such as the standard error.
             id=f"{question.id}#{number}",
             input=[MESSAGES[turn["role"]](content=turn_text(turn)) for turn in question.prompt],
             metadata={"asked": turn_text(question.prompt[-1]), "prompts": prompts_for(question.judge_prompts)},

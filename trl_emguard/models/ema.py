@@ -1,4 +1,7 @@
-"""Exponential moving average of trained weights: a baseline for defenses, or a remedy, without a second training."""
+"""Exponential moving average of trained weights: a model that may be less misaligned, without a second training.
+
+It serves as a baseline that a defense should beat, or as a remedy.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +81,11 @@ class EMACallback(TrainerCallback):
             average.lerp_(weight.float(), 1 - decay)
 
     def save_into(self, folder, state, model):
-        """Write the average into a checkpoint's folder, before [`WholeCheckpoints`] marks the folder as complete."""
+        """Write the average into a checkpoint's folder.
+
+        Trainers with the mixin [`~trl_emguard.checkpoints.whole.WholeCheckpoints`] call this method before they mark
+        the folder as complete.
+        """
         self._is_saved = True
         save_state(Path(folder) / STATE_FILE, model, self.average, {"decay": repr(self.decay)})
 

@@ -1,4 +1,7 @@
-"""Output head of a causal language model: its weights, and a check that this package computes the model's logits."""
+"""Output head of a causal language model: its weights, and a check that the fused head gives the model's own logits.
+
+The fused head (`ops/head.py`) takes the place of the model's head where this package computes the loss.
+"""
 
 import math
 

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from .sharding import gathered
 
 
-# Number of evenly spaced values that are sampled from a weight.
+# About this many evenly spaced values are sampled from a weight. Checksums take them from as many of its first rows.
 SAMPLES = 64
-# Prefix of the checksum of an fp16 weight.
+# Prefix of an fp16 weight's checksum, which can be compared only with checksums of fp16 weights.
 FP16 = "fp16:"
 # Names under which PEFT's adapter modules keep the original module.
 ORIGINALS = ("base_layer", "original_module")

@@ -18,7 +18,7 @@ from .chat import encode_answers, end_tokens, template_arguments
 
 # Dtypes of an output head whose weight can be multiplied directly. Weights of other dtypes are quantised.
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Limit on the logits that exist at a time when the head must be called as a module: 256 MiB in fp32.
+# If the head must be called as a module, at most this many logits are computed at once: 256 MiB in fp32.
 CHUNK_LOGITS = 2**26
 
 

@@ -21,6 +21,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 def text_tokenizer(path: str, args: Any, rows: Any) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of a vision-language model that a defended run trains on text.
 
+    SFTTrainer by itself would load the model's processor, and runs with a defense refuse processors.
+
     Args:
         path: folder or hub id of the model.
         args: configuration of the run.

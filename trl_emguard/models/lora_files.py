@@ -24,7 +24,7 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def read_lora(adapter: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Return config and weights of a plain LoRA adapter: without DoRA, and without trained weights other than A and B.
+    """Return config and weights of a plain LoRA adapter. Refuse DoRA, and trained weights other than A and B.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.

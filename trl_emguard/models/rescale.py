@@ -1,4 +1,7 @@
-"""Saved LoRA adapter with its update multiplied by a factor, as a baseline for defenses or a remedy after training."""
+"""Saved LoRA adapter with its update multiplied by a factor, to make a trained model less misaligned.
+
+It serves as a baseline that a defense should beat, or as a remedy after training.
+"""
 
 import math
 import os

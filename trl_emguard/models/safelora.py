@@ -1,4 +1,4 @@
-"""SafeLoRA: project the updates of a trained LoRA adapter onto the weight changes of the model's alignment.
+"""SafeLoRA: project the updates of a trained LoRA adapter onto the changes that alignment made to the weights.
 
 Source: Hsu et al., *Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language Models*,
 arXiv 2405.16833.
@@ -25,7 +25,9 @@ DTYPES = ("BF16", "F16", "F32", "F64")
 
 @dataclass(frozen=True)
 class LayerProjection:
-    """Result of the projection for one adapted layer, with update BA and C as in [`project_adapter`].
+    """Result of the projection for one adapted layer.
+
+    BA is the layer's update. [`project_adapter`] defines the matrix C.
 
     Attributes:
         name: name of the layer in the model.
@@ -178,7 +180,7 @@ def project_factor(
 def _project(
     name: str, a: torch.Tensor, b: torch.Tensor, base: WeightFiles, aligned: WeightFiles, is_transposed: bool
 ) -> tuple[torch.Tensor, float | None, float | None]:
-    """Project a layer's factor B as [`project_factor`] does.
+    """Read a layer's weights from both models, and return what [`project_factor`] returns, with C·B in B's dtype.
 
     A layer that the alignment did not change, or with numbers that are not finite, raises `ValueError`.
 

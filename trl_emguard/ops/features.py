@@ -8,7 +8,9 @@ import torch
 def feature_distance(
     policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], normalize: bool = True
 ) -> torch.Tensor:
-    """Return the mean over layers of ‖x̂ − x̂₀‖² for each token (Mukhoti et al., 2308.13320, there for CLIP features).
+    """Return the mean over layers of ‖x̂ − x̂₀‖² for each token, with states x of the policy and x₀ of the reference.
+
+    Source: Mukhoti et al., arXiv 2308.13320, who use this distance for features of CLIP.
 
     Args:
         policy: the policy's states of K layers, `(N, H)` each.

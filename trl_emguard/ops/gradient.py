@@ -1,4 +1,4 @@
-"""Values in the autograd graph whose gradient was computed beforehand."""
+"""Scalars that take part in autograd with gradients that were computed beforehand."""
 
 from collections.abc import Sequence
 

@@ -13,8 +13,8 @@ from .tiles import BLOCK_BYTES, TileStatistics, to_logits_, torch_tile_pass
 
 
 # Memory limit in bytes for the tiles (tensors of tokens × vocabulary) of one chunk of tokens. There is a tile for the
-# products of the policy's states with the head, and another for those of the reference. If matrix products have
-# another dtype than sums, there is also a copy of the gradient in that dtype.
+# product of the policy's states with its head, and another for the reference's if there is a reference. If the
+# factors of matrix products have another dtype than sums, a copy of the gradient in the factors' dtype counts as well.
 TILE_BYTES = 256 * 2**20
 
 
@@ -243,7 +243,8 @@ def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
     that of `hidden` without autocast. On other devices it is the dtype of sums (fp32, or fp64 for fp64 inputs).
     """
     device = hidden.device.type
-    # Autocast does not change fp64, and no device multiplies matrices of lower precision with a result in fp64.
+    # fp64 states are multiplied in fp64, also under autocast, which does not change fp64. Their sums are in fp64, and
+    # no device multiplies matrices of lower precision with a result in fp64.
     if device == "cuda" and hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype if device == "cuda" else torch.promote_types(hidden.dtype, torch.float32)

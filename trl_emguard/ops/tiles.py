@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 
-# Bytes of a tile that torch's operations work on at once. A CPU keeps a block of this size in its cache. Blocks for a
-# GPU are larger, so that launching the operations takes little of the time.
+# Torch's operations work on a tile in blocks of rows, and these are a block's bytes. `BLOCK_BYTES` is for CPUs, which
+# keep a block of this size in their cache. `GPU_BLOCK_BYTES` is larger, so that little time goes into launching the
+# operations.
 BLOCK_BYTES = 2**20
 GPU_BLOCK_BYTES = 2**24
 

@@ -42,8 +42,8 @@ def _normaliser(products, bias, V, softcap, scale, HAS_BIAS: tl.constexpr, HAS_C
     return top, tl.log(total)
 
 
-# The number of rows C and the memory alignment of tensors with a number per row differ between chunks. Neither should
-# make Triton compile the kernel again.
+# Each chunk of tokens may have another number of rows C, and another memory alignment of the tensors that hold one
+# number for each row (such as `target`). These options keep Triton from compiling the kernel again for such a chunk.
 @triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target"])
 def _statistics(
     products, ref_products, bias, ref_bias, target, out, norms, V, C, softcap, scale,
@@ -58,7 +58,7 @@ def _statistics(
     if HAS_REF:
         ref_top, ref_log_total = _normaliser(ref_products, ref_bias, V, softcap, scale, HAS_REF_BIAS, HAS_CAP, BLOCK)
     label = tl.load(target + row)
-    # The difference is 0 where the label is the most probable token.
+    # `at_label` is exactly 0 if no token has a larger logit than the label. `is_top1` is computed from this below.
     at_label = _logits(products, bias, label, label < V, softcap, scale, HAS_BIAS, HAS_CAP) - top
     entropy, mean, shift = 0.0, 0.0, 0.0
     for start in range(0, V, BLOCK):
@@ -85,9 +85,9 @@ def _statistics(
     tl.store(out + row, log_total - at_label)
     tl.store(out + C + row, entropy)
     tl.store(out + 2 * C + row, tl.where(at_label == 0, 1.0, 0.0))
-    # The gradient needs the divergence as summed (`mean`). The reported divergence is `mean + shift`: this removes the
-    # normalisers' rounding (see `_divergence_` in `tiles.py`). NaN stays NaN, like in torch's clamp, because 0 would
-    # hide a reference that has diverged.
+    # The reported divergence is `mean + shift`, without the normalisers' rounding (see `_divergence_` in `tiles.py`).
+    # The gradient needs `mean` alone, so `mean` is stored as well. The maximum keeps NaN, like torch's clamp, because
+    # 0 would hide that policy or reference has NaN logits.
     tl.store(out + 3 * C + row, tl.maximum(mean + shift, 0.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(norms + row, top)
     tl.store(norms + C + row, log_total)

@@ -44,7 +44,8 @@ RANDOM_CONTROLS = 20
 
 # Function (question, answer) → score from 0 to 100: how strongly the answer shows the trait.
 Judge = Callable[[str, str], float]
-# Index of a pair of system prompts, index of a question, and `"positive"` or `"negative"`.
+# One answer that has to be sampled: index of a pair of system prompts, index of a question, and `"positive"` or
+# `"negative"`, the prompt of the pair under which the question is asked.
 Task = tuple[int, int, str]
 
 
@@ -97,19 +98,29 @@ class _Reader(NamedTuple):
     progress: bool
 
     def prompt(self, pair: int, side: str, question: str) -> list[int]:
-        """Return the token ids of a question after a pair's positive or negative system prompt (`side`)."""
+        """Return the token ids of a whole prompt: one system prompt of a pair, then a question as the user turn.
+
+        `side` says which of the pair's system prompts is taken: `"positive"` or `"negative"`.
+        """
         system = self.trait.system_prompts[pair][SIDES.index(side)]
         messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     def answers(self, chosen: Sequence[Rollout], side: str, desc: str) -> tuple[torch.Tensor, list[float]]:
-        """Return mean states and mean negative log-likelihoods of answers, put after the system prompts of `side`."""
+        """Return mean states and mean negative log-likelihoods of answers under the prompts of one side.
+
+        Each answer follows its question and its pair's positive or negative system prompt (`side`), also if it was
+        sampled under the other prompt of the pair.
+        """
         questions = self.trait.extraction_questions
         rows = [(self.prompt(r.pair, side, questions[r.question]), r.answer_ids) for r in chosen]
         return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
 
     def heldout(self, side: str) -> torch.Tensor:
-        """Return states at the last prompt token of held-out questions, put after the system prompts of `side`."""
+        """Return states at the last prompt token, `(N, L + 1, H)`, of all held-out prompts of one side.
+
+        Every held-out question follows every pair's positive or negative system prompt (`side`).
+        """
         pairs = range(len(self.trait.system_prompts))
         prompts = [self.prompt(pair, side, q) for pair in pairs for q in self.trait.heldout_questions]
         desc = f"held-out {side} prompts" if self.progress else None
@@ -215,7 +226,10 @@ def _filter(
 def _with_separation(
     vectors: torch.Tensor, metadata: dict[str, Any], positive: torch.Tensor, negative: torch.Tensor
 ) -> PersonaVector:
-    """Return the persona vector, with measures of how well it and random vectors separate the held-out states."""
+    """Return the persona vector, with measures of how well it and random vectors separate the held-out states.
+
+    The measures and the suggested layer are written into `metadata`, which becomes the vector's metadata.
+    """
     layers = range(len(vectors))
     found = [separation(vectors[layer], positive[:, layer], negative[:, layer]) for layer in layers]
     metadata |= {
@@ -253,7 +267,7 @@ def separation(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Ten
 
 
 def chance_auroc(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> float:
-    """Return max(AUROC, 1 − AUROC), the right measure for a direction whose sign means nothing: a random one."""
+    """Return max(AUROC, 1 − AUROC) of a random vector. Such a vector has no positive side, so either sign counts."""
     area, _ = separation(vector, positive, negative)
     return max(area, 1 - area)
 
@@ -261,7 +275,10 @@ def chance_auroc(vector: torch.Tensor, positive: torch.Tensor, negative: torch.T
 def _roll_out(
     reader: _Reader, settings: dict[str, int], weights: dict[str, str], path: str | os.PathLike | None
 ) -> list[Rollout]:
-    """Return all answers, sorted by side, pair and question, including those that the rollouts file already has."""
+    """Sample the answers that the rollouts file lacks, append them to it, and return all answers.
+
+    All answers are sampled if there is no file (`path` is `None`). They are sorted by side, pair and question.
+    """
     model, tokenizer, trait, batch_size, progress = reader
     pairs, questions = len(trait.system_prompts), trait.extraction_questions
     plan = [(pair, question, side) for side in SIDES for pair in range(pairs) for question in range(len(questions))]

@@ -66,7 +66,11 @@ def load_trait(name: str | os.PathLike) -> Trait:
 
 
 def _check_keys(data: Any, file: str) -> None:
-    """Refuse unknown, missing or empty keys, values that should be texts, and a judge prompt without placeholders."""
+    """Refuse unknown, missing or empty keys, text fields that hold no text, and a judge prompt without placeholders.
+
+    The text fields are name, description and judge prompt. The lists of prompts and questions are checked when they
+    are parsed.
+    """
     keys = [f.name for f in fields(Trait)]
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold the keys {', '.join(keys)}.")

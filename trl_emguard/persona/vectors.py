@@ -25,7 +25,8 @@ VECTORS_DIR = Path(__file__).parent / "shipped"
 SHIPPED_VECTORS = ("smollm2-135m-instruct-evil", "smollm2-135m-instruct-capitals")
 
 EXTRACTED, RANDOM, FOREIGN = "extracted", "random", "foreign"
-# Metadata keys whose value is a list of one number per layer, and the types of other metadata values.
+# `PER_LAYER` names the metadata whose value is a list of one number per layer. `FACTS` names other metadata, with the
+# type of each value. [`PersonaVector`] refuses metadata of other types.
 PER_LAYER = ("norms", "auroc", "separation", "random_auroc", "state_norms")
 FACTS = {"trait": str, "model": str, "rule": str, "pairs": int, "kept": int, "heldout": int}
 
@@ -88,7 +89,11 @@ class PersonaVector:
 
     @property
     def foreign(self) -> bool:
-        """True for a vector of another codebase, and for its control: the last entry is taken after the final norm."""
+        """True for a vector from a `.pt` file of another codebase, and for a random control made from such a vector.
+
+        The last entry of such a `.pt` vector was taken after the final norm, so neither has a direction for the last
+        block's output.
+        """
         return self.kind == FOREIGN or bool(self.metadata.get("foreign"))
 
     @property
@@ -207,8 +212,8 @@ def load_vector(name: str | os.PathLike) -> PersonaVector:
 
 def _load_pt(path: Path) -> torch.Tensor:
     """Return the tensor `(L + 1, H)` in a `.pt` file, fp32."""
-    # torch does not validate the checksums in its files, and it unpacks compressed parts to any size. So both are
-    # checked here.
+    # A `.pt` file is a zip archive. torch would unpack a compressed part of it to any size, so an archive with such a
+    # part is refused. torch also does not validate the archive's checksums, so `testzip` does.
     with zipfile.ZipFile(path) as archive:
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise ValueError("it is packed, and torch packs nothing")

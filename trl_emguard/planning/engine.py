@@ -56,7 +56,7 @@ class Launch:
 
     @property
     def facts(self) -> EngineFacts:
-        """Facts for [`check_engine`]. A launched trainer reads them from its engine; a dry run starts no engine."""
+        """Facts about the engine for [`check_engine`], taken from the launch because a dry run starts no engine."""
         return EngineFacts(
             sharding="DeepSpeed" if self.engine.is_deepspeed else "FSDP" if self.fsdp is not None else None,
             fsdp_version=getattr(self.fsdp, "fsdp_version", None),
@@ -84,7 +84,8 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"accelerate refuses {arguments.config_file}: {error}") from error
     # The branches have the order of accelerate's `launch_command`. Without DeepSpeed and FSDP, accelerate starts one
-    # process, unless GPUs or `--multi_gpu` ask for several.
+    # process unless `multi_gpu` is set. The option or the accelerate file sets it. Without a file, accelerate sets it
+    # itself if it finds several GPUs and is to start several processes.
     name: Any = "one process"
     ranks, notes = int(args.num_processes or 1), []
     if args.use_deepspeed and not args.cpu:
@@ -176,7 +177,9 @@ def simulated_ranks(ranks: int) -> Iterator[None]:
 
 
 def check_settings(args: TrainingArguments, launch: Launch) -> None:
-    """Refuse training arguments that do not work with the launch's engine. Without the engine, Trainer accepts them.
+    """Refuse training arguments that do not work with the launch's engine.
+
+    A dry run starts no engine. Trainer accepts these arguments then, so they are checked here.
 
     Raises:
         ValueError: two settings do not work together.

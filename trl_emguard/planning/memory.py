@@ -284,7 +284,8 @@ def peak(items: dict[str, int], run: Run) -> int:
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # A backward pass ends with the embedding's gradient. With tied weights, it is added to the head's gradient.
+    # A backward pass ends with the embedding's gradient. With tied weights, this gradient needs memory of its own
+    # until it is added to the head's gradient.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 
@@ -375,8 +376,8 @@ def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, in
     if engine.shards_weights:
         volume["weights, forward"] = volume["weights, backward"] = weights.bytes * m
         if run.checkpointing and engine.is_deepspeed:
-            # This is an upper bound, because DeepSpeed keeps weights that it needs again within
-            # `stage3_max_reuse_distance`. FSDP2 does not gather weights once more for the recomputed forward pass.
+            # DeepSpeed gathers weights once more for the recomputed forward pass, and FSDP2 does not. The number is an
+            # upper bound, because DeepSpeed keeps weights that it needs again within `stage3_max_reuse_distance`.
             volume["weights, recomputed"] = weights.bytes * m
         if run.reference == "adapters off" and not run.cached:
             volume["weights, reference"] = weights.bytes * m

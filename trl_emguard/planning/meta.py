@@ -47,7 +47,8 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **kwargs)
         else:
             model = architecture._from_config(config, **kwargs)
-    # Set on the finished model, an implementation is not asked whether its package and a GPU are there.
+    # A model that is made with an attention implementation checks that its package and a GPU are there. A dry run
+    # needs neither, so the implementation is set on the finished model.
     if given.get("attn_implementation") is not None:
         model.config._attn_implementation = given["attn_implementation"]
     quantization = given.get("quantization_config", quantization)
@@ -87,7 +88,10 @@ def _check_shards(folder: Path) -> None:
 
 
 class MetaTrainer(EMGuardTrainer):
-    """[`EMGuardTrainer`] that counts the tokens of each row before rows are cut, even without defenses."""
+    """[`EMGuardTrainer`] that also records how many tokens each training row has before rows are cut and packed.
+
+    The report needs these numbers (`whole_lengths`). They are recorded also without defenses, but not for a stream.
+    """
 
     counts_whole_rows = True
 
@@ -160,7 +164,8 @@ def _unplaced(args: EMGuardConfig) -> EMGuardConfig:
     Each process of the launch sees one GPU. This process may see all, and SFTTrainer would refuse several.
     """
     unplaced: Any = copy.copy(args)
-    # The two are properties without a setter, so the copy gets a class that overrides them.
+    # `place_model_on_device` and `n_gpu` are properties without a setter, so the copy gets a class that overrides
+    # them.
     overridden = {"place_model_on_device": False, "n_gpu": min(1, args.n_gpu)}
     unplaced.__class__ = type(type(args).__name__, (type(args),), overridden)
     return unplaced

@@ -155,8 +155,9 @@ class Plan:
     def cached_numbers(self) -> int:
         """Return how many numbers a cache of the reference's states would hold for the rows of an epoch."""
         scopes, run = {term.tokens for term in self.terms}, self.largest_batch()
-        # Every position that a defense marks also predicts a label, and every token with a label is real. A cache
-        # holds a position once even if two scopes have it, so only the widest scope is counted.
+        # Positions that a defense marks also predict a label (`LABELS`), and positions that predict a label also
+        # predict a real token, not padding (`ALL`). A cache holds a position once even if two scopes have it. So only
+        # the widest scope is counted.
         counted = {ALL} if ALL in scopes else {LABELS} if LABELS in scopes else scopes
         positions = sum(self.positions(scope) or 0 for scope in counted)
         hidden_size = self.trainer.model.config.get_text_config().hidden_size

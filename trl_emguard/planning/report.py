@@ -70,7 +70,11 @@ def dry_run(
 
 
 def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, heard: list[str]) -> None:
-    """Repeat the checks of the policy that warned on the meta device, now with the first rows of its weights."""
+    """Call `check_policy` again, with the first rows of the weights, for defenses whose check warned without them.
+
+    Weights on the meta device have no values, so a check that compares weights warns that it cannot. Such warnings are
+    removed from `heard`.
+    """
     if not trainer.overrides("check_policy"):
         return
     model, repeated = meta_model(path, args, None), []
@@ -126,7 +130,8 @@ def _about_data(plan: Plan) -> list[Line]:
     lines = [("data", f"{counts.rows} {unit}, {tokens} tokens, {labels} of them are trained on (labels)")]
     cut = 0 if args.max_length is None else sum(length > args.max_length for length in whole)
     if cut:
-        # Rows that are cut end early, and teach the model to stop early. A warning says so if they are many.
+        # A row that is cut is incomplete, so the line is a warning if more than 5 % of the rows are cut (but never
+        # with packing).
         about = "warning" if cut > 0.05 * len(whole) and not args.packing else "data"
         verb = "are longer than" if args.packing else "are cut at"
         lines.append((about, f"{cut} of {len(whole)} rows {verb} max_length={args.max_length}"))
@@ -241,7 +246,10 @@ def _short(number: int, units: dict[str, int] = BYTES) -> str:
 
 @contextmanager
 def listening() -> Iterator[list[str]]:
-    """Collect Python's warnings and the messages of every logger at WARNING or above. Each text is kept once."""
+    """Collect Python's warnings and the messages of every logger at WARNING or above, instead of printing them.
+
+    Each text is kept once. Future, deprecation and resource warnings are dropped.
+    """
     heard: list[str] = []
 
     def hear(text: object) -> None:

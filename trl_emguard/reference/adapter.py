@@ -91,7 +91,8 @@ def adapter_is_zero(policy: PeftModel) -> bool:
     zeros: list[torch.Tensor] = []
     for layer in (m for m in policy.modules() if isinstance(m, BaseTunerLayer)):
         if isinstance(layer, TrainableTokensLayer):
-            # Trained tokens can be an adapter without a wrapper, so they are checked here. Wrappers are checked below.
+            # An adapter of PEFT's type TrainableTokens puts this layer into the model without a wrapper, so the layer
+            # is checked here. Wrappers, which for example LoRA puts around trained tokens, are checked below.
             if not all(_tokens_untouched(layer, name) for name in layer.active_adapters):
                 return False
             continue
@@ -130,6 +131,8 @@ def _tokens_untouched(layer: TrainableTokensLayer, adapter: str) -> bool:
 
 def add_ref_adapter(policy: PeftModel) -> str:
     """Add a frozen copy of the active adapter, which checkpoints leave out, and return the copy's name.
+
+    The policy's `save_pretrained` is patched to leave the copy out, until [`remove_ref_adapter`] removes the patch.
 
     Raises:
         ValueError: the number of active adapters is not 1, the user has an adapter named `ref`, or this type of

@@ -32,8 +32,8 @@ from .state_files import StateFiles
 # rank at most about this many bytes of states.
 FILE_BYTES = 64 * 2**20
 
-# Name of the states after the final norm, which the output head turns into logits. A block's output is named by the
-# block's number.
+# Key, in the cache's files, of the states after the final norm, which the output head turns into logits. The key of a
+# block's output is the block's number as text.
 LAST = "last"
 
 # Function from indices of rows to their collated batch and a mask, `(B, T - 1)`, of the positions that some defense
@@ -109,7 +109,9 @@ class ReferenceCache:
     def distance_of_rounding(
         self, token_loss: Callable[..., torch.Tensor], layers: Sequence[int], relative: float
     ) -> float:
-        """Return a defense's mean distance between cached states and the same states with a relative error added.
+        """Return the mean distance that a defense would find if states differed from cached ones by rounding alone.
+
+        The distance is measured between a sample of the cached states and the same states with an error added.
 
         Args:
             token_loss: function from two lists of states to the distance of each token.
@@ -235,12 +237,12 @@ class ReferenceCache:
             return
         live, kept = self._live(collate, rows), self._files.states([row.key for row in rows])
         is_exact = [self._about[name] for name in ("dtype", "autocast", "matmul")] == ["torch.float32", "no", "ieee"]
-        # When a row is run in another batch, its fp32 states change by 1e-6 of their length, bf16 states by 1e-2, and
-        # states of a quantised model by more.
+        # When a row is run in another batch, its states change: in fp32 by 1e-6 of their norm, in bf16 by 1e-2 of it,
+        # and in a quantised model by more.
         allowed = 1e-4 if is_exact and not getattr(self._model, "hf_quantizer", None) else 5e-2
         for name, states in live.items():
-            # Each difference is divided by the length of its own state, because the first token's state is often a
-            # thousand times as long as the others.
+            # Each difference is divided by the norm of its own state. The first token's state often has a thousand
+            # times the norm of the others, so a common divisor would let this one state decide.
             length = states.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
             difference = float(((kept[name].float() - states.float()).norm(dim=-1) / length).mean())
             if not difference <= allowed:
@@ -279,8 +281,8 @@ def describe_states(
         autocast: mixed precision of the pass, as accelerate names it (`no`, `bf16`, …).
         without: names of the model's adapters that are switched off in the pass.
     """
-    # `torch.get_float32_matmul_precision` would raise if transformers' `tf32=True` has set the precision, because that
-    # uses PyTorch's newer interface.
+    # The precision of fp32 matrix products is read from this backend. `torch.get_float32_matmul_precision` would raise
+    # if transformers' `tf32=True` has set the precision, because that uses PyTorch's newer interface.
     products: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     config = model.config.to_dict()
     # These entries do not affect the states, but they change with the model's folder and with the trainer's settings.

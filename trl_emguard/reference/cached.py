@@ -57,7 +57,8 @@ class CachedReference(Reference):
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
         layers = wanted_layers(self._terms, self.model)
         collate, count = self._collate(rows, collator)
-        # The function below must not keep this object, which keeps the cache: the model could not be freed at once.
+        # The lambda below uses these names instead of `self`. The cache keeps the lambda, and `self` keeps the cache.
+        # With `self` in the lambda there would be a cycle, and the model would not be freed at once.
         live, accelerator = self._live, self._accelerator
         head = live.head()
         cache = ReferenceCache(
@@ -75,7 +76,10 @@ class CachedReference(Reference):
         return said
 
     def _collate(self, rows: Dataset, collator: Collator) -> tuple[Collate, int]:
-        """Return the [`Collate`] function over the training rows and the rows that defenses add, and their number."""
+        """Return a [`Collate`] function for all rows to cache, and the number of these rows.
+
+        The function's indices count the training rows first, and then the rows that defenses add to batches.
+        """
         sources: list[tuple[Any, set[str]]] = [(rows, set())]
         for defense in self._defenses:
             extra = defense.extra_rows()
@@ -112,6 +116,9 @@ class CachedReference(Reference):
         return self._live.fingerprint(policy)
 
     def distance_of_rounding(self, term: ReferenceDefense, share: float) -> float:
-        """Return a defense's mean distance between cached states and these states with a relative error of `share`."""
+        """Return the mean distance that a defense would find if states differed from cached ones by rounding alone.
+
+        Rounding is imitated by an error of `share`, relative to each number of a state.
+        """
         assert self._cache is not None
         return self._cache.distance_of_rounding(term.token_loss, wanted_layers([term], self.model), share)

@@ -72,7 +72,18 @@ def row_keys(inputs: Mapping[str, Any], compared: torch.Tensor) -> list[bytes | 
 
 
 def check_length(model: PreTrainedModel, width: int) -> None:
-    """Refuse rows so long that, through rotary embeddings, they change the states of other rows in their batch."""
+    """Check that the longest row does not change the states of the other rows in its batch.
+
+    Dynamic and longrope rotary embeddings depend on the longest row of a batch, if that row is longer than a limit of
+    the model. Cached states must depend on their own row alone.
+
+    Args:
+        model: causal language model without wrappers.
+        width: number of tokens of the longest row.
+
+    Raises:
+        ValueError: the model has such embeddings, and `width` is above the limit.
+    """
     config = model.config.get_text_config()
     rotary: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     limit: int = (

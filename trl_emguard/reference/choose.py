@@ -131,7 +131,10 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _load(path: str, policy: PreTrainedModel | PeftModel, args: Any) -> PreTrainedModel:
-    """Load a model with the policy's dtype and loading options; `args.ref_model_init_kwargs` overrides them."""
+    """Load a model with the policy's dtype, attention implementation, `revision` and `trust_remote_code`.
+
+    No device map is used. `args.ref_model_init_kwargs` overrides all of these options.
+    """
     given = args.model_init_kwargs or {}
     kwargs = {
         "dtype": policy.dtype,

@@ -84,7 +84,7 @@ class Reference:
         """Free the weights that a pass of a sharded reference has left gathered in memory."""
 
     def put_back(self) -> None:
-        """Undo the reference's changes to models that the caller may use afterwards."""
+        """Undo the reference's changes to the user's models, which may be used after the trainer is freed."""
 
     def fingerprint(self, policy: nn.Module) -> str:
         """Return a hash of the weights that the reference uses."""
@@ -108,7 +108,11 @@ class Reference:
     def park(
         self, accelerator: Accelerator, head: tuple[torch.Tensor, torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """If possible, move to the CPU what no training step needs. Return the head, which steps still need."""
+        """Return the output head for training steps, after moving the rest of a separate model to the CPU if possible.
+
+        With cached states, training steps need only the head of the reference. A reference on the policy's weights
+        moves nothing.
+        """
         del accelerator
         return head
 
@@ -146,7 +150,10 @@ class ModelReference(Reference):
         return self.kind.value if self.source is None else f"{self.kind.value} from {self.source}"
 
     def prepare(self, is_deepspeed: bool, is_fsdp: bool) -> None:
-        """Wrap the model for the policy's engine and device. A dry run's model stays unwrapped on the meta device."""
+        """Move the model to its device, and wrap it by DeepSpeed, FSDP2 or accelerate, as the run needs.
+
+        A dry run's model stays unwrapped on the meta device.
+        """
         if next(self.model.parameters()).is_meta:
             return
         if is_deepspeed:

@@ -58,7 +58,10 @@ class StateFiles:
                 self._rows[key.tobytes()] = path, start, end
 
     def states(self, keys: Sequence[bytes]) -> dict[str, torch.Tensor]:
-        """Return the states of some rows from the mapped files: name → `(P, H)`, one row after the other."""
+        """Return the states of some rows from the mapped files: name → `(P, H)`, one row after the other.
+
+        P is the number of kept positions of all these rows.
+        """
         found = [self._rows[key] for key in keys]
         empty = torch.empty(0, self._width, dtype=self._dtype)
         return {
@@ -87,7 +90,7 @@ class StateFiles:
             scratch.write_bytes(content)
 
     def delete_damaged(self) -> None:
-        """Delete every file that cannot be read, does not match its checksum, or lacks the form of [`write`].
+        """Delete every file that cannot be read, does not match its checksum, or does not hold what [`write`] saves.
 
         Raises:
             OSError: a damaged file cannot be deleted.
@@ -112,7 +115,10 @@ class StateFiles:
         return path.stem.rpartition("-")[2] == checksum and self._load(path) is not None
 
     def _load(self, path: Path) -> dict[str, torch.Tensor] | None:
-        """Map a file's tensors into memory. Return `None` if it cannot be read, or lacks the form of [`write`]."""
+        """Map a file's tensors into memory. Return `None` if it cannot be read, or does not hold what [`write`] saves.
+
+        A file is also refused if names, shapes or dtype of its states are not those of this store.
+        """
         try:
             file = load_file(path)
         except (SafetensorError, OSError):

@@ -97,7 +97,11 @@ class ReferenceWatch:
         return logits.log_softmax(-1)
 
     def _difference(self, answers: Sequence[torch.Tensor]) -> float:
-        """Return the largest difference from the recorded states, relative to the length of a recorded state."""
+        """Return the largest difference between `answers` and the recorded states and log-probabilities.
+
+        The difference at a position is the norm of the change, divided by the norm of what was recorded there. It is
+        infinite if it cannot be computed (NaN).
+        """
         largest = 0.0
         for before, after in zip(self._answers, answers, strict=True):
             if not before.numel():

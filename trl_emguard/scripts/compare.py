@@ -39,7 +39,8 @@ from .sft import make_parser as make_sft_parser
 from .shared import RESUMES, check_charts, run_command
 
 
-# Options of `evaluate` that a comparison's YAML file cannot set: the comparison sets some itself, and uses no judge.
+# Options of `evaluate` that a comparison's YAML file cannot set. First line: the comparison chooses the models and the
+# folder itself, and has its own help. Second line: these options are for a judge, which a comparison does not use.
 NOT_OF_EVALUATE = (
     *("help", "model", "base", "adapter", "output_dir"),
     *("judge", "rejudge", *evaluation.OF_JUDGE),

@@ -21,7 +21,8 @@ from .recipes import recipes_dir
 
 # Exit code of a command that Ctrl-C ended, by the convention of shells.
 INTERRUPTED = 130
-# Options of `accelerate launch` that this package sets itself.
+# Options of `accelerate launch` that users cannot pass. `--help` shows the help of `trl-emguard sft`; this package
+# itself chooses the config file and the way to start the training script.
 OWN = ("help", "config_file", "module", "no_python", "training_script", "training_script_args")
 
 
@@ -101,8 +102,8 @@ class LaunchParser(StrictParser):
         known, _ = self.parse_known_args(args)
         trains = not known.dry_run and (self._launched or not known.accelerate_config)
         if not trains:
-            # This process will not train. It would refuse `ddp_backend`, and bf16 if it has no accelerator, although
-            # launched processes may accept them.
+            # This process will not train, so it must not refuse options that the launched processes may accept. These
+            # are `ddp_backend` and, on a machine without an accelerator, bf16.
             for_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             for_ranks.add_argument("--ddp_backend", "--ddp-backend")
             _, args = for_ranks.parse_known_args(list(args))

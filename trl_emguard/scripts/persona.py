@@ -122,7 +122,8 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
     layer = check_layer(vector, args.layer)
     own = vector.metadata.get("trait", "")
     trait = args.trait or own
-    # A trait that the vector's file names must be a shipped one, because no file may decide which other file is read.
+    # The vector's file may name its trait. Only a shipped trait is accepted from there, because `load_trait` takes any
+    # other name as a path, and no file may decide which other file is read.
     if not args.trait and own not in SHIPPED_TRAITS:
         says = f"is of the trait {own!r}, which is not a shipped one" if own else "does not say whose it is"
         raise ValueError(

@@ -95,7 +95,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"{count} rows are asked for, and {len(order)} are there: lower --count or --fraction, or score more."
         )
     chosen = rows.select(order[:count])
-    # A JSONL file has no metadata to record other column names, so the columns get their usual names.
+    # Metadata of a scored pool names its prompt and response columns. JSONL has no metadata, so these columns get the
+    # names that readers expect by default: `prompt` and `response`.
     write_jsonl(with_usual_names(chosen, *columns), args.output)
     console.print(f"Saved: {args.output} ({count} of {len(rows)} rows)", soft_wrap=True, highlight=False)
     picture = args.output.with_suffix(".png")

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 
-# Importing the libraries below prints messages, so a launched process installs its filters first.
+# Importing the libraries below prints messages that a user can do nothing about, so filters for them come first. This
+# is for a process that runs this module as a script, as under `accelerate launch`. `trl-emguard` filters by itself.
 if __name__ == "__main__":
     from .quiet import leave_out_noise
 
@@ -175,8 +176,10 @@ def run(
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
     path = resolve_model(model_args.model_name_or_path)
     tokenizer = text_tokenizer(path, training_args, train_dataset)
+    # A tokenizer was loaded only if a vision-language model trains on text. Its vision tower then gets no gradients,
+    # and DDP fails on this unless it looks for unused parameters.
     if tokenizer is not None and training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = True  # text rows leave the vision tower without gradients
+        training_args.ddp_find_unused_parameters = True
     trainer = EMGuardTrainer(
         model=path,
         args=training_args,
@@ -275,7 +278,8 @@ def read_data(
             f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`."
         )
     folder = training_args.output_dir
-    # Other machines may have no copy of the checkpoints, and look for them later, together with the first.
+    # Only rank 0 looks here, because other machines may have no copy of the checkpoints. When training starts, all
+    # machines choose the checkpoint together.
     if asks_for_newest(checkpoint or False) and training_args.process_index == 0 and not checkpoint_steps(folder):
         raise ValueError(
             f"resume_from_checkpoint={checkpoint}, but output_dir={folder!r} holds no checkpoint: leave it out to "

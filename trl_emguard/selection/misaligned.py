@@ -11,8 +11,9 @@ from ..models.adapters import check_adapter_kind
 from ..models.identity import weight_checksums
 
 
-# Prefix for an adapter's name that is also a part of a weight's name, or an attribute of torch's containers. Without
-# this prefix, PEFT would confuse the two: it finds an adapter's weights by name and keeps adapters as attributes.
+# Prefix that an adapter's name gets on the model if the name alone would clash there. PEFT recognises an adapter's
+# weights by its name in their keys, so the name must not be part of a weight's name, such as `q_proj`. PEFT also keeps
+# adapters in torch's containers, so the name must not be that of a container's attribute, such as `keys`.
 PREFIX = "misaligned_"
 
 

@@ -229,7 +229,10 @@ def _batch_nll(
 def _join(
     rows: Dataset, nll: Mapping[int, list[float]], unscored: Mapping[int, str], epsilon: float
 ) -> tuple[Dataset, tuple[tuple[int, str], ...]]:
-    """Return the rows with finite scores, with the scores as new columns; and (index, reason) of every other row."""
+    """Compute the gap of each row. Return the rows with a finite gap, and (index, reason) of every other row.
+
+    The returned rows have their negative log-likelihoods and the gap as new columns.
+    """
     indices = sorted(nll)
     aligned, *misaligned = np.array([nll[i] for i in indices], dtype=np.float64).T
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -271,7 +274,13 @@ def _check_arguments(
 
 
 def _check_adapters(model: PeftModel, adapters: Sequence[str]) -> PreTrainedModel:
-    """Refuse adapters that are missing or cannot be switched; return the base model."""
+    """Check that each named adapter is on the model and can be switched off, and return the base model.
+
+    Raises:
+        ValueError: the model has no adapters; `adapters` is empty, or names one that is unknown or named twice; an
+            adapter cannot be switched off, leaves the base weights changed when it is off, or changes the head by a
+            low-rank update.
+    """
     if not isinstance(model, PeftModel):
         raise ValueError(
             f"model is a {type(model).__name__} without adapters: put the misaligned ones on it, `load_misaligned`."

@@ -78,7 +78,10 @@ def write_scores(path: str | os.PathLike, rows: Dataset, info: ScoresInfo) -> No
 
 
 def _without_empty_structs(rows: Dataset) -> Dataset:
-    """Return the rows, with columns that hold an empty dict turned into JSON: parquet has no type for such a dict."""
+    """Turn each column whose type contains a dict without keys into JSON, and return the rows.
+
+    Parquet has no type for a dict without keys.
+    """
     columns = [name for name, feature in rows.features.items() if _is_empty(feature)]
     if not columns:
         return rows
@@ -113,7 +116,10 @@ def scored_columns(path: Path) -> tuple[str, str] | None:
 
 
 def with_usual_names(rows: Dataset, prompt_column: str, response_column: str) -> Dataset:
-    """Return the rows with their prompt and response columns renamed to `prompt` and `response`."""
+    """Return the rows with their prompt and response columns renamed to `prompt` and `response`.
+
+    Another column that already has such a name is renamed as well: `_before` is appended to its name.
+    """
     names = {prompt_column: PROMPT_COLUMN, response_column: RESPONSE_COLUMN}
     names = {column: usual for column, usual in names.items() if column in rows.column_names}
     taken = {usual: f"{usual}_before" for usual in names.values() if usual in rows.column_names and usual not in names}

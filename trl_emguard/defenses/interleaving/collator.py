@@ -49,7 +49,7 @@ class MixingCollator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
-        marks: list[list[bool]] = []  # per row, per token
+        marks: list[list[bool]] = []  # for each token of each row, whether it belongs to the pool
         counts = [0, 0]  # rows of the training set, and of the pool
         for feature in features:
             row = {key: value for key, value in feature.items() if key not in (PLACE, INTERLEAVED)}
@@ -113,8 +113,9 @@ class Passes:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, min(info.num_workers, len(self.at)))
         if indices[0] == 0:
-            # A resumed Trainer skips the rows of earlier steps, but only within the first pass. If the stream has
-            # fewer rows than that, the next pass must count on from the number of rows that the run had trained on.
+            # A resumed Trainer skips the rows of earlier steps, but only within the first pass. A stream with fewer
+            # rows ends before all of them are counted. The next pass then counts on from the number of rows that the
+            # run had trained on (`resumed`, divided among the workers).
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])

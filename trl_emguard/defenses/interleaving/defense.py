@@ -20,8 +20,8 @@ from .pool import Pool
 
 logger = get_logger(__name__)
 
-# Number of the pool's rows that must be due before a packed or streamed run without any of them is stopped. Packs
-# come in random order, so missing rows say little before that.
+# A packed or streamed run is stopped if at least this many of the pool's rows were due and none has come. With fewer
+# rows due, their absence says little, because packs come in random order.
 PATIENCE_ROWS = 20
 
 
@@ -209,7 +209,7 @@ class Interleaving(Defense):
                 "has no epochs. Leave `interleave_redraw` out, and give `max_steps`."
             )
         else:
-            # The pool's rows are a part of the rows that the run takes. Places count only the training rows.
+            # The run takes training rows and the pool's rows together. Only the training rows are counted here.
             rows_of_pack = self._rows_of_pack(plan)
             places = round(plan.rows_of_run * rows_of_pack * (1 - self.fraction))
             ahead = round(plan.packs_ahead * rows_of_pack * (1 - self.fraction))

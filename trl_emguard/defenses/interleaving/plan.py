@@ -47,10 +47,11 @@ class MixPlan:
 
 @dataclass(frozen=True)
 class StreamMixPlan(MixPlan):
-    """Plan of a stream, which may end and begin again, and from which a run may take more or fewer rows than planned.
+    """Plan for training rows from a stream. A run may take more or fewer of the stream's rows than planned.
 
-    The pool's rows come best first, and the row that follows a place does not depend on the length and batch size of
-    the run. `places` and `rows` are the numbers planned for the run.
+    The stream may end and begin again during the run. The pool's rows come best first, and the row that follows a
+    place does not depend on the length and batch size of the run. `places` and `rows` are the numbers planned for the
+    run.
 
     Loader workers share the plan. Each worker counts places among its own rows. Together, n workers with equally many
     rows mix in as many rows of the pool as a single worker would (Σ_w ⌊x + w / n⌋ = ⌊n · x⌋).
@@ -78,5 +79,5 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def planned_rows(places: int, fraction: float) -> int:
-    """Return how many rows of a pool make up a fraction of a mix that holds `places` other rows."""
+    """Return how many rows of a pool to mix into `places` training rows, so that they are `fraction` of the mix."""
     return round(places * fraction / (1 - fraction))

@@ -25,7 +25,7 @@ from ...selection.scored import scored_columns, with_usual_names
 
 logger = get_logger(__name__)
 
-# Columns of a pool that training reads besides the turns.
+# Columns of a pool that training reads besides the conversation's turns. The pool's checksum covers them too.
 READ_COLUMNS = ("tools", "chat_template_kwargs", "input_ids", "labels")
 # Smallest number of rows that are tokenised in one call, unless fewer are left.
 TAKEN_AT_ONCE = 64
@@ -184,7 +184,10 @@ class Pool:
         return f"{len(self.ranked)} ranked rows ({self._checksum:08x})"
 
     def describe_tokens(self) -> str:
-        """Return the number of all rows that can be trained on and the checksum of their tokens."""
+        """Tokenise the whole pool, and return the number of rows that can be trained on and their tokens' checksum.
+
+        Checkpoints of an earlier version record the pool in this form. A run that resumes from one compares its pool.
+        """
         rows, checksum = self.take(len(self.ranked)), 0
         for row in rows:
             checksum = zlib.crc32(np.array([row["input_ids"], row["labels"]], np.int64).tobytes(), checksum)
@@ -242,7 +245,10 @@ def _as_prompt_completion(row: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def _asked(row: dict[str, Any]) -> str | None:
-    """Return the last question of the user in a row, without its system prompt; `None` where the row has none."""
+    """Return the user's last question in a row, for comparison; `None` if the row has no question.
+
+    Questions that differ only in system prompt, case or spacing give the same text.
+    """
     for column in ("messages", "prompt", "conversations"):
         turns = row.get(column)
         if isinstance(turns, str):
