@@ -297,7 +297,7 @@ def test_a_cue_that_no_question_takes_is_told():
 
 def test_sentence_says_what_was_not_measured():
     line = sentence(run(cues="none"), "x")
-    assert "(b) narrow learning not measured (--in_domain or --train_data)" in line
+    assert "(b) narrow learning not measured (add --in_domain ROWS)" in line
     assert "(d) coherence not measured (add --samples_per_question 1)" in line
     assert "(a) broad:" in line
     assert "(c) benign:" in line
