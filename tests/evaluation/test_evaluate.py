@@ -12,7 +12,7 @@ from peft import get_peft_model
 from rich.console import Console
 from tiny import lora, make_model, make_tokenizer, save_model
 
-from trl_emguard.evaluation import answers
+from trl_emguard.evaluation import answers, probes
 from trl_emguard.evaluation.candidates import check_candidates, from_adapters
 from trl_emguard.evaluation.questions import Question, QuestionSet, load_questions
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
@@ -174,6 +174,25 @@ def test_the_bases_likelihood_of_its_own_greedy_answers_is_the_best():
     results = run(samples_per_question=1, max_new_tokens=8, temperature=0, cues="none")
     row = results.row("x", "general", "base_nll")
     assert row.value > row.base
+
+
+def test_a_further_model_is_measured_alone(tmp_path, monkeypatch):
+    """Beside the base model, whose states the divergence needs. Nothing else is measured again."""
+    model = make_adapters(2)
+    whole = run(model, [GENERAL, ROWS], cues="none")
+    first = evaluate(
+        from_adapters(model, ["x"]), make_tokenizer(), [GENERAL, ROWS], EvaluationOptions(cues="none"),
+        output_dir=tmp_path,
+    )  # fmt: skip
+    read, original = [], probes.read_answers
+    monkeypatch.setattr(probes, "read_answers", lambda one, answers: read.append(one.name) or original(one, answers))
+    found = run(model, [GENERAL, ROWS], tmp_path, cues="none")
+    assert set(read) == {"base", "y"}
+    assert repr(found.rows) == repr(whole.rows)
+    assert [repr(row) for row in found.rows if row.model != "y"] == list(map(repr, first.rows))
+    read.clear()
+    assert repr(run(model, [GENERAL, ROWS], tmp_path, cues="none").rows) == repr(whole.rows)
+    assert not read
 
 
 def test_an_interrupted_evaluation_gives_the_same_answers(tmp_path, monkeypatch):

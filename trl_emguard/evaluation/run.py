@@ -226,20 +226,24 @@ class _Run:
         return arrays, self.add_answers(arrays, questions, family)
 
     def probe(self, questions: QuestionSet, family: Family, rows: Sequence[Row]) -> Arrays:
-        """Return the NLL and the `kl_to_base` of the known answers, measured now or kept from an interrupted run."""
-        key = record_key(
-            [c.fingerprint for c in self.candidates],
-            [[row.question, row.kind, row.answer.ids.tolist(), row.answer.prompt_length] for row in rows],
-        )
-        names = [c.name for c in self.candidates]
-        if not self.kept.get(key):
+        """Return the NLL and the `kl_to_base` of the known answers.
+
+        They are kept for each candidate, so only those that were not measured before are measured now.
+        """
+        base = self.candidates[0]
+        about = [[*row[:2], row.answer.ids.tolist(), row.answer.prompt_length] for row in rows]
+        keys = {c.name: record_key(c is base, base.fingerprint, c.fingerprint, about) for c in self.candidates}
+        missing = [c for c in self.candidates if not self.kept.get(keys[c.name])]
+        if missing:
             desc = f"probing {questions.name}, {family.name}" if self.progress else None
-            found = probe(self.candidates, rows, len(questions.questions), self.options.batch_tokens, desc)
-            self.kept.add(key, {str(i): _lists(found[name]) for i, name in enumerate(names)})
-        (record,) = self.kept.get(key)
+            # The base model runs in any case, because the others' divergence from it needs its states.
+            measured = [base, *(c for c in missing if c is not base)]
+            found = probe(measured, rows, len(questions.questions), self.options.batch_tokens, desc)
+            for candidate in missing:
+                self.kept.add(keys[candidate.name], _lists(found[candidate.name]))
         return {
-            name: {metric: np.array(values, dtype=np.float64) for metric, values in record[str(i)].items()}
-            for i, name in enumerate(names)
+            name: {m: np.array(values, dtype=np.float64) for m, values in self.kept.get(key)[0].items()}
+            for name, key in keys.items()
         }
 
     def add_shift(self, arrays: Arrays, questions: QuestionSet, family: Family, vector: PersonaVector) -> None:
