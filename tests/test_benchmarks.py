@@ -76,7 +76,8 @@ def test_other_ways_to_write_kl_train_alike(tiny, tmp_path):
     assert (weights["kl"] - weights["two kernels"]).norm() < 1e-2 * moved
 
 
-@pytest.mark.parametrize("tuning", ["lora", pytest.param("full", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_point_is_measured(tiny, tuning):
     point = steps.replace(
         tiny, tuning=tuning, variants=tuple(v for v in tiny.variants if tuning == "lora" or v != "two kernels")

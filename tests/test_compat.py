@@ -167,6 +167,7 @@ def test_the_check_passes_in_a_process_of_its_own(install, monkeypatch):
     assert compat.self_check() is None
 
 
+@pytest.mark.long
 def test_the_process_tells_why_it_fails(monkeypatch, tmp_path):
     # Python runs this file at its start.
     (tmp_path / "sitecustomize.py").write_text(

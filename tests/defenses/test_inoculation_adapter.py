@@ -115,7 +115,9 @@ def dense_updates(folder, scale=1.0):
 
 
 @pytest.mark.parametrize("mode", CHECKPOINTING)
-@pytest.mark.parametrize("defense", ["inoculation_adapter", "inoculation_adapter,kl,ldifs"])
+@pytest.mark.parametrize(
+    "defense", [pytest.param("inoculation_adapter", marks=pytest.mark.long), "inoculation_adapter,kl,ldifs"]
+)
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 0.05)])
 def test_the_gradient_is_the_twins(tmp_path, mode, defense, bf16, tolerance):
     """Take the dense update into the twin's weights in float64; its reference has the plain weights."""

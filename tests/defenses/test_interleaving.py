@@ -155,7 +155,9 @@ def test_a_new_draw_each_epoch_goes_on_in_the_pool(tmp_path):
     assert drawn == [[10, 11], [8, 9], [6, 7], [4, 5]]
 
 
-@pytest.mark.parametrize("save_at", [1, 2, 4])
+@pytest.mark.parametrize(
+    "save_at", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_resume_equals_the_run_that_never_stopped(tmp_path, save_at):
     options = {
         "defense": "interleave+,kl", "rows": 14, "max_steps": 6, "save_strategy": "steps", "save_steps": save_at,
@@ -175,7 +177,7 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path, save_at):
     assert record(resumed)["evidence"] == record(whole)["evidence"]
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream", "stream, 2 workers"])
+@pytest.mark.parametrize("kind", ["rows", pytest.param("stream", marks=pytest.mark.long), "stream, 2 workers"])
 @pytest.mark.parametrize(
     ("before", "after", "save_at"),
     [(2, 5, 3), *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in ((2, 3, 1), (4, 2, 2), (2, 2, 2)))],

@@ -91,7 +91,10 @@ def test_an_ablated_direction_has_no_schedule(tmp_path):
 # ---- gradients ----
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4), (3, 3)])
+@pytest.mark.parametrize(
+    ("batch", "accumulation"),
+    [pytest.param(8, 1, marks=pytest.mark.long), pytest.param(2, 4, marks=pytest.mark.long), (3, 3)],
+)
 @pytest.mark.parametrize(("defense", "start", "end"), [("kl,ldifs,treft", 0, 9), ("kl,ldifs", 9, 0), ("treft", 6, 3)])
 def test_each_step_has_the_gradient_of_its_own_coefficient(tmp_path, defense, start, end, batch, accumulation):
     """Compare every step with the twin, on the weights of that step. The coefficient of another step is told apart."""
@@ -115,7 +118,9 @@ def test_each_step_has_the_gradient_of_its_own_coefficient(tmp_path, defense, st
     assert min(steps[3::2]) > 1e-3
 
 
-@pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize(
+    "checkpointing", [{"use_reentrant": False}, pytest.param({"use_reentrant": True}, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("defense", SCHEDULED)
 def test_a_step_equals_a_run_with_that_coefficient(tmp_path, defense, checkpointing):
     """Without a learning rate every step has the same weights, so constant runs have the gradients of a schedule."""

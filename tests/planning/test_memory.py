@@ -176,7 +176,9 @@ def test_saved_activations_are_near(tuning, checkpointing, bf16):
     assert abs(scaling.error(row)) < 0.03
 
 
-@pytest.mark.parametrize(("tuning", "checkpointing"), [("lora", False), ("full", True)])
+@pytest.mark.parametrize(
+    ("tuning", "checkpointing"), [("lora", False), pytest.param("full", True, marks=pytest.mark.long)]
+)
 def test_a_step_is_near(tuning, checkpointing):
     held, added = scaling.measured_step(tuning, checkpointing, "kl")
     assert abs(scaling.error(held)) < 0.01

@@ -129,7 +129,7 @@ def seeing(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("peft", ["true", "false"])
+@pytest.mark.parametrize("peft", ["true", pytest.param("false", marks=pytest.mark.long)])
 @pytest.mark.parametrize("defense", ["kl", "steering,ldifs", "interleave++,inoculation"])
 def test_a_model_that_sees_is_trained_on_text(argv, seeing, tmp_path, capsys, defense, peft):
     make_pool(40).to_json(tmp_path / "pool.jsonl")

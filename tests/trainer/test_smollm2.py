@@ -62,6 +62,7 @@ def test_a_defended_run(path, tmp_path):
     assert logged(trainer, "loss_ce")[0] == pytest.approx(total / tokens, rel=1e-5)
 
 
+@pytest.mark.long
 def test_equals_the_float64_twin(path, tmp_path):
     trainer = make_trainer(path, tmp_path, 2, max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=2)
     move_policy(trainer, by=0.03)
