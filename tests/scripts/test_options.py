@@ -101,8 +101,10 @@ def test_the_help_shows_the_values_of_a_recipe():
     assert "(default: 0.0002)" in parser.format_help()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("option", "lines"), [("--help", range(100, 161)), ("--help_all", range(500, 2000))])
+@pytest.mark.parametrize(
+    ("option", "lines"),
+    [("--help", range(100, 161)), pytest.param("--help_all", range(500, 2000), marks=pytest.mark.long)],
+)
 def test_the_command_prints_its_help(option, lines):
     command = [sys.executable, "-m", "trl_emguard.scripts.main", "sft", option]
     done = subprocess.run(command, env={**os.environ, "COLUMNS": "100"}, capture_output=True, text=True, check=True)

@@ -37,6 +37,8 @@ NOT_READ = (
     *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
     *("report_to", "run_name", "hub_model_id"),
 )
+# Endings of options that a report must not show: it is sent to others. `env` sets environment variables.
+SECRETS = ("token", "key", "secret", "password", "env")
 # For the baseline early_stop, the undefended run saves a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
 # Free baselines need no training of their own. Their names are `step N`, `alpha X` and `ema` (EMA). BASELINE_NAMES
@@ -126,16 +128,23 @@ class Plan:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Recipe, options of the runs, seeds and evaluation, for the report. Tokens (`hub_token`) are left out."""
+        """Recipe, options of the runs, baselines and evaluation, for the report, without secrets ([`SECRETS`])."""
 
-        def shown(options: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: value for name, value in options.items() if not name.endswith("token")}
+        def shown(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                kept = {k: v for k, v in value.items() if not str(k).lower().endswith(SECRETS)}
+                return {str(name): shown(inner) for name, inner in kept.items()}
+            if isinstance(value, list):
+                return [shown(inner) for inner in value]
+            return value if value is None or isinstance(value, bool | int | float) else str(value)
 
         return {
             "recipe": shown(self.recipe_options),
             "runs": {run.name: shown(run.options) if run.adapter is None else run.adapter for run in self.runs},
             "seeds": sorted({run.seed for run in self.runs}),
-            "evaluate": self.evaluate,
+            "baselines": shown(asdict(self.baselines)),
+            "benign_task": self.has_benign_task,
+            "evaluate": shown(self.evaluate),
         }
 
     def option(self, run: Run, name: str) -> Any:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..defenses.schedule import coefficient
 from ..evaluation.operators import make_rows
 from ..evaluation.questions import OPERATORS
@@ -190,13 +188,6 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return status if status and status["error"] is None else None
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of a run's process. It sees one GPU, because SFTTrainer refuses several in a process."""
-    if torch.cuda.device_count() < 2:
-        return dict(os.environ)
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-
-
 def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     """Train a run in a process of its own, and return its error, step, seconds per step and peak host memory."""
     from ..evaluation.drift import RESULT_FILE
@@ -208,13 +199,7 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
         # `_die_with_parent` only makes one system call, which is safe between fork and exec.
         preexec_fn = _die_with_parent
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            preexec_fn=preexec_fn,  # noqa: PLW1509
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=preexec_fn)  # noqa: PLW1509
         # Only `wait4` gives the peak memory of this process; `getrusage` gives the largest of all children so far.
         _, status, usage = os.wait4(process.pid, 0)
     code = os.waitstatus_to_exitcode(status)

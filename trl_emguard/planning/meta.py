@@ -39,7 +39,14 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
     _check_shards(Path(path))
     given, config = dict(args.model_init_kwargs or {}), load_config(path, args)  # type: ignore[arg-type]
     dtype = given.get("dtype", "float32")
-    kwargs = {"dtype": config.dtype if dtype in ("auto", None) else dtype}
+    # A model that is made with a kernel from a package of its own asks for this package and a GPU. A dry run needs
+    # neither, so such an implementation is set on the finished model.
+    attention = str(given.get("attn_implementation") or "")
+    is_kernel = attention.startswith("flash_attention") or "/" in attention
+    kwargs = {
+        "dtype": config.dtype if dtype in ("auto", None) else dtype,
+        "attn_implementation": None if is_kernel else given.get("attn_implementation"),
+    }
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with device("meta"):
         if architecture is None:
@@ -47,10 +54,10 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **kwargs)
         else:
             model = architecture._from_config(config, **kwargs)
-    # A model that is made with an attention implementation checks that its package and a GPU are there. A dry run
-    # needs neither, so the implementation is set on the finished model.
-    if given.get("attn_implementation") is not None:
-        model.config._attn_implementation = given["attn_implementation"]
+    if is_kernel:
+        if not model._supports_flash_attn:
+            raise ValueError(f"attn_implementation={attention!r}: {type(model).__name__} does not support it.")
+        model.config._attn_implementation = attention
     quantization = given.get("quantization_config", quantization)
     return model if quantization is None else quantized(model, quantization)
 

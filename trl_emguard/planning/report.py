@@ -222,7 +222,7 @@ def advice(plan: Plan) -> list[str]:
             engine.ranks > gpus and not is_alone and not launch.on_cpu
         ),
         f"this machine has {gpus} GPUs, and the launch has {engine.ranks} ranks: --num_processes {gpus} uses all.": (
-            engine.ranks < gpus and not is_alone and not launch.on_cpu
+            engine.ranks < gpus and launch.model_ranks == 1 and not is_alone and not launch.on_cpu
         ),
         "offloaded states are counted as GPU memory here, so the run needs less than is said.": launch.offloads,
         "the reference is a model of its own: the weights are in memory twice. With an adapter it takes none.": (

@@ -163,12 +163,6 @@ def run(
         InactiveDefenseError: the run turned out not to be defended. If the check after training finds this, the model
             is saved first.
     """
-    if training_args.n_gpu > 1:
-        raise ValueError(
-            f"this process sees {training_args.n_gpu} GPUs, and SFTTrainer trains on one in each process: launch one "
-            f"per GPU (--accelerate_config zero3 --num_processes {training_args.n_gpu}), or show it one "
-            "(CUDA_VISIBLE_DEVICES=0)."
-        )
     check_writable("output_dir", training_args.output_dir)
     if training_args.cache_reference:
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
@@ -277,10 +271,9 @@ def read_data(
         raise FileNotFoundError(
             f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`."
         )
-    folder = training_args.output_dir
-    # Only rank 0 looks here, because other machines may have no copy of the checkpoints. When training starts, all
-    # machines choose the checkpoint together.
-    if asks_for_newest(checkpoint or False) and training_args.process_index == 0 and not checkpoint_steps(folder):
+    # One rank of each machine looks, as it does again when training starts.
+    folder, looks = training_args.output_dir, training_args.local_process_index == 0
+    if asks_for_newest(checkpoint or False) and looks and not checkpoint_steps(folder):
         raise ValueError(
             f"resume_from_checkpoint={checkpoint}, but output_dir={folder!r} holds no checkpoint: leave it out to "
             "start anew."
