@@ -81,8 +81,8 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
                 "derive that class from EMGuardConfig."
             )
         # `to_dict` gives the fields of TrainingArguments as a user passes them: text and dicts for the enums and
-        # classes that `__post_init__` made. It runs on a deep copy of `args`, since it changes dtypes in nested dicts
-        # in place. The hub token and the fields of derived classes are copied from `args` instead: `to_dict` would
+        # classes that `__post_init__` made. It runs on a deep copy of `args`, because it overwrites dtypes inside
+        # nested dicts. The hub token and the fields of derived classes are copied from `args` instead: `to_dict` would
         # replace every token, also `eos_token`, by a placeholder, and dtypes by text.
         base = {f.name for f in fields(TrainingArguments)} - {"hub_token"}
         own = {f.name: copy.copy(getattr(args, f.name)) for f in fields(args) if f.init and f.name not in base}
