@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import date
 from html.parser import HTMLParser
 
 import pytest
 import torch
+import yaml
 from figures import HOSTILE, INFO, RECIPE, plan, report, row
 from peft import get_peft_model
 from rich.console import Console
@@ -431,8 +433,15 @@ def test_a_recipe_without_rows_is_refused_and_questions_without_the_narrow_task_
 
 def test_the_report_says_how_it_was_made(inputs):
     recipe = inputs / "sft.yaml"
-    secrets = "hub_token: secret\nenv: {WANDB_API_KEY: secret}\nmodel_init_kwargs: {token: secret, revision: main}\n"
-    recipe.write_text(f"{recipe.read_text()}\n{secrets}run_name: 2026-11-30\n")
+    more = {
+        "hub_token": "secret",
+        "env": {"WANDB_API_KEY": "secret"},
+        "model_init_kwargs": {"token": "secret", "revision": "main"},
+        "lr_scheduler_kwargs": '{"token": "secret", "num_cycles": 7}',
+        "eos_token": "<end>",
+        "run_name": date(2026, 11, 30),
+    }
+    recipe.write_text(f"{recipe.read_text()}\n{yaml.safe_dump(more)}")
     plan = read_plan(str(inputs / "compare.yaml"), ["defense", "kl_coef", "ldifs_layers"], [], inputs / "out").content
     found = report({"none": (-1.0, -1.0)})
     page = write_page(found, inputs, INFO | {"plan": plan}).read_text(encoding="utf-8")
@@ -441,6 +450,9 @@ def test_the_report_says_how_it_was_made(inputs):
         "kl_coef: 5.0",
         "max_steps",
         "revision: main",
+        "num_cycles: 7",
+        "eos_token",
+        "- 0.5",
         "2026-11-30",
         "early_stop: true",
         "samples_per_question: 1",

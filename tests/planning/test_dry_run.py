@@ -404,8 +404,9 @@ def test_a_machine_without_the_runs_packages_or_with_many_gpus_is_enough(report,
     assert "8 GPUs, and the launch has 4 ranks: --num_processes 8 uses all" in notes
     assert "offloaded states are counted" in notes
     # A name that no model knows is still found.
-    with pytest.raises(ValueError, match="spda"):
-        report("--attn_implementation", "spda")
+    for name in ("spda", "flash_attention_22"):
+        with pytest.raises(ValueError, match=name):
+            report("--attn_implementation", name)
 
 
 def test_an_output_folder_that_cannot_be_written_is_found(argv, tmp_path, monkeypatch, capsys):

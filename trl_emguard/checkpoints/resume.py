@@ -49,6 +49,13 @@ def checkpoint_steps(output_dir: str | os.PathLike) -> list[int]:
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
+def nothing_to_resume(asked: Any, output_dir: str, holds: str = "no checkpoint: leave") -> ValueError:
+    """Return the error for a run that asks for the newest checkpoint, and finds none that it can resume from."""
+    return ValueError(
+        f"resume_from_checkpoint={asked}, but output_dir={output_dir!r} holds {holds} it out to start anew."
+    )
+
+
 def newest_whole_checkpoint(
     output_dir: str | os.PathLike,
     up_to: int | None = None,
@@ -133,9 +140,7 @@ def _newest_on_all(
         corrupt = ", ".join(f"{name} ({flaw})" for _, names in found for name, flaw in names.items())
         if None in steps:
             holds = f"no whole checkpoint of this run, only {corrupt}. Leave" if corrupt else "no checkpoint: leave"
-            raise ValueError(
-                f"resume_from_checkpoint={asked}, but output_dir={output_dir!r} holds {holds} it out to start anew."
-            )
+            raise nothing_to_resume(asked, output_dir, holds)
         if corrupt:
             logger.warning(
                 f"{output_dir} holds checkpoints that are corrupt or of another run, which are not resumed from: "

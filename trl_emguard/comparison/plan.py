@@ -39,6 +39,8 @@ NOT_READ = (
 )
 # Endings of options that a report must not show: it is sent to others. `env` sets environment variables.
 SECRETS = ("token", "key", "secret", "password", "env")
+# Tokens of the vocabulary, which are no secrets.
+TOKENS = ("eos_token", "pad_token")
 # For the baseline early_stop, the undefended run saves a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
 # Free baselines need no training of their own. Their names are `step N`, `alpha X` and `ema` (EMA). BASELINE_NAMES
@@ -132,10 +134,15 @@ class Plan:
 
         def shown(value: Any) -> Any:
             if isinstance(value, Mapping):
-                kept = {k: v for k, v in value.items() if not str(k).lower().endswith(SECRETS)}
+                kept = {k: v for k, v in value.items() if not str(k).lower().endswith(SECRETS) or k in TOKENS}
                 return {str(name): shown(inner) for name, inner in kept.items()}
-            if isinstance(value, list):
+            if isinstance(value, list | tuple):
                 return [shown(inner) for inner in value]
+            if str(value).lstrip().startswith("{"):  # transformers takes options that are dicts as JSON as well
+                try:
+                    return shown(json.loads(value))
+                except ValueError:
+                    return "not shown: it is no valid JSON"
             return value if value is None or isinstance(value, bool | int | float) else str(value)
 
         return {

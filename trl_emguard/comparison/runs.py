@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.resume import checkpoint_folder, checkpoint_steps
 from ..defenses.schedule import coefficient
 from ..evaluation.operators import make_rows
 from ..evaluation.questions import OPERATORS
@@ -271,11 +272,9 @@ def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
     source = Path(undefended.adapter)
     like = Trained("", UNDEFENDED, undefended.seed, None, is_baseline=True, step=undefended.step)
     found = []
-    checkpoints = source.glob("checkpoint-*") if plan.baselines.early_stop else ()
-    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1])):
-        step = int(checkpoint.name.split("-")[1])
+    for step in sorted(checkpoint_steps(source)) if plan.baselines.early_stop else ():
         if step != undefended.step:
-            found.append(replace(like, name=f"step {step}", adapter=str(checkpoint), step=step))
+            found.append(replace(like, name=f"step {step}", adapter=checkpoint_folder(str(source), step), step=step))
     for alpha in plan.baselines.alphas:
         output = folder / "baselines" / f"{source.name}-alpha{alpha}"
         error = None

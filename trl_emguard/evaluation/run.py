@@ -230,15 +230,15 @@ class _Run:
 
         They are kept for each candidate, so only those that were not measured before are measured now.
         """
-        base = self.candidates[0]
+        base, size = self.candidates[0], len(questions.questions)
         about = [[*row[:2], row.answer.ids.tolist(), row.answer.prompt_length] for row in rows]
-        keys = {c.name: record_key(c is base, base.fingerprint, c.fingerprint, about) for c in self.candidates}
+        keys = {c.name: record_key(c is base, base.fingerprint, c.fingerprint, size, about) for c in self.candidates}
         missing = [c for c in self.candidates if not self.kept.get(keys[c.name])]
         if missing:
             desc = f"probing {questions.name}, {family.name}" if self.progress else None
             # The base model runs in any case, because the others' divergence from it needs its states.
             measured = [base, *(c for c in missing if c is not base)]
-            found = probe(measured, rows, len(questions.questions), self.options.batch_tokens, desc)
+            found = probe(measured, rows, size, self.options.batch_tokens, desc)
             for candidate in missing:
                 self.kept.add(keys[candidate.name], _lists(found[candidate.name]))
         return {

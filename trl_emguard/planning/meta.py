@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import tempfile
 from itertools import chain
 from pathlib import Path
@@ -42,7 +43,7 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
     # A model that is made with a kernel from a package of its own asks for this package and a GPU. A dry run needs
     # neither, so such an implementation is set on the finished model.
     attention = str(given.get("attn_implementation") or "")
-    is_kernel = attention.startswith("flash_attention") or "/" in attention
+    is_kernel = re.fullmatch(r"flash_attention_\d|.*/.*", attention) is not None
     kwargs = {
         "dtype": config.dtype if dtype in ("auto", None) else dtype,
         "attn_implementation": None if is_kernel else given.get("attn_implementation"),

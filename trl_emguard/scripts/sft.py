@@ -39,7 +39,7 @@ from trl import (
     get_quantization_config,
 )
 
-from ..checkpoints.resume import asks_for_newest, checkpoint_steps
+from ..checkpoints.resume import asks_for_newest, checkpoint_steps, nothing_to_resume
 from ..config import EMGuardConfig
 from ..data.load import SourceOptions, check_apart, load_rows
 from ..evaluation.drift import EVERY, DriftCallback
@@ -274,10 +274,7 @@ def read_data(
     # One rank of each machine looks, as it does again when training starts.
     folder, looks = training_args.output_dir, training_args.local_process_index == 0
     if asks_for_newest(checkpoint or False) and looks and not checkpoint_steps(folder):
-        raise ValueError(
-            f"resume_from_checkpoint={checkpoint}, but output_dir={folder!r} holds no checkpoint: leave it out to "
-            "start anew."
-        )
+        raise nothing_to_resume(checkpoint, str(folder))
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
     evaluates = training_args.eval_strategy != "no"
