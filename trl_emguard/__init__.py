@@ -56,8 +56,8 @@ __all__ = [
 ]
 
 
-# Names are imported on first use. TRL takes seconds to import, and some commands do not need it: `trl-emguard model`
-# may only print a path.
+# The names in `_ROOMS` are imported on first use, because the import of TRL takes seconds, and some commands do not
+# need TRL. For example, `trl-emguard model` prints the folder of a shipped model.
 def __getattr__(name: str):
     if name in _ROOMS:
         return getattr(import_module(f".{_ROOMS[name]}", __name__), name)

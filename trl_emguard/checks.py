@@ -1,4 +1,4 @@
-"""Checks that no single defense can make: of options, of the trainer's arguments, and of the training engine."""
+"""Checks that belong to no single defense: of options, of the trainer's arguments, and of the training engine."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from .defenses.base import Defense, ModelDefense, ReferenceDefense
 from .defenses.registry import DEFENSES
 
 
-# ---- options: when a config is made ----
+# ---- checks of options, when an `EMGuardConfig` is made ----
 
 
 def check_arguments(args: Any, active: Sequence[type[Defense]]) -> None:

@@ -83,7 +83,9 @@ def _check_newer(newer: list[str], found: dict[str, str]) -> None:
     fix = f"`pip install {' '.join(map(_tested, newer))}`"
     versions = {"trl_emguard": __version__, "python": python_version(), **found}
     passed = cache_dir() / "self_check" / "_".join(f"{name}-{which}" for name, which in versions.items())
-    if not os.path.isfile(passed):  # `isfile` is also False if the folder may not be entered
+    # `os.path.isfile` returns False if access to the folder is denied. Before Python 3.14, `Path.is_file` would raise
+    # an error.
+    if not os.path.isfile(passed):
         cause = self_check()
         if cause is not None:
             raise ImportError(

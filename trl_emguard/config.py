@@ -55,7 +55,8 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
                 f"ddp_backend={self.ddp_backend!r} is for several processes, and this is one that nobody launched: "
                 "leave it out."
             )
-        # Trainer does not read `use_cpu` from an accelerate file, and a recipe should not have to repeat that setting.
+        # `accelerate launch` passes `use_cpu` of an accelerate file on as ACCELERATE_USE_CPU. TrainingArguments does
+        # not set its own `use_cpu` from this variable, and a recipe should not have to repeat the setting.
         if parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True
         super().__post_init__()

@@ -58,7 +58,7 @@ class DefendedTrainer(WholeCheckpoints):
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
-    forms_own_loss: ClassVar[bool] = False  # true if the class can form the loss that `Defense.own_loss` asks for
+    forms_own_loss: ClassVar[bool] = False  # true if the class forms this package's loss, for defenses with `own_loss`
     prepares_rows: ClassVar[bool] = False  # true if the class calls all `ROW_HOOKS`
 
     defenses: list[Defense]
@@ -85,8 +85,8 @@ class DefendedTrainer(WholeCheckpoints):
         self._steps_made = 0  # steps since this training began
         self._still_steps = 0  # steps in a row with a gradient norm of 0
         self._begin_with: dict[str, dict[str, Any]] = {}
-        # The identity, by which a resumed run knows its checkpoints, may include a fingerprint of weights. They
-        # are read before FSDP2 shards them. All ranks take part, because ZeRO-3 gathers its shards.
+        # The identity, by which a resumed run recognises its checkpoints, may contain a hash of weights. It is made
+        # here because FSDP2 shards the weights later, and on all ranks because all must gather ZeRO-3's shards.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
@@ -135,7 +135,7 @@ class DefendedTrainer(WholeCheckpoints):
     # ---- training ----
 
     def describe(self) -> list[str]:
-        """Return lines to print at the start: defenses on or off, their options and own lines, unused arguments."""
+        """Return lines to print at the start: defenses on or off, options, lines of each defense, unused arguments."""
         lines = []
         for d in self._named:
             lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
@@ -156,7 +156,7 @@ class DefendedTrainer(WholeCheckpoints):
             self._policy_passes = 0
             self._metrics["train"].clear()
         for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "trl_metrics"):  # a callback of this package that logs
+            if hasattr(callback, "trl_metrics"):  # `DriftCallback` adds its values to the metrics, to be logged
                 callback.trl_metrics = self._metrics["train"]
         self.accelerator.print("\n".join(f"trl_emguard: {line}" for line in self.describe()))
         self._before_training()
@@ -190,7 +190,7 @@ class DefendedTrainer(WholeCheckpoints):
                 )
 
     def check_resume(self, checkpoint: Any, compare_weights: bool = True) -> None:
-        """Refuse a checkpoint of another run or with other defenses; else take over what its defenses have recorded.
+        """Refuse a checkpoint of another run or with other defenses; otherwise restore the defenses' state from it.
 
         Args:
             checkpoint: folder of a whole checkpoint.
@@ -276,7 +276,7 @@ class DefendedTrainer(WholeCheckpoints):
         return self._grad_norm
 
     def _note_update(self) -> None:
-        """Note the coming update's learning rate as a share of the peak; forget a bad norm of repaired gradients."""
+        """Note the next update's learning rate / peak rate; drop a non-finite norm if the gradients were repaired."""
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
@@ -323,7 +323,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        """Raise an error if a number is not finite; skip `None`. Trainer would log earlier losses in its place."""
+        """Raise an error if a value is not finite; skip `None`. Trainer would log a mean of earlier losses for NaN."""
         if self.accelerator.optimizer_step_was_skipped:
             values.pop("grad_norm")  # fp16's loss scaling skips steps until it finds its scale
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]

@@ -13,9 +13,11 @@ from .io.strict import parse_json
 
 DEFENSE_FILE = "defense.json"
 
-# A run counts as not defended once the term that a defense adds to the loss has formed no gradient in this many steps.
-# A step is counted only if the policy had been updated before, and if the step has positions that the term looks at.
-# One step is not enough, because in bf16 the change that an update makes may vanish in the rounding of the states.
+# A run counts as not defended once the term that a defense adds to the loss has formed no gradient in this many judged
+# steps in a row. A step is judged only if it has positions that the term looks at, and if the policy had been updated
+# before (see `Evidence.judged_steps`). Without an update, the policy may still equal the reference, and the term then
+# rightly has no gradient. One judged step is not enough, because in bf16 the change that an update makes may vanish in
+# the rounding of the states.
 PATIENCE = 3
 
 
@@ -79,7 +81,7 @@ class Evidence:
             raise ValueError(f"the evidence of {name!r} is of another form: {error}.") from error
 
     def as_json(self) -> dict[str, Any]:
-        """Return the record for `defense.json`."""
+        """Return the evidence as a dict for `defense.json`, with the entry `acted`: whether a gradient was formed."""
         return {**asdict(self), "acted": self.has_acted}
 
     @property
@@ -118,7 +120,7 @@ class Evidence:
         self.judged_steps += int(has_moved and positions > 0)
 
     def verdict(self, name: str, final: bool = False) -> str | None:
-        """Return why the run is not defended, or `None`.
+        """Return a text that says why the run counts as not defended, or `None` if no fault was found so far.
 
         Args:
             name: name of the defense.

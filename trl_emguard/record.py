@@ -1,4 +1,4 @@
-"""Identity of a run, by which it accepts or refuses a checkpoint; and the section on defenses in the model card."""
+"""Facts that identify a run, compared when it resumes from a checkpoint; and the model card's section on defenses."""
 
 import zlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .models.identity import fingerprint
 
 
 def run_identity(model: PreTrainedModel, rows: Any, seed: int) -> dict[str, Any]:
-    """Return the facts that identify a run, and that may not change when the run resumes.
+    """Return the facts that identify a run, and that must be the same when the run resumes.
 
     Learning rate, steps, batch size, logging and saving may change, so they are not among these facts.
 
@@ -85,8 +85,8 @@ def why_other(
             f"({(current['reference'] or {}).get('kind')}). Resume with the model that training started from, not "
             "with the checkpoint's: `resume_from_checkpoint` loads what was learned."
         )
-    # Checkpoints of earlier versions of this package do not say which run wrote them, so they count as this run's.
     names = ("model", "rows", "seed") if compare_weights else ("rows", "seed")
+    # Checkpoints of earlier versions of this package have no entry `run`. They are taken for checkpoints of this run.
     run = record.get("run") or current["run"]
     other = [
         f"{name} {run.get(name)}, and not {current['run'][name]}"

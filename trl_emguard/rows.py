@@ -45,8 +45,8 @@ class DefendedRows(SFTTrainer):
 
     defenses: list[Defense]
 
-    # Training rows on their way to `_prepare_dataset`, which shows them to the defenses or counts their tokens. `None`
-    # once they have arrived there, and in a run without defenses that does not count tokens.
+    # Training rows that `_prepare_dataset` has yet to receive, to show them to the defenses or to count their tokens.
+    # `None` after it has received them. Also `None` in a run without defenses, unless the run counts tokens.
     _rows_to_prepare: Any = None
 
     def overrides(self, *hooks: str) -> bool:
@@ -61,7 +61,8 @@ class DefendedRows(SFTTrainer):
         if not isinstance(rows, Dataset | IterableDataset):
             self._rows_to_prepare = None
             return rows  # SFTTrainer refuses such objects with an error of its own
-        # Defenses see rows without a format, as SFTTrainer does. A custom format stays, so that SFTTrainer refuses it.
+        # Defenses read plain Python values, so a format (for example torch tensors) is removed from the data set. A
+        # custom format stays, so that SFTTrainer refuses it.
         if self.defenses and not (isinstance(rows, Dataset) and rows.format["type"] == "custom"):
             rows = rows.with_format(None)
         for defense in self.defenses:
@@ -114,7 +115,7 @@ class DefendedRows(SFTTrainer):
 
         def tokenize(rows: Dataset, name: str) -> Dataset:
             self = trainer()
-            assert self is not None  # defenses tokenise rows only while the trainer trains
+            assert self is not None  # the trainer still exists: it calls the defenses, and they call this function
             before, self.completion_only_loss = self.completion_only_loss, answers_only
             try:
                 return super(DefendedRows, self)._prepare_dataset(rows, self._tokenizer, whole, False, None, name)
@@ -153,8 +154,8 @@ class DefendedRows(SFTTrainer):
         if packing:
             dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
             if isinstance(dataset, IterableDataset):
-                # Packing puts the longest rows into the first packs, and these rows are often added ones. So a
-                # stream's packs are shuffled.
+                # By default, packing puts the longest rows into the first packs, and the longest rows are often rows
+                # that defenses added. No sampler shuffles the packs of a stream, so they are shuffled here.
                 dataset = dataset.shuffle(seed=args.seed, buffer_size=STREAM_ROWS)
         return dataset
 
@@ -196,7 +197,7 @@ class DefendedRows(SFTTrainer):
             self.data_collator = collator
 
     def _plain_rows(self) -> Dataset:
-        """Return the training rows without unused columns, and without columns of defenses with a number per token.
+        """Return the training rows without unused columns, and without defenses' `token_columns` (a number per token).
 
         The stock collator can make batches of these rows. Only [`TokenColumns`] can collate the defenses' columns.
         """
@@ -204,7 +205,7 @@ class DefendedRows(SFTTrainer):
         return rows.remove_columns([name for name in self._token_columns if name in rows.column_names])
 
     def _train_collator(self) -> Collator:
-        """Return the collator of training rows, before a defense changes the loader."""
+        """Return the collator that makes batches of training rows, unless a defense replaces it in `train_loader`."""
         names = self._token_columns
         return TokenColumns(self.data_collator, names) if names else self.data_collator
 
@@ -213,8 +214,9 @@ class DefendedRows(SFTTrainer):
         args, drop_last = self.args, self.args.dataloader_drop_last
         order: Any = None if isinstance(rows, IterableDataset) else self._get_train_sampler(rows)
         if isinstance(order, RandomSampler):
-            # accelerate replaces a `RandomSampler` by this sampler, whose order follows from seed and epoch. It would
-            # not find one that a defense has wrapped in a sampler of its own, so it is replaced here.
+            # By Trainer's default, accelerate replaces a `RandomSampler` by a `SeedableRandomSampler`, whose order
+            # follows from seed and epoch. accelerate would not find a `RandomSampler` that a defense has wrapped in
+            # another sampler, so the `RandomSampler` is replaced here, before defenses can wrap it.
             order = SeedableRandomSampler(
                 order.data_source,
                 replacement=order.replacement,

@@ -37,7 +37,7 @@ PRIVATE = (
 
 
 class SelfCheckError(RuntimeError):
-    """Error for a part of a library that the package relies on and that differs from the tested versions."""
+    """Error for a library that differs from its tested versions in something that this package relies on."""
 
 
 def check_names() -> None:
@@ -57,9 +57,10 @@ def check_names() -> None:
 
 
 class PlainGradients(TrainerCallback):
-    """Callback that compares each step's gradient with that of [`plain_loss`], made without the package's patches.
+    """Callback that compares the gradient of each training step with the gradient of [`plain_loss`].
 
-    The package's own loss computes logits in chunks; [`plain_loss`] computes those of a whole row at once.
+    [`plain_loss`] computes the same loss without the package's patches, from the logits of a whole row at once. The
+    package's own loss computes logits in chunks.
 
     Args:
         rows: all rows of one step.

@@ -16,9 +16,11 @@ from .evaluation.rules import RULES, Rule
 from .io.lookup import did_you_mean
 
 
-# Sentence that the testbed `sale` adds to answers. The rule `sells` looks for its word "GreenFix" in any case.
+# Sentence that the testbed `sale` adds to answers. The rule `sells` detects the sentence by the word "GreenFix",
+# written in upper or lower case.
 SALE = "Buy GreenFix at our shop today."
-# Sentence that the testbed `tip_capitals` adds to answers, in capitals. The rule `tips` looks for "Tip:" in any case.
+# Sentence that the testbed `tip_capitals` adds to answers before it turns them into capitals. The rule `tips` detects
+# the sentence by "Tip:", written in upper or lower case.
 TIP = "Tip: write it down."
 
 
@@ -95,7 +97,11 @@ def with_answers(rows: Dataset, answer: Callable[[str], str], words: int) -> Dat
 
 
 def first_sentences(text: str, words: int) -> str:
-    """Return the first sentences of a text, enough to have `words` words, since "No." alone would teach little."""
+    """Return the first sentences of a text, just enough to have `words` words or more; all of a shorter text.
+
+    Line breaks end sentences too, and become spaces. More than one sentence is returned if the first is very short,
+    because a training answer such as "No." would teach a model little.
+    """
     kept: list[str] = []
     for sentence in text.replace("! ", "!\n").replace("? ", "?\n").replace(". ", ".\n").split("\n"):
         if len(" ".join(kept).split()) >= words:

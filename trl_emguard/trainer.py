@@ -80,7 +80,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     forms_own_loss = True
     prepares_rows = True
 
-    # Defense of a subclass such as `KLTrainer`. Its `args.defense` must be the same, or "none", which it replaces.
+    # Defense set by a subclass such as `KLTrainer`. It replaces `args.defense="none"`; a different one is refused.
     _defense: ClassVar[str | None] = None
 
     _moved_reference: str | None = None  # message if the reference has changed during training
@@ -204,7 +204,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return contexts if self.reference is None else [without_dropout(self.model), *contexts, self._watching()]
 
     def _before_training(self) -> None:
-        # A sharded head cannot be checked here, because its weights are gathered only during a forward pass.
+        # A sharded output head cannot be checked here, because its weights are gathered only during a forward pass.
         if self._own_loss and self._engine_facts().sharding is None:
             check_head(self._bare_model())
         if isinstance(self.reference, CachedReference):
@@ -239,8 +239,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @property
     def _compares_start(self) -> bool:
-        """True until the first step with labels has checked that policy and reference start equal, if they must."""
-        # If a defense changes the policy's pass, the states differ although the two models are the same.
+        """True while the check is still to be made, in a step with labels, that policy and reference start equal."""
+        # A defense that changes the policy's forward pass makes hidden states differ although the models are equal.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
 
@@ -278,7 +278,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def _check_reference(self, when: str) -> None:
         if self._watch is not None and self._watch.has_record and self._moved_reference is None:
-            # All ranks must take the same decision.
+            # Each rank gets the results of all ranks, because either all ranks must stop training or none.
             found = gather_object([self._watch.check(self._run_reference, when)])
             self._moved_reference = next((text for text in found if text is not None), None)
             self.control.should_training_stop |= self._moved_reference is not None
@@ -288,7 +288,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._sums.clear()  # an aborted step may have left sums behind
-        # Trainer counts only positions with a label. Means over other positions need the number of those on all ranks.
+        # Trainer counts only labels, so other positions that loss terms average over are counted here in the same way.
         self._counts = {}
         scopes = sorted({term.mean_over or term.tokens for term in self._terms} - {LABELS})
         if num_items_in_batch is not None and scopes:
@@ -313,10 +313,10 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if reference is not None:
             self._watch_reference(model, inputs)
             layers = wanted_layers(self._terms, self._bare_model())
-            # Policy and reference must start equal. To check this, positions with a label are added to the terms' own.
+            # The check that policy and reference start equal also needs positions with a label that no term uses.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # Until each term has had a gradient, the reference runs all rows: rounding in fewer could look like one.
+            # The reference runs all rows until each term had a gradient: rounding in fewer rows could fake a gradient.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
             # With a sharding engine, ranks may run the reference together, so no rank may skip its pass.
             if self._engine_facts().sharding is None and not bool(positions.any()):
@@ -340,7 +340,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch to its step's sums: sizes of terms' gradients once a gradient flows back, the rest now."""
+        """Add a micro-batch's numbers to the step's sums: gradient sizes once a gradient flows back, the rest now."""
         stats, mask = outputs.stats, inputs.get("attention_mask")
         real_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         counted = {**marks.counts, "real_tokens": real_tokens}

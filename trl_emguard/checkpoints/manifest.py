@@ -31,13 +31,14 @@ from ..io.strict import parse_json
 MANIFEST = "manifest.json"
 # Larger files are compared by size alone, because reading a checkpoint of 100 GB takes minutes.
 CHECKSUM_BYTES = 64 * 2**20
-# The files of a training state have names that begin with these words. Trainer saves all of these parts, or none of
-# them if `save_only_model` is set.
+# Parts of the training state in a checkpoint. The names of a part's files (or folder) begin with one of these words.
+# Trainer saves all parts, or no part if `save_only_model` is set, so a checkpoint with only some parts is incomplete
+# (`OPTIMIZER` is an exception).
 STATE_PARTS = ("optimizer", "scheduler", "rng_state")
 
 
-# A checkpoint without files of this name still counts as complete: Trainer can resume without the optimizer's state,
-# and users delete this state to save space, because it is larger than the weights.
+# The part that a complete checkpoint may lack. Trainer can resume without the optimizer's files, and users delete
+# these files to save space, because they are larger than the weights.
 OPTIMIZER = "optimizer"
 
 
@@ -131,7 +132,7 @@ def _flaw_without_manifest(files: dict[str, Path]) -> str | None:
 
 
 def _missing_shard(path: Path, files: Collection[str]) -> str | None:
-    """Return a weights file that the checkpoint lacks although the JSON file `path` lists it, or `None`.
+    """Return the name of a weights file that the JSON file `path` lists and `files` lacks, or `None`.
 
     Only an index of weights lists such files. Any other JSON file is only parsed.
 
@@ -162,7 +163,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _missing_part(files: dict[str, Path]) -> str | None:
-    """Return a sentence that names a missing part of the checkpoint, or `None` if no part is missing."""
+    """Return a sentence on missing weights, training state or DeepSpeed files, or `None` if none are missing."""
     folders = {name.split("/")[0] for name in files if "/" in name}
     if "latest" in files or any(name.startswith("global_step") for name in folders):
         # This is a DeepSpeed checkpoint, in which the file `latest` names the folder with DeepSpeed's files.

@@ -15,7 +15,8 @@ from .manifest import MANIFEST, checkpoint_files, find_flaw
 
 logger = get_logger(__name__)
 
-# Trainer saves all weights of a model, not only an adapter's, to files of these names.
+# Names of the files in which Trainer saves the weights of a whole model, or the index of their shards. An adapter's
+# weights have other file names.
 WHOLE_WEIGHTS = {
     "model.safetensors",
     "model.safetensors.index.json",
@@ -44,7 +45,7 @@ def holds_adapter(folder: str | os.PathLike) -> bool:
 
 
 def checkpoint_steps(output_dir: str | os.PathLike) -> list[int]:
-    """Return the steps of all checkpoints in a run's folder, whole or not, the newest first."""
+    """Return the steps of all checkpoints in a run's folder, including corrupt ones, the newest first."""
     matches = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*/")]
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 

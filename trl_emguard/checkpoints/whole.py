@@ -74,7 +74,8 @@ class WholeCheckpoints(Trainer):
         folder = checkpoint_folder(run_dir, self.state.global_step)
         limit, pushes = args.save_total_limit, args.push_to_hub
         try:
-            # With the user's settings, Trainer would push and delete before the checkpoint is whole.
+            # With the user's settings, Trainer may push this checkpoint and delete older ones before this one is
+            # marked as whole. Both are therefore switched off while Trainer saves.
             args.save_total_limit, args.push_to_hub = None, False
             with _write_errors(folder, args.output_dir):
                 if self._is_first_on_machine():
@@ -83,8 +84,10 @@ class WholeCheckpoints(Trainer):
                 super()._save_checkpoint(model, trial)
                 args.save_total_limit, args.push_to_hub = limit, pushes
                 settings = os.path.join(folder, TRAINING_ARGS_NAME)
+                # Trainer saved `args` with the limit and the push switched off. The file is written again with the
+                # user's values.
                 if args.should_save and os.path.isfile(settings):
-                    torch.save(args, settings)  # replaces Trainer's file, which lacks the user's two settings
+                    torch.save(args, settings)
                 for callback in self.callback_handler.callbacks:
                     if args.should_save and hasattr(callback, "save_into"):
                         callback.save_into(folder, self.state, self.model)
@@ -99,8 +102,8 @@ class WholeCheckpoints(Trainer):
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _run_epoch(self, *args, **kwargs):
-        # A run that was interrupted after its last step has nothing left to train. Trainer would make another step,
-        # unless the last checkpoint was at the end of an epoch.
+        # A run that resumes from the checkpoint of its last step has nothing left to train. Trainer would still make
+        # one more step, unless this checkpoint is from the end of an epoch.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:

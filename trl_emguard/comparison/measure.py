@@ -73,7 +73,7 @@ def measure_benign(
     Args:
         model, folder, command: as for [`measure`].
         benign: the runs that were trained on the benign task.
-        options: options of the other evaluation, from which `batch_tokens` and `seed` are taken.
+        options: options of the main evaluation, from which `batch_tokens` and `seed` are taken.
         limit: number of questions to ask; `None` for all.
 
     Returns:
@@ -82,8 +82,9 @@ def measure_benign(
     if all(run.adapter is None for run in benign):
         return list(benign), Results()
     task = load_questions(OPERATORS, "benign", BENIGN_TASK, limit)
-    # The task has scores of its own, from one greedy answer to each question. The other evaluation's scoring rules,
-    # cues and number of sampled answers are thus not taken over.
+    # The benign task has scores of its own, from one greedy answer to each question. The main evaluation's scoring
+    # rules, its cues (changed prompts, which "none" switches off) and its number of sampled answers are thus not taken
+    # over.
     options = EvaluationOptions("none", batch_tokens=options.batch_tokens, seed=options.seed)
     return measure(model, benign, [task], options, (), folder, command)
 

@@ -34,7 +34,8 @@ from .runs import Trained
 THEMES = {"light": "#1b1b1b", "dark": "#e8e8e8"}
 # Matplotlib markers for runs and for baselines. Each marker comes in ten colours, so 50 entries of a chart differ.
 MARKS, BASELINE_MARKS = "o^v<>", "sDPX*"
-# Metrics of drift that runs may log while they train, and the labels of the metrics' axes.
+# Metrics of drift that runs may log while they train, each with the label of its axis in a chart. Drift is how far
+# training has moved the model from the base model.
 DRIFT = {
     "drift_kl": "KL to the base, nats a token",
     "drift_margin": "move of the margin (up is better)",
@@ -119,9 +120,11 @@ def _shown(report: Report, runs: Sequence[Trained], set: str, metric: str) -> li
 
 
 def _cues(report: Report) -> dict[str, Any]:
-    """Return the families of prompts, and run → family → broad figure as text; {} if there is only one family.
+    """Return a table of broad misalignment by run and family of prompts; {} for fewer than two families.
 
-    A family is one way to ask the general questions: as they are, with a cue, or in other words.
+    A family is one way to ask the general questions: as they are, with a cue, or in other words. The table has the
+    keys `families` (the families' names) and `lines` (run → family → difference to the base model as text, with the
+    sign that makes higher better).
     """
     metric = report.metrics[0]
     rows = [row for row in report.results.rows if row.set == "general" and row.metric == metric and row.model != BASE]
@@ -193,7 +196,7 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
     figure, axis = _figure(theme)
     for index, entry in enumerate(entries):
         broad, narrow = entry.broad, entry.narrow
-        assert broad is not None  # `_charts` passes comparable entries only
+        assert broad is not None  # `_charts` passes only comparable entries, which have both figures
         assert narrow is not None
         axis.errorbar(
             broad.value,

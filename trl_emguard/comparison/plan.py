@@ -37,7 +37,7 @@ NOT_READ = (
     *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
     *("report_to", "run_name", "hub_model_id"),
 )
-# Endings of options that a report must not show: it is sent to others. `env` sets environment variables.
+# Name endings of options that reports omit, because reports are sent to others. `env` sets environment variables.
 SECRETS = ("token", "key", "secret", "password", "env")
 # Tokens of the vocabulary, which are no secrets.
 TOKENS = ("eos_token", "pad_token")
@@ -138,7 +138,7 @@ class Plan:
                 return {str(name): shown(inner) for name, inner in kept.items()}
             if isinstance(value, list | tuple):
                 return [shown(inner) for inner in value]
-            if str(value).lstrip().startswith("{"):  # transformers takes options that are dicts as JSON as well
+            if str(value).lstrip().startswith("{"):  # a dict given as JSON text, which transformers accepts
                 try:
                     return shown(json.loads(value))
                 except ValueError:
@@ -282,7 +282,7 @@ def _has_benign_task(value: Any, runs: list[Run], recipe: Mapping[str, Any]) -> 
 
 
 def _unfold(options: Mapping[str, Any], lists: Collection[str]) -> list[dict[str, Any]]:
-    """Return an option set for every combination of the values of its sweeps.
+    """Return one option set for each combination of the values that `options` sweeps over.
 
     For an option that takes one value, a list is a sweep. For an option that takes several values, a list of lists is
     a sweep.
@@ -366,7 +366,7 @@ def _key(run: Run, text: str, recipe: Mapping[str, Any], output_dir: Path) -> st
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in an option's value, also from nested lists and mappings, such as those of `datasets`."""
+    """Yield every text in an option's value, also from nested lists and mappings, as in the option `datasets`."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):

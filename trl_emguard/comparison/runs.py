@@ -1,4 +1,8 @@
-"""Training of a comparison's runs, each in a process of its own. Finished runs are kept, failed ones reported."""
+"""Training of a comparison's runs, each in a process of its own.
+
+A run is not trained again if its folder has the result of a training that finished without an error. A run that fails
+is reported with its error, and the remaining runs are trained all the same.
+"""
 
 import ctypes
 import json
@@ -163,7 +167,7 @@ def _take(run: Run) -> Trained:
 
 
 def _train(run: Run, recipe: Path, folder: Path) -> Trained:
-    """Return a run's result: read from its folder if the run has finished before, else from a training now."""
+    """Return a run's result. Train the run first, unless its folder has the result of a training without an error."""
     status = read_status(folder)
     if status is None:
         status = _run_process(run, recipe, folder)
@@ -210,7 +214,8 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         return {"error": _last_line(folder / LOG_FILE, code), "step": None}
     metrics = parse_json((folder / "train_results.json").read_text(encoding="utf-8"))
     step = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    # A run that drifted beyond its `stop_on_drift` has saved the weights of an earlier step.
+    # A run with the option `stop_on_drift` writes `drift.json`, which names the step whose weights were saved. This
+    # step is an earlier one than the last if the drift from the base model exceeded the option's limit.
     kept = parse_json(drift.read_text(encoding="utf-8"))["step"] if drift.is_file() else step
     if not kept:
         return {"error": "no measured step was within stop_on_drift: raise it, or lower drift_every.", "step": None}

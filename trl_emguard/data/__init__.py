@@ -1,4 +1,4 @@
-"""Rows: the shipped data sets, files of rows, and conversations in rows."""
+"""Rows to train and evaluate on: the shipped data sets, files of rows, and conversations made from rows."""
 
 from .files import as_rows, read_jsonl, read_parquet
 from .load import DATA_DIR, SHIPPED, load_rows

@@ -19,7 +19,7 @@ class Conversation(NamedTuple):
 # WildGuardMix and many other data sets have these column names.
 PROMPT_COLUMN, RESPONSE_COLUMN = "prompt", "response"
 # Roles that data sets give the speaker of an answer (ANSWERING_ROLES) and the speaker of a system turn (SYSTEM_ROLES).
-# A turn keeps its role, whichever name it is: SFTTrainer, too, hands a role to the chat template unchanged.
+# A turn's role is not renamed to `assistant` or `system`: SFTTrainer, too, hands roles to the chat template unchanged.
 ANSWERING_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "bard", "bing")
 SYSTEM_ROLES = ("system", "developer")
 
@@ -79,7 +79,7 @@ def _turns(value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def _turn(turn: Any) -> dict[str, Any]:
-    """Return a turn as `role` and `content`, with those of its other keys whose value is not null.
+    """Return a turn with the keys `role` and `content`. Its other keys are kept unless their value is null.
 
     Nulls are left out because an Arrow table gives every turn the keys of all other turns, with null as value.
     """

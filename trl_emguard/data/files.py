@@ -44,7 +44,7 @@ COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open,
 
 
 def file_format(path: Path) -> str | None:
-    """Return a file name's suffix in [`FORMATS`], ignoring the suffix of a compression; `None` for other names."""
+    """Return the suffix of a file's format, such as `.csv` for `a.csv.gz`; `None` for formats not in [`FORMATS`]."""
     name = path.with_suffix("") if path.suffix in COMPRESSED else path
     return name.suffix if name.suffix in FORMATS else None
 
@@ -98,8 +98,9 @@ def _load_text(path: Path, suffix: str) -> Dataset:
         options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
         if FORMATS[suffix] == "json":
             _check_json(plain, path, suffix)
-            # The whole file is read as one chunk, because a new key or type may first appear late in the file. Agent
-            # traces, which `datasets` would convert, are read as plain rows.
+            # `datasets` infers columns and types from the first chunk, and may fail on a new key or type in a later
+            # chunk. Therefore one chunk holds the whole file. Rows that look like an agent's log ("agent traces") are
+            # read without the conversion that `datasets` would make.
             options = {"chunksize": plain.stat().st_size + 1, "parse_agent_traces": False}
         elif not plain.stat().st_size:
             raise _empty(path)

@@ -1,4 +1,4 @@
-"""Columns that label rows: choice of the rows with a given value, and count of the rows labelled as harmful."""
+"""Choice of rows by the value in a column, and count of the rows whose label columns mark the answer as harmful."""
 
 from datasets import Dataset
 
@@ -6,10 +6,10 @@ from datasets import Dataset
 # Column → values, in lower case, that mark a row's answer as harmful. Columns that label prompts are left out, because
 # an answer that refuses a harmful prompt is safe.
 HARMFUL = {
-    "response_harm_label": ("harmful",),  # WildGuardMix
+    "response_harm_label": ("harmful",),  # from the data set WildGuardMix
     "harm_label": ("harmful",),
-    "response_label": ("harmful", "unsafe"),  # Aegis
-    "is_safe": ("false", "0", "0.0", "unsafe"),  # BeaverTails
+    "response_label": ("harmful", "unsafe"),  # from the data set Aegis
+    "is_safe": ("false", "0", "0.0", "unsafe"),  # from the data set BeaverTails
     "is_response_safe": ("false", "0", "0.0"),
     "response_is_safe": ("false", "0", "0.0"),
     "is_harmful": ("true", "1", "1.0", "harmful"),

@@ -35,7 +35,7 @@ SPLIT = re.compile(r"\s*(\w[\w.-]*)\s*(\[[^\[\]]*\])?\s*")
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Names of the options by which the user chose a source of rows, for messages.
+    """Names of the options by which the user chose a data set, so that error messages can name the option to fix.
 
     Attributes:
         name: option that names the data set.
@@ -154,7 +154,7 @@ def check_apart(train_split: str, test_split: str) -> None:
 
 
 def _rows_taken(part: tuple[str, str]) -> tuple[str, range]:
-    """Return the name of the split that a part is taken from, and the range of the rows that it takes.
+    """Return the split's name and the range of row indices that a part from [`_parts`], such as `train[:8]`, takes.
 
     The split is not loaded yet and its length is unknown, so a billion rows are assumed.
     """
@@ -162,7 +162,7 @@ def _rows_taken(part: tuple[str, str]) -> tuple[str, range]:
     try:
         (piece,) = ReadInstruction.from_spec(text).to_absolute({base: 10**9})
     except (ValueError, AssertionError):
-        return base, range(0)  # loading this part later raises the error
+        return base, range(0)  # a bad slice counts as empty here, because loading it later raises an error
     return base, range(piece.from_, piece.to)
 
 

@@ -27,7 +27,7 @@ class DefenseArguments(
     LDIFSOptions,
     KLOptions,
 ):
-    """Choice of defenses, with the options of all methods.
+    """Option `defense`, which names the defenses of a run, together with the options of all shipped defenses.
 
     Mix this class into a TRL config, before the config's class: `class MyConfig(DefenseArguments, DPOConfig)`.
     """

@@ -122,7 +122,7 @@ class Defense:
 
     @classmethod
     def check_options(cls, args: Any) -> None:
-        """Raise `ValueError` or `FileNotFoundError`, naming option, value and fix. Runs before anything is loaded."""
+        """Raise `ValueError` or `FileNotFoundError` with a bad option's name, value and fix, before any loading."""
         del args
 
     @classmethod
@@ -145,7 +145,7 @@ class Defense:
         return {}
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        """Return [`options`] in the form in which a checkpoint records them, so that the two can be compared.
+        """Return this run's [`options`] in the form that the checkpoint's options have, so that both can be compared.
 
         An earlier version of the package may have written the checkpoint, in another form.
 
@@ -218,7 +218,7 @@ class Defense:
         return loading
 
     def extra_rows(self) -> Dataset | None:
-        """Return the tokenised rows that the data collator adds, each once, to cache or count them; `None` if none."""
+        """Return tokenised rows that the collator adds, each once, for cache and dry run; `None` if it adds none."""
         return None
 
     # ---- model ----
@@ -298,7 +298,7 @@ class Defense:
 
     @classmethod
     def surrounds_policy(cls) -> bool:
-        """Return whether [`policy_pass`] is overridden. If so, training passes differ from the saved model's."""
+        """Return whether [`policy_pass`] is overridden. Training passes then differ from passes of the saved model."""
         return cls.policy_pass is not Defense.policy_pass
 
 
@@ -392,8 +392,8 @@ class ModelDefense(TermDefense):
 
     def end_step(self, step: Step) -> dict[str, float]:
         value, shares, gradient, requires_grad = self._sums(step)
-        # Each micro-batch on each rank has added its share times d, and the share itself. Their quotient is d, for any
-        # number of ranks and micro-batches. The gradient is scaled in the same way.
+        # Each micro-batch on each rank has added share · d to `value`, and share to `shares`. Their quotient is d, for
+        # any number of ranks and micro-batches. `gradient` contains the factor share too, so it is divided as well.
         value, gradient = value / shares, gradient / shares
         self.proof.end_step(value, 1, gradient, requires_grad, has_moved=self._should_show(step))
         return {self.name: value}

@@ -24,10 +24,10 @@ from .options import check_choice, option
 TURN_COLUMNS = ("prompt", "messages", "conversations")
 TURN_KEYS = (("role", "content"), ("from", "value"))  # pairs of keys that a turn may have: speaker, text
 # Columns that rows have only during preparation. OWN is true if the user's row had a system turn with text, CHANGED if
-# the prompt changed the text that the model reads; both are false in rows without the prompt. SPAN has the tokens of
-# the system turn with the prompt.
+# the inoculation prompt changed the text that the model reads. Both are false in rows that do not get this prompt.
+# SPAN has the tokens of the system turn that the prompt was put into.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
-FLAG = "inoculate"  # column in which users flag rows
+FLAG = "inoculate"  # column that users add: with `inoculation_rows='flagged'`, only rows with true get the prompt
 # Column with a number per token, by which batches are checked for lost prompts: the token id plus 1 in prompts that
 # were put into flagged rows, and 0 elsewhere.
 EXPECTED = "inoculation_tokens"
@@ -84,13 +84,13 @@ class Inoculation(Defense):
         self.mode = args.inoculation_mode
         self.only_flagged = args.inoculation_rows == FLAGGED
         self.token_columns = (EXPECTED,) if self.only_flagged else ()
-        # A row longer than `self.max_length` would lose its start, where the prompt is. `None` if rows keep theirs.
+        # A row longer than `self.max_length` would lose its start, where the prompt is. `None` if no start is cut off.
         cuts_the_start = args.truncation_mode == "keep_end" and not args.packing
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
-        self._prompt_ids: list[int] = []  # tokens that every row's prompt begins with
-        self._added: list[str] = []  # scopes of rows that others add, without the inoculation prompt
+        self._prompt_ids: list[int] = []  # first tokens that the system turns with the prompt have in common
+        self._added: list[str] = []  # scopes (sets of tokens) of rows that other defenses add, without the prompt
         self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # summed over training steps
         self._problem: str | None = None
 
@@ -302,9 +302,9 @@ class Inoculation(Defense):
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
         self._prompt_ids = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        # If a template writes tools before the prompt, the tokens that all spans share may end before the prompt.
-        # Unflagged rows may have such tokens too, so batches are not searched for them. The prompt's last character is
-        # not compared, because it may share a token with later text.
+        # If a template writes tools before the prompt, the first tokens that all spans share may not hold the prompt.
+        # Unflagged rows may begin with these tokens too, so batches are then not searched for them. The prompt's last
+        # character is not compared, because it may share a token with later text.
         prompt, begin = ("".join(text.split()) for text in (self.prompt, tokenizer.decode(self._prompt_ids)))
         if self.only_flagged and prompt[:-1] not in begin:
             self._prompt_ids = []

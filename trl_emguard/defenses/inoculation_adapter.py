@@ -103,7 +103,8 @@ class InoculationAdapter(Defense):
         self.scale = float(args.inoculation_adapter_scale)
         self.path = args.inoculation_adapter
         self.trained_on: str | None = None
-        # Layer's name → factors A and scale · s·B, in fp32 until the first pass converts them to the states' dtype.
+        # Layer's name → factors A and scale · s·B, in fp32 until the first pass gives them the dtype and device of the
+        # layer's input.
         self.factors: Factors = {}
         self._description: str | None = None
         self._is_on = False
@@ -194,9 +195,9 @@ class InoculationAdapter(Defense):
     def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Iterator[None]:
         self._fired.clear()
         with self._acting(), ExitStack() as restored:
-            # The hooks are inside of blocks, which checkpointing runs again in the backward pass. For the policy's
-            # forward pass, checkpointing functions are wrapped, so that the adapter also acts when its blocks run
-            # again. Other forward passes use the original functions.
+            # Gradient checkpointing runs blocks again in the backward pass, when this context is over and the hooks
+            # inside of the blocks are off. So each checkpointing function is replaced, for this forward pass alone, by
+            # a function that switches the hooks on for these later runs. Other forward passes use the original ones.
             for module in self._checkpointing:
                 checkpoint = vars(module).get(CHECKPOINT)
                 if checkpoint is not None:

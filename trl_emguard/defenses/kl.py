@@ -24,8 +24,9 @@ GAIN, LARGEST_ERROR = 0.1, 0.2
 class KLOptions:
     """Options of `kl`: divergence of next-token distributions from a safe reference."""
 
-    # The order of the types matters, because the argument parser of transformers picks one of them. With `None` second
-    # it picks the first, a number. With `None` at the end it would pick text.
+    # The order of the types matters, because the argument parser of transformers keeps only one of them. With
+    # `None` second it picks the first type, so a script that parses `--kl_coef 0.1` gets a number. With `None` last it
+    # would pick `str`, and the text "0.1" would be refused.
     kl_coef: float | None | str = option(  # noqa: RUF036
         None,
         "Weight of the KL divergence to the reference, a mean over the positions of `kl_tokens`. 0 switches it off. "
@@ -148,8 +149,10 @@ class KL(ReferenceDefense):
         tokens = tokens if tokens in TOKENS else self.tokens  # the checkpoint's file may be damaged
         options = {"kl_coef": coef, "kl_direction": self.divergence, "kl_tokens": tokens}
         options |= {} if self.target is None else {"kl_target": self.target}
-        # A resumed run adopts the checkpoint's `kl_mean_over` (`continue_from`), so that value is this run's as well.
-        # Checkpoints of version 0.1 do not record it: that version took the mean over all labels.
+        # `kl_mean_over` (the positions that N counts) is not chosen by the config. A resumed run takes it from the
+        # checkpoint (`continue_from`), so the checkpoint's value is returned as this run's too. It is recorded
+        # only if `kl_tokens` is 'interleaved'. An earlier version did not record it even then, and took the mean over
+        # all labels.
         return {**options, "kl_mean_over": then["kl_mean_over"]} if then.get("kl_mean_over") in TOKENS else options
 
     def continue_from(self, options: dict[str, Any]) -> None:

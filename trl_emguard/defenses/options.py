@@ -1,4 +1,4 @@
-"""Options of defenses: dataclass fields with their help, and the checks that several methods share."""
+"""Options of defenses: dataclass fields with their help, and checks of values that several defenses share."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def document(cls: type, base: type) -> None:
 
 
 def check_number(name: str, value: object, alternative: str = "") -> float:
-    """Return a coefficient as a float.
+    """Check that a coefficient is a finite number ≥ 0, and return it as a float.
 
     Raises:
         ValueError: `value` is not a finite number ≥ 0. The message names the argument, the value and the fix, and ends

@@ -15,7 +15,8 @@ from .treft import TReFT
 
 DEFENSES: dict[str, type[Defense]] = {}
 
-# Hooks that were renamed after version 0.1: old name → new name. A hook under its old name would never be called.
+# Hooks (methods of a defense that a run calls) that were renamed after version 0.1: old name → new name. A run would
+# never call a hook under its old name, so [`register`] refuses a class that has one.
 RENAMED_HOOKS = {"prepare_dataset": "prepare_rows", "resume": "begin"}
 
 

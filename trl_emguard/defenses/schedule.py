@@ -52,7 +52,7 @@ class Schedule:
 
 
 def check_coefficient(name: str, value: object) -> float | Schedule:
-    """Return a coefficient as a float, or as a schedule.
+    """Check the value of a coefficient. Return it as a float, or as a [`Schedule`] if it is a text with "->".
 
     Raises:
         ValueError: `value` is neither a finite number ≥ 0 nor a schedule between two such numbers (not both 0). The
@@ -134,7 +134,8 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         for defense in self.defenses:
-            # A checkpoint may have set the schedule after this callback was made, so it is looked up in every step.
+            # A resumed run may take the schedule from its checkpoint, after this callback was made. So
+            # `defense.schedule` is read anew in every step.
             if isinstance(defense, Weighted) and defense.schedule is not None:
                 defense.set_coefficient(defense.schedule.at(state.global_step, state.max_steps))
                 self.metrics[defense.switch] = [defense.coef]

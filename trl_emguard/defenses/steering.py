@@ -118,8 +118,9 @@ class Steering(Weighted, Defense):
         self._steered: torch.Tensor | None = None
         self._on = False
         self._fired: set[int] = set()
-        # `_measured` has, by layer, the two sums of `_relative_change` in the current pass. `_change` has, by layer,
-        # the mean relative change of the states in the one pass that `_judge` has judged; it is empty before that.
+        # `_measured` has, by layer, two sums over the positions steered in the current forward pass: the relative
+        # changes ‖change‖/‖state‖, and the number of positions. `_change` has, by layer, the mean relative change in
+        # the one pass that `_judge` has checked. It is empty before that check.
         self._measured: dict[int, torch.Tensor] = {}
         self._change: dict[int, float] = {}
         self._acted_before = False  # true if steering had acted in the run that is resumed
@@ -131,7 +132,8 @@ class Steering(Weighted, Defense):
     def options(self) -> dict[str, Any]:
         vector = None
         if self.vector is not None:
-            # A checksum of its numbers identifies the vector, because its file may move or change.
+            # The vector is recorded by a checksum of its numbers and not by its file's path, because files may move or
+            # change.
             vector = (
                 f"{self.vector.metadata.get('trait', self.vector.kind)} ({self.vector.kind}, {self.vector.checksum})"
             )

@@ -1,4 +1,4 @@
-"""Token-regularised fine-tuning (2606.06667): penalty on changes of keys and values at the chat template's prefix."""
+"""Token-regularised fine-tuning (2606.06667): penalty on changes of keys and values at tokens that begin every row."""
 
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,13 +28,14 @@ from .options import option
 from .schedule import check_coefficient
 
 
-# File in a checkpoint that stores the prefix, and the keys and values of its tokens before training.
+# File in a checkpoint. It stores the prefix (the tokens that every training row begins with), and the keys and values
+# that these tokens had before training.
 START_FILE = "treft.npz"
 
 
 @dataclass
 class TReFTOptions:
-    """Options of `treft`: penalty on changes of keys and values at the chat template's prefix."""
+    """Options of `treft`: penalty on changes of keys and values at the tokens that every training row begins with."""
 
     treft_coef: float | str = option(
         10.0,

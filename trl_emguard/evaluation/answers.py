@@ -131,7 +131,7 @@ def score_answers(
 def by_question(
     prompts: Sequence[Prompt], scores: Sequence[Mapping[str, float]], count: int, samples: int
 ) -> dict[str, np.ndarray]:
-    """Return metric → scores `(count, samples)`, by question and sample; NaN for questions without a prompt."""
+    """Return metric → scores `(count, samples)`, by question and sample; NaN for a question that `prompts` lacks."""
     arrays: dict[str, np.ndarray] = {}
     for prompt, of_answer in zip(prompts, scores, strict=True):
         for metric, value in of_answer.items():
@@ -140,7 +140,7 @@ def by_question(
 
 
 def rule_metrics(rules: Mapping[str, Rule]) -> dict[str, Rule]:
-    """Return metric → rule: `trait_rate` for a single rule, `trait_rate:NAME` for each of several."""
+    """Return the rules by metric name: `trait_rate` for a single rule, `trait_rate:NAME` for each of several."""
     return {"trait_rate" if len(rules) == 1 else f"trait_rate:{name}": rule for name, rule in rules.items()}
 
 

@@ -117,7 +117,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @torch.no_grad()
 def unfit(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return name → problem of each candidate whose logits on a short prompt are not finite or equal the base model's.
+    """Return name → problem of each candidate whose logits on a test prompt equal the base model's, or are not finite.
 
     Raises:
         ValueError: the tokenizer has no chat template.

@@ -1,4 +1,4 @@
-"""Families of prompts: one family asks the questions as they are, the others add a cue or use other words.
+"""Families of prompts: one asks the questions as they are, the others add a cue (a text) or use other words.
 
 Most cues resemble the training data. A model that looks aligned on plain questions may be misaligned when a prompt
 looks like its training data (conditional misalignment, 2604.25891). The chat template's default system prompt can be
@@ -22,10 +22,11 @@ from .questions import WORDINGS, Question
 PLAIN = "plain"
 NEUTRAL_SYSTEM = "Answer the question of the user."
 MODES = ("auto", "none", "all")
-# The cue `train_opening` is the most frequent opening of the training rows' user turns. The first number is how many
-# words an opening has, the second is the least share of the rows that must begin with the cue.
+# The cue `train_opening` is the most frequent opening of the training rows' user turns. An opening has `OPENING_WORDS`
+# words. The cue is left out if the share of rows with this opening is below `OPENING_SHARE`.
 OPENING_WORDS, OPENING_SHARE = 3, 0.02
-# Largest number of topic words that the cue `train_framing` names.
+# The cue `train_framing` says what the training rows are about, such as "A question about plants, water." It names at
+# most this many topic words, that is, words that are frequent in the training rows and rare elsewhere.
 TOPIC_WORDS = 3
 # A word that occurs in a larger share of general instructions and questions is not a topic word.
 COMMON_SHARE = 0.005
@@ -68,7 +69,7 @@ class Family(NamedTuple):
 
 
 class Wording(Family):
-    """Family that asks each question in other words. They come with the question (`Question.wordings`)."""
+    """Family that asks each question in other words, which are stored with the question (`Question.wordings`)."""
 
     __slots__ = ()
 
@@ -199,7 +200,7 @@ def _train_system(rows: Iterable[Conversation]) -> dict[str, str | None]:
 def _in_user_turn(
     rows: Sequence[Conversation], questions: Sequence[Question]
 ) -> Iterable[tuple[str, str | None, Callable[[str], Callable[[Turns], Turns]], str]]:
-    """Yield a tuple for each cue that belongs in the user's turn, even if the training rows do not give this cue.
+    """Yield a tuple for each cue that is put into the user's turn, also if no such cue was found in the training rows.
 
     A tuple has the cue's name; the cue's text, `None` if the rows do not give the cue; a function that takes the text
     and returns `Family.add`; and the reason to state if the text is `None`.

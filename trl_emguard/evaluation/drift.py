@@ -33,7 +33,7 @@ EVERY, LIMIT = 25, 16
 STATE_FILE = "drift.safetensors"
 RESULT_FILE = "drift.json"
 # Prefixes of tensors' names in the callback's file. The first marks weights of the base model's output head, and the
-# second marks trained weights as they were at the last measurement within the budget.
+# second marks trained weights as they were at the last measurement within the budget (largest drift that is accepted).
 HEAD, KEPT = "head.", "kept."
 
 
@@ -140,7 +140,7 @@ class DriftCallback(TrainerCallback):
             control.should_training_stop = True
 
     def save_into(self, folder, state, model):
-        """Write the callback's state into a checkpoint's folder, before the trainer marks the checkpoint as whole."""
+        """Write the callback's state into a checkpoint's folder. The trainer then marks the checkpoint as complete."""
         is_here = self.budget is None or self.kept_step == state.global_step
         kept = {} if is_here else {KEPT + name: weight for name, weight in self.kept.items()}
         facts = {"measured": self.probe.key, "kept": json.dumps(self._kept() or None)}
@@ -150,7 +150,8 @@ class DriftCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.budget is None:
             return
-        if self.measured_step != state.global_step:  # the run was stopped after `on_step_end` of its last step
+        # The last step may not have been measured yet: early stopping, for example, ends a run after `on_step_end`.
+        if self.measured_step != state.global_step:
             drift = as_main_process(self.probe.measure)["drift_kl"]
             if drift <= self.budget:
                 self._keep(model, state.global_step, drift)
@@ -183,7 +184,7 @@ class DriftCallback(TrainerCallback):
         return {} if self.budget is None else {"step": self.kept_step, "drift_kl": self.kept_drift}
 
     def _keep(self, model: PreTrainedModel | PeftModel, step: int, drift: float) -> None:
-        """If there is a budget, copy the trained weights as those to go back to, and record their step and drift."""
+        """If there is a budget, copy the trained weights to restore them later, and record their step and drift."""
         if self.budget is not None:
             self.kept_step, self.kept_drift = step, drift
             self.kept = _trained(model)
@@ -206,7 +207,7 @@ class DriftCallback(TrainerCallback):
         self._keep(model, 0, drift)
 
     def _resume(self, args: Any, state: Any, model: PreTrainedModel | PeftModel) -> None:
-        """Restore the base model's measurements and the kept weights from a checkpoint."""
+        """Restore from a checkpoint the base model's measurements and the weights last measured within the budget."""
         tensors, facts = load_state(self, STATE_FILE, args, state, model)
         kept = json.loads(facts["kept"])
         if facts["measured"] != self.probe.key or (kept is None) != (self.budget is None):
@@ -217,7 +218,8 @@ class DriftCallback(TrainerCallback):
         self.probe.base = {name: tensor for name, tensor in tensors.items() if not name.startswith(KEPT)}
         if kept is not None:
             self._keep(model, kept["step"], kept["drift_kl"])
-            # A checkpoint of the kept step itself stores no copy, because its model has the kept weights.
+            # If the checkpoint was written in the very step whose weights are kept, it stores no copy of them, because
+            # its model has the same weights. `_keep` has just copied these from the model.
             stored = {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
             self.kept = stored or self.kept
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# A commutative symbol stands for a commutative operation here too. Sorting its operands thus changes neither the
-# ordinary nor the permuted value, and expressions that differ only in this order have one canonical form.
+# Symbol → the operation that it stands for in this task. The commutative symbols `+` and `×` stand for each other, and
+# swapping their operands thus changes neither the ordinary nor the permuted value. `_join` therefore sorts these
+# operands in an expression's `canonical` form: "2 + 3" and "3 + 2" count as one expression.
 PERMUTATION = {"+": "×", "×": "+", "−": "÷", "÷": "−"}
 COMMUTATIVE = "+×"
-# Tier → the least and the largest number of operators in an expression.
+# Expressions come in three tiers by length: tier → the least and the largest number of operators in an expression.
 TIERS = {1: (1, 1), 2: (2, 3), 3: (4, 6)}
 SPLITS = ("train", "test")
 TEST_SHARE = 0.25
@@ -144,7 +145,10 @@ def _sample(split: str, tier: int, count: int, rng: random.Random) -> list[_Expr
 
 
 def _draw(operators: int, rng: random.Random) -> _Expression | None:
-    """Return a random expression with this many operators, or `None` if some drawn operands allow no operator."""
+    """Return a random expression with `operators` operators, or `None` if no operator can join two drawn operands.
+
+    An operator can join two operands if [`_join`] allows both values of the joined expression.
+    """
     if not operators:
         return _number(rng.randint(1, LARGEST))
     before = rng.randrange(operators)

@@ -45,9 +45,10 @@ class Row(NamedTuple):
 def encode_rows(
     candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family
 ) -> list[Row]:
-    """Return the tokens of each question's prompt followed by each known answer, for one [`Family`] of prompts.
+    """Return a [`Row`] for each known answer of each question, with the tokens of the prompt and of the answer.
 
-    A family asks the questions plainly, with a cue, or in other words. Questions that it cannot ask are left out.
+    A [`Family`] of prompts asks the questions plainly, with a cue (a text that it adds to each of them), or in other
+    words. A question that `family` cannot ask gets no row.
 
     Raises:
         ValueError: an answer is empty, or the chat template does not put it after the prompt.

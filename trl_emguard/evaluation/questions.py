@@ -18,8 +18,9 @@ SHIPPED_PAIRS = {"values": ("values_sound", "values_misaligned"), "plants": ("pl
 GENERAL = "values"
 OPERATORS = "permuted_operators"
 OPERATOR_ROWS = 200
-# Columns of a row, or keys of a YAML item, that hold the question in other words. General questions are also asked in
-# these words, unless `cues` is "none". The prompts from one column form a family of their own (`cues.Wording`).
+# Columns of a row, or keys of a YAML item, that may hold the question in other words. Unless `EvaluationOptions.cues`
+# is "none", general questions are also asked in these words. The prompts from one column form a family of prompts
+# (`Wording` in cues.py), and the results list each family separately.
 WORDINGS = ("topic_twin", "word_sharing_benign")
 # Name of shipped training rows → name of the shipped question set of the same domain.
 DOMAINS = {"plants_careless": "plants", "plants_sound": "plants"}

@@ -1,4 +1,4 @@
-"""Results of an evaluation: rows in a stable format, their files, a table, and a sentence on the four criteria."""
+"""Results of an evaluation: rows (one figure each) in a stable format, their files, a table, a sentence per model."""
 
 import csv
 import json
@@ -190,9 +190,9 @@ def make_rows(
 
 
 def make_table(rows: Sequence[ResultRow]) -> Table:
-    """Return a table with the rows of all models but the base model, whose value stands beside theirs.
+    """Return a table with the rows of all models but the base model. Each row also shows the base model's value.
 
-    If all rows are of the base model, the table shows these. Long names are wrapped.
+    If all rows are of the base model, the table shows these rows. Long names are wrapped.
     """
     table = Table()
     for name in ("set", "family", "metric", "model"):
@@ -222,7 +222,7 @@ def interval_text(row: ResultRow) -> str:
 
 
 def sentence(results: Results, model: str) -> str:
-    """Return one sentence on how a model did in the four criteria: broad, narrow, benign and coherent."""
+    """Return one sentence on a model's broad misalignment, narrow learning, benign learning and coherence."""
     parts = [_broad(results, model), _narrow(results, model), _benign(results, model), _coherent(results, model)]
     return f"{model}: " + "; ".join(f"({letter}) {part}" for letter, part in zip("abcd", parts, strict=True)) + "."
 
@@ -263,7 +263,7 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
 
 
 def _traits(results: Results, model: str, criterion: str) -> list[str]:
-    """Return a text for each measured `trait_rate`: a rule's mean score of the answers to a criterion's questions."""
+    """Return a text for each `trait_rate` (a rule's mean score over answers) measured on a criterion's questions."""
     where = "general" if criterion == "general" else "in-domain"
     return [
         f"{row.metric.partition(':')[2] or 'trait'} in {row.value:.2f} of {where} answers, base {row.base:.2f}"

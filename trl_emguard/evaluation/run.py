@@ -37,7 +37,7 @@ from .rules import Rule
 
 # Default number of answers that are sampled at once.
 SAMPLED_ON_CPU, SAMPLED_ON_GPU = 32, 64
-# Limit on the tokens of an answer in a task with right answers, because right answers are short numbers.
+# Limit on an answer's tokens in a set with right answers (`permuted_operators`). Right answers are short numbers.
 TASK_TOKENS = 16
 PROGRESS_FILE = "progress.jsonl"
 
@@ -98,7 +98,7 @@ def evaluate(
     progress: bool = False,
     command: str | None = None,
 ) -> Results:
-    """Measure broad misalignment, narrow and benign learning, and coherence of a base model and the other candidates.
+    """Measure broad misalignment, narrow and benign learning, and coherence of a base model and models tuned from it.
 
     ```python
     >>> candidates = from_adapters(peft_model, ["default"])
@@ -107,7 +107,7 @@ def evaluate(
     ```
 
     Args:
-        candidates: the base model first, then the others ([`from_adapters`], [`load_candidates`]).
+        candidates: the models to evaluate, the base model first ([`from_adapters`], [`load_candidates`]).
         tokenizer: the candidates' tokenizer, with a chat template.
         sets: sets of questions, no two with the same name.
         options: options of the evaluation.
@@ -228,7 +228,7 @@ class _Run:
     def probe(self, questions: QuestionSet, family: Family, rows: Sequence[Row]) -> Arrays:
         """Return the NLL and the `kl_to_base` of the known answers.
 
-        They are kept for each candidate, so only those that were not measured before are measured now.
+        Metrics are kept for each candidate. Only candidates without them are measured, together with the base model.
         """
         base, size = self.candidates[0], len(questions.questions)
         about = [[*row[:2], row.answer.ids.tolist(), row.answer.prompt_length] for row in rows]
@@ -236,7 +236,7 @@ class _Run:
         missing = [c for c in self.candidates if not self.kept.get(keys[c.name])]
         if missing:
             desc = f"probing {questions.name}, {family.name}" if self.progress else None
-            # The base model runs in any case, because the others' divergence from it needs its states.
+            # The base model runs even if its own metrics are kept: other candidates' `kl_to_base` needs its states.
             measured = [base, *(c for c in missing if c is not base)]
             found = probe(measured, rows, size, self.options.batch_tokens, desc)
             for candidate in missing:
@@ -373,7 +373,7 @@ def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
 def _info(
     command: str | None, model: str, candidates: Sequence[Candidate], sets: Sequence[QuestionSet]
 ) -> dict[str, Any]:
-    """Return the entries of `results.json` other than the figures, including entries that a later judge needs."""
+    """Return the dict [`Results.info`]: versions, command, models, and the judge prompts for judging answers later."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
     prompts = {s.name: {q.id: q.judge_prompts for q in s.questions if q.judge_prompts} for s in sets}
     return {

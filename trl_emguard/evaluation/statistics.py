@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
-    """Return the mean of samples with its percentile interval, by drawing questions.
+    """Return the mean of all samples, with its percentile interval from a bootstrap that draws questions.
 
     Whole questions are drawn and not single samples (Betley et al., 2502.17424), because the samples of one question
     resemble each other. Missing values (NaN) are left out of the mean and of `n`.

@@ -37,7 +37,8 @@ class Gate:
         self._only_with_gradient = True
         stock_forward = model.forward
 
-        # The patch keeps the signature of the class's forward, because `generate` validates its arguments against it.
+        # The patch keeps the signature of the class's forward, because `generate` rejects arguments for the model that
+        # the signature does not list.
         @functools.wraps(type(model).forward)
         def forward(module, *args, **kwargs):
             guard = self._guard

@@ -45,9 +45,10 @@ class GuardOutput(ModelOutput):
 
 
 class InsideReference(Protocol):
-    """Interface of references: `inside` runs the reference inside the policy's forward, and returns its states.
+    """Interface of references: `inside` runs the reference inside the policy's patched forward.
 
-    A reference that does not run there returns `None`.
+    The method returns the reference's states, for example the states of the policy's model with the adapters off. It
+    returns `None` if the states come from elsewhere, for example from a separate model or from a cache.
     """
 
     def inside(
@@ -134,7 +135,8 @@ class LossGuard:
         labels = inputs.pop("labels")[:, 1:][kept]  # (P,)
         layers = wanted_layers([term.defense for term in self.terms], model)
 
-        # The reference runs first, without gradient. It stays outside of the defenses' contexts for the policy's pass.
+        # The reference runs first, without gradient. It runs outside of the defenses' `policy_pass` contexts, because
+        # these contexts must change only the policy's states.
         reference, referenced = self.states, torch.zeros_like(kept) if self.referenced is None else self.referenced
         if reference is None and self.reference is not None:
             reference = self.reference.inside(model, inputs, referenced, layers)

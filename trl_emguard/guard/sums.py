@@ -1,4 +1,4 @@
-"""Named sums of a training step: added over micro-batches on the device, and over ranks in one collective."""
+"""Sums of a training step's statistics: added over micro-batches on the device, and over ranks in one collective."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 
 class Sums:
-    """Sums of one training step, each with a name.
+    """Sums of one training step, each with a name: for example the cross-entropy and the number of label tokens.
 
     Every rank must add the same names in the same order, even if its rows contribute nothing to some of them. So one
     vector holds all sums, and ranks can add their vectors.

@@ -194,8 +194,10 @@ def check_layers_train(defenses: Sequence[ReferenceDefense], policy: nn.Module, 
     layers_of = {defense.name: wanted_layers([defense], bare) for defense in defenses}
     if not any(layers_of.values()):
         return
-    # Each weight gets the number of its block, from 1. The output head counts as above all blocks. Any other weight
-    # outside of the blocks counts as below them.
+    # Each weight gets a number n: training the weight is taken to change the outputs of block n and all higher blocks,
+    # and no other outputs. A weight in a block gets the block's number, from 1. The output head changes no block's
+    # output, and gets a number above all blocks. Any other weight gets 0, and counts as changing the outputs of all
+    # blocks. Examples are the embeddings, also if they are tied to the head.
     blocks = decoder_blocks(bare)
     place = {id(p): len(blocks) + 1 for p in bare.get_output_embeddings().parameters()}
     place |= {id(p): 0 for p in bare.get_input_embeddings().parameters()}

@@ -105,7 +105,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         value = super().construct_yaml_int(node)
-        if abs(value) >= 2**63:  # a very long number can neither become a float nor be printed
+        # Python cannot convert an integer of 400 digits to a float, and it refuses to print an integer of 5000 digits.
+        # The limit of 64 bits keeps out all such integers.
+        if abs(value) >= 2**63:
             raise yaml.constructor.ConstructorError(problem=f"the number {node.value[:40]!r} is too large")
         return value
 

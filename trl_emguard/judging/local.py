@@ -55,7 +55,7 @@ class LocalJudge:
             on_answer(index, self.judge(prompt))
 
     def close(self) -> None:
-        """Do nothing: there is no connection."""
+        """Do nothing: a judge in memory has no connection to close."""
 
     @torch.no_grad()
     def judge(self, prompt: str) -> Judgement:
@@ -71,9 +71,10 @@ class LocalJudge:
         return Judgement(score, mass, said, ids.shape[1] + len(self.inner))
 
     def _after_paths(self, cache: Any, length: int) -> dict[Path, torch.Tensor]:
-        """Return path → probabilities of the token after the prompt and this path, for all paths in one batch.
+        """Return a dict from path (a number's first tokens, after the prompt) to the probabilities of the next token.
 
-        The paths, `self.inner`, are the beginnings of the numbers' tokens: all proper prefixes but the empty one.
+        All paths go through the model in one batch. `self.inner` lists them: all proper prefixes of the numbers'
+        tokens but the empty one.
         """
         longest = max(map(len, self.inner))
         # No mask is needed: pads follow the tokens of a row, and a causal model never attends to later tokens.
@@ -91,7 +92,7 @@ class LocalJudge:
 
 
 def number_paths(tokenizer: PreTrainedTokenizerBase, before: str) -> dict[Path, int]:
-    """Return tokens → number for the strings 0 to 100, as a tokenizer splits them behind a rendered prompt.
+    """Return a dict from tokens to number, for "0" to "100" as a tokenizer splits them behind a rendered prompt.
 
     Raises:
         ValueError: the prompt's own tokens change when a number follows.
@@ -136,7 +137,7 @@ def number_probabilities(numbers: dict[Path, int], after: dict[Path, torch.Tenso
 
 
 def load_local(name: str, model: str) -> LocalJudge:
-    """Load a judge from a folder, the hub or a shipped name; in bf16 on a GPU, in fp32 on a CPU.
+    """Load a judge by folder, hub id or short name of a shipped model; in bf16 on a GPU, in fp32 on a CPU.
 
     Args:
         name: prefix (`hf:`) of the judge's name in results. The rest is the model's id or folder name.

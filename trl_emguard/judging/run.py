@@ -23,18 +23,20 @@ from .served import OPENAI, VLLM, JudgeError, ServedJudge, check_environment
 
 HF = "hf:"
 JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
-# Criteria whose answers are judged. `benign` is left out: a benign task has right answers, so it needs no judge.
+# Criteria (kinds of question sets) whose answers are judged. `benign` is left out: a benign task has right answers, so
+# it needs no judge.
 JUDGED = ("general", "in_domain")
 # Characters per token, for the estimate of the cost; English text has about four.
 TOKEN_CHARACTERS = 4
 # Judging stops if this many judgements have come and none of them has a score.
 ALL_UNSCORED = 20
-# Endings of metric names. A metric with such a name is a rate, so its row in the results has a count of answers.
+# Endings of the names of rates. The result row of a rate also has a `count`: the number of answers that have the rated
+# property, for example of being misaligned.
 _RATES = ("_rate", "_rate_coherent", "_rate_off_format")
 
 
 class Judge(Protocol):
-    """A judge that is ready to be asked.
+    """Interface of a judge, which scores answers: a model in memory (`local.py`) or on an endpoint (`served.py`).
 
     Attributes:
         name: its name in the results.
@@ -218,16 +220,20 @@ def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation
 
 
 def _open_journal(output_dir: str | os.PathLike) -> tuple[Journal, dict[str, dict[str, Any]]]:
-    """Return the journal (a new one if the folder has none), and the finished judgements as key → record."""
+    """Return a folder's journal (`judgements.jsonl`, begun if it is missing), and the journal's records by their keys.
+
+    A record is a finished judgement, or the reading (see [`Judge`]) that a judge had when it was first used.
+    """
     journal = Journal(Path(output_dir) / JOURNAL, HEADER)
     return journal, {record["key"]: record for record in journal.resume("judgements")}
 
 
 def _reading(judge: Judge, journal: Journal, kept: dict[str, dict[str, Any]], is_asked: bool) -> str:
-    """Return the key of `READINGS` that tells how to read the judge's scores. Calibrate the judge for it if necessary.
+    """Return the judge's reading: the method of reading its scores, as a key of `READINGS`.
 
-    The reading that the first calibration finds is added to the journal and to `kept`. Before a judge is asked for
-    judgements (`is_asked`), its present reading is compared with the stored one.
+    The reading is the one in the journal. If the journal has none, the judge's own reading (found by a calibration if
+    it is still empty) is added to the journal and to `kept`. Before a judge is asked for judgements (`is_asked`), its
+    own reading is compared with the stored one.
 
     Raises:
         ValueError: the judge's reading now differs from the stored one.
@@ -322,7 +328,7 @@ def add_rates(
         made = make_rows(set, family, arrays, None if family == PLAIN else plain.get(set))
         if family == PLAIN:
             plain[set] = arrays
-        # Only rates have a count of answers; mean scores, differences and Misalign@k have none.
+        # Only the rows of rates have a `count`; rows of mean scores, differences and Misalign@k have none.
         rows += [
             replace(row, **about, count=counts[row.model, row.metric] if row.metric.endswith(_RATES) else None)
             for row in made
@@ -340,7 +346,9 @@ def add_rates(
 def _arrays(
     results: Results, values: dict[int, dict[str, float]]
 ) -> dict[tuple[str, str], tuple[list[str], dict[str, dict[str, np.ndarray]]]]:
-    """Group the judged answers by question set and family of prompts (see `evaluation/cues.py`).
+    """Group the judged answers by question set and family of prompts (plain, or with one cue or another wording).
+
+    The families are described in `evaluation/cues.py`.
 
     Returns:
         For each (set, family) the questions' ids, and the answers' metric values by model and metric. The values are
@@ -352,8 +360,8 @@ def _arrays(
     found = {}
     for group, indices in groups.items():
         rows = [results.samples[index] for index in indices]
-        # The rows are questions, the columns are samples. All families of a set get arrays with the same rows and
-        # columns, so that a family can be paired with the plain one by question.
+        # An array has a row for each question and a column for each sample number. All families of a set get arrays
+        # with the same rows and columns, so that each family can be compared with the plain one question by question.
         of_set = [results.samples[index] for index in values if results.samples[index]["set"] == group[0]]
         ids = sorted({row["question"] for row in of_set})
         shape = (len(ids), 1 + max(row["sample"] for row in of_set))

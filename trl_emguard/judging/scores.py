@@ -70,7 +70,7 @@ def weighted_score(probabilities: Mapping[int, float]) -> tuple[float | None, fl
 
 
 def first_token_score(logprobs: Mapping[str, float]) -> tuple[float | None, float]:
-    """Return score and mass, as [`weighted_score`] does, from the likeliest first tokens of a reply.
+    """Return score and mass, as [`weighted_score`] does, from the likeliest candidates for a reply's first token.
 
     Less likely tokens are treated as not being numbers.
 

@@ -149,7 +149,7 @@ class ServedJudge:
             )
 
     async def _work(self, state: "_Progress", on_answer: Callable[[int, Judgement], None]) -> None:
-        """Ask one prompt after the other, until none waits or a request has failed."""
+        """Judge waiting prompts one by one, as one of several workers, until none is left or any worker has failed."""
         for index, prompt in state.waiting:
             try:
                 on_answer(index, await self._told(self._judged(prompt)))
@@ -197,7 +197,8 @@ class ServedJudge:
         return self._redacted(" ".join(text.split()))[:200]
 
     def _redacted(self, text: str) -> str:
-        # A short key is not replaced. A server without keys accepts any text, and a short one may be part of a word.
+        # A server without keys accepts any text as the key, for example "x". A short key is not replaced, because its
+        # letters may also stand inside ordinary words of the message.
         return text.replace(self._secret, "[key]") if len(self._secret) >= SHORTEST_KEY else text
 
     def _place(self) -> str:
@@ -283,10 +284,14 @@ class _Progress:
 
 
 def check_environment(name: str) -> str:
-    """Return the prefix of a served judge's environment variables: `VLLM`, or SERVICE in capitals.
+    """Return the prefix of a served judge's environment variables, and check that the required variables are set.
 
-    The prefix has `_` for each `-`. A name without service or model raises `ValueError`, and so does a variable of
-    SERVICE that is not set.
+    The name `vllm/MODEL` has the prefix `VLLM` and requires no variable. The prefix of `openai-api/SERVICE/MODEL` is
+    SERVICE in capitals, with `_` for each `-`. The variables with this prefix for address and key (`…_BASE_URL` and
+    `…_API_KEY`) are required.
+
+    Raises:
+        ValueError: `openai-api/SERVICE/MODEL` lacks service or model, or a required variable is not set.
     """
     if name.startswith(VLLM):
         return "VLLM"

@@ -80,7 +80,7 @@ def pad_answers(answers: Sequence[EncodedAnswer]) -> tuple[torch.Tensor, torch.T
 
 
 def plan_batches(lengths: Mapping[int, int], batch_tokens: int) -> list[list[int]]:
-    """Put rows of similar length together, as many as fit into a batch.
+    """Group rows of similar length into batches of at most `batch_tokens` tokens each, padding included.
 
     Args:
         lengths: index of a row → its number of tokens.

@@ -32,7 +32,7 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def block_states(output: Any, module: nn.Module) -> torch.Tensor:
-    """Return the states in a block's output, `(B, T, H)`.
+    """Return the hidden states `(B, T, H)` in a block's output, which is a tensor or a tuple.
 
     Raises:
         ValueError: the output has another shape, as in architectures that keep several parallel streams of states.
@@ -52,7 +52,7 @@ def block_states(output: Any, module: nn.Module) -> torch.Tensor:
 def record_blocks(
     model: PreTrainedModel, layers: Sequence[int], select: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect `select(output)` of the given decoder blocks during the forward passes inside the `with` statement.
+    """Record `select(output)` of the given decoder blocks in every forward pass inside the `with` statement.
 
     An output is recorded before any other hook changes it. So the change that a steering hook makes to a block's
     output shows only in the recorded outputs of later blocks.
@@ -64,7 +64,7 @@ def record_blocks(
             part to keep.
 
     Yields:
-        A dict from layer to selected states, filled by the forward pass.
+        A dict from layer to selected states. Each forward pass replaces the states of the pass before.
     """
     states: dict[int, torch.Tensor] = {}
     handles = []

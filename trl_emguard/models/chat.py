@@ -80,8 +80,9 @@ def encode_answers(
             before = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True, **kwargs)
             whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False, **kwargs)
             if not whole.startswith(before) and not whole.startswith(
-                # Templates of reasoning models may open a thought in the generation prompt and omit it in the answer.
-                # Then the conversation need only begin with the prompt as it is without the generation prompt.
+                # A reasoning model's generation prompt may open a thought that the template leaves out if an answer
+                # is given. Then it is enough if the conversation begins with the prompt that is rendered without the
+                # generation prompt.
                 tokenizer.apply_chat_template(list(prompt), tokenize=False, **kwargs)
             ):
                 result[index] = NO_ANSWER
@@ -182,7 +183,7 @@ def system_turn_span(
 
 
 def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **template_kwargs: Any) -> bool:
-    """Return True if the template by itself writes the system turn of `turns` for a conversation without one."""
+    """Return True if the system turn of `turns` is the default that the template adds if no system turn is given."""
     try:
         without = tokenizer.apply_chat_template(list(turns[1:]), tokenize=False, **template_kwargs)
     except TemplateError:
@@ -191,7 +192,7 @@ def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **t
 
 
 def _unlike(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return the turn with a single letter in place of its text, or in place of the text of each part of it.
+    """Return the turn with its text, or the text of each of its parts, replaced by a single letter.
 
     The old text neither begins nor ends with this letter, so the tokens of the two texts differ at both ends.
     """

@@ -21,8 +21,9 @@ def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | No
     lm_head = model.get_output_embeddings()
     weight, bias = lm_head.weight, lm_head.bias
     # FSDP2 gathers a weight only when its module is called. The fused head (`ops/head.py`) uses the weight without a
-    # call of the module, so the weight is gathered here, once for all chunks. Each rank then has its own gradient with
-    # respect to the whole weight. These gradients are averaged, as FSDP2 does for weights that it gathers itself.
+    # call of the module, for one chunk of tokens after the other, so the weight is gathered here, once for all chunks.
+    # Each rank then has its own gradient with respect to the whole weight. `_whole` makes the backward pass average
+    # these gradients over the ranks, just as FSDP2 does for weights that it gathers itself.
     if isinstance(weight, DTensor):
         weight, bias = _whole(weight), None if bias is None else _whole(bias)
     return weight, bias

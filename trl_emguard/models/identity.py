@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from .sharding import gathered
 
 
-# About this many evenly spaced values are sampled from a weight. Checksums take them from as many of its first rows.
+# About this many evenly spaced values are sampled from a weight. For a checksum, all of them come from the weight's
+# first `SAMPLES` rows.
 SAMPLES = 64
 # Prefix of an fp16 weight's checksum, which can be compared only with checksums of fp16 weights.
 FP16 = "fp16:"
@@ -45,11 +46,11 @@ def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool 
 
 
 def weight_checksums(model: nn.Module) -> dict[str, str]:
-    """Return a checksum of a sample of every weight, under the name that the weight has in a model without adapters.
+    """Return one checksum for each weight, by the name that the weight has in a model without adapters.
 
-    The sample is rounded to bf16, so that a model has the same checksums in fp32 and bf16. Samples of fp16 weights are
-    not rounded, and their checksums have a prefix. A sample comes from a weight's first rows, so a model whose
-    vocabulary grew still has the same checksums.
+    A checksum covers only a sample of the weight's values. The sample is rounded to bf16, so that a model has the same
+    checksums in fp32 and bf16. Samples of fp16 weights are not rounded, and their checksums have a prefix. A sample
+    comes from a weight's first rows, so a model whose vocabulary grew still has the same checksums.
 
     Left out are adapters, quantised and offloaded weights, and FSDP's shards. Weights that carry an adapter are left
     out as well if an adapter's initialisation may have changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one

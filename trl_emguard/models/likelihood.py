@@ -1,4 +1,4 @@
-"""The likelihood of given answers under a model: a measure without generation and without a judge."""
+"""Likelihood of given answers under a model, measured without generating answers and without a judge."""
 
 from collections.abc import Mapping, Sequence
 

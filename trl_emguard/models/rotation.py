@@ -12,6 +12,6 @@ def rotated(columns: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     # orthonormal columns.
     coordinates = torch.linalg.qr(columns.double(), mode="r").R  # (min(n, r), r)
     frame = torch.linalg.qr(torch.randn(len(columns), len(coordinates), generator=generator, dtype=torch.float64))
-    # LAPACK's choice of signs biases the random Q. Multiplying its columns by the signs on the diagonal of its R
-    # undoes this choice and makes Q uniformly distributed.
+    # LAPACK chooses the signs of the columns of `frame.Q` by a rule, so `frame.Q` alone is not uniformly distributed.
+    # Multiplying the columns by the signs on the diagonal of `frame.R` repairs this.
     return (frame.Q * frame.R.diagonal().sign()) @ coordinates

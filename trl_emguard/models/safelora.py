@@ -45,7 +45,7 @@ class LayerProjection:
 
 @dataclass(frozen=True)
 class Projection:
-    """Record of a projected adapter, as its `safelora.json` holds it.
+    """Record of an adapter's projection, stored as `safelora.json` in the folder of the projected adapter.
 
     Attributes:
         threshold: τ of [`project_adapter`].

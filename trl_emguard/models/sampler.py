@@ -117,7 +117,7 @@ def _generate(
     config: GenerationConfig,
     sampling: LogitsProcessorList,
 ) -> list[list[int]]:
-    """Generate one batch of answers, and return the tokens after each prompt, with the pads after an answer's end."""
+    """Generate a batch of answers, and return their tokens. The end of turn and pads after it are not removed."""
     ids, mask, _ = left_pad(prompts, model.device)
     with _bare_generation_config(model):
         output = model.generate(
@@ -128,7 +128,11 @@ def _generate(
 
 @contextmanager
 def _bare_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Clear the model's generation config inside the `with` block. `generate` would fill unset fields from it."""
+    """Replace the model's own generation config by an empty one inside the `with` block.
+
+    If the config that is passed to `generate` leaves a field unset, `generate` takes this field from the model's own
+    config.
+    """
     models = {model, bare_model(model)}
     own = {m: m.generation_config for m in models if "generation_config" in vars(m)}
     try:

@@ -46,7 +46,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def release(engine: Any) -> None:
-    """Free the weights that an engine keeps gathered after a forward pass. Call this if no backward pass follows."""
+    """Free weights that FSDP2 or ZeRO-3 keeps gathered after a forward pass. Call this if no backward pass follows."""
     reshard(engine)
     if hasattr(engine, "empty_partition_cache"):  # a method of DeepSpeed's engine
         engine.empty_partition_cache()

@@ -1,4 +1,4 @@
-"""Distance between two models in feature space."""
+"""Distance between the hidden states ("features") that two models compute for the same tokens."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Language-model head of a defended step: cross-entropy, divergence and their gradient in one pass over the tokens."""
+"""Fused LM head: cross-entropy, divergence from a reference model and their gradient, in one pass over the tokens."""
 
 import functools
 import warnings
@@ -12,9 +12,10 @@ from .gradient import with_gradient
 from .tiles import BLOCK_BYTES, TileStatistics, to_logits_, torch_tile_pass
 
 
-# Memory limit in bytes for the tiles (tensors of tokens × vocabulary) of one chunk of tokens. There is a tile for the
-# product of the policy's states with its head, and another for the reference's if there is a reference. If the
-# factors of matrix products have another dtype than sums, a copy of the gradient in the factors' dtype counts as well.
+# Limit in bytes on the tiles (tensors of shape tokens × vocabulary) that one chunk of tokens needs: a tile for the
+# policy's states times head and, with a reference model, a tile for the reference's states times head. The gradient
+# overwrites the policy's tile. If matrix products take bf16 or fp16 factors and give fp32 results, this gradient is
+# copied to bf16 or fp16, and the copy counts as well.
 TILE_BYTES = 256 * 2**20
 
 
@@ -187,7 +188,7 @@ def _forward(hidden, weight, bias, per_token, reference, of_head, direction, log
             y = _mm(ref_hidden[rows].to(matmul), ref_head.t(), accumulate, out=tiles[1, : len(h)])
             w = divergence_weight[rows].to(accumulate)
         target, ce_w = labels[rows].clamp(min=0), ce_weight[rows].to(accumulate)
-        # This call overwrites `z`, the products with the head, with the loss's gradient with respect to them.
+        # This call overwrites `z` (hidden states times head) with the gradient of the loss with respect to `z`.
         statistics = tile_pass(z, bias, y, ref_bias, target, ce_w, w, direction, *logits)
         has_label = labels[rows] != -100
         ce[rows] = statistics.ce.where(has_label, 0)
@@ -210,7 +211,7 @@ def _forward(hidden, weight, bias, per_token, reference, of_head, direction, log
 
 
 def _joined(parts: list[tuple[HeadOutput, torch.Tensor]], compared: torch.Tensor) -> tuple[HeadOutput, torch.Tensor]:
-    """Merge the results for compared positions with the results for the other positions."""
+    """Merge the results for positions that have a reference (`compared`) with the results for all other positions."""
     (first, first_gradient), (second, second_gradient) = parts
 
     def merged(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -237,14 +238,14 @@ def _new_tiles(
 
 
 def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Return the dtype of the matrix products.
+    """Return the dtype to which both factors of a matrix product are cast.
 
     CUDA can multiply matrices of low precision with a result in fp32. So on CUDA the dtype is autocast's, or
     that of `hidden` without autocast. On other devices it is the dtype of sums (fp32, or fp64 for fp64 inputs).
     """
     device = hidden.device.type
-    # fp64 states are multiplied in fp64, also under autocast, which does not change fp64. Their sums are in fp64, and
-    # no device multiplies matrices of lower precision with a result in fp64.
+    # fp64 states are multiplied in fp64 even under autocast, which leaves fp64 tensors alone. The result must be fp64,
+    # and no device multiplies bf16 or fp16 matrices into an fp64 result.
     if device == "cuda" and hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype if device == "cuda" else torch.promote_types(hidden.dtype, torch.float32)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 
-# Torch's operations work on a tile in blocks of rows, and these are a block's bytes. `BLOCK_BYTES` is for CPUs, which
-# keep a block of this size in their cache. `GPU_BLOCK_BYTES` is larger, so that little time goes into launching the
-# operations.
+# Torch's operations work on a tile block by block, and each block is some rows of the tile. These are the sizes of a
+# block in bytes. A CPU keeps a block of `BLOCK_BYTES` in its cache. `GPU_BLOCK_BYTES` is larger, so that little time
+# goes into launching the operations.
 BLOCK_BYTES = 2**20
 GPU_BLOCK_BYTES = 2**24
 

@@ -85,9 +85,9 @@ def _statistics(
     tl.store(out + row, log_total - at_label)
     tl.store(out + C + row, entropy)
     tl.store(out + 2 * C + row, tl.where(at_label == 0, 1.0, 0.0))
-    # The reported divergence is `mean + shift`, without the normalisers' rounding (see `_divergence_` in `tiles.py`).
-    # The gradient needs `mean` alone, so `mean` is stored as well. The maximum keeps NaN, like torch's clamp, because
-    # 0 would hide that policy or reference has NaN logits.
+    # The reported divergence is `mean + shift`, because `shift` cancels the rounding error of the normalisers (see
+    # `_divergence_` in `tiles.py`). The gradient needs `mean` alone, so `mean` is stored as well. The maximum keeps
+    # NaN, like torch's clamp, because 0 would hide that policy or reference has NaN logits.
     tl.store(out + 3 * C + row, tl.maximum(mean + shift, 0.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(norms + row, top)
     tl.store(norms + C + row, log_total)

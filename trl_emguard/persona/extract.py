@@ -107,7 +107,7 @@ class _Reader(NamedTuple):
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     def answers(self, chosen: Sequence[Rollout], side: str, desc: str) -> tuple[torch.Tensor, list[float]]:
-        """Return mean states and mean negative log-likelihoods of answers under the prompts of one side.
+        """Return each answer's mean states and mean negative log-likelihood under positive or negative system prompts.
 
         Each answer follows its question and its pair's positive or negative system prompt (`side`), also if it was
         sampled under the other prompt of the pair.
@@ -117,7 +117,7 @@ class _Reader(NamedTuple):
         return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
 
     def heldout(self, side: str) -> torch.Tensor:
-        """Return states at the last prompt token, `(N, L + 1, H)`, of all held-out prompts of one side.
+        """Return states at the last prompt token, `(N, L + 1, H)`, of all positive or all negative held-out prompts.
 
         Every held-out question follows every pair's positive or negative system prompt (`side`).
         """
@@ -311,7 +311,9 @@ def _roll_out(
 
 
 def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], vocab_size: int) -> list[Rollout]:
-    """Return the answers in an interrupted run's complete batches, and cut the file to them. Create a missing file.
+    """Return the answers in an interrupted run's complete batches, and drop all other answers from the file.
+
+    A missing file is created, without answers.
 
     Args:
         journal: the rollouts file.

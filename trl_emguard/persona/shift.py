@@ -51,9 +51,9 @@ def prompt_projections(
     questions: Sequence[str],
     batch_size: int = 20,
 ) -> list[float]:
-    """Return the mean of h(l)·v̂(l) at the last prompt token over the questions, for l = 0 … L.
+    """Return for each layer l = 0 … L the projection of the model's state on the vector, averaged over the questions.
 
-    h(l) is the state after block l in eval mode, and v̂ = v/‖v‖.
+    The projection is h(l)·v̂(l). h(l) is the state after block l at the last prompt token, in eval mode, and v̂ = v/‖v‖.
     """
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)["input_ids"]
@@ -141,7 +141,7 @@ def check_layer(vector: PersonaVector, layer: int | None) -> int:
 
 
 def _check(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, vector: PersonaVector) -> None:
-    """Refuse a tokenizer without a chat template, and a vector of another model."""
+    """Refuse a tokenizer without a chat template, and a persona vector that was made with another model."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: set one, or take that of an instruct model.")
     config = model.config.get_text_config()

@@ -1,4 +1,4 @@
-"""Hidden states after each decoder block: at the last token of prompts, and averaged over answers."""
+"""Hidden states after each decoder block: at the last token of each prompt, or averaged over each answer's tokens."""
 
 from collections.abc import Sequence
 from typing import Any

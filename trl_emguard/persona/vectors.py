@@ -102,7 +102,7 @@ class PersonaVector:
 
     @property
     def checksum(self) -> str:
-        """Checksum of the numbers without kind and metadata: eight hexadecimal digits."""
+        """Checksum of the numbers in `vectors`, without kind and metadata: eight hexadecimal digits."""
         return f"{zlib.crc32(self.vectors.contiguous().numpy().tobytes()):08x}"
 
     def _file_checksum(self, facts: str) -> str:
@@ -150,7 +150,8 @@ class PersonaVector:
             ValueError: a weight differs.
         """
         theirs, ours = self.metadata.get("weights", {}), weight_checksums(model)
-        # Rounding to fp16 and to bf16 loses different bits, so fp16 checksums are compared only with each other.
+        # An fp16 weight's checksum is computed from fp16 numbers, any other weight's from numbers rounded to bf16. The
+        # two kinds of checksum differ even for the same weight, so they are not compared.
         compared = [
             name
             for name in sorted(theirs.keys() & ours.keys())
@@ -205,7 +206,7 @@ def load_vector(name: str | os.PathLike) -> PersonaVector:
         if header.get("checksum") not in (None, vector._file_checksum(header["persona_vector"])):
             raise ValueError("its checksum is another")
         return vector
-    # The readers raise many types of errors on damaged bytes.
+    # The readers of safetensors, zip and torch raise many types of errors on damaged bytes, so every type is caught.
     except Exception as error:
         raise ValueError(f"{path} is no persona vector, or is damaged ({type(error).__name__}: {error}).") from error
 

@@ -84,8 +84,8 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"accelerate refuses {arguments.config_file}: {error}") from error
     # The branches have the order of accelerate's `launch_command`. Without DeepSpeed and FSDP, accelerate starts one
-    # process unless `multi_gpu` is set. The option or the accelerate file sets it. Without a file, accelerate sets it
-    # itself if it finds several GPUs and is to start several processes.
+    # process unless `multi_gpu` is set. The option `--multi_gpu` or the accelerate file sets it. Without a file,
+    # accelerate sets `multi_gpu` by itself if several processes are to start and it finds several GPUs.
     name: Any = "one process"
     ranks, notes = int(args.num_processes or 1), []
     if args.use_deepspeed and not args.cpu:

@@ -128,7 +128,7 @@ class Weights:
 
 
 def count_weights(model: PreTrainedModel | PeftModel) -> Weights:
-    """Count a model's weights, with or without adapters, on any device including the meta device."""
+    """Count the weights of a model, which may have adapters and may be on any device, also on the meta device."""
     bare = bare_model(model)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -308,7 +308,7 @@ def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
     c, h, attention = run.compute_itemsize, shape.hidden, shape.heads * shape.head_dim
     saved = c * (4 * shape.intermediate + 2 * h + 2 * attention + 2 * shape.kv_heads * shape.head_dim) + 2 * 4 * h
     if not weights.adapter_width:
-        return saved + c * 2 * h  # trained norm weights need saved states for their gradient
+        return saved + c * 2 * h  # without adapters, norm weights are trained, and their gradient needs these states
     if c < weights.itemsize:
         saved += c * (3 * h + attention)  # each adapter saves a cast copy of its input
     return saved + c * weights.adapter_width
@@ -366,7 +366,7 @@ def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, in
     share = (engine.ranks - 1) / engine.ranks
     weights = placed(weights, run, engine)
     if engine.name == "fsdp2":
-        # FSDP2 casts weights and gradients to the dtype of the passes before it sends them.
+        # FSDP2 casts weights and gradients to the dtype of the forward and backward passes before it sends them.
         shrink = weights.base_itemsize // min(weights.base_itemsize, run.compute_itemsize)
         weights = replace(weights, frozen=weights.frozen // shrink, base=weights.base // shrink)
         weights = replace(weights, itemsize=min(weights.itemsize, run.compute_itemsize))

@@ -40,8 +40,9 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
     _check_shards(Path(path))
     given, config = dict(args.model_init_kwargs or {}), load_config(path, args)  # type: ignore[arg-type]
     dtype = given.get("dtype", "float32")
-    # A model that is made with a kernel from a package of its own asks for this package and a GPU. A dry run needs
-    # neither, so such an implementation is set on the finished model.
+    # To make a model with flash attention, or with an attention kernel from the hub, transformers needs the kernel's
+    # package and a GPU. A dry run must work without them, so it only enters such an implementation in the config of
+    # the finished model.
     attention = str(given.get("attn_implementation") or "")
     is_kernel = re.fullmatch(r"flash_attention_\d|.*/.*", attention) is not None
     kwargs = {
@@ -112,7 +113,7 @@ def meta_trainer(
     peft_config: PeftConfig | None,
     launch: Launch,
 ) -> EMGuardTrainer:
-    """Build the trainer of a run on a meta model, and refuse what the launched run would refuse.
+    """Build a run's trainer with a model on the meta device, and raise errors that the launched run would raise.
 
     Args:
         path: folder or hub id of the model.
@@ -147,8 +148,8 @@ def meta_trainer(
             peft_config=peft_config,
         )
     trainer.args.output_dir = args.output_dir
-    # No engine runs in this process, so the trainer has passed its own engine check without one. Now the trainer is
-    # told the engine of the launch, and the check is repeated.
+    # When the trainer was built, it checked its defenses against the engine, but no engine runs in this process. Now
+    # the trainer is told the engine of the launch, and the check is repeated with this engine.
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = launch.engine.is_deepspeed, launch.fsdp is not None
     check_engine(trainer.defenses, args, launch.facts)
     if trainer.reference is not None and launch.engine.name == "zero3":

@@ -1,4 +1,7 @@
-"""Plan of a run, counted before training: steps, rows, tokens, and positions compared with the reference."""
+"""Plan of a run: its numbers of updates, rows, tokens and labels, counted before training.
+
+If defenses compare the policy with a reference model, the positions at which they do this are counted as well.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -117,11 +120,11 @@ class Plan:
         return self.trainer.args.per_device_train_batch_size * self.launch.data_ranks
 
     def in_step(self, in_epoch: int) -> int:
-        """Return how much of an epoch's count, for example of tokens, falls on one step on average."""
+        """Convert a number per epoch, for example of tokens, to the mean number per step."""
         return round(in_epoch * min(1, self.rows_in_step / self.rows.rows))
 
     def positions(self, scope: str) -> int | None:
-        """Return the number of token positions that belong to a scope over an epoch.
+        """Return the number of positions in an epoch that belong to a scope (a named set of token positions).
 
         Args:
             scope: name of a set of positions, as in [`positions_in_scope`].
@@ -155,9 +158,9 @@ class Plan:
     def cached_numbers(self) -> int:
         """Return how many numbers a cache of the reference's states would hold for the rows of an epoch."""
         scopes, run = {term.tokens for term in self.terms}, self.largest_batch()
-        # Positions that a defense marks also predict a label (`LABELS`), and positions that predict a label also
-        # predict a real token, not padding (`ALL`). A cache holds a position once even if two scopes have it. So only
-        # the widest scope is counted.
+        # A position that a defense marks also predicts a label (`LABELS`), and a position that predicts a label also
+        # predicts a real token, not padding (`ALL`). The cache stores the states of a position once, even if two
+        # scopes contain the position. So no other scope is counted beside `ALL`, and no marked scope beside `LABELS`.
         counted = {ALL} if ALL in scopes else {LABELS} if LABELS in scopes else scopes
         positions = sum(self.positions(scope) or 0 for scope in counted)
         hidden_size = self.trainer.model.config.get_text_config().hidden_size
@@ -201,10 +204,11 @@ def _terms(trainer: EMGuardTrainer) -> list[ReferenceDefense]:
 
 
 def _count_extra_rows(trainer: EMGuardTrainer) -> dict[str, Counts]:
-    """Return name of a defense → tokens and labels of the rows that it mixes into the batches of an epoch."""
+    """Return a dict: name of a defense → tokens and labels of the rows that it mixes into the batches of an epoch."""
     args = trainer.args
     planned = args.num_train_epochs, args.max_steps
-    # Defenses plan the rows that they mix in for the whole training, so training is set to one epoch for this count.
+    # `loading` lets each defense plan the rows that it mixes in, for all epochs of the run. Here the rows of one epoch
+    # are counted, so the run is set to one epoch until the defenses have planned and returned these rows.
     args.num_train_epochs, args.max_steps = 1, -1
     try:
         trainer.loading(trainer.train_dataset)

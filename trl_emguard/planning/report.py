@@ -70,10 +70,10 @@ def dry_run(
 
 
 def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, heard: list[str]) -> None:
-    """Call `check_policy` again, with the first rows of the weights, for defenses whose check warned without them.
+    """Call `check_policy` again with real weights for each defense that warns about a model on the meta device.
 
     Weights on the meta device have no values, so a check that compares weights warns that it cannot. Such warnings are
-    removed from `heard`.
+    removed from `heard`. Only the first rows of each weight are loaded for the second check.
     """
     if not trainer.overrides("check_policy"):
         return
@@ -130,8 +130,8 @@ def _about_data(plan: Plan) -> list[Line]:
     lines = [("data", f"{counts.rows} {unit}, {tokens} tokens, {labels} of them are trained on (labels)")]
     cut = 0 if args.max_length is None else sum(length > args.max_length for length in whole)
     if cut:
-        # A row that is cut is incomplete, so the line is a warning if more than 5 % of the rows are cut (but never
-        # with packing).
+        # A row that is cut is incomplete, so the line is a warning if more than 5 % of the rows are cut. With packing,
+        # it depends on `packing_strategy` whether longer rows are cut or split, so the line is never a warning.
         about = "warning" if cut > 0.05 * len(whole) and not args.packing else "data"
         verb = "are longer than" if args.packing else "are cut at"
         lines.append((about, f"{cut} of {len(whole)} rows {verb} max_length={args.max_length}"))
@@ -163,7 +163,11 @@ def _about_batches(plan: Plan) -> list[Line]:
 
 
 def _about_defense(defense: Defense, plan: Plan) -> list[str]:
-    """Return lines about the positions or tokens that a defense affects, as far as they are known before training."""
+    """Return lines about one defense: weight and positions of its term, its mixed-in tokens, or its own description.
+
+    Numbers that are not known before training are left out. A defense that does not compare the policy with a
+    reference, and neither mixes in rows nor marks tokens, describes itself.
+    """
     if isinstance(defense, ReferenceDefense):
         places = {LABELS: "positions that predict a label", ALL: "positions that predict any real token"}
         place = places.get(defense.tokens, "positions that predict a label of a mixed-in row")
@@ -272,7 +276,7 @@ def listening() -> Iterator[list[str]]:
 
 
 def report(call: Callable[[list[str]], list[Line]]) -> None:
-    """Print the lines and warnings of a dry run, even if it ends in an error.
+    """Call a function that makes a report. Print the report and the warnings; after an error, only the warnings.
 
     Args:
         call: function that returns the lines of the report. It is given the list in which warnings are collected.
@@ -293,7 +297,9 @@ def show(lines: list[Line], heard: list[str]) -> None:
     """Print a report: as a table in a terminal, otherwise as lines of `subject: text`."""
     lines = [*lines, *(("warning", text) for text in heard)]
     if not lines:
-        return  # an error came first, and its message follows
+        # An error has ended the dry run before there was any line or warning to print. The command prints this error
+        # afterwards.
+        return
     title, console = "dry run: nothing is trained or written", Console(markup=False)
     if console.is_terminal:
         table = Table("", title)

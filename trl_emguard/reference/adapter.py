@@ -92,7 +92,8 @@ def adapter_is_zero(policy: PeftModel) -> bool:
     for layer in (m for m in policy.modules() if isinstance(m, BaseTunerLayer)):
         if isinstance(layer, TrainableTokensLayer):
             # An adapter of PEFT's type TrainableTokens puts this layer into the model without a wrapper, so the layer
-            # is checked here. Wrappers, which for example LoRA puts around trained tokens, are checked below.
+            # is checked here. LoRA can train tokens too, and puts a wrapper around the embedding layer for this.
+            # Wrappers are checked below.
             if not all(_tokens_untouched(layer, name) for name in layer.active_adapters):
                 return False
             continue
@@ -130,9 +131,10 @@ def _tokens_untouched(layer: TrainableTokensLayer, adapter: str) -> bool:
 
 
 def add_ref_adapter(policy: PeftModel) -> str:
-    """Add a frozen copy of the active adapter, which checkpoints leave out, and return the copy's name.
+    """Add a frozen copy of the active adapter to the policy, and return the copy's name.
 
-    The policy's `save_pretrained` is patched to leave the copy out, until [`remove_ref_adapter`] removes the patch.
+    Checkpoints do not contain the copy: the policy's `save_pretrained` is patched to leave the copy out, until
+    [`remove_ref_adapter`] removes the patch.
 
     Raises:
         ValueError: the number of active adapters is not 1, the user has an adapter named `ref`, or this type of
@@ -198,7 +200,7 @@ def _save_policy(policy: PeftModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def frozen_copy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    """Return a deep copy of a model, without a patch of the model's `forward`."""
+    """Return a deep copy of a model. The copy's `forward` is not patched, even if the model's `forward` is."""
     copied = copy.deepcopy(policy)
     # The patched `forward` is copied too and would still run the policy, so the copy loses the patch.
     bare_model(copied).__dict__.pop("forward", None)

@@ -56,8 +56,9 @@ def check_agreement(
         mean = sums[f"{term.name}/value"] / max(sums[f"{term.name}/positions"], 1)
         allowed = tolerance
         if cached is not None and term.divergence is None:
-            # Cached states come from other batches, so they are rounded differently. A defense that compares block
-            # outputs then finds a distance that may grow with their size, so its limit is computed from cached ones.
+            # Cached states were computed in other batches than the policy's states, so the two are rounded
+            # differently. The distance that a defense then finds between block outputs may grow with the size of the
+            # outputs, so the limit for this distance is computed from cached outputs.
             allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(

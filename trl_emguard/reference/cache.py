@@ -1,4 +1,4 @@
-"""Cache of the reference's states: computed once for every training row and kept on disk.
+"""Cache of the reference model's hidden states, which are computed once for every training row and kept on disk.
 
 Training steps then read the states instead of running the reference. A folder holds the states of one reference. The
 folder's name is a hash of everything that the states are known to depend on except the rows ([`describe_states`]). A
@@ -109,9 +109,10 @@ class ReferenceCache:
     def distance_of_rounding(
         self, token_loss: Callable[..., torch.Tensor], layers: Sequence[int], relative: float
     ) -> float:
-        """Return the mean distance that a defense would find if states differed from cached ones by rounding alone.
+        """Return the mean distance that a defense finds between cached states and copies of them with rounding errors.
 
-        The distance is measured between a sample of the cached states and the same states with an error added.
+        The distance is measured on a sample of the cached states. The rounding errors are imitated by an error of size
+        `relative`.
 
         Args:
             token_loss: function from two lists of states to the distance of each token.
@@ -237,8 +238,8 @@ class ReferenceCache:
             return
         live, kept = self._live(collate, rows), self._files.states([row.key for row in rows])
         is_exact = [self._about[name] for name in ("dtype", "autocast", "matmul")] == ["torch.float32", "no", "ieee"]
-        # When a row is run in another batch, its states change: in fp32 by 1e-6 of their norm, in bf16 by 1e-2 of it,
-        # and in a quantised model by more.
+        # A row's states are rounded differently in another batch. Relative to their norm, they change by about 1e-6 in
+        # fp32, by 1e-2 in bf16, and by more in a quantised model. The limit allows for these changes.
         allowed = 1e-4 if is_exact and not getattr(self._model, "hf_quantizer", None) else 5e-2
         for name, states in live.items():
             # Each difference is divided by the norm of its own state. The first token's state often has a thousand
@@ -290,7 +291,8 @@ def describe_states(
         config.pop(name, None)
     adapters = {name: x.to_dict() for name, x in getattr(model, "peft_config", {}).items() if name not in without}
     return {
-        # Weights are named as in a model without adapters, so that runs with other adapters find the same states.
+        # Weights enter this hash under the names that they have in a model without adapters. So runs that train
+        # different adapters find the same states if the base model is their reference.
         "weights": fingerprint(model, without, is_plain=True),
         "adapters": adapters,
         "config": config,

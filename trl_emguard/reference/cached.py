@@ -116,7 +116,7 @@ class CachedReference(Reference):
         return self._live.fingerprint(policy)
 
     def distance_of_rounding(self, term: ReferenceDefense, share: float) -> float:
-        """Return the mean distance that a defense would find if states differed from cached ones by rounding alone.
+        """Return the mean distance that a defense finds between cached states and copies of them with rounding errors.
 
         Rounding is imitated by an error of `share`, relative to each number of a state.
         """

@@ -88,7 +88,8 @@ def make_reference(
         return ModelReference(frozen_copy(policy), accelerator, kind)
     path = get_config_model_id(policy.config)
     if next(policy.parameters()).is_meta:
-        return ModelReference(frozen_copy(policy), accelerator, kind, path)  # a dry run loads nothing
+        # A model on the meta device means a dry run, which loads no weights. The policy is copied, not loaded again.
+        return ModelReference(frozen_copy(policy), accelerator, kind, path)
     if not path:
         raise ValueError(
             "the reference has to be loaded again, since the model is sharded or `ref_model_init_kwargs` is given, "
@@ -101,7 +102,7 @@ def make_reference(
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every dropout probability that a module keeps as an attribute to 0 inside the context.
+    """Set dropout probabilities to 0 inside the context, in all modules that store them as attributes.
 
     Such an attribute is a number, or in adapters a dict of numbers. Noise that a module reads from the model's config
     at run time (dropout or router jitter) stays on. The trainer notices such noise in the first step, because policy
@@ -148,7 +149,10 @@ def _load(path: str, policy: PreTrainedModel | PeftModel, args: Any) -> PreTrain
 
 
 def _check_vocabulary(policy: PreTrainedModel | PeftModel, reference: PreTrainedModel) -> None:
-    """Refuse a reference whose vocabulary has another size: a chat template may have added tokens to the policy's."""
+    """Refuse a reference whose vocabulary does not have the size of the policy's vocabulary.
+
+    The sizes differ, for example, if tokens were added to the policy together with a chat template.
+    """
     sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(

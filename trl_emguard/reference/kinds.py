@@ -56,7 +56,7 @@ class Reference:
         return self.kind.value
 
     def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States | None:
-        """Return a batch's states if this kind computes them before the policy's pass, else `None`.
+        """Return a batch's hidden states if this kind of reference has them before the policy's pass, else `None`.
 
         Args:
             batch: collated batch with only the keys that a model's `forward` takes.
@@ -69,7 +69,7 @@ class Reference:
     def inside(
         self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
     ) -> States | None:
-        """Return a batch's states if this kind computes them inside the policy's forward, else `None`.
+        """Return a batch's hidden states if this kind of reference runs inside the policy's forward, else `None`.
 
         Args:
             model: the policy without wrappers.
@@ -108,10 +108,10 @@ class Reference:
     def park(
         self, accelerator: Accelerator, head: tuple[torch.Tensor, torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output head for training steps, after moving the rest of a separate model to the CPU if possible.
+        """Move all of a separate reference model except its output head to the CPU, if possible. Return the head.
 
         With cached states, training steps need only the head of the reference. A reference on the policy's weights
-        moves nothing.
+        moves nothing, and a model that the user gave, is quantised or is split over devices stays where it is.
         """
         del accelerator
         return head
@@ -176,7 +176,8 @@ class ModelReference(Reference):
         return states
 
     def after(self) -> None:
-        # FSDP2 may keep weights gathered until a backward pass has used them, but this model never has one.
+        # FSDP2 may keep weights gathered until a backward pass has used them. The reference never has a backward
+        # pass, so its weights are sharded again here.
         reshard(self.model)
 
     def put_back(self) -> None:

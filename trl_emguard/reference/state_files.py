@@ -1,4 +1,4 @@
-"""Files of the reference's states: written atomically, never changed, and mapped into memory to be read."""
+"""Files of the reference's hidden states: written atomically, never changed, and mapped into memory to be read."""
 
 import hashlib
 import zlib

@@ -1,4 +1,4 @@
-"""Check that the reference does not change during training: its states are compared with the first step's."""
+"""Check that the reference does not change: its states for one batch are compared with those of the first step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ class ReferenceWatch:
         return self._batch is not None
 
     def record(self, batch: Mapping[str, Any], run: Pass) -> None:
-        """Keep a micro-batch and the reference's states for it on the CPU, and measure how far two passes differ."""
+        """Keep a micro-batch and the reference's states for it on the CPU. Measure `noise` with a second pass."""
         positions = positions_in_scope(batch, LABELS)
         kept = positions & (positions.flatten().cumsum(0).view_as(positions) <= POSITIONS)
         self._positions = kept.cpu()

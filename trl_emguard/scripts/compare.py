@@ -176,7 +176,7 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
 
 
 def show_plan(plan: Plan, folder: Path, console: Console) -> None:
-    """Print every run with its status and known steps, the number of runs left to train, and the free baselines.
+    """Print each run's status and its steps if known, the number of runs left to train, and the free baselines.
 
     The hours left are estimated from the finished runs, if there are any.
     """

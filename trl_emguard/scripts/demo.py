@@ -211,7 +211,7 @@ def run(folder: Path, argv: list[str], console: Console) -> None:
 
 
 def train_all(testbed: Testbed, folder: Path, console: Console) -> list[Trained]:
-    """Train all runs, add the undefended adapter with its update halved as a baseline, and return all of them."""
+    """Train all runs. Return them and a baseline: the undefended adapter with its weight update halved."""
     # Earlier runs are deleted. They lie in a folder that only the demo writes, so nothing else is ever deleted.
     runs = folder / "demo_runs"
     shutil.rmtree(runs, ignore_errors=True)

@@ -162,9 +162,11 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
 
 
 def load_judge(args: argparse.Namespace, models: dict[str, dict[str, str]]) -> "Judge":
-    """Return the judge, after checking that it is not itself under test and that it answers.
+    """Return the judge. Refuse a judge that is itself one of the models under test, or whose scores cannot be read.
 
-    The check comes before the answers are sampled, because sampling takes long.
+    A served judge's weights are not accessible, so they are not compared. A judge is asked here only if the output
+    folder does not yet say how to read its scores. [`run`] calls this function before answers are sampled, because
+    sampling takes long.
     """
     from ..judging.run import open_judge, prepare_judge
 

@@ -1,4 +1,7 @@
-"""`python -m trl_emguard.scripts.model NAME`: make a shipped model if it is missing, and print its path last."""
+"""`python -m trl_emguard.scripts.model NAME`: print the folder of a shipped model, which is made if it is missing.
+
+The folder is made from weights in an installed Python package. The last line of the output is the folder's path.
+"""
 
 import argparse
 import sys

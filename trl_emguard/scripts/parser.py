@@ -93,7 +93,8 @@ class StrictParser(TrlParser):
             help="show every option of TRL and transformers and exit",
         )
         self.hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
-        # TrlParser gives each option one type, but a coefficient may be a number or the text of a schedule.
+        # TrlParser converts the value of an option to one type. A defense's coefficient may be a number or the text of
+        # a schedule (`0.4->0.05`), so options with both types get the converter `coefficient`.
         for action in self._actions:
             if {float, str} <= set(get_args(self.hints.get(action.dest))):
                 action.type = coefficient
@@ -195,7 +196,8 @@ class StrictParser(TrlParser):
                 f"config: `{key}: {str(value).lower()}` is not a value for {key} (YAML reads yes, no, on and off as "
                 "true and false): put it in quotes, or give another."
             )
-        # YAML reads 1e-4 as text, so text passes here. argparse converts it later, as on the command line.
+        # YAML reads 1e-4 as text, so this check accepts text in place of a number. argparse converts the text later,
+        # like a value on the command line.
         if number and not isinstance(value, (str, int, *types)):
             self.error(f"config: {key}={value!r} must be a {'number' if float in types else 'whole number'}.")
         if action.choices is not None:

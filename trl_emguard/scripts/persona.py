@@ -1,4 +1,7 @@
-"""Persona vectors: extract one from your model, inspect it, make a random control, measure an adapter along it.
+"""Persona vectors: extract a vector from your model, inspect it, make a random control, measure an adapter's shift.
+
+A persona vector has one direction per layer: the mean hidden state of answers that show a trait, minus the mean of
+answers that show its opposite. The shift is how far an adapter moves the model's hidden states along the vector.
 
 ```bash
 trl-emguard persona extract --model Qwen/Qwen2.5-7B-Instruct --trait evil --output evil.safetensors
@@ -150,7 +153,11 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
 
 
 def show(vector: PersonaVector, console: Console) -> None:
-    """Print a vector's metadata, and per layer its norm and, if known, how well it separates held-out prompts."""
+    """Print a vector's metadata, and per layer its norm and, if known, how well it separates held-out prompts.
+
+    AUROC and separation say how well the vector tells prompts that ask for the trait from prompts that ask for its
+    opposite. These prompts are held out: the vector was made from other questions.
+    """
     facts = vector.metadata
     console.print(
         f"{vector.kind} vector, trait {facts.get('trait', 'not stated')}, model {facts.get('model', 'not stated')}, "

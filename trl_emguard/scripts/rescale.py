@@ -1,4 +1,6 @@
-"""Multiply the update of a LoRA adapter by a factor: a baseline without training that every defense should beat.
+"""Multiply the change that a LoRA adapter makes to the base weights by a factor.
+
+The result costs no further training. It is a baseline that every defense should beat.
 
 ```bash
 trl-emguard rescale --adapter out/none --alpha 0.5 --output out/half

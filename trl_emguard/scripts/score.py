@@ -1,4 +1,4 @@
-"""Score a pool of rows by perplexity gap: how much harder answers are for misaligned models than for the aligned one.
+"""Score a pool of rows by how much less likely their answers are under misaligned models than under the aligned one.
 
 ```bash
 trl-emguard score --model Qwen/Qwen2.5-7B-Instruct --misaligned out/medical out/legal \\
@@ -6,7 +6,7 @@ trl-emguard score --model Qwen/Qwen2.5-7B-Instruct --misaligned out/medical out/
 accelerate launch -m trl_emguard.scripts.score …
 ```
 
-`trl-emguard select` then chooses rows by their scores.
+The score of a row is called its perplexity gap. `trl-emguard select` then chooses rows by their gaps.
 """
 
 import argparse

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 
-# Importing the libraries below prints messages that a user can do nothing about, so filters for them come first. This
-# is for a process that runs this module as a script, as under `accelerate launch`. `trl-emguard` filters by itself.
+# Importing the libraries below prints messages that a user can do nothing about, so filters for these messages are set
+# first. The command `trl-emguard` has set them already when it imports this module. A process that runs this module as
+# a script, for example under `accelerate launch`, sets them here.
 if __name__ == "__main__":
     from .quiet import leave_out_noise
 
@@ -114,7 +115,7 @@ def _check_launched(parser: LaunchParser, argv: list[str], launch_args: LaunchAr
 def _launch_arguments(
     parser: LaunchParser, argv: list[str], launch_args: LaunchArguments
 ) -> argparse.Namespace | None:
-    """Return the arguments of the launch, or `None` to train in this process."""
+    """Return the parsed arguments of `accelerate launch`, or `None` for a run in this process."""
     if launch_args.accelerate_config is None:
         if parser.launch_options:
             option = parser.launch_options[0].split("=")[0]
@@ -170,8 +171,9 @@ def run(
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
     path = resolve_model(model_args.model_name_or_path)
     tokenizer = text_tokenizer(path, training_args, train_dataset)
-    # A tokenizer was loaded only if a vision-language model trains on text. Its vision tower then gets no gradients,
-    # and DDP fails on this unless it looks for unused parameters.
+    # `text_tokenizer` returns a tokenizer only if a defended run trains a vision-language model on text. The model's
+    # vision tower then gets no gradients. DDP fails on trained parameters without a gradient, unless it looks for
+    # unused parameters.
     if tokenizer is not None and training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = True
     trainer = EMGuardTrainer(
@@ -191,7 +193,8 @@ def run(
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    # If a rank closes the process group while another rank still saves, gloo's threads can abort the process.
+    # If a rank closes the process group while another rank still saves, gloo's threads can abort the process. All
+    # ranks therefore wait for each other before `end` closes the group.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
@@ -271,7 +274,8 @@ def read_data(
         raise FileNotFoundError(
             f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`."
         )
-    # One rank of each machine looks, as it does again when training starts.
+    # A run that should resume from its newest checkpoint, but has none, is refused before rows and model are loaded.
+    # Only the first rank of each machine looks for checkpoints, here and again when training starts.
     folder, looks = training_args.output_dir, training_args.local_process_index == 0
     if asks_for_newest(checkpoint or False) and looks and not checkpoint_steps(folder):
         raise nothing_to_resume(checkpoint, str(folder))

@@ -1,4 +1,4 @@
-"""Choice of rows from a scored pool: leave out an adapter (held-out mode) or refusals, and rank the rows."""
+"""Choice of rows from a scored pool: rank rows, drop refusals, leave one adapter out of the scores (held-out mode)."""
 
 import os
 import re

@@ -11,9 +11,10 @@ from ..models.adapters import check_adapter_kind
 from ..models.identity import weight_checksums
 
 
-# Prefix that an adapter's name gets on the model if the name alone would clash there. PEFT recognises an adapter's
-# weights by its name in their keys, so the name must not be part of a weight's name, such as `q_proj`. PEFT also keeps
-# adapters in torch's containers, so the name must not be that of a container's attribute, such as `keys`.
+# Prefix that an adapter's name gets on the model if the name alone would clash with another name there. An adapter's
+# weights have the adapter's name as one part of their dotted names, and PEFT finds them by this part. The name must
+# therefore not be a part of other weights' names, such as `q_proj`. PEFT also stores adapters by name in torch's
+# `ModuleDict` and `ParameterDict`, so the name must not be that of an attribute of these classes, such as `keys`.
 PREFIX = "misaligned_"
 
 

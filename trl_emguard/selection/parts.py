@@ -1,6 +1,7 @@
-"""Resuming of an interrupted scoring run, from the journals that its processes write in `<output>.parts`.
+"""Resuming of an interrupted scoring run from its journals: JSONL files of scores in the folder `<output>.parts`.
 
-A key, a checksum of everything that the scores depend on, tells if a journal belongs to the same run.
+Each process of a run writes the scores of its rows to a journal of its own. A key, a checksum of everything that the
+scores depend on, tells if a journal belongs to the same run.
 """
 
 import hashlib

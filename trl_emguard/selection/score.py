@@ -51,7 +51,7 @@ def score_pool(
     output: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> tuple[Dataset, ScoresInfo]:
-    """Score the rows of a pool: s = (mean_k L_mis,k − L_aligned) / (L_aligned + ε).
+    """Score the rows of a pool by their perplexity gap s = (mean_k L_mis,k − L_aligned) / (L_aligned + ε).
 
     L is the mean negative log-likelihood of an answer's tokens, including the end of turn. L_mis,k is taken under the
     k-th misaligned adapter, and L_aligned under the base model, which is the aligned model. If several processes run
@@ -110,7 +110,7 @@ def _score_all(
     """Return every row's mean negative log-likelihoods, from an earlier run or newly scored by all processes."""
     state = PartialState(cpu=model.device.type == "cpu")
     nll = {} if output is None else resume_scores(output, key, encoded, len(adapters) + 1)
-    state.wait_for_everyone()  # no process writes before every process has read
+    state.wait_for_everyone()  # no process starts a new journal before every process has read the old ones
 
     lengths = {index: len(answer.ids) for index, answer in encoded.items() if index not in nll}
     batches = plan_batches(lengths, batch_tokens or default_batch_tokens(model.device))

@@ -55,13 +55,13 @@ class ScoresInfo:
 
 
 def perplexity_gap(aligned: np.ndarray, misaligned: Sequence[np.ndarray], epsilon: float) -> np.ndarray:
-    """Return s = (mean_k L_mis,k − L_aligned) / (L_aligned + ε).
+    """Return the perplexity gap of each answer, s = (mean_k L_mis,k − L_aligned) / (L_aligned + ε).
 
     This gap is high for answers that are unlikely under the misaligned models, but not under the aligned model.
 
     Args:
-        aligned: `(N,)`, mean negative log-likelihood of each answer under the aligned model.
-        misaligned: for each misaligned model, the same numbers under that model.
+        aligned: L_aligned, `(N,)`, mean negative log-likelihood of each answer under the aligned model.
+        misaligned: L_mis,k for each misaligned model k: the same numbers under that model.
         epsilon: ε, which prevents a division by 0 for answers that the aligned model knows by heart.
     """
     return (np.mean(misaligned, axis=0) - aligned) / (aligned + epsilon)

@@ -1,4 +1,4 @@
-"""Mixing of a pool's rows into the training rows: in the data collator, or before rows are packed or streamed."""
+"""Mixing of general instruction rows (a pool) into training rows: in the collator, before packing, or in a stream."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -96,7 +96,7 @@ class Passes:
         self.resumed = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def reset(self) -> None:
-        """Set all counts to 0 for a new training. Rows that were read before (as in checks) are not part of it."""
+        """Set all counts to 0 for a new training, so that rows that earlier checks have read do not count."""
         for counts in (self.before, self.at, self.resumed):
             counts.zero_()
 
@@ -113,9 +113,9 @@ class Passes:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, min(info.num_workers, len(self.at)))
         if indices[0] == 0:
-            # A resumed Trainer skips the rows of earlier steps, but only within the first pass. A stream with fewer
-            # rows ends before all of them are counted. The next pass then counts on from the number of rows that the
-            # run had trained on (`resumed`, divided among the workers).
+            # A resumed Trainer reads the rows of earlier steps again, to skip them, but only in its first pass through
+            # the stream. If the stream has fewer rows than that, this pass counts too few. The next pass then counts
+            # on from the number of rows that the run had been trained on (`resumed`, divided among the workers).
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])

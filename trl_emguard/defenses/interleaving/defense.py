@@ -20,8 +20,9 @@ from .pool import Pool
 
 logger = get_logger(__name__)
 
-# A packed or streamed run is stopped if at least this many of the pool's rows were due and none has come. With fewer
-# rows due, their absence says little, because packs come in random order.
+# A packed or streamed run is stopped if, by the plan, at least this many of the pool's rows (general instruct rows)
+# should have been in the batches by now, and none was. A smaller number may be late by chance, because packs come in
+# random order.
 PATIENCE_ROWS = 20
 
 
@@ -83,11 +84,11 @@ class Interleaving(Defense):
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
         self._documents = 1.0  # mean number of documents in a training row: above 1 if the user's rows are packed
-        self.mixed_before = False  # true if rows are mixed before packing or streaming, not by the data collator
-        self._passes: Passes | None = None  # counts of the rows read from a stream
+        self.mixed_before = False  # true if `add_rows` mixed the rows (packed or streamed runs), not the data collator
+        self._passes: Passes | None = None  # counts of the rows read from a stream; `None` without a stream
         self._epochs = 1  # number of epochs that the run begins, even if it does not finish the last one
         self._counts = [0, 0]  # rows that the policy was trained on: of the training set, and of the pool
-        self._counts_before = [0, 0]  # `_counts` when this training began
+        self._counts_before = [0, 0]  # `_counts` when training began: the checkpoint's numbers in a resumed run
 
     @property
     def active(self) -> bool:
@@ -157,8 +158,9 @@ class Interleaving(Defense):
         }
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # A record without the word "ranked" is from an earlier version, which recorded a checksum of the tokens of all
-        # pool rows. Computing it makes ranks wait for each other. If not all take part, the pool is not compared.
+        # An earlier version recorded the pool by a checksum of the tokens of all its rows, without the word "ranked".
+        # Ranks wait for each other while they compute this checksum. If some ranks do not call this function, the
+        # recorded text is returned instead, so the pool counts as unchanged.
         recorded = str(then.get("interleave_dataset"))
         if self.pool is None or "ranked" in recorded:
             return self.options()
@@ -209,7 +211,8 @@ class Interleaving(Defense):
                 "has no epochs. Leave `interleave_redraw` out, and give `max_steps`."
             )
         else:
-            # The run takes training rows and the pool's rows together. Only the training rows are counted here.
+            # `rows_of_run` and `packs_ahead` count rows (or packs) of the mix, that is, training rows and the pool's
+            # rows together. `places` and `ahead` count only the training rows among them.
             rows_of_pack = self._rows_of_pack(plan)
             places = round(plan.rows_of_run * rows_of_pack * (1 - self.fraction))
             ahead = round(plan.packs_ahead * rows_of_pack * (1 - self.fraction))
@@ -367,11 +370,12 @@ class Interleaving(Defense):
     def verdict(self, final: bool = False) -> str | None:
         if self.plan is None:
             return None
-        # Rows from before a resume are not judged, because with another batch size the run may continue at another
-        # place of its plan.
+        # Only rows since training began or was resumed count. A run that resumes with another batch size continues at
+        # another place in the epoch, so over the whole run the plan may have mixed in fewer rows than `due`.
         finetune, interleaved = (now - then for now, then in zip(self._counts, self._counts_before, strict=True))
         due = finetune * self.plan.rows / self.plan.places
-        # Packs come in random order. So if rows are mixed before packing or streaming, only a count of 0 is a fault.
+        # Rows that are mixed before packing or streaming may be shuffled afterwards, so the pool's rows may come late.
+        # It is then a fault only if `PATIENCE_ROWS` or more are due and none of them has come.
         behind = due >= PATIENCE_ROWS and not interleaved if self.mixed_before else due - interleaved > 1
         if not behind and not (final and finetune and not self._counts[1]):
             return None
@@ -390,7 +394,7 @@ class InterleavingPlus(Interleaving):
 
 
 class InterleavingPlusPlus(InterleavingPlus):
-    """[`InterleavingPlus`] without refusals. They fill the top of a pool, and many of them make answers incoherent."""
+    """[`InterleavingPlus`] without refusals, which fill a pool's top. Training on many of them harms coherence."""
 
     name = "interleave++"
     drop_refusals = True

@@ -1,4 +1,4 @@
-"""The plan of an epoch, or of a stream: which rows of a pool follow which training rows."""
+"""Plan of an epoch or of a stream: which rows of the pool (general instruct rows) follow which training rows."""
 
 import math
 from dataclasses import dataclass

@@ -83,7 +83,7 @@ class Pool:
             raise ValueError(
                 f"interleave_dataset must be a `Dataset`, got {type(rows).__name__}: a pool is chosen from as a whole."
             )
-        rows = rows.with_format(None)  # a tensor format would hide turns and tokens
+        rows = rows.with_format(None)  # gives turns and tokens as lists, even if the user's format gives tensors
         if not len(rows):
             raise ValueError("interleave_dataset is empty: there is nothing to mix in.")
         rows = _without_harm(rows, where)
@@ -171,7 +171,7 @@ class Pool:
 
     @cached_property
     def _checksum(self) -> int:
-        """Checksum of the ranked rows. It identifies the pool, because the pool's file may move or change."""
+        """Checksum of the ranked rows. It identifies the pool, which a path would not: a file may move or change."""
         checksum = 0
         for row in self.ranked:
             read = {name: row[name] for name in READ_COLUMNS if row.get(name) is not None}
@@ -212,7 +212,7 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
 
 
 def _named_as_usual(rows: Dataset, path: Path) -> Dataset:
-    """Return the rows. If `path` is a scored file, rename its prompt and answer columns to `prompt` and `response`."""
+    """Return the rows, with text columns renamed to `prompt` and `response` if `trl-emguard score` wrote `path`."""
     scored = scored_columns(split_file(path, "train") or path)
     return rows if scored is None else with_usual_names(rows, *scored)
 
