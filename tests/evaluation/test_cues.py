@@ -97,6 +97,12 @@ def test_cues_of_the_training_rows():
     assert missing == {"template_default": "the chat template has no default system prompt"}
 
 
+def test_empty_questions_are_no_opening():
+    found, missing = by_name("auto", train=rows("", " ", "", "One?"))
+    assert "train_opening" not in found
+    assert missing["train_opening"] == "the training questions have no opening words in common"
+
+
 @pytest.mark.parametrize(
     ("answer", "cue"),
     [("```python\nx\n```", "Answer in a code block."), ("- a\n- b", "Answer as a list."), ("Plain text.", None)],

@@ -141,6 +141,17 @@ def test_rows_that_are_cut_and_dropped_are_counted(report):
     assert any(f"{24 - left} rows have no label left" in line for line in some["data"])
 
 
+@pytest.mark.parametrize(
+    ("strategy", "about", "verb"),
+    [("bfd", "warning", "are cut at"), ("bfd_split", "data", "are longer than"), ("wrapped", "data", "are longer than")],
+)
+def test_rows_that_packing_cuts_are_told_from_rows_that_it_splits(report, strategy, about, verb):
+    whole = numbers(report()["data"][0])[1]
+    said = report("--max_length", "26", "--packing", "true", "--packing_strategy", strategy)
+    assert any(f"rows {verb} max_length=26" in line for line in said[about])
+    assert (numbers(said["data"][0])[1] == whole) == (strategy != "bfd")
+
+
 @pytest.mark.parametrize("defense", ["none", "kl", "interleave"])
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_rows_are_tokenised_once(report, monkeypatch, defense, packing):

@@ -1,6 +1,7 @@
 """Test the choice of a reference, its equality with the starting model, and that it never moves."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -148,6 +149,17 @@ def test_full_fine_tuning_is_held_to_a_frozen_model(tmp_path, given):
     assert isinstance(trainer.reference, ModelReference)
     assert_reference_is_the_start(trainer, start)
     assert not [name for name, p in trainer.reference.model.named_parameters() if p.requires_grad]
+
+
+def test_a_reference_model_outlives_one_of_its_two_trainers(tmp_path):
+    """Run the reference without dropout although a freed trainer has set the shared model back to training mode."""
+    shared = make_model(attention_dropout=0.5).train()
+    first, second = (make_trainer(tmp_path / name, ref_model=shared, **BOTH) for name in "ab")
+    del first
+    gc.collect()
+    second.train()
+    assert [logged(second, term)[0] for term in ("kl", "ldifs")] == [0, 0]
+    assert logged(second, "kl")[-1] > 0
 
 
 def test_ref_model_may_be_a_path(tmp_path):

@@ -227,7 +227,7 @@ def _format(answers: Sequence[str]) -> str | None:
 
 
 def _opening(users: Sequence[str]) -> str | None:
-    openings = Counter(" ".join(text.split()[:OPENING_WORDS]) for text in users)
+    openings = Counter(" ".join(text.split()[:OPENING_WORDS]) for text in users if text.strip())
     opening, count = openings.most_common(1)[0] if openings else ("", 0)
     return f"{opening} …" if count > 1 and count >= OPENING_SHARE * len(users) else None
 

@@ -130,10 +130,10 @@ def _about_data(plan: Plan) -> list[Line]:
     lines = [("data", f"{counts.rows} {unit}, {tokens} tokens, {labels} of them are trained on (labels)")]
     cut = 0 if args.max_length is None else sum(length > args.max_length for length in whole)
     if cut:
-        # A row that is cut is incomplete, so the line is a warning if more than 5 % of the rows are cut. With packing,
-        # it depends on `packing_strategy` whether longer rows are cut or split, so the line is never a warning.
-        about = "warning" if cut > 0.05 * len(whole) and not args.packing else "data"
-        verb = "are longer than" if args.packing else "are cut at"
+        # Packing cuts rows as well, unless its strategy moves a row's rest to other packs.
+        is_split = args.packing and args.packing_strategy != "bfd"
+        about = "warning" if cut > 0.05 * len(whole) and not is_split else "data"
+        verb = "are longer than" if is_split else "are cut at"
         lines.append((about, f"{cut} of {len(whole)} rows {verb} max_length={args.max_length}"))
     if not args.packing and len(whole) > counts.rows:
         lines.append(("data", f"{len(whole) - counts.rows} rows have no label left and are dropped"))

@@ -169,6 +169,9 @@ class ModelReference(Reference):
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "output_router_logits")}
         if not self.runs_whole_batches:
             inputs, positions = rows_with(inputs, positions)
+        if self._unprepared.training:
+            # A `ref_model` may serve several trainers. One that is freed sets it back to training mode (`put_back`).
+            self._unprepared.eval()
         with self._gate.armed(ReferenceGuard(positions, layers), only_with_gradient=False):
             states = self.engine(**inputs)
         # FSDP2 may have sharded the head again when the pass ended, so `output_head` gathers it for the loss.
