@@ -82,7 +82,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._sums = Sums()
         self._learning_rate = 0.0  # rate of the step's update, as a share of the peak rate
         self._grad_norm: Any = None
-        self._steps_made = 0  # steps since this training began
+        self._steps_made = 0  # optimizer steps of this `train()` call, without those before a resume
         self._still_steps = 0  # steps in a row with a gradient norm of 0
         self._begin_with: dict[str, dict[str, Any]] = {}
         # The identity, by which a resumed run recognises its checkpoints, may contain a hash of weights. It is made

@@ -394,7 +394,7 @@ def _is_system(turn: dict[str, Any], speaker: str) -> bool:
 
 
 def _is_conversation(value: object) -> bool:
-    """Return whether a value is a list of turns, with one of the pairs of keys in `TURN_KEYS`."""
+    """Return whether a value is a list that begins with a turn: a dict with a pair of keys of `TURN_KEYS`."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
     return any(speaker in value[0] and text in value[0] for speaker, text in TURN_KEYS)

@@ -82,7 +82,9 @@ class LDIFS(ReferenceDefense):
 
 
 def select_layers(spec: object, num_layers: int | None) -> list[int]:
-    """Return the blocks that `ldifs_layers` names, ascending. Index l means the raw output of block l, 1 … L.
+    """Return the blocks that `ldifs_layers` names, ascending, each as its number from 1 to L.
+
+    The output of block L is meant before the model's final norm, unlike the last entry of `hidden_states`.
 
     Args:
         spec: `"every:5"` for 5, 10, …; `"linspace:5"` for five from 1 to L, evenly spread; `"4,8"`, `"[4, 8]"`, `4` or

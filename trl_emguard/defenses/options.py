@@ -67,7 +67,9 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def listed_layers(name: str, spec: object, num_layers: int | None, forms: str) -> list[int]:
-    """Return the layers that an argument lists, ascending. Layer l is the raw output of block l, 1 … L.
+    """Return the layers that an argument lists, ascending, each as the number of its block from 1 to L.
+
+    The output of block L is meant before the model's final norm, unlike the last entry of `hidden_states`.
 
     Args:
         name: name of the argument, for messages.

@@ -65,7 +65,8 @@ class TReFT(ModelDefense):
     def __init__(self, args: Any):
         self.weigh(args.treft_coef)
         self.prefix: list[int] = []
-        # Keys and values before training, block by block: `(1, prefix length, width)` each, in fp32 (or fp64).
+        # Keys and values of the prefix before training: for each block a tensor of its keys, then one of its values,
+        # `(1, prefix length, width)`, in fp32, or in fp64 for a model in fp64. A new run's first pass sets them.
         self.start: list[torch.Tensor] | None = None
         self._template_arguments: dict[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None

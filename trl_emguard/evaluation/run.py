@@ -358,9 +358,9 @@ def _check_names(kind: str, names: list[str]) -> None:
 
 
 def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
-    """Return name → `fingerprint` and `weights` of each candidate. `weights` is a hash of its model without adapters.
+    """Return two hashes of each candidate by name: `fingerprint` of model and adapter, `weights` of the model alone.
 
-    A judge that has one of these `weights` hashes is refused.
+    Candidates on one base model share `weights`. A judge whose own hash is one of these `weights` is refused.
     """
     weights: dict[int, str] = {}
     for candidate in candidates:

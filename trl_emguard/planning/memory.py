@@ -308,7 +308,9 @@ def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
     c, h, attention = run.compute_itemsize, shape.hidden, shape.heads * shape.head_dim
     saved = c * (4 * shape.intermediate + 2 * h + 2 * attention + 2 * shape.kv_heads * shape.head_dim) + 2 * 4 * h
     if not weights.adapter_width:
-        return saved + c * 2 * h  # without adapters, norm weights are trained, and their gradient needs these states
+        # Without adapters the two norms' weights are trained too. The gradient of each needs the normalised states,
+        # which are kept in the compute dtype.
+        return saved + c * 2 * h
     if c < weights.itemsize:
         saved += c * (3 * h + attention)  # each adapter saves a cast copy of its input
     return saved + c * weights.adapter_width

@@ -84,7 +84,7 @@ class Interleaving(Defense):
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
         self._documents = 1.0  # mean number of documents in a training row: above 1 if the user's rows are packed
-        self.mixed_before = False  # true if `add_rows` mixed the rows (packed or streamed runs), not the data collator
+        self.mixed_before = False  # true if `add_rows` has mixed the pool's rows in, so that the collator must not
         self._passes: Passes | None = None  # counts of the rows read from a stream; `None` without a stream
         self._epochs = 1  # number of epochs that the run begins, even if it does not finish the last one
         self._counts = [0, 0]  # rows that the policy was trained on: of the training set, and of the pool
