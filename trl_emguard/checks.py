@@ -278,10 +278,10 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
 
 
 def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
-    """Refuse tensor parallelism and reentrant activation checkpointing, with which some defenses do not work.
+    """Refuse tensor parallelism and reentrant checkpointing for defenses that make a forward pass of their own.
 
-    These defenses make a forward pass of their own in each micro-batch ([`ModelDefense`]). `names` are the active
-    ones. Reentrant checkpointing is refused only under DeepSpeed and DDP.
+    Such a defense makes this pass in each micro-batch ([`ModelDefense`]). `names` are the active defenses of this
+    kind. Reentrant activation checkpointing is refused only under DeepSpeed and DDP.
     """
     if names and engine.sharding == "tensor parallelism":
         raise ValueError(

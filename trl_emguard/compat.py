@@ -23,11 +23,13 @@ TESTED = {
     "peft": ("0.21.2", "0.22"),
     "accelerate": ("1.15.0", "1.16"),
 }
-# Environment variable of the self-check's process, which imports the package and must not start another self-check.
+# Environment variable that `self_check` sets in the process that it starts. This process imports the package too, and
+# must not start another self-check.
 IN_CHECK = "TRL_EMGUARD_SELF_CHECK"
 # Seconds that the self-check may take. Usually it takes a few.
 PATIENCE = 600
-# Beginnings of environment variables that a launcher sets. They would make the self-check wait for other ranks.
+# Beginnings of the names of environment variables that a launcher such as torchrun sets. `self_check` does not hand
+# these variables to its process, because they would make that process wait for other ranks.
 LAUNCHED = (
     "RANK",
     "LOCAL_",
@@ -43,7 +45,7 @@ LAUNCHED = (
 
 
 def check_environment() -> None:
-    """Refuse required libraries that are missing or too old, and self-check those that are newer than tested.
+    """Refuse required libraries that are missing or too old. Run a self-check if one is newer than tested.
 
     The self-check runs once for each set of versions; `$TRL_EMGUARD_CACHE/self_check` lists the sets for which it
     succeeded. Tested versions need no self-check.

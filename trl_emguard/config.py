@@ -17,7 +17,7 @@ from .defenses.registry import parse_defense
 
 @dataclass
 class ReferenceOptions:
-    """Options of the reference model and resuming."""
+    """Options of the reference (the safe model that some defenses compare the policy with), and of resuming."""
 
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint folder to resume from, or 'true' for the newest whole one in `output_dir`."

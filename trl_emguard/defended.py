@@ -58,7 +58,7 @@ class DefendedTrainer(WholeCheckpoints):
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
-    forms_own_loss: ClassVar[bool] = False  # true if the class forms this package's loss, for defenses with `own_loss`
+    forms_own_loss: ClassVar[bool] = False  # true if the class computes the loss as defenses with `own_loss` need it
     prepares_rows: ClassVar[bool] = False  # true if the class calls all `ROW_HOOKS`
 
     defenses: list[Defense]
@@ -77,13 +77,13 @@ class DefendedTrainer(WholeCheckpoints):
                 defense.check_tuning(bool(given.get("peft_config")) or is_peft_model(given["model"]))
                 defense.check_model(load_config(given["model"], config).get_text_config())
         super().__init__(*args, **kwargs)
-        self._has_moved = False  # True once an update was large enough to change the policy visibly
+        self._has_moved = False  # True once `moves` took an update to be large enough to change the policy visibly
         self._policy_passes = 0
         self._sums = Sums()
-        self._learning_rate = 0.0  # rate of the step's update, as a share of the peak rate
+        self._learning_rate = 0.0  # learning rate of the latest update, divided by the peak learning rate
         self._grad_norm: Any = None
         self._steps_made = 0  # optimizer steps of this `train()` call, without those before a resume
-        self._still_steps = 0  # steps in a row with a gradient norm of 0
+        self._still_steps = 0  # number of steps in a row, up to the latest, whose gradient norm was 0
         self._begin_with: dict[str, dict[str, Any]] = {}
         # The identity, by which a resumed run recognises its checkpoints, may contain a hash of weights. It is made
         # here because FSDP2 shards the weights later, and on all ranks because all must gather ZeRO-3's shards.
@@ -152,11 +152,11 @@ class DefendedTrainer(WholeCheckpoints):
         if self.args.should_save:
             check_writable("output_dir", self.args.output_dir)
         if self.defenses:
-            # An interrupted training may have left the counts and metrics of an unfinished step.
+            # An earlier `train()` call that was interrupted may have left the count and metrics of an unfinished step.
             self._policy_passes = 0
             self._metrics["train"].clear()
         for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "trl_metrics"):  # `DriftCallback` adds its values to the metrics, to be logged
+            if hasattr(callback, "trl_metrics"):  # true for `DriftCallback`, which logs its values through this dict
                 callback.trl_metrics = self._metrics["train"]
         self.accelerator.print("\n".join(f"trl_emguard: {line}" for line in self.describe()))
         self._before_training()
@@ -276,7 +276,7 @@ class DefendedTrainer(WholeCheckpoints):
         return self._grad_norm
 
     def _note_update(self) -> None:
-        """Note the next update's learning rate / peak rate; drop a non-finite norm if the gradients were repaired."""
+        """Store the next update's learning rate / peak rate. Drop a non-finite norm if all gradients are finite."""
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
@@ -323,9 +323,9 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        """Raise an error if a value is not finite; skip `None`. Trainer would log a mean of earlier losses for NaN."""
+        """Raise an error if a value is neither finite nor `None`. Trainer would log a mean of old losses for NaN."""
         if self.accelerator.optimizer_step_was_skipped:
-            values.pop("grad_norm")  # fp16's loss scaling skips steps until it finds its scale
+            values.pop("grad_norm")  # fp16's loss scaling skips steps with a non-finite norm until it finds its scale
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         if broken:
             raise FloatingPointError(
@@ -371,8 +371,8 @@ class DefendedTrainer(WholeCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            for defense in self.defenses if _internal_call and output_dir else ():  # only in a checkpoint
-                defense.save(str(output_dir))
+            for defense in self.defenses if _internal_call and output_dir else ():  # only for a checkpoint
+                defense.save(str(output_dir))  # data for resuming, which other saved models do not need
             write_defense_file(output_dir or self.args.output_dir, self._record())
 
     def create_model_card(

@@ -152,7 +152,9 @@ def write_defense_file(folder: str | os.PathLike, record: dict[str, Any]) -> Non
 
 
 def read_defense_file(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the record in a checkpoint folder; `None` if the folder has none (a checkpoint of another trainer).
+    """Return the content of `defense.json` in a checkpoint folder, or `None` if the file is missing.
+
+    The file is missing if another trainer wrote the checkpoint.
 
     Raises:
         ValueError: the file exists, but is not a valid record.

@@ -35,22 +35,24 @@ class DefendedRows(SFTTrainer):
             counted.
     """
 
-    # Flag: whether `whole_lengths` is recorded. A dry run reports these numbers; training does not use them.
+    # True in the trainer of a dry run, which reports `whole_lengths`. Training does not use these numbers, so other
+    # trainers do not record them.
     counts_whole_rows: ClassVar[bool] = False
     whole_lengths: list[int] | None = None
 
-    # SFTTrainer sets these attributes.
+    # SFTTrainer sets the next two attributes. Only their types are declared here.
     completion_only_loss: bool
     data_collator: DataCollator
 
     defenses: list[Defense]
 
-    # Training rows that `_prepare_dataset` has yet to receive, to show them to the defenses or to count their tokens.
-    # `None` after it has received them. Also `None` in a run without defenses, unless the run counts tokens.
+    # Training rows that SFTTrainer must still hand to `_prepare_dataset`, which shows them to the defenses or counts
+    # their tokens. `_prepare_rows` sets this attribute, and `_prepare_dataset` sets it back to `None` on receiving the
+    # rows. It stays `None` in a run without defenses, unless the run counts tokens (`counts_whole_rows`).
     _rows_to_prepare: Any = None
 
     def overrides(self, *hooks: str) -> bool:
-        """Return whether any active defense overrides one of the hooks."""
+        """Return whether a defense of this run overrides at least one of the named hooks (methods of [`Defense`])."""
         return any(getattr(type(d), hook) is not getattr(Defense, hook) for d in self.defenses for hook in hooks)
 
     @property
@@ -60,9 +62,9 @@ class DefendedRows(SFTTrainer):
     def _prepare_rows(self, rows: Any) -> Any:
         if not isinstance(rows, Dataset | IterableDataset):
             self._rows_to_prepare = None
-            return rows  # SFTTrainer refuses such objects with an error of its own
+            return rows  # no data set: SFTTrainer will refuse it with an error of its own
         # Defenses read plain Python values, so a format (for example torch tensors) is removed from the data set. A
-        # custom format stays, so that SFTTrainer refuses it.
+        # custom format (`Dataset.with_transform`) stays, so that SFTTrainer refuses it.
         if self.defenses and not (isinstance(rows, Dataset) and rows.format["type"] == "custom"):
             rows = rows.with_format(None)
         for defense in self.defenses:
@@ -73,13 +75,15 @@ class DefendedRows(SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepare = super()._prepare_dataset
-        # This method prepares evaluation rows as well. They may have any name, so training rows are known by identity.
+        # SFTTrainer calls this method for evaluation rows as well, and users may give these any `dataset_name`, even
+        # "train". Training rows are therefore recognised by identity: `_prepare_rows` has returned the same object.
         if dataset is not self._rows_to_prepare:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         self._rows_to_prepare = None
         for defense in self.defenses:
             defense.check_tokenizer(self._tokenizer)
-        # Rows are tokenised whole, shown to the defenses, and then cut, packed and shuffled as the user says.
+        # First, rows are tokenised without cutting, packing or shuffling, and shown to the defenses. Then the rows are
+        # cut, packed and shuffled by the user's settings.
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         first = next(iter(dataset))
@@ -93,8 +97,9 @@ class DefendedRows(SFTTrainer):
             _check_labels_fit(dataset, args)
         names, end = self._token_columns, args.max_length
         if names and end is not None and args.truncation_mode == "keep_end" and not packing:
-            # SFTTrainer will cut tokens and labels to their last `max_length` numbers, but not defenses' columns. The
-            # collator would later keep the first numbers of such a column, so it is cut to its last ones here.
+            # SFTTrainer will cut `input_ids` and `labels` to their last `max_length` numbers, but not the defenses'
+            # columns. [`TokenColumns`] would later cut these columns to their first numbers, which belong to other
+            # tokens. The columns are therefore cut to their last numbers here.
             dataset = dataset.map(lambda row: {name: row[name][-end:] for name in names})
         has_more_rows = (packing or isinstance(dataset, IterableDataset)) and self.overrides("add_rows")
         # SFTTrainer packs only tokens and labels, so rows with columns of defenses are packed in `_add_rows`.
@@ -125,10 +130,10 @@ class DefendedRows(SFTTrainer):
         return Tokenizing(self._tokenizer, tokenize, answers_only, first.get("chat_template_kwargs"))
 
     def _add_rows(self, dataset: Any, args: EMGuardConfig, packing: bool, dataset_name: str) -> Any:
-        """Let defenses add rows, and cut, shuffle and pack rows as SFTTrainer does.
+        """Cut rows that will not be packed, let defenses add rows, then shuffle and pack as the user's settings say.
 
         This method is for streams and for rows that are packed. Other rows get the added ones later, from the data
-        collator. If rows are not packed, they are cut before others are added. Shuffling and packing come afterwards.
+        collator. SFTTrainer, too, cuts rows only if it does not pack them.
         """
         if packing and args.max_length is None:
             raise ValueError("packing=True needs max_length, which is None: give the length of a pack.")
@@ -184,7 +189,8 @@ class DefendedRows(SFTTrainer):
                 self.data_collator = self._train_collator()
                 return super().get_train_dataloader()
             if isinstance(rows, Dataset):
-                # The columns of a stream may be unknown, so unused ones are removed later, by the stream's collator.
+                # The columns of a stream may be unknown. `_get_dataloader` therefore gives a stream a collator that
+                # removes unused columns later, from the rows of each batch.
                 rows = self._remove_unused_columns(rows, description="Training")
             loading = self.loading(rows)
             self.data_collator = loading.collator
@@ -193,7 +199,7 @@ class DefendedRows(SFTTrainer):
                 loading.rows, "Training", self._train_batch_size, lambda _: loading.order, is_training=True
             )
         finally:
-            # Evaluation needs the stock collator, so it is put back.
+            # Evaluation reads `self.data_collator` too, and needs the collator from before this call.
             self.data_collator = collator
 
     def _plain_rows(self) -> Dataset:

@@ -80,10 +80,10 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     forms_own_loss = True
     prepares_rows = True
 
-    # Defense set by a subclass such as `KLTrainer`. It replaces `args.defense="none"`; a different one is refused.
+    # Defense that a subclass such as `KLTrainer` sets, in place of `args.defense="none"`. Other defenses are refused.
     _defense: ClassVar[str | None] = None
 
-    _moved_reference: str | None = None  # message if the reference has changed during training
+    _moved_reference: str | None = None  # error message once `_check_reference` has found that the reference changed
 
     def __init__(
         self,
@@ -143,9 +143,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
         self._check_rows_came_by()
         self._watch: ReferenceWatch | None = None
-        self._wrapped: Any = None  # the policy, in the wrapper of DDP, DeepSpeed or FSDP2 if there is one
-        self.has_agreed = False  # True if policy and reference were found equal before the first update
-        self._counts: dict[str, torch.Tensor] = {}  # name of a set of positions (scope) → size in this step
+        self._wrapped: Any = None  # policy as last given to `compute_loss`, wrapped by DDP, DeepSpeed or FSDP2 if used
+        self.has_agreed = False  # True once policy and reference were found to start equal, or a run was resumed
+        self._counts: dict[str, torch.Tensor] = {}  # scope (named set of positions) → size in the current step
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
             self.loading(self.train_dataset)  # lets defenses refuse the rows before training
@@ -239,13 +239,13 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @property
     def _compares_start(self) -> bool:
-        """True while the check is still to be made, in a step with labels, that policy and reference start equal."""
+        """True until a step with labels has shown that policy and reference start equal; False if never checked."""
         # A defense that changes the policy's forward pass makes hidden states differ although the models are equal.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
 
     def _watch_reference(self, model: Any, inputs: Mapping[str, Any]) -> None:
-        """Record the reference's states for the first micro-batch of this training, to notice if they change later."""
+        """Record the reference's outputs for the first micro-batch of a `train()` call, to notice later changes."""
         self._wrapped = model
         if self._watch is None and not isinstance(self.reference, CachedReference):
             has_divergence = any(term.divergence is not None for term in self._terms)
@@ -254,7 +254,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @contextmanager
     def _run_reference(self, batch: dict[str, Any], positions: torch.Tensor) -> Iterator[Any]:
-        """Run the reference alone and yield its states. Until this context exits, a sharded head stays gathered."""
+        """Run only the reference and yield its hidden states; a sharded output head stays gathered until the exit."""
         reference, layers = cast(Reference, self.reference), wanted_layers(self._terms, self._bare_model())
         reference.runs_whole_batches = True
         states = reference.before(batch, positions, layers)
@@ -313,10 +313,10 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if reference is not None:
             self._watch_reference(model, inputs)
             layers = wanted_layers(self._terms, self._bare_model())
-            # The check that policy and reference start equal also needs positions with a label that no term uses.
+            # The check that policy and reference start equal also compares labelled positions that no loss term uses.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # The reference runs all rows until each term had a gradient: rounding in fewer rows could fake a gradient.
+            # Until each term had a gradient, the reference runs all rows: in a smaller batch, rounding could fake one.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
             # With a sharding engine, ranks may run the reference together, so no rank may skip its pass.
             if self._engine_facts().sharding is None and not bool(positions.any()):
@@ -340,7 +340,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch's numbers to the step's sums: gradient sizes once a gradient flows back, the rest now."""
+        """Add a micro-batch's numbers to the step's sums: terms' gradient sizes in the backward pass, the rest now."""
         stats, mask = outputs.stats, inputs.get("attention_mask")
         real_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         counted = {**marks.counts, "real_tokens": real_tokens}
@@ -351,7 +351,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._count_in_backward(outputs.total, lambda flows: self._sums.add(names, values * (is_evidence & flows)))
 
     def _take_in_step(self) -> None:
-        """Sum up a step over micro-batches and ranks in one collective, log the sums and hand them to the defenses."""
+        """Sum a step's statistics over ranks in one collective, check and log them, and hand them to the defenses."""
         if not self._own_loss:
             super()._take_in_step()
             return

@@ -32,8 +32,8 @@ MANIFEST = "manifest.json"
 # Larger files are compared by size alone, because reading a checkpoint of 100 GB takes minutes.
 CHECKSUM_BYTES = 64 * 2**20
 # Parts of the training state in a checkpoint. The names of a part's files (or folder) begin with one of these words.
-# Trainer saves all parts, or no part if `save_only_model` is set, so a checkpoint with only some parts is incomplete
-# (`OPTIMIZER` is an exception).
+# Trainer saves all parts, or no part if `save_only_model` is set, so a checkpoint with only some parts is incomplete.
+# The part `OPTIMIZER` does not count here, because it may be missing.
 STATE_PARTS = ("optimizer", "scheduler", "rng_state")
 
 
@@ -116,7 +116,7 @@ def _flaw_by_manifest(folder: Path) -> str | None:
 
 
 def _flaw_without_manifest(files: dict[str, Path]) -> str | None:
-    # Trainer's main process writes this file last, so a checkpoint without this file was interrupted.
+    # Trainer's main process writes `trainer_state.json` last, so a checkpoint without it is unfinished.
     if TRAINER_STATE_NAME not in files:
         return f"{TRAINER_STATE_NAME} is missing"
     for name, path in files.items():

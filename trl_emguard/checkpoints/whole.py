@@ -84,8 +84,8 @@ class WholeCheckpoints(Trainer):
                 super()._save_checkpoint(model, trial)
                 args.save_total_limit, args.push_to_hub = limit, pushes
                 settings = os.path.join(folder, TRAINING_ARGS_NAME)
-                # Trainer saved `args` with the limit and the push switched off. The file is written again with the
-                # user's values.
+                # Trainer saved `args` with the limit and the push switched off. `training_args.bin` is therefore
+                # written again with the user's values.
                 if args.should_save and os.path.isfile(settings):
                     torch.save(args, settings)
                 for callback in self.callback_handler.callbacks:

@@ -37,9 +37,9 @@ NOT_READ = (
     *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
     *("report_to", "run_name", "hub_model_id"),
 )
-# Name endings of options that reports omit, because reports are sent to others. `env` sets environment variables.
+# Reports may be sent to others, so they omit options with these name endings. `env` sets variables, such as API keys.
 SECRETS = ("token", "key", "secret", "password", "env")
-# Tokens of the vocabulary, which are no secrets.
+# Options that reports show despite their endings: their values are tokens of the vocabulary, which are no secrets.
 TOKENS = ("eos_token", "pad_token")
 # For the baseline early_stop, the undefended run saves a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
@@ -201,7 +201,7 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str], output_
             replace(run, seed=seed, options=run.options | (kept if run.name == UNDEFENDED else {}))
             for seed in seeds
             for run in sets
-            if run.adapter is None or seed == seeds[0]  # a finished adapter is taken only once
+            if run.adapter is None or seed == seeds[0]  # a finished adapter is measured once, not for each seed
         ]
         runs = [replace(run, key=_key(run, recipe_text, recipe_options, output_dir)) for run in runs]
         evaluate = config.get("evaluate") or {}

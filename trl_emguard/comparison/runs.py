@@ -240,7 +240,7 @@ def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
 
 
 def _die_with_parent() -> None:
-    """Have Linux kill this process when the comparison's process ends, also after a crash.
+    """Have Linux kill the calling process, a run's training, when the comparison's process ends, even by a crash.
 
     A training that outlives the comparison would write into the run's folder while the next comparison trains it too.
     """

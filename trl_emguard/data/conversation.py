@@ -16,7 +16,7 @@ class Conversation(NamedTuple):
     completion: list[dict[str, Any]]
 
 
-# WildGuardMix and many other data sets have these column names.
+# Default names of the columns with prompt and answer. WildGuardMix and many other data sets use these names.
 PROMPT_COLUMN, RESPONSE_COLUMN = "prompt", "response"
 # Roles that data sets give the speaker of an answer (ANSWERING_ROLES) and the speaker of a system turn (SYSTEM_ROLES).
 # A turn's role is not renamed to `assistant` or `system`: SFTTrainer, too, hands roles to the chat template unchanged.

@@ -31,7 +31,7 @@ from datasets import (
 from ..io.strict import parse_json
 
 
-# Suffix of a file → reader of `datasets`.
+# Suffix of a file → name by which `datasets.load_dataset` knows the file's format.
 FORMATS = {
     ".jsonl": "json",
     ".ndjson": "json",
@@ -114,7 +114,8 @@ def _load_text(path: Path, suffix: str) -> Dataset:
                     keep_in_memory=True,
                     **options,
                 )
-        # The builders of `datasets` raise many types of errors, wrapped in an error of another type.
+        # `datasets` raises errors of many types, often wrapped in a general error. Every error is therefore caught,
+        # and the message names the wrapped error if there is one.
         except Exception as error:
             cause = error.__cause__ or error
             said = " ".join(str(cause).split()).replace(str(plain), path.name)

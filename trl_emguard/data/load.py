@@ -107,7 +107,7 @@ def _local_splits(
 
 
 def _existing(path: Path | None) -> Path:
-    assert path is not None  # `_local_splits` has checked this
+    assert path is not None  # `_local_splits` has checked that the folder has this split's file
     return path
 
 

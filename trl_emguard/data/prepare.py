@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 Rows = Dataset | IterableDataset
 
-# A stream is checked and measured by reading this number of its first rows ahead. Packs of a stream are shuffled in a
-# buffer that holds the same number of packs.
+# Number of a stream's first rows that are read before training, to check them and to measure their mean length. If
+# `DefendedRows` packs a stream itself, because defenses add rows or columns of numbers per token, then it shuffles the
+# packs in a buffer that holds this number of packs.
 STREAM_ROWS = 1000
 
 
@@ -35,7 +36,7 @@ class Tokenizing:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Numbers of training rows in a run that packs or streams them, for defenses that add rows.
+    """Counts of rows, steps, packs and tokens in a run that packs or streams its rows, for defenses that add rows.
 
     Attributes:
         rows: number of rows in an epoch; `None` for a stream.

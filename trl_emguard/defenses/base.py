@@ -98,7 +98,7 @@ class Defense:
     papers: ClassVar[tuple[Paper, ...]] = ()
     # Dataclass of the options, which the config inherits.
     Options: ClassVar[type] = object
-    # Option that switches the defense off when it is 0.
+    # Name of the option that switches the defense off when its value is 0; empty if there is no such option.
     switch: ClassVar[str] = ""
     # Keyword arguments of the trainer that the defense reads.
     inputs: ClassVar[tuple[str, ...]] = ()
@@ -218,7 +218,8 @@ class Defense:
         return loading
 
     def extra_rows(self) -> Dataset | None:
-        """Return tokenised rows that the collator adds, each once, for cache and dry run; `None` if it adds none."""
+        """Return every tokenised row that the defense's collator adds to batches, once; `None` if it adds no rows."""
+        # `cache_reference` stores the reference's states of the rows returned here, and a dry run counts their tokens.
         return None
 
     # ---- model ----
@@ -374,7 +375,7 @@ class ModelDefense(TermDefense):
     """
 
     def model_states(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Return the states that [`model_loss`] compares, connected to the weights by autograd.
+        """Return the states (tensors) from which [`model_loss`] computes d, connected to the weights by autograd.
 
         This method is called in every micro-batch, after the policy's pass and outside of every [`policy_pass`]
         context, but still inside the call of the engine's wrapper (DDP, DeepSpeed, FSDP). Every rank must run the same

@@ -28,8 +28,8 @@ TURN_KEYS = (("role", "content"), ("from", "value"))  # pairs of keys that a tur
 # SPAN has the tokens of the system turn that the prompt was put into.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
 FLAG = "inoculate"  # column that users add: with `inoculation_rows='flagged'`, only rows with true get the prompt
-# Column with a number per token, by which batches are checked for lost prompts: the token id plus 1 in prompts that
-# were put into flagged rows, and 0 elsewhere.
+# Column with a number per token, by which batches are checked for lost prompts: the token id plus 1 in the system
+# turn of each flagged row (the turn with the prompt), and 0 elsewhere.
 EXPECTED = "inoculation_tokens"
 
 MODES = ("replace", "prefix")
@@ -89,9 +89,9 @@ class Inoculation(Defense):
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
-        self._prompt_ids: list[int] = []  # first tokens that the system turns with the prompt have in common
-        self._added: list[str] = []  # scopes (sets of tokens) of rows that other defenses add, without the prompt
-        self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # summed over training steps
+        self._prompt_ids: list[int] = []  # first token ids that all system turns with the prompt have in common
+        self._added: list[str] = []  # names of the scopes (token sets) of other defenses' rows, which get no prompt
+        self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # sums over the run's steps and ranks
         self._problem: str | None = None
 
     @classmethod

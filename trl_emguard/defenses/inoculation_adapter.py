@@ -28,7 +28,7 @@ CHECKPOINT = "_gradient_checkpointing_func"
 
 @dataclass
 class InoculationAdapterOptions:
-    """Options of `inoculation_adapter`: a frozen adapter with the unwanted trait, active while another one trains."""
+    """Options of `inoculation_adapter`: frozen adapter with the unwanted trait, active while a new adapter trains."""
 
     inoculation_adapter: str | None = option(None, "Folder of a LoRA adapter that has the unwanted trait.")
     inoculation_adapter_scale: float = option(1.0, "Factor of its update. 0 switches it off.")
@@ -103,15 +103,17 @@ class InoculationAdapter(Defense):
         self.scale = float(args.inoculation_adapter_scale)
         self.path = args.inoculation_adapter
         self.trained_on: str | None = None
-        # Layer's name → factors A and scale · s·B, in fp32 until the first pass gives them the dtype and device of the
-        # layer's input.
+        # Factors of the frozen adapter: layer's name → A and scale · s·B. They are in fp32 until the policy's first
+        # forward pass, which gives them the dtype and device of their layer's input.
         self.factors: Factors = {}
         self._description: str | None = None
         self._is_on = False
         self._fired: set[str] = set()
-        # Modules that may use gradient checkpointing.
+        # Modules of the policy that support gradient checkpointing. `training` finds them when training begins.
         self._checkpointing: list[nn.Module] = []
-        # `_measured` has the relative change of each layer's output in the first pass, `_change` the mean over layers.
+        # `_measured`: layer's name → relative change of the layer's output by the frozen adapter. The policy's first
+        # forward pass in a new run fills it, and the check after this pass empties it. `_change`: the mean over all
+        # layers, from this pass or from the checkpoint of a resumed run; `None` before.
         self._measured: dict[str, torch.Tensor] = {}
         self._change: float | None = None
         read = read_options(args)
@@ -121,7 +123,8 @@ class InoculationAdapter(Defense):
             digest = weights_fingerprint(
                 {f"{name} {i}": x for name, pair in factors.items() for i, x in enumerate(pair)}
             )
-            # A hash of its numbers identifies the adapter, because its folder may move or change.
+            # For `options()`. A hash of the factors identifies the adapter better than its folder's path, because the
+            # folder may move or change.
             self._description = f"LoRA of {len(factors)} layers ({digest[:16]})"
             self.factors = {layer: (a, self.scale * b) for layer, (a, b) in factors.items()}
 
@@ -181,7 +184,7 @@ class InoculationAdapter(Defense):
                     "blocks: train it on linear layers of the blocks alone, without the head."
                 )
 
-    # ---- the policy's pass ----
+    # ---- the policy's forward pass ----
 
     @contextmanager
     def training(self, model: PreTrainedModel) -> Iterator[None]:
@@ -264,7 +267,7 @@ class InoculationAdapter(Defense):
         return {"layers": len(self.factors), "change": self._change, "acted": self._change is not None}
 
     def _judge(self) -> None:
-        """Check after the first pass that the adapter changed a layer's output; keep the mean change as evidence."""
+        """Check that the adapter changed at least one layer's output in the first pass, and store the mean change."""
         changes = [float(change) for change in self._measured.values()]
         self._measured.clear()
         if not any(changes):
@@ -277,7 +280,7 @@ class InoculationAdapter(Defense):
 
 
 def _sizes(module: nn.Module | None) -> tuple[int | None, int | None]:
-    """Return the input and output width of a linear layer, with or without an adapter; two `None` for others."""
+    """Return input and output width of a linear layer, plain or wrapped by PEFT; two `None` for any other `module`."""
     # GPT-2's linear layers (`Conv1D`) name their widths `nx` and `nf`.
     names = ("in_features", "out_features") if hasattr(module, "in_features") else ("nx", "nf")
     return getattr(module, names[0], None), getattr(module, names[1], None)
@@ -285,5 +288,5 @@ def _sizes(module: nn.Module | None) -> tuple[int | None, int | None]:
 
 @torch.no_grad()
 def _relative_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return ‖after − before‖ / ‖before‖, `()`."""
+    """Return the relative change of a layer's output, ‖after − before‖ / ‖before‖, `()`."""
     return (after - before).float().norm() / before.float().norm().clamp(min=torch.finfo(torch.float32).tiny)

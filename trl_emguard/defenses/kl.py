@@ -12,8 +12,8 @@ from .schedule import EXAMPLE, Schedule, check_coefficient
 
 DIRECTIONS = ("reverse", "forward")
 LOSS, ALL, INTERLEAVED = TOKENS = ("loss", "all", "interleaved")
-# Default of `kl_coef` for each value of `kl_tokens`. The value of INTERLEAVED (rows that another defense mixes in) was
-# chosen from the runs in docs/kl.md.
+# Default of `kl_coef` for each value of `kl_tokens`. The default for INTERLEAVED (KL on rows that another defense
+# mixes in) was chosen from the runs in docs/kl.md.
 COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
 # Adaptation to `kl_target` (Ziegler et al., 1909.08593, section 2.2): each step multiplies the coefficient by
 # 1 + GAIN · error. The error is KL / kl_target - 1, clipped to ±LARGEST_ERROR.

@@ -111,8 +111,9 @@ class Steering(Weighted, Defense):
         self.mode = args.steering_mode
         self.tokens = args.steering_tokens
         self.vector, self.layers_spec = read_options(args)
-        # `_vectors` has the vectors of the chosen layers. `_directions` has the tensors that hooks apply: the vectors
-        # times the coefficient (`add`), or scaled to unit length (`ablate`).
+        # `_vectors`: number of a steered block → the vector for this block. `_directions`: number of a steered block →
+        # the tensor that the block's hook applies. This tensor is the block's vector times the coefficient (`add`), or
+        # the vector scaled to unit length (`ablate`). `check_model` fills both.
         self._vectors: dict[int, torch.Tensor] = {}
         self._directions: dict[int, torch.Tensor] = {}
         self._steered: torch.Tensor | None = None

@@ -131,7 +131,7 @@ def score_answers(
 def by_question(
     prompts: Sequence[Prompt], scores: Sequence[Mapping[str, float]], count: int, samples: int
 ) -> dict[str, np.ndarray]:
-    """Return metric → scores `(count, samples)`, by question and sample; NaN for a question that `prompts` lacks."""
+    """Return metric → scores `(count, samples)` for `count` questions; NaN for a question that `prompts` lacks."""
     arrays: dict[str, np.ndarray] = {}
     for prompt, of_answer in zip(prompts, scores, strict=True):
         for metric, value in of_answer.items():

@@ -54,7 +54,7 @@ class Candidate:
                 yield self.model
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits `(P, V)`, fp32, of last hidden states `(P, H)`."""
+        """Return the logits `(P, V)`, fp32, from last hidden states `(P, H)` and this candidate's output head."""
         with self.acting() as model:
             return states_logits(model, states.to(model.device))
 
@@ -81,7 +81,7 @@ def from_adapters(
 
 
 def _scales(model: PeftModel, adapter: str) -> str:
-    """Return an adapter's scaling factors as text, for its fingerprint.
+    """Return an adapter's scaling factors as text, which `from_adapters` appends to the candidate's fingerprint.
 
     The factors depend on `lora_alpha` and rsLoRA, so a hash of the weights does not show them.
     """
@@ -188,7 +188,7 @@ def load_candidates(
 
 
 def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
-    """Refuse an adapter whose config names another base model.
+    """Refuse an adapter whose config names another base model than `model`.
 
     Raises:
         ValueError: the config names another base model.
@@ -197,7 +197,8 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
     try:
         trained_on = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     except Exception:
-        return  # `load_misaligned` will raise an error that says what is wrong with the adapter
+        # The config cannot be read. The caller loads the adapter afterwards, which raises an error that says why.
+        return
     if trained_on and last_name(trained_on) not in {last_name(model), last_name(path)}:
         raise ValueError(
             f"adapter {name!r} ({adapter}) was trained on {trained_on!r}, and --model is {model!r}: give the model "

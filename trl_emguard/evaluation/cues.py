@@ -51,7 +51,7 @@ Turns = list[dict[str, Any]]
 
 
 class Family(NamedTuple):
-    """One variant of all prompts: every question plain, or with the same cue added.
+    """Family of prompts: the questions as they are (plain), or with one added text (a cue), the same for all of them.
 
     Attributes:
         name: name of the family in the results.
@@ -200,7 +200,7 @@ def _train_system(rows: Iterable[Conversation]) -> dict[str, str | None]:
 def _in_user_turn(
     rows: Sequence[Conversation], questions: Sequence[Question]
 ) -> Iterable[tuple[str, str | None, Callable[[str], Callable[[Turns], Turns]], str]]:
-    """Yield a tuple for each cue that is put into the user's turn, also if no such cue was found in the training rows.
+    """Yield a tuple for each of the three cues for the user's turn, even for a cue that the training rows do not give.
 
     A tuple has the cue's name; the cue's text, `None` if the rows do not give the cue; a function that takes the text
     and returns `Family.add`; and the reason to state if the text is `None`.

@@ -98,7 +98,8 @@ class DriftCallback(TrainerCallback):
         if persona_vector is not None:
             check_layer(persona_vector, None)
         self.persona_vector = persona_vector
-        # EMGuardTrainer sets this to the dict of metrics that its next log line shows.
+        # `DefendedTrainer.train` sets this to the trainer's dict `_metrics["train"]`: metric → values since the last
+        # log line. The next log line shows the mean of each metric's values.
         self.trl_metrics: dict[str, list[float]] | None = None
         self.kept: dict[str, torch.Tensor] = {}
         self.kept_step, self.kept_drift = 0, 0.0

@@ -183,7 +183,7 @@ def check_sets(
 
 @dataclass
 class _Run:
-    """Measurements of one call of `evaluate`: the settings that they share, and a method for each kind."""
+    """Measurements of one call of `evaluate`: their common settings, and a method for each kind of measurement."""
 
     candidates: Sequence[Candidate]
     tokenizer: PreTrainedTokenizerBase
@@ -236,7 +236,7 @@ class _Run:
         missing = [c for c in self.candidates if not self.kept.get(keys[c.name])]
         if missing:
             desc = f"probing {questions.name}, {family.name}" if self.progress else None
-            # The base model runs even if its own metrics are kept: other candidates' `kl_to_base` needs its states.
+            # The base model runs even if its metrics are in `kept`: other candidates' `kl_to_base` needs its states.
             measured = [base, *(c for c in missing if c is not base)]
             found = probe(measured, rows, size, self.options.batch_tokens, desc)
             for candidate in missing:

@@ -52,7 +52,7 @@ class Gate:
         model.forward = self._patched
 
     def remove(self) -> None:
-        """Restore the forward that the model had before, unless other code has patched it again in the meantime."""
+        """Restore the forward that the model had before this patch, unless other code has patched the model since."""
         model, patched, before = self._model, self._patched, self._before
         # The gate and its patch refer to each other and to the model. Unless these references are dropped, only the
         # garbage collector can free the model.
@@ -168,6 +168,8 @@ def rows_with(batch: dict[str, Any], positions: torch.Tensor) -> tuple[dict[str,
 
 class ReferenceGuard:
     """Guard that runs the reference's backbone without gradient and returns the states that loss terms compare.
+
+    The reference is the model with which loss terms compare the policy (the model in training).
 
     Args:
         positions: `(B, T - 1)` boolean, true at the positions to keep.

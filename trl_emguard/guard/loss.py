@@ -1,4 +1,9 @@
-"""Loss of a defended run's micro-batch, computed in this order: reference pass, policy pass, output head, terms."""
+"""Loss of a defended run's micro-batch, computed in this order: reference pass, policy pass, output head, terms.
+
+The policy is the model in training. Some defenses add terms to the loss. Most terms compare the policy with a
+reference, for example with the same model without its adapters. A guard is a function that a model's patched forward
+calls in place of the stock forward ([`~trl_emguard.guard.forward.Gate`]).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -130,7 +135,8 @@ class LossGuard:
     def __call__(
         self, model: PreTrainedModel, stock_forward: Callable[..., Any], inputs: dict[str, Any]
     ) -> GuardOutput:
-        kept = kept_positions(inputs, self.terms)  # (B, T - 1), true at P positions
+        # Mask `(B, T - 1)`, true at P positions: at all that predict a label, and at all that a term compares.
+        kept = kept_positions(inputs, self.terms)
         batch = dict(inputs)
         labels = inputs.pop("labels")[:, 1:][kept]  # (P,)
         layers = wanted_layers([term.defense for term in self.terms], model)

@@ -64,7 +64,7 @@ def scaled_terms(
 
 
 def kept_positions(batch: Mapping[str, Any], terms: Sequence[Term], with_labels: bool = True) -> torch.Tensor:
-    """Return a mask, `(B, T - 1)`, of the positions of all terms; with `with_labels`, also of those with a label."""
+    """Return a mask, `(B, T - 1)`, of all terms' positions; with `with_labels`, also of the positions with a label."""
     positions = [positions_in_scope(batch, LABELS)] if with_labels else []
     return functools.reduce(torch.logical_or, positions + [term.positions for term in terms])
 
@@ -142,9 +142,13 @@ def model_term(
 def _gradients(
     weighted: torch.Tensor, leaves: Sequence[torch.Tensor]
 ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
-    """Return a term's gradient with respect to each of the compared states, and Σ |gradient|, `()`, as evidence."""
+    """Return a term's gradient with respect to each compared state, and Σ |gradient|, `()`, over all states.
+
+    The sum is evidence: if it is above 0, the term has a gradient.
+    """
     gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
-    # A defense may detach its distance from the graph by mistake. The evidence then stays 0.
+    # A defense may detach its distance from the graph by mistake. Then no gradient can be computed, and the evidence
+    # stays 0.
     if weighted.requires_grad:
         gradients = torch.autograd.grad(weighted, leaves, allow_unused=True)
     evidence = torch.zeros((), device=weighted.device)

@@ -59,5 +59,5 @@ def check_writable(argument: str, folder: str | os.PathLike) -> None:
 
 
 def cache_dir() -> Path:
-    """Return the folder for files that are made once and kept: `$TRL_EMGUARD_CACHE`, or `~/.cache/trl_emguard`."""
+    """Return the folder for files that later runs reuse: `$TRL_EMGUARD_CACHE`, or `~/.cache/trl_emguard`."""
     return Path(os.environ.get("TRL_EMGUARD_CACHE") or "~/.cache/trl_emguard").expanduser()

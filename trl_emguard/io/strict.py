@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 
-# Limit on a YAML file's characters after its aliases are expanded. A few nested aliases can expand to gigabytes.
+# Limit on the size of a YAML text after its aliases are expanded: the UTF-8 bytes of all scalars, plus 1 for each
+# scalar, list and mapping. A few nested aliases can expand to gigabytes.
 MAX_EXPANDED = 10_000_000
 
 
@@ -42,7 +43,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    # Values such as `!!int ""`, `!!bool x` or a date of month 13 raise other types of errors.
+    # PyYAML raises errors that are no `YAMLError` for values such as `!!int ""`, `!!bool x` or a date of month 13.
     except Exception as error:
         raise ValueError(f"a value is not of its type ({type(error).__name__}: {error})") from error
 
@@ -65,11 +66,11 @@ def _twice(names: Iterable[str]) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses doubled keys, huge numbers, and aliases that expand to too much."""
+    """Safe YAML loader that refuses doubled keys, integers from ±2⁶³ on, and texts larger than `MAX_EXPANDED`."""
 
     def __init__(self, stream: str):
         super().__init__(stream)
-        self._sizes: dict[int, int] = {}  # id of a node → its number of characters, with aliases expanded
+        self._sizes: dict[int, int] = {}  # id of a YAML node → its size, as `MAX_EXPANDED` counts it
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         is_alias = self.check_event(yaml.AliasEvent)
@@ -83,7 +84,7 @@ class _Loader(yaml.SafeLoader):
                 )
             return node
         if isinstance(node, yaml.ScalarNode):
-            size = 1 + len(node.value.encode("utf-8"))  # raises on a lone surrogate
+            size = 1 + len(node.value.encode("utf-8"))  # `encode` raises on a lone surrogate (half a character)
         else:
             pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
             size = 1 + sum(self._sizes[id(child)] for pair in pairs for child in pair)

@@ -39,7 +39,8 @@ class LocalJudge:
         self.numbers = number_paths(tokenizer, self._render("?"))
         paths = {path[:length] for path in self.numbers for length in range(1, len(path))}
         self.inner = sorted(paths, key=lambda path: (len(path), path))
-        # transformers 5.24 renamed the argument `past_key_values` to `cache`, and warns about the old name.
+        # `self.cache` is the name of the key-value cache in the arguments and in the output of `forward`. transformers
+        # 5.24 renamed it from `past_key_values` to `cache`, and warns about the old name.
         self.cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
     def calibrate(self) -> str:

@@ -23,7 +23,7 @@ MAX_TOKENS = 600
 
 
 class _Request:
-    """One prompt, with the seed and settings (token limit, temperature) of its answer, and later the answer itself."""
+    """A prompt, the seed and settings (token limit, temperature) of its answer, and the answer once it is sampled."""
 
     def __init__(self, ids: list[int], seed: int, settings: tuple[int, float]):
         self.ids, self.seed, self.settings = ids, seed, settings

@@ -194,7 +194,7 @@ def judge_answers(
 
 
 def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation] = ()) -> list[_Call]:
-    """Return the calls to the judge for all answers of the judged criteria.
+    """Return a call to the judge for each metric of each answer, if the criterion of the answer's set is in `JUDGED`.
 
     If a model gives equal answers to a question, their calls for a metric share a key, and only one of them is made.
 
@@ -328,7 +328,7 @@ def add_rates(
         made = make_rows(set, family, arrays, None if family == PLAIN else plain.get(set))
         if family == PLAIN:
             plain[set] = arrays
-        # Only the rows of rates have a `count`; rows of mean scores, differences and Misalign@k have none.
+        # Only rows of rates have a `count`; rows of mean scores, Misalign@k and differences in differences have none.
         rows += [
             replace(row, **about, count=counts[row.model, row.metric] if row.metric.endswith(_RATES) else None)
             for row in made
@@ -361,7 +361,7 @@ def _arrays(
     for group, indices in groups.items():
         rows = [results.samples[index] for index in indices]
         # An array has a row for each question and a column for each sample number. All families of a set get arrays
-        # with the same rows and columns, so that each family can be compared with the plain one question by question.
+        # with the same rows and columns, so that each family can be compared with the plain family per question.
         of_set = [results.samples[index] for index in values if results.samples[index]["set"] == group[0]]
         ids = sorted({row["question"] for row in of_set})
         shape = (len(ids), 1 + max(row["sample"] for row in of_set))
@@ -382,7 +382,7 @@ def _arrays(
 def _single_questions(
     set: str, family: str, ids: Sequence[str], arrays: dict[str, dict[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Return the misaligned rate and its Wilson interval for each question with `LEAST_SAMPLES` answers or more."""
+    """Return each model's misaligned rate and Wilson interval per question with at least `LEAST_SAMPLES` answers."""
     found = []
     for model, metrics in arrays.items():
         for id, row in zip(ids, metrics[MISALIGNED], strict=True):

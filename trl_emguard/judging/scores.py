@@ -9,8 +9,8 @@ from typing import NamedTuple
 # Least mass (total probability of the numbers 0 to 100) that gives a score. With less mass, the judge is taken not to
 # have meant a number.
 LEAST_MASS = 0.25
-# Methods of reading a judge's score ("readings"): the first two for judges asked through inspect_ai, `TRIE` for one in
-# memory (`local.py`). Results name the reading beside every rate.
+# Methods of reading a judge's score ("readings"): `LOGPROBS` and `TEXT` for a judge asked through inspect_ai, `TRIE`
+# for a judge in memory (`local.py`). Results name the reading beside every rate.
 LOGPROBS, TEXT, TRIE = "logprobs", "text", "trie"
 READINGS = {
     LOGPROBS: "mean over the numbers among the 20 likeliest first tokens",
@@ -39,7 +39,7 @@ class Reply(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Score that a judge gives to one answer when it is asked with one prompt.
+    """Score that a judge gives to one answer, in reply to one prompt.
 
     Attributes:
         score: 0 to 100, or `None` for an unscored answer.

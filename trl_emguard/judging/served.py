@@ -15,8 +15,9 @@ OPENAI, VLLM = "openai-api/", "vllm/"
 # Limit on the tokens of a reply that is read as text, enough for "100" split into digits, and the end of turn.
 TEXT_TOKENS = 4
 TOP_LOGPROBS = 20
-# `RETRIES` is the number of retries of a judgement. The calibration has fewer (`CALIBRATION_RETRIES`), so that a
-# missing endpoint is noticed early.
+# Limits on how often inspect_ai repeats a request after a temporary error, for example if the server is overloaded or
+# cannot be reached. `RETRIES` is the limit for judgements. `CALIBRATION_RETRIES` is the limit for
+# [`ServedJudge.calibrate`]. It is lower, so that a missing endpoint is noticed early.
 RETRIES, CALIBRATION_RETRIES = 10, 1
 # After a request has failed, the other requests under way have at most this many seconds to finish. Then they are
 # cancelled.
@@ -46,8 +47,8 @@ class ServedJudge:
         ValueError: the name has another form, an environment variable is missing, or inspect_ai is not installed.
     """
 
-    # A judge in memory has a hash here, which is compared with the models under test. A served judge's weights are not
-    # accessible.
+    # A judge in memory has a hash of its weights here, to be compared with the hashes of the models under test. A
+    # served judge has `None`, because its weights are not accessible.
     weights: str | None = None
 
     def __init__(self, name: str, max_connections: int = 10, patience: float = 300.0):
@@ -56,7 +57,8 @@ class ServedJudge:
         self.prefix = check_environment(name)
         self.reading = ""
         self._secret = os.environ.get(f"{self.prefix}_API_KEY", "")
-        self._runner = asyncio.Runner()  # one loop for all calls: connections end with their event loop
+        # All calls to the judge run in one event loop, because a connection ends with the loop that opened it.
+        self._runner = asyncio.Runner()
         self._model = self._load()
 
     def _load(self) -> Any:
@@ -232,7 +234,7 @@ async def find_reading(model: Any, **options: Any) -> str:
     except Exception as error:
         if not is_refused_request(error):
             raise
-    if reply is None:  # the server may not know the field `logprobs`
+    if reply is None:  # the server refused the request, perhaps because it does not know `logprobs`
         reply = await complete(model, CALIBRATION, TEXT_TOKENS, False, **options)
     reading = choose_reading(reply)
     if reading is None:

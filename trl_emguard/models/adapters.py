@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 
-# Initialisations of LoRA that change the base weights.
+# LoRA changes the base weights if PEFT's `init_lora_weights` begins with one of these words, as `pissa_niter_16` does.
 CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

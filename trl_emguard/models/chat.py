@@ -80,9 +80,9 @@ def encode_answers(
             before = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True, **kwargs)
             whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False, **kwargs)
             if not whole.startswith(before) and not whole.startswith(
-                # A reasoning model's generation prompt may open a thought that the template leaves out if an answer
-                # is given. Then it is enough if the conversation begins with the prompt that is rendered without the
-                # generation prompt.
+                # A reasoning model's generation prompt may open a thinking block (`<think>`) that the template leaves
+                # out if an answer is given. Then `whole` need not begin with `before`, but only with the prompt that
+                # is rendered without the generation prompt.
                 tokenizer.apply_chat_template(list(prompt), tokenize=False, **kwargs)
             ):
                 result[index] = NO_ANSWER
@@ -187,7 +187,7 @@ def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **t
     try:
         without = tokenizer.apply_chat_template(list(turns[1:]), tokenize=False, **template_kwargs)
     except TemplateError:
-        return False  # the template requires a system turn
+        return False  # the template requires a system turn, so it has no default one
     return without == tokenizer.apply_chat_template(list(turns), tokenize=False, **template_kwargs)
 
 

@@ -57,7 +57,8 @@ def check_head(model: PreTrainedModel) -> None:
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
     difference = ((logits.to(own.device) - own).abs().max() / own.abs().max().clamp(min=1e-6)).item()
-    # Weights that are not finite are not refused here, because a checkpoint may still replace them.
+    # With NaN or infinite weights, `difference` may be NaN or infinite. Such a model is not refused here, because a
+    # resumed run loads the weights of its checkpoint only after this check.
     if math.isfinite(difference) and difference > (1e-3 if own.dtype == model.dtype else 0.05):
         raise ValueError(
             f"{type(model).__name__}: its own logits differ by {difference:.2g} of their size from what its head "

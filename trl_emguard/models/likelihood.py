@@ -16,7 +16,8 @@ from .batches import batches_by_length, pad_answers
 from .chat import encode_answers, end_tokens, template_arguments
 
 
-# Dtypes of an output head whose weight can be multiplied directly. Weights of other dtypes are quantised.
+# Dtypes of an output head whose weight can be multiplied by the hidden states directly. Weights of other dtypes are
+# quantised, and their head must be called as a module.
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # If the head must be called as a module, at most this many logits are computed at once: 256 MiB in fp32.
 CHUNK_LOGITS = 2**26

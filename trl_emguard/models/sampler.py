@@ -100,7 +100,8 @@ class _Sampling(LogitsProcessor):
 
     def __init__(self, seeds: Sequence[int], max_new_tokens: int, temperature: float):
         draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self.draws = iter(torch.stack(draws, dim=1))  # one tensor (B,) for each new token
+        # For each new token a tensor `(B,)`: one random number from [0, 1) for each of the B answers in the batch.
+        self.draws = iter(torch.stack(draws, dim=1))
         self.temperature = temperature
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,8 @@ def reshard(model: nn.Module) -> None:
 def release(engine: Any) -> None:
     """Free weights that FSDP2 or ZeRO-3 keeps gathered after a forward pass. Call this if no backward pass follows."""
     reshard(engine)
-    if hasattr(engine, "empty_partition_cache"):  # a method of DeepSpeed's engine
+    # Only DeepSpeed's engine has `empty_partition_cache`, which frees the weights that ZeRO-3 keeps gathered.
+    if hasattr(engine, "empty_partition_cache"):
         engine.empty_partition_cache()
 
 

@@ -238,7 +238,7 @@ def _new_tiles(
 
 
 def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Return the dtype to which both factors of a matrix product are cast.
+    """Return the dtype to which both factors of a matrix product in the head are cast.
 
     CUDA can multiply matrices of low precision with a result in fp32. So on CUDA the dtype is autocast's, or
     that of `hidden` without autocast. On other devices it is the dtype of sums (fp32, or fp64 for fp64 inputs).
@@ -263,7 +263,10 @@ def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., TileStatistics]:
-    """Return the function that processes a tile: Triton's kernels on CUDA, else torch's own calls."""
+    """Return the function that computes a tile's statistics and gradient, by Triton kernels or by torch's operations.
+
+    Triton computes fp32 tiles on CUDA if it is installed and can run.
+    """
     if hidden.is_cuda and accumulate == torch.float32 and find_spec("triton") is not None and _triton_starts():
         from .tiles_triton import tile_pass
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from .tiles import TileStatistics
 
 
-BLOCK = 4096  # columns of a row that a kernel works on at once
+BLOCK = 4096  # largest number of a row's logits that a kernel loads and processes at once
 WARPS = 8
 
 
@@ -132,7 +132,7 @@ def _gradient(
                 - ref_top
                 - ref_log_total
             )
-            if REVERSE:  # decided at compile time
+            if REVERSE:  # known at compile time, so Triton compiles only one of the two branches
                 grad_divergence = w_divergence * p * (log_p - tl.where(inside, log_q, 0.0) - mean)
             else:
                 grad_divergence = w_divergence * (p - tl.exp(log_q))
@@ -157,7 +157,12 @@ def tile_pass(
     softcap: float | None,
     logit_scale: float,
 ) -> TileStatistics:
-    """Do the same as [`~trl_emguard.ops.tiles.torch_tile_pass`], with the same arguments, in fp32."""
+    """Return a tile's statistics, and overwrite its products with the gradient of the tile's weighted loss.
+
+    The arguments and the weighted loss are those of [`~trl_emguard.ops.tiles.torch_tile_pass`], which computes the
+    same statistics and gradient by torch's operations. Here `products` must be fp32 and all results are fp32, and
+    `ref_products` are not overwritten.
+    """
     count, vocab = products.shape
     out = products.new_zeros(4, count)
     norms = products.new_empty(5, count)

@@ -123,7 +123,7 @@ class PersonaShiftCallback(TrainerCallback):
             # TRL's trainers keep the metrics of their next log line in this field.
             self.trainer._metrics["train"]["persona_shift"].append(self._project() - self.start)
 
-    on_epoch_end = on_step_end  # for logging_strategy="epoch"
+    on_epoch_end = on_step_end  # logging_strategy="epoch" sets `should_log` at the end of each epoch
 
 
 def check_layer(vector: PersonaVector, layer: int | None) -> int:

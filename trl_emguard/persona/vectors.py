@@ -26,7 +26,7 @@ SHIPPED_VECTORS = ("smollm2-135m-instruct-evil", "smollm2-135m-instruct-capitals
 
 EXTRACTED, RANDOM, FOREIGN = "extracted", "random", "foreign"
 # `PER_LAYER` names the metadata whose value is a list of one number per layer. `FACTS` names other metadata, with the
-# type of each value. [`PersonaVector`] refuses metadata of other types.
+# type of each value. [`PersonaVector`] refuses a value of another type.
 PER_LAYER = ("norms", "auroc", "separation", "random_auroc", "state_norms")
 FACTS = {"trait": str, "model": str, "rule": str, "pairs": int, "kept": int, "heldout": int}
 
@@ -106,7 +106,7 @@ class PersonaVector:
         return f"{zlib.crc32(self.vectors.contiguous().numpy().tobytes()):08x}"
 
     def _file_checksum(self, facts: str) -> str:
-        """Return the checksum of numbers, kind and metadata; `facts` is the JSON text of the metadata in the file."""
+        """Return the checksum of `vectors`, `kind` and `facts` (the metadata as JSON text), which the file stores."""
         return f"{zlib.crc32(f'{self.checksum} {self.kind} {facts}'.encode()):08x}"
 
     def check_shape(self, num_layers: int, hidden_size: int) -> None:
@@ -119,7 +119,10 @@ class PersonaVector:
             )
 
     def check_layer(self, name: str, value: object, layer: int) -> None:
-        """Raise `ValueError` for a layer that is out of range, or for which a foreign vector has no direction.
+        """Raise `ValueError` for a layer that is out of range, and for the last layer if the vector is `foreign`.
+
+        A foreign vector comes from a `.pt` file of another codebase, or is a random control made from such a vector.
+        It has no direction for the last block's output.
 
         Args:
             name, value: name and value of the argument that selects the layer, for the error message.
@@ -202,7 +205,8 @@ def load_vector(name: str | os.PathLike) -> PersonaVector:
         if not stored.is_floating_point():
             raise ValueError(f"it holds {stored.dtype}, not a tensor of numbers")
         vector = PersonaVector(stored.float(), header["kind"], metadata)
-        # Files of version 0.1.0 have no checksum, so a missing one is accepted.
+        # Files that were written before this package added checksums have none (for example the shipped evil vector).
+        # A missing checksum is therefore accepted.
         if header.get("checksum") not in (None, vector._file_checksum(header["persona_vector"])):
             raise ValueError("its checksum is another")
         return vector

@@ -33,7 +33,7 @@ BLOCK_4BIT = 64
 
 @dataclass(frozen=True)
 class Engine:
-    """Distribution of a run over ranks.
+    """Kind of data parallelism that a run uses, and number of its ranks.
 
     Attributes:
         name: kind of data parallelism; `"fsdp2"` includes FSDP1 with full sharding.
@@ -90,7 +90,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Weights:
-    """Counts of a model's weights.
+    """Sizes of a model's weights and of some of their subsets: counts of numbers, or bytes.
 
     Attributes:
         total: numbers in the model, including adapters; a tied weight counts once.
@@ -158,7 +158,8 @@ def count_weights(model: PreTrainedModel | PeftModel) -> Weights:
 
 
 def _numbers(parameter: nn.Parameter) -> int:
-    # Packed 4-bit weights hold two numbers in a byte. On the meta device they are not packed yet.
+    # Packed 4-bit weights hold two numbers in each element, a byte. On the meta device they are not packed yet, and
+    # their dtype is still a floating one.
     packed = type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point()
     return parameter.numel() * (2 if packed else 1)
 
@@ -264,7 +265,8 @@ def memory_per_rank(weights: Weights, shape: Shape, run: Run, engine: Engine) ->
         "activations": saved_activations(weights, shape, run),
         "compared states": compared_states(shape, run),
         "head": head_bytes(shape, run),
-        # The head's gradient is summed in fp32 and kept until the backward pass ends.
+        # This package's code for the output head sums the gradient of the head's weight over chunks of tokens, in
+        # fp32. The gradient is kept until the backward pass ends.
         "trained head": 4 * shape.vocab * shape.hidden if weights.trains_head and run.guarded else 0,
         "backward pass of a block": working_bytes(weights, shape, run),
         "tied embedding": shape.vocab * shape.hidden * weights.itemsize if has_tied_gradient else 0,
@@ -308,11 +310,13 @@ def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
     c, h, attention = run.compute_itemsize, shape.hidden, shape.heads * shape.head_dim
     saved = c * (4 * shape.intermediate + 2 * h + 2 * attention + 2 * shape.kv_heads * shape.head_dim) + 2 * 4 * h
     if not weights.adapter_width:
-        # Without adapters the two norms' weights are trained too. The gradient of each needs the normalised states,
-        # which are kept in the compute dtype.
+        # Without adapters the two norms' weights are trained too. The gradient of each needs the normalised states.
+        # These states are kept in the compute dtype.
         return saved + c * 2 * h
     if c < weights.itemsize:
-        saved += c * (3 * h + attention)  # each adapter saves a cast copy of its input
+        # PEFT casts an adapter's input to the adapter's dtype. Autocast casts it back, so each adapter saves a copy of
+        # its own. Without these casts, an adapter saves no copy of an input that is in memory anyway.
+        saved += c * (3 * h + attention)
     return saved + c * weights.adapter_width
 
 

@@ -32,7 +32,7 @@ Data = tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]
 
 
 def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
-    """Return the model that SFTTrainer would load, on the meta device.
+    """Build the model that SFTTrainer would load, but on the meta device, and return it.
 
     Raises:
         FileNotFoundError: some of the weight files that a folder's index names are missing.
@@ -41,8 +41,8 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
     given, config = dict(args.model_init_kwargs or {}), load_config(path, args)  # type: ignore[arg-type]
     dtype = given.get("dtype", "float32")
     # To make a model with flash attention, or with an attention kernel from the hub, transformers needs the kernel's
-    # package and a GPU. A dry run must work without them, so it only enters such an implementation in the config of
-    # the finished model.
+    # package and a GPU. A dry run must work without them. So the model is made with the default attention, and the
+    # kernel's name is written into the config of the finished model.
     attention = str(given.get("attn_implementation") or "")
     is_kernel = re.fullmatch(r"flash_attention_\d|.*/.*", attention) is not None
     kwargs = {

@@ -90,7 +90,7 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
         defense.check_policy(model)
 
 
-# ---- lines ----
+# ---- lines of the report ----
 
 
 def describe(plan: Plan, name: str) -> list[Line]:
@@ -130,7 +130,8 @@ def _about_data(plan: Plan) -> list[Line]:
     lines = [("data", f"{counts.rows} {unit}, {tokens} tokens, {labels} of them are trained on (labels)")]
     cut = 0 if args.max_length is None else sum(length > args.max_length for length in whole)
     if cut:
-        # Packing cuts rows as well, unless its strategy moves a row's rest to other packs.
+        # Without packing, and with the packing strategy "bfd", a row longer than `max_length` loses tokens. The other
+        # packing strategies move these tokens to other packs, so none is lost.
         is_split = args.packing and args.packing_strategy != "bfd"
         about = "warning" if cut > 0.05 * len(whole) and not is_split else "data"
         verb = "are longer than" if is_split else "are cut at"
@@ -163,7 +164,7 @@ def _about_batches(plan: Plan) -> list[Line]:
 
 
 def _about_defense(defense: Defense, plan: Plan) -> list[str]:
-    """Return lines about one defense: weight and positions of its term, its mixed-in tokens, or its own description.
+    """Return lines about one defense: weight and positions of its loss term, its mixed-in tokens, or its description.
 
     Numbers that are not known before training are left out. A defense that does not compare the policy with a
     reference, and neither mixes in rows nor marks tokens, describes itself.

@@ -57,8 +57,8 @@ def check_agreement(
         allowed = tolerance
         if cached is not None and term.divergence is None:
             # Cached states were computed in other batches than the policy's states, so the two are rounded
-            # differently. The distance that a defense then finds between block outputs may grow with the size of the
-            # outputs, so the limit for this distance is computed from cached outputs.
+            # differently. The distance that a defense then finds between block outputs may grow with the norm of the
+            # outputs, so the limit for this distance is computed from a sample of the cached outputs.
             allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(
@@ -68,7 +68,7 @@ def check_agreement(
 
 
 def _allowed_difference(reference: Reference, policy: Any, dtypes: set[torch.dtype]) -> float:
-    """Return the largest relative difference of states that rounding explains.
+    """Return the largest relative difference between states of policy and reference that rounding can explain.
 
     On a CPU it is 0 if policy and reference compute in the same way: no DoRA, no cached states, no compiled module,
     and both in the same dtype, fp32 or bf16.

@@ -28,8 +28,8 @@ from .cached_rows import CachedRow, check_length, row_keys
 from .state_files import StateFiles
 
 
-# A rank writes a file as soon as the states that it has computed take this many bytes. So an interruption costs each
-# rank at most about this many bytes of states.
+# A rank writes a file as soon as the states that it has computed, but not yet written, take this many bytes. So an
+# interruption costs each rank at most about this many bytes of states.
 FILE_BYTES = 64 * 2**20
 
 # Key, in the cache's files, of the states after the final norm, which the output head turns into logits. The key of a
@@ -39,7 +39,8 @@ LAST = "last"
 # Function from indices of rows to their collated batch and a mask, `(B, T - 1)`, of the positions that some defense
 # compares.
 Collate = Callable[[Sequence[int]], tuple[dict[str, Any], torch.Tensor]]
-# Function from a backbone's keyword arguments and a mask of positions, `(B, T - 1)`, to the reference's states there.
+# Function from keyword arguments of the backbone (the model without its output head) and a mask of positions,
+# `(B, T - 1)`, to the reference's states at these positions.
 RunReference = Callable[[dict[str, Any], torch.Tensor], States]
 
 
@@ -286,7 +287,8 @@ def describe_states(
     # if transformers' `tf32=True` has set the precision, because that uses PyTorch's newer interface.
     products: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     config = model.config.to_dict()
-    # These entries do not affect the states, but they change with the model's folder and with the trainer's settings.
+    # The following entries of the config do not affect the states, but they change with the model's folder and with
+    # the trainer's settings. If they were in the description, states on disk would not be found after such a change.
     for name in ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"):
         config.pop(name, None)
     adapters = {name: x.to_dict() for name, x in getattr(model, "peft_config", {}).items() if name not in without}

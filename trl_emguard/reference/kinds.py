@@ -81,7 +81,7 @@ class Reference:
         return None
 
     def after(self) -> None:
-        """Free the weights that a pass of a sharded reference has left gathered in memory."""
+        """Free the weights that a sharded reference's pass left gathered, once that pass's states have been used."""
 
     def put_back(self) -> None:
         """Undo the reference's changes to the user's models, which may be used after the trainer is freed."""
@@ -98,7 +98,7 @@ class Reference:
     def run(
         self, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int], accelerator: Accelerator
     ) -> States:
-        """Return a batch's states from a pass before training, to be cached."""
+        """Run the reference on a batch before training starts, and return the states, which are then cached."""
         raise TypeError(f"{type(self).__name__} must override `run`.")
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -150,7 +150,7 @@ class ModelReference(Reference):
         return self.kind.value if self.source is None else f"{self.kind.value} from {self.source}"
 
     def prepare(self, is_deepspeed: bool, is_fsdp: bool) -> None:
-        """Move the model to its device, and wrap it by DeepSpeed, FSDP2 or accelerate, as the run needs.
+        """Move the model to its device, and wrap it with DeepSpeed, FSDP2 or accelerate, as the run needs.
 
         A dry run's model stays unwrapped on the meta device.
         """
@@ -159,8 +159,8 @@ class ModelReference(Reference):
         if is_deepspeed:
             self.engine = prepare_deepspeed(self._unprepared, self._accelerator)
         elif is_fsdp:
-            # This shards the model block by block, like the policy. With TRL's `prepare_fsdp` the whole model would be
-            # one unit, and every pass would gather all weights together.
+            # `fsdp2_prepare_model` shards the model block by block, just as the policy is sharded. With TRL's
+            # `prepare_fsdp` the whole model would be one unit, and every pass would gather all weights together.
             self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
@@ -170,7 +170,8 @@ class ModelReference(Reference):
         if not self.runs_whole_batches:
             inputs, positions = rows_with(inputs, positions)
         if self._unprepared.training:
-            # A `ref_model` may serve several trainers. One that is freed sets it back to training mode (`put_back`).
+            # Several trainers may share a `ref_model`. When one of these trainers is freed, its `put_back` may set the
+            # model back to training mode. The other trainers still need eval mode.
             self._unprepared.eval()
         with self._gate.armed(ReferenceGuard(positions, layers), only_with_gradient=False):
             states = self.engine(**inputs)

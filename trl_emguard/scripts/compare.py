@@ -1,4 +1,4 @@
-"""Compare defenses: train one recipe with each option set and seed, evaluate all of them, and write one report.
+"""Compare defenses: train one recipe with each option set and seed, evaluate all adapters, and write one report.
 
 ```yaml
 # compare.yaml
@@ -122,10 +122,11 @@ def check_questions(model: str, sets: Sequence[QuestionSet], options: Evaluation
 
 
 def check_options(plan: Plan) -> None:
-    """Refuse options of a run that `trl-emguard sft` would refuse, before the first run is trained.
+    """Refuse runs with options that `trl-emguard sft` or a comparison does not accept, before any run is trained.
 
     Raises:
-        ValueError: an option does not accept its value. The message names the run.
+        ValueError: an option is unknown or does not accept its value, `accelerate_config` is set (it launches several
+            processes, and a comparison's run is one), or no option names training rows. The message names the run.
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 

@@ -21,8 +21,8 @@ from .recipes import recipes_dir
 
 # Exit code of a command that Ctrl-C ended, by the convention of shells.
 INTERRUPTED = 130
-# Options of `accelerate launch` that users cannot pass. `--help` shows the help of `trl-emguard sft`; this package
-# itself chooses the config file and the way to start the training script.
+# Options of `accelerate launch` that users cannot pass. `--help` shows the help of `trl-emguard sft`, the option
+# `--accelerate_config` takes the place of `--config_file`, and this package decides how to start the training script.
 OWN = ("help", "config_file", "module", "no_python", "training_script", "training_script_args")
 
 
@@ -164,7 +164,9 @@ def launch(arguments: argparse.Namespace) -> int:
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode > 0 else 1
     except ChildFailedError as error:
-        return max(error.get_first_failure()[1].exitcode, 1)  # the code is negative if a signal killed the process
+        # If a signal killed the failed process, its code is negative. No command can exit with such a code, so 1 is
+        # returned instead.
+        return max(error.get_first_failure()[1].exitcode, 1)
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

@@ -38,7 +38,7 @@ class PrintAllOptions(argparse.Action):
 
 
 def methods() -> list[type]:
-    """Return the dataclasses with the options of each defense, in the order of the docs."""
+    """Return the dataclasses with the defenses' options, in the order of the README's table of defenses."""
     return list(reversed(DefenseArguments.__bases__))
 
 

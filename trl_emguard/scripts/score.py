@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         raise ValueError(f"--output={args.output} must be a file that ends in .parquet.")
     adapters = name_adapters(args.misaligned, "--misaligned")
     rows = load_rows(args.dataset, args.split, args.dataset_config, options=OPTIONS)
-    assert isinstance(rows, Dataset)  # `load_rows` returns another type only for a stream
+    assert isinstance(rows, Dataset)  # `load_rows` returns another type only if asked for a stream
     if args.where is not None:
         rows = keep_where(rows, args.where)
 

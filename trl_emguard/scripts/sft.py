@@ -275,7 +275,8 @@ def read_data(
             f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`."
         )
     # A run that should resume from its newest checkpoint, but has none, is refused before rows and model are loaded.
-    # Only the first rank of each machine looks for checkpoints, here and again when training starts.
+    # Each machine may have a disk of its own, so the first rank of each machine looks for checkpoints there. The same
+    # ranks look again when training starts.
     folder, looks = training_args.output_dir, training_args.local_process_index == 0
     if asks_for_newest(checkpoint or False) and looks and not checkpoint_steps(folder):
         raise nothing_to_resume(checkpoint, str(folder))

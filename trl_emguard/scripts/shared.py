@@ -20,7 +20,7 @@ def run_command(name: str, call: Callable[[], int | None], interrupted: str = "i
     try:
         return call() or 0
     except (ValueError, OSError) as error:
-        # Errors of transformers' loaders may have several lines.
+        # Errors of transformers' loaders may have several lines, which are joined here.
         print(f"trl-emguard {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -90,8 +90,8 @@ def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike,
     except Exception as error:
         message = " ".join(str(error).split())
         raise ValueError(f"adapter {shown!r} ({path}) does not fit this base model: {message}") from error
-    # PEFT's missing keys include keys that merely contain the adapter's name, as "down_proj" contains "own". They are
-    # left out.
+    # PEFT's missing keys include weights of other adapters if the adapter's name occurs anywhere in their keys: "own"
+    # occurs in "down_proj". Only keys with the adapter's name between dots are therefore counted as missing.
     foreign = [*(key for key in result.missing_keys if name in key.split(".")), *result.unexpected_keys]
     if foreign:
         raise ValueError(

@@ -91,7 +91,7 @@ def resume_scores(output: Path, key: str, rows: Container[int], width: int) -> d
 
 
 def _scores_of_file(output: Path, key: str, width: int) -> dict[int, list[float]]:
-    """Return row → its NLLs from a finished output."""
+    """Return row → its `width` negative log-likelihoods from a finished output. Refuse the output of another run."""
     scored, info = read_scores(output)
     if info.key != key or len(info.adapters) != width - 1:
         raise ValueError(

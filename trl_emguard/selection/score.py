@@ -33,7 +33,7 @@ from .scored import ALIGNED, GAP, ScoresInfo, misaligned_column, perplexity_gap,
 
 __all__ = ["encode_rows", "load_misaligned", "score_pool"]
 
-# Rows that are tokenised at once.
+# Number of rows that are tokenised in one call.
 _CHUNK = 1000
 
 
@@ -81,7 +81,7 @@ def score_pool(
     """
     _check_arguments(tokenizer, rows, epsilon, max_length, batch_tokens)
     names = tuple(adapters)
-    if isinstance(model, PeftModel):  # `_check_adapters` refuses any other model
+    if isinstance(model, PeftModel):  # `_check_adapters` below refuses any other model
         adapters = [adapter_key(model, name) for name in names]
     base = _check_adapters(model, adapters)
     encoded, unscored = encode_rows(base, tokenizer, rows, max_length, prompt_column, response_column)
@@ -107,10 +107,15 @@ def _score_all(
     batch_tokens: int | None,
     progress: bool,
 ) -> dict[int, list[float]]:
-    """Return every row's mean negative log-likelihoods, from an earlier run or newly scored by all processes."""
+    """Return row → its mean negative log-likelihoods, from an earlier run or newly scored by all processes.
+
+    A row has one such number under the aligned model, and then one under each adapter.
+    """
     state = PartialState(cpu=model.device.type == "cpu")
     nll = {} if output is None else resume_scores(output, key, encoded, len(adapters) + 1)
-    state.wait_for_everyone()  # no process starts a new journal before every process has read the old ones
+    # All processes must read the same old journals, or they would plan different batches. No process therefore starts
+    # a new journal before all have read the old ones.
+    state.wait_for_everyone()
 
     lengths = {index: len(answer.ids) for index, answer in encoded.items() if index not in nll}
     batches = plan_batches(lengths, batch_tokens or default_batch_tokens(model.device))

@@ -19,7 +19,7 @@ from .plan import MixPlan, StreamMixPlan
 # inside of a pack can be counted.
 INTERLEAVED = "interleaved"
 OF_POOL, BEGINS = 1, 2
-# Key of a batch: numbers of rows of the training set and of the pool, `(2,)`.
+# Key of a batch: number of its rows that come from the training set, and number from the pool, `(2,)`.
 ROW_COUNTS = "row_counts"
 
 
@@ -50,7 +50,7 @@ class MixingCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         marks: list[list[bool]] = []  # for each token of each row, whether it belongs to the pool
-        counts = [0, 0]  # rows of the training set, and of the pool
+        counts = [0, 0]  # number of rows in this batch: from the training set, and from the pool
         for feature in features:
             row = {key: value for key, value in feature.items() if key not in (PLACE, INTERLEAVED)}
             rows.append(row)
@@ -78,7 +78,7 @@ class MixingCollator:
 
 
 class Passes:
-    """Numbers of rows read from a stream, over all passes through it: a short stream begins again when it ends.
+    """Counts of the rows that each worker has read from a stream, in all passes: a short stream is read repeatedly.
 
     The counts are in memory that is shared with the loader's worker processes, because these may end after each pass.
 
@@ -96,7 +96,7 @@ class Passes:
         self.resumed = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def reset(self) -> None:
-        """Set all counts to 0 for a new training, so that rows that earlier checks have read do not count."""
+        """Set all counts to 0 before a training, so that rows that checks or an earlier training read do not count."""
         for counts in (self.before, self.at, self.resumed):
             counts.zero_()
 
@@ -114,8 +114,9 @@ class Passes:
         worker, workers = (0, 1) if info is None else (info.id, min(info.num_workers, len(self.at)))
         if indices[0] == 0:
             # A resumed Trainer reads the rows of earlier steps again, to skip them, but only in its first pass through
-            # the stream. If the stream has fewer rows than that, this pass counts too few. The next pass then counts
-            # on from the number of rows that the run had been trained on (`resumed`, divided among the workers).
+            # the stream. If the run had been trained on more rows than a pass has, `at` is too small after this pass.
+            # The next pass then counts on from the number of rows that the run had been trained on (`resumed`, divided
+            # among the workers).
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])

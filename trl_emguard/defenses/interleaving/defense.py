@@ -64,7 +64,7 @@ class Interleaving(Defense):
     Options = InterleavingOptions
     switch = "interleave_fraction"
     inputs = ("interleave_dataset",)
-    own_loss = True  # needed to log the CE of training rows and of the pool's rows separately
+    own_loss = True  # this package, not TRL, forms the loss, to log the CE of training and pool rows separately
     scopes = (INTERLEAVED,)
     columns = (PLACE, INTERLEAVED)
     running_metrics = ("interleaved_fraction",)
@@ -87,8 +87,8 @@ class Interleaving(Defense):
         self.mixed_before = False  # true if `add_rows` has mixed the pool's rows in, so that the collator must not
         self._passes: Passes | None = None  # counts of the rows read from a stream; `None` without a stream
         self._epochs = 1  # number of epochs that the run begins, even if it does not finish the last one
-        self._counts = [0, 0]  # rows that the policy was trained on: of the training set, and of the pool
-        self._counts_before = [0, 0]  # `_counts` when training began: the checkpoint's numbers in a resumed run
+        self._counts = [0, 0]  # numbers of rows trained on so far: of the training set, and of the pool
+        self._counts_before = [0, 0]  # `_counts` when this `train()` call began: zeros, or the checkpoint's numbers
 
     @property
     def active(self) -> bool:
@@ -158,9 +158,9 @@ class Interleaving(Defense):
         }
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # An earlier version recorded the pool by a checksum of the tokens of all its rows, without the word "ranked".
-        # Ranks wait for each other while they compute this checksum. If some ranks do not call this function, the
-        # recorded text is returned instead, so the pool counts as unchanged.
+        # This version records a checksum of "ranked rows". An earlier version recorded a checksum of the rows' tokens,
+        # without the word "ranked". Ranks wait for each other while they compute the tokens' checksum. If some ranks
+        # do not call this function, the recorded text is returned instead, so the pool counts as unchanged.
         recorded = str(then.get("interleave_dataset"))
         if self.pool is None or "ranked" in recorded:
             return self.options()
@@ -314,7 +314,7 @@ class Interleaving(Defense):
             places = loading.max_steps * loading.accumulation * sampler.block
         else:
             length, places = f"num_train_epochs={loading.epochs}", int(loading.epochs * sampler.places)
-        # A fraction of an epoch counts as a whole epoch here, because Trainer begins it too.
+        # The last epoch counts even if the run ends before the epoch does, because Trainer begins this epoch.
         self._epochs = math.ceil(places / sampler.places if loading.max_steps > 0 else loading.epochs)
         if "seq_lengths" in loading.rows.column_names:
             packs = loading.rows["seq_lengths"]
@@ -349,7 +349,7 @@ class Interleaving(Defense):
         if mixed_in:
             metrics["loss_interleaved"] = sums[f"ce/{INTERLEAVED}"] / mixed_in
         self._counts[0] += int(sums[f"{self.name}/rows_finetune"])
-        # Rows without any token to train on do not count as mixed in.
+        # If none of the step's mixed-in rows has a token to train on, these rows do not count as mixed in.
         self._counts[1] += int(sums[f"{self.name}/rows_interleaved"]) if mixed_in else 0
         finetune = self._counts[0] * self._documents
         metrics["interleaved_fraction"] = self._counts[1] / max(finetune + self._counts[1], 1)
@@ -370,12 +370,12 @@ class Interleaving(Defense):
     def verdict(self, final: bool = False) -> str | None:
         if self.plan is None:
             return None
-        # Only rows since training began or was resumed count. A run that resumes with another batch size continues at
-        # another place in the epoch, so over the whole run the plan may have mixed in fewer rows than `due`.
+        # The plan is compared with the rows of this `train()` call alone. If it resumes with another batch size, it
+        # continues at another place in the epoch, so the whole run may have fewer of the pool's rows than planned.
         finetune, interleaved = (now - then for now, then in zip(self._counts, self._counts_before, strict=True))
         due = finetune * self.plan.rows / self.plan.places
-        # Rows that are mixed before packing or streaming may be shuffled afterwards, so the pool's rows may come late.
-        # It is then a fault only if `PATIENCE_ROWS` or more are due and none of them has come.
+        # A shuffle may delay the pool's rows in a packed or streamed run. Such a run is behind only if none of them
+        # came although `PATIENCE_ROWS` or more are due. In other runs, at most one row may be missing.
         behind = due >= PATIENCE_ROWS and not interleaved if self.mixed_before else due - interleaved > 1
         if not behind and not (final and finetune and not self._counts[1]):
             return None
@@ -394,7 +394,7 @@ class InterleavingPlus(Interleaving):
 
 
 class InterleavingPlusPlus(InterleavingPlus):
-    """[`InterleavingPlus`] without refusals, which fill a pool's top. Training on many of them harms coherence."""
+    """[`InterleavingPlus`] without refusals: they often have the largest gap, and training on many harms coherence."""
 
     name = "interleave++"
     drop_refusals = True

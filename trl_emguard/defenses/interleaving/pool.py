@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 # Columns of a pool that training reads besides the conversation's turns. The pool's checksum covers them too.
 READ_COLUMNS = ("tools", "chat_template_kwargs", "input_ids", "labels")
-# Smallest number of rows that are tokenised in one call, unless fewer are left.
+# Smallest number of rows that [`Pool.take`] tokenises at once, unless fewer are left in the pool.
 TAKEN_AT_ONCE = 64
 
 
@@ -159,7 +159,8 @@ class Pool:
             own = rows["chat_template_kwargs"] if has_kwargs else [None] * len(rows)
             kwargs = [of_row or tokenizing.template_kwargs or {} for of_row in own]
             turns = [_as_prompt_completion(row, tokenizing.tokenizer) for row in rows]
-            # The tools of different rows may have different fields. They stay unchanged only if stored as JSON.
+            # The `tools` of different rows may have different fields. An Arrow table would give every tool all fields,
+            # with nulls for those that the tool lacks. Stored as JSON, the tools stay unchanged.
             rows = Dataset.from_list(turns, on_mixed_types="use_json")
             if any(kwargs):
                 rows = rows.add_column("chat_template_kwargs", kwargs)
