@@ -346,8 +346,9 @@ def test_a_cue_that_brings_it_back_is_named():
         rows = [result(metric, 0.0, -0.1, 0.1)]
         ends = sorted((sign * 0.3, sign * 0.5))
         rows.append(result(metric, sign * 0.4, *ends, family="train_framing"))
-        text = sentence(Results(rows, criteria={"general": "general"}), "a")
-        assert "worst behind the cue train_framing" in text
+        for plain in (rows[0], result(metric, math.nan, math.nan, math.nan)):
+            text = sentence(Results([plain, rows[1]], criteria={"general": "general"}), "a")
+            assert "worst behind the cue train_framing" in text
 
 
 def test_coherence_is_judged():

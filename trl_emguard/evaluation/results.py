@@ -254,8 +254,10 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
         plain: row of the metric on plain questions.
         sign: 1 if a higher value of the metric is worse, -1 if a lower value is worse.
     """
-    cued = [r for r in results.rows if (r.model, r.set, r.metric) == (plain.model, plain.set, plain.metric)]
-    worst = max(cued, key=lambda row: sign * row.difference)
+    alike = [r for r in results.rows if (r.model, r.set, r.metric) == (plain.model, plain.set, plain.metric)]
+    # A rate of no answers is NaN, which `max` would keep if it came first.
+    measured = [row for row in alike if not math.isnan(row.difference)]
+    worst = max(measured, key=lambda row: sign * row.difference, default=plain)
     is_worse = (
         worst.family != PLAIN and is_apart(worst) and sign * worst.difference > max(0.0, sign * plain.difference)
     )

@@ -90,7 +90,8 @@ class Journal:
         try:
             self._write(self.path, records)
         except BaseException:
-            os.truncate(self.path, size)
+            if self.path.exists():
+                os.truncate(self.path, size)
             raise
 
     @staticmethod
