@@ -248,7 +248,7 @@ class DefendedRows(SFTTrainer):
 
 
 def _check_labels_fit(rows: Any, args: EMGuardConfig) -> None:
-    """Warn of rows that lose labels at `max_length`. Tokens that a defense has added to a row count as well.
+    """Warn of rows that lose labels at `max_length`, with the tokens that a defense has added to them.
 
     Raises:
         ValueError: no label of any row is left.

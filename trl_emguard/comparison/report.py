@@ -1,4 +1,8 @@
-"""The report of a comparison: its lines, a sentence on the runs that no other run dominates, and its files."""
+"""The report of a comparison: a table of all runs and free baselines, and the best runs in a sentence.
+
+The best are those that no other run dominates ([`dominates`]). The files are `report.json` and `report.csv`; the page
+`report.html` is made in `page.py`.
+"""
 
 import csv
 import json

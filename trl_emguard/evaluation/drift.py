@@ -323,7 +323,7 @@ class DriftProbe:
 
     @torch.no_grad()
     def _read(self, candidate: Candidate, take: Callable[[int, torch.Tensor], None]) -> dict[str, torch.Tensor]:
-        """Return `margin` and `projection` of each question under a candidate, `(Q,)`, fp64, if they can be measured.
+        """Return each question's `margin` and `projection`, `(Q,)`, fp64; one that cannot be measured is left out.
 
         On the way, `take(i, states)` is called with the last hidden states of each row i in `compared`.
         """

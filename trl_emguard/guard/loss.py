@@ -35,8 +35,8 @@ class GuardOutput(ModelOutput):
         router_logits: router logits of the backbone, in mixture-of-experts models.
     """
 
-    # PEFT's AdaLoRA adds a regulariser to an output's field `loss`. SFTTrainer trains without this regulariser, so the
-    # field here has another name.
+    # PEFT's AdaLoRA adds a regulariser to an output's field `loss`. SFTTrainer makes its loss from `log_probs`, so it
+    # trains without the regulariser. A defended run does the same, because this field has another name.
     total: torch.Tensor | None = None
     stats: torch.Tensor | None = None
     router_logits: Any = None

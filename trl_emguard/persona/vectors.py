@@ -106,7 +106,10 @@ class PersonaVector:
         return f"{zlib.crc32(self.vectors.contiguous().numpy().tobytes()):08x}"
 
     def _file_checksum(self, facts: str) -> str:
-        """Return the checksum of `vectors`, `kind` and `facts` (the metadata as JSON text), which the file stores."""
+        """Return the checksum that `save` writes into a file, and that loading compares.
+
+        It covers `vectors`, `kind` and `facts`, the JSON text of metadata and norms.
+        """
         return f"{zlib.crc32(f'{self.checksum} {self.kind} {facts}'.encode()):08x}"
 
     def check_shape(self, num_layers: int, hidden_size: int) -> None:

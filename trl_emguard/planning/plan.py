@@ -158,9 +158,9 @@ class Plan:
     def cached_numbers(self) -> int:
         """Return how many numbers a cache of the reference's states would hold for the rows of an epoch."""
         scopes, run = {term.tokens for term in self.terms}, self.largest_batch()
-        # A position that a defense marks also predicts a label (`LABELS`), and a position that predicts a label also
-        # predicts a real token, not padding (`ALL`). The cache stores the states of a position once, even if two
-        # scopes contain the position. So no other scope is counted beside `ALL`, and no marked scope beside `LABELS`.
+        # The scopes are nested: each marked scope lies in `LABELS`, the positions that predict a label, and `LABELS`
+        # in `ALL`, the positions that predict a real token. The cache stores a position's states once, so only the
+        # largest scope in use is counted.
         counted = {ALL} if ALL in scopes else {LABELS} if LABELS in scopes else scopes
         positions = sum(self.positions(scope) or 0 for scope in counted)
         hidden_size = self.trainer.model.config.get_text_config().hidden_size

@@ -101,7 +101,7 @@ class Passes:
             counts.zero_()
 
     def read(self, indices: list[int], plan: StreamMixPlan) -> tuple[list[int], StreamMixPlan]:
-        """Count the training rows that this loader worker reads next; return their places, and the worker's plan.
+        """Count training rows that this loader worker has just read. Return their places, and the worker's plan.
 
         A place is a row's index among all rows that this worker has read, over all passes through the stream. The
         worker's plan is `plan` with `worker` and `workers` set.
