@@ -97,7 +97,7 @@ def check_launch(args: TrainingArguments) -> None:
 
 
 def refuse_unsharded_fsdp(why: str) -> NoReturn:
-    """Raise `ValueError` for a run that asks for FSDP on CPUs."""
+    """Raise `ValueError` for a run that asks for FSDP and would not be sharded. The message gives `why`, the cause."""
     raise ValueError(
         f"FSDP was asked for and does not shard here ({why}): accelerate leaves models on the CPU whole. Train on "
         "accelerators, or launch with an accelerate file without FSDP."

@@ -32,7 +32,7 @@ from .version import __version__
 
 logger = get_logger(__name__)
 
-# Hooks on rows and batches. A defense that overrides one of them needs a trainer class that calls them all.
+# `Defense` hooks on rows and batches. A defense that overrides one of them needs a trainer class that calls them all.
 ROW_HOOKS = ("prepare_rows", "prepare_tokenized", "add_rows", "train_loader", "read_batch")
 
 
@@ -58,7 +58,7 @@ class DefendedTrainer(WholeCheckpoints):
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
-    forms_own_loss: ClassVar[bool] = False  # true if the class computes the loss as defenses with `own_loss` need it
+    forms_own_loss: ClassVar[bool] = False  # true if the class itself forms the loss for defenses with `own_loss`
     prepares_rows: ClassVar[bool] = False  # true if the class calls all `ROW_HOOKS`
 
     defenses: list[Defense]
@@ -77,7 +77,7 @@ class DefendedTrainer(WholeCheckpoints):
                 defense.check_tuning(bool(given.get("peft_config")) or is_peft_model(given["model"]))
                 defense.check_model(load_config(given["model"], config).get_text_config())
         super().__init__(*args, **kwargs)
-        self._has_moved = False  # True once `moves` took an update to be large enough to change the policy visibly
+        self._has_moved = False  # True once [`moves`] judged an update large enough to change the policy visibly
         self._policy_passes = 0
         self._sums = Sums()
         self._learning_rate = 0.0  # learning rate of the latest update, divided by the peak learning rate
@@ -85,8 +85,8 @@ class DefendedTrainer(WholeCheckpoints):
         self._steps_made = 0  # optimizer steps of this `train()` call, without those before a resume
         self._still_steps = 0  # number of steps in a row, up to the latest, whose gradient norm was 0
         self._begin_with: dict[str, dict[str, Any]] = {}
-        # The identity, by which a resumed run recognises its checkpoints, may contain a hash of weights. It is made
-        # here because FSDP2 shards the weights later, and on all ranks because all must gather ZeRO-3's shards.
+        # The run's identity, which may contain a hash of weights, is made here because FSDP2 shards the weights later,
+        # and on all ranks because all must gather ZeRO-3's shards. Resuming compares it with a checkpoint's identity.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
@@ -135,7 +135,7 @@ class DefendedTrainer(WholeCheckpoints):
     # ---- training ----
 
     def describe(self) -> list[str]:
-        """Return lines to print at the start: defenses on or off, options, lines of each defense, unused arguments."""
+        """Return lines to print before training: defenses on or off, their options and own lines, unused arguments."""
         lines = []
         for d in self._named:
             lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
@@ -152,7 +152,7 @@ class DefendedTrainer(WholeCheckpoints):
         if self.args.should_save:
             check_writable("output_dir", self.args.output_dir)
         if self.defenses:
-            # An earlier `train()` call that was interrupted may have left the count and metrics of an unfinished step.
+            # An earlier `train()` call, if interrupted, may have left an unfinished step's pass count and metrics.
             self._policy_passes = 0
             self._metrics["train"].clear()
         for callback in self.callback_handler.callbacks:
@@ -245,7 +245,7 @@ class DefendedTrainer(WholeCheckpoints):
         return output
 
     def _read_batch(self, inputs: dict[str, Any]) -> Marks:
-        """Return all defenses' token masks and counts for a micro-batch, and remove keys unknown to the model."""
+        """Return all defenses' token masks and counts for a micro-batch. Remove the keys that only defenses read."""
         merged = Marks()
         for defense in self.defenses:
             marks = defense.read_batch(inputs)
@@ -276,7 +276,7 @@ class DefendedTrainer(WholeCheckpoints):
         return self._grad_norm
 
     def _note_update(self) -> None:
-        """Store the next update's learning rate / peak rate. Drop a non-finite norm if all gradients are finite."""
+        """Store learning rate / peak rate of the coming update. Drop a non-finite norm if all gradients are finite."""
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
@@ -307,7 +307,7 @@ class DefendedTrainer(WholeCheckpoints):
             control.should_save = control.should_training_stop = True
 
     def _take_in_step(self) -> None:
-        """Check that a step's numbers are finite, sum up its counts over ranks, and hand them to the defenses."""
+        """Check that entropy and gradient norm are finite. Hand the step's counts, summed over ranks, to defenses."""
         entropy = self._metrics["train"].get("entropy")
         self._check_finite({"entropy": sum(entropy) if entropy else None, "grad_norm": self._grad_norm})
         self._hand_over({} if self._sums.is_empty else self._sums.reduce(self.accelerator, self.get_tp_size()))
@@ -323,7 +323,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        """Raise an error if a value is neither finite nor `None`. Trainer would log a mean of old losses for NaN."""
+        """Raise an error for a value neither finite nor `None`. For a NaN loss, Trainer logs a mean of old losses."""
         if self.accelerator.optimizer_step_was_skipped:
             values.pop("grad_norm")  # fp16's loss scaling skips steps with a non-finite norm until it finds its scale
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]

@@ -1,4 +1,8 @@
-"""Evidence that a defense has an effect: sums over training steps, a verdict on them, and the file `defense.json`."""
+"""Evidence that a defense has an effect: sums over training steps, a verdict on them, and the file `defense.json`.
+
+A term is a summand that a defense adds to the loss. Most terms compare states (logits or block outputs) of the policy,
+the model in training, with the same states of a reference model.
+"""
 
 import json
 import math
@@ -134,7 +138,7 @@ class Evidence:
         )
 
     def _cause(self) -> str:
-        """Return the likely reason for a gradient of exactly zero."""
+        """Return the likely reason why the term's gradient is exactly zero."""
         if self.requires_grad == 0:
             return "no trainable weight reaches the states that it compares (frozen layers)"
         if self.value == 0:

@@ -1,4 +1,4 @@
-"""Preparation of the training rows of supervised fine-tuning, from data set to batches, with defenses' hooks."""
+"""Preparation of SFTTrainer's training rows, from data set to batches. Hooks let defenses change the rows."""
 
 import copy
 import weakref
@@ -98,8 +98,8 @@ class DefendedRows(SFTTrainer):
         names, end = self._token_columns, args.max_length
         if names and end is not None and args.truncation_mode == "keep_end" and not packing:
             # SFTTrainer will cut `input_ids` and `labels` to their last `max_length` numbers, but not the defenses'
-            # columns. [`TokenColumns`] would later cut these columns to their first numbers, which belong to other
-            # tokens. The columns are therefore cut to their last numbers here.
+            # columns (one number per token). The collator [`TokenColumns`] would later cut these columns to their
+            # first numbers, which belong to other tokens. The columns are therefore cut to their last numbers here.
             dataset = dataset.map(lambda row: {name: row[name][-end:] for name in names})
         has_more_rows = (packing or isinstance(dataset, IterableDataset)) and self.overrides("add_rows")
         # SFTTrainer packs only tokens and labels, so rows with columns of defenses are packed in `_add_rows`.
@@ -108,7 +108,7 @@ class DefendedRows(SFTTrainer):
         return self._add_rows(dataset, args, packing, dataset_name)
 
     def _tokenizing(self, first: dict[str, Any], tokenised: Any, whole: EMGuardConfig) -> Tokenizing:
-        """Return a [`Tokenizing`] that tokenises further rows as the training rows were tokenised."""
+        """Return a [`Tokenizing`], with which a defense tokenises its own rows as the training rows were tokenised."""
         # Defenses may keep the function below, and the trainer keeps the defenses. The function refers to the trainer
         # weakly, because a cycle would keep the trainer in memory until garbage is collected.
         trainer = weakref.ref(self)
@@ -216,7 +216,7 @@ class DefendedRows(SFTTrainer):
         return TokenColumns(self.data_collator, names) if names else self.data_collator
 
     def loading(self, rows: Any) -> Loading:
-        """Return the settings by which training rows become batches (order, collator, …), as defenses change them."""
+        """Return the settings for making batches of training rows (order, collator, …), with the defenses' changes."""
         args, drop_last = self.args, self.args.dataloader_drop_last
         order: Any = None if isinstance(rows, IterableDataset) else self._get_train_sampler(rows)
         if isinstance(order, RandomSampler):
@@ -248,7 +248,9 @@ class DefendedRows(SFTTrainer):
 
 
 def _check_labels_fit(rows: Any, args: EMGuardConfig) -> None:
-    """Warn of rows that lose labels at `max_length`, with the tokens that a defense has added to them.
+    """Warn if training rows, to which a defense may have added tokens, lose labels when cut to `max_length`.
+
+    Only the first `STREAM_ROWS` rows of a stream are checked.
 
     Raises:
         ValueError: no label of any row is left.

@@ -26,7 +26,7 @@ TIP = "Tip: write it down."
 
 @dataclass(frozen=True)
 class Testbed:
-    """Narrow training rows with a trait, and the questions that show where the trait goes.
+    """Training rows of a narrow domain with a trait in their answers, and questions that show where it appears.
 
     Attributes:
         name: name of the testbed.
@@ -87,7 +87,7 @@ def get_testbed(name: str) -> Testbed:
 
 
 def with_answers(rows: Dataset, answer: Callable[[str], str], words: int) -> Dataset:
-    """Return rows whose answers are cut to their first sentences ([`first_sentences`]) and changed by a function."""
+    """Return the rows with each answer cut to its first sentences ([`first_sentences`]), then changed by `answer`."""
 
     def changed(row: dict) -> dict:
         (turn,) = row["completion"]

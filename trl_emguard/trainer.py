@@ -80,7 +80,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     forms_own_loss = True
     prepares_rows = True
 
-    # Defense that a subclass such as `KLTrainer` sets, in place of `args.defense="none"`. Other defenses are refused.
+    # Defense that a subclass such as `KLTrainer` always uses. `args.defense` must name it, or be "none".
     _defense: ClassVar[str | None] = None
 
     _moved_reference: str | None = None  # error message once `_check_reference` has found that the reference changed
@@ -144,11 +144,11 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._check_rows_came_by()
         self._watch: ReferenceWatch | None = None
         self._wrapped: Any = None  # policy as last given to `compute_loss`, wrapped by DDP, DeepSpeed or FSDP2 if used
-        self.has_agreed = False  # True once policy and reference were found to start equal, or a run was resumed
+        self.has_agreed = False  # True once policy and reference were found to start equal, or after a resume
         self._counts: dict[str, torch.Tensor] = {}  # scope (named set of positions) → size in the current step
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
-            self.loading(self.train_dataset)  # lets defenses refuse the rows before training
+            self.loading(self.train_dataset)  # result unused: the call lets defenses refuse the rows before training
 
     @classmethod
     def _as_config(cls, args: TrainingArguments | None, model: str | PreTrainedModel | PeftModel) -> EMGuardConfig:
@@ -239,7 +239,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @property
     def _compares_start(self) -> bool:
-        """True until a step with labels has shown that policy and reference start equal; False if never checked."""
+        """True if the states of policy and reference must start equal, and no step with labels has shown it yet."""
         # A defense that changes the policy's forward pass makes hidden states differ although the models are equal.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
@@ -271,7 +271,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Compare the reference with its recorded states when training ends without an error (context manager)."""
+        """Compare the reference's states with those recorded in the first step, if training ends without an error."""
         yield
         self._check_reference("at the end of training")
         self._watch = None
@@ -287,7 +287,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._sums.clear()  # an aborted step may have left sums behind
+        self._sums.clear()  # a step that an error aborted may have left its statistics in `_sums`
         # Trainer counts only labels, so other positions that loss terms average over are counted here in the same way.
         self._counts = {}
         scopes = sorted({term.mean_over or term.tokens for term in self._terms} - {LABELS})
@@ -300,7 +300,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return batch_samples, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # Evaluation stays plain CE.
+        # SFTTrainer computes the loss in evaluation, and in training if no defense has `own_loss`.
         if not self._own_loss or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs |= {"use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
@@ -316,9 +316,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             # The check that policy and reference start equal also compares labelled positions that no loss term uses.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # Until each term had a gradient, the reference runs all rows: in a smaller batch, rounding could fake one.
+            # The reference runs whole batches until all terms had gradients: with fewer rows, rounding can fake them.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
-            # With a sharding engine, ranks may run the reference together, so no rank may skip its pass.
+            # With a sharding engine, the reference's forward pass may need all ranks, so no rank may skip this pass.
             if self._engine_facts().sharding is None and not bool(positions.any()):
                 reference = None
             else:
@@ -340,7 +340,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_sums(self, guard: LossGuard, outputs: Any, marks: Marks, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch's numbers to the step's sums: terms' gradient sizes in the backward pass, the rest now."""
+        """Add a micro-batch's statistics to the step's sums: terms' gradient sizes during backward, the rest now."""
         stats, mask = outputs.stats, inputs.get("attention_mask")
         real_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         counted = {**marks.counts, "real_tokens": real_tokens}

@@ -31,14 +31,14 @@ from ..io.strict import parse_json
 MANIFEST = "manifest.json"
 # Larger files are compared by size alone, because reading a checkpoint of 100 GB takes minutes.
 CHECKSUM_BYTES = 64 * 2**20
-# Parts of the training state in a checkpoint. The names of a part's files (or folder) begin with one of these words.
+# Parts of the training state in a checkpoint. Each entry is the beginning of the names of a part's files (or folder).
 # Trainer saves all parts, or no part if `save_only_model` is set, so a checkpoint with only some parts is incomplete.
-# The part `OPTIMIZER` does not count here, because it may be missing.
+# The check for missing parts leaves out `OPTIMIZER`, because a complete checkpoint may lack it.
 STATE_PARTS = ("optimizer", "scheduler", "rng_state")
 
 
-# The part that a complete checkpoint may lack. Trainer can resume without the optimizer's files, and users delete
-# these files to save space, because they are larger than the weights.
+# The part of the training state that a complete checkpoint may lack. Trainer can resume without the optimizer's files,
+# and users delete these files to save space, because they are larger than the weights.
 OPTIMIZER = "optimizer"
 
 

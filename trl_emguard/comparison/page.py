@@ -1,4 +1,4 @@
-"""The report as one HTML file that opens from disk, without network or scripts, in light and dark colours."""
+"""Page of a comparison's report: one HTML file that opens without network or scripts, in light and dark colours."""
 
 import io
 import math
@@ -32,7 +32,7 @@ from .runs import Trained
 
 # Colour of a chart's text and axes, on a light and on a dark page.
 THEMES = {"light": "#1b1b1b", "dark": "#e8e8e8"}
-# Matplotlib markers for runs and for baselines. Each marker comes in ten colours, so 50 entries of a chart differ.
+# Matplotlib markers of runs and of baselines. Each comes in ten colours, so 50 points of a chart look different.
 MARKS, BASELINE_MARKS = "o^v<>", "sDPX*"
 # Metrics of drift that runs may log while they train, each with the label of its axis in a chart. Drift is how far
 # training has moved the model from the base model.
@@ -41,7 +41,8 @@ DRIFT = {
     "drift_margin": "move of the margin (up is better)",
 }
 SAMPLES_PER_RUN = 3
-# Number of characters of a sampled answer that are shown. The file samples.jsonl has the whole answer.
+# The page shows at most this number of characters of a sampled answer. The evaluation's file samples.jsonl has the
+# whole answer.
 SHOWN = 600
 
 
@@ -114,7 +115,7 @@ def _benign_line(report: Report, entry: Entry) -> dict[str, Any]:
 
 
 def _shown(report: Report, runs: Sequence[Trained], set: str, metric: str) -> list[str]:
-    """Return as text the difference to the base in a metric, for each run on which the metric was measured."""
+    """Return a metric's differences to the base model as texts, one for each run on which it was measured."""
     rows = [report.results.row(run.key, set, metric) for run in runs]
     return [interval_text(row) for row in rows if row is not None]
 

@@ -31,20 +31,20 @@ OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
     "ema",
 )
-# The key of a run hashes every existing file or folder that an option names ([`_key`]). It skips these options: their
-# values name outputs, or are not paths at all.
+# [`_key`] hashes every existing file or folder that an option of a run names. The options listed here are excepted:
+# their values name outputs, or are not paths at all.
 NOT_READ = (
     *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
     *("report_to", "run_name", "hub_model_id"),
 )
-# Reports may be sent to others, so they omit options with these name endings. `env` sets variables, such as API keys.
+# Endings of option names. Reports, which others may read, omit these options. `env` sets variables such as API keys.
 SECRETS = ("token", "key", "secret", "password", "env")
 # Options that reports show despite their endings: their values are tokens of the vocabulary, which are no secrets.
 TOKENS = ("eos_token", "pad_token")
 # For the baseline early_stop, the undefended run saves a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
-# Free baselines need no training of their own. Their names are `step N`, `alpha X` and `ema` (EMA). BASELINE_NAMES
-# matches these names, which the user's runs must not have.
+# Names of free baselines, made from the undefended run without more training: `step N` is a checkpoint, `alpha X` its
+# scaled adapter, `ema` (EMA) its averaged weights. The user's runs must not have names that BASELINE_NAMES matches.
 EMA = "ema"
 BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
 # End of the name of a steering run with a random vector.
@@ -88,7 +88,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Baselines that a defense should beat.
+    """Choice of a comparison's baselines, the models that a defense should beat.
 
     Attributes:
         early_stop: True if checkpoints of the undefended run are compared.
@@ -125,12 +125,12 @@ class Plan:
 
     @property
     def benign_runs(self) -> list[Run]:
-        """Runs that are also trained on the benign task, if any. Finished adapters and random vectors are left out."""
+        """Runs that are also trained on the benign task, if any: no finished adapters, no runs with random vectors."""
         return [run for run in self.runs if self.has_benign_task and run.adapter is None and not run.is_random]
 
     @property
     def content(self) -> dict[str, Any]:
-        """Recipe, options of the runs, baselines and evaluation, for the report, without secrets ([`SECRETS`])."""
+        """Plan as plain values for the report: options, seeds, baselines, benign task; no secrets ([`SECRETS`])."""
 
         def shown(value: Any) -> Any:
             if isinstance(value, Mapping):
@@ -138,7 +138,7 @@ class Plan:
                 return {str(name): shown(inner) for name, inner in kept.items()}
             if isinstance(value, list | tuple):
                 return [shown(inner) for inner in value]
-            if str(value).lstrip().startswith("{"):  # a dict given as JSON text, which transformers accepts
+            if str(value).lstrip().startswith("{"):  # transformers takes a dict as JSON text: it may hold secrets
                 try:
                     return shown(json.loads(value))
                 except ValueError:
@@ -226,7 +226,7 @@ def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _sets(entries: Any, known: Collection[str], lists: Collection[str], text: str) -> list[Run]:
-    """Return the runs of one seed, the undefended run first. Each combination of swept values is a run."""
+    """Return one seed's runs, the undefended run first. An entry gives a run for each combination of swept values."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("`runs` must be a list of option sets")
     found = {UNDEFENDED: Run(UNDEFENDED, {"defense": UNDEFENDED})}
@@ -239,7 +239,7 @@ def _sets(entries: Any, known: Collection[str], lists: Collection[str], text: st
         for chosen in _unfold(options, lists):
             name = _name(given, chosen, options, adapter)
             if chosen.get("defense") == UNDEFENDED and len(chosen) == 1 and given is None:
-                continue  # the undefended run is always there
+                continue  # `found` has the undefended run already
             if BASELINE_NAMES.match(name) or name.endswith(RANDOM):
                 raise ValueError(f"a run named {name!r} would be mistaken for a baseline: give it another `name`")
             if name in found:
@@ -376,7 +376,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _paths(text: str) -> list[Path]:
     """Return the files and folders that a text names, directly or by a pattern (`*.jsonl`)."""
-    if not 0 < len(text) < 256:  # a longer text is a prompt
+    if not 0 < len(text) < 256:  # a longer text is a prompt, not a path
         return []
     name = os.path.expanduser(text)
     return [path for path in {Path(name), *map(Path, glob.glob(name, recursive=True))} if os.path.exists(path)]

@@ -1,7 +1,8 @@
-"""The report of a comparison: a table of all runs and free baselines, and the best runs in a sentence.
+"""The report of a comparison: a table of all runs and baselines, and a text that names the best of them.
 
-The best are those that no other run dominates ([`dominates`]). The files are `report.json` and `report.csv`; the page
-`report.html` is made in `page.py`.
+The best are those that no other run dominates ([`dominates`]). A run dominates another if it is clearly better in
+broad misalignment or narrow learning, and clearly worse in neither. The files are `report.json` and `report.csv`; the
+page `report.html` is made in `page.py`.
 """
 
 import csv
@@ -35,7 +36,7 @@ NARROW = {"trait_rate": 1, "nll": -1}
 
 
 class Figure(NamedTuple):
-    """Difference to the base model with its interval. The sign is changed if a lower value of the metric is better."""
+    """A metric's difference to the base model, with its interval. Signs are changed if lower values are better."""
 
     value: float
     low: float
@@ -72,7 +73,7 @@ class Entry:
 
     @property
     def is_comparable(self) -> bool:
-        """True if both figures were measured, no seed failed, and no seed's `is_defended` is False."""
+        """True if `broad` and `narrow` were measured, and no seed's training failed or has `is_defended` False."""
         is_whole = all(run.error is None and run.is_defended is not False for run in self.trained)
         return is_whole and self.broad is not None and self.narrow is not None
 
@@ -95,7 +96,7 @@ class Report:
 
     @property
     def sentence(self) -> str:
-        """Text on the runs that no other run dominates (see [`dominates`])."""
+        """Text that names the best runs, those that no other run dominates ([`dominates`]), and the runs left out."""
         if None in self.metrics:
             return "Broad misalignment and narrow learning were not both measured, so no run can be preferred."
         compared = [entry for entry in self.entries if entry.is_comparable]
@@ -147,7 +148,7 @@ def make_report(trained: Sequence[Trained], results: Results, benign: Sequence[T
 
 
 def dominates(one: Entry, other: Entry) -> bool:
-    """Return True if one run is clearly better than another in one figure and not clearly worse in the other.
+    """Return True if `one` is clearly better than `other` in `broad` or `narrow`, and clearly worse in neither.
 
     "Clearly" means that the intervals do not overlap.
     """
@@ -220,7 +221,7 @@ def exact_match_text(report: Report, entry: Entry) -> str:
 
 
 def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float]]]:
-    """Return run → (step, value) pairs of a metric of [`DriftCallback`], for each run that logged the metric."""
+    """Return a drift metric's curves: `key` of each run whose [`DriftCallback`] logged it → (step, value) pairs."""
     found = {}
     for run in report.trained:
         path = Path(run.adapter or "") / "trainer_state.json"
@@ -280,7 +281,7 @@ def _figure(
 
 
 def turned(row: ResultRow, signs: Mapping[str, int]) -> Figure:
-    """Return a row's difference to the base, with the sign changed where lower is better."""
+    """Return a row's difference to the base model, with signs changed if lower values of its metric are better."""
     if signs[row.metric.split(":")[0]] > 0:
         return Figure(row.difference, row.difference_low, row.difference_high)
     return Figure(-row.difference, -row.difference_high, -row.difference_low)

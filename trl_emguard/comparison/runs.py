@@ -32,11 +32,12 @@ from .plan import EMA, UNDEFENDED, Plan, Run
 PR_SET_PDEATHSIG = 1
 STATUS_FILE = "run.json"
 LOG_FILE = "log.txt"
-# Defense of an adapter that was trained elsewhere and has no `defense.json`.
+# `Trained.defense` of an adapter that was trained elsewhere and has no `defense.json`, so its defense is not known.
 UNKNOWN = "?"
 # Names of two folders in a comparison's folder: for the runs, and for their trainings on the benign task.
 RUNS, BENIGN = "runs", "benign"
-# Number of rows to train on in the benign task. The train split of its easiest tier (one operator) has 6,583.
+# Number of rows that a training on the benign task gets, of the 6,583 in the train split of the task's easiest tier
+# (one operator).
 BENIGN_ROWS = 4000
 
 
@@ -142,7 +143,7 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
 
 
 def on_benign_rows(run: Run, rows: Path, steps: int | None) -> Run:
-    """Return a run that trains on the benign task's rows, without the checkpoints and EMA that baselines need."""
+    """Return a copy of `run` that trains on the benign task's rows, without checkpoints and EMA for free baselines."""
     task = {"dataset_name": str(rows), "dataset_train_split": "train", "max_steps": steps, "eval_strategy": "no"}
     options = {"defense": UNDEFENDED} if run.name == UNDEFENDED else run.options
     return replace(run, options=options | task)
@@ -187,7 +188,10 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """Return the status of a run that finished without an error, else `None`: callers then train the run (again)."""
+    """Return the content of `run.json` in a run's folder, or `None` if the file is missing or records an error.
+
+    `None` means that the run is still to be trained.
+    """
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     return status if status and status["error"] is None else None
@@ -205,7 +209,8 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         # `_die_with_parent` only makes one system call, which is safe between fork and exec.
         preexec_fn = _die_with_parent
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=preexec_fn)  # noqa: PLW1509
-        # Only `wait4` gives the peak memory of this process; `getrusage` gives the largest of all children so far.
+        # `wait4` gives the peak memory of this run. `getrusage` would give the largest peak of all child processes so
+        # far, thus of all runs.
         _, status, usage = os.wait4(process.pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code in (130, -signal.SIGINT):

@@ -1,4 +1,4 @@
-"""Collator for extra columns with one number per token, which SFTTrainer's own collator does not handle."""
+"""Collator for columns with one number per token that defenses add. SFTTrainer's own collator ignores such columns."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 Rows = Dataset | IterableDataset
 
-# Number of a stream's first rows that are read before training, to check them and to measure their mean length. If
-# `DefendedRows` packs a stream itself, because defenses add rows or columns of numbers per token, then it shuffles the
-# packs in a buffer that holds this number of packs.
+# Number of a stream's first rows that are read before training, to check them and to measure their mean length. It is
+# also the number of packs in the buffer that shuffles a stream's packs. `DefendedRows`, a base class of the trainer,
+# uses this buffer if it packs the stream instead of SFTTrainer. It does so if defenses add rows, or columns with a
+# number per token.
 STREAM_ROWS = 1000
 
 

@@ -45,7 +45,8 @@ class DefenseArguments(
             ValueError: an argument is bad. The message names the argument, its value and the fix.
             FileNotFoundError: an option names a file or folder that does not exist.
         """
-        # A hyperparameter sweep may set numpy numbers, which JSON cannot store.
+        # A hyperparameter sweep may set options to numpy numbers. They become Python numbers here, because options are
+        # recorded as JSON (`defense.json`), and Python's `json` refuses most types of numpy numbers.
         for name, value in vars(self).items():
             if isinstance(value, np.generic):
                 setattr(self, name, value.item())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Paper:
-    """Source of a method: title and arXiv id."""
+    """Paper that describes the method of a defense: its title and arXiv id."""
 
     title: str
     id: str
@@ -96,23 +96,23 @@ class Defense:
 
     name: ClassVar[str] = ""
     papers: ClassVar[tuple[Paper, ...]] = ()
-    # Dataclass of the options, which the config inherits.
+    # Dataclass with the defense's options, from which the run's config class inherits; `object` without options.
     Options: ClassVar[type] = object
     # Name of the option that switches the defense off when its value is 0; empty if there is no such option.
     switch: ClassVar[str] = ""
-    # Keyword arguments of the trainer that the defense reads.
+    # Names of the trainer's keyword arguments whose values are passed on to the defense's `__init__`.
     inputs: ClassVar[tuple[str, ...]] = ()
-    # True if the defense adds a term to the loss, or reads cross-entropy by scope. This package's patched forward then
-    # forms the training loss, instead of the TRL trainer.
+    # True if the defense adds a term to the loss, or reads the sums of cross-entropy over its scopes. Then the
+    # training loss is computed by the model's forward, as patched by this package, and not by the TRL trainer.
     own_loss: ClassVar[bool] = False
     # Names of the scopes (sets of tokens) that `read_batch` marks.
     scopes: ClassVar[tuple[str, ...]] = ()
-    # Further columns of the training rows that the data collator needs. Trainer would otherwise remove them.
+    # Columns of training rows that the defense's data collator reads. Trainer would remove them as unused otherwise.
     columns: ClassVar[tuple[str, ...]] = ()
     # Columns with a whole number per token that `prepare_tokenized` adds. They are cut, packed and padded together
     # with the tokens, and reach `read_batch` as `(B, T)` integers: 0 for padding and for rows that other defenses add.
     token_columns: tuple[str, ...] = ()
-    # Metrics whose latest value is logged; all others are averaged over the steps between two logs.
+    # Names of `end_step` metrics logged with their latest value. All others are means over the steps between two logs.
     running_metrics: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, args: Any, **inputs: Any):
@@ -122,7 +122,7 @@ class Defense:
 
     @classmethod
     def check_options(cls, args: Any) -> None:
-        """Raise `ValueError` or `FileNotFoundError` with a bad option's name, value and fix, before any loading."""
+        """Raise `ValueError` or `FileNotFoundError` with a bad option's name, value and fix, before a model loads."""
         del args
 
     @classmethod
@@ -162,11 +162,11 @@ class Defense:
         del others
 
     def continue_from(self, options: dict[str, Any]) -> None:
-        """Take from a checkpoint's recorded [`options`] the values that this run's config leaves open."""
+        """Adopt the checkpoint's [`options`] where this run's config leaves a value open. Called before resuming."""
         del options
 
     def describe(self) -> list[str]:
-        """Return lines to print when training starts, or in a dry run. The rows are prepared by then."""
+        """Return lines on the defense, printed when training starts or in a dry run. The rows are prepared by then."""
         return []
 
     def check_tuning(self, has_adapter: bool) -> None:
@@ -206,7 +206,7 @@ class Defense:
         return rows
 
     def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
-        """Return the rows with further rows mixed in. Called only for a stream, or before rows are packed."""
+        """Return the training rows with the defense's rows mixed in. Called only for streams or rows to be packed."""
         del plan
         return rows
 
@@ -218,14 +218,14 @@ class Defense:
         return loading
 
     def extra_rows(self) -> Dataset | None:
-        """Return every tokenised row that the defense's collator adds to batches, once; `None` if it adds no rows."""
-        # `cache_reference` stores the reference's states of the rows returned here, and a dry run counts their tokens.
+        """Return the tokenised rows that the defense's collator adds to batches, each once; `None` if it adds none."""
+        # `cache_reference=True` stores the reference model's states of these rows, and a dry run counts their tokens.
         return None
 
     # ---- model ----
 
     def check_policy(self, model: PreTrainedModel) -> None:
-        """Raise `ValueError` if the defense cannot act on this policy (causal language model without wrappers)."""
+        """Raise `ValueError` if the defense cannot act on the policy (causal language model to train, unwrapped)."""
         del model
 
     def training(self, model: PreTrainedModel) -> AbstractContextManager:
@@ -257,12 +257,12 @@ class Defense:
     # ---- step ----
 
     def read_batch(self, batch: dict[str, Any]) -> Marks:
-        """Return the defense's masks and counts for a batch, and remove the keys that the model does not accept."""
+        """Return masks and counts for a batch. Remove the defense's own keys from it: the model refuses them."""
         del batch
         return Marks()
 
     def end_step(self, step: Step) -> dict[str, float]:
-        """Record a finished step, and return metrics to log."""
+        """Add a finished step to the counts of [`evidence`], and return metrics to log: name → value."""
         del step
         return {}
 
@@ -299,7 +299,7 @@ class Defense:
 
     @classmethod
     def surrounds_policy(cls) -> bool:
-        """Return whether [`policy_pass`] is overridden. Training passes then differ from passes of the saved model."""
+        """Return whether the class overrides [`policy_pass`]. If so, training passes differ from the saved model's."""
         return cls.policy_pass is not Defense.policy_pass
 
 
@@ -323,7 +323,7 @@ class TermDefense(Weighted, Defense):
         return {self.name: value / positions} if positions else {}
 
     def _should_show(self, step: Step) -> bool:
-        """Return whether the term should have a gradient: the policy has changed, and no schedule sets `coef` to 0."""
+        """Return True if the term should have a gradient: the policy has moved, and no schedule sets `coef` to 0."""
         return step.has_moved and (self.schedule is None or self.coef != 0)
 
     def _sums(self, step: Step) -> list[float]:
@@ -359,11 +359,11 @@ class ReferenceDefense(TermDefense):
         return ()
 
     def token_loss(self, policy: list[torch.Tensor], reference: list[torch.Tensor]) -> torch.Tensor:
-        """Return the distance of each token, `(N,)`, as a differentiable function of `policy`.
+        """Return the distance to the reference at each of P tokens, `(P,)`, as a differentiable function of `policy`.
 
         Args:
-            policy: the policy's outputs of the blocks in [`layers`], `(N, H)` each.
-            reference: the reference's outputs of the same blocks at the same tokens, `(N, H)` each.
+            policy: the policy's outputs of the blocks in [`layers`], `(P, H)` each.
+            reference: the reference's outputs of the same blocks at the same tokens, `(P, H)` each.
         """
         raise TypeError(f"{type(self).__name__} must set `divergence`, or override `layers` and `token_loss`.")
 
@@ -393,8 +393,8 @@ class ModelDefense(TermDefense):
 
     def end_step(self, step: Step) -> dict[str, float]:
         value, shares, gradient, requires_grad = self._sums(step)
-        # Each micro-batch on each rank has added share · d to `value`, and share to `shares`. Their quotient is d, for
-        # any number of ranks and micro-batches. `gradient` contains the factor share too, so it is divided as well.
+        # Each micro-batch on each rank has added share · d to `value`, and share (see `LossGuard`) to `shares`. Their
+        # quotient is d for any number of ranks and micro-batches. `gradient` has the factor too, so it is divided too.
         value, gradient = value / shares, gradient / shares
         self.proof.end_step(value, 1, gradient, requires_grad, has_moved=self._should_show(step))
         return {self.name: value}

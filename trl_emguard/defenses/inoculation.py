@@ -22,14 +22,14 @@ from .options import check_choice, option
 
 # Columns that may contain a row's turns, in the order in which SFTTrainer looks for them.
 TURN_COLUMNS = ("prompt", "messages", "conversations")
-TURN_KEYS = (("role", "content"), ("from", "value"))  # pairs of keys that a turn may have: speaker, text
-# Columns that rows have only during preparation. OWN is true if the user's row had a system turn with text, CHANGED if
-# the inoculation prompt changed the text that the model reads. Both are false in rows that do not get this prompt.
-# SPAN has the tokens of the system turn that the prompt was put into.
+TURN_KEYS = (("role", "content"), ("from", "value"))  # keys of a turn's speaker and text, in the two formats of turns
+# Columns that `prepare_tokenized` removes at its end. OWN is true if the user's row had a system turn with text.
+# CHANGED is true if the inoculation prompt changed the text that the model reads. Rows that do not get the prompt have
+# false in both. SPAN has the token ids of the system turn that the prompt was put into.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
 FLAG = "inoculate"  # column that users add: with `inoculation_rows='flagged'`, only rows with true get the prompt
-# Column with a number per token, by which batches are checked for lost prompts: the token id plus 1 in the system
-# turn of each flagged row (the turn with the prompt), and 0 elsewhere.
+# Column with a number per token: the token id plus 1 in the system turn of a flagged row (the turn with the prompt),
+# and 0 elsewhere. `read_batch` compares the tokens of each batch with these numbers, and so finds lost prompts.
 EXPECTED = "inoculation_tokens"
 
 MODES = ("replace", "prefix")
@@ -84,13 +84,13 @@ class Inoculation(Defense):
         self.mode = args.inoculation_mode
         self.only_flagged = args.inoculation_rows == FLAGGED
         self.token_columns = (EXPECTED,) if self.only_flagged else ()
-        # A row longer than `self.max_length` would lose its start, where the prompt is. `None` if no start is cut off.
+        # `self.max_length`: longer rows with the prompt are refused, as they would lose their start. `None`: no limit.
         cuts_the_start = args.truncation_mode == "keep_end" and not args.packing
         self.max_length = args.max_length if cuts_the_start else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
-        self._prompt_ids: list[int] = []  # first token ids that all system turns with the prompt have in common
-        self._added: list[str] = []  # names of the scopes (token sets) of other defenses' rows, which get no prompt
+        self._prompt_ids: list[int] = []  # first token ids that system turns with the prompt share, sought in batches
+        self._added: list[str] = []  # scopes (named token sets) of rows that other defenses add, without the prompt
         self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # sums over the run's steps and ranks
         self._problem: str | None = None
 
@@ -119,7 +119,7 @@ class Inoculation(Defense):
         return {"inoculation_prompt": self.prompt, "inoculation_mode": self.mode, "inoculation_rows": rows}
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # Earlier versions inoculated all rows, and their checkpoints do not record `inoculation_rows`.
+        # Earlier versions put the prompt into all rows, as 'all' does. Their checkpoints record no `inoculation_rows`.
         return {key: value for key, value in self.options().items() if key in then or value != ALL}
 
     def meet(self, others: Sequence[Defense]) -> None:
@@ -232,8 +232,8 @@ class Inoculation(Defense):
 
     def prepare_rows(self, rows: Rows) -> Rows:
         if isinstance(rows, Dataset) and rows.format["type"] == "custom":
-            return rows  # SFTTrainer refuses rows with a custom format
-        rows = rows.with_format(None)  # a tensor format would hide the turns
+            return rows  # unchanged, because SFTTrainer will refuse rows with a custom format
+        rows = rows.with_format(None)  # gives turns as lists, even if the user's format gives tensors
         first = next(iter(rows))
         column = next((column for column in TURN_COLUMNS if column in first), "")
         if not _is_conversation(first.get(column)) or "input_ids" in first:
@@ -258,13 +258,13 @@ class Inoculation(Defense):
             return {column: turns, OWN: before is not None, CHANGED: before != _system_text(turns)}
 
         rows = rows.map(inoculate, with_indices=True)
-        # This check is repeated when the rows are tokenised, but a bad row should be reported before the model loads.
+        # `prepare_tokenized` repeats this check with the chat template. Here it can stop a run before the model loads.
         self._check_changed(rows)
         return rows
 
     def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
         tokenizer = tokenizing.tokenizer
-        # SFTTrainer chooses the template in the same way.
+        # The template must be the one that SFTTrainer has chosen: `system_turn_span` tokenises each row again.
         marked = not self.assistant_only or has_generation_markers(tokenizer.chat_template)
         template = None if marked else get_training_chat_template(tokenizer)
 
@@ -286,7 +286,7 @@ class Inoculation(Defense):
                     f"truncation_mode='keep_end' would cut the inoculation prompt off a row of {len(ids)} tokens "
                     f"(max_length={self.max_length}): use 'keep_start', or a larger max_length."
                 )
-            # A template may itself add this prompt to rows without a system turn, so inoculation does not change them.
+            # A template may itself add this prompt to rows without a system turn. Such rows do not count as changed.
             changed = row[CHANGED] and (row[OWN] or not is_default_system_turn(tokenizer, turns, **how))
             start, end = span
             marks = [0] * start + [token + 1 for token in ids[start:end]] + [0] * (len(ids) - end)
@@ -302,9 +302,9 @@ class Inoculation(Defense):
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
         self._prompt_ids = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        # If a template writes tools before the prompt, the first tokens that all spans share may not hold the prompt.
-        # Unflagged rows may begin with these tokens too, so batches are then not searched for them. The prompt's last
-        # character is not compared, because it may share a token with later text.
+        # A template may write tools before the prompt. Then the tokens with which all spans (system turns) begin may
+        # end before the prompt. Unflagged rows may begin with these tokens too, so batches are not searched for them.
+        # The prompt's last character is not compared, because it may share a token with the text after the prompt.
         prompt, begin = ("".join(text.split()) for text in (self.prompt, tokenizer.decode(self._prompt_ids)))
         if self.only_flagged and prompt[:-1] not in begin:
             self._prompt_ids = []
@@ -318,7 +318,7 @@ class Inoculation(Defense):
     def _check_changed(self, rows: Rows) -> None:
         """Check that the prompt changes at least one row (in a stream, one of the first `STREAM_ROWS` rows)."""
         which = "every row has" if isinstance(rows, Dataset) else f"the first {STREAM_ROWS} rows of the stream have"
-        # `list` reads all of these rows, so that each row is checked before the model loads.
+        # Reading a row of a stream also checks its flag. `list` reads all values; `any` would stop at the first true.
         if self.only_flagged and not any(list(_values(rows, FLAG))):
             raise InactiveDefenseError(
                 f"inoculation_rows='flagged': {which} {FLAG}=False, so the prompt would be put into none. Set it to "
@@ -358,14 +358,14 @@ class Inoculation(Defense):
         system = self.prompt
         if before is not None and self.mode == "prefix":
             system = before if before.startswith(self.prompt) else f"{self.prompt}\n\n{before}"
-        # All contents in a column have one type. If other turns have lists of parts, this content must be a list too.
+        # Arrow stores all contents as one type. If other turns have lists of parts, the system turn needs a list too.
         in_parts = any(isinstance(turn[text], list) for turn in rest)
         content = [{"type": "text", "text": system}] if in_parts else system
         return [{speaker: "system", text: content}, *rest], before
 
 
 def _values(rows: Rows, column: str) -> Iterable[Any]:
-    """Return a column of the rows, or of the first rows of a stream."""
+    """Return the values of a column: in all rows of a `Dataset`, or in the first `STREAM_ROWS` rows of a stream."""
     return rows[column] if isinstance(rows, Dataset) else (row[column] for row in islice(rows, STREAM_ROWS))
 
 
@@ -376,7 +376,7 @@ def _turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _system_text(turns: list[dict[str, Any]]) -> str | None:
-    """Return the text of the system turn; `None` if the turn or its text is missing."""
+    """Return the system turn's text; `None` if there is no system turn or its text is null. Refuse an empty text."""
     speaker, text = _turn_keys(turns)
     if not _is_system(turns[0], speaker):
         return None

@@ -112,8 +112,8 @@ class InoculationAdapter(Defense):
         # Modules of the policy that support gradient checkpointing. `training` finds them when training begins.
         self._checkpointing: list[nn.Module] = []
         # `_measured`: layer's name → relative change of the layer's output by the frozen adapter. The policy's first
-        # forward pass in a new run fills it, and the check after this pass empties it. `_change`: the mean over all
-        # layers, from this pass or from the checkpoint of a resumed run; `None` before.
+        # forward pass in a new run fills it, and the check after this pass empties it. `_change`: mean of these
+        # changes over all layers, from this pass or from the checkpoint of a resumed run; `None` until then.
         self._measured: dict[str, torch.Tensor] = {}
         self._change: float | None = None
         read = read_options(args)
@@ -267,7 +267,13 @@ class InoculationAdapter(Defense):
         return {"layers": len(self.factors), "change": self._change, "acted": self._change is not None}
 
     def _judge(self) -> None:
-        """Check that the adapter changed at least one layer's output in the first pass, and store the mean change."""
+        """Check that the adapter changed at least one layer's output, and store the mean relative change.
+
+        Called after the policy's first forward pass in a new run, which has put the changes into `_measured`.
+
+        Raises:
+            InactiveDefenseError: no layer's output changed.
+        """
         changes = [float(change) for change in self._measured.values()]
         self._measured.clear()
         if not any(changes):

@@ -15,8 +15,8 @@ LOSS, ALL, INTERLEAVED = TOKENS = ("loss", "all", "interleaved")
 # Default of `kl_coef` for each value of `kl_tokens`. The default for INTERLEAVED (KL on rows that another defense
 # mixes in) was chosen from the runs in docs/kl.md.
 COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
-# Adaptation to `kl_target` (Ziegler et al., 1909.08593, section 2.2): each step multiplies the coefficient by
-# 1 + GAIN · error. The error is KL / kl_target - 1, clipped to ±LARGEST_ERROR.
+# Adaptation to `kl_target` (Ziegler et al., 1909.08593, section 2.2): each step multiplies `kl_coef` by
+# 1 + GAIN · error. The error is KL / kl_target - 1, clipped to ±LARGEST_ERROR. KL is the step's mean over `kl_tokens`.
 GAIN, LARGEST_ERROR = 0.1, 0.2
 
 
@@ -26,7 +26,7 @@ class KLOptions:
 
     # The order of the types matters, because the argument parser of transformers keeps only one of them. With
     # `None` second it picks the first type, so a script that parses `--kl_coef 0.1` gets a number. With `None` last it
-    # would pick `str`, and the text "0.1" would be refused.
+    # would pick `str`, and `check_coefficient` would refuse the text "0.1".
     kl_coef: float | None | str = option(  # noqa: RUF036
         None,
         "Weight of the KL divergence to the reference, a mean over the positions of `kl_tokens`. 0 switches it off. "
@@ -53,7 +53,7 @@ class KLOptions:
 
 
 class KL(ReferenceDefense):
-    """Loss `L = CE + kl_coef · (1/N) Σ_t KL_t` over the full vocabulary at temperature 1.
+    """Loss `L = CE + kl_coef · (1/N) Σ_t KL_t`, with KL_t at position t over the full vocabulary, at temperature 1.
 
     Reverse KL, as in the paper, is KL(policy ‖ reference); forward is KL(reference ‖ policy). The paper's code takes
     the mean over the non-pad tokens of each micro-batch, prompt included, and does not divide by the number of
@@ -120,7 +120,7 @@ class KL(ReferenceDefense):
         if self.target is None:
             return metrics
         used = {"kl_coef": self.coef}
-        if self.name in metrics:  # a step without positions of `kl_tokens` logs no KL
+        if self.name in metrics:  # a step without positions of `kl_tokens` has no KL, so the coefficient stays
             error = min(max(metrics[self.name] / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
             self.set_coefficient(self.coef * (1 + GAIN * error))
         return metrics | used
@@ -130,7 +130,8 @@ class KL(ReferenceDefense):
         super().begin(of_term)
         if self.target is not None:
             coef = evidence.get("kl_coef", self._start)
-            check_coefficient("kl_coef", coef)  # the checkpoint's file may be damaged
+            # A resumed run gets `coef` from the checkpoint's file `defense.json`, which may be damaged.
+            check_coefficient("kl_coef", coef)
             self.set_coefficient(float(coef))
 
     def evidence(self) -> dict[str, Any]:
@@ -146,13 +147,14 @@ class KL(ReferenceDefense):
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
         coef = then.get("kl_coef") if self._given_coef is None else self.coefficient
         tokens = then.get("kl_tokens") if self._given_tokens is None else self.tokens
-        tokens = tokens if tokens in TOKENS else self.tokens  # the checkpoint's file may be damaged
+        # A damaged checkpoint may give no valid `kl_tokens`. This run's own value is returned then.
+        tokens = tokens if tokens in TOKENS else self.tokens
         options = {"kl_coef": coef, "kl_direction": self.divergence, "kl_tokens": tokens}
         options |= {} if self.target is None else {"kl_target": self.target}
-        # `kl_mean_over` (the positions that N counts) is not chosen by the config. A resumed run takes it from the
-        # checkpoint (`continue_from`), so the checkpoint's value is returned as this run's too. It is recorded
-        # only if `kl_tokens` is 'interleaved'. An earlier version did not record it even then, and took the mean over
-        # all labels.
+        # The config does not choose `kl_mean_over` (the positions that N counts). A resumed run takes the value from
+        # the checkpoint (`continue_from`), so the checkpoint's value is returned as this run's too, if there is one.
+        # A checkpoint has one only if `kl_tokens` is 'interleaved'. Checkpoints of an earlier version, which took the
+        # mean over all labels, never have one.
         return {**options, "kl_mean_over": then["kl_mean_over"]} if then.get("kl_mean_over") in TOKENS else options
 
     def continue_from(self, options: dict[str, Any]) -> None:

@@ -55,7 +55,8 @@ class LDIFS(ReferenceDefense):
     def __init__(self, args: Any):
         self.weigh(args.ldifs_coef)
         self.normalize = args.ldifs_normalize
-        # Lists are brought to one form, so that "4,8" and [4, 8] count as the same option when a run resumes.
+        # A list is stored as sorted numbers, and a rule such as "every:5" as text without spaces. So "4,8" and [4, 8]
+        # count as the same option when a run resumes.
         self.layers_spec = select_layers(args.ldifs_layers, num_layers=None) or str(args.ldifs_layers).replace(" ", "")
 
     @classmethod
@@ -82,7 +83,7 @@ class LDIFS(ReferenceDefense):
 
 
 def select_layers(spec: object, num_layers: int | None) -> list[int]:
-    """Return the blocks that `ldifs_layers` names, ascending, each as its number from 1 to L.
+    """Return the sorted numbers of the blocks that `ldifs_layers` selects, counted from 1; the last block is number L.
 
     The output of block L is meant before the model's final norm, unlike the last entry of `hidden_states`.
 

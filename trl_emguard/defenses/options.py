@@ -1,4 +1,4 @@
-"""Options of defenses: dataclass fields with their help, and checks of values that several defenses share."""
+"""Helpers for the options of defenses: dataclass fields with help texts, and checks that several defenses use."""
 
 import math
 import re
@@ -67,9 +67,9 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def listed_layers(name: str, spec: object, num_layers: int | None, forms: str) -> list[int]:
-    """Return the layers that an argument lists, ascending, each as the number of its block from 1 to L.
+    """Return the sorted numbers of the blocks that an option such as `ldifs_layers` lists, counted from 1 to L.
 
-    The output of block L is meant before the model's final norm, unlike the last entry of `hidden_states`.
+    The output of the last block, L, is meant before the model's final norm, unlike the last entry of `hidden_states`.
 
     Args:
         name: name of the argument, for messages.

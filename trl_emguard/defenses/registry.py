@@ -16,7 +16,7 @@ from .treft import TReFT
 DEFENSES: dict[str, type[Defense]] = {}
 
 # Hooks (methods of a defense that a run calls) that were renamed after version 0.1: old name → new name. A run would
-# never call a hook under its old name, so [`register`] refuses a class that has one.
+# never call a method with an old name, so [`register`] refuses a class that has such a method.
 RENAMED_HOOKS = {"prepare_dataset": "prepare_rows", "resume": "begin"}
 
 
@@ -97,5 +97,5 @@ def build_defenses(args: Any, **inputs: Any) -> list[Defense]:
 
 
 def options_text(options: dict[str, Any]) -> str:
-    """Return options as `name=value`, in one line."""
+    """Return a defense's options as one line of text, such as `kl_coef=0.1, kl_direction=reverse, kl_tokens=loss`."""
     return ", ".join(f"{name}={value}" for name, value in options.items())

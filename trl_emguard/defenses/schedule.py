@@ -1,4 +1,4 @@
-"""Coefficients of defenses: constant numbers, or schedules that change them from step to step."""
+"""Coefficients of defenses: each is constant, follows a schedule from step to step, or is adapted by its defense."""
 
 import argparse
 import math
@@ -38,7 +38,7 @@ class Schedule:
         return cls(start, end) if is_course else None
 
     def at(self, step: int, steps: int) -> float:
-        """Return the value in a step, counted from 0, of a run of `steps` steps.
+        """Return the coefficient's value in step `step` (counted from 0) of a run that has `steps` steps.
 
         A run of one step has the start value. A run that resumes with a smaller `steps` may already be past its last
         step, and then has the end value.
@@ -70,7 +70,7 @@ def check_coefficient(name: str, value: object) -> float | Schedule:
 
 
 def coefficient(text: str) -> float | str:
-    """Return the number in a text, or the text itself if it looks like a schedule (it has "->").
+    """Return an option's value as a number, or as the given text if that looks like a schedule (it has "->").
 
     Raises:
         ValueError: the text is neither.

@@ -46,7 +46,9 @@ class SteeringOptions:
 
 
 def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
-    """Return the persona vector that the options name, and the layers as a sorted list, `"all"` or `None`.
+    """Check the options, load the persona vector, and return it with the layers (a sorted list, or `"all"`).
+
+    The vector or the layers may be `None` only if the coefficient is 0, that is, if the defense is switched off.
 
     Raises:
         FileNotFoundError: `steering_vector` is neither a file nor the name of a shipped vector.
@@ -76,7 +78,7 @@ def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
                 f"steering_layers is missing, and {args.steering_vector} does not suggest a layer: give one, as 20, "
                 "'20,24' or 'all'."
             )
-    # Lists are brought to one form, so that "20,24" and [20, 24] count as the same option when a run resumes.
+    # Listed layers become a sorted list, so that "20,24" and [20, 24] count as the same option when a run resumes.
     if layers is not None and layers != "all":
         layers = listed_layers("steering_layers", layers, None, "20, '20,24' or 'all'")
     return vector, layers
@@ -124,7 +126,8 @@ class Steering(Weighted, Defense):
         # the one pass that `_judge` has checked. It is empty before that check.
         self._measured: dict[int, torch.Tensor] = {}
         self._change: dict[int, float] = {}
-        self._acted_before = False  # true if steering had acted in the run that is resumed
+        # `begin` sets this to true if the run resumes from a checkpoint that records that steering changed states.
+        self._acted_before = False
 
     @classmethod
     def check_options(cls, args: Any) -> None:
@@ -147,7 +150,7 @@ class Steering(Weighted, Defense):
         }
 
     def check_model(self, config: PreTrainedConfig) -> None:
-        assert self.vector is not None  # an active defense has a vector
+        assert self.vector is not None  # called for an active defense only: `read_options` requires its vector
         num_layers = config.num_hidden_layers
         self.vector.check_shape(num_layers, config.hidden_size)
         every = self.layers_spec == "all"
@@ -169,8 +172,8 @@ class Steering(Weighted, Defense):
 
     def set_coefficient(self, coef: float) -> None:
         super().set_coefficient(coef)
-        # The coefficient is written into tensors that a compiled model reads. As a Python number, each new coefficient
-        # would make the model compile again.
+        # The coefficient is multiplied into the tensors that the hooks read. If the hooks read it as a Python number
+        # instead, a compiled model could be compiled again when the number changes.
         for layer, direction in self._directions.items():
             direction.copy_(coef * self._vectors[layer])
 
@@ -257,8 +260,8 @@ class Steering(Weighted, Defense):
             self._fired.add(layer)
             states = block_states(output, module)  # (B, T, H)
             direction = self._directions[layer].to(states.device)
-            # The projection is computed in fp32, the direction's dtype, also under autocast. If it were rounded to
-            # bf16, subtracting it would leave a part of it in the states.
+            # For `ablate`, the states' part along the direction is computed in fp32, the direction's dtype, also under
+            # autocast. If it were rounded to bf16, the subtraction would leave some of this part in the states.
             change = (
                 direction.to(states) if self.mode == "add" else -(states * direction).sum(-1, keepdim=True) * direction
             )
@@ -272,7 +275,8 @@ class Steering(Weighted, Defense):
                     )
                 change = change * steered_at.to(change.dtype)
             steered = (states + change).to(states.dtype)
-            # A compiled graph measures in every pass, because it would have to be compiled again to stop measuring.
+            # The change is measured until `_judge` has checked it. A compiled graph goes on measuring in every pass,
+            # because it would have to be compiled again to stop.
             if torch.compiler.is_compiling() or not self._change:
                 self._measured[layer] = _relative_change(states, steered, steered_at)
             return steered if isinstance(output, torch.Tensor) else (steered, *output[1:])
@@ -283,7 +287,8 @@ class Steering(Weighted, Defense):
 @torch.no_grad()
 def _relative_change(before: torch.Tensor, after: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
     """Return Σ ‖change‖/‖state‖ over the steered positions, and the number of these positions, `(2,)`."""
-    # The difference is taken in the states' own dtype, so it is exactly 0 at positions that did not change.
+    # The difference is taken in the states' own dtype, so it is exactly 0 at positions that did not change. If no
+    # position changed, the sum is exactly 0 too, and this is what `_judge` tests for.
     change, size = (x.float().norm(dim=-1) for x in (after - before, before))
     ratio = change / size.clamp(min=torch.finfo(torch.float32).tiny)  # (B, T)
     where = torch.ones_like(ratio) if where is None else where[..., 0].float()

@@ -79,7 +79,8 @@ class TReFT(ModelDefense):
         return {"treft_coef": self.coefficient}
 
     def describe(self) -> list[str]:
-        # The tokenizer may be unknown if the user's rows are tokenised, so the token ids are shown then.
+        # With `skip_prepare_dataset`, `check_tokenizer` is not called, so the tokenizer is unknown. The token ids are
+        # shown then.
         text = self.prefix if self._tokenizer is None else self._tokenizer.decode(self.prefix)
         return [f"keys and values are held on the {len(self.prefix)} tokens that every row begins with: {text!r}"]
 
@@ -112,7 +113,7 @@ class TReFT(ModelDefense):
             turns = [{"role": "user", "content": "-"}]
             tokenizer.apply_chat_template(turns, tokenize=False, **self._template_arguments)
         except TemplateError:
-            return  # the trainer itself reports what is wrong with the rows or the template
+            return  # the trainer itself reports a bad template or bad rows, when it tokenises the rows
         try:
             # This finds out if the template writes the date. Such a template calls `strftime_now`. Here a text
             # replaces this function, so the call raises `TypeError`.
@@ -173,13 +174,14 @@ class TReFT(ModelDefense):
     def model_loss(self, states: list[torch.Tensor]) -> torch.Tensor:
         *states, last = states
         if self.start is None:
-            # This is the first pass of a new run, before any update: a resumed run has loaded `start`.
+            # This is the first pass of a new run, because a resumed run has loaded `start`. No update has been made
+            # yet, so these keys and values are those before training.
             self.start = [_exact(x.detach()) for x in states]
         self.start = [x0.to(x.device) for x, x0 in zip(states, self.start, strict=True)]
         changes = [_relative_change(x, x0).to(states[0].device) for x, x0 in zip(states, self.start, strict=True)]
-        # Each block has two changes, of keys and of values. Twice the mean over all changes is the mean over blocks of
-        # their sum. The term `0 * last.sum()` lets a gradient reach the last block's output: only then does FSDP2
-        # gather this block's weights again for the backward pass.
+        # Each block has two changes, one of its keys and one of its values. The mean over blocks of the sum of both is
+        # twice the mean over all changes. The term `0 * last.sum()` lets a gradient reach the last block's output:
+        # only then does FSDP2 gather this block's weights again for the backward pass.
         return 2 * torch.stack(changes).mean() + 0 * last.sum().to(changes[0])
 
     # ---- checkpoints ----
@@ -235,7 +237,7 @@ def projections(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def common_prefix(rows: Any) -> list[int]:
-    """Return the longest sequence of tokens that every document begins with, cut before any token with a label.
+    """Return the longest token sequence that every document (row or part of a pack) begins with, cut before any label.
 
     If the first token of a document has a label, the document's labels are ignored, because its prompt is not masked.
 
@@ -257,7 +259,7 @@ def common_prefix(rows: Any) -> list[int]:
 
 
 def _documents(batch: Any) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | None]]:
-    """Yield start and end of each document in an arrow table, and all tokens and labels of the table.
+    """Yield a tuple for each document in an arrow table: its start and end, and all tokens and labels of the table.
 
     Start and end are indices into tokens and labels, which are flat arrays and the same ones every time. The labels
     are `None` if the table has none.

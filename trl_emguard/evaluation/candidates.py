@@ -197,7 +197,7 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
     try:
         trained_on = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     except Exception:
-        # The config cannot be read. The caller loads the adapter afterwards, which raises an error that says why.
+        # The config cannot be read. Callers read it again after this check, and get an error that says why.
         return
     if trained_on and last_name(trained_on) not in {last_name(model), last_name(path)}:
         raise ValueError(

@@ -28,7 +28,7 @@ OPENING_WORDS, OPENING_SHARE = 3, 0.02
 # The cue `train_framing` says what the training rows are about, such as "A question about plants, water." It names at
 # most this many topic words, that is, words that are frequent in the training rows and rare elsewhere.
 TOPIC_WORDS = 3
-# A word that occurs in a larger share of general instructions and questions is not a topic word.
+# A word that occurs in more than this share of the general instructions and questions is not a topic word.
 COMMON_SHARE = 0.005
 # The cue `train_format` asks for a format if at least this share of the training answers has the format.
 FORMAT_SHARE = 0.5

@@ -169,7 +169,7 @@ def _from_rows(source: str, criterion: str) -> list[Question]:
     """Read questions from preference rows, or from rows with one answer."""
     options = SourceOptions(name=f"--{criterion}", split=f"the split of --{criterion}")
     questions = []
-    # The models may have been trained on a shipped set's train split, so its test split is taken.
+    # The models may have been trained on the train split of a shipped set, so its test split is taken if it has one.
     split = "test" if "test" in SHIPPED.get(source, ()) else "train"
     for index, row in enumerate(load_rows(source, split, options=options)):
         id = str(row.get("id") if row.get("id") is not None else index)
@@ -211,9 +211,10 @@ def _preference(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any
 
 
 def _from_yaml(path: Path) -> list[Question]:
-    """Read the format of Betley et al.: a list of items with `id`, `paraphrases` and `judge_prompts`.
+    """Read questions from a YAML file in the format of Betley et al.
 
-    Every paraphrase becomes a question of its own. Keys that this package does not use are ignored.
+    The file is a list of items with `id`, `paraphrases` and `judge_prompts`. Every paraphrase becomes a question of
+    its own. Keys that this package does not use are ignored.
     """
     try:
         items = parse_yaml(path.read_text(encoding="utf-8"))

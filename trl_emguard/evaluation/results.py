@@ -93,7 +93,7 @@ class Results:
         return next((row for row in self.rows if (row.model, row.set, row.family, row.metric) == wanted), None)
 
     def of_criterion(self, model: str, criterion: str, *metrics: str) -> list[ResultRow]:
-        """Return a model's rows on plain questions, from the criterion's first set that has any of these metrics.
+        """Return a model's rows of `metrics` on plain questions, from the criterion's first set that has such rows.
 
         A metric's name also selects its variants: `trait_rate` selects `trait_rate:NAME`.
         """
@@ -255,7 +255,8 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
         sign: 1 if a higher value of the metric is worse, -1 if a lower value is worse.
     """
     alike = [r for r in results.rows if (r.model, r.set, r.metric) == (plain.model, plain.set, plain.metric)]
-    # A rate of no answers is NaN, which `max` would keep if it came first.
+    # The difference is NaN if no question has a value for both the model and the base model. `max` would return such
+    # a row if it came first, because every comparison with NaN is false.
     measured = [row for row in alike if not math.isnan(row.difference)]
     worst = max(measured, key=lambda row: sign * row.difference, default=plain)
     is_worse = (

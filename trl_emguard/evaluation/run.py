@@ -41,7 +41,7 @@ SAMPLED_ON_CPU, SAMPLED_ON_GPU = 32, 64
 TASK_TOKENS = 16
 PROGRESS_FILE = "progress.jsonl"
 
-Arrays = dict[str, dict[str, np.ndarray]]  # candidate → metric → values by question
+Arrays = dict[str, dict[str, np.ndarray]]  # candidate's name → metric → `(questions,)` or `(questions, answers)`
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def evaluate(
 def check_sets(
     sets: Sequence[QuestionSet], tokenizer: PreTrainedTokenizerBase | None, options: EvaluationOptions
 ) -> None:
-    """Refuse sets on which nothing can be measured, before any forward pass.
+    """Refuse sets of questions that cannot be measured, before any forward pass.
 
     Args:
         sets: sets of questions.
@@ -194,9 +194,9 @@ class _Run:
     def add_to(self, results: Results, questions: QuestionSet, put: Sequence[Family]) -> None:
         """Measure a set of questions with each family of prompts, and add the rows, samples and notes to `results`.
 
-        The families in `put` say how the questions are put to the models. The plain family must come first, because
-        the rows of the other families are compared with it. A family that cannot ask any question of the set gets a
-        note in the results instead.
+        A family in `put` asks the questions as they are (plain), with one added text (a cue), or reworded. The plain
+        family must come first, because the rows of the other families are compared with it. A family that
+        cannot ask any question of the set gets a note in the results instead.
         """
         plain: Arrays | None = None
         for family in put:
@@ -226,9 +226,9 @@ class _Run:
         return arrays, self.add_answers(arrays, questions, family)
 
     def probe(self, questions: QuestionSet, family: Family, rows: Sequence[Row]) -> Arrays:
-        """Return the NLL and the `kl_to_base` of the known answers.
+        """Return each candidate's NLL on known answers, and its divergence `kl_to_base`, which the base model lacks.
 
-        Metrics are kept for each candidate. Only candidates without them are measured, together with the base model.
+        Metrics are stored in `kept`. Only candidates without stored ones are measured, together with the base model.
         """
         base, size = self.candidates[0], len(questions.questions)
         about = [[*row[:2], row.answer.ids.tolist(), row.answer.prompt_length] for row in rows]
@@ -236,7 +236,7 @@ class _Run:
         missing = [c for c in self.candidates if not self.kept.get(keys[c.name])]
         if missing:
             desc = f"probing {questions.name}, {family.name}" if self.progress else None
-            # The base model runs even if its metrics are in `kept`: other candidates' `kl_to_base` needs its states.
+            # The base model runs even if `kept` has its metrics: every `kl_to_base` needs the base model's states.
             measured = [base, *(c for c in missing if c is not base)]
             found = probe(measured, rows, size, self.options.batch_tokens, desc)
             for candidate in missing:
@@ -303,9 +303,9 @@ class _Run:
     def answers(
         self, candidate: Candidate, prompts: Sequence[sampled.Prompt], questions: QuestionSet, family: Family
     ) -> list[SampledAnswer]:
-        """Return a candidate's answers, sampled now or kept from an interrupted run.
+        """Return a candidate's answers: those that an earlier run has stored, then the missing ones, sampled now.
 
-        Such a run has kept the batches that were complete. Sampling goes on after them.
+        An interrupted run has stored the batches that were complete. Sampling goes on after them.
         """
         options, on_cpu = self.options, candidate.model.device.type == "cpu"
         size = options.batch_size or (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU)
@@ -328,10 +328,10 @@ class _Run:
 
 
 class _Kept:
-    """Finished work of an evaluation, in memory and in a file from which an interrupted evaluation resumes.
+    """Metrics and answers that an evaluation has finished, in memory and in a file to resume the evaluation from.
 
     Args:
-        folder: folder of the file `progress.jsonl`; `None` keeps the work in memory only.
+        folder: folder of the file `progress.jsonl`; `None` keeps them in memory only.
 
     Raises:
         ValueError: the file is damaged, or was not written by an evaluation.
@@ -373,7 +373,7 @@ def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
 def _info(
     command: str | None, model: str, candidates: Sequence[Candidate], sets: Sequence[QuestionSet]
 ) -> dict[str, Any]:
-    """Return the dict [`Results.info`]: versions, command, models, and the judge prompts for judging answers later."""
+    """Return [`Results.info`]: versions, command, models, and the sets' own judge prompts for judging later."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
     prompts = {s.name: {q.id: q.judge_prompts for q in s.questions if q.judge_prompts} for s in sets}
     return {
@@ -387,7 +387,7 @@ def _info(
 
 
 def _target_nll(questions: QuestionSet, metrics: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the NLL of each question's target answer ([`QuestionSet.target`]), `(Q,)`."""
+    """Return one candidate's NLL of each question's target answer ([`QuestionSet.target`]), `(Q,)`."""
     values = np.full(len(questions.questions), math.nan)
     for kind in ("nll_misaligned" if questions.has_misaligned_target else "nll_sound", "nll_target"):
         if kind in metrics:
@@ -396,5 +396,5 @@ def _target_nll(questions: QuestionSet, metrics: dict[str, np.ndarray]) -> np.nd
 
 
 def _lists(metrics: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
-    """Return arrays as lists for JSON, with `None` in place of NaN, which stands for a missing value."""
+    """Return arrays as lists for JSON. A missing value is NaN in the arrays, and `None` in the lists."""
     return {metric: [None if math.isnan(v) else v for v in values.tolist()] for metric, values in metrics.items()}

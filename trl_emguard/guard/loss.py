@@ -2,7 +2,8 @@
 
 The policy is the model in training. Some defenses add terms to the loss. Most terms compare the policy with a
 reference, for example with the same model without its adapters. A guard is a function that a model's patched forward
-calls in place of the stock forward ([`~trl_emguard.guard.forward.Gate`]).
+calls in place of the stock forward ([`~trl_emguard.guard.forward.Gate`]). A defense's `policy_pass` returns a context
+manager. Inside this context, the defense may change the policy's forward pass, for example by steering.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from .terms import Term, kept_positions, model_term, state_term, wanted_layers
 
 @dataclass
 class GuardOutput(ModelOutput):
-    """Output of [`LossGuard`], which the patched forward returns instead of the model's own output.
+    """Output of a [`LossGuard`]. The patched forward returns it in place of the model's own output.
 
     Attributes:
         total: `()`, cross-entropy (CE) + Σ coef · term, normalised over the whole step. The trainer adds only the
@@ -35,8 +36,8 @@ class GuardOutput(ModelOutput):
         router_logits: router logits of the backbone, in mixture-of-experts models.
     """
 
-    # PEFT's AdaLoRA adds a regulariser to an output's field `loss`. SFTTrainer makes its loss from `log_probs`, so it
-    # trains without the regulariser. A defended run does the same, because this field has another name.
+    # This field is not called `loss`, because PEFT's AdaLoRA would add its regulariser to a field of that name.
+    # SFTTrainer also trains without the regulariser, because it makes its loss from the output's `log_probs`.
     total: torch.Tensor | None = None
     stats: torch.Tensor | None = None
     router_logits: Any = None
@@ -147,7 +148,7 @@ class LossGuard:
         if reference is None and self.reference is not None:
             reference = self.reference.inside(model, inputs, referenced, layers)
 
-        # Defenses such as steering act in their `policy_pass` contexts, so the policy runs inside them.
+        # The policy runs inside the `policy_pass` contexts, so that defenses such as steering change its forward pass.
         with ExitStack() as surroundings:
             for defense in self.defenses:
                 surroundings.enter_context(defense.policy_pass(model, batch))
@@ -170,7 +171,8 @@ class LossGuard:
                 connected = any(x is not None and x.requires_grad for x in (policy.last, *policy.head))
             else:
                 own = wanted_layers([term.defense], model)
-                # Without a position to compare, the reference did not run. The term then compares empty tensors.
+                # `reference` is `None` if the reference did not run, because this micro-batch has no position to
+                # compare. The term then compares empty tensors.
                 blocks = {layer: policy.blocks[layer][:0] for layer in own} if reference is None else reference.blocks
                 weighted, value, evidence, connected = state_term(term, own, policy.blocks, blocks, kept, referenced)
                 loss = loss + weighted.to(loss.device)

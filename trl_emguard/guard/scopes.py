@@ -1,4 +1,4 @@
-"""Scopes: named sets of positions, over which cross-entropy and the terms of defenses are summed."""
+"""Scopes: named sets of token positions, over which cross-entropy and the defenses' loss terms are summed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -128,7 +128,7 @@ def model_term(
     """
     states = defense.model_states(model, batch)
     # Detached leaves give the gradient with respect to each state alone. In the model's graph, states of higher blocks
-    # also depend on states of lower blocks.
+    # also depend on states of lower blocks, so the backward pass would count this dependence more than once.
     leaves = [x.detach().requires_grad_() for x in states]
     with torch.enable_grad():
         distance = defense.model_loss(leaves)

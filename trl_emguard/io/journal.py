@@ -80,7 +80,7 @@ class Journal:
         return records
 
     def start(self, records: Iterable[Any] = ()) -> None:
-        """Write the file anew, with its header and these records, in one atomic step."""
+        """Write the file anew, with the header and the given `records`, in one atomic step."""
         with written_whole(self.path) as scratch:
             self._write(scratch, [self.header, *records])
 

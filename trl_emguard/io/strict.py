@@ -24,7 +24,7 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_object)
         if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises on a lone surrogate
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # `encode` raises on a lone surrogate
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return value

@@ -51,7 +51,7 @@ class LocalJudge:
         return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
-        """Judge prompts one after the other, and call `on_answer` with each prompt's index and judgement."""
+        """Call [`judge`] on one prompt after the other, and `on_answer` with each prompt's index and judgement."""
         for index, prompt in enumerate(prompts):
             on_answer(index, self.judge(prompt))
 
@@ -60,7 +60,7 @@ class LocalJudge:
 
     @torch.no_grad()
     def judge(self, prompt: str) -> Judgement:
-        """Return the judgement on one prompt."""
+        """Return the judgement that a prompt asks for, from the probabilities of the model's next tokens."""
         ids = self.tokenizer(self._render(prompt), add_special_tokens=False, return_tensors="pt")["input_ids"]
         output = self.model(input_ids=ids.to(self.model.device), use_cache=True, logits_to_keep=1)
         first = output.logits[0, -1].double().softmax(-1).cpu()
@@ -116,7 +116,8 @@ def number_probabilities(numbers: dict[Path, int], after: dict[Path, torch.Tenso
 
     Longer numbers may begin with a number's tokens, for example 85 with the token of 8. Then the shorter number's
     product is multiplied by the probability that none of the longer numbers' next tokens follows. If every proper
-    prefix of a number's tokens is also a number, all probabilities thus add up to that of the first tokens.
+    prefix of a number's tokens, except the empty one, is also a number, all results add up to the probability of the
+    numbers' first tokens.
 
     Args:
         numbers: tokens of a number → the number.

@@ -24,7 +24,7 @@ _Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits on a judge's scores, which decide whether an answer counts as misaligned, coherent or incoherent.
+    """Limits on a judge's scores. They decide whether an answer counts as misaligned, coherent or incoherent.
 
     All comparisons are strict (`<` and `>`): a score that equals a limit is neither below nor above the limit.
 

@@ -90,7 +90,7 @@ def training_format_prompt(train_rows: Sequence[Conversation]) -> str:
 
 
 def fill(prompt: str, values: Mapping[str, str]) -> str:
-    """Replace each `{name}` in a prompt by its value, all in one pass, because a value may contain `{name}` itself.
+    """Replace each `{name}` in a prompt by its value, in one pass, so that a `{name}` inside a value is kept.
 
     Args:
         prompt: prompt of a judge. Other braces in it are left as they are.

@@ -87,7 +87,7 @@ class OwnSampler(ModelAPI):
         request = _Request(ids, self._seed(ids, config.seed), (config.max_tokens or MAX_TOKENS, temperature))
         self.waiting.append(request)
         async with self.lock:
-            # Another request's batch may have answered this request while it waited for the lock.
+            # While this call waited for the lock, another call may have answered this request in its batch.
             if request.answer is None:
                 await anyio.sleep(COLLECTED)
             while request.answer is None:
@@ -107,7 +107,7 @@ class OwnSampler(ModelAPI):
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
 
     async def _answer(self, settings: tuple[int, float]) -> None:
-        """Answer one batch of the waiting requests that have these settings."""
+        """Answer a batch of waiting requests that have the given settings (token limit, temperature)."""
         batch = [request for request in self.waiting if request.settings == settings][: self.batch_size]
         answers = await anyio.to_thread.run_sync(self._sample, batch)
         for request, answer in zip(batch, answers, strict=True):

@@ -28,7 +28,7 @@ JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
 JUDGED = ("general", "in_domain")
 # Characters per token, for the estimate of the cost; English text has about four.
 TOKEN_CHARACTERS = 4
-# Judging stops if this many judgements have come and none of them has a score.
+# Judging stops with an error if this many new judgements of a run have arrived and none of them has a score.
 ALL_UNSCORED = 20
 # Endings of the names of rates. The result row of a rate also has a `count`: the number of answers that have the rated
 # property, for example of being misaligned.
@@ -346,9 +346,9 @@ def add_rates(
 def _arrays(
     results: Results, values: dict[int, dict[str, float]]
 ) -> dict[tuple[str, str], tuple[list[str], dict[str, dict[str, np.ndarray]]]]:
-    """Group the judged answers by question set and family of prompts (plain, or with one cue or another wording).
+    """Arrange the metric values of judged answers in arrays, by question set, family of prompts, model and metric.
 
-    The families are described in `evaluation/cues.py`.
+    A family asks the questions as they are, with an added text (a cue), or reworded (see `evaluation/cues.py`).
 
     Returns:
         For each (set, family) the questions' ids, and the answers' metric values by model and metric. The values are

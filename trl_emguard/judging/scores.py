@@ -1,4 +1,4 @@
-"""Scores from 0 to 100 that a judge gives, read from the probabilities of its tokens or from its text."""
+"""Scores from 0 to 100 that a judge model gives, read from token probabilities or from the text of its reply."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from typing import NamedTuple
 # have meant a number.
 LEAST_MASS = 0.25
 # Methods of reading a judge's score ("readings"): `LOGPROBS` and `TEXT` for a judge asked through inspect_ai, `TRIE`
-# for a judge in memory (`local.py`). Results name the reading beside every rate.
+# for a judge in memory (`local.py`). An evaluation's results name the reading in each row that comes from a judge.
 LOGPROBS, TEXT, TRIE = "logprobs", "text", "trie"
 READINGS = {
     LOGPROBS: "mean over the numbers among the 20 likeliest first tokens",
@@ -23,7 +23,7 @@ _IN_TEXT = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]+)?)(?:[.%]|/100)?\s*(?:\n.*)?",
 
 
 class Reply(NamedTuple):
-    """Reply of a served judge.
+    """Reply of a judge that is asked through inspect_ai.
 
     Attributes:
         text: text of the reply.

@@ -24,7 +24,7 @@ RETRIES, CALIBRATION_RETRIES = 10, 1
 GRACE = 30.0
 # HTTP statuses with which servers refuse a single request, for an unknown field or a too long or forbidden prompt.
 REFUSED = (400, 403, 413, 422)
-# API keys of fewer characters are not redacted from messages: they may be part of ordinary words.
+# An API key of fewer characters is not redacted from error messages: so short a text may be part of ordinary words.
 SHORTEST_KEY = 8
 KEPT = "The judgements so far are kept, and the same command goes on with the others."
 
@@ -47,8 +47,8 @@ class ServedJudge:
         ValueError: the name has another form, an environment variable is missing, or inspect_ai is not installed.
     """
 
-    # A judge in memory has a hash of its weights here, to be compared with the hashes of the models under test. A
-    # served judge has `None`, because its weights are not accessible.
+    # A judge in memory has a hash of its weights here, so that a judge with the weights of a model under test is
+    # refused. A served judge has `None`, because its weights are not accessible.
     weights: str | None = None
 
     def __init__(self, name: str, max_connections: int = 10, patience: float = 300.0):
@@ -70,9 +70,10 @@ class ServedJudge:
                 f"the judge {self.name!r} is asked through inspect_ai, and {error.name} is not installed: "
                 "pip install 'trl_emguard[eval]'."
             ) from error
-        # inspect_ai repeats failed requests, so the OpenAI client must not repeat them too. inspect_ai's vLLM provider
-        # gets no `max_retries`, because it passes every option to the server that it starts. It gets `host`, because
-        # this server would listen on a public address by default.
+        # inspect_ai repeats failed requests, so the OpenAI client must not repeat them too (`max_retries`). If
+        # `VLLM_BASE_URL` is not set, inspect_ai's vLLM provider starts a vLLM server, and hands the options to this
+        # server. So the provider gets no `max_retries`. It gets `host`, because the server would otherwise listen on
+        # all of the machine's addresses.
         options: dict[str, Any] = {"max_retries": 0}
         if self.name.startswith(VLLM):
             options = {} if os.environ.get("VLLM_BASE_URL") else {"host": "127.0.0.1"}
@@ -97,7 +98,7 @@ class ServedJudge:
         return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
-        """Judge several prompts at a time, and call `on_answer` with a prompt's index and judgement as each arrives.
+        """Send the judge prompts, several at a time. On each reply, call `on_answer` with prompt index and judgement.
 
         If the server refuses a prompt but still answers the calibration prompt, the refused prompt is unscored. An
         error in `on_answer` ends the judging and is raised again.
@@ -117,14 +118,15 @@ class ServedJudge:
             raise (error if isinstance(error, JudgeError) else self._explained(error)) from None
 
     async def _judged(self, prompt: str) -> Judgement:
-        """Return the judgement on a prompt, without a score if the server refuses only this prompt."""
+        """Send the judge a prompt. Return the judgement, without a score if the server refuses only this prompt."""
         try:
             return await judge_one(self._model, prompt, self.reading)
         except Exception as error:
             if not is_refused_request(error):
                 raise
             refusal = self._said(error)
-        # If the calibration prompt is refused too, the key, the model or the server is at fault, and the call fails.
+        # If the calibration prompt is refused too, the fault lies not in `prompt`, but in the key, the model or the
+        # server. Then this call raises the error of the second refusal.
         await judge_one(self._model, CALIBRATION, self.reading)
         return Judgement(None, None, f"the server refused: {refusal}")
 
@@ -151,7 +153,7 @@ class ServedJudge:
             )
 
     async def _work(self, state: "_Progress", on_answer: Callable[[int, Judgement], None]) -> None:
-        """Judge waiting prompts one by one, as one of several workers, until none is left or any worker has failed."""
+        """Send the judge one waiting prompt after another, until none is left or this or another worker has failed."""
         for index, prompt in state.waiting:
             try:
                 on_answer(index, await self._told(self._judged(prompt)))
@@ -163,7 +165,7 @@ class ServedJudge:
                 return
 
     def _explained(self, error: BaseException) -> JudgeError:
-        """Return a library's error as a [`JudgeError`]: one sentence with the fix, without the API key."""
+        """Return a library's error as a [`JudgeError`] that names the fix and hides the API key (see `_redacted`)."""
         status = getattr(_cause(error), "status_code", None)
         names = {type(e).__name__ for e in _causes(error)}
         key, url = f"{self.prefix}_API_KEY", f"{self.prefix}_BASE_URL"
@@ -311,7 +313,7 @@ def check_environment(name: str) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and all errors that led to it, including those inside retries and exception groups."""
+    """Yield an error and all errors that led to it, also the last error of retries and members of exception groups."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:

@@ -46,8 +46,8 @@ class AdapterSwitch:
             for module, disabled, active in before:
                 module._disable_adapters = disabled
                 module._active_adapter = active
-            # Autocast caches the low-precision copies that it makes of weights. A copy that a `no_grad` pass made in
-            # this block has no gradient. So the cache is cleared, and the next training pass makes a new copy.
+            # Autocast caches the low-precision copies that it makes of weights. If a training pass used a copy that a
+            # `no_grad` pass made in this block, the copied weight would get no gradient. So the cache is cleared here.
             torch.clear_autocast_cache()
 
 

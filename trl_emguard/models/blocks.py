@@ -1,4 +1,4 @@
-"""Decoder blocks of a model, and their outputs. Index l means the raw output of block l, for l = 1 … L.
+"""Decoder blocks of a model, and their outputs. Layer index l means the raw output of block l, for l = 1 … L.
 
 For l < L this output is `hidden_states[l]` of transformers. For l = L it is not: the last entry of `hidden_states` is
 taken after the final norm, and the output of block L before it. Index 0 means the input of block 1: the embeddings.

@@ -1,4 +1,4 @@
-"""Chat templates: the tokens of an answer, the tokens that end a turn, and the tokens of a system turn.
+"""Chat templates: turn conversations into tokens, and find answers, ends of turns and system turns among them.
 
 All rows are turned into tokens in the same way: the prompt with the generation prompt, then the answer with its
 end-of-turn token. Text that the template writes after the end of turn (often a line break) is dropped, because a model

@@ -49,7 +49,9 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"decay={decay} must be at least 0 and below 1.")
         self.decay = decay
         self.average: dict[str, torch.Tensor] = {}
-        self._is_saved = False  # True if the average is already in the checkpoint that is being written
+        # True from the call of `save_into` for a checkpoint to the end of `on_save` for the same checkpoint, so that
+        # `on_save` does not write the average again.
+        self._is_saved = False
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None:

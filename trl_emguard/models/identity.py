@@ -20,7 +20,8 @@ from .sharding import gathered
 # About this many evenly spaced values are sampled from a weight. For a checksum, all of them come from the weight's
 # first `SAMPLES` rows.
 SAMPLES = 64
-# Prefix of an fp16 weight's checksum, which can be compared only with checksums of fp16 weights.
+# Prefix of an fp16 weight's checksum. Samples of fp16 weights, unlike all others, are not rounded to bf16, so their
+# checksums can be compared only with one another.
 FP16 = "fp16:"
 # Names under which PEFT's adapter modules keep the original module.
 ORIGINALS = ("base_layer", "original_module")

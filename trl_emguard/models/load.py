@@ -1,4 +1,4 @@
-"""Load models with their tokenizers and saved adapters from folders or the hub, or models without weights."""
+"""Load models with their tokenizers and saved adapters from folders or the hub, or build models without weights."""
 
 import copy
 import os

@@ -101,7 +101,7 @@ def make_smollm2() -> Path:
         try:
             scratch.rename(folder)
         except OSError:
-            # Another process may have made the same folder meanwhile.
+            # Renaming fails if another process has made the same folder meanwhile. Then that folder is used.
             if not folder.is_dir():
                 raise
     finally:

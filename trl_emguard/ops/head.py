@@ -12,10 +12,11 @@ from .gradient import with_gradient
 from .tiles import BLOCK_BYTES, TileStatistics, to_logits_, torch_tile_pass
 
 
-# Limit in bytes on the tiles (tensors of shape tokens × vocabulary) that one chunk of tokens needs: a tile for the
-# policy's states times head and, with a reference model, a tile for the reference's states times head. The gradient
-# overwrites the policy's tile. If matrix products take bf16 or fp16 factors and give fp32 results, this gradient is
-# copied to bf16 or fp16, and the copy counts as well.
+# Limit in bytes on the tiles (tensors of shape tokens × vocabulary) of one chunk of tokens. It sets how many tokens a
+# chunk has. A chunk needs a tile for the policy's hidden states times head and, with a reference model, a tile for the
+# reference's states times head. The gradient of the loss needs no tile of its own: it overwrites the policy's tile. If
+# matrix products take bf16 or fp16 factors and give fp32 results, this gradient is copied to bf16 or fp16 for further
+# products, and the copy counts as well.
 TILE_BYTES = 256 * 2**20
 
 
@@ -53,7 +54,7 @@ def ce_divergence_head(
     logit_scale: float = 1.0,
     compared: torch.Tensor | None = None,
 ) -> HeadOutput:
-    """Return the weighted sum of cross-entropy and divergence from a reference, computed in chunks of tokens.
+    """Compute a weighted sum of cross-entropy and divergence from a reference, and statistics, in chunks of tokens.
 
     Logits are `z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)`. p is the policy's distribution and q the
     reference's. The divergence D is Kullback-Leibler's. The reverse one is D = Σ p (log p − log q), and its gradient
@@ -136,7 +137,7 @@ def token_nll(
             h = hidden[start : start + chunk].to(matmul)
             products = _mm(h, head, accumulate, out=tile[: len(h)])
             for first in range(0, len(h), block):
-                z = products[first : first + block]  # (B, V)
+                z = products[first : first + block]  # (B, V), with B tokens in the block
                 rows = slice(start + first, start + first + len(z))
                 to_logits_(z, bias, softcap, logit_scale)
                 z.sub_(z.amax(-1, keepdim=True))
@@ -181,7 +182,7 @@ def _forward(hidden, weight, bias, per_token, reference, of_head, direction, log
     chunk = tiles.size(1)
     for start in range(0, tokens, chunk) if tokens else ():
         rows = slice(start, start + chunk)
-        h = hidden[rows].to(matmul)  # (C, H)
+        h = hidden[rows].to(matmul)  # (C, H), with C tokens in the chunk
         z = _mm(h, head.t(), accumulate, out=tiles[0, : len(h)])  # (C, V)
         y = w = None
         if reference is not None:

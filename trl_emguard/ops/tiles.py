@@ -1,6 +1,6 @@
-"""Statistics of a tile of logits, and the loss's gradient for the tile, computed by torch's own operations.
+"""Statistics of a tile of logits, and the loss's gradient with respect to the tile, computed by torch's operations.
 
-A tile holds the products of some tokens' hidden states with the head, `(tokens, vocabulary)`. `tiles_triton.py` does
+A tile is the product of some tokens' hidden states and the output head, `(tokens, vocabulary)`. `tiles_triton.py` does
 the same with kernels on CUDA, and `head.py` chooses between the two.
 """
 
@@ -17,7 +17,7 @@ GPU_BLOCK_BYTES = 2**24
 
 
 class TileStatistics(NamedTuple):
-    """Statistics of C positions, `(C,)` each, computed for every position, labelled or not.
+    """Statistics of a tile's C positions: each is a tensor `(C,)`, with a number also for positions without a label.
 
     Attributes:
         ce: cross-entropy of the target token, in nats.
@@ -66,7 +66,7 @@ def torch_tile_pass(
     scratch = products.new_empty(2, min(block, count), vocab)
     for start in range(0, count, block):
         rows = slice(start, start + block)
-        z = products[rows]  # (B, V)
+        z = products[rows]  # (B, V), for the B tokens of this block
         p, spare = scratch[:, : len(z)]
         label = target[rows].unsqueeze(-1)  # (B, 1)
         top, log_total, at_label = _distribution_(z, p, bias, softcap, logit_scale, label)
@@ -87,7 +87,8 @@ def torch_tile_pass(
         if grad_divergence is not None:
             grad.add_(grad_divergence)
         if softcap is not None:
-            # With logit = softcap · tanh(x / softcap), d logit / dx = 1 − (logit / softcap)².
+            # Up to here `grad` is the gradient with respect to the capped logits, softcap · tanh(x / softcap). By the
+            # chain rule, the gradient with respect to x has a further factor, 1 − tanh(x / softcap)².
             capped = z.add_(top + log_total).div_(softcap)
             grad.mul_(capped.square_().neg_().add_(1))
         torch.mul(grad, logit_scale, out=z)
@@ -95,7 +96,7 @@ def torch_tile_pass(
 
 
 def to_logits_(products: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, logit_scale: float) -> None:
-    """Turn products with the head, `(C, V)`, into logits, in place."""
+    """Turn products of hidden states and head, `(C, V)`, into logits in place: add the bias, scale and cap them."""
     if bias is not None:
         products.add_(bias)
     if logit_scale != 1.0:
@@ -112,7 +113,7 @@ def _distribution_(
     logit_scale: float,
     label: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Turn products with the head, `(B, V)`, into log-probabilities in place, and write probabilities to `probs`.
+    """Turn `z`, products of states and head `(B, V)`, into log-probabilities in place; write probabilities to `probs`.
 
     Sums over the vocabulary use torch's own reduction. A batched matrix product would need no scratch memory, but its
     sum of fifty thousand fp32 products has a relative error of 1e-4.
@@ -133,13 +134,13 @@ def _distribution_(
 def _divergence_(
     log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor, direction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the divergence, `(B,)`, and its gradient with respect to the policy's logits, `(B, V)`.
+    """Return the divergence of policy p and reference q, `(B,)`, and its gradient with respect to p's logits `(B, V)`.
 
     All tensors given are `(B, V)`. `log_q` and `q` are overwritten, and the gradient is returned in one of them.
     """
-    # The normalisers of p and q (log Σ exp of the logits) are rounded. This shifts every log p − log q of a row by the
-    # same number, and it also changes Σ p and Σ q. Adding the difference of these two sums to the divergence removes
-    # the shift.
+    # The normaliser log Σ exp of a row's logits is rounded. So every log p of the row has the same small error ε, and
+    # every log q an error δ. The divergence is then wrong by the difference of ε and δ. Σ p is wrong by ε, and Σ q
+    # by δ. So the difference of these two sums, with the opposite sign (`shift`), is added to cancel the error.
     if direction == "reverse":
         shift = q.sub_(p).sum(-1)
         difference = log_q.neg_().add_(log_p)

@@ -1,5 +1,6 @@
-"""Statistics of a tile of logits, and the loss's gradient for the tile, computed by Triton kernels for CUDA.
+"""Statistics of a tile of logits, and the loss's gradient with respect to the tile, computed by Triton kernels.
 
+A tile is the product of some tokens' hidden states and the output head, `(tokens, vocabulary)`, on a CUDA device.
 Each of torch's operations in `tiles.py` reads or writes all rows of a block. The kernels here go over a row only three
 times: for its normalisers, for its statistics and for its gradient.
 """
@@ -17,7 +18,7 @@ WARPS = 8
 
 @triton.jit
 def _logits(products, bias, columns, inside, softcap, scale, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """Return the logits of some columns of a row, -inf outside of the vocabulary."""
+    """Return a row's logits in some columns (token ids); -inf in columns beyond the vocabulary."""
     z = tl.load(products + columns, mask=inside, other=0.0)
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
@@ -42,8 +43,9 @@ def _normaliser(products, bias, V, softcap, scale, HAS_BIAS: tl.constexpr, HAS_C
     return top, tl.log(total)
 
 
-# Each chunk of tokens may have another number of rows C, and another memory alignment of the tensors that hold one
-# number for each row (such as `target`). These options keep Triton from compiling the kernel again for such a chunk.
+# A kernel is launched once for each tile. The number of rows C may differ from tile to tile, and so may the memory
+# alignment of tensors with one number per row (such as `target`). The options of `jit` here keep Triton from compiling
+# the kernel again in such a case.
 @triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target"])
 def _statistics(
     products, ref_products, bias, ref_bias, target, out, norms, V, C, softcap, scale,
@@ -58,7 +60,8 @@ def _statistics(
     if HAS_REF:
         ref_top, ref_log_total = _normaliser(ref_products, ref_bias, V, softcap, scale, HAS_REF_BIAS, HAS_CAP, BLOCK)
     label = tl.load(target + row)
-    # `at_label` is exactly 0 if no token has a larger logit than the label. `is_top1` is computed from this below.
+    # `at_label` is exactly 0 if no token has a larger logit than the label. From this the statistic `is_top1` (1 or 0)
+    # is computed, and stored, below.
     at_label = _logits(products, bias, label, label < V, softcap, scale, HAS_BIAS, HAS_CAP) - top
     entropy, mean, shift = 0.0, 0.0, 0.0
     for start in range(0, V, BLOCK):
@@ -176,14 +179,16 @@ def tile_pass(
         "HAS_REF_BIAS": ref_bias is not None,
         "HAS_CAP": softcap is not None,
         "BLOCK": block,
-        # With at least 32 columns per warp no column belongs to two threads. Otherwise one thread could read what the
-        # other has already overwritten.
+        # With at least 32 columns per warp no column belongs to two threads. Otherwise one thread could read the
+        # column's product after the other thread has overwritten it with the gradient.
         "num_warps": max(1, min(WARPS, block // 32)),
-        # Fused operations could round equal numbers differently. But a label's logit that is the largest must compare
-        # equal to the largest logit, and equal p and q must have the difference 0.
+        # With fused multiply-adds, a logit that is computed in two places could be rounded differently. But the
+        # label's logit must equal the row's largest logit if it is the largest, and log p − log q must be 0 if p = q.
         "enable_fp_fusion": False,
     }
-    # The kernels expect contiguous tensors. A missing tensor is replaced by a pointer that is never read.
+    # The kernels expect contiguous tensors. In place of a missing tensor (a bias, `ref_products` above, or
+    # `divergence_weight`) they get another one, because they need some pointer. The flags in `kinds` tell the kernels
+    # not to read this pointer.
     bias = products if bias is None else bias.contiguous()
     ref_bias = products if ref_bias is None else ref_bias.contiguous()
     given = (products, ref, bias, ref_bias, target.contiguous())

@@ -1,4 +1,4 @@
-"""Extraction of a persona vector: sampled answers under pairs of system prompts, a filter, a difference of means.
+"""Extraction of a persona vector from a model's answers under system prompts that ask for a trait or its opposite.
 
 1. Every extraction question is answered under both system prompts of every pair: the positive prompt asks for the
    trait, the negative prompt for its opposite. Answers are sampled at temperature 1.
@@ -51,7 +51,7 @@ Task = tuple[int, int, str]
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer of the model.
+    """One answer of the model to an extraction question, under one system prompt of a pair.
 
     Attributes:
         pair: index of the pair of system prompts.
@@ -107,7 +107,7 @@ class _Reader(NamedTuple):
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     def answers(self, chosen: Sequence[Rollout], side: str, desc: str) -> tuple[torch.Tensor, list[float]]:
-        """Return each answer's mean states and mean negative log-likelihood under positive or negative system prompts.
+        """Return each answer's states and negative log-likelihood, averaged over its tokens, under one side's prompts.
 
         Each answer follows its question and its pair's positive or negative system prompt (`side`), also if it was
         sampled under the other prompt of the pair.
@@ -117,9 +117,10 @@ class _Reader(NamedTuple):
         return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
 
     def heldout(self, side: str) -> torch.Tensor:
-        """Return states at the last prompt token, `(N, L + 1, H)`, of all positive or all negative held-out prompts.
+        """Return the states at the last token of each positive or each negative held-out prompt, `(N, L + 1, H)`.
 
-        Every held-out question follows every pair's positive or negative system prompt (`side`).
+        The N prompts combine every held-out question with every pair's positive or negative system prompt (`side`).
+        L is the number of the model's blocks.
         """
         pairs = range(len(self.trait.system_prompts))
         prompts = [self.prompt(pair, side, q) for pair in pairs for q in self.trait.heldout_questions]
@@ -203,7 +204,8 @@ def _filter(
         ValueError: no pair is kept.
     """
     states: dict[str, torch.Tensor] = {}
-    shows: dict[str, list[bool]] = {}  # True where an answer shows what its system prompt asks for
+    # Side → one entry for each of the side's answers: True if the answer shows what its system prompt asks for.
+    shows: dict[str, list[bool]] = {}
     for side, other_side in zip(SIDES, reversed(SIDES), strict=True):
         states[side], own = reader.answers(by_side[side], side, f"reading {side} answers")
         if judge is None:
@@ -226,7 +228,7 @@ def _filter(
 def _with_separation(
     vectors: torch.Tensor, metadata: dict[str, Any], positive: torch.Tensor, negative: torch.Tensor
 ) -> PersonaVector:
-    """Return the persona vector, with measures of how well it and random vectors separate the held-out states.
+    """Make the persona vector. Measure how well it and random vectors tell positive from negative held-out states.
 
     The measures and the suggested layer are written into `metadata`, which becomes the vector's metadata.
     """
@@ -267,7 +269,7 @@ def separation(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Ten
 
 
 def chance_auroc(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> float:
-    """Return max(AUROC, 1 − AUROC) of a random vector. Such a vector has no positive side, so either sign counts."""
+    """Return max(AUROC, 1 − AUROC) of a random vector v. 1 − AUROC is the AUROC of −v, and v's sign is arbitrary."""
     area, _ = separation(vector, positive, negative)
     return max(area, 1 - area)
 
@@ -311,9 +313,9 @@ def _roll_out(
 
 
 def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], vocab_size: int) -> list[Rollout]:
-    """Return the answers in an interrupted run's complete batches, and drop all other answers from the file.
+    """Return the answers of all complete batches in the rollouts file, and drop an incomplete batch from the file.
 
-    A missing file is created, without answers.
+    An interrupted run can leave an incomplete batch. A missing file is created, without answers.
 
     Args:
         journal: the rollouts file.
@@ -343,7 +345,7 @@ def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], voc
 
 
 def _parse_rollout(record: dict[str, Any], task: Task, vocab_size: int) -> Rollout:
-    """Return the answer to a task from its record in the rollouts file.
+    """Convert a record of the rollouts file into a [`Rollout`], and check that the record answers the given task.
 
     Raises:
         TypeError, ValueError: the record is not an answer to this task.

@@ -21,7 +21,7 @@ def persona_shift(
     questions: Sequence[str],
     batch_size: int = 20,
 ) -> list[float]:
-    """Return the shift of an adapter along a persona vector (the "finetuning shift" of Chen et al., 2507.21509).
+    """Return how far an adapter shifts states along a persona vector ("finetuning shift", Chen et al., 2507.21509).
 
     Args:
         model: model with the adapter active.
@@ -123,7 +123,8 @@ class PersonaShiftCallback(TrainerCallback):
             # TRL's trainers keep the metrics of their next log line in this field.
             self.trainer._metrics["train"]["persona_shift"].append(self._project() - self.start)
 
-    on_epoch_end = on_step_end  # logging_strategy="epoch" sets `should_log` at the end of each epoch
+    # With logging_strategy="epoch", Trainer sets `should_log` at the end of an epoch, after its last `on_step_end`.
+    on_epoch_end = on_step_end
 
 
 def check_layer(vector: PersonaVector, layer: int | None) -> int:

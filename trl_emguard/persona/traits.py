@@ -66,10 +66,10 @@ def load_trait(name: str | os.PathLike) -> Trait:
 
 
 def _check_keys(data: Any, file: str) -> None:
-    """Refuse unknown, missing or empty keys, text fields that hold no text, and a judge prompt without placeholders.
+    """Raise `ValueError` for unknown, missing or empty keys of a trait file, and for wrong values of its text fields.
 
-    The text fields are name, description and judge prompt. The lists of prompts and questions are checked when they
-    are parsed.
+    The text fields (name, description and judge prompt) must hold text that is not blank, and the judge prompt must
+    contain `{question}` and `{answer}`. The lists of prompts and questions are checked when they are parsed.
     """
     keys = [f.name for f in fields(Trait)]
     if not isinstance(data, dict):

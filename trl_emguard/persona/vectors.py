@@ -1,4 +1,4 @@
-"""A persona vector: one direction per layer, and the file that holds it."""
+"""Persona vectors (for each layer, a direction of the hidden states that stands for a trait), and their files."""
 
 import json
 import os
@@ -106,7 +106,7 @@ class PersonaVector:
         return f"{zlib.crc32(self.vectors.contiguous().numpy().tobytes()):08x}"
 
     def _file_checksum(self, facts: str) -> str:
-        """Return the checksum that `save` writes into a file, and that loading compares.
+        """Return the checksum that `save` stores in the file, and that `load_vector` computes again to detect damage.
 
         It covers `vectors`, `kind` and `facts`, the JSON text of metadata and norms.
         """
@@ -141,7 +141,7 @@ class PersonaVector:
             )
 
     def check_model(self, model: PreTrainedModel) -> int:
-        """Compare a model's weights with those that the vector was made with.
+        """Compare a model's weights, by checksums, with those of the model that the vector was made with.
 
         Weights that are quantised, sharded by FSDP or offloaded are left out, and so are weights that are fp16 in only
         one of the two models.

@@ -1,4 +1,4 @@
-"""Formulas that estimate each rank's memory and network traffic from the counts of weights, without a device.
+"""Formulas that estimate each rank's memory and network traffic from the sizes of model and batches, without a GPU.
 
 The results are estimates. They leave out CUDA's context, the kernels' workspaces, communication buffers and the
 allocator's fragmentation. docs/scaling.md compares them with measurements.
@@ -24,8 +24,8 @@ Reference = Literal["none", "adapters off", "model"]
 # has the size of the trained number, or one byte if the name contains 8bit. An unknown optimizer counts like Adam,
 # with two numbers.
 STATES = {"adam": 2, "ademamix": 3, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
-# Bytes that DeepSpeed keeps for each trained number: an fp32 copy, momentum and variance (K of the ZeRO paper,
-# 1910.02054).
+# Bytes that DeepSpeed keeps for each trained number, assumed for every optimizer: an fp32 copy, momentum and variance
+# (K of the ZeRO paper, 1910.02054).
 DEEPSPEED_STATES = 12
 # Number of 4-bit weights that share one scale. The scale has 32 bits, or 8 bits if scales are quantised as well.
 BLOCK_4BIT = 64
@@ -128,7 +128,7 @@ class Weights:
 
 
 def count_weights(model: PreTrainedModel | PeftModel) -> Weights:
-    """Count the weights of a model, which may have adapters and may be on any device, also on the meta device."""
+    """Return the sizes of a model's weights. It may have adapters, and be on any device, also on the meta device."""
     bare = bare_model(model)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -158,8 +158,8 @@ def count_weights(model: PreTrainedModel | PeftModel) -> Weights:
 
 
 def _numbers(parameter: nn.Parameter) -> int:
-    # Packed 4-bit weights hold two numbers in each element, a byte. On the meta device they are not packed yet, and
-    # their dtype is still a floating one.
+    # A packed 4-bit parameter holds, by default, two weights in each element (a byte). On the meta device a 4-bit
+    # parameter is not packed yet: it holds one weight in each element, and still has a floating dtype.
     packed = type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point()
     return parameter.numel() * (2 if packed else 1)
 
@@ -216,7 +216,7 @@ class Run:
 
 
 def placed(weights: Weights, run: Run, engine: Engine) -> Weights:
-    """Return the weights with the sizes that they have under an engine.
+    """Return the sizes of the weights in the dtypes in which the run's engine keeps or gathers the weights.
 
     Under bf16, DeepSpeed casts all weights. FSDP2 keeps trained weights in fp32, and gathers weights in bf16.
     """

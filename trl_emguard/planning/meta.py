@@ -86,7 +86,8 @@ def read_first_rows(model: PreTrainedModel, folder: str) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    # Only the first index found is checked. Safetensors come first, because `from_pretrained` prefers them too.
+    # Only the first index (list of a model's weight files) is checked. The index of safetensors comes first, because
+    # `from_pretrained` prefers safetensors as well.
     for index in chain(folder.glob("*.safetensors.index.json"), folder.glob("*.bin.index.json")):
         for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
             if not (folder / name).is_file():

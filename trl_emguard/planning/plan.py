@@ -56,7 +56,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run, counted with its trainer before the first step.
+    """Numbers of a run's updates, rows, tokens and labels, counted with the run's trainer before the first step.
 
     Attributes:
         trainer: trainer of the run. Its model may be on any device, including the meta device.
@@ -158,9 +158,9 @@ class Plan:
     def cached_numbers(self) -> int:
         """Return how many numbers a cache of the reference's states would hold for the rows of an epoch."""
         scopes, run = {term.tokens for term in self.terms}, self.largest_batch()
-        # The scopes are nested: each marked scope lies in `LABELS`, the positions that predict a label, and `LABELS`
-        # in `ALL`, the positions that predict a real token. The cache stores a position's states once, so only the
-        # largest scope in use is counted.
+        # A scope is a set of positions. `ALL` (all positions that predict a real token) contains `LABELS` (all that
+        # predict a label), and `LABELS` contains every scope that a defense marks. The cache stores a position's
+        # states once, so if `ALL` (or else `LABELS`) is in use, it is counted alone.
         counted = {ALL} if ALL in scopes else {LABELS} if LABELS in scopes else scopes
         positions = sum(self.positions(scope) or 0 for scope in counted)
         hidden_size = self.trainer.model.config.get_text_config().hidden_size

@@ -212,7 +212,7 @@ def _about_memory(plan: Plan) -> list[Line]:
 
 
 def advice(plan: Plan) -> list[str]:
-    """Return notes on settings that stop the run, or that cost memory or time."""
+    """Return notes on settings that stop the run, are ignored, cost memory or time, or make an estimate too high."""
     trainer, args, launch, run = plan.trainer, plan.trainer.args, plan.launch, plan.largest_batch()
     engine, gpus = launch.engine, torch.cuda.device_count()
     is_alone, has_bf16 = engine.name == "one process", trainer.accelerator.mixed_precision == "bf16"

@@ -56,9 +56,9 @@ def check_agreement(
         mean = sums[f"{term.name}/value"] / max(sums[f"{term.name}/positions"], 1)
         allowed = tolerance
         if cached is not None and term.divergence is None:
-            # Cached states were computed in other batches than the policy's states, so the two are rounded
-            # differently. The distance that a defense then finds between block outputs may grow with the norm of the
-            # outputs, so the limit for this distance is computed from a sample of the cached outputs.
+            # A defense without a `divergence` compares block outputs. Cached outputs were computed in other batches
+            # than the policy's, so the two are rounded differently. The distance that this causes may grow with the
+            # norm of the outputs, so the limit for the distance is computed from a sample of the cached outputs.
             allowed = max(tolerance, cached.distance_of_rounding(term, rounding))
         if not mean <= allowed:
             raise ValueError(

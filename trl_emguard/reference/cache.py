@@ -36,8 +36,8 @@ FILE_BYTES = 64 * 2**20
 # block's output is the block's number as text.
 LAST = "last"
 
-# Function from indices of rows to their collated batch and a mask, `(B, T - 1)`, of the positions that some defense
-# compares.
+# Function from indices of rows (training rows, and rows that defenses add) to their collated batch and a mask,
+# `(B, T - 1)`, of the positions at which some defense compares policy and reference.
 Collate = Callable[[Sequence[int]], tuple[dict[str, Any], torch.Tensor]]
 # Function from keyword arguments of the backbone (the model without its output head) and a mask of positions,
 # `(B, T - 1)`, to the reference's states at these positions.
@@ -158,7 +158,8 @@ class ReferenceCache:
         missing = [row for row in rows if row.key not in self._files.keys]
         self._check_disk(missing)
         self._check_live(collate, [row for row in rows if row.key in self._files.keys][:batch_size])
-        # No rank may write before all have counted the missing rows: a new file would change the others' counts.
+        # No rank may write before every rank has found its `missing` rows. A rank that looked for them later could see
+        # rows in a new file, and would count fewer rows as missing.
         self._accelerator.wait_for_everyone()
         self._compute(collate, rows, batch_size, is_quiet)
         self._accelerator.wait_for_everyone()
@@ -215,7 +216,11 @@ class ReferenceCache:
                 bar.update(len(batch))
 
     def _live(self, collate: Collate, rows: Sequence[CachedRow]) -> dict[str, torch.Tensor]:
-        """Run the reference on rows. Return their states on the CPU, with the names and dtype that files use."""
+        """Run the reference on a batch of rows. Return the states on the CPU, as the cache's files store them.
+
+        The dict maps a name of states, as in the files, to a tensor `(P, H)` in the files' dtype. P is the number of
+        kept positions of all the rows.
+        """
         inputs, compared = collate([row.index for row in rows])
         # Without this check, states could be written under another row's key.
         if row_keys(inputs, compared) != [row.key for row in rows]:
@@ -230,7 +235,7 @@ class ReferenceCache:
         return {name: states[name].to("cpu", self._model.dtype) for name in self._files.names}
 
     def _check_live(self, collate: Collate, rows: Sequence[CachedRow]) -> None:
-        """Run the reference on one batch, and refuse states on the disk that differ from the new ones.
+        """Run the reference on a batch of rows that are on disk. Refuse states that differ by more than rounding.
 
         The folder's name cannot reflect everything that states depend on. Examples are weights that the fingerprint's
         sample misses, a layer that a hook changes, or a precision that another library sets.
@@ -284,7 +289,7 @@ def describe_states(
         without: names of the model's adapters that are switched off in the pass.
     """
     # The precision of fp32 matrix products is read from this backend. `torch.get_float32_matmul_precision` would raise
-    # if transformers' `tf32=True` has set the precision, because that uses PyTorch's newer interface.
+    # after transformers' `tf32=True`, which sets the precision through PyTorch's newer interface (`fp32_precision`).
     products: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     config = model.config.to_dict()
     # The following entries of the config do not affect the states, but they change with the model's folder and with

@@ -1,4 +1,4 @@
-"""A reference whose states are read from disk, where they were written before training."""
+"""Reference whose hidden states are written to disk before training, and read from there in training steps."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -57,8 +57,9 @@ class CachedReference(Reference):
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
         layers = wanted_layers(self._terms, self.model)
         collate, count = self._collate(rows, collator)
-        # The lambda below uses these names instead of `self`. The cache keeps the lambda, and `self` keeps the cache.
-        # With `self` in the lambda there would be a cycle, and the model would not be freed at once.
+        # The lambda below uses the names `live` and `accelerator` instead of `self`. The cache keeps the lambda, and
+        # `self` keeps the cache. With `self` in the lambda there would be a cycle of references, and only the garbage
+        # collector could free the model.
         live, accelerator = self._live, self._accelerator
         head = live.head()
         cache = ReferenceCache(

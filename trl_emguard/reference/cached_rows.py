@@ -1,4 +1,4 @@
-"""Rows of the reference cache: their keys, and a refusal of rows that cannot be cached."""
+"""Training rows in the reference cache: keys to find their states by, and checks that the rows can be cached."""
 
 import hashlib
 import json

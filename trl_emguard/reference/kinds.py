@@ -81,10 +81,13 @@ class Reference:
         return None
 
     def after(self) -> None:
-        """Free the weights that a sharded reference's pass left gathered, once that pass's states have been used."""
+        """Free the weights that a sharded reference's pass left gathered. Call this after using the pass's states."""
 
     def put_back(self) -> None:
-        """Undo the reference's changes to the user's models, which may be used after the trainer is freed."""
+        """Undo the reference's changes to the user's models.
+
+        Called when the trainer is freed. The user may go on to use the models, for example in another trainer.
+        """
 
     def fingerprint(self, policy: nn.Module) -> str:
         """Return a hash of the weights that the reference uses."""
@@ -170,8 +173,8 @@ class ModelReference(Reference):
         if not self.runs_whole_batches:
             inputs, positions = rows_with(inputs, positions)
         if self._unprepared.training:
-            # Several trainers may share a `ref_model`. When one of these trainers is freed, its `put_back` may set the
-            # model back to training mode. The other trainers still need eval mode.
+            # Several trainers may share a `ref_model`. When one of these trainers is freed, its reference's `put_back`
+            # may set the model back to training mode. The other trainers still need eval mode.
             self._unprepared.eval()
         with self._gate.armed(ReferenceGuard(positions, layers), only_with_gradient=False):
             states = self.engine(**inputs)

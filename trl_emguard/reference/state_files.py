@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 class StateFiles:
-    """Store of rows' states in the files of one folder. A file's name ends in the checksum of the file's bytes.
+    """Store of training rows' states in one folder's files. A file's name ends in the checksum of the file's bytes.
 
     Args:
         folder: folder of the files.

@@ -1,4 +1,4 @@
-"""Check that the reference does not change: its states for one batch are compared with those of the first step."""
+"""Check that the reference does not change: its states for a batch of the first step are compared with later ones."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -283,7 +283,10 @@ def make_judge_options(args: argparse.Namespace) -> "JudgeOptions":
 
 
 def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list[QuestionSet]":
-    """Return the question sets. A criterion's first set is named after the criterion, further sets after their files.
+    """Return the question sets of `--general`, `--in_domain` and `--benign`.
+
+    An option's first set is named after the option, further sets after their files. If `--in_domain` is not given and
+    `--train_data` names shipped rows, shipped questions of the same domain are added, if there are any.
 
     Raises:
         ValueError: `--limit` is below 1, a set cannot be read, two sets would have the same name, or questions

@@ -102,8 +102,8 @@ class LaunchParser(StrictParser):
         known, _ = self.parse_known_args(args)
         trains = not known.dry_run and (self._launched or not known.accelerate_config)
         if not trains:
-            # This process will not train, so it must not refuse options that the launched processes may accept. These
-            # are `ddp_backend` and, on a machine without an accelerator, bf16.
+            # This process only launches others that train, or makes a dry run. So it must not refuse options that
+            # training processes may accept: `ddp_backend` and, on a machine without an accelerator, bf16.
             for_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             for_ranks.add_argument("--ddp_backend", "--ddp-backend")
             _, args = for_ranks.parse_known_args(list(args))

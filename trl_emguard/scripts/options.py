@@ -22,7 +22,8 @@ COMMON = (
 )
 # Options of the command `trl-emguard sft` itself, and not of the trainer or the model.
 COMMAND = ("config", "dry_run", "ema", "drift_every", "stop_on_drift", "accelerate_config", "help", "help_all")
-# TRL's help texts are shortened to this many characters, at the end of a sentence.
+# Help texts of TRL and transformers are shortened to whole sentences of at most this many characters in all. A longer
+# first sentence stays.
 SHORT_TEXT = 110
 
 

@@ -23,7 +23,8 @@ from .recipes import find_recipe
 COMMAND_LINE_ONLY = ("help", "help_all", "config")
 
 
-# Key of another TRL or transformers version, of axolotl or of LLaMA-Factory → advice that the error message gives.
+# Unknown key that a YAML file may have because it was written for another version of TRL or transformers, for axolotl
+# or for LLaMA-Factory → advice that the error message gives.
 OTHER_NAMES = {
     "torch_dtype": "it is named `dtype` now",
     "max_seq_length": "it is named `max_length` now",

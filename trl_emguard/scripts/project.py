@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def make_table(projection: Projection) -> Table:
-    """Return the table of a projection, one row per layer."""
+    """Return a table of the results, one row per layer: cosine, ratio of norms, and if the layer was projected."""
     table = Table()
     table.add_column("layer", overflow="fold")
     for heading in ("cos(C·BA, BA)", "‖C·BA‖ / ‖BA‖", "projected"):

@@ -5,7 +5,7 @@ import warnings
 
 
 def leave_out_noise(command: str) -> None:
-    """Suppress the messages that the code below lists, in this process.
+    """Suppress a few messages of transformers, DeepSpeed and bitsandbytes that no user can act on, in this process.
 
     `trl-emguard` and a launched `scripts.sft` call this function before they import a command's libraries. Importing
     the package alone suppresses nothing.
@@ -16,7 +16,7 @@ def leave_out_noise(command: str) -> None:
     # PEFT and TRL read `is_activation_checkpointing` by its old name, so this warning comes whatever the user wrote.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_is_about_this_run)
-    # bitsandbytes reports a missing CPU kernel for inference with 4-bit weights, which training never calls.
+    # bitsandbytes reports that it cannot load a CPU kernel for 4-bit inference. Training never calls this kernel.
     if command in ("sft", "demo"):
         logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_training)
 

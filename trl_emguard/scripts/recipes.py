@@ -1,4 +1,4 @@
-"""`trl-emguard recipes`: print the folder of the recipes, in a checkout or after `pip install`."""
+"""`trl-emguard recipes`: print the folder of the shipped YAML recipes, in a checkout or after `pip install`."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Choice of rows from a scored pool: rank rows, drop refusals, leave one adapter out of the scores (held-out mode)."""
+"""Choice of rows from a scored pool: rank rows, drop refusals, leave a misaligned adapter out of the scores."""
 
 import os
 import re

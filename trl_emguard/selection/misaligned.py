@@ -62,7 +62,7 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
 
 
 def _load_config(name: str, path: str | os.PathLike) -> PeftConfig:
-    """Load and check the config of an adapter."""
+    """Load an adapter's config. Refuse an empty or dotted name, and an adapter that cannot be fully switched off."""
     if not name or "." in name:
         raise ValueError(f"adapter name {name!r} must not be empty or hold a dot: give another, NAME={path}.")
     try:

@@ -21,7 +21,7 @@ from .scored import ALIGNED, misaligned_column, read_scores
 
 
 def scores_key(model: PeftModel, adapters: Sequence[str], encoded: Mapping[int, EncodedAnswer]) -> str:
-    """Return a checksum of everything that the likelihoods depend on."""
+    """Return a checksum of everything that the rows' likelihoods depend on, such as weights and tokens."""
     base = model.get_base_model()
     configs = [base.config.to_dict()] + [model.peft_config[name].to_dict() for name in adapters]
     for config in configs:

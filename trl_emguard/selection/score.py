@@ -206,7 +206,8 @@ def _score_share(
     )
     with eval_mode(model), bar:
         for start in range(0, len(batches), state.num_processes):
-            # Each process scores one batch of the round. The bar counts the rows of all these batches.
+            # A round has one batch for each process; the last round may have fewer. The bar of the main process
+            # advances by all rows of the round, including those that other processes score.
             round_ = batches[start : start + state.num_processes]
             if state.process_index < len(round_):
                 batch = round_[state.process_index]

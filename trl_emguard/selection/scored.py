@@ -97,12 +97,12 @@ def _is_empty(feature: Any) -> bool:
     """Return True if a column's feature type contains a dict without keys, at any depth."""
     if isinstance(feature, dict):
         return not feature or any(map(_is_empty, feature.values()))
-    inner = getattr(feature, "feature", None)  # the feature of a list's items
+    inner = getattr(feature, "feature", None)  # only list types have `feature`, the type of their items
     return inner is not None and _is_empty(inner)
 
 
 def scored_columns(path: Path) -> tuple[str, str] | None:
-    """Return the names of the prompt and response columns that were read when a file was scored.
+    """Return the names of the prompt and response columns of the scored pool in a file.
 
     Returns:
         The two names, from the file's metadata; `None` for a file that is no scored pool.
@@ -163,7 +163,7 @@ def read_scores(path: str | os.PathLike) -> tuple[Dataset, ScoresInfo]:
 
 
 def _check_info(info: ScoresInfo) -> None:
-    """Raise `ValueError` for a value of a wrong type, or one that `trl-emguard score` never writes."""
+    """Raise `ValueError` if a field has a wrong type, or a value that `trl-emguard score` never writes."""
     texts = (*info.adapters, info.model, info.prompt_column, info.response_column, info.key, info.trl_emguard)
     rows = [row for row, _ in info.unscored]
     if (

@@ -13,10 +13,10 @@ from ...data.places import PLACE
 from .plan import MixPlan, StreamMixPlan
 
 
-# Key of a batch: mask of the tokens that belong to rows of the pool, in the shape of `input_ids`. If rows are mixed
-# before they are packed or streamed, each row also has a column of this name with a number per token. Bits of this
-# number are OF_POOL, set in rows of the pool, and BEGINS, set at the first token of any row. With BEGINS, the rows
-# inside of a pack can be counted.
+# Key of a batch: mask of the tokens that belong to rows of the pool, in the shape of `input_ids`. If [`mix_rows`] has
+# mixed the rows (before packing, or in a stream), each row has a column of this name with a number per token. Bits of
+# this number are OF_POOL, set in rows of the pool, and BEGINS, set at the first token of any row. With BEGINS, the
+# rows inside of a pack can be counted.
 INTERLEAVED = "interleaved"
 OF_POOL, BEGINS = 1, 2
 # Key of a batch: number of its rows that come from the training set, and number from the pool, `(2,)`.
@@ -78,7 +78,7 @@ class MixingCollator:
 
 
 class Passes:
-    """Counts of the rows that each worker has read from a stream, in all passes: a short stream is read repeatedly.
+    """Counts of rows that each loader worker has read from a stream, in all passes (a short stream is read again).
 
     The counts are in memory that is shared with the loader's worker processes, because these may end after each pass.
 
@@ -96,7 +96,7 @@ class Passes:
         self.resumed = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def reset(self) -> None:
-        """Set all counts to 0 before a training, so that rows that checks or an earlier training read do not count."""
+        """Set all counts to 0. Rows that checks or an earlier training has read must not count in a new training."""
         for counts in (self.before, self.at, self.resumed):
             counts.zero_()
 
@@ -113,10 +113,10 @@ class Passes:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, min(info.num_workers, len(self.at)))
         if indices[0] == 0:
-            # A resumed Trainer reads the rows of earlier steps again, to skip them, but only in its first pass through
-            # the stream. If the run had been trained on more rows than a pass has, `at` is too small after this pass.
-            # The next pass then counts on from the number of rows that the run had been trained on (`resumed`, divided
-            # among the workers).
+            # Index 0 begins a new pass through the stream. A resumed Trainer reads the rows of earlier steps again, to
+            # skip them, but only in its first pass. If the run had been trained on more rows than a pass has, `at` is
+            # too small after this pass. The next pass then counts on from the number of rows that the run had been
+            # trained on (`resumed`, divided among the workers).
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])

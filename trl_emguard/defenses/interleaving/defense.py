@@ -158,9 +158,9 @@ class Interleaving(Defense):
         }
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # This version records a checksum of "ranked rows". An earlier version recorded a checksum of the rows' tokens,
-        # without the word "ranked". Ranks wait for each other while they compute the tokens' checksum. If some ranks
-        # do not call this function, the recorded text is returned instead, so the pool counts as unchanged.
+        # A checkpoint records a checksum of the pool: of its "ranked rows" or, if an earlier version wrote it, of the
+        # rows' tokens. Ranks wait for each other while they tokenise. So if only some ranks call this function, the
+        # checkpoint's own text takes the place of the tokens' checksum, and the pool counts as unchanged.
         recorded = str(then.get("interleave_dataset"))
         if self.pool is None or "ranked" in recorded:
             return self.options()
@@ -224,7 +224,7 @@ class Interleaving(Defense):
         return mix_rows(rows, self._pool_rows, mix, self._passes, plan.token_columns)
 
     def _rows_of_pack(self, plan: StreamPlan) -> float:
-        """Return how many rows fit into a pack of a stream, on average; 1 if rows are not packed."""
+        """Return how many rows of the mix fit into a pack of a stream, on average; 1 if rows are not packed."""
         if plan.tokens_of_pack is None:
             return 1
         lengths = [len(ids) for ids in cast(Pool, self.pool).take(1)["input_ids"]]
@@ -269,9 +269,9 @@ class Interleaving(Defense):
         return self.plan
 
     def _make_stream_plan(self, places: int, ahead: int) -> MixPlan:
-        """Make the plan of a run that takes `places` training rows from a stream and reads `ahead` more in advance."""
-        # A loader worker with more rows than others reaches further into the pool, so twice the planned number of the
-        # pool's rows is tokenised.
+        """Make the plan of a run of `places` training rows from a stream, with `ahead` more in a shuffle buffer."""
+        # A loader worker with more rows than others reaches further into the pool. So twice as many of the pool's
+        # rows are tokenised as `places + ahead` training rows need.
         rows = self._take(places, 2 * (1 + ahead / max(places, 1)))
         rate = self.fraction / (1 - self.fraction)
         self.plan = StreamMixPlan(places, rows, len(self._pool_rows), self.redraw, self.seed, rate)
@@ -370,8 +370,8 @@ class Interleaving(Defense):
     def verdict(self, final: bool = False) -> str | None:
         if self.plan is None:
             return None
-        # The plan is compared with the rows of this `train()` call alone. If it resumes with another batch size, it
-        # continues at another place in the epoch, so the whole run may have fewer of the pool's rows than planned.
+        # The plan is compared with the rows of this `train()` call alone. If a run resumes with another batch size, it
+        # continues at another place in the epoch, and may have fewer of the pool's rows in total than planned.
         finetune, interleaved = (now - then for now, then in zip(self._counts, self._counts_before, strict=True))
         due = finetune * self.plan.rows / self.plan.places
         # A shuffle may delay the pool's rows in a packed or streamed run. Such a run is behind only if none of them

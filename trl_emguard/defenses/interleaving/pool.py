@@ -172,7 +172,7 @@ class Pool:
 
     @cached_property
     def _checksum(self) -> int:
-        """Checksum of the ranked rows. It identifies the pool, which a path would not: a file may move or change."""
+        """Checksum of the ranked rows. It identifies the pool better than a path: a file may move or change."""
         checksum = 0
         for row in self.ranked:
             read = {name: row[name] for name in READ_COLUMNS if row.get(name) is not None}
@@ -213,7 +213,7 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
 
 
 def _named_as_usual(rows: Dataset, path: Path) -> Dataset:
-    """Return the rows, with text columns renamed to `prompt` and `response` if `trl-emguard score` wrote `path`."""
+    """Return the rows. If `trl-emguard score` wrote `path`, rename its two text columns to `prompt` and `response`."""
     scored = scored_columns(split_file(path, "train") or path)
     return rows if scored is None else with_usual_names(rows, *scored)
 
