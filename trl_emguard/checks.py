@@ -99,8 +99,9 @@ def check_launch(args: TrainingArguments) -> None:
 def refuse_unsharded_fsdp(why: str) -> NoReturn:
     """Raise `ValueError` for a run that asks for FSDP and would not be sharded. The message gives `why`, the cause."""
     raise ValueError(
-        f"FSDP was asked for and does not shard here ({why}): accelerate leaves models on the CPU whole. Train on "
-        "accelerators, or launch with an accelerate file without FSDP."
+        f"FSDP was asked for and does not shard here ({why}): accelerate shards a model only over processes that were "
+        "launched on accelerators, and leaves it whole otherwise. Train on accelerators by `accelerate launch`, or "
+        "launch with an accelerate file without FSDP."
     )
 
 

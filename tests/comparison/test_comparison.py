@@ -204,7 +204,7 @@ def test_a_tie_with_a_free_baseline_is_told():
 @pytest.mark.parametrize("fields", [{"is_defended": False}, {"error": "it broke"}])
 def test_a_run_without_proof_is_not_preferred(fields):
     found = report({"kl": (0.0, -1.0)}, **fields)
-    left_out = " Left out, since a seed failed or gave no evidence of its defense: kl."
+    left_out = " Left out, since a seed failed, was not measured, or gave no evidence of its defense: kl."
     assert found.sentence == f"Every run is left out, so no run can be preferred.{left_out}"
     whole = report({"none": (0.0, -1.0)})
     assert replace(whole, entries=[*whole.entries, *found.entries]).sentence.endswith(left_out)

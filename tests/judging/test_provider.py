@@ -1,6 +1,7 @@
 """The provider of inspect_ai: its answers are those of the package's own sampler, in batches of any size."""
 
 import asyncio
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -69,6 +70,20 @@ def test_greedy_answers_are_the_samplers_to_the_letter(tmp_path):
             candidate.model, tokenizer, [ids["input_ids"]], max_new_tokens=12, batch_size=1, temperature=0
         )
         assert output.completion == answer.text
+
+
+def test_a_call_that_failed_does_not_fail_the_next(tmp_path, monkeypatch):
+    from inspect_ai.model import GenerateConfig, get_model
+
+    import trl_emguard.judging.tasks  # noqa: F401 (registers the provider)
+
+    model = get_model(f"trl_emguard/{save_model(tmp_path / 'model')}", config=GenerateConfig(max_tokens=4))
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_emguard.judging.provider.sample_answers", Mock(side_effect=RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            asyncio.run(model.generate("Hello?"))
+    assert model.api.waiting == []
+    assert asyncio.run(model.generate("And now?")).stop_reason in ("stop", "max_tokens")
 
 
 def test_what_the_sampler_cannot_do_is_refused(tmp_path):

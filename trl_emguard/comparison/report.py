@@ -101,7 +101,8 @@ class Report:
             return "Broad misalignment and narrow learning were not both measured, so no run can be preferred."
         compared = [entry for entry in self.entries if entry.is_comparable]
         left_out = [entry.name for entry in self.entries if not entry.is_comparable]
-        reason = f" Left out, since a seed failed or gave no evidence of its defense: {'; '.join(left_out)}."
+        names = "; ".join(left_out)
+        reason = f" Left out, since a seed failed, was not measured, or gave no evidence of its defense: {names}."
         if not compared:
             return f"Every run is left out, so no run can be preferred.{reason}"
         best = [entry for entry in compared if not any(dominates(other, entry) for other in compared)]

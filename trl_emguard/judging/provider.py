@@ -86,12 +86,17 @@ class OwnSampler(ModelAPI):
         temperature = 1.0 if config.temperature is None else config.temperature
         request = _Request(ids, self._seed(ids, config.seed), (config.max_tokens or MAX_TOKENS, temperature))
         self.waiting.append(request)
-        async with self.lock:
-            # While this call waited for the lock, another call may have answered this request in its batch.
-            if request.answer is None:
-                await anyio.sleep(COLLECTED)
-            while request.answer is None:
-                await self._answer(request.settings)
+        try:
+            async with self.lock:
+                # While this call waited for the lock, another call may have answered this request in its batch.
+                if request.answer is None:
+                    await anyio.sleep(COLLECTED)
+                while request.answer is None:
+                    await self._answer(request.settings)
+        finally:
+            # A request that failed or was cancelled must not fail the batches of other calls.
+            if request in self.waiting:
+                self.waiting.remove(request)
         answer = request.answer
         output = ModelOutput.from_content(
             self.model_name, answer.text, "max_tokens" if answer.is_truncated else "stop"

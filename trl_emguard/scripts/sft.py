@@ -193,8 +193,7 @@ def run(
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    # If a rank closes the process group while another rank still saves, gloo's threads can abort the rank that closes
-    # the group. All ranks therefore wait for each other before `end` closes it.
+    # No rank closes the process group (`end`) while another still saves, which may need the group.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
