@@ -349,7 +349,7 @@ class Inoculation(Defense):
         """Return the turns with the prompt in the system turn, and the old system text (`None` if there was none)."""
         before = _system_text(turns)
         speaker, text = _turn_keys(turns)
-        # A system turn whose text is null counts as no system turn, and is replaced in both modes.
+        # The old system turn is left out in both modes; `prefix` adds its text again below, unless the text is null.
         rest = turns[1:] if _is_system(turns[0], speaker) else turns
         if any(_is_system(turn, speaker) for turn in rest):
             raise ValueError(

@@ -83,7 +83,7 @@ class LDIFS(ReferenceDefense):
 
 
 def select_layers(spec: object, num_layers: int | None) -> list[int]:
-    """Return the sorted numbers of the blocks that `ldifs_layers` selects, counted from 1; the last block is number L.
+    """Return the sorted numbers of the blocks that `ldifs_layers` selects, counted from 1 to `num_layers`.
 
     The output of block L is meant before the model's final norm, unlike the last entry of `hidden_states`.
 

@@ -194,7 +194,7 @@ def judge_answers(
 
 
 def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation] = ()) -> list[_Call]:
-    """Return a call to the judge for each metric of each answer, if the criterion of the answer's set is in `JUDGED`.
+    """Return a call to the judge for each metric of each answer to a question that is not of a benign task.
 
     If a model gives equal answers to a question, their calls for a metric share a key, and only one of them is made.
 

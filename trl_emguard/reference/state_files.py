@@ -70,7 +70,7 @@ class StateFiles:
         }
 
     def sample(self, count: int) -> dict[str, torch.Tensor]:
-        """Return the states of up to `count` positions from one of the files: name → `(P, H)`."""
+        """Return up to `count` positions' states of one file, to test rounding errors on: name → `(P, H)`."""
         file = next(iter(self._files.values()))
         return {name: file[name][:count] for name in self.names}
 

@@ -394,7 +394,7 @@ class InterleavingPlus(Interleaving):
 
 
 class InterleavingPlusPlus(InterleavingPlus):
-    """[`InterleavingPlus`] without refusals: they often have the largest gap, and training on many harms coherence."""
+    """[`InterleavingPlus`] without refusals: many have a large gap, and training on many of them harms coherence."""
 
     name = "interleave++"
     drop_refusals = True
