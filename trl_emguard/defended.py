@@ -58,7 +58,7 @@ class DefendedTrainer(WholeCheckpoints):
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
-    forms_own_loss: ClassVar[bool] = False  # true if the class itself forms the loss for defenses with `own_loss`
+    forms_own_loss: ClassVar[bool] = False  # true if the class, not TRL, forms the loss for defenses with `own_loss`
     prepares_rows: ClassVar[bool] = False  # true if the class calls all `ROW_HOOKS`
 
     defenses: list[Defense]
@@ -85,8 +85,8 @@ class DefendedTrainer(WholeCheckpoints):
         self._steps_made = 0  # optimizer steps of this `train()` call, without those before a resume
         self._still_steps = 0  # number of steps in a row, up to the latest, whose gradient norm was 0
         self._begin_with: dict[str, dict[str, Any]] = {}
-        # The run's identity, which may contain a hash of weights, is made here because FSDP2 shards the weights later,
-        # and on all ranks because all must gather ZeRO-3's shards. Resuming compares it with a checkpoint's identity.
+        # Resuming compares this identity with a checkpoint's. The identity may hash weights: it is made before FSDP2
+        # shards them, and by all ranks, to gather ZeRO-3's shards. All ranks get the main process's result.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
@@ -226,7 +226,7 @@ class DefendedTrainer(WholeCheckpoints):
     # ---- a training step ----
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        # Evaluation runs without defenses.
+        # Evaluation runs without defenses, and so does training if no defense is active.
         if not self.model.training or not self.defenses:
             return super().compute_loss(model, inputs, *args, **kwargs)
         marks = self._read_batch(inputs)
@@ -323,7 +323,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        """Raise an error for a value neither finite nor `None`. For a NaN loss, Trainer logs a mean of old losses."""
+        """Raise an error for values neither finite nor `None`. Trainer logs means of earlier losses instead of NaN."""
         if self.accelerator.optimizer_step_was_skipped:
             values.pop("grad_norm")  # fp16's loss scaling skips steps with a non-finite norm until it finds its scale
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]

@@ -102,7 +102,8 @@ class DefendedRows(SFTTrainer):
             # first numbers, which belong to other tokens. The columns are therefore cut to their last numbers here.
             dataset = dataset.map(lambda row: {name: row[name][-end:] for name in names})
         has_more_rows = (packing or isinstance(dataset, IterableDataset)) and self.overrides("add_rows")
-        # SFTTrainer packs only tokens and labels, so rows with columns of defenses are packed in `_add_rows`.
+        # `_add_rows` lets defenses add rows before packing, or to a stream. It also packs rows that have columns of
+        # defenses, because SFTTrainer packs only tokens and labels. SFTTrainer prepares all other rows.
         if not has_more_rows and not (packing and names):
             return prepare(dataset, processing_class, args, packing, None, dataset_name)
         return self._add_rows(dataset, args, packing, dataset_name)

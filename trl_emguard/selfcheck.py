@@ -20,8 +20,8 @@ from .config import EMGuardConfig
 from .trainer import EMGuardTrainer
 
 
-# Private methods of SFTTrainer that the package overrides or calls. If TRL renamed a method, its override would never
-# be called.
+# Private methods of SFTTrainer (most inherited from transformers' Trainer) that the package overrides or calls. If TRL
+# or transformers renamed a method that the package overrides, the override would silently never be called.
 PRIVATE = (
     "_get_dataloader",
     "_get_grad_norm",

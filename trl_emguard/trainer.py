@@ -113,7 +113,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         check_data(train_dataset)
         self._choose_defenses(args, interleave_dataset=interleave_dataset)
         self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
-        # If true, this package's patched forward of the model computes the loss; if false, SFTTrainer computes it.
+        # If true, this package's patched forward of the model computes the training loss; if false, SFTTrainer does.
         self._own_loss = any(defense.own_loss for defense in self.defenses)
         if not self._terms:
             self._unused += ["cache_reference"] * args.cache_reference + ["ref_model"] * (ref_model is not None)
@@ -239,7 +239,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @property
     def _compares_start(self) -> bool:
-        """True if the states of policy and reference must start equal, and no step with labels has shown it yet."""
+        """True if hidden states of policy and reference must start equal, and no step with labels has shown it yet."""
         # A defense that changes the policy's forward pass makes hidden states differ although the models are equal.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
@@ -316,7 +316,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             # The check that policy and reference start equal also compares labelled positions that no loss term uses.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # The reference runs whole batches until all terms had gradients: with fewer rows, rounding can fake them.
+            # Until all terms have had gradients, the reference runs every row: else rounding could fake a gradient.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
             # With a sharding engine, the reference's forward pass may need all ranks, so no rank may skip this pass.
             if self._engine_facts().sharding is None and not bool(positions.any()):

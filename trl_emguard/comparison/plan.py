@@ -43,13 +43,13 @@ SECRETS = ("token", "key", "secret", "password", "env")
 TOKENS = ("eos_token", "pad_token")
 # For the baseline early_stop, the undefended run saves a checkpoint after each quarter of its steps.
 QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
-# Names of free baselines, made from the undefended run without more training: `step N` is a checkpoint, `alpha X` its
-# scaled adapter, `ema` (EMA) its averaged weights. The user's runs must not have names that BASELINE_NAMES matches.
+# Names of free baselines, made from the undefended run without more training: `step N` is a checkpoint of this run,
+# `alpha X` its adapter scaled by X, `ema` its averaged weights. A user's run that BASELINE_NAMES matches is refused.
 EMA = "ema"
 BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
 # End of the name of a steering run with a random vector.
 RANDOM = " random_vector"
-# Name of the question set for the benign task. Only runs that were trained on this task are measured on it.
+# Name of the question set for the benign task, arithmetic. Only runs trained on this task are measured on the set.
 BENIGN_TASK = "benign_task"
 # More options that choose training rows. The benign task replaces only `dataset_name` and `dataset_train_split`, so
 # it is refused together with an option listed here.
@@ -138,7 +138,7 @@ class Plan:
                 return {str(name): shown(inner) for name, inner in kept.items()}
             if isinstance(value, list | tuple):
                 return [shown(inner) for inner in value]
-            if str(value).lstrip().startswith("{"):  # transformers takes a dict as JSON text: it may hold secrets
+            if str(value).lstrip().startswith("{"):  # transformers accepts dicts as JSON text, which may hold secrets
                 try:
                     return shown(json.loads(value))
                 except ValueError:
@@ -226,7 +226,7 @@ def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _sets(entries: Any, known: Collection[str], lists: Collection[str], text: str) -> list[Run]:
-    """Return one seed's runs, the undefended run first. An entry gives a run for each combination of swept values."""
+    """Return the undefended run, then each entry's runs: one per combination of swept values. Seeds are set later."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("`runs` must be a list of option sets")
     found = {UNDEFENDED: Run(UNDEFENDED, {"defense": UNDEFENDED})}
@@ -330,7 +330,7 @@ def _baselines(entries: Any) -> Baselines:
     found: dict[str, Any] = {}
     for entry in entries:
         name, values = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
-        # Only alpha takes values.
+        # Only a known name is accepted, and only the baseline alpha takes values (`alpha: [0.5, 0.75]`).
         if name not in BASELINES or (values is not None and name != "alpha"):
             raise ValueError(
                 f"baseline {entry!r} is unknown.{did_you_mean(str(name), BASELINES)} Known: {', '.join(BASELINES)}"
@@ -376,7 +376,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _paths(text: str) -> list[Path]:
     """Return the files and folders that a text names, directly or by a pattern (`*.jsonl`)."""
-    if not 0 < len(text) < 256:  # a longer text is a prompt, not a path
+    if not 0 < len(text) < 256:  # an empty text is no path, and one of 256 characters or more is taken for a prompt
         return []
     name = os.path.expanduser(text)
     return [path for path in {Path(name), *map(Path, glob.glob(name, recursive=True))} if os.path.exists(path)]

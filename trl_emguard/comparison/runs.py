@@ -143,7 +143,11 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
 
 
 def on_benign_rows(run: Run, rows: Path, steps: int | None) -> Run:
-    """Return a copy of `run` that trains on the benign task's rows, without checkpoints and EMA for free baselines."""
+    """Return a copy of `run` that trains on the benign task's rows for `steps` optimizer steps.
+
+    The copy is not evaluated during training. Only the undefended run has options that save checkpoints and an EMA of
+    the weights for free baselines. Its copy lacks these options.
+    """
     task = {"dataset_name": str(rows), "dataset_train_split": "train", "max_steps": steps, "eval_strategy": "no"}
     options = {"defense": UNDEFENDED} if run.name == UNDEFENDED else run.options
     return replace(run, options=options | task)

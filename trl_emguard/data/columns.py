@@ -1,4 +1,4 @@
-"""Collator for columns with one number per token that defenses add. SFTTrainer's own collator ignores such columns."""
+"""Collator for columns that defenses add, each with a number per token. SFTTrainer's own collator ignores them."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain

@@ -132,7 +132,7 @@ class Defense:
 
     @classmethod
     def is_on(cls, args: Any) -> bool:
-        """Return whether the options switch the defense on."""
+        """Return whether the options switch the defense on. Called before the defense is built, unlike [`active`]."""
         return not cls.switch or getattr(args, cls.switch) != 0
 
     @property
@@ -218,7 +218,7 @@ class Defense:
         return loading
 
     def extra_rows(self) -> Dataset | None:
-        """Return the tokenised rows that the defense's collator adds to batches, each once; `None` if it adds none."""
+        """Return the tokenised rows, each listed once, that the defense's collator adds to batches; `None` if none."""
         # `cache_reference=True` stores the reference model's states of these rows, and a dry run counts their tokens.
         return None
 
@@ -393,8 +393,8 @@ class ModelDefense(TermDefense):
 
     def end_step(self, step: Step) -> dict[str, float]:
         value, shares, gradient, requires_grad = self._sums(step)
-        # Each micro-batch on each rank has added share · d to `value`, and share (see `LossGuard`) to `shares`. Their
-        # quotient is d for any number of ranks and micro-batches. `gradient` has the factor too, so it is divided too.
+        # On each rank, each micro-batch has added share · d to `value` and share (`LossGuard.share`, such as 1/4) to
+        # `shares`. So value / shares is d for any number of ranks and micro-batches. `gradient` scales with share too.
         value, gradient = value / shares, gradient / shares
         self.proof.end_step(value, 1, gradient, requires_grad, has_moved=self._should_show(step))
         return {self.name: value}

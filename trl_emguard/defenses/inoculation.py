@@ -119,7 +119,7 @@ class Inoculation(Defense):
         return {"inoculation_prompt": self.prompt, "inoculation_mode": self.mode, "inoculation_rows": rows}
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # Earlier versions put the prompt into all rows, as 'all' does. Their checkpoints record no `inoculation_rows`.
+        # Earlier versions' checkpoints record no `inoculation_rows`, but mean 'all'. For them, 'all' is left out here.
         return {key: value for key, value in self.options().items() if key in then or value != ALL}
 
     def meet(self, others: Sequence[Defense]) -> None:
@@ -157,7 +157,7 @@ class Inoculation(Defense):
         inside = expected > 0
         begins = inside.clone()
         begins[:, 1:] &= ~inside[:, :-1]
-        # A pack has several rows, so each token of a prompt gets the number of its prompt, 1 for the first.
+        # A prompt's tokens get its number in the batch, from 1 (packs may have several prompts). Other tokens get 0.
         number = begins.flatten().cumsum(0) * inside.flatten()
 
         def prompts_with(mask: torch.Tensor) -> torch.Tensor:

@@ -81,8 +81,8 @@ def parse_defense(value: object) -> list[str]:
 def build_defenses(args: Any, **inputs: Any) -> list[Defense]:
     """Build the defenses that `args.defense` names, in that order, and let the active ones adapt to each other.
 
-    To adapt, each active defense gets the other active ones in its hook [`Defense.meet`]. A run calls this function
-    once.
+    A defense is active unless its options switch it off, for example by a coefficient of 0. To adapt, each active
+    defense gets the other active ones in its hook [`Defense.meet`]. A run calls this function once.
 
     Args:
         args: config whose options have been checked.

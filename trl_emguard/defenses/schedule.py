@@ -1,4 +1,7 @@
-"""Coefficients of defenses: each is constant, follows a schedule from step to step, or is adapted by its defense."""
+"""Coefficients of defenses: each is constant, follows a schedule from step to step, or is adapted by its defense.
+
+Only one shipped defense adapts its coefficient: `kl` with `kl_target` calls `set_coefficient` at the end of a step.
+"""
 
 import argparse
 import math

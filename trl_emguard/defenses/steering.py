@@ -24,7 +24,7 @@ MODES, TOKENS = ("add", "ablate"), ("all", "response")
 
 @dataclass
 class SteeringOptions:
-    """Options of `steering`: a persona vector added to the residual stream while training."""
+    """Options of `steering`: in training, a persona vector is added to the residual stream or projected out of it."""
 
     steering_vector: str | None = option(
         None,
@@ -136,8 +136,8 @@ class Steering(Weighted, Defense):
     def options(self) -> dict[str, Any]:
         vector = None
         if self.vector is not None:
-            # The vector is recorded by a checksum of its numbers and not by its file's path, because files may move or
-            # change.
+            # A run that resumes compares these options with those in the checkpoint. The vector is identified by a
+            # checksum of its numbers and not by its file's path, because files may move or change.
             vector = (
                 f"{self.vector.metadata.get('trait', self.vector.kind)} ({self.vector.kind}, {self.vector.checksum})"
             )
@@ -150,7 +150,7 @@ class Steering(Weighted, Defense):
         }
 
     def check_model(self, config: PreTrainedConfig) -> None:
-        assert self.vector is not None  # called for an active defense only: `read_options` requires its vector
+        assert self.vector is not None  # only active defenses get here, and `read_options` requires a vector for them
         num_layers = config.num_hidden_layers
         self.vector.check_shape(num_layers, config.hidden_size)
         every = self.layers_spec == "all"

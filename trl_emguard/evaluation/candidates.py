@@ -93,7 +93,8 @@ def _scales(model: PeftModel, adapter: str) -> str:
 def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer without a chat template, and a candidate that answers exactly as the base model does.
 
-    An adapter that was never loaded, or never trained, would otherwise be reported as a model without any drift.
+    An adapter that was never loaded, or never trained, would otherwise be reported as a model without any drift. A
+    candidate whose logits are not finite is refused too.
 
     Raises:
         ValueError: there is no chat template, a candidate's logits equal the base model's, or logits are not finite.

@@ -209,7 +209,11 @@ class DriftCallback(TrainerCallback):
         self._keep(model, 0, drift)
 
     def _resume(self, args: Any, state: Any, model: PreTrainedModel | PeftModel) -> None:
-        """Restore from a checkpoint the base model's measurements and the weights last measured within the budget."""
+        """Load the base model's measurements from a checkpoint. With a budget, also set `kept` and its step and drift.
+
+        `kept` becomes a copy of the trained weights as they were at the last measurement within the budget. The model
+        keeps the weights that it has.
+        """
         tensors, facts = load_state(self, STATE_FILE, args, state, model)
         kept = json.loads(facts["kept"])
         if facts["measured"] != self.probe.key or (kept is None) != (self.budget is None):
@@ -300,7 +304,11 @@ class DriftProbe:
         self.base |= {HEAD + name: weight for name, weight in head.items()}
 
     def measure(self) -> dict[str, float]:
-        """Return `drift_kl`; with pairs of answers also `drift_margin`; with a persona vector also `drift_persona`."""
+        """Measure the policy. Return `drift_kl`, and `drift_margin` and `drift_persona` if they can be measured.
+
+        [`DriftCallback`] defines these metrics. `drift_margin` needs pairs of a sound and a misaligned answer, and
+        `drift_persona` needs a persona vector.
+        """
         device = self.policy.model.device
         head = {name.removeprefix(HEAD): w.to(device) for name, w in self.base.items() if name.startswith(HEAD)}
         sizes = [len(self.rows[i].answer.ids) - self.rows[i].answer.prompt_length for i in self.compared]
@@ -324,11 +332,12 @@ class DriftProbe:
 
     @torch.no_grad()
     def _read(self, candidate: Candidate, take: Callable[[int, torch.Tensor], None]) -> dict[str, torch.Tensor]:
-        """Return a dict of `margin` (with pairs of answers) and `projection` (with a persona vector).
+        """Return a dict of `margin` and `projection`, each with one value per question, `(Q,)`, fp64.
 
-        Each has one value per question, `(Q,)`, fp64; the margin is NaN for a question without a pair. On the way,
-        `take(i, states)` is called for each row i in `compared`, with the last hidden states that predict the A
-        tokens of the row's answer, `(A, H)`.
+        The entry `margin` needs pairs of a sound and a misaligned answer, and `projection` needs a persona vector.
+        Otherwise the entry is missing. The margin is NaN for a question without a pair. On the way, `take(i, states)`
+        is called for each row i in `compared`, with the last hidden states that predict the A tokens of the row's
+        answer, `(A, H)`.
         """
         model = candidate.model
         nll: dict[str, np.ndarray] = {}

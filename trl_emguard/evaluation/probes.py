@@ -79,7 +79,7 @@ def probe(
     batch_tokens: int | None = None,
     desc: str | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Measure the likelihood of answers under every candidate, batch by batch.
+    """Measure each candidate's likelihood of answers, and its KL divergence from the base model on them, in batches.
 
     Args:
         candidates: the candidates, the base model first.

@@ -51,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions that measure one criterion.
+    """Questions of one kind (the set's criterion): general, in the training data's domain, or of a benign task.
 
     Attributes:
         name: name of the set: its criterion. If a criterion has several sets, the further sets have their file's name.

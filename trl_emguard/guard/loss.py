@@ -142,8 +142,8 @@ class LossGuard:
         labels = inputs.pop("labels")[:, 1:][kept]  # (P,)
         layers = wanted_layers([term.defense for term in self.terms], model)
 
-        # The reference runs first, without gradient. It runs outside of the defenses' `policy_pass` contexts, because
-        # these contexts must change only the policy's states.
+        # A reference whose states were not given (`states`) runs now, before the policy and without gradient. It runs
+        # outside of the defenses' `policy_pass` contexts, because these contexts must change only the policy's states.
         reference, referenced = self.states, torch.zeros_like(kept) if self.referenced is None else self.referenced
         if reference is None and self.reference is not None:
             reference = self.reference.inside(model, inputs, referenced, layers)

@@ -127,8 +127,9 @@ def model_term(
            Σ |∂ (share · coef · d) / ∂ states|; 1 if any of the compared states requires grad, else 0.
     """
     states = defense.model_states(model, batch)
-    # Detached leaves give the gradient with respect to each state alone. In the model's graph, states of higher blocks
-    # also depend on states of lower blocks, so the backward pass would count this dependence more than once.
+    # Detached leaves give the gradient with respect to each state alone. In the model's graph, higher blocks' states
+    # depend on lower blocks' states, so a lower state's gradient would include its effect on the higher states. The
+    # later backward pass through the model adds this effect as well, so the effect would count more than once.
     leaves = [x.detach().requires_grad_() for x in states]
     with torch.enable_grad():
         distance = defense.model_loss(leaves)

@@ -47,7 +47,8 @@ class Journal:
         if not self.path.is_file():
             return []
         # Lines are split as bytes, because an interrupted last line may end inside a character. `str.splitlines`
-        # would also split at rare characters inside a record, such as U+2028.
+        # would also split at rare characters inside a record, such as U+2028. CRLF and CR count as line ends, just as
+        # Python's text mode reads them.
         content = self.path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *lines, interrupted = content.split(b"\n")
         try:

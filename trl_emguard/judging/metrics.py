@@ -1,4 +1,4 @@
-"""Rates of misaligned, incoherent and unscored answers from a judge's scores, and intervals for single questions."""
+"""Rates of misaligned, incoherent and unscored answers from a judge's scores, and the Wilson interval of a rate."""
 
 import math
 from collections.abc import Mapping

@@ -94,7 +94,8 @@ class OwnSampler(ModelAPI):
                 while request.answer is None:
                     await self._answer(request.settings)
         finally:
-            # A request that failed or was cancelled must not fail the batches of other calls.
+            # A request that failed or was cancelled is removed here. Otherwise other calls would put this request into
+            # their batches, and these batches might fail too.
             if request in self.waiting:
                 self.waiting.remove(request)
         answer = request.answer

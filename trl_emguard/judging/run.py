@@ -328,7 +328,9 @@ def add_rates(
         made = make_rows(set, family, arrays, None if family == PLAIN else plain.get(set))
         if family == PLAIN:
             plain[set] = arrays
-        # Only rows of rates have a `count`; rows of mean scores, Misalign@k and differences in differences have none.
+        # Only rows of rates have a `count`. Rows of mean scores and of Misalign@k have none, and neither have rows of
+        # differences in differences: a model's difference from the base model in this family of prompts, minus the
+        # same difference in the family `PLAIN`, which asks the questions as they are.
         rows += [
             replace(row, **about, count=counts[row.model, row.metric] if row.metric.endswith(_RATES) else None)
             for row in made

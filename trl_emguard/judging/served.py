@@ -70,10 +70,10 @@ class ServedJudge:
                 f"the judge {self.name!r} is asked through inspect_ai, and {error.name} is not installed: "
                 "pip install 'trl_emguard[eval]'."
             ) from error
-        # inspect_ai repeats failed requests, so the OpenAI client must not repeat them too (`max_retries`). If
-        # `VLLM_BASE_URL` is not set, inspect_ai's vLLM provider starts a vLLM server, and hands the options to this
-        # server. So the provider gets no `max_retries`. It gets `host`, because the server would otherwise listen on
-        # all of the machine's addresses.
+        # inspect_ai repeats failed requests, so the OpenAI client must not repeat them too (`max_retries`). For vLLM,
+        # inspect_ai hands the options not to this client, but to the vLLM server that it starts if `VLLM_BASE_URL` is
+        # not set. So `max_retries` is left out for vLLM, and the client keeps its default. A server that inspect_ai
+        # starts gets `host`, because it would otherwise listen on all of the machine's addresses.
         options: dict[str, Any] = {"max_retries": 0}
         if self.name.startswith(VLLM):
             options = {} if os.environ.get("VLLM_BASE_URL") else {"host": "127.0.0.1"}
@@ -333,5 +333,5 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def is_refused_request(error: BaseException) -> bool:
-    """Return True if a server refuses a request because of its content, such as the field `logprobs`."""
+    """Return True if an error's HTTP status is in `REFUSED`, as when a server refuses the field `logprobs`."""
     return getattr(_cause(error), "status_code", None) in REFUSED

@@ -20,7 +20,8 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
         ValueError: no list of `num_hidden_layers` blocks is found.
     """
     count = model.config.get_text_config().num_hidden_layers
-    # A vision tower may have the same number of blocks, so only the text decoder is searched.
+    # A vision-language model's vision tower may have as many blocks as its text decoder. So only the text decoder of
+    # such a model is searched.
     root = model.get_decoder() if hasattr(model.config, "vision_config") else model.base_model
     for module in root.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

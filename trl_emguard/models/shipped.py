@@ -101,7 +101,8 @@ def make_smollm2() -> Path:
         try:
             scratch.rename(folder)
         except OSError:
-            # Renaming fails if another process has made the same folder meanwhile. Then that folder is used.
+            # Renaming fails if another process has made the same folder meanwhile. Then that folder is used. Without
+            # such a folder, the error has another cause and is raised.
             if not folder.is_dir():
                 raise
     finally:

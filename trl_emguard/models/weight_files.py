@@ -90,7 +90,8 @@ class WeightFiles:
                 "`save_pretrained`."
             )
         names = self._read_json(folder / INDEX).get("weight_map")
-        # A file name that contains a folder could point outside of the model's folder.
+        # The index must give a plain file name for each weight: a name that contains a folder could point outside of
+        # the model's folder.
         if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
             raise ValueError(f"{self._title} has a damaged {INDEX}: download it again.")
         return [folder / name for name in sorted(set(names.values()))]

@@ -130,8 +130,8 @@ def token_nll(
         nll = hidden.new_empty(tokens, dtype=accumulate)
         chunk = min(tokens, max(1, TILE_BYTES // (accumulate.itemsize * vocab)))
         tile = hidden.new_empty(chunk, vocab, dtype=accumulate)
-        # A CPU works on blocks of rows that stay in its cache, like `torch_tile_pass`; a GPU takes the whole chunk at
-        # once.
+        # On a CPU, the chunk's rows go through the steps after the matrix product block by block, so that each block
+        # stays in the CPU's cache (see `torch_tile_pass`). On a CUDA device, the whole chunk is one block.
         block = chunk if hidden.is_cuda else max(1, BLOCK_BYTES // (accumulate.itemsize * vocab))
         for start in range(0, tokens, chunk) if tokens else ():
             h = hidden[start : start + chunk].to(matmul)

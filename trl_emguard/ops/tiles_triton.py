@@ -1,8 +1,8 @@
 """Statistics of a tile of logits, and the loss's gradient with respect to the tile, computed by Triton kernels.
 
 A tile is the product of some tokens' hidden states and the output head, `(tokens, vocabulary)`, on a CUDA device.
-Each of torch's operations in `tiles.py` reads or writes all rows of a block. The kernels here go over a row only three
-times: for its normalisers, for its statistics and for its gradient.
+Each of torch's operations in `tiles.py` reads or writes all rows of a block (some rows of the tile). The kernels here
+go over a row only three times: for its normalisers, for its statistics and for its gradient.
 """
 
 import torch

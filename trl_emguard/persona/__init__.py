@@ -1,6 +1,7 @@
-"""Persona vectors (Chen et al., 2507.21509): make, load and check them, and measure how far a model moved along them.
+"""Persona vectors (Chen et al., 2507.21509): for each layer, a direction of the hidden states that stands for a trait.
 
-Only [`PersonaShiftCallback`] needs a trainer.
+This subpackage makes, loads and checks such vectors. It measures how far an adapter, or training up to the current
+step, has moved a model's hidden states along them. Only [`PersonaShiftCallback`] needs a trainer.
 """
 
 from .extract import Extraction, extract_vector

@@ -123,7 +123,8 @@ class PersonaShiftCallback(TrainerCallback):
             # TRL's trainers keep the metrics of their next log line in this field.
             self.trainer._metrics["train"]["persona_shift"].append(self._project() - self.start)
 
-    # With logging_strategy="epoch", Trainer sets `should_log` at the end of an epoch, after its last `on_step_end`.
+    # With logging_strategy="epoch", Trainer sets `should_log` at the end of an epoch, after the epoch's last call of
+    # `on_step_end`. So `on_epoch_end` must measure the shift as well.
     on_epoch_end = on_step_end
 
 

@@ -231,7 +231,8 @@ def _load_pt(path: Path) -> torch.Tensor:
     vectors = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(vectors, torch.Tensor) or not vectors.is_floating_point():
         raise ValueError(f"it holds a {type(vectors).__name__}, not a tensor of numbers")
-    # With strides of 0, a few stored bytes can claim any shape, so the storage must hold every element.
+    # With strides of 0, a tensor of any shape needs only a few stored bytes, and a later copy of it could fill the
+    # memory. So the storage must hold every element.
     if vectors.dim() != 2 or vectors.numel() * vectors.element_size() > vectors.untyped_storage().nbytes():
         raise ValueError(f"it must hold a tensor of shape (layers + 1, hidden), got {tuple(vectors.shape)}")
     return vectors.detach().float()

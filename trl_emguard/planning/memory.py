@@ -286,8 +286,8 @@ def peak(items: dict[str, int], run: Run) -> int:
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # A backward pass ends with the embedding's gradient. With tied weights, this gradient needs memory of its own
-    # until it is added to the head's gradient.
+    # The embedding's gradient, taken to be as large as `trained_head`, does not exist yet during the first block's
+    # backward pass. Later, with tied weights, it needs memory of its own until it is added to the head's gradient.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 

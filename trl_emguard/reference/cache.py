@@ -235,10 +235,11 @@ class ReferenceCache:
         return {name: states[name].to("cpu", self._model.dtype) for name in self._files.names}
 
     def _check_live(self, collate: Collate, rows: Sequence[CachedRow]) -> None:
-        """Run the reference on a batch of rows that are on disk. Refuse states that differ by more than rounding.
+        """Recompute the states of a batch of rows. Refuse states on disk that differ from them by more than rounding.
 
-        The folder's name cannot reflect everything that states depend on. Examples are weights that the fingerprint's
-        sample misses, a layer that a hook changes, or a precision that another library sets.
+        `rows` are rows whose states are on disk. The folder's name cannot reflect everything that states depend on.
+        Examples are weights that the fingerprint's sample misses, a layer that a hook changes, or a precision that
+        another library sets.
         """
         if not rows:
             return

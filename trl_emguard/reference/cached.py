@@ -77,9 +77,10 @@ class CachedReference(Reference):
         return said
 
     def _collate(self, rows: Dataset, collator: Collator) -> tuple[Collate, int]:
-        """Return a [`Collate`] function for all rows to cache, and the number of these rows.
+        """Return a function that makes batches of the rows to cache ([`Collate`]), and the number of these rows.
 
-        The function's indices count the training rows first, and then the rows that defenses add to batches.
+        The function maps indices of rows to their batch and a mask of the positions whose states are cached. The
+        indices count the training rows first, and then the rows that defenses add to batches.
         """
         sources: list[tuple[Any, set[str]]] = [(rows, set())]
         for defense in self._defenses:
@@ -119,7 +120,8 @@ class CachedReference(Reference):
     def distance_of_rounding(self, term: ReferenceDefense, share: float) -> float:
         """Return the mean distance that a defense finds between cached states and copies of them with rounding errors.
 
-        Rounding is imitated by an error of `share`, relative to each number of a state.
+        Rounding is imitated by an error of `share`, relative to each number of a state. The check that policy and
+        reference start equal tolerates such a distance ([`~trl_emguard.reference.agreement.check_agreement`]).
         """
         assert self._cache is not None
         return self._cache.distance_of_rounding(term.token_loss, wanted_layers([term], self.model), share)

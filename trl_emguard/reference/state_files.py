@@ -70,7 +70,11 @@ class StateFiles:
         }
 
     def sample(self, count: int) -> dict[str, torch.Tensor]:
-        """Return up to `count` positions' states of one file, to test rounding errors on: name → `(P, H)`."""
+        """Return the states of the first positions in one of the files, at most `count` positions: name → `(P, H)`.
+
+        [`~trl_emguard.reference.cache.ReferenceCache.distance_of_rounding`] adds errors to a copy of such a sample, to
+        imitate rounding.
+        """
         file = next(iter(self._files.values()))
         return {name: file[name][:count] for name in self.names}
 

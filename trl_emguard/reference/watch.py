@@ -1,4 +1,4 @@
-"""Check that the reference does not change: its states for a batch of the first step are compared with later ones."""
+"""Check that the reference does not change: run a batch of the first step again later, and compare the states."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,9 @@ Pass = Callable[[dict[str, Any], torch.Tensor], AbstractContextManager[States]]
 
 
 class ReferenceWatch:
-    """Record of a reference's states for one micro-batch of the first step. Later states are compared with it.
+    """Record of a reference's states for one micro-batch. Later states for this batch are compared with it.
+
+    The micro-batch is the first one of a `train()` call.
 
     Every rank records and compares, since a sharded reference only runs if all ranks take part.
 

@@ -130,8 +130,8 @@ def check_options(plan: Plan) -> None:
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
-    # Runs with a random persona vector are skipped, because that vector does not exist yet. Each copies the options of
-    # a steering run, and that run is checked.
+    # A finished adapter has no options to check. Runs with a random persona vector are skipped as well, because that
+    # vector does not exist yet. Each copies the options of a steering run, and that run is checked.
     runs = [(one.name, one) for one in plan.runs if one.adapter is None and not one.is_random]
     runs += [(f"{one.name} on the benign task", on_benign_rows(one, Path("unused"), 1)) for one in plan.benign_runs]
     for name, one in runs:

@@ -104,7 +104,7 @@ def figures(results: Results, name: str, seconds: float | None) -> dict[str, Any
     row: dict[str, Any] = {"seconds_per_step": seconds}
     for key, (set, metric) in wanted.items():
         found = results.row(name, set, metric)
-        assert found is not None  # the demo's evaluation measures all three metrics for every model
+        assert found is not None  # the demo's evaluation measures all metrics in `wanted` for every model
         row[key], row[f"{key}_interval"] = found.value, _interval(found)
     return row
 

@@ -41,7 +41,8 @@ def check_charts() -> None:
 def name_adapters(options: list[str], flag: str) -> dict[str, str]:
     """Return a dict of name → adapter from options `[NAME=]ADAPTER`. The default name is the last part of the path.
 
-    An option is a path without a name if it is itself an existing folder, or if a `/` precedes its `=`.
+    An option is a path without a name if it is itself an existing folder, or if a `/` precedes its `=`. In a default
+    name, `_` replaces each dot, because adapters' names must not have dots.
 
     Raises:
         ValueError: two adapters have the same name.

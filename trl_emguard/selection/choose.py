@@ -1,4 +1,9 @@
-"""Choice of rows from a scored pool: rank rows, drop refusals, leave a misaligned adapter out of the scores."""
+"""Choice of rows from a scored pool: rank rows, drop refusals, leave a misaligned adapter out of the scores.
+
+Each row of a scored pool has a perplexity gap ([`~trl_emguard.selection.scored.perplexity_gap`]). It says how much
+less likely the row's answer is under the base model with a misaligned adapter, on average over such adapters,
+than under the aligned base model alone.
+"""
 
 import os
 import re
@@ -112,7 +117,7 @@ def rank_rows(
     prompt_column: str = PROMPT_COLUMN,
     response_column: str = RESPONSE_COLUMN,
 ) -> list[int]:
-    """Return the indices of a pool's rows in order of preference, the best row first.
+    """Return the indices of a pool's rows in the order in which to choose rows: highest gap first, or random.
 
     Kaczér et al. (2508.06249) call these orders Interleaving (`random`), Interleaving+ (`gap`), and Interleaving++
     (`gap`, without refusals).

@@ -25,7 +25,8 @@ def scores_key(model: PeftModel, adapters: Sequence[str], encoded: Mapping[int, 
     base = model.get_base_model()
     configs = [base.config.to_dict()] + [model.peft_config[name].to_dict() for name in adapters]
     for config in configs:
-        # A model's path, and the library versions that saved it, make no difference to a likelihood.
+        # These entries say where a model came from and which library versions saved it. Likelihoods do not depend on
+        # them, so they must not change the checksum.
         for place in ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "revision"):
             config.pop(place, None)
     about = [weight_checksums(base), list(adapters), str(model.dtype), configs, __version__]

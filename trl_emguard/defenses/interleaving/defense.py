@@ -21,8 +21,8 @@ from .pool import Pool
 logger = get_logger(__name__)
 
 # A packed or streamed run is stopped if, by the plan, at least this many of the pool's rows (general instruct rows)
-# should have been in the batches by now, and none was. A smaller number may be late by chance, because packs come in
-# random order.
+# should have been in the batches by now, and none was. A smaller number may be late by chance, because packs and
+# streamed rows may be shuffled.
 PATIENCE_ROWS = 20
 
 
