@@ -103,8 +103,8 @@ def test_a_recipe_that_steers_has_random_vectors_too(tmp_path, vector):
     found = plan(tmp_path, text, f"defense: steering\nsteering_vector: {vector}\n")
     assert [run.name for run in found.runs] == [
         "none",
-        "none steering_layers=3",
-        "none steering_layers=3 random_vector",
+        "steering steering_layers=3",
+        "steering steering_layers=3 random_vector",
     ]
     assert found.option(found.runs[2], "steering_vector") == str(vector)
 

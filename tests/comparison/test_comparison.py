@@ -131,6 +131,16 @@ def test_bad_recipes_are_named(tmp_path, recipe, message):
         plan(tmp_path, "recipe: RECIPE\nruns: [{defense: kl}]\n", recipe)
 
 
+def test_a_run_without_a_defense_has_the_recipe_s(tmp_path):
+    found = plan(tmp_path, "recipe: RECIPE\nruns: [{kl_coef: [0.1, 1.0]}, {}]\n", "defense: kl\n")
+    assert [(run.name, run.defense) for run in found.runs] == [
+        ("none", "none"),
+        ("kl kl_coef=0.1", "kl"),
+        ("kl kl_coef=1.0", "kl"),
+        ("kl", "kl"),
+    ]
+
+
 def test_numbers_as_text_are_in_the_name(tmp_path):
     found = plan(tmp_path, "recipe: RECIPE\nruns: [{kl_coef: 1e-5, defense: kl, interleave_dataset: x}]\n")
     assert found.runs[1].name == "kl kl_coef=1e-5"

@@ -192,9 +192,9 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str], output_
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"seeds={seeds!r} holds a seed twice, which would count one training as two")
         baselines = _baselines(config.get("baselines") or [])
-        sets = _sets(config["runs"], known, lists, text)
+        sets = _sets(config["runs"], recipe_options, known, lists, text)
         if baselines.random_vector:
-            sets = _with_random_vectors(sets, recipe_options)
+            sets = _with_random_vectors(sets)
         has_benign_task = _has_benign_task(config.get("benign_task"), sets, recipe_options)
         kept = (QUARTERS if baselines.early_stop else {}) | ({"ema": True} if baselines.ema else {})
         runs = [
@@ -225,13 +225,13 @@ def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
     return text, options
 
 
-def _sets(entries: Any, known: Collection[str], lists: Collection[str], text: str) -> list[Run]:
+def _sets(entries: Any, recipe: dict, known: Collection[str], lists: Collection[str], text: str) -> list[Run]:
     """Return the undefended run, then each entry's runs: one per combination of swept values. Seeds are set later."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("`runs` must be a list of option sets")
     found = {UNDEFENDED: Run(UNDEFENDED, {"defense": UNDEFENDED})}
     for entry in entries:
-        options = dict(entry)
+        options = dict(entry) if "adapter" in entry else {"defense": recipe.get("defense", UNDEFENDED), **entry}
         given, adapter = options.pop("name", None), options.pop("adapter", None)
         _check_names(options, [name for name in known if name not in OWN_OPTIONS], "option of `runs`", text)
         if adapter is not None and options:
@@ -248,13 +248,12 @@ def _sets(entries: Any, known: Collection[str], lists: Collection[str], text: st
     return list(found.values())
 
 
-def _with_random_vectors(runs: list[Run], recipe: Mapping[str, Any]) -> list[Run]:
+def _with_random_vectors(runs: list[Run]) -> list[Run]:
     """Return the runs, each steering run followed by the same run with a random vector."""
     found = []
     for run in runs:
         found.append(run)
-        defenses = str(run.options.get("defense", recipe.get("defense"))).split(",")
-        if run.adapter is None and "steering" in [name.strip() for name in defenses]:
+        if run.adapter is None and "steering" in [name.strip() for name in run.defense.split(",")]:
             found.append(replace(run, name=run.name + RANDOM, is_random=True))
     if len(found) == len(runs):
         raise ValueError("the baseline random_vector stands beside steering runs, and no run has that defense")

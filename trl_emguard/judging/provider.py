@@ -118,7 +118,8 @@ class OwnSampler(ModelAPI):
         answers = await anyio.to_thread.run_sync(self._sample, batch)
         for request, answer in zip(batch, answers, strict=True):
             request.answer = answer
-            self.waiting.remove(request)
+            if request in self.waiting:  # its call may have been cancelled while the batch was sampled
+                self.waiting.remove(request)
 
     @torch.no_grad()
     def _sample(self, batch: Sequence[_Request]) -> list[SampledAnswer]:
