@@ -37,7 +37,7 @@ ROW_HOOKS = ("prepare_rows", "prepare_tokenized", "add_rows", "train_loader", "r
 
 
 class DefendedTrainer(WholeCheckpoints):
-    """Mixin for TRL trainers that run the policy through TRL's fused LM head (SFT, DPO, KTO, GRPO, RLOO).
+    """Mixin for TRL trainers that compute the loss by the policy's own `forward` (SFT, DPO, KTO, GRPO, RLOO).
 
     The mixin builds the defenses that `args.defense` names. It enters their context managers around training, and
     around every forward pass of the policy that forms a gradient. After each step it checks that the defenses have an
@@ -307,7 +307,7 @@ class DefendedTrainer(WholeCheckpoints):
             control.should_save = control.should_training_stop = True
 
     def _take_in_step(self) -> None:
-        """Check that entropy and gradient norm are finite. Hand the step's counts, summed over ranks, to defenses."""
+        """Refuse a non-finite entropy or gradient norm. Hand the step's sums, over all ranks, to the defenses."""
         entropy = self._metrics["train"].get("entropy")
         self._check_finite({"entropy": sum(entropy) if entropy else None, "grad_norm": self._grad_norm})
         self._hand_over({} if self._sums.is_empty else self._sums.reduce(self.accelerator, self.get_tp_size()))

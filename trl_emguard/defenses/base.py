@@ -211,7 +211,7 @@ class Defense:
         return rows
 
     def train_loader(self, loading: Loading) -> Loading:
-        """Return the settings by which rows become batches, changed or not.
+        """Return `loading`, the settings by which rows become batches. The defense may change them.
 
         This hook is called when the trainer is built, and again for each training.
         """

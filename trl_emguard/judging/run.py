@@ -162,7 +162,7 @@ def judge_answers(
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Results:
-    """Judge the sampled answers of an evaluation, and add the rates to its results.
+    """Judge an evaluation's sampled answers, and add rates, as that of misaligned answers, to its results.
 
     Every judgement is written to `judgements.jsonl` as soon as it arrives. If an interrupted run is repeated, only
     missing judgements are asked for. The judge is calibrated again first, because another model may by then answer

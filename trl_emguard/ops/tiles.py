@@ -61,9 +61,8 @@ def torch_tile_pass(
     """
     count, vocab = products.shape
     statistics = TileStatistics(*products.new_zeros(5, count))
-    # Each block of rows goes through all operations before the next block begins. `block` is the number of its rows.
-    # On a CPU these rows are so few that the block can stay in the cache. On a GPU there are more rows, so that the
-    # operations are launched less often.
+    # Each block of `block` rows goes through all operations before the next block begins. On a CPU the rows are so few
+    # that they can stay in the cache. On a GPU there are more, so that the operations are launched less often.
     block = max(1, (BLOCK_BYTES if products.device.type == "cpu" else GPU_BLOCK_BYTES) // (products.itemsize * vocab))
     scratch = products.new_empty(2, min(block, count), vocab)
     for start in range(0, count, block):
@@ -89,9 +88,8 @@ def torch_tile_pass(
         if grad_divergence is not None:
             grad.add_(grad_divergence)
         if softcap is not None:
-            # Up to here `grad` is the gradient with respect to the capped logits, softcap · tanh(x / softcap). By the
-            # chain rule, the gradient with respect to the uncapped logits x has a further factor,
-            # 1 − tanh(x / softcap)². `z` holds log-probabilities; adding `top + log_total` restores the capped logits.
+            # The gradient with respect to uncapped logits x has a further factor, 1 − tanh(x / softcap)². `z` holds
+            # log-probabilities; adding `top + log_total` restores the capped logits, softcap · tanh(x / softcap).
             capped = z.add_(top + log_total).div_(softcap)
             grad.mul_(capped.square_().neg_().add_(1))
         torch.mul(grad, logit_scale, out=z)

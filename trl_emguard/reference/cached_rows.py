@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 # Length in bytes of the digest that is a row's key.
 KEY_BYTES = 16
 
-# Entries of a batch that a cache can handle: a row's key covers them, or the row's states do not depend on them.
+# Names in a collated batch that the cache accepts; `row_keys` refuses a batch with any other. Their values enter a
+# row's digest, or do not change the reference's states of the row.
 _INPUTS = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits"}
 
 

@@ -56,7 +56,7 @@ class Reference:
         return self.kind.value
 
     def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States | None:
-        """Return a batch's hidden states if this kind of reference has them before the policy's pass, else `None`.
+        """Return the reference's states for a batch if this kind makes them before the policy's pass, else `None`.
 
         Args:
             batch: collated batch with only the keys that a model's `forward` takes.
@@ -69,7 +69,9 @@ class Reference:
     def inside(
         self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
     ) -> States | None:
-        """Return a batch's hidden states if this kind of reference runs inside the policy's forward, else `None`.
+        """Return the reference's states for a batch if this kind makes them inside the policy's forward, else `None`.
+
+        A reference on the policy's own base weights does so ([`~trl_emguard.reference.adapter.AdapterReference`]).
 
         Args:
             model: the policy without wrappers.
