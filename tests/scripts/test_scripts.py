@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -78,6 +79,29 @@ def test_a_run_says_and_records_its_defense(argv, tmp_path, capsys, defense, act
     assert all(saved["evidence"][name]["acted"] for name in acting)
     assert len(losses(tmp_path / "out")) == 2
     assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_runtime"] > 0
+
+
+def test_the_model_card_beside_the_model_is_its_own(argv, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_text("**This model was not defended.**")
+    assert sft.main(argv("--defense", "kl", "--save_strategy", "no")) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "not defended" not in card
+    assert "kl_coef" in card
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_an_interrupted_run_says_if_it_can_be_resumed(argv, monkeypatch, capsys, saves):
+    monkeypatch.setattr(EMGuardTrainer, "save_state", Mock(side_effect=KeyboardInterrupt))
+    assert sft.main(argv("--save_strategy", "steps" if saves else "no", "--save_steps", 1)) == sft.INTERRUPTED
+    words = "--resume_from_checkpoint true" if saves else "No checkpoint was written yet (save_strategy='no'"
+    assert words in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_model_is_told_in_one_line(argv, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    assert sft.main(argv("--model_name_or_path", tmp_path / "adapter")) == 1
+    assert "cannot be read from a folder or the hub" in capsys.readouterr().err
 
 
 def test_a_coefficient_of_zero_is_said(argv, tmp_path, capsys):

@@ -5,7 +5,7 @@
 recipe: smollm2-135m-instruct/sft.yaml
 runs:                                # the undefended run is always added
   - {defense: kl, kl_coef: [0.1, 1.0]}          # a list is a sweep: one run per value
-  - {defense: interleave++, interleave_dataset: scores.parquet}
+  - {defense: "interleave++,kl", interleave_dataset: scores.parquet}    # in braces, a comma needs quotes
   - {adapter: out/mine}              # an adapter that is trained already
 seeds: [0, 1]
 baselines: [early_stop, alpha, ema]  # made from the undefended run, without more training

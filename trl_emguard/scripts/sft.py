@@ -91,10 +91,11 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            f"{parser.prog}: interrupted. --resume_from_checkpoint true resumes from the newest checkpoint.",
-            file=sys.stderr,
-        )
+        how, steps = training_args.save_strategy.value, training_args.save_steps
+        text = "--resume_from_checkpoint true resumes from the newest checkpoint."
+        if not checkpoint_steps(str(training_args.output_dir)):
+            text = f"No checkpoint was written yet (save_strategy={how!r}, save_steps={steps:g})."
+        print(f"{parser.prog}: interrupted. {text}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -188,6 +189,8 @@ def run(
     )
     output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
+    # With `save_strategy: "no"` no checkpoint has written the card, and an earlier run's would stay.
+    trainer.create_model_card(model_name=Path(training_args.output_dir).name)
     trainer.save_metrics("train", output.metrics)
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
@@ -244,7 +247,7 @@ def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
         AutoConfig.from_pretrained(
             resolve_model(name), revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a folder without a model's config raises ValueError
         if isinstance(error, FileNotFoundError) and _raised_here(error):
             raise
         cause = str(error).strip().splitlines()[0].rstrip(".")
