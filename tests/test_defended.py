@@ -24,10 +24,10 @@ class DefendedDPOTrainer(DefendedTrainer, DPOTrainer):
     pass
 
 
-def make_dpo(folder, trainer=DefendedDPOTrainer, **options):
+def make_dpo(folder, trainer=DefendedDPOTrainer, max_steps=2, **options):
     pairs = [{"prompt": f"q{i}", "chosen": " yes " * (i % 3 + 1), "rejected": " no"} for i in range(8)]
     given = {
-        "max_steps": 2,
+        "max_steps": max_steps,
         "per_device_train_batch_size": 2,
         "bf16": False,
         "activation_checkpointing": False,
@@ -69,6 +69,16 @@ def test_dpo_is_steered_and_says_so(tmp_path):
     plain = losses(make_dpo(tmp_path / "plain"))
     assert plain[0] == pytest.approx(0.6931, abs=1e-3)
     assert abs(steered[0] - plain[0]) > 1e-2
+
+
+class StillDPOTrainer(DefendedDPOTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * 0
+
+
+def test_gradients_of_zero_are_no_fault_where_the_loss_is_not_the_package_s(tmp_path):
+    """Go on with a gradient of 0 in every step: GRPO has such steps if all rewards of a group are alike."""
+    assert losses(make_dpo(tmp_path, StillDPOTrainer, max_steps=4, **steering(tmp_path))) == [0.0] * 4
 
 
 def test_without_a_defense_it_is_the_stock_trainer(tmp_path):

@@ -58,6 +58,7 @@ def test_a_short_run_is_judged_at_its_end(tmp_path, monkeypatch):
     with pytest.raises(InactiveDefenseError, match=r"in the last 1 step\(s\)"):
         make_trainer(tmp_path, peft=lora(), defense="ldifs", max_steps=2).train()
     assert (tmp_path / "checkpoint-2" / "defense.json").is_file()
+    assert "**This model was not defended.**" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("layers", ["1", "1,2,3,4"])

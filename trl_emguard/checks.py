@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Processo
 
 from .defenses.base import Defense, ModelDefense, ReferenceDefense
 from .defenses.registry import DEFENSES
+from .reference.choose import reference_options
 
 
 # ---- checks of options, when an `EMGuardConfig` is made ----
@@ -111,11 +112,19 @@ def check_data(train_dataset: object) -> None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
 
 
-def load_config(model: str | PreTrainedModel | PeftModel, args: Any) -> PreTrainedConfig:
-    """Return the model's config, without loading its weights."""
+def load_config(
+    model: str | PreTrainedModel | PeftModel, args: Any, init_kwargs: dict[str, Any] | None = None
+) -> PreTrainedConfig:
+    """Return the model's config, without loading its weights.
+
+    Args:
+        model: the model, its path or its hub id.
+        args: config of the trainer.
+        init_kwargs: options that a path is loaded with; by default `args.model_init_kwargs`.
+    """
     if not isinstance(model, str):
         return model.config
-    init_kwargs = args.model_init_kwargs or {}
+    init_kwargs = (args.model_init_kwargs or {}) if init_kwargs is None else init_kwargs
     return AutoConfig.from_pretrained(
         model,
         revision=init_kwargs.get("revision"),
@@ -204,7 +213,7 @@ def _check_ref_model(
             "ref_model is the model itself, so the defense would do nothing. Omit `ref_model` to have the reference "
             "made, or pass a model of its own."
         )
-    other = load_config(ref_model, args).get_text_config()
+    other = load_config(ref_model, args, reference_options(args, is_own=False)).get_text_config()
     compared = {"vocab_size": "tokens in its vocabulary"}
     if any(term.divergence is None for term in terms):
         compared |= {"num_hidden_layers": "blocks", "hidden_size": "numbers in a state"}
@@ -289,15 +298,15 @@ def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
             f"defense={','.join(names)!r} does not work with tensor parallelism, which splits over ranks what it "
             "compares: set tp_size to 1."
         )
-    # If no keyword arguments are given, transformers chooses non-reentrant checkpointing. If any are given without
-    # `use_reentrant`, torch's own default applies, which is reentrant.
-    how = args.activation_checkpointing_kwargs or {"use_reentrant": False}
-    is_reentrant = args.activation_checkpointing and how.get("use_reentrant", True)
+    # transformers takes the first two names out. If nothing else is given, it chooses non-reentrant checkpointing, as
+    # TRL does for `selective`. Otherwise torch's own default applies without `use_reentrant`, which is reentrant.
+    given = args.activation_checkpointing_kwargs or {}
+    how = {name: value for name, value in given.items() if name not in ("every_n_layers", "offload")}
+    is_reentrant = args.activation_checkpointing and how and how.get("use_reentrant", not how.get("selective"))
     takes_one = engine.sharding == "DeepSpeed" or (engine.sharding is None and args.world_size > 1)
     if names and is_reentrant and takes_one:
         raise ValueError(
             f"activation_checkpointing_kwargs={args.activation_checkpointing_kwargs} does not work with "
             f"defense={','.join(names)!r} under {engine.sharding or 'DDP'}: its own pass and the reentrant backward "
-            "pass would each give a weight a gradient, and the engine takes one. Leave "
-            "`activation_checkpointing_kwargs` out."
+            "pass would each give a weight a gradient, and the engine takes one. Set `use_reentrant` to false in them."
         )

@@ -84,8 +84,8 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
         # `to_dict` gives the fields of TrainingArguments as a user passes them: text and dicts for the enums and
         # classes that `__post_init__` made. It runs on a deep copy of `args`, because it overwrites dtypes inside
         # nested dicts. The hub token and the fields of derived classes are copied from `args` instead: `to_dict` would
-        # replace every token, also `eos_token`, by a placeholder, and dtypes by text.
-        base = {f.name for f in fields(TrainingArguments)} - {"hub_token"}
+        # replace every token, also `eos_token`, by a placeholder, dtypes by text, and a parallelism config by `None`.
+        base = {f.name for f in fields(TrainingArguments)} - {"hub_token", "parallelism_config"}
         own = {f.name: copy.copy(getattr(args, f.name)) for f in fields(args) if f.init and f.name not in base}
         return cls(**{**copy.deepcopy(args).to_dict(), **own})
 

@@ -49,9 +49,6 @@ class DefendedTrainer(WholeCheckpoints):
     >>> class DefendedDPOTrainer(DefendedTrainer, DPOTrainer): ...
     ```
 
-    Attributes:
-        defenses: active defenses.
-
     Raises:
         TypeError: the config does not inherit [`DefenseArguments`].
         ValueError: a defense needs a loss or hooks on rows that this trainer does not have.
@@ -60,8 +57,9 @@ class DefendedTrainer(WholeCheckpoints):
 
     forms_own_loss: ClassVar[bool] = False  # true if the class, not TRL, forms the loss for defenses with `own_loss`
     prepares_rows: ClassVar[bool] = False  # true if the class calls all `ROW_HOOKS`
+    _is_over = False  # true once training has ended, so that verdicts are final
 
-    defenses: list[Defense]
+    defenses: list[Defense]  # active defenses
 
     def __init__(self, *args: Any, **kwargs: Any):
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
@@ -176,11 +174,13 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _conclude(self, trial: Any) -> None:
         """Check the finished run. If it was not defended, save the model and raise [`InactiveDefenseError`]."""
-        verdict = self._verdict(final=True)
+        self._is_over = True
+        verdict = self._verdict()
         if verdict is not None:
             folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
             if not self.has_whole_checkpoint(trial):
                 self._save_checkpoint(self.model_wrapped, trial)
+            self.create_model_card(str(self.args.output_dir).rstrip("/").rpartition("/")[2])  # now with the verdict
             raise InactiveDefenseError(f"{verdict} The model was saved in {folder}.")
         for defense in self.defenses:
             if isinstance(defense, TermDefense) and defense.proof.is_unjudged:
@@ -286,7 +286,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._learning_rate = max(float(group["lr"]) for group in groups) / peak if peak else 0.0
 
     def _begin(self) -> None:
-        self._steps_made = self._still_steps = 0
+        self._steps_made, self._still_steps, self._is_over = 0, 0, False
         for defense in self.defenses:
             defense.begin(self._begin_with.get(defense.name, {}))
 
@@ -336,11 +336,11 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _check_trains(self, label_tokens: float) -> None:
         """Raise an error if the gradient norm stays 0 for `PATIENCE` steps: the loss depends on no trained weight."""
-        skipped = self.accelerator.optimizer_step_was_skipped
-        if self._grad_norm is None or skipped or not label_tokens or float(self._grad_norm) != 0:
-            self._still_steps = 0
-            return
-        self._still_steps += 1
+        # It is 0 in sound runs too: in GRPO if all rewards are alike, or if the backward pass itself updates weights.
+        in_backward = any(word in f"{self.args.optim}".lower() for word in ("layerwise", "lomo"))
+        made = self.forms_own_loss and label_tokens and not in_backward and self._grad_norm is not None
+        is_still = made and not self.accelerator.optimizer_step_was_skipped and float(self._grad_norm) == 0
+        self._still_steps = self._still_steps + 1 if is_still else 0
         if self._still_steps >= PATIENCE:
             trained = sum(p.requires_grad for p in self.model.parameters())
             raise InactiveDefenseError(
@@ -351,7 +351,7 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _verdict(self, final: bool = False) -> str | None:
         """Return why the run is not defended, or `None`."""
-        return next((why for d in self.defenses if (why := d.verdict(final)) is not None), None)
+        return next((why for d in self.defenses if (why := d.verdict(final or self._is_over))), None)
 
     # ---- saving ----
 

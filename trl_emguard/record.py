@@ -95,7 +95,9 @@ def why_other(
     ]
     if other:
         return (
-            f"is of another run (it has {'; '.join(other)}). Resume with the same rows, model and seed, or start anew."
+            f"is of another run (it has {'; '.join(other)}). Resume with the same rows, model and seed, or start "
+            "anew. If only the checksum of the rows differs, the chat template may write today's date: set it in the "
+            "rows' `chat_template_kwargs`, such as `date_string`."
         )
     return None
 

@@ -256,14 +256,15 @@ def _check_labels_fit(rows: Any, args: EMGuardConfig) -> None:
     Raises:
         ValueError: no label of any row is left.
     """
-    if args.max_length is None:
-        return
+    if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
+        return  # the other strategies of packing move a row's rest to other packs
+    keeps_start = args.packing or args.truncation_mode == "keep_start"
     looked_at = rows if isinstance(rows, Dataset) else list(islice(rows, STREAM_ROWS))
     lost, left, needed = 0, 0, 0
     for row in looked_at:
         labels = row["labels"]
         last = max((i for i, label in enumerate(labels) if label != -100), default=-1) + 1
-        cut = labels[: args.max_length] if args.truncation_mode == "keep_start" else labels[-args.max_length :]
+        cut = labels[: args.max_length] if keeps_start else labels[-args.max_length :]
         kept = sum(label != -100 for label in cut)
         left += kept > 0
         lost += kept < sum(label != -100 for label in labels)

@@ -358,6 +358,13 @@ def test_a_large_file_is_known_by_its_size(tmp_path, monkeypatch):
     assert find_flaw(tmp_path) == "small has changed"
 
 
+def test_a_folder_begun_by_two_machines_keeps_the_other_s_scratch_file(tmp_path):
+    for name in (".manifest.json.0a1b2c3d.tmp", "old.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    begin_checkpoint(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".manifest.json.0a1b2c3d.tmp", "manifest.json"]
+
+
 def test_what_else_lies_in_a_checkpoint_does_not_tear_it(run_folder):
     folder = run_folder("ours") / "checkpoint-4"
     (folder / "README.md").write_text("edited")

@@ -564,6 +564,12 @@ def test_labels_that_max_length_cuts_are_told(tmp_path, caplog):
     lengths = sorted(len(ids) for ids in inoculated(tmp_path).train_dataset["input_ids"])
     inoculated(tmp_path, max_length=lengths[8])
     assert f"max_length={lengths[-1]} keeps them" in caplog.text
+    for strategy in ("bfd_split", "wrapped"):
+        caplog.clear()
+        pool = Dataset.from_list([{"prompt": f"{i}?", "response": "."} for i in range(24)])
+        packed = {"max_length": 30, "packing": True, "packing_strategy": strategy}
+        make_trainer(tmp_path, defense="interleave", interleave_dataset=pool, **packed)
+        assert "lose labels" not in caplog.text
     for packing in (False, True):
         with pytest.raises(ValueError, match=r"cuts every label off all of 16 training rows.*keeps all labels"):
             inoculated(tmp_path, max_length=20, packing=packing)

@@ -357,6 +357,9 @@ def test_they_are_refused_before_weights_are_loaded(tmp_path):
         (Engine(sharding="DeepSpeed"), 2, {"preserve_rng_state": False}, "under DeepSpeed"),
         (Engine(), 1, {"use_reentrant": True}, None),
         (Engine(), 2, {"use_reentrant": False}, None),
+        (Engine(), 2, {"every_n_layers": 2}, None),
+        (Engine(), 2, {"every_n_layers": 2, "use_reentrant": True}, "under DDP"),
+        (Engine(), 2, {"selective": True}, None),
         (Engine(sharding="DeepSpeed"), 2, None, None),
         (Engine(sharding="FSDP", fsdp_version=2), 2, {"use_reentrant": True}, None),
     ],
@@ -367,7 +370,7 @@ def test_engines_that_take_one_gradient_of_a_weight(tmp_path, monkeypatch, engin
     if refused is None:
         check_engine([TReFT(args)], args, engine)
         return
-    with pytest.raises(ValueError, match=f"{refused}.*[Ss]et tp_size|{refused}.*Leave"):
+    with pytest.raises(ValueError, match=f"{refused}.*[Ss]et tp_size|{refused}.*Set `use_reentrant`"):
         check_engine([TReFT(args)], args, engine)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, get_peft_model
 from safetensors.torch import load_file
-from tiny import logged, lora, make_model, make_rows, make_trainer, save_model
+from tiny import config, logged, lora, make_model, make_rows, make_trainer, save_model
 
 from trl_emguard.reference.adapter import AdapterReference
-from trl_emguard.reference.choose import without_dropout
+from trl_emguard.reference.choose import reference_options, without_dropout
 from trl_emguard.reference.kinds import ModelReference
 
 
@@ -252,6 +252,14 @@ def test_a_smaller_reference_can_be_compared_by_kl(tmp_path):
     )
     trainer.train()
     assert logged(trainer, "kl")[0] > 0
+
+
+@pytest.mark.parametrize(("is_own", "revision"), [(True, "abc"), (False, None)])
+def test_a_ref_model_does_not_take_the_policy_s_revision(tmp_path, is_own, revision):
+    args = config(tmp_path, model_init_kwargs={"revision": "abc"})
+    assert reference_options(args, is_own).get("revision") == revision
+    args.ref_model_init_kwargs = {"revision": "def"}
+    assert reference_options(args, is_own)["revision"] == "def"
 
 
 def test_missing_ref_model_path(tmp_path):

@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from datasets import Dataset
 from methods import EVERYTHING, KINDS, merged, run_options
 from peft import AdaLoraConfig, get_peft_model
@@ -406,7 +407,8 @@ def test_options_set_after_construction_are_checked(tmp_path):
 def test_the_callers_config_stays_as_it_is(tmp_path):
     given = {"dtype": torch.bfloat16}
     args = SFTConfig(str(tmp_path), use_cpu=True, model_init_kwargs=given, report_to=[])
-    EMGuardConfig.from_args(args)
+    args.parallelism_config = parallelism = ParallelismConfig()
+    assert EMGuardConfig.from_args(args).parallelism_config == parallelism
     assert args.model_init_kwargs is given
     assert given == {"dtype": torch.bfloat16}
 

@@ -47,8 +47,14 @@ def begin_checkpoint(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     _write_manifest(folder, None)
     for path in folder.iterdir():
-        if path.name != MANIFEST:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        # On a disk that machines share, one process of each does this: the scratch files of the others must stay, and
+        # a file may be gone already.
+        if path.name == MANIFEST or path.name.startswith(f".{MANIFEST}."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def finish_checkpoint(folder: str | os.PathLike) -> None:

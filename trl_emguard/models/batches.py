@@ -28,16 +28,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     4-bit layers stay in training mode, which does not change their output. In eval mode, bitsandbytes would pack their
     weights permanently for inference on some CPUs, and no gradient can flow through packed weights.
     """
-    were_training = [module for module in model.modules() if module.training]
-    model.eval()
-    for module in model.modules():
-        module.training = module.training or hasattr(module, "quant_state")
+    before = [(module, module.training) for module in model.modules()]
+    # Only the flags are set. `model.eval()` of transformers may also exchange kernels for those of inference, which
+    # would stay when training goes on.
+    for module, _ in before:
+        module.training = hasattr(module, "quant_state")
     try:
         yield
     finally:
-        model.eval()
-        for module in were_training:
-            module.training = True
+        for module, was_training in before:
+            module.training = was_training
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, desc: str | None = None) -> Iterator[list[int]]:

@@ -73,7 +73,7 @@ def make_reference(
     """
     kind = reference_kind(policy, ref_model, args, is_deepspeed_zero3_enabled())
     if kind is Kind.GIVEN:
-        given = _load(ref_model, policy, args) if isinstance(ref_model, str) else ref_model
+        given = _load(ref_model, policy, args, is_own=False) if isinstance(ref_model, str) else ref_model
         assert given is not None
         _check_separate(policy, given)
         _check_vocabulary(policy, given)
@@ -95,7 +95,7 @@ def make_reference(
             "the reference has to be loaded again, since the model is sharded or `ref_model_init_kwargs` is given, "
             "but this model was not loaded from a path. Pass `ref_model`."
         )
-    again = _load(path, policy, args)
+    again = _load(path, policy, args, is_own=True)
     _check_vocabulary(policy, again)
     return ModelReference(again, accelerator, kind, path)
 
@@ -131,19 +131,33 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
                 setattr(holder, name, number)
 
 
-def _load(path: str, policy: PreTrainedModel | PeftModel, args: Any) -> PreTrainedModel:
-    """Load a model with the policy's dtype, attention implementation, `revision` and `trust_remote_code`.
+def reference_options(args: Any, is_own: bool) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that a reference takes over from the policy, or that the user gives.
+
+    Args:
+        args: config of the trainer.
+        is_own: True for the policy's own model, loaded again. A `ref_model` is another one, so the policy's `revision`
+            is none of its own.
+    """
+    given = args.model_init_kwargs or {}
+    shared = ("revision", "trust_remote_code") if is_own else ("trust_remote_code",)
+    return {
+        "trust_remote_code": args.trust_remote_code,
+        **{name: given[name] for name in shared if name in given},
+        **(args.ref_model_init_kwargs or {}),
+    }
+
+
+def _load(path: str, policy: PreTrainedModel | PeftModel, args: Any, is_own: bool) -> PreTrainedModel:
+    """Load a model with the policy's dtype, attention implementation and [`reference_options`].
 
     No device map is used. `args.ref_model_init_kwargs` overrides all of these options.
     """
-    given = args.model_init_kwargs or {}
     kwargs = {
         "dtype": policy.dtype,
         "attn_implementation": policy.config._attn_implementation,
         "device_map": None,
-        "trust_remote_code": args.trust_remote_code,
-        **{name: given[name] for name in ("revision", "trust_remote_code") if name in given},
-        **(args.ref_model_init_kwargs or {}),
+        **reference_options(args, is_own),
     }
     return create_model_from_path(path, **kwargs)
 
