@@ -14,7 +14,7 @@ import yaml
 from accelerate import PartialState
 from command import make_argv, save_inputs, without, write_rows
 from methods import COVERING, METHODS, save_adapter, save_vector
-from tiny import make_model, make_pool, make_rows
+from tiny import make_model, make_pool, make_rows, make_tokenizer
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
@@ -228,6 +228,40 @@ def test_what_an_engine_refuses_is_found(argv, capsys):
         == 1
     )
     assert "save_only_model=True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--ema", "true", "--accelerate_config", "zero3"], "EMACallback does not work under DeepSpeed ZeRO-3"),
+        (["--drift_every", "2", "--accelerate_config", "fsdp2"], "DriftCallback does not work under FSDP"),
+        (
+            [
+                *("--stop_on_drift", "1", "--load_best_model_at_end", "true", "--dataset_train_split", "train[:20]"),
+                *("--dataset_test_split", "train[20:]", "--eval_strategy", "steps", "--save_strategy", "steps"),
+            ],
+            "stop_on_drift does not work with load_best_model_at_end=True",
+        ),
+        (["--drift_every", "2", "--model_name_or_path", "model", "--dataset_name", "plain.jsonl"], "no chat template"),
+    ],
+)
+def test_callbacks_that_the_run_refuses_are_refused_dry(argv, capsys, more, words):
+    make_model().save_pretrained("model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained("model")
+    write_rows(Path("plain.jsonl"), [{"prompt": f"q{i}", "completion": "a"} for i in range(8)])
+    assert sft.main(argv("--dry_run", *more)) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_an_average_takes_memory(report):
+    plain, averaged = (report(*more)["memory"] for more in ([], ["--ema", "true"]))
+    (average,) = (line for line in averaged if line not in plain and line.startswith("moving average"))
+    adapters = sum(
+        4 * (m.in_features + m.out_features) for m in make_model().model.modules() if isinstance(m, torch.nn.Linear)
+    )
+    assert average == f"moving average: {4 * adapters / 2**10:.3g} KiB"
 
 
 @pytest.mark.parametrize(("tp", "cp", "sp"), [(1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 1, 1), (2, 1, 1)])

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from safetensors import safe_open
 from torch import device, nn
-from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from transformers.quantizers import AutoHfQuantizer
 
 from ..checks import check_engine, load_config
@@ -112,6 +112,7 @@ def meta_trainer(
     data: Data,
     quantization: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
+    callbacks: list[TrainerCallback],
     launch: Launch,
 ) -> EMGuardTrainer:
     """Build a run's trainer with a model on the meta device, and raise errors that the launched run would raise.
@@ -120,7 +121,7 @@ def meta_trainer(
         path: folder or hub id of the model.
         args: configuration with complete `model_init_kwargs`.
         data: training and evaluation rows.
-        quantization, peft_config: arguments of the trainer.
+        quantization, peft_config, callbacks: arguments of the trainer.
         launch: facts about the launch. Call this function inside of [`simulated_ranks`].
 
     Raises:
@@ -129,7 +130,7 @@ def meta_trainer(
     _check_folder("output_dir", args.output_dir)
     if args.cache_reference:
         _check_folder("TRL_EMGUARD_CACHE/reference", str(reference_cache_dir()))
-    check_settings(args, launch)
+    check_settings(args, callbacks, launch)
     given = _unplaced(args)
     given.push_to_hub, given.model_init_kwargs = False, None
     given.report_to = []  # a dry run logs nothing, and the trackers need not be installed here
@@ -147,6 +148,7 @@ def meta_trainer(
             processing_class=text_tokenizer(path, args, data[0])
             or AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code),
             peft_config=peft_config,
+            callbacks=callbacks,
         )
     trainer.args.output_dir = args.output_dir
     # When the trainer was built, it checked its defenses against the engine, but no engine runs in this process. Now

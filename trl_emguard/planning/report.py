@@ -18,11 +18,12 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 
 from ..config import EMGuardConfig
 from ..defenses import Defense, ReferenceDefense
 from ..guard.scopes import ALL, LABELS
+from ..models.ema import EMACallback
 from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
@@ -45,6 +46,7 @@ def dry_run(
     data: Data,
     quantization: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
+    callbacks: list[TrainerCallback],
     launch: Launch,
     heard: list[str],
 ) -> list[Line]:
@@ -54,7 +56,7 @@ def dry_run(
         name: name of the model on the command line.
         args: configuration with complete `model_init_kwargs`.
         data: training and evaluation rows.
-        quantization, peft_config: arguments of the trainer.
+        quantization, peft_config, callbacks: arguments of the trainer.
         launch: facts about the launch.
         heard: list in which [`listening`] collects warnings. Those that the real run would not give are removed.
 
@@ -63,7 +65,7 @@ def dry_run(
     """
     path = resolve_model(name)
     with simulated_ranks(launch.data_ranks):
-        trainer = meta_trainer(path, args, data, quantization, peft_config, launch)
+        trainer = meta_trainer(path, args, data, quantization, peft_config, callbacks, launch)
         _check_weights(trainer, path, args, heard)
         plan = Plan.of(trainer, launch)
         return [*describe(plan, name), *(("warning", note) for note in advice(plan))]
@@ -193,10 +195,12 @@ def _about_memory(plan: Plan) -> list[Line]:
     if not run.length:
         return [("memory", "not estimated: a stream without max_length does not say how long its rows are")]
     memory = memory_per_rank(weights, shape, run, engine)
+    averages = any(isinstance(callback, EMACallback) for callback in plan.trainer.callback_handler.callbacks)
+    memory["moving average"] = 4 * weights.trained if averages else 0  # kept in fp32 from the first step to the last
     place = f"at {run.rows} x {run.length} tokens (estimated; docs/scaling.md)"
     lines = [
         ("checkpointing", "blocks are recomputed in the backward pass" if run.checkpointing else "off"),
-        ("memory", f"about {_short(peak(memory, run))} per rank {place}"),
+        ("memory", f"about {_short(peak(memory, run) + memory['moving average'])} per rank {place}"),
     ]
     lines += [("memory", f"{name}: {_short(size)}") for name, size in memory.items() if size]
     if not run.guarded:
