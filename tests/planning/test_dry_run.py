@@ -336,6 +336,29 @@ def test_quantised_models(report):
     assert four["model"][0].split()[1] == whole["model"][0].split()[1]  # the same number of parameters
 
 
+def test_quantised_checkpoints(report, inputs, tmp_path):
+    """Their config says how they are quantised; no weights are read."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this platform")
+    for file in (inputs / "model").glob("*[!s]"):  # all but the weights
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = {}
+    for method in ("bitsandbytes", "gptq"):
+        bits = {"load_in_4bit": True, "_load_in_4bit": True} if method == "bitsandbytes" else {"bits": 4}
+        config["quantization_config"] = {"quant_method": method, **bits}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        said[method] = report("--model_name_or_path", tmp_path, "--bf16", "true", "--dtype", "float32")
+    loaded = report("--load_in_4bit", "true", "--bf16", "true", "--dtype", "float32")
+    memory = {name: [line for line in s["memory"] if "weights: " in line] for name, s in said.items()}
+    assert "in 4 bits" in said["bitsandbytes"]["model"][0]
+    assert said["bitsandbytes"]["model"][0].split()[1] == loaded["model"][0].split()[1]
+    assert memory["bitsandbytes"] == [line for line in loaded["memory"] if "weights: " in line] != memory["gptq"]
+    heard = {name: "\n".join(s.get("warning", [])) for name, s in said.items()}
+    assert not any("dtype=float32 with bf16=True" in text for text in heard.values())
+    assert "quantisation (gptq) is not counted" in heard["gptq"]
+    assert "is not counted" not in heard["bitsandbytes"]
+
+
 def test_a_recipe_for_a_gpu_on_a_machine_without(report):
     """bf16, as transformers refuses it there."""
     on_gpu = ["--bf16", "true", "--use_cpu", "false", "--defense", "kl", "--dtype", "float32"]

@@ -61,11 +61,21 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
             raise ValueError(f"attn_implementation={attention!r}: {type(model).__name__} does not support it.")
         model.config._attn_implementation = attention
     quantization = given.get("quantization_config", quantization)
+    stored = getattr(config, "quantization_config", None)
+    if quantization is None and stored and stored.get("quant_method", "bitsandbytes") == "bitsandbytes":
+        quantization = stored
     return model if quantization is None else quantized(model, quantization)
 
 
-def quantized(model: PreTrainedModel, how: BitsAndBytesConfig) -> PreTrainedModel:
-    """Give a model on the meta device the layers that it would have after quantised loading, and return the model."""
+def quantized(model: PreTrainedModel, how: BitsAndBytesConfig | dict[str, Any]) -> PreTrainedModel:
+    """Give a model on the meta device the layers that it would have after quantised loading, and return the model.
+
+    Args:
+        model: the model.
+        how: quantisation; a dict is that in the config of a checkpoint that is quantised already.
+    """
+    # A checkpoint that is quantised already is treated like one that is not: with `pre_quantized`, 4-bit weights would
+    # get the dtype of packed weights, but not their size, and be counted twice.
     quantizer = AutoHfQuantizer.from_config(how, pre_quantized=False)
     quantizer.validate_environment(device_map=None)
     quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 import datasets
 import torch
@@ -219,6 +220,9 @@ def advice(plan: Plan) -> list[str]:
     """Return notes on settings that stop the run, are ignored, cost memory or time, or make an estimate too high."""
     trainer, args, launch, run = plan.trainer, plan.trainer.args, plan.launch, plan.largest_batch()
     engine, gpus = launch.engine, torch.cuda.device_count()
+    # A dict is the quantisation of the checkpoint, and has not been applied to the model on the meta device.
+    quantization: Any = getattr(trainer.model.config, "quantization_config", None)
+    uncounted = quantization.get("quant_method") if isinstance(quantization, dict) else None
     is_alone, has_bf16 = engine.name == "one process", trainer.accelerator.mixed_precision == "bf16"
     notes = {
         "this machine has no accelerator, and bf16=True is refused here without use_cpu=True.": (
@@ -238,7 +242,12 @@ def advice(plan: Plan) -> list[str]:
             run.reference == "model" and not run.cached
         ),
         "dtype=float32 with bf16=True: the frozen weights take twice the memory of dtype=bfloat16, and are cast in "
-        "every pass.": is_peft_model(trainer.model) and trainer.model.dtype == torch.float32 and has_bf16,
+        "every pass.": (
+            is_peft_model(trainer.model) and trainer.model.dtype == torch.float32 and has_bf16 and not quantization
+        ),
+        f"the checkpoint's quantisation ({uncounted}) is not counted, so the run needs less memory than is said.": (
+            uncounted
+        ),
     }
     return [*launch.notes, *(note for note, holds in notes.items() if holds)]
 
