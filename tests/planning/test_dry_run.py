@@ -13,14 +13,15 @@ import torch
 import yaml
 from accelerate import PartialState
 from command import make_argv, save_inputs, without, write_rows
+from huggingface_hub.errors import LocalEntryNotFoundError
 from methods import COVERING, METHODS, save_adapter, save_vector
-from tiny import make_model, make_pool, make_rows, make_tokenizer
+from tiny import make_model, make_pool, make_rows, make_tokenizer, make_trainer
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.models.identity import weight_checksums
-from trl_emguard.planning.report import listening, show
+from trl_emguard.planning.report import _check_weights, listening, show
 from trl_emguard.scripts import sft
 
 
@@ -525,6 +526,33 @@ def test_a_step_that_is_larger_than_the_data_is_warned_of(report):
 def test_a_vector_of_this_model_is_known_without_its_weights(report):
     heard = "nothing shows that the persona vector was made with this model"
     assert not any(heard in line for line in report("--defense", "steering").get("warning", []))
+
+
+@pytest.mark.parametrize("vector", ["own", "other"])
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_vector_is_compared_with_a_model_of_the_hub(inputs, tmp_path, monkeypatch, vector, is_here):
+    """The weights are those in the hub's cache, of the run's revision."""
+
+    def find(path, revision, local_files_only):
+        assert (path, revision, local_files_only) == ("org/tiny", "v2", True)
+        if not is_here:
+            raise LocalEntryNotFoundError("not in the cache")
+        return str(inputs / "model")
+
+    monkeypatch.setattr("trl_emguard.planning.meta.snapshot_download", find)
+    monkeypatch.setattr("trl_emguard.planning.meta.load_config", lambda *args: make_model().config)
+    options = {"defense": "steering", "steering_vector": str(inputs / f"{vector}.safetensors")}
+    # The trainer's own model has weights here, so it must be the vector's, which the dry run's model need not be.
+    trainer = make_trainer(tmp_path, make_model(initializer_range=0.2 if vector == "own" else 0.3), **options)
+    trainer.args.model_init_kwargs = {"revision": "v2"}
+    with listening() as heard:
+        if is_here and vector == "other":
+            with pytest.raises(ValueError, match="was made with another model"):
+                _check_weights(trainer, "org/tiny", trainer.args, heard)
+        else:
+            _check_weights(trainer, "org/tiny", trainer.args, heard)
+    late = "no weights of 'org/tiny' could be read on this machine, so defense 'steering' is checked"
+    assert [line.startswith(late) for line in heard] == [True] * (not is_here)
 
 
 # ---- what it leaves ----

@@ -11,6 +11,8 @@ from typing import Any
 
 import transformers
 from datasets import Dataset, IterableDataset
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftConfig
 from safetensors import safe_open
 from torch import device, nn
@@ -83,16 +85,37 @@ def quantized(model: PreTrainedModel, how: BitsAndBytesConfig | dict[str, Any]) 
     return quantizer.postprocess_model(model)
 
 
-def read_first_rows(model: PreTrainedModel, folder: str) -> None:
-    """Load the first 64 rows of every weight from a folder into a meta model. Checksums of weights need no more."""
-    modules = dict(model.named_modules())
-    for file in Path(folder).glob("*.safetensors"):
+def read_first_rows(model: PreTrainedModel, path: str, revision: str | None) -> bool:
+    """Load the first 64 rows of every weight into a meta model. Checksums of weights need no more.
+
+    Args:
+        model: model on the meta device.
+        path: model folder, or hub id of a model in the hub's cache.
+        revision: revision of a model on the hub.
+
+    Returns:
+        True if rows of at least one weight were loaded.
+    """
+    modules, has_read = dict(model.named_modules()), False
+    for file in _local_folder(path, revision).glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 module, _, weight = name.rpartition(".")
                 if weight in dict(modules.get(module, nn.Module()).named_parameters(recurse=False)):
                     rows = nn.Parameter(weights.get_slice(name)[:64], requires_grad=False)
                     modules[module].register_parameter(weight, rows)
+                    has_read = True
+    return has_read
+
+
+def _local_folder(path: str, revision: str | None) -> Path:
+    """Return the folder of a model on this machine; for a model that is not here, a folder that does not exist."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return Path(path)
 
 
 def _check_shards(folder: Path) -> None:

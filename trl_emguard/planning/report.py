@@ -76,7 +76,8 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
     """Call `check_policy` again with real weights for each defense that warns about a model on the meta device.
 
     Weights on the meta device have no values, so a check that compares weights warns that it cannot. Such warnings are
-    removed from `heard`. Only the first rows of each weight are loaded for the second check.
+    removed from `heard`. Only the first rows of each weight are loaded for the second check. If the weights are not on
+    this machine, `heard` gets a line that says so.
     """
     if not trainer.overrides("check_policy"):
         return
@@ -87,10 +88,17 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
         if warned:
             heard[:] = [text for text in heard if text not in warned]
             repeated.append(defense)
-    if repeated:
-        read_first_rows(model, path)
+    if not repeated:
+        return
+    has_read = read_first_rows(model, path, (args.model_init_kwargs or {}).get("revision"))  # type: ignore[union-attr]
     for defense in repeated:
-        defense.check_policy(model)
+        if has_read:
+            defense.check_policy(model)
+        else:
+            heard.append(
+                f"no weights of {path!r} could be read on this machine, so defense {defense.name!r} is checked "
+                "against them when the run starts."
+            )
 
 
 # ---- lines of the report ----
