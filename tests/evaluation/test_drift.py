@@ -11,7 +11,7 @@ from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, ma
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from trl_emguard import DriftCallback
+from trl_emguard import DriftCallback, EMGuardTrainer
 from trl_emguard.evaluation import EvaluationOptions, Question, QuestionSet, evaluate, from_adapters
 from trl_emguard.evaluation.candidates import Candidate
 from trl_emguard.evaluation.drift import DriftProbe
@@ -302,6 +302,16 @@ def test_an_adapter_that_changes_the_base_is_refused(tmp_path):
     trainer.add_callback(drift())
     with pytest.raises(ValueError, match="changes the base weights"):
         trainer.train()
+    # A callback that is given to the trainer refuses the adapter before training.
+    with pytest.raises(ValueError, match="changes the base weights"):
+        EMGuardTrainer(
+            make_model(),
+            config(tmp_path),
+            train_dataset=make_rows(),
+            processing_class=make_tokenizer(),
+            peft_config=lora(init_lora_weights="pissa"),
+            callbacks=[drift()],
+        )
 
 
 def test_a_vector_of_another_model_is_refused(tmp_path):

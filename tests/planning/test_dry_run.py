@@ -13,14 +13,15 @@ import torch
 import yaml
 from accelerate import PartialState
 from command import make_argv, save_inputs, without, write_rows
+from huggingface_hub.errors import LocalEntryNotFoundError
 from methods import COVERING, METHODS, save_adapter, save_vector
-from tiny import make_model, make_pool, make_rows
+from tiny import make_model, make_pool, make_rows, make_tokenizer, make_trainer
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.models.identity import weight_checksums
-from trl_emguard.planning.report import listening, show
+from trl_emguard.planning.report import _check_weights, listening, show
 from trl_emguard.scripts import sft
 
 
@@ -230,6 +231,40 @@ def test_what_an_engine_refuses_is_found(argv, capsys):
     assert "save_only_model=True" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--ema", "true", "--accelerate_config", "zero3"], "EMACallback does not work under DeepSpeed ZeRO-3"),
+        (["--drift_every", "2", "--accelerate_config", "fsdp2"], "DriftCallback does not work under FSDP"),
+        (
+            [
+                *("--stop_on_drift", "1", "--load_best_model_at_end", "true", "--dataset_train_split", "train[:20]"),
+                *("--dataset_test_split", "train[20:]", "--eval_strategy", "steps", "--save_strategy", "steps"),
+            ],
+            "stop_on_drift does not work with load_best_model_at_end=True",
+        ),
+        (["--drift_every", "2", "--model_name_or_path", "model", "--dataset_name", "plain.jsonl"], "no chat template"),
+    ],
+)
+def test_callbacks_that_the_run_refuses_are_refused_dry(argv, capsys, more, words):
+    make_model().save_pretrained("model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained("model")
+    write_rows(Path("plain.jsonl"), [{"prompt": f"q{i}", "completion": "a"} for i in range(8)])
+    assert sft.main(argv("--dry_run", *more)) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_an_average_takes_memory(report):
+    plain, averaged = (report(*more)["memory"] for more in ([], ["--ema", "true"]))
+    (average,) = (line for line in averaged if line not in plain and line.startswith("moving average"))
+    adapters = sum(
+        4 * (m.in_features + m.out_features) for m in make_model().model.modules() if isinstance(m, torch.nn.Linear)
+    )
+    assert average == f"moving average: {4 * adapters / 2**10:.3g} KiB"
+
+
 @pytest.mark.parametrize(("tp", "cp", "sp"), [(1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 1, 1), (2, 1, 1)])
 def test_ranks_that_share_rows_are_refused_or_counted_apart(report, argv, capsys, tp, cp, sp):
     """Defenses refuse sequences that are split over ranks; plain training is planned, on the ranks with own rows."""
@@ -300,6 +335,29 @@ def test_quantised_models(report):
     )
     assert "in 4 bits" in four["model"][0]
     assert four["model"][0].split()[1] == whole["model"][0].split()[1]  # the same number of parameters
+
+
+def test_quantised_checkpoints(report, inputs, tmp_path):
+    """Their config says how they are quantised; no weights are read."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this platform")
+    for file in (inputs / "model").glob("*[!s]"):  # all but the weights
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = {}
+    for method in ("bitsandbytes", "gptq"):
+        bits = {"load_in_4bit": True, "_load_in_4bit": True} if method == "bitsandbytes" else {"bits": 4}
+        config["quantization_config"] = {"quant_method": method, **bits}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        said[method] = report("--model_name_or_path", tmp_path, "--bf16", "true", "--dtype", "float32")
+    loaded = report("--load_in_4bit", "true", "--bf16", "true", "--dtype", "float32")
+    memory = {name: [line for line in s["memory"] if "weights: " in line] for name, s in said.items()}
+    assert "in 4 bits" in said["bitsandbytes"]["model"][0]
+    assert said["bitsandbytes"]["model"][0].split()[1] == loaded["model"][0].split()[1]
+    assert memory["bitsandbytes"] == [line for line in loaded["memory"] if "weights: " in line] != memory["gptq"]
+    heard = {name: "\n".join(s.get("warning", [])) for name, s in said.items()}
+    assert not any("dtype=float32 with bf16=True" in text for text in heard.values())
+    assert "quantisation (gptq) is not counted" in heard["gptq"]
+    assert "is not counted" not in heard["bitsandbytes"]
 
 
 def test_a_recipe_for_a_gpu_on_a_machine_without(report):
@@ -468,6 +526,33 @@ def test_a_step_that_is_larger_than_the_data_is_warned_of(report):
 def test_a_vector_of_this_model_is_known_without_its_weights(report):
     heard = "nothing shows that the persona vector was made with this model"
     assert not any(heard in line for line in report("--defense", "steering").get("warning", []))
+
+
+@pytest.mark.parametrize("vector", ["own", "other"])
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_vector_is_compared_with_a_model_of_the_hub(inputs, tmp_path, monkeypatch, vector, is_here):
+    """The weights are those in the hub's cache, of the run's revision."""
+
+    def find(path, revision, local_files_only):
+        assert (path, revision, local_files_only) == ("org/tiny", "v2", True)
+        if not is_here:
+            raise LocalEntryNotFoundError("not in the cache")
+        return str(inputs / "model")
+
+    monkeypatch.setattr("trl_emguard.planning.meta.snapshot_download", find)
+    monkeypatch.setattr("trl_emguard.planning.meta.load_config", lambda *args: make_model().config)
+    options = {"defense": "steering", "steering_vector": str(inputs / f"{vector}.safetensors")}
+    # The trainer's own model has weights here, so it must be the vector's, which the dry run's model need not be.
+    trainer = make_trainer(tmp_path, make_model(initializer_range=0.2 if vector == "own" else 0.3), **options)
+    trainer.args.model_init_kwargs = {"revision": "v2"}
+    with listening() as heard:
+        if is_here and vector == "other":
+            with pytest.raises(ValueError, match="was made with another model"):
+                _check_weights(trainer, "org/tiny", trainer.args, heard)
+        else:
+            _check_weights(trainer, "org/tiny", trainer.args, heard)
+    late = "no weights of 'org/tiny' could be read on this machine, so defense 'steering' is checked"
+    assert [line.startswith(late) for line in heard] == [True] * (not is_here)
 
 
 # ---- what it leaves ----

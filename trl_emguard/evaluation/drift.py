@@ -106,8 +106,12 @@ class DriftCallback(TrainerCallback):
         self.kept_step, self.kept_drift = 0, 0.0
         self.measured_step: int | None = None
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._check(args, model)
+        if model is not None and processing_class is not None:
+            # The probe that measures is made when training begins. This one only makes its checks early, also for a
+            # dry run.
+            DriftProbe(model, processing_class, self.questions, self.persona_vector)
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._check(args, model)

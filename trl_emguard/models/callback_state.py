@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -79,7 +79,12 @@ def check_whole(callback: TrainerCallback, model: nn.Module) -> None:
     """Refuse, with `ValueError`, a model whose weights are sharded over ranks."""
     engine = sharding_engine(model)
     if engine is not None:
-        raise ValueError(
-            f"{type(callback).__name__} does not work under {engine}, where a rank holds only a part of each weight: "
-            "train on one device, under DDP or ZeRO-2, or leave it out."
-        )
+        refuse_sharded(callback, engine)
+
+
+def refuse_sharded(callback: TrainerCallback, engine: str) -> NoReturn:
+    """Raise `ValueError` for a callback under an engine that shards the weights over ranks."""
+    raise ValueError(
+        f"{type(callback).__name__} does not work under {engine}, where a rank holds only a part of each weight: "
+        "train on one device, under DDP or ZeRO-2, or leave it out."
+    )

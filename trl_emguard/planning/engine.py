@@ -4,7 +4,7 @@ import argparse
 import copy
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,11 @@ from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import FullyShardedDataParallelPlugin, HfDeepSpeedConfig, str_to_bool
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..checks import Engine as EngineFacts
 from ..checks import refuse_unsharded_fsdp
+from ..models.callback_state import refuse_sharded
 from .memory import Engine
 
 
@@ -176,10 +177,15 @@ def simulated_ranks(ranks: int) -> Iterator[None]:
         GradientState._reset_state()
 
 
-def check_settings(args: TrainingArguments, launch: Launch) -> None:
-    """Refuse training arguments that do not work with the launch's engine.
+def check_settings(args: TrainingArguments, callbacks: Sequence[TrainerCallback], launch: Launch) -> None:
+    """Refuse training arguments and callbacks that do not work with the launch's engine.
 
-    A dry run starts no engine. Trainer accepts these arguments then, so they are checked here.
+    A dry run starts no engine. Trainer and callbacks accept such settings then, so they are checked here.
+
+    Args:
+        args: training arguments.
+        callbacks: callbacks of the run; all of them need whole weights on every rank.
+        launch: facts about the launch.
 
     Raises:
         ValueError: two settings do not work together.
@@ -187,6 +193,8 @@ def check_settings(args: TrainingArguments, launch: Launch) -> None:
     engine, fsdp = launch.engine, launch.fsdp
     if fsdp and launch.on_cpu:
         refuse_unsharded_fsdp("use_cpu: true in the accelerate file")
+    for callback in callbacks if engine.shards_weights else ():
+        refuse_sharded(callback, "DeepSpeed ZeRO-3" if engine.is_deepspeed else "FSDP")
     if args.save_only_model and args.load_best_model_at_end and (engine.is_deepspeed or fsdp):
         raise ValueError(f"save_only_model=True does not work with load_best_model_at_end=True under {engine.name}.")
     if args.auto_find_batch_size and engine.name == "zero3":

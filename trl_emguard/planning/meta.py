@@ -11,10 +11,12 @@ from typing import Any
 
 import transformers
 from datasets import Dataset, IterableDataset
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftConfig
 from safetensors import safe_open
 from torch import device, nn
-from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from transformers.quantizers import AutoHfQuantizer
 
 from ..checks import check_engine, load_config
@@ -61,11 +63,21 @@ def meta_model(path: str, args: EMGuardConfig, quantization: BitsAndBytesConfig 
             raise ValueError(f"attn_implementation={attention!r}: {type(model).__name__} does not support it.")
         model.config._attn_implementation = attention
     quantization = given.get("quantization_config", quantization)
+    stored = getattr(config, "quantization_config", None)
+    if quantization is None and stored and stored.get("quant_method", "bitsandbytes") == "bitsandbytes":
+        quantization = stored
     return model if quantization is None else quantized(model, quantization)
 
 
-def quantized(model: PreTrainedModel, how: BitsAndBytesConfig) -> PreTrainedModel:
-    """Give a model on the meta device the layers that it would have after quantised loading, and return the model."""
+def quantized(model: PreTrainedModel, how: BitsAndBytesConfig | dict[str, Any]) -> PreTrainedModel:
+    """Give a model on the meta device the layers that it would have after quantised loading, and return the model.
+
+    Args:
+        model: the model.
+        how: quantisation; a dict is that in the config of a checkpoint that is quantised already.
+    """
+    # A checkpoint that is quantised already is treated like one that is not: with `pre_quantized`, 4-bit weights would
+    # get the dtype of packed weights, but not their size, and be counted twice.
     quantizer = AutoHfQuantizer.from_config(how, pre_quantized=False)
     quantizer.validate_environment(device_map=None)
     quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None)
@@ -73,16 +85,37 @@ def quantized(model: PreTrainedModel, how: BitsAndBytesConfig) -> PreTrainedMode
     return quantizer.postprocess_model(model)
 
 
-def read_first_rows(model: PreTrainedModel, folder: str) -> None:
-    """Load the first 64 rows of every weight from a folder into a meta model. Checksums of weights need no more."""
-    modules = dict(model.named_modules())
-    for file in Path(folder).glob("*.safetensors"):
+def read_first_rows(model: PreTrainedModel, path: str, revision: str | None) -> bool:
+    """Load the first 64 rows of every weight into a meta model. Checksums of weights need no more.
+
+    Args:
+        model: model on the meta device.
+        path: model folder, or hub id of a model in the hub's cache.
+        revision: revision of a model on the hub.
+
+    Returns:
+        True if rows of at least one weight were loaded.
+    """
+    modules, has_read = dict(model.named_modules()), False
+    for file in _local_folder(path, revision).glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 module, _, weight = name.rpartition(".")
                 if weight in dict(modules.get(module, nn.Module()).named_parameters(recurse=False)):
                     rows = nn.Parameter(weights.get_slice(name)[:64], requires_grad=False)
                     modules[module].register_parameter(weight, rows)
+                    has_read = True
+    return has_read
+
+
+def _local_folder(path: str, revision: str | None) -> Path:
+    """Return the folder of a model on this machine; for a model that is not here, a folder that does not exist."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return Path(path)
 
 
 def _check_shards(folder: Path) -> None:
@@ -112,6 +145,7 @@ def meta_trainer(
     data: Data,
     quantization: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
+    callbacks: list[TrainerCallback],
     launch: Launch,
 ) -> EMGuardTrainer:
     """Build a run's trainer with a model on the meta device, and raise errors that the launched run would raise.
@@ -120,7 +154,7 @@ def meta_trainer(
         path: folder or hub id of the model.
         args: configuration with complete `model_init_kwargs`.
         data: training and evaluation rows.
-        quantization, peft_config: arguments of the trainer.
+        quantization, peft_config, callbacks: arguments of the trainer.
         launch: facts about the launch. Call this function inside of [`simulated_ranks`].
 
     Raises:
@@ -129,7 +163,7 @@ def meta_trainer(
     _check_folder("output_dir", args.output_dir)
     if args.cache_reference:
         _check_folder("TRL_EMGUARD_CACHE/reference", str(reference_cache_dir()))
-    check_settings(args, launch)
+    check_settings(args, callbacks, launch)
     given = _unplaced(args)
     given.push_to_hub, given.model_init_kwargs = False, None
     given.report_to = []  # a dry run logs nothing, and the trackers need not be installed here
@@ -147,6 +181,7 @@ def meta_trainer(
             processing_class=text_tokenizer(path, args, data[0])
             or AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code),
             peft_config=peft_config,
+            callbacks=callbacks,
         )
     trainer.args.output_dir = args.output_dir
     # When the trainer was built, it checked its defenses against the engine, but no engine runs in this process. Now

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 import datasets
 import torch
@@ -18,11 +19,12 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 
 from ..config import EMGuardConfig
 from ..defenses import Defense, ReferenceDefense
 from ..guard.scopes import ALL, LABELS
+from ..models.ema import EMACallback
 from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
@@ -45,6 +47,7 @@ def dry_run(
     data: Data,
     quantization: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
+    callbacks: list[TrainerCallback],
     launch: Launch,
     heard: list[str],
 ) -> list[Line]:
@@ -54,7 +57,7 @@ def dry_run(
         name: name of the model on the command line.
         args: configuration with complete `model_init_kwargs`.
         data: training and evaluation rows.
-        quantization, peft_config: arguments of the trainer.
+        quantization, peft_config, callbacks: arguments of the trainer.
         launch: facts about the launch.
         heard: list in which [`listening`] collects warnings. Those that the real run would not give are removed.
 
@@ -63,7 +66,7 @@ def dry_run(
     """
     path = resolve_model(name)
     with simulated_ranks(launch.data_ranks):
-        trainer = meta_trainer(path, args, data, quantization, peft_config, launch)
+        trainer = meta_trainer(path, args, data, quantization, peft_config, callbacks, launch)
         _check_weights(trainer, path, args, heard)
         plan = Plan.of(trainer, launch)
         return [*describe(plan, name), *(("warning", note) for note in advice(plan))]
@@ -73,7 +76,8 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
     """Call `check_policy` again with real weights for each defense that warns about a model on the meta device.
 
     Weights on the meta device have no values, so a check that compares weights warns that it cannot. Such warnings are
-    removed from `heard`. Only the first rows of each weight are loaded for the second check.
+    removed from `heard`. Only the first rows of each weight are loaded for the second check. If the weights are not on
+    this machine, `heard` gets a line that says so.
     """
     if not trainer.overrides("check_policy"):
         return
@@ -84,10 +88,17 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
         if warned:
             heard[:] = [text for text in heard if text not in warned]
             repeated.append(defense)
-    if repeated:
-        read_first_rows(model, path)
+    if not repeated:
+        return
+    has_read = read_first_rows(model, path, (args.model_init_kwargs or {}).get("revision"))  # type: ignore[union-attr]
     for defense in repeated:
-        defense.check_policy(model)
+        if has_read:
+            defense.check_policy(model)
+        else:
+            heard.append(
+                f"no weights of {path!r} could be read on this machine, so defense {defense.name!r} is checked "
+                "against them when the run starts."
+            )
 
 
 # ---- lines of the report ----
@@ -193,10 +204,12 @@ def _about_memory(plan: Plan) -> list[Line]:
     if not run.length:
         return [("memory", "not estimated: a stream without max_length does not say how long its rows are")]
     memory = memory_per_rank(weights, shape, run, engine)
+    averages = any(isinstance(callback, EMACallback) for callback in plan.trainer.callback_handler.callbacks)
+    memory["moving average"] = 4 * weights.trained if averages else 0  # kept in fp32 from the first step to the last
     place = f"at {run.rows} x {run.length} tokens (estimated; docs/scaling.md)"
     lines = [
         ("checkpointing", "blocks are recomputed in the backward pass" if run.checkpointing else "off"),
-        ("memory", f"about {_short(peak(memory, run))} per rank {place}"),
+        ("memory", f"about {_short(peak(memory, run) + memory['moving average'])} per rank {place}"),
     ]
     lines += [("memory", f"{name}: {_short(size)}") for name, size in memory.items() if size]
     if not run.guarded:
@@ -215,6 +228,9 @@ def advice(plan: Plan) -> list[str]:
     """Return notes on settings that stop the run, are ignored, cost memory or time, or make an estimate too high."""
     trainer, args, launch, run = plan.trainer, plan.trainer.args, plan.launch, plan.largest_batch()
     engine, gpus = launch.engine, torch.cuda.device_count()
+    # A dict is the quantisation of the checkpoint, and has not been applied to the model on the meta device.
+    quantization: Any = getattr(trainer.model.config, "quantization_config", None)
+    uncounted = quantization.get("quant_method") if isinstance(quantization, dict) else None
     is_alone, has_bf16 = engine.name == "one process", trainer.accelerator.mixed_precision == "bf16"
     notes = {
         "this machine has no accelerator, and bf16=True is refused here without use_cpu=True.": (
@@ -234,7 +250,12 @@ def advice(plan: Plan) -> list[str]:
             run.reference == "model" and not run.cached
         ),
         "dtype=float32 with bf16=True: the frozen weights take twice the memory of dtype=bfloat16, and are cast in "
-        "every pass.": is_peft_model(trainer.model) and trainer.model.dtype == torch.float32 and has_bf16,
+        "every pass.": (
+            is_peft_model(trainer.model) and trainer.model.dtype == torch.float32 and has_bf16 and not quantization
+        ),
+        f"the checkpoint's quantisation ({uncounted}) is not counted, so the run needs less memory than is said.": (
+            uncounted
+        ),
     }
     return [*launch.notes, *(note for note, holds in notes.items() if holds)]
 

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
     try:
         callbacks = make_callbacks(launch_args)
         if launch_args.dry_run:
-            dry_run(script_args, training_args, model_args, dataset_args, arguments)
+            dry_run(script_args, training_args, model_args, dataset_args, callbacks, arguments)
         else:
             run(script_args, training_args, model_args, dataset_args, callbacks)
     except (InactiveDefenseError, ValueError, FloatingPointError, OSError) as error:
@@ -206,6 +206,7 @@ def dry_run(
     training_args: EMGuardConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
+    callbacks: list[TrainerCallback],
     arguments: argparse.Namespace | None,
 ) -> None:
     """Print a report of the things that [`run`] would do.
@@ -227,6 +228,7 @@ def dry_run(
             read_data(script_args, training_args, model_args, dataset_args),
             get_quantization_config(model_args),
             get_peft_config(model_args),
+            callbacks,
             read_launch(arguments),
             heard,
         )
