@@ -69,7 +69,7 @@ class PersonaShiftCallback(TrainerCallback):
 
     The shift is 0 when the callback is made, and has the unit of the hidden states. For comparison, ‖v(l)‖ is
     the distance between the mean states of answers that show the trait and of answers that show its opposite. The
-    `steering` defense changes no states during the measurement.
+    `steering` defense changes no states during the measurement. All measurements use the precision of training.
 
     ```python
     >>> trainer.add_callback(PersonaShiftCallback(trainer, load_vector("evil.safetensors")))
@@ -114,9 +114,9 @@ class PersonaShiftCallback(TrainerCallback):
         self.start = self._project()
 
     def _project(self) -> float:
-        return prompt_projections(self.trainer.model, self.trainer.processing_class, self.vector, self.questions)[
-            self.layer
-        ]
+        model, tokenizer = self.trainer.model, self.trainer.processing_class
+        with self.trainer.accelerator.autocast():
+            return prompt_projections(model, tokenizer, self.vector, self.questions)[self.layer]
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log:
