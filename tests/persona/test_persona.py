@@ -2,12 +2,13 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny import logged, lora, make_model, make_tokenizer, make_trainer, save_model
 from transformers import TrainerControl
@@ -441,6 +442,20 @@ def test_the_shift_of_an_adapter():
     assert max(map(abs, shift)) > 0.01
 
 
+@pytest.mark.parametrize(
+    ("peft", "message"),
+    [
+        (lora(init_lora_weights="pissa"), "init_lora_weights='pissa', which changes the base weights"),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "'default' is a learned prompt"),
+    ],
+)
+def test_an_adapter_that_leaves_no_base_has_no_shift(peft, message):
+    """Refuse a wrong figure (the residual model is no base) and a 0 (states are read without the prompt)."""
+    model = get_peft_model(make_model(), peft)
+    with pytest.raises(ValueError, match=message):
+        persona_shift(model, make_tokenizer(), PersonaVector(torch.randn(5, 32)), ["a?"])
+
+
 def test_the_callback_logs_the_shift(tmp_path):
     trainer = make_trainer(tmp_path, peft=lora(), max_steps=4, logging_steps=2)
     vector = PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 3})
@@ -488,6 +503,11 @@ def test_a_callback_that_cannot_look(tmp_path):
         PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32), "foreign"), ["a?"], 4)
     with pytest.raises(ValueError, match="of width 16"):
         PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 16)), ["a?"], 2)
+    prompt = make_trainer(tmp_path, peft=PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="cannot measure a learned prompt"):
+        PersonaShiftCallback(prompt, PersonaVector(torch.randn(5, 32)), ["a?"], 2)
+    pissa = make_trainer(tmp_path, peft=lora(init_lora_weights="pissa"))
+    PersonaShiftCallback(pissa, PersonaVector(torch.randn(5, 32)), ["a?"], 2)
 
 
 # ---- the command ----
@@ -519,6 +539,26 @@ def test_the_whole_way_by_the_command(tmp_path, trait_file, capsys):
     assert run(*project, "--vector", out) == 0
     layer = load_vector(out).suggested_layer
     assert f"persona_shift at layer {layer}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "message"),
+    [
+        ("me/another", "was trained on 'me/another', and --model is"),
+        (None, "error: adapter .* does not fit the model .*size mismatch"),
+    ],
+)
+def test_an_adapter_of_another_model(tmp_path, trait_file, capsys, trained_on, message):
+    """Refuse it by the name of its base model, and by the shapes of its weights."""
+    base, vector = save_model(tmp_path / "model"), tmp_path / "v.safetensors"
+    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 3}).save(vector)
+    adapted = get_peft_model(make_model(intermediate_size=64), lora())
+    adapted.peft_config["default"].base_model_name_or_path = trained_on
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    project = ["project", "--model", base, "--adapter", tmp_path / "adapter", "--trait", trait_file]
+    capsys.readouterr()
+    assert run(*project, "--vector", vector) == 1
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
