@@ -1,14 +1,17 @@
 """Persona vectors: extraction against a plain loop, files, controls, shifts, and the command."""
 
 import copy
+import hashlib
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from tiny import logged, lora, make_model, make_tokenizer, make_trainer, save_model
 from transformers import TrainerControl
@@ -154,8 +157,33 @@ def test_an_interrupted_run_goes_on(trait, tmp_path, monkeypatch):
     extract(trait, judge=accept_all, rollouts_file=part)
     assert len(calls) == 2
     for other in ({"seed": 1}, {"max_new_tokens": 6}):
-        with pytest.raises(ValueError, match="is of another model, trait or settings"):
+        with pytest.raises(ValueError, match="is of another model, adapter, trait or settings"):
             extract(trait, rollouts_file=part, **other)
+
+
+def test_answers_of_another_adapter_are_not_reused(trait, tmp_path):
+    """Tell active adapters apart by weights and scale. With none active, the key is that of files without adapters."""
+
+    def key(model):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        accept_all.calls = 0
+        extract_vector(model, make_tokenizer(), trait, max_new_tokens=2, judge=accept_all, rollouts_file=path)
+        return json.loads(path.read_text().splitlines()[0])["rollouts_of"]
+
+    settings = {"max_new_tokens": 2, "batch_size": 40, "seed": 0}
+    about = json.dumps([weight_checksums(make_model()), asdict(trait), settings], sort_keys=True)
+    model = get_peft_model(make_model(), lora(init_lora_weights=False))
+    model.add_adapter("other", lora(init_lora_weights=False))
+    keys = [key(make_model()), key(model)]
+    model.set_adapter("other")
+    keys.append(key(model))
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.scaling["other"] *= 2
+    keys.append(key(model))
+    assert len(set(keys)) == 4
+    with model.disable_adapter():
+        assert key(model) == keys[0] == hashlib.sha256(about.encode()).hexdigest()
 
 
 def test_the_random_state_is_left_alone(trait):

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -44,6 +45,32 @@ def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool 
     for name, _, sample in _samples(model, lambda name, _: set(without).isdisjoint(name.split("."))):
         digest.update((_plain(name) if is_plain else name).encode() + _bytes(sample))
     return digest.hexdigest()
+
+
+def adapter_scales(model: nn.Module, adapter: str) -> str:
+    """Return an adapter's scaling factors as text, to append to a [`fingerprint`].
+
+    The factors depend on `lora_alpha` and rsLoRA, so a hash of the weights does not show them.
+    """
+    layers = (module.scaling for module in model.modules() if isinstance(module, BaseTunerLayer))
+    scales = {scaling[adapter] for scaling in layers if isinstance(scaling, dict) and adapter in scaling}
+    return f"*{sorted(scales)}"
+
+
+def active_fingerprint(model: nn.Module) -> str:
+    """Return the fingerprint and the scaling factors of a model with its active adapters; an empty text without any.
+
+    Adapters that are not active, or are switched off, are left out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        active |= {model.active_adapter} if model.has_active_enabled_adapter else set()
+    if not active:
+        return ""
+    others = getattr(model, "peft_config", {}).keys() - active
+    found = fingerprint(model, others, is_plain=True)
+    return found + "".join(adapter_scales(model, name) for name in sorted(active))
 
 
 def weight_checksums(model: nn.Module) -> dict[str, str]:
