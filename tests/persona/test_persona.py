@@ -224,10 +224,16 @@ def test_no_pair_that_shows_the_trait(trait):
         extract(trait, judge=lambda question, answer: 0)
 
 
-def test_a_tokenizer_without_a_template(trait):
+@pytest.mark.parametrize(
+    "template",
+    [None, "{{ raise_exception('no') }}", "{% for message in messages[1:] %}{{ message['content'] }}{% endfor %}"],
+)
+def test_a_tokenizer_without_a_system_turn(trait, template):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="a persona vector needs a chat template"):
+    tokenizer.chat_template = template
+    with pytest.raises(
+        ValueError, match=r"a persona vector needs a chat template .*: save the model .* as --model; in"
+    ):
         extract_vector(make_model(), tokenizer, trait)
 
 

@@ -41,6 +41,11 @@ from .vectors import PersonaVector, random_like
 
 SIDES = ("positive", "negative")
 RANDOM_CONTROLS = 20
+# Advice for a tokenizer whose chat template has no system turn.
+FIX = (
+    "save the model in a folder with a tokenizer whose chat template has a system turn, and name that folder as "
+    "--model; in Python, set `tokenizer.chat_template`"
+)
 
 # Function (question, answer) → score from 0 to 100: how strongly the answer shows the trait.
 Judge = Callable[[str, str], float]
@@ -163,7 +168,7 @@ def extract_vector(
     """
     if min(max_new_tokens, batch_size) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be 1 or more.")
-    check_system_turn(tokenizer, "a persona vector")
+    check_system_turn(tokenizer, "a persona vector", FIX)
     weights = weight_checksums(bare_model(model))
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     reader = _Reader(model, tokenizer, trait, batch_size, progress)
