@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .adapters import changes_base
 from .sharding import gathered
 
 
@@ -81,11 +82,11 @@ def weight_checksums(model: nn.Module) -> dict[str, str]:
     comes from a weight's first rows, so a model whose vocabulary grew still has the same checksums.
 
     Left out are adapters, quantised and offloaded weights, and FSDP's shards. Weights that carry an adapter are left
-    out as well if an adapter's initialisation may have changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one
+    out as well if an adapter's initialisation has changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one
     by one, so every rank must call this function.
     """
     adapters = getattr(model, "peft_config", {})
-    keeps_base = not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters.values())
+    keeps_base = not any(map(changes_base, adapters.values()))
     added = {
         id(parameter)
         for module in model.modules()
