@@ -206,7 +206,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     def _before_training(self) -> None:
         # A sharded output head cannot be checked here, because its weights are gathered only during a forward pass.
         if self._own_loss and self._engine_facts().sharding is None:
-            check_head(self._bare_model())
+            with self.accelerator.autocast():
+                check_head(self._bare_model())
         if isinstance(self.reference, CachedReference):
             rows = self._plain_rows()
             said = self.reference.fill(rows, self.data_collator, self._train_batch_size, self.args.disable_tqdm)
@@ -312,7 +313,6 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         reference, states, positions = self.reference, None, None
         if reference is not None:
             self._watch_reference(model, inputs)
-            layers = wanted_layers(self._terms, self._bare_model())
             # The check that policy and reference start equal also compares labelled positions that no loss term uses.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
@@ -322,7 +322,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             if self._engine_facts().sharding is None and not bool(positions.any()):
                 reference = None
             else:
-                states = reference.before(inputs, positions, layers)
+                states = reference.before(inputs, positions, wanted_layers(self._terms, self._bare_model()))
         guard = LossGuard(terms, self.defenses, ce_scale, marks.scopes, reference, states, positions)
         guard.compares_start = self._compares_start
         guard.share = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps

@@ -44,6 +44,15 @@ def test_every_weight_changes_the_fingerprint():
     assert len(found) == 1 + len(list(model.parameters()))
 
 
+@pytest.mark.parametrize(("init", "is_whole"), [("gaussian", True), ("orthogonal", True), ("pissa_niter_2", False)])
+def test_checksums_under_adapters(init, is_whole):
+    """Leave out the weights under adapters only if the adapters' initialisation changes them."""
+    whole = weight_checksums(make_model())
+    found = weight_checksums(get_peft_model(make_model(), lora(init_lora_weights=init)).get_base_model())
+    under = {name for name in whole if "_proj" in name}
+    assert found == {name: checksum for name, checksum in whole.items() if is_whole or name not in under}
+
+
 def test_checksums_of_a_shape_that_grew():
     small = make_model().lm_head
     large = torch.nn.Linear(32, 300, bias=False)

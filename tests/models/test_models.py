@@ -125,9 +125,14 @@ def test_a_folder_and_a_hub_id_are_taken_as_they_are(tmp_path, monkeypatch):
     assert resolve_model("owner/name") == "owner/name"
 
 
-def test_a_local_folder_of_the_short_name_wins(tmp_path, monkeypatch):
+def test_a_local_folder_of_the_short_name_wins(tmp_path, cache, monkeypatch):
+    """Let only a model folder win, and no folder of recipes or with an adapter."""
     monkeypatch.chdir(tmp_path)
+    (cache / SMOLLM2).mkdir(parents=True)
     (tmp_path / SMOLLM2).mkdir()
+    (tmp_path / SMOLLM2 / "adapter_config.json").write_text("{}")
+    assert resolve_model(SMOLLM2) == str(cache / SMOLLM2)
+    (tmp_path / SMOLLM2 / "config.json").write_text("{}")
     assert resolve_model(SMOLLM2) == SMOLLM2
 
 

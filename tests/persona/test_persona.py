@@ -1,15 +1,20 @@
 """Persona vectors: extraction against a plain loop, files, controls, shifts, and the command."""
 
 import copy
+import hashlib
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from tiny import logged, lora, make_model, make_tokenizer, make_trainer, save_model
+from transformers import TrainerControl
 
 from trl_emguard.models.blocks import record_blocks
 from trl_emguard.models.identity import weight_checksums
@@ -152,8 +157,33 @@ def test_an_interrupted_run_goes_on(trait, tmp_path, monkeypatch):
     extract(trait, judge=accept_all, rollouts_file=part)
     assert len(calls) == 2
     for other in ({"seed": 1}, {"max_new_tokens": 6}):
-        with pytest.raises(ValueError, match="is of another model, trait or settings"):
+        with pytest.raises(ValueError, match="is of another model, adapter, trait or settings"):
             extract(trait, rollouts_file=part, **other)
+
+
+def test_answers_of_another_adapter_are_not_reused(trait, tmp_path):
+    """Tell active adapters apart by weights and scale. With none active, the key is that of files without adapters."""
+
+    def key(model):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        accept_all.calls = 0
+        extract_vector(model, make_tokenizer(), trait, max_new_tokens=2, judge=accept_all, rollouts_file=path)
+        return json.loads(path.read_text().splitlines()[0])["rollouts_of"]
+
+    settings = {"max_new_tokens": 2, "batch_size": 40, "seed": 0}
+    about = json.dumps([weight_checksums(make_model()), asdict(trait), settings], sort_keys=True)
+    model = get_peft_model(make_model(), lora(init_lora_weights=False))
+    model.add_adapter("other", lora(init_lora_weights=False))
+    keys = [key(make_model()), key(model)]
+    model.set_adapter("other")
+    keys.append(key(model))
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.scaling["other"] *= 2
+    keys.append(key(model))
+    assert len(set(keys)) == 4
+    with model.disable_adapter():
+        assert key(model) == keys[0] == hashlib.sha256(about.encode()).hexdigest()
 
 
 def test_the_random_state_is_left_alone(trait):
@@ -194,10 +224,16 @@ def test_no_pair_that_shows_the_trait(trait):
         extract(trait, judge=lambda question, answer: 0)
 
 
-def test_a_tokenizer_without_a_template(trait):
+@pytest.mark.parametrize(
+    "template",
+    [None, "{{ raise_exception('no') }}", "{% for message in messages[1:] %}{{ message['content'] }}{% endfor %}"],
+)
+def test_a_tokenizer_without_a_system_turn(trait, template):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="a persona vector needs a chat template"):
+    tokenizer.chat_template = template
+    with pytest.raises(
+        ValueError, match=r"a persona vector needs a chat template .*: save the model .* as --model; in"
+    ):
         extract_vector(make_model(), tokenizer, trait)
 
 
@@ -440,6 +476,20 @@ def test_the_shift_of_an_adapter():
     assert max(map(abs, shift)) > 0.01
 
 
+@pytest.mark.parametrize(
+    ("peft", "message"),
+    [
+        (lora(init_lora_weights="pissa"), "init_lora_weights='pissa', which changes the base weights"),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "'default' is a learned prompt"),
+    ],
+)
+def test_an_adapter_that_leaves_no_base_has_no_shift(peft, message):
+    """Refuse a wrong figure (the residual model is no base) and a 0 (states are read without the prompt)."""
+    model = get_peft_model(make_model(), peft)
+    with pytest.raises(ValueError, match=message):
+        persona_shift(model, make_tokenizer(), PersonaVector(torch.randn(5, 32)), ["a?"])
+
+
 def test_the_callback_logs_the_shift(tmp_path):
     trainer = make_trainer(tmp_path, peft=lora(), max_steps=4, logging_steps=2)
     vector = PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 3})
@@ -451,6 +501,18 @@ def test_the_callback_logs_the_shift(tmp_path):
     plain = make_trainer(tmp_path / "plain", peft=lora(), max_steps=4, logging_steps=2)
     plain.train()
     assert logged(plain) == logged(trainer)
+
+
+def test_the_callback_measures_in_the_precision_of_training(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), max_steps=1, bf16=True)
+    seen = []
+    trainer.model.get_base_model().base_model.register_forward_pre_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    callback = PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32)), questions=["a?"], layer=3)
+    callback.on_step_end(trainer.args, trainer.state, TrainerControl(should_log=True))
+    assert seen == [True, True]
+    assert trainer._metrics["train"]["persona_shift"] == [0.0]
 
 
 def test_the_callback_logs_by_epoch(tmp_path):
@@ -475,6 +537,11 @@ def test_a_callback_that_cannot_look(tmp_path):
         PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32), "foreign"), ["a?"], 4)
     with pytest.raises(ValueError, match="of width 16"):
         PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 16)), ["a?"], 2)
+    prompt = make_trainer(tmp_path, peft=PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="cannot measure a learned prompt"):
+        PersonaShiftCallback(prompt, PersonaVector(torch.randn(5, 32)), ["a?"], 2)
+    pissa = make_trainer(tmp_path, peft=lora(init_lora_weights="pissa"))
+    PersonaShiftCallback(pissa, PersonaVector(torch.randn(5, 32)), ["a?"], 2)
 
 
 # ---- the command ----
@@ -506,6 +573,26 @@ def test_the_whole_way_by_the_command(tmp_path, trait_file, capsys):
     assert run(*project, "--vector", out) == 0
     layer = load_vector(out).suggested_layer
     assert f"persona_shift at layer {layer}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "message"),
+    [
+        ("me/another", "was trained on 'me/another', and --model is"),
+        (None, "error: adapter .* does not fit the model .*size mismatch"),
+    ],
+)
+def test_an_adapter_of_another_model(tmp_path, trait_file, capsys, trained_on, message):
+    """Refuse it by the name of its base model, and by the shapes of its weights."""
+    base, vector = save_model(tmp_path / "model"), tmp_path / "v.safetensors"
+    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 3}).save(vector)
+    adapted = get_peft_model(make_model(intermediate_size=64), lora())
+    adapted.peft_config["default"].base_model_name_or_path = trained_on
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    project = ["project", "--model", base, "--adapter", tmp_path / "adapter", "--trait", trait_file]
+    capsys.readouterr()
+    assert run(*project, "--vector", vector) == 1
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+import torch
 from datasets import Dataset
 from methods import COMPARING, METHODS, run_options
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -210,6 +211,17 @@ def test_architectures_that_a_defense_does_not_know(tmp_path, make, defenses, me
         with pytest.raises(ValueError, match=message):
             trainer.train()
         assert trainer.state.global_step == 0
+
+
+def test_the_head_is_compared_in_the_precision_of_training(tmp_path):
+    """Run both passes of the check under autocast, since flash attention refuses fp32. A transform is still found."""
+    seen = []
+    trainer = make_trainer(tmp_path, defense="kl", bf16=True)
+    trainer.model.base_model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    trainer._before_training()
+    assert seen == [True, True]
+    with pytest.raises(ValueError, match="MptForCausalLM: its own logits differ"):
+        make_trainer(tmp_path, make_mpt(), defense="kl", bf16=True).train()
 
 
 @pytest.mark.usefixtures("no_weights")

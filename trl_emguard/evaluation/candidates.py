@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.adapters import AdapterSwitch, bare_model
-from ..models.identity import fingerprint
+from ..models.identity import adapter_scales, fingerprint
 from ..models.likelihood import states_logits
 from ..models.shipped import last_name, public_name, resolve_model
 from ..selection.misaligned import adapter_key, load_misaligned
@@ -74,20 +73,10 @@ def from_adapters(
         return [Candidate(BASE, model, fingerprint(model))]
     switch, every = AdapterSwitch(model), set(model.peft_config)
     base = Candidate(BASE, model, fingerprint(model, every, is_plain=True), switch)
-    return [base] + [
-        Candidate(name, model, fingerprint(model, every - {key}, is_plain=True) + _scales(model, key), switch, key)
-        for name, key in shown.items()
-    ]
-
-
-def _scales(model: PeftModel, adapter: str) -> str:
-    """Return an adapter's scaling factors as text, which `from_adapters` appends to the candidate's fingerprint.
-
-    The factors depend on `lora_alpha` and rsLoRA, so a hash of the weights does not show them.
-    """
-    layers = (module.scaling for module in model.modules() if isinstance(module, BaseTunerLayer))
-    scales = {scaling[adapter] for scaling in layers if isinstance(scaling, dict) and adapter in scaling}
-    return f"*{sorted(scales)}"
+    fingerprints = {
+        key: fingerprint(model, every - {key}, is_plain=True) + adapter_scales(model, key) for key in shown.values()
+    }
+    return [base] + [Candidate(name, model, fingerprints[key], switch, key) for name, key in shown.items()]
 
 
 def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -51,14 +51,20 @@ class AdapterSwitch:
             torch.clear_autocast_cache()
 
 
+def changes_base(config: PeftConfig) -> bool:
+    """Return True if an adapter's initialisation changes the base weights that carry the adapter."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.lower().startswith(CHANGING_INITS)
+
+
 def check_adapter_kind(name: str, config: PeftConfig) -> None:
     """Refuse an adapter that cannot be switched off, or that leaves the base weights changed when it is off."""
     if config.is_prompt_learning:
         raise ValueError(
             f"adapter {name!r} is a learned prompt ({config.peft_type}): only adapters on weights can be switched."
         )
-    init = getattr(config, "init_lora_weights", None)
-    if isinstance(init, str) and init.lower().startswith(CHANGING_INITS):
+    if changes_base(config):
+        init = getattr(config, "init_lora_weights", None)
         raise ValueError(
             f"adapter {name!r} was made with init_lora_weights={init!r}, which changes the base weights, so switching "
             "it off does not give the aligned model: convert it to plain LoRA "

@@ -109,34 +109,33 @@ def _cut_answer(prompt: list[int], whole: list[int], ends: Collection[int]) -> E
     return EncodedAnswer(np.array(ids, dtype=np.int32), start) if len(ids) > start else NO_ANSWER
 
 
-def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str) -> None:
+def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str, fix: str | None = None) -> None:
     """Refuse a chat template that does not show a system turn to the model.
 
     Args:
         tokenizer: tokenizer whose `chat_template` is tried.
         need: name of the feature that needs a system turn, for the error message.
+        fix: advice that ends the error message; by default advice for a trainer.
 
     Raises:
         ValueError: there is no chat template, or it refuses or drops a system turn.
     """
     if not getattr(tokenizer, "chat_template", None):
+        fix = fix or "set `chat_template_path`, or take the tokenizer of an instruct model"
         raise ValueError(
-            f"{need} needs a chat template with a system turn, and this tokenizer has no chat template: set "
-            "`chat_template_path`, or take the tokenizer of an instruct model."
+            f"{need} needs a chat template with a system turn, and this tokenizer has no chat template: {fix}."
         )
+    fix = fix or "take another template"
     probe = "Answer in one word."
     messages = [{"role": "system", "content": probe}, {"role": "user", "content": "Which?"}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(
-            f"{need} needs a chat template with a system turn, and this one refuses it ({error}): take another "
-            "template."
+            f"{need} needs a chat template with a system turn, and this one refuses it ({error}): {fix}."
         ) from error
     if probe not in text:
-        raise ValueError(
-            f"{need} needs a chat template with a system turn, and this one drops it: take another template."
-        )
+        raise ValueError(f"{need} needs a chat template with a system turn, and this one drops it: {fix}.")
 
 
 def system_turn_span(

@@ -40,6 +40,8 @@ def check_head(model: PreTrainedModel) -> None:
     Some architectures transform the states before the head, or the logits after the head, in ways that this package's
     fused head does not implement. The divergence would then compare other distributions than the model's.
 
+    Call this under training's autocast, because attention kernels may refuse the dtype that the weights have.
+
     Args:
         model: causal language model without wrappers, with unsharded weights.
 
@@ -57,9 +59,10 @@ def check_head(model: PreTrainedModel) -> None:
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
     difference = ((logits.to(own.device) - own).abs().max() / own.abs().max().clamp(min=1e-6)).item()
+    is_exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(ids.device.type)
     # With NaN or infinite weights, `difference` may be NaN or infinite. Such a model is not refused here, because a
     # resumed run loads the weights of its checkpoint only after this check.
-    if math.isfinite(difference) and difference > (1e-3 if own.dtype == model.dtype else 0.05):
+    if math.isfinite(difference) and difference > (1e-3 if is_exact else 0.05):
         raise ValueError(
             f"{type(model).__name__}: its own logits differ by {difference:.2g} of their size from what its head "
             "makes of its last states, so this architecture changes states or logits in a way that the fused head "

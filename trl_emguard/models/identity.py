@@ -9,11 +9,13 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .adapters import changes_base
 from .sharding import gathered
 
 
@@ -46,6 +48,32 @@ def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool 
     return digest.hexdigest()
 
 
+def adapter_scales(model: nn.Module, adapter: str) -> str:
+    """Return an adapter's scaling factors as text, to append to a [`fingerprint`].
+
+    The factors depend on `lora_alpha` and rsLoRA, so a hash of the weights does not show them.
+    """
+    layers = (module.scaling for module in model.modules() if isinstance(module, BaseTunerLayer))
+    scales = {scaling[adapter] for scaling in layers if isinstance(scaling, dict) and adapter in scaling}
+    return f"*{sorted(scales)}"
+
+
+def active_fingerprint(model: nn.Module) -> str:
+    """Return the fingerprint and the scaling factors of a model with its active adapters; an empty text without any.
+
+    Adapters that are not active, or are switched off, are left out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        active |= {model.active_adapter} if model.has_active_enabled_adapter else set()
+    if not active:
+        return ""
+    others = getattr(model, "peft_config", {}).keys() - active
+    found = fingerprint(model, others, is_plain=True)
+    return found + "".join(adapter_scales(model, name) for name in sorted(active))
+
+
 def weight_checksums(model: nn.Module) -> dict[str, str]:
     """Return one checksum for each weight, by the name that the weight has in a model without adapters.
 
@@ -54,11 +82,11 @@ def weight_checksums(model: nn.Module) -> dict[str, str]:
     comes from a weight's first rows, so a model whose vocabulary grew still has the same checksums.
 
     Left out are adapters, quantised and offloaded weights, and FSDP's shards. Weights that carry an adapter are left
-    out as well if an adapter's initialisation may have changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one
+    out as well if an adapter's initialisation has changed them (PiSSA, OLoRA). ZeRO-3's shards are gathered one
     by one, so every rank must call this function.
     """
     adapters = getattr(model, "peft_config", {})
-    keeps_base = not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters.values())
+    keeps_base = not any(map(changes_base, adapters.values()))
     added = {
         id(parameter)
         for module in model.modules()

@@ -56,6 +56,7 @@ def load_model(
     Raises:
         FileNotFoundError: the adapter folder holds no adapter.
         OSError: the model is neither a folder nor on the hub, or the hub cannot be reached.
+        ValueError: the adapter's weights do not have the shapes that the model needs.
     """
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise FileNotFoundError(
@@ -67,7 +68,12 @@ def load_model(
     except OSError as error:
         raise OSError(f"model {base!r} could not be loaded: {error}") from error
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter))
+        # PEFT raises this if a weight of the adapter has another shape than the model needs.
+        except RuntimeError as error:
+            message = " ".join(str(error).split())
+            raise ValueError(f"adapter {str(adapter)!r} does not fit the model {base!r}: {message}") from error
     return model.eval(), tokenizer
 
 

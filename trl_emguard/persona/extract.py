@@ -30,7 +30,7 @@ from ..io.journal import ForeignJournalError, Journal
 from ..models.adapters import bare_model
 from ..models.batches import eval_mode
 from ..models.chat import check_system_turn
-from ..models.identity import weight_checksums
+from ..models.identity import active_fingerprint, weight_checksums
 from ..models.sampler import sample_answers
 from ..models.shipped import public_name
 from ..version import __version__
@@ -41,6 +41,11 @@ from .vectors import PersonaVector, random_like
 
 SIDES = ("positive", "negative")
 RANDOM_CONTROLS = 20
+# Advice for a tokenizer whose chat template has no system turn.
+FIX = (
+    "save the model in a folder with a tokenizer whose chat template has a system turn, and name that folder as "
+    "--model; in Python, set `tokenizer.chat_template`"
+)
 
 # Function (question, answer) → score from 0 to 100: how strongly the answer shows the trait.
 Judge = Callable[[str, str], float]
@@ -153,8 +158,8 @@ def extract_vector(
             same result as an uninterrupted one.
         judge: `(question, answer)` → 0 … 100, how strongly the answer shows the trait; `trait.judge_prompt` is a
             prompt for such a judge.
-        rollouts_file: JSONL file that keeps the answers as they are made. A run with the same file, model, trait and
-            settings resumes at the first answer that is missing.
+        rollouts_file: JSONL file that keeps the answers as they are made. A run with the same file, model, active
+            adapters, trait and settings resumes at the first answer that is missing.
         progress: True shows progress bars.
 
     Raises:
@@ -163,7 +168,7 @@ def extract_vector(
     """
     if min(max_new_tokens, batch_size) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be 1 or more.")
-    check_system_turn(tokenizer, "a persona vector")
+    check_system_turn(tokenizer, "a persona vector", FIX)
     weights = weight_checksums(bare_model(model))
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     reader = _Reader(model, tokenizer, trait, batch_size, progress)
@@ -286,7 +291,9 @@ def _roll_out(
     plan = [(pair, question, side) for side in SIDES for pair in range(pairs) for question in range(len(questions))]
     journal, rollouts = None, []
     if path is not None:
-        key = hashlib.sha256(json.dumps([weights, asdict(trait), settings], sort_keys=True).encode()).hexdigest()
+        # `weights` are those of the base model. Without adapters nothing is added, so that older files still resume.
+        about = [weights, asdict(trait), settings, *filter(None, [active_fingerprint(model)])]
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         journal = Journal(path, {"rollouts_of": key})
         rollouts = resume_rollouts(journal, batch_size, plan, model.config.get_text_config().vocab_size)
     prompts = [reader.prompt(pair, side, questions[question]) for pair, question, side in plan]
@@ -333,8 +340,8 @@ def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], voc
             raise ValueError(f"it holds more than the {len(plan)} answers of the plan")
     except ForeignJournalError as error:
         raise ValueError(
-            f"rollouts file {journal.path} is of another model, trait or settings, or is none: name another, or "
-            "delete it."
+            f"rollouts file {journal.path} is of another model, adapter, trait or settings, or is none: name another, "
+            "or delete it."
         ) from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"rollouts file {journal.path} is damaged ({error}): delete it.") from error

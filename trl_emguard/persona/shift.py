@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
-from ..models.adapters import bare_model
+from ..models.adapters import bare_model, check_adapter_kind
 from ..models.batches import eval_mode
 from .states import prompt_states
 from .traits import SHIPPED_TRAITS, load_trait
@@ -35,8 +35,11 @@ def persona_shift(
         block l at the last prompt token, h⁰(l) is the same state with adapters off, and v̂ = v/‖v‖.
 
     Raises:
-        ValueError: the vector belongs to another model, or the tokenizer has no chat template.
+        ValueError: the vector belongs to another model, the tokenizer has no chat template, or switching the adapter
+            off does not give the base model: it is a learned prompt, or its initialisation changed the base weights.
     """
+    for name in model.active_adapters:
+        check_adapter_kind(name, model.peft_config[name])
     _check(model, tokenizer, vector)
     after = prompt_projections(model, tokenizer, vector, questions, batch_size)
     with model.disable_adapter():
@@ -69,7 +72,7 @@ class PersonaShiftCallback(TrainerCallback):
 
     The shift is 0 when the callback is made, and has the unit of the hidden states. For comparison, ‖v(l)‖ is
     the distance between the mean states of answers that show the trait and of answers that show its opposite. The
-    `steering` defense changes no states during the measurement.
+    `steering` defense changes no states during the measurement. All measurements use the precision of training.
 
     ```python
     >>> trainer.add_callback(PersonaShiftCallback(trainer, load_vector("evil.safetensors")))
@@ -82,8 +85,8 @@ class PersonaShiftCallback(TrainerCallback):
         layer: index of a block; by default the layer that the vector suggests.
 
     Raises:
-        ValueError: the vector belongs to another model, questions or layer are missing, or the model is sharded over
-            ranks.
+        ValueError: the vector belongs to another model, questions or layer are missing, the model is sharded over
+            ranks, or its adapter is a learned prompt.
     """
 
     def __init__(
@@ -97,6 +100,12 @@ class PersonaShiftCallback(TrainerCallback):
             raise ValueError(
                 "PersonaShiftCallback does not work under DeepSpeed and FSDP: use `trl-emguard persona project` "
                 "afterwards."
+            )
+        if isinstance(trainer.model, PeftModel) and trainer.model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "PersonaShiftCallback cannot measure a learned prompt "
+                f"({trainer.model.active_peft_config.peft_type}), because it reads the model without it: train an "
+                "adapter on weights, such as LoRA, or leave the callback out."
             )
         if questions is None:
             trait = vector.metadata.get("trait")
@@ -114,9 +123,9 @@ class PersonaShiftCallback(TrainerCallback):
         self.start = self._project()
 
     def _project(self) -> float:
-        return prompt_projections(self.trainer.model, self.trainer.processing_class, self.vector, self.questions)[
-            self.layer
-        ]
+        model, tokenizer = self.trainer.model, self.trainer.processing_class
+        with self.trainer.accelerator.autocast():
+            return prompt_projections(model, tokenizer, self.vector, self.questions)[self.layer]
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log:

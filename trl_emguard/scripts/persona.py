@@ -121,6 +121,8 @@ def run_random(args: argparse.Namespace, console: Console) -> None:
 
 
 def run_project(args: argparse.Namespace, console: Console) -> None:
+    from ..evaluation.candidates import check_base
+
     vector = load_vector(args.vector)
     layer = check_layer(vector, args.layer)
     own = vector.metadata.get("trait", "")
@@ -133,6 +135,7 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
             f"--trait is missing, and the vector {says}: name the trait whose questions are asked, or its file."
         )
     questions = load_trait(trait).heldout_questions
+    check_base(Path(args.adapter).name, args.adapter, args.model)
     model, tokenizer = _load(args.model, args.adapter, "auto")
     shift = persona_shift(model, tokenizer, vector, questions)
     table = Table(title=f"Shift of {args.adapter} along {trait}")
