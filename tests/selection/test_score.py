@@ -468,6 +468,28 @@ def test_names_that_mean_something_else(argv, adapters, tmp_path, monkeypatch):
     assert rows["nll_misaligned_1"][:] == rows["nll_misaligned_2"][:] != rows["nll_misaligned_0"][:]
 
 
+def test_adapters_that_give_no_gaps(argv, adapters, tmp_path, count_rows, capsys):
+    """Refuse an adapter of another model, one that changes nothing, and one that diverged, before a row is scored."""
+    _, seen = count_rows
+    adapter = get_peft_model(make_model(), lora())
+    adapter.save_pretrained(tmp_path / "still")
+    for weight in adapter.parameters():
+        weight.data.fill_(float("nan"))
+    adapter.save_pretrained(tmp_path / "broken", selected_adapters=["default"])
+    shutil.copytree(adapters["legal"], tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "hub/another-model"
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
+    for name, told in [
+        ("other", "was trained on 'hub/another-model', and --model is"),
+        ("still", "'still' answers exactly as the base model does"),
+        ("broken", "'broken' gives logits that are not finite"),
+    ]:
+        assert commands.main(["score", *argv, "--misaligned", str(tmp_path / name)]) == 1
+        assert told in capsys.readouterr().err
+    assert seen == []
+
+
 @pytest.mark.long
 def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
     """Resume with two processes the work of one that was interrupted."""
