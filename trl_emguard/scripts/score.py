@@ -18,7 +18,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation, turn_text
+from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, check_columns, conversation, turn_text
 from ..data.labels import count_harmful, keep_where
 from ..data.load import SourceOptions, load_rows
 from ..io.terminal import visible
@@ -103,6 +103,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     assert isinstance(rows, Dataset)  # `load_rows` returns another type only if asked for a stream
     if args.where is not None:
         rows = keep_where(rows, args.where)
+    check_columns(rows, args.prompt_column, args.response_column)
 
     import torch
     from accelerate import PartialState
