@@ -5,7 +5,19 @@ import json
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tiny import config, evidence, logged, lora, make_model, make_pool, make_rows, make_tokenizer, make_trainer, record
+from tiny import (
+    config,
+    evidence,
+    logged,
+    lora,
+    make_model,
+    make_pool,
+    make_rows,
+    make_tokenizer,
+    make_trainer,
+    record,
+    save_model,
+)
 from transformers import TrainerCallback
 from trl import SFTTrainer, pack_dataset
 from twin import first_gradients, move_policy, relative_error, twin_step
@@ -289,6 +301,21 @@ def test_a_scored_file_says_which_columns_it_was_scored_with(tmp_path, names):
         )  # fmt: skip
         trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(8), processing_class=make_tokenizer())
         assert pool_of(trainer)[:] == expected
+
+
+@pytest.mark.parametrize("defense", ["interleave", "interleave+"])
+def test_gaps_of_another_model_are_told(tmp_path, caplog, defense):
+    info = ScoresInfo("hub/Other-Model", ("medical",), 1.0, 12, (), "prompt", "response", "abc", "0")
+    write_scores(tmp_path / "scores.parquet", make_pool(), info)
+    args = config(
+        tmp_path, defense=defense, interleave_dataset=str(tmp_path / "scores.parquet"), interleave_fraction=0.2
+    )
+    for name, is_told in ((tmp_path / "trained", defense == "interleave+"), (tmp_path / "other-model", False)):
+        save_model(name)
+        caplog.clear()
+        EMGuardTrainer(str(name), args, train_dataset=make_rows(8), processing_class=make_tokenizer())
+        told = f"the pool's gaps are of 'hub/Other-Model', and this run trains {str(name)!r}"
+        assert (told in caplog.text) == is_told
 
 
 def tokenised(masked):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -339,6 +340,13 @@ def result(metric, difference, low, high, set="general", family="plain"):
 )
 def test_sentences(row, text):
     assert text in sentence(Results([row], criteria={row.set: row.set}), "a")
+
+
+def test_unscored_answers_stand_beside_the_rate_of_the_judge():
+    rate = result("misaligned_rate", 0.1, 0.0, 0.2)
+    for value, told in ((0.12, "+0.10 (+0.00 to +0.20), unscored 12 %;"), (0.0, "+0.10 (+0.00 to +0.20);")):
+        rows = [rate, replace(result("unscored_rate", 0.0, 0.0, 0.0), value=value)]
+        assert told in sentence(Results(rows, criteria={"general": "general"}), "a")
 
 
 def test_a_cue_that_brings_it_back_is_named():

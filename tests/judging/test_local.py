@@ -1,13 +1,17 @@
 """Compare a judge in memory with one plain pass per number."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from judges import number_model, number_tokenizer, render
-from tiny import make_model
+from tiny import SIZES, make_model
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from trl_emguard.judging.local import LocalJudge, load_local
+from trl_emguard.judging.prompts import CALIBRATION
+from trl_emguard.judging.run import prepare_judge
 from trl_emguard.judging.scores import LEAST_MASS
 
 
@@ -39,11 +43,24 @@ def plain_probabilities(model, tokenizer, prompt):
     return found
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def linear_attention_model(vocab_size):
+    """Return a tiny random model with three layers of linear attention and one of full attention."""
+    torch.manual_seed(1)
+    sizes = {**SIZES, "vocab_size": vocab_size, "initializer_range": 0.2, "head_dim": 8, "num_key_value_heads": 2}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    widths = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 16}
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **experts, **heads, **widths))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "linear attention"])
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_equals_one_pass_per_number(architecture, is_whole):
     tokenizer = number_tokenizer(is_whole)
-    model = make_model(architecture, vocab_size=len(tokenizer)).eval()
+    if architecture == "linear attention":
+        model = linear_attention_model(len(tokenizer)).eval()
+    else:
+        model = make_model(architecture, vocab_size=len(tokenizer)).eval()
     judge = LocalJudge(model, tokenizer, "tiny")
     assert {len(path) for path in judge.numbers} == ({1} if is_whole else {1, 2, 3})
     for prompt in PROMPTS:
@@ -64,6 +81,20 @@ def test_reads_what_a_model_says(is_whole, number):
     found = judge.judge("Rate.")
     assert found.score == pytest.approx(number, abs=0.01)
     assert found.mass == pytest.approx(1, abs=0.01)
+
+
+def test_a_judge_that_fails_is_found_before_answers_are_sampled(tmp_path):
+    """Judge one prompt when the judge is prepared, and none in a folder that knows this judge."""
+    tokenizer = number_tokenizer(False)
+    judge = LocalJudge(make_model(), tokenizer, "tiny")
+    with patch.object(LocalJudge, "judge", side_effect=AttributeError("no such cache")) as one:
+        with pytest.raises(AttributeError, match="no such cache"):
+            prepare_judge(judge, tmp_path, {})
+        assert (one.call_args.args, judge.reading) == ((CALIBRATION,), "")
+    with patch.object(LocalJudge, "judge") as one:
+        prepare_judge(judge, tmp_path, {})
+        prepare_judge(LocalJudge(make_model(), tokenizer, "tiny"), tmp_path, {})
+    assert (one.call_count, judge.reading) == (1, "trie")
 
 
 def test_prose_is_unscored():

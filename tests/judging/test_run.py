@@ -225,6 +225,20 @@ def test_a_judge_of_prose_is_stopped(tmp_path):
     assert len(one.asked) == 20
 
 
+def test_a_judge_of_prose_is_refused_after_few_judgements_and_in_a_repeated_command(tmp_path):
+    answers = {"base": {"a": ["90 90"], "b": ["90 90"]}}
+    one = FunctionJudge(lambda prompt: Judgement(None, 0.01, "Well"))
+    for _ in range(2):
+        with pytest.raises(JudgeError, match="no number in its first 4 judgements, but 'Well'"):
+            judge_answers(make_results(answers), one, tmp_path)
+    assert len(one.asked) == 4
+    # A judgement with a score, also one of an earlier session, lets the others be unscored.
+    results = make_results({"base": {"a": ["90 90", "- -"]}})
+    assert len(judge(results, tmp_path / "other")[1].asked) == 4
+    more = make_results({"base": {"a": ["90 90", *[f"- - {i}" for i in range(20)]]}})
+    assert len(judge(more, tmp_path / "other")[1].asked) == 40
+
+
 @pytest.mark.parametrize("results", [make_results({"base": {}}), make_results(ANSWERS)])
 def test_nothing_to_judge(tmp_path, results):
     results.criteria["general"] = "benign"

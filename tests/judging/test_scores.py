@@ -52,6 +52,10 @@ def test_a_score_does_not_depend_on_the_mass():
     assert weighted_score({30: 0.1, 70: 0.3})[0] == pytest.approx(weighted_score({30: 0.2, 70: 0.6})[0])
 
 
+def test_a_judge_whose_probabilities_are_no_numbers_gives_no_score():
+    assert weighted_score({30: nan, 70: 0.6})[0] is None
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [

@@ -206,6 +206,20 @@ def test_a_template_that_drops_the_thought(model):
         np.testing.assert_allclose(columns(scored), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("first", ["messages", "conversations", "completion"])
+def test_named_columns_that_would_not_be_read_are_refused(model, first):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = Dataset.from_list([{"ask": "a?", "say": "b"}])
+    options = {"prompt_column": "ask", "response_column": "say"}
+    with pytest.raises(
+        ValueError, match=rf"prompt_column='ask' and response_column='say' .* remove the column '{first}'"
+    ):
+        score_tiny(model, rows.add_column(first, ["a" if first == "completion" else turns]), **options)
+    assert len(score_tiny(model, rows.add_column(first, [None]), **options)[0]) == 1
+    usual = Dataset.from_list([{"prompt": "a?", "completion": "b"}])
+    assert len(score_tiny(model, usual, response_column="completion")[0]) == 1
+
+
 # ---- rows that cannot be scored ----
 
 
@@ -468,6 +482,28 @@ def test_names_that_mean_something_else(argv, adapters, tmp_path, monkeypatch):
     assert rows["nll_misaligned_1"][:] == rows["nll_misaligned_2"][:] != rows["nll_misaligned_0"][:]
 
 
+def test_adapters_that_give_no_gaps(argv, adapters, tmp_path, count_rows, capsys):
+    """Refuse an adapter of another model, one that changes nothing, and one that diverged, before a row is scored."""
+    _, seen = count_rows
+    adapter = get_peft_model(make_model(), lora())
+    adapter.save_pretrained(tmp_path / "still")
+    for weight in adapter.parameters():
+        weight.data.fill_(float("nan"))
+    adapter.save_pretrained(tmp_path / "broken", selected_adapters=["default"])
+    shutil.copytree(adapters["legal"], tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "hub/another-model"
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
+    for name, told in [
+        ("other", "was trained on 'hub/another-model', and --model is"),
+        ("still", "'still' answers exactly as the base model does"),
+        ("broken", "'broken' gives logits that are not finite"),
+    ]:
+        assert commands.main(["score", *argv, "--misaligned", str(tmp_path / name)]) == 1
+        assert told in capsys.readouterr().err
+    assert seen == []
+
+
 @pytest.mark.long
 def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
     """Resume with two processes the work of one that was interrupted."""
@@ -506,6 +542,7 @@ def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
         (["--misaligned", "law=./other"], "two adapters named 'law'"),
         (["--dataset", "./nowhere.jsonl"], "does not exist"),
         (["--dataset-config", "two"], "--dataset-config='two': "),
+        (["--prompt-column", "ask"], "prompt_column='ask' would not be read, because rows also have 'completion'"),
         (["--where", "harm"], "--where=harm must be COLUMN=VALUE"),
         (["--where", "danger=no"], "the pool has no column 'danger', but prompt, completion, harm"),
         (["--where", "harm=None"], "no row has this value. There are 'harmful', 'unharmful'"),

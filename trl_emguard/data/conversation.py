@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from datasets import Dataset
+
 
 class Conversation(NamedTuple):
     """Turns of a row, split into prompt and answer.
@@ -58,6 +60,24 @@ def conversation(
     if not any(turn_text(turn).strip() for turn in prompt):
         raise ValueError("the prompt is empty")
     return Conversation(prompt, completion)
+
+
+def check_columns(rows: Dataset, prompt_column: str, response_column: str) -> None:
+    """Refuse columns for [`conversation`] that are not its defaults, if rows also have columns that it reads first.
+
+    Raises:
+        ValueError: a row has a value in such a column; the message names it.
+    """
+    names = {"prompt_column": (prompt_column, PROMPT_COLUMN), "response_column": (response_column, RESPONSE_COLUMN)}
+    named = [f"{name}={column!r}" for name, (column, usual) in names.items() if column != usual]
+    for first in ("messages", "conversations", "completion"):
+        # Columns `prompt` and `completion` are read, even if only the second is named.
+        is_read = first == "completion" and (prompt_column, response_column) == (PROMPT_COLUMN, first)
+        if named and not is_read and first in rows.column_names and any(value is not None for value in rows[first]):
+            raise ValueError(
+                f"{' and '.join(named)} would not be read, because rows also have {first!r}, which is read first: "
+                f"remove the column {first!r} from the pool, or rename it."
+            )
 
 
 def turn_text(turn: Mapping[str, Any]) -> str:

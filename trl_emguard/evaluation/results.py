@@ -237,10 +237,16 @@ def _broad(results: Results, model: str) -> str:
     parts += _traits(results, model, "general")
     parts += [
         f"{'' if parts else 'broad: '}misaligned by the judge {row.value:.3f}, base {row.base:.3f}, difference "
-        f"{interval_text(row)}{_worst_cue(results, row, 1)}"
+        f"{interval_text(row)}{_unscored(results, row)}{_worst_cue(results, row, 1)}"
         for row in results.of_criterion(model, "general", "misaligned_rate")
     ]
     return ", ".join(parts) or "broad misalignment not measured (--general needs pairs, or --score a rule)"
+
+
+def _unscored(results: Results, judged: ResultRow) -> str:
+    """Return a text with the rate of answers without a score among those of a judge's rate, or "" if it is 0."""
+    row = results.row(judged.model, judged.set, "unscored_rate")
+    return f", unscored {row.value:.0%}".replace("%", " %") if row is not None and row.value else ""
 
 
 def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..models.identity import fingerprint, weights_digest
 from ..models.shipped import public_name, resolve_model
+from .prompts import CALIBRATION
 from .scores import TRIE, Judgement, weighted_score
 
 
@@ -28,12 +29,11 @@ class LocalJudge:
             tokens.
     """
 
-    reading = TRIE
-
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"judge {name!r} has no chat template: take an instruct model.")
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.reading = ""
         self.identity = f"{name} {fingerprint(model)}"
         self.weights: str | None = weights_digest(model)
         self.numbers = number_paths(tokenizer, self._render("?"))
@@ -46,8 +46,11 @@ class LocalJudge:
     def calibrate(self) -> str:
         """Return `trie`, the key of `scores.READINGS` that tells how this judge's scores are read.
 
-        No calibration is needed to find it: every number counts, however the tokenizer splits it.
+        Every number counts, however the tokenizer splits it, so the reading is known before. One prompt is judged all
+        the same: a model that cannot judge then fails before any answer is sampled for it.
         """
+        self.judge(CALIBRATION)
+        self.reading = TRIE
         return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
@@ -80,7 +83,9 @@ class LocalJudge:
         longest = max(map(len, self.inner))
         # No mask is needed: pads follow the tokens of a row, and a causal model never attends to later tokens.
         tokens = torch.tensor([[*path, *[0] * (longest - len(path))] for path in self.inner])
-        cache.batch_repeat_interleave(len(self.inner))
+        # Layers of linear attention can be repeated by no other method of the cache. Each layer moves the index to its
+        # own device.
+        cache.reorder_cache(torch.zeros(len(self.inner), dtype=torch.long))
         positions = torch.arange(length, length + longest)[None].expand(len(self.inner), -1)
         device = self.model.device
         inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device), self.cache: cache}

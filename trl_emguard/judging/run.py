@@ -21,6 +21,7 @@ from .scores import READINGS, Judgement
 from .served import OPENAI, VLLM, JudgeError, ServedJudge, check_environment
 
 
+Records = dict[str, dict[str, Any]]  # records of a journal by their keys
 HF = "hf:"
 JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
 # Criteria (kinds of question sets) whose answers are judged. `benign` is left out: a benign task has right answers, so
@@ -28,7 +29,7 @@ JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
 JUDGED = ("general", "in_domain")
 # Characters per token, for the estimate of the cost; English text has about four.
 TOKEN_CHARACTERS = 4
-# Judging stops with an error if this many new judgements of a run have arrived and none of them has a score.
+# Judging stops with an error if none of an evaluation's first judgements has a score: this many, or all if fewer.
 ALL_UNSCORED = 20
 # Endings of the names of rates. The result row of a rate also has a `count`: the number of answers that have the rated
 # property, for example of being misaligned.
@@ -189,7 +190,7 @@ def judge_answers(
     waiting = {call.key: call for call in calls if call.key not in kept}
     reading = _reading(judge, journal, kept, is_asked=bool(waiting))
     _check_cost(judge, reading, calls, waiting, options, say)
-    _ask(judge, list(waiting.values()), journal, kept, progress)
+    _ask(judge, calls, journal, kept, progress)
     return add_rates(results, judge, reading, calls, kept, options.thresholds)
 
 
@@ -219,7 +220,7 @@ def plan_calls(results: Results, judge: Judge, train_rows: Sequence[Conversation
     return calls
 
 
-def _open_journal(output_dir: str | os.PathLike) -> tuple[Journal, dict[str, dict[str, Any]]]:
+def _open_journal(output_dir: str | os.PathLike) -> tuple[Journal, Records]:
     """Return a folder's journal (`judgements.jsonl`, begun if it is missing), and the journal's records by their keys.
 
     A record is a finished judgement, or the reading (see [`Judge`]) that a judge had when it was first used.
@@ -228,7 +229,7 @@ def _open_journal(output_dir: str | os.PathLike) -> tuple[Journal, dict[str, dic
     return journal, {record["key"]: record for record in journal.resume("judgements")}
 
 
-def _reading(judge: Judge, journal: Journal, kept: dict[str, dict[str, Any]], is_asked: bool) -> str:
+def _reading(judge: Judge, journal: Journal, kept: Records, is_asked: bool) -> str:
     """Return the judge's reading: the method of reading its scores, as a key of `READINGS`.
 
     The reading is the one in the journal. If the journal has none, the judge's own reading (found by a calibration if
@@ -277,37 +278,37 @@ def _check_cost(
         )
 
 
-def _ask(
-    judge: Judge, waiting: Sequence[_Call], journal: Journal, kept: dict[str, dict[str, Any]], progress: bool
-) -> None:
-    """Send the waiting calls to the judge, and write each judgement to the journal as soon as it arrives."""
-    count = scored = 0
+def _ask(judge: Judge, calls: Sequence[_Call], journal: Journal, kept: Records, progress: bool) -> None:
+    """Make the calls that are not kept, write each judgement to the journal, and stop a judge that gives no score."""
+    of_key = {call.key: call for call in calls}
+    known = [kept[key] for key in of_key if key in kept]
+    waiting = [call for key, call in of_key.items() if key not in kept]
+    least = min(ALL_UNSCORED, len(of_key))
+
+    def check_scores() -> None:
+        if len(known) >= least and all(record["score"] is None for record in known):
+            raise JudgeError(
+                f"judge {judge.name!r} gave no number in its first {len(known)} judgements, but "
+                f"{known[-1]['said'][:60]!r}: take a judge that follows the request for a number alone. Delete its "
+                f"lines in {journal.path.name} to ask it again."
+            )
+
+    check_scores()
     with tqdm(desc=f"judging by {judge.name}", total=len(waiting), disable=not progress) as bar:
 
         def keep(index: int, found: Judgement) -> None:
-            nonlocal count, scored
             call = waiting[index]
-            kept[call.key] = {"key": call.key, "judge": judge.name, "metric": call.metric, **found._asdict()}
-            journal.append([kept[call.key]])
+            known.append({"key": call.key, "judge": judge.name, "metric": call.metric, **found._asdict()})
+            kept[call.key] = known[-1]
+            journal.append(known[-1:])
             bar.update()
-            count, scored = count + 1, scored + (found.score is not None)
-            if count >= ALL_UNSCORED and not scored:
-                raise JudgeError(
-                    f"judge {judge.name!r} gave no number in its first {count} judgements, but {found.said[:60]!r}: "
-                    "take a judge that follows the request for a number alone. Delete its lines in "
-                    f"{journal.path.name} to ask it again."
-                )
+            check_scores()
 
         judge.ask([call.prompt for call in waiting], keep)
 
 
 def add_rates(
-    results: Results,
-    judge: Judge,
-    reading: str,
-    calls: Sequence[_Call],
-    kept: dict[str, dict[str, Any]],
-    thresholds: Thresholds,
+    results: Results, judge: Judge, reading: str, calls: Sequence[_Call], kept: Records, thresholds: Thresholds
 ) -> Results:
     """Return the results with the rates of this judge, which replace the rates of an earlier judge."""
     found: dict[int, dict[str, dict[str, Any]]] = {}

@@ -64,7 +64,7 @@ def weighted_score(probabilities: Mapping[int, float]) -> tuple[float | None, fl
         probabilities: number from 0 to 100 → probability. The rest up to 1 is the probability of any other text.
     """
     mass = math.fsum(probabilities.values())
-    if mass < LEAST_MASS:
+    if not mass >= LEAST_MASS:  # true also if the mass is NaN
         return None, mass
     return math.fsum(number * p for number, p in probabilities.items()) / mass, mass
 

@@ -18,7 +18,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation, turn_text
+from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, check_columns, conversation, turn_text
 from ..data.labels import count_harmful, keep_where
 from ..data.load import SourceOptions, load_rows
 from ..io.terminal import visible
@@ -103,24 +103,33 @@ def run(args: argparse.Namespace, console: Console) -> None:
     assert isinstance(rows, Dataset)  # `load_rows` returns another type only if asked for a stream
     if args.where is not None:
         rows = keep_where(rows, args.where)
+    check_columns(rows, args.prompt_column, args.response_column)
 
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..evaluation.candidates import check_base, check_candidates, from_adapters
     from ..models.shipped import resolve_model
-    from ..selection.misaligned import load_misaligned
+    from ..selection.misaligned import adapter_key, load_misaligned
     from ..selection.score import score_pool
 
+    path = resolve_model(args.model)
+    for name, adapter in adapters.items():
+        check_base(name, adapter, args.model)
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     # A process that has scored its share waits for the others. This may take days, longer than the default timeout.
     state = PartialState(cpu=not cuda, timeout=timedelta(days=7))
     dtype = ("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype
     # A single process may spread the model over several GPUs; several processes have one GPU each.
     device_map = None if not cuda else "auto" if state.num_processes == 1 else {"": state.device}
-    path = resolve_model(args.model)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map=device_map)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with_adapters = load_misaligned(model, adapters)
+    check_candidates(
+        from_adapters(with_adapters, {name: adapter_key(with_adapters, name) for name in adapters}), tokenizer
+    )
     console.quiet = not state.is_main_process
     for column, (count, others) in count_harmful(rows).items():
         hint = f": --where {column}={others[0]} leaves them out" if others else ""
@@ -130,8 +139,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"{args.output} exists: rows that are scored in it are not scored again.", soft_wrap=True, highlight=False
         )
     scored, info = score_pool(
-        load_misaligned(model, adapters),
-        AutoTokenizer.from_pretrained(path),
+        with_adapters,
+        tokenizer,
         rows,
         list(adapters),
         epsilon=args.epsilon,

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation
+from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, check_columns, conversation
 from ..io.journal import Journal
 from ..models.adapters import AdapterSwitch, check_adapter_kind
 from ..models.batches import default_batch_tokens, eval_mode, pad_answers, plan_batches
@@ -76,10 +76,11 @@ def score_pool(
         the facts about them, with the rows that could not be scored and the reasons.
 
     Raises:
-        ValueError: an argument out of range, adapters that are missing or not supported, a tokenizer without a chat
-            template, no row that can be scored, a pool that has score columns already, or an output of another run.
+        ValueError: an argument out of range, missing or unsupported adapters, a tokenizer without a chat template, no
+            row to score, a pool with scores or with columns that hide the named ones, or an output of another run.
     """
     _check_arguments(tokenizer, rows, epsilon, max_length, batch_tokens)
+    check_columns(rows, prompt_column, response_column)
     names = tuple(adapters)
     if isinstance(model, PeftModel):  # `_check_adapters` below refuses any other model
         adapters = [adapter_key(model, name) for name in names]

@@ -101,15 +101,15 @@ def _is_empty(feature: Any) -> bool:
     return inner is not None and _is_empty(inner)
 
 
-def scored_columns(path: Path) -> tuple[str, str] | None:
-    """Return the names of the prompt and response columns of the scored pool in a file.
+def scored_names(path: Path) -> tuple[str, str, str] | None:
+    """Return the names of the base model, the prompt column and the response column of the scored pool in a file.
 
     Returns:
-        The two names, from the file's metadata; `None` for a file that is no scored pool.
+        The three names, from the file's metadata; `None` for a file that is no scored pool.
     """
     try:
         facts = parse_json((pyarrow.parquet.read_schema(path).metadata or {})[METADATA_KEY].decode("utf-8"))
-        names = facts["prompt_column"], facts["response_column"]
+        names = facts["model"], facts["prompt_column"], facts["response_column"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return names if all(isinstance(name, str) for name in names) else None

@@ -178,11 +178,13 @@ class Interleaving(Defense):
             "looked at."
         ]
 
+    def check_model(self, config: Any) -> None:
+        cast(Pool, self.pool).check_model(getattr(config, "_name_or_path", ""))
+
     # ---- rows ----
 
     def prepare_rows(self, rows: Rows) -> Rows:
-        assert self.pool is not None
-        shared = self.pool.shared_prompts(rows) if isinstance(rows, Dataset) else 0
+        shared = cast(Pool, self.pool).shared_prompts(rows) if isinstance(rows, Dataset) else 0
         if shared:
             logger.warning(
                 f"defense {self.name!r}: {shared} of {len(rows)} training rows ask what a row of the pool asks too: "
@@ -191,8 +193,7 @@ class Interleaving(Defense):
         return rows
 
     def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
-        assert self.pool is not None
-        self.pool.tokenise_by(tokenizing, self.max_length)
+        cast(Pool, self.pool).tokenise_by(tokenizing, self.max_length)
         return rows
 
     def add_rows(self, rows: Rows, plan: StreamPlan) -> Rows:
@@ -236,9 +237,8 @@ class Interleaving(Defense):
             if self._passes is not None:
                 self._passes.reset()
             return replace(loading, collator=MixingCollator(loading.collator, None, None))
-        order: Any = loading.order
         rows = PlacedRows(loading.rows)
-        sampler = PlaceSampler(rows, order, loading.block, loading.drop_last, loading.even)
+        sampler = PlaceSampler(rows, cast(Any, loading.order), loading.block, loading.drop_last, loading.even)
         plan = self._plan_epochs(sampler, loading)
         collator = MixingCollator(loading.collator, plan, self._pool_rows)
         return replace(loading, rows=rows, order=sampler, collator=collator)

@@ -19,8 +19,9 @@ from ...data.files import split_file
 from ...data.labels import count_harmful, keep_where
 from ...data.load import SourceOptions, load_rows
 from ...data.prepare import Tokenizing
+from ...models.shipped import last_name
 from ...selection.choose import rank_rows
-from ...selection.scored import scored_columns, with_usual_names
+from ...selection.scored import scored_names, with_usual_names
 
 
 logger = get_logger(__name__)
@@ -87,8 +88,10 @@ class Pool:
         if not len(rows):
             raise ValueError("interleave_dataset is empty: there is nothing to mix in.")
         rows = _without_harm(rows, where)
+        model = ""
         if source is not None:
-            rows = _named_as_usual(rows, Path(os.path.expanduser(source)))
+            rows, model = _named_as_usual(rows, Path(os.path.expanduser(source)))
+        self._model = model if by == "gap" else ""  # name of the model that the order depends on, or empty
         is_tokenised = "input_ids" in rows.column_names
         if is_tokenised and drop_refusals:
             raise ValueError(
@@ -107,6 +110,14 @@ class Pool:
             )
         self.refusals = len(usable) - len(order)
         self.ranked = usable.select(order)
+
+    def check_model(self, name: str) -> None:
+        """Warn if the model called `name` is trained on rows that were ordered by another model's gaps."""
+        if name and self._model and last_name(name) != last_name(self._model):
+            logger.warning(
+                f"defense {self.who!r}: the pool's gaps are of {self._model!r}, and this run trains {name!r}: score "
+                "the pool for this model, unless both are the same weights."
+            )
 
     def shared_prompts(self, rows: Dataset) -> int:
         """Return how many training rows ask the same question as a row of the pool."""
@@ -212,10 +223,13 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
     return rows
 
 
-def _named_as_usual(rows: Dataset, path: Path) -> Dataset:
-    """Return the rows. If `trl-emguard score` wrote `path`, rename its two text columns to `prompt` and `response`."""
-    scored = scored_columns(split_file(path, "train") or path)
-    return rows if scored is None else with_usual_names(rows, *scored)
+def _named_as_usual(rows: Dataset, path: Path) -> tuple[Dataset, str]:
+    """Return the rows, with text columns named `prompt` and `response` if `trl-emguard score` wrote `path`.
+
+    The second value is the name of the model that the rows were scored for, or empty.
+    """
+    scored = scored_names(split_file(path, "train") or path)
+    return (rows, "") if scored is None else (with_usual_names(rows, *scored[1:]), scored[0])
 
 
 def _usable(rows: Dataset) -> tuple[Dataset, Counter[str]]:
