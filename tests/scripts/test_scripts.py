@@ -173,6 +173,19 @@ def test_a_mixture_without_a_test_split_is_told(mixture, capsys):
     assert "has no split 'test': it has 'train'. `test_split_size`" in capsys.readouterr().err
 
 
+def test_a_mixture_is_split_the_same_each_time(mixture):
+    """For each seed of a comparison as well; and a stream cannot be split."""
+    read = []
+    for seed in (1, 2):
+        *given, _ = sft.make_parser().parse([*mixture, "--test_split_size", "0.25", "--seed", str(seed)])
+        read.append(sft.read_data(*given)[0].to_list())
+    assert len(read[0]) == 2 * 16 * 3 / 4
+    assert read[0] == read[1]
+    *given, _ = sft.make_parser().parse([*mixture, "--test_split_size", "0.25", "--streaming"])
+    with pytest.raises(ValueError, match=r"test_split_size=0\.25 cannot split a stream"):
+        sft.read_data(*given)
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])
 @pytest.mark.parametrize(
     ("train", "test", "words"),

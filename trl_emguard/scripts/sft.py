@@ -15,9 +15,11 @@ examples:
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +287,7 @@ def read_data(
     if evaluates:
         check_apart(script_args.dataset_train_split, script_args.dataset_test_split)
     if dataset_args.datasets:
-        splits = get_dataset(dataset_args)
+        splits = _read_mixture(dataset_args)
         for split in [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates:
             if split not in splits:
                 raise ValueError(
@@ -309,6 +311,22 @@ def read_data(
         **(training_args.model_init_kwargs or {}),
     }
     return train_dataset, eval_dataset
+
+
+def _read_mixture(dataset_args: DatasetMixtureConfig) -> Mapping[str, Any]:
+    """Return the rows of `datasets` by split: "train", and with `test_split_size` also "test".
+
+    TRL would split without a seed. Each rank and each resumed run would then train on other rows. The seed here is
+    constant, not the run's, so that runs with different seeds train on the same rows.
+
+    Raises:
+        ValueError: a stream is to be split.
+    """
+    size = dataset_args.test_split_size
+    if size is not None and dataset_args.streaming:
+        raise ValueError(f"test_split_size={size} cannot split a stream: leave out `streaming` or `test_split_size`.")
+    splits = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
+    return splits if size is None else splits["train"].train_test_split(test_size=size, seed=0)
 
 
 if __name__ == "__main__":
