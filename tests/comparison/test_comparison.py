@@ -402,6 +402,8 @@ def without_times(path):
 
 
 def test_a_dry_run_trains_nothing(inputs, capsys):
+    path = inputs / "compare.yaml"
+    path.write_text(path.read_text().replace("defense: kl", "defense: kl, max_length: null"))  # it may be empty
     assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 0
     assert "4 runs to train; free baselines: early checkpoints, alpha 0.5." in capsys.readouterr().out
     assert not (inputs / "dry").exists()
@@ -417,6 +419,9 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("defense: kl", "defense: klx", "the run 'klx kl_coef=0.1': defense='klx'"),
         ("0.1, 5.0", "-1", "the run 'kl kl_coef=-1': kl_coef=-1"),
         ("0.1, 5.0", "0.4->", "the run 'kl kl_coef=0.4->': kl_coef='0.4->' is not a schedule"),
+        ("kl_coef: [", "chat_template_path: null, kl_coef: [", "`chat_template_path:` is empty: give it a value or"),
+        ("kl_coef: [", "label_names: null, kl_coef: [", "`label_names:` is empty: give it a value or leave it out."),
+        ("0.1, 5.0", "0.1, null", "the run 'kl kl_coef=None': `kl_coef:` is empty"),
         ("kl_coef: [", "accelerate_config: zero3, kl_coef: [", "accelerate_config='zero3' launches several processes"),
     ],
 )

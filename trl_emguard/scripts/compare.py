@@ -23,9 +23,9 @@ After an interruption, the same command resumes. The report is the file report.h
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -125,8 +125,9 @@ def check_options(plan: Plan) -> None:
     """Refuse runs with options that `trl-emguard sft` or a comparison does not accept, before any run is trained.
 
     Raises:
-        ValueError: an option is unknown or does not accept its value, `accelerate_config` is set (it launches several
-            processes, and a comparison's run is one), or no option names training rows. The message names the run.
+        ValueError: an option is unknown, empty or does not accept its value, `accelerate_config` is set (it launches
+            several processes, and a comparison's run is one), or no option names training rows. The message names the
+            run.
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
@@ -145,9 +146,29 @@ def check_options(plan: Plan) -> None:
         parser = make_sft_parser()
         parser.error = _raise  # type: ignore[method-assign]
         try:
+            _check_empty(one.options, parser)
             parser.parse(sft_arguments(one, plan.recipe, Path("unused")))
         except ValueError as error:
             raise ValueError(f"the run {name!r}: {error}") from error
+
+
+def _check_empty(options: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    """Refuse empty values, except for options that read the text "None" on a command line as no value.
+
+    Raises:
+        ValueError: an option has an empty value, which the command line could only pass on as the text "None".
+    """
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    for name, value in options.items():
+        if None in (value if isinstance(value, list) else [value]) and not _takes_none(actions[name]):
+            raise ValueError(f"`{name}:` is empty: give it a value or leave it out.")
+
+
+def _takes_none(action: argparse.Action) -> bool:
+    try:
+        return action.nargs is None and callable(action.type) and action.type("None") is None
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return False
 
 
 def _raise(message: str) -> NoReturn:
