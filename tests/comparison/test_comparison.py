@@ -435,6 +435,27 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     assert not (inputs / "out" / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model_revision: v2", "model_revision='v2' is not what the evaluation loads: save that revision in a folder"),
+        ("model_init_kwargs: {revision: v2}", "model_init_kwargs: revision='v2' is not what the evaluation loads"),
+        ("trust_remote_code: true", "trust_remote_code=True is not for comparisons"),
+    ],
+)
+@pytest.mark.parametrize("place", ["recipe", "runs"])
+def test_a_model_that_the_evaluation_would_not_load_is_refused(inputs, capsys, option, message, place):
+    if place == "recipe":
+        (inputs / "sft.yaml").write_text(f"{(inputs / 'sft.yaml').read_text()}\n{option}\n")
+    else:
+        path = inputs / "compare.yaml"
+        path.write_text(path.read_text().replace("defense: kl", f"defense: kl, {option}"))
+    assert commands.main([*line(inputs, "out"), "--dry_run"]) == 1
+    error = capsys.readouterr().err
+    assert f"the run '{'none' if place == 'recipe' else 'kl'}" in error
+    assert f": {message}" in error
+
+
 def test_a_recipe_without_rows_is_refused_and_questions_without_the_narrow_task_are_noted(inputs, capsys):
     path = inputs / "compare.yaml"
     path.write_text(re.sub(r"in_domain: [^,]+, ", "", path.read_text()))

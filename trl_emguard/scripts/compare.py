@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
+from trl import ModelConfig
 
 from ..comparison.plan import BENIGN_TASK, EMA, Plan, read_plan
+from ..config import EMGuardConfig
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable
@@ -126,8 +128,8 @@ def check_options(plan: Plan) -> None:
 
     Raises:
         ValueError: an option is unknown, empty or does not accept its value, `accelerate_config` is set (it launches
-            several processes, and a comparison's run is one), or no option names training rows. The message names the
-            run.
+            several processes, and a comparison's run is one), no option names training rows, or the evaluation would
+            load another model than the training. The message names the run.
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
@@ -147,9 +149,31 @@ def check_options(plan: Plan) -> None:
         parser.error = _raise  # type: ignore[method-assign]
         try:
             _check_empty(one.options, parser)
-            parser.parse(sft_arguments(one, plan.recipe, Path("unused")))
+            _, training_args, model_args, *_ = parser.parse(sft_arguments(one, plan.recipe, Path("unused")))
+            _check_model(training_args, model_args)
         except ValueError as error:
             raise ValueError(f"the run {name!r}: {error}") from error
+
+
+def _check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
+    """Refuse options by which training would load another model than the evaluation, which has no such options.
+
+    Raises:
+        ValueError: a revision other than "main" is named, or remote code is trusted.
+    """
+    given = training_args.model_init_kwargs or {}
+    revisions = {"model_revision": model_args.model_revision, "model_init_kwargs: revision": given.get("revision")}
+    for name, revision in revisions.items():
+        if revision not in (None, "main"):
+            raise ValueError(
+                f"{name}={revision!r} is not what the evaluation loads: save that revision in a folder, and "
+                "name the folder by model_name_or_path."
+            )
+    if training_args.trust_remote_code or given.get("trust_remote_code"):
+        raise ValueError(
+            "trust_remote_code=True is not for comparisons, whose evaluation runs no remote code: leave it out, and "
+            "name by model_name_or_path a folder of a model that needs none."
+        )
 
 
 def _check_empty(options: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
