@@ -283,6 +283,7 @@ def read_data(
         raise nothing_to_resume(checkpoint, str(folder))
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
+    _check_source(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
     if evaluates:
         check_apart(script_args.dataset_train_split, script_args.dataset_test_split)
@@ -311,6 +312,31 @@ def read_data(
         **(training_args.model_init_kwargs or {}),
     }
     return train_dataset, eval_dataset
+
+
+def _check_source(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
+    """Refuse options of the source of rows that is not used, which would have no effect.
+
+    Raises:
+        ValueError: an option of `datasets` is set beside `dataset_name`, or the other way round.
+    """
+    given: ScriptArguments | DatasetMixtureConfig
+    if dataset_args.datasets:
+        given, used = script_args, "datasets"
+        others = {
+            "dataset_streaming": "set `streaming` instead",
+            "dataset_config": "set `name` in an entry of `datasets` instead",
+        }
+    else:
+        given, used = dataset_args, "dataset_name"
+        others = {
+            "streaming": "set `dataset_streaming` instead",
+            "test_split_size": "it needs `datasets`; beside `dataset_name`, name rows by `dataset_test_split` instead",
+        }
+    for name, advice in others.items():
+        value = getattr(given, name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name}={value!r} has no effect with `{used}`: {advice}.")
 
 
 def _read_mixture(dataset_args: DatasetMixtureConfig) -> Mapping[str, Any]:
