@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
     leave_out_noise("sft")
 
+from accelerate.utils import is_deepspeed_available
 from transformers import AutoConfig, TrainerCallback
 from trl import (
     DatasetMixtureConfig,
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
     else:
         arguments = _launch_arguments(parser, argv, launch_args)
         if arguments is not None and not launch_args.dry_run:
+            _check_launch(parser, arguments)
             return launch(arguments)
     try:
         callbacks = make_callbacks(launch_args)
@@ -128,6 +130,22 @@ def _launch_arguments(
         return launch_arguments(config, parser.launch_options, parser.without_launch_options(argv))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
+
+
+def _check_launch(parser: LaunchParser, arguments: argparse.Namespace) -> None:
+    """Refuse a launch that accelerate would refuse with a traceback, and print notes on its settings."""
+    from ..planning.engine import read_launch
+
+    try:
+        found = read_launch(arguments)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    if found.engine.is_deepspeed and not is_deepspeed_available():
+        parser.error(
+            f"{arguments.config_file} uses DeepSpeed, which is not installed: pip install 'trl_emguard[deepspeed]'."
+        )
+    for note in found.notes:
+        print(f"{parser.prog}: warning: {note}", file=sys.stderr)
 
 
 def _raised_here(error: BaseException) -> bool:
