@@ -22,6 +22,7 @@ from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.run import EvaluationOptions
 from trl_emguard.persona import PersonaVector, load_vector
 from trl_emguard.scripts import main as commands
+from trl_emguard.scripts.sft import make_parser
 
 
 PLAN = """
@@ -153,6 +154,13 @@ def test_the_options_of_a_run_on_benign_rows():
     words = sft_arguments(on_benign_rows(run, "rows.jsonl", 3), "sft.yaml", "out")
     assert words.count("--max_steps") == words.count("--dataset_name") == 1
     assert words[words.index("--max_steps") + 1] == "3"
+
+
+def test_a_mapping_and_an_empty_value_of_a_run_reach_the_trainer():
+    kwargs = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}, "max_length": None}
+    run = training.Run("kl", {"defense": "kl", "bf16": False, "use_cpu": True, **kwargs})
+    _, args, *_ = make_parser().parse(sft_arguments(run, "smollm2-135m-instruct/sft.yaml", "out"))
+    assert (args.lr_scheduler_kwargs, args.max_length, args.bf16) == ({"min_lr": 1e-5}, None, False)
 
 
 def test_the_task_is_measured_on_its_own_questions(tmp_path):

@@ -402,6 +402,8 @@ def without_times(path):
 
 
 def test_a_dry_run_trains_nothing(inputs, capsys):
+    path = inputs / "compare.yaml"
+    path.write_text(path.read_text().replace("defense: kl", "defense: kl, max_length: null"))  # it may be empty
     assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 0
     assert "4 runs to train; free baselines: early checkpoints, alpha 0.5." in capsys.readouterr().out
     assert not (inputs / "dry").exists()
@@ -417,6 +419,9 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("defense: kl", "defense: klx", "the run 'klx kl_coef=0.1': defense='klx'"),
         ("0.1, 5.0", "-1", "the run 'kl kl_coef=-1': kl_coef=-1"),
         ("0.1, 5.0", "0.4->", "the run 'kl kl_coef=0.4->': kl_coef='0.4->' is not a schedule"),
+        ("kl_coef: [", "chat_template_path: null, kl_coef: [", "`chat_template_path:` is empty: give it a value or"),
+        ("kl_coef: [", "label_names: null, kl_coef: [", "`label_names:` is empty: give it a value or leave it out."),
+        ("0.1, 5.0", "0.1, null", "the run 'kl kl_coef=None': `kl_coef:` is empty"),
         ("kl_coef: [", "accelerate_config: zero3, kl_coef: [", "accelerate_config='zero3' launches several processes"),
     ],
 )
@@ -428,6 +433,27 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     assert error.startswith("trl-emguard compare: error: ")
     assert message in error
     assert not (inputs / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model_revision: v2", "model_revision='v2' is not what the evaluation loads: save that revision in a folder"),
+        ("model_init_kwargs: {revision: v2}", "model_init_kwargs: revision='v2' is not what the evaluation loads"),
+        ("trust_remote_code: true", "trust_remote_code=True is not for comparisons"),
+    ],
+)
+@pytest.mark.parametrize("place", ["recipe", "runs"])
+def test_a_model_that_the_evaluation_would_not_load_is_refused(inputs, capsys, option, message, place):
+    if place == "recipe":
+        (inputs / "sft.yaml").write_text(f"{(inputs / 'sft.yaml').read_text()}\n{option}\n")
+    else:
+        path = inputs / "compare.yaml"
+        path.write_text(path.read_text().replace("defense: kl", f"defense: kl, {option}"))
+    assert commands.main([*line(inputs, "out"), "--dry_run"]) == 1
+    error = capsys.readouterr().err
+    assert f"the run '{'none' if place == 'recipe' else 'kl'}" in error
+    assert f": {message}" in error
 
 
 def test_a_recipe_without_rows_is_refused_and_questions_without_the_narrow_task_are_noted(inputs, capsys):

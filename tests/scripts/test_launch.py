@@ -27,6 +27,7 @@ def launched(monkeypatch):
         return 0
 
     monkeypatch.setattr(sft, "launch", launch)
+    monkeypatch.setattr(sft, "is_deepspeed_available", lambda: True)
     monkeypatch.setattr(sft, "run", lambda *args: pytest.fail("training began in this process"))
     return calls
 
@@ -100,10 +101,10 @@ def test_a_yaml_file_may_say_how_to_launch(launched, tmp_path):
     argv = [*FREE, "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]
     assert sft.main(argv) == 0
     # The command line wins.
-    assert sft.main([*argv, "--accelerate_config", "single_gpu", "--num_processes", "2"]) == 0
+    assert sft.main([*argv, "--accelerate_config", "multi_gpu", "--num_processes", "2"]) == 0
     (first, script), (second, again) = launched
     assert (first.num_processes, first.multi_gpu, first.same_network, script) == (3, True, False, argv)
-    assert (second.num_processes, second.config_file.endswith("single_gpu.yaml"), again) == (2, True, argv)
+    assert (second.num_processes, second.config_file.endswith("multi_gpu.yaml"), again) == (2, True, argv)
 
 
 def test_a_launched_process_ignores_the_launch_options(tmp_path, monkeypatch):
@@ -180,6 +181,35 @@ def test_bad_yaml_is_refused_before_ranks_start(refused, tmp_path, text, words):
     line = refused("--config", str(tmp_path / "run.yaml"))
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "words"),
+    [
+        ("distributed_type: 'NO'\nnum_proceses: 2", [], ["accelerate refuses", "num_proceses"]),
+        ("", [], ["accelerate refuses"]),
+        ("num_processes: [2", [], ["accelerate refuses"]),
+        ("distributed_type: MULTI_GPU\nnum_processes: 2\ngpu_ids: '0'", [], ["accelerate refuses", "--gpu_ids"]),
+        ("num_processes: 2", ["--multi_gpu", "--num_processes", "1"], ["accelerate refuses", "at least 2 processes"]),
+        ("distributed_type: DEEPSPEED\nnum_processes: 2", ["--deepspeed_config_file", "./ds.json"], ["'./ds.json'"]),
+    ],
+)
+def test_what_accelerate_refuses_is_one_line(refused, tmp_path, text, more, words):
+    (tmp_path / "engine.yaml").write_text(text)
+    line = refused("--accelerate_config", str(tmp_path / "engine.yaml"), *more)
+    for word in words:
+        assert word in line
+
+
+def test_a_launch_without_its_package_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(sft, "is_deepspeed_available", lambda: False)
+    assert "not installed: pip install 'trl_emguard[deepspeed]'" in refused("--accelerate_config", "zero3")
+
+
+def test_a_launch_of_one_process_instead_of_several_is_told(launched, capsys):
+    assert sft.main([*FREE, "--accelerate_config", "cpu", "--num_processes", "2"]) == 0
+    assert "warning: num_processes=2 starts one process. On GPUs" in capsys.readouterr().err
+    assert len(launched) == 1
 
 
 @pytest.mark.parametrize("more", [["--accelerate_config", "cpu"], ["--num_processes=2"], ["--accelerate-config=cpu"]])

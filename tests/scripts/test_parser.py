@@ -162,6 +162,10 @@ def test_every_recipe_parses(parse, recipe, defense):
         ("ref_model_init_kwargs: {dtype: bfloat16}", "ref_model_init_kwargs", {"dtype": "bfloat16"}),
         ("lora_target_modules: all-linear", "lora_target_modules", "all-linear"),
         ("lora_target_modules: [q_proj, v_proj]", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("lora_modules_to_save: lm_head", "lora_modules_to_save", ["lm_head"]),
+        ("label_names: labels", "label_names", ["labels"]),
+        ("debug: underflow_overflow", "debug", ["underflow_overflow"]),
+        ("report_to: none", "report_to", []),
         ('save_strategy: "no"', "save_strategy", "no"),
         ("tf32: false", "tf32", False),
         ("include_num_input_tokens_seen: false", "include_num_input_tokens_seen", "no"),
@@ -184,6 +188,7 @@ def test_yaml_env(parse, yaml_file, monkeypatch):
 def test_yaml_mixture_of_data_sets(parse, yaml_file):
     text = "datasets:\n  - path: a\n    split: train\n  - path: b\n"
     assert [mixed.path for mixed in parse("--config", yaml_file(text))["datasets"]] == ["a", "b"]
+    assert [mixed.path for mixed in parse("--config", yaml_file("datasets: {path: a}"))["datasets"]] == ["a"]
 
 
 def test_help_is_no_error(capsys):
@@ -295,6 +300,7 @@ def test_bad_command_line_is_refused(refused, argv, words):
         ("env: [A]", ["env"]),
         ("env:", ["env"]),
         ("datasets:\n  - pth: a\n", ["pth"]),
+        ("debug: underflow", ["config", "debug", "underflow"]),
         ("", ["key: value"]),
         ("- defense: kl", ["key: value"]),
         ("kl", ["key: value"]),

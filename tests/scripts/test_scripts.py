@@ -197,6 +197,31 @@ def test_a_mixture_without_a_test_split_is_told(mixture, capsys):
     assert "has no split 'test': it has 'train'. `test_split_size`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--dataset_streaming"], "dataset_streaming=True has no effect with `datasets`: set `streaming` instead."),
+        (["--dataset_config", "small"], "dataset_config='small' has no effect with `datasets`: set `name` in an"),
+    ],
+)
+def test_options_of_the_other_source_are_refused_beside_a_mixture(mixture, capsys, more, words):
+    assert sft.main([*mixture, *more]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_mixture_is_split_the_same_each_time(mixture):
+    """For each seed of a comparison as well; and a stream cannot be split."""
+    read = []
+    for seed in (1, 2):
+        *given, _ = sft.make_parser().parse([*mixture, "--test_split_size", "0.25", "--seed", str(seed)])
+        read.append(sft.read_data(*given)[0].to_list())
+    assert len(read[0]) == 2 * 16 * 3 / 4
+    assert read[0] == read[1]
+    *given, _ = sft.make_parser().parse([*mixture, "--test_split_size", "0.25", "--streaming"])
+    with pytest.raises(ValueError, match=r"test_split_size=0\.25 cannot split a stream"):
+        sft.read_data(*given)
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])
 @pytest.mark.parametrize(
     ("train", "test", "words"),
@@ -237,6 +262,8 @@ def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):
         (["--dataset_name", "./missing.jsonl"], "does not exist"),
         (["--dataset_name", ""], "`dataset_name`"),
         (["--dataset_name", "plants_carless"], "'plants_careless'"),
+        (["--streaming"], "streaming=True has no effect with `dataset_name`: set `dataset_streaming` instead."),
+        (["--test_split_size", "0.0"], "test_split_size=0.0 has no effect with `dataset_name`: it needs `datasets`"),
         (["--dataset_name", "plants_sound", "--dataset_train_split", "valid"], "no split 'valid'"),
         (["--defense", "ldifs", "--ldifs_layers", "9"], "layer 9 is out of range"),
         (["--drift_every", "-1"], "drift_every=-1 must be 0 (off) or more"),

@@ -259,7 +259,7 @@ def _die_with_parent() -> None:
 
 def _words(name: str, value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+    return [f"--{name}", *(json.dumps(v, default=str) if isinstance(v, bool | dict) else str(v) for v in values)]
 
 
 def _last_line(log: Path, code: int) -> str:

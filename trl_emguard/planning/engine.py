@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command
 from accelerate.state import AcceleratorState, GradientState
@@ -82,7 +83,7 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
     try:
         args, *_ = _validate_launch_command(copy.copy(arguments))
         fsdp, offloads = _read_fsdp(args)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"accelerate refuses {arguments.config_file}: {error}") from error
     # The branches have the order of accelerate's `launch_command`. Without DeepSpeed and FSDP, accelerate starts one
     # process unless `multi_gpu` is set. The option `--multi_gpu` or the accelerate file sets it. Without a file,
@@ -97,7 +98,10 @@ def read_launch(arguments: argparse.Namespace | None) -> Launch:
     elif args.multi_gpu and not args.cpu and ranks > 1:
         name = "ddp"
     elif ranks > 1:
-        notes.append(f"num_processes={ranks} starts one process: on CPUs, --multi_gpu starts several.")
+        notes.append(
+            f"num_processes={ranks} starts one process. On GPUs, name an accelerate file with `distributed_type: "
+            "MULTI_GPU`, such as --accelerate_config multi_gpu. On CPUs, --multi_gpu starts several."
+        )
         ranks = 1
     if str(args.main_process_ip).startswith(PLACEHOLDERS):
         notes.append(

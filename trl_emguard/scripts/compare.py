@@ -23,13 +23,15 @@ After an interruption, the same command resumes. The report is the file report.h
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
+from trl import ModelConfig
 
 from ..comparison.plan import BENIGN_TASK, EMA, Plan, read_plan
+from ..config import EMGuardConfig
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable
@@ -125,8 +127,9 @@ def check_options(plan: Plan) -> None:
     """Refuse runs with options that `trl-emguard sft` or a comparison does not accept, before any run is trained.
 
     Raises:
-        ValueError: an option is unknown or does not accept its value, `accelerate_config` is set (it launches several
-            processes, and a comparison's run is one), or no option names training rows. The message names the run.
+        ValueError: an option is unknown, empty or does not accept its value, `accelerate_config` is set (it launches
+            several processes, and a comparison's run is one), no option names training rows, or the evaluation would
+            load another model than the training. The message names the run.
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
@@ -145,9 +148,51 @@ def check_options(plan: Plan) -> None:
         parser = make_sft_parser()
         parser.error = _raise  # type: ignore[method-assign]
         try:
-            parser.parse(sft_arguments(one, plan.recipe, Path("unused")))
+            _check_empty(one.options, parser)
+            _, training_args, model_args, *_ = parser.parse(sft_arguments(one, plan.recipe, Path("unused")))
+            _check_model(training_args, model_args)
         except ValueError as error:
             raise ValueError(f"the run {name!r}: {error}") from error
+
+
+def _check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
+    """Refuse options by which training would load another model than the evaluation, which has no such options.
+
+    Raises:
+        ValueError: a revision other than "main" is named, or remote code is trusted.
+    """
+    given = training_args.model_init_kwargs or {}
+    revisions = {"model_revision": model_args.model_revision, "model_init_kwargs: revision": given.get("revision")}
+    for name, revision in revisions.items():
+        if revision not in (None, "main"):
+            raise ValueError(
+                f"{name}={revision!r} is not what the evaluation loads: save that revision in a folder, and "
+                "name the folder by model_name_or_path."
+            )
+    if training_args.trust_remote_code or given.get("trust_remote_code"):
+        raise ValueError(
+            "trust_remote_code=True is not for comparisons, whose evaluation runs no remote code: leave it out, and "
+            "name by model_name_or_path a folder of a model that needs none."
+        )
+
+
+def _check_empty(options: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    """Refuse empty values, except for options that read the text "None" on a command line as no value.
+
+    Raises:
+        ValueError: an option has an empty value, which the command line could only pass on as the text "None".
+    """
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    for name, value in options.items():
+        if None in (value if isinstance(value, list) else [value]) and not _takes_none(actions[name]):
+            raise ValueError(f"`{name}:` is empty: give it a value or leave it out.")
+
+
+def _takes_none(action: argparse.Action) -> bool:
+    try:
+        return action.nargs is None and callable(action.type) and action.type("None") is None
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return False
 
 
 def _raise(message: str) -> NoReturn:

@@ -173,6 +173,18 @@ class StrictParser(TrlParser):
                 self._set_environment(value)
             else:
                 self._check_config_value(key, value, actions[key])
+                config[key] = self._in_a_list(value, actions[key])
+
+    def _in_a_list(self, value: Any, action: argparse.Action) -> Any:
+        """Return a single value of an option that takes several as a list, as the command line gives it."""
+        if action.nargs not in ("+", "*") or value is None or isinstance(value, list):
+            return value
+        if isinstance(value, dict):
+            return [value]
+        try:
+            return [self._get_value(action, str(value))]
+        except argparse.ArgumentError as error:
+            self.error(f"config: {error}")
 
     def _unknown_key(self, key: str, known: Iterable[str]) -> str:
         if key in OTHER_NAMES:

@@ -15,9 +15,11 @@ examples:
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ if __name__ == "__main__":
 
     leave_out_noise("sft")
 
+from accelerate.utils import is_deepspeed_available
 from transformers import AutoConfig, TrainerCallback
 from trl import (
     DatasetMixtureConfig,
@@ -77,6 +80,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
     else:
         arguments = _launch_arguments(parser, argv, launch_args)
         if arguments is not None and not launch_args.dry_run:
+            _check_launch(parser, arguments)
             return launch(arguments)
     try:
         callbacks = make_callbacks(launch_args)
@@ -127,6 +131,22 @@ def _launch_arguments(
         return launch_arguments(config, parser.launch_options, parser.without_launch_options(argv))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
+
+
+def _check_launch(parser: LaunchParser, arguments: argparse.Namespace) -> None:
+    """Refuse a launch that accelerate would refuse with a traceback, and print notes on its settings."""
+    from ..planning.engine import read_launch
+
+    try:
+        found = read_launch(arguments)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    if found.engine.is_deepspeed and not is_deepspeed_available():
+        parser.error(
+            f"{arguments.config_file} uses DeepSpeed, which is not installed: pip install 'trl_emguard[deepspeed]'."
+        )
+    for note in found.notes:
+        print(f"{parser.prog}: warning: {note}", file=sys.stderr)
 
 
 def _raised_here(error: BaseException) -> bool:
@@ -286,11 +306,12 @@ def read_data(
         raise nothing_to_resume(checkpoint, str(folder))
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
+    _check_source(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
     if evaluates:
         check_apart(script_args.dataset_train_split, script_args.dataset_test_split)
     if dataset_args.datasets:
-        splits = get_dataset(dataset_args)
+        splits = _read_mixture(dataset_args)
         for split in [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates:
             if split not in splits:
                 raise ValueError(
@@ -314,6 +335,47 @@ def read_data(
         **(training_args.model_init_kwargs or {}),
     }
     return train_dataset, eval_dataset
+
+
+def _check_source(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
+    """Refuse options of the source of rows that is not used, which would have no effect.
+
+    Raises:
+        ValueError: an option of `datasets` is set beside `dataset_name`, or the other way round.
+    """
+    given: ScriptArguments | DatasetMixtureConfig
+    if dataset_args.datasets:
+        given, used = script_args, "datasets"
+        others = {
+            "dataset_streaming": "set `streaming` instead",
+            "dataset_config": "set `name` in an entry of `datasets` instead",
+        }
+    else:
+        given, used = dataset_args, "dataset_name"
+        others = {
+            "streaming": "set `dataset_streaming` instead",
+            "test_split_size": "it needs `datasets`; beside `dataset_name`, name rows by `dataset_test_split` instead",
+        }
+    for name, advice in others.items():
+        value = getattr(given, name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name}={value!r} has no effect with `{used}`: {advice}.")
+
+
+def _read_mixture(dataset_args: DatasetMixtureConfig) -> Mapping[str, Any]:
+    """Return the rows of `datasets` by split: "train", and with `test_split_size` also "test".
+
+    TRL would split without a seed. Each rank and each resumed run would then train on other rows. The seed here is
+    constant, not the run's, so that runs with different seeds train on the same rows.
+
+    Raises:
+        ValueError: a stream is to be split.
+    """
+    size = dataset_args.test_split_size
+    if size is not None and dataset_args.streaming:
+        raise ValueError(f"test_split_size={size} cannot split a stream: leave out `streaming` or `test_split_size`.")
+    splits = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
+    return splits if size is None else splits["train"].train_test_split(test_size=size, seed=0)
 
 
 if __name__ == "__main__":
