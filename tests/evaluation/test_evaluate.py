@@ -95,6 +95,17 @@ def test_probes_equal_a_plain_loop():
     assert results.row("x", "in_domain", "margin") is None
 
 
+def test_a_model_in_training_mode_is_measured_without_dropout():
+    model = get_peft_model(make_model(), lora(init_lora_weights=False, lora_dropout=0.5))
+    vector = PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2})
+    options = {"samples_per_question": 1, "max_new_tokens": 4, "persona_vector": vector, "cues": "none"}
+    expected = run(model.eval(), **options)
+    found = run(model.train(), **options)
+    assert repr(found.rows) == repr(expected.rows)
+    assert found.samples == expected.samples
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox"])
 def test_the_divergence_of_other_heads(architecture):
     model = get_peft_model(make_model(architecture), lora(init_lora_weights=False, modules_to_save=None)).eval()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.adapters import AdapterSwitch, bare_model
+from ..models.batches import eval_mode
 from ..models.identity import fingerprint
 from ..models.likelihood import states_logits
 from ..models.shipped import last_name, public_name, resolve_model
@@ -65,7 +66,7 @@ def from_adapters(
     """Return the base model and its adapters as candidates, the base model first.
 
     Args:
-        model: the model in eval mode, with all its adapters or without adapters.
+        model: the model, with all its adapters or without adapters.
         adapters: names of the adapters on the model; or a mapping from the name that results show to the adapter's
             name on the model.
     """
@@ -78,6 +79,15 @@ def from_adapters(
         Candidate(name, model, fingerprint(model, every - {key}, is_plain=True) + _scales(model, key), switch, key)
         for name, key in shown.items()
     ]
+
+
+@contextmanager
+def in_eval_mode(candidates: Sequence[Candidate]) -> Iterator[None]:
+    """Put the candidates' models into eval mode inside the `with` block, because training leaves dropout on."""
+    with ExitStack() as stack:
+        for model in {id(candidate.model): candidate.model for candidate in candidates}.values():
+            stack.enter_context(eval_mode(model))
+        yield
 
 
 def _scales(model: PeftModel, adapter: str) -> str:
