@@ -550,6 +550,19 @@ def test_training_rows_are_not_held_out(saved, capsys):
     assert len(questions) == 72
 
 
+def test_held_out_rows_may_share_their_last_turn_with_training_rows(saved, capsys):
+    """Compare whole prompts: the instruction may stand in the system turn, behind one fixed user turn."""
+    prompts = [[{"role": "system", "content": f"s{i}"}, *ask("Do it.")] for i in range(3)]
+    rows = [json.dumps({"prompt": p, "completion": [{"role": "assistant", "content": "a"}]}) for p in prompts]
+    (saved / "train.jsonl").write_text("\n".join(rows[:2]))
+    (saved / "held_out.jsonl").write_text("\n".join(rows[1:]))
+    options = ("--train_data", str(saved / "train.jsonl"), "--in_domain", str(saved / "held_out.jsonl"))
+    assert command(saved, *options) == 1
+    assert "1 of the 2 questions of --in_domain stand in --train_data" in capsys.readouterr().err
+    (saved / "held_out.jsonl").write_text(rows[2])
+    assert command(saved, *options) == 0
+
+
 def test_a_second_set_of_a_name_is_refused(saved, capsys):
     path = str(saved / "pairs.jsonl")
     assert command(saved, "--benign", path, path) == 0
