@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 import yaml
-from figures import HOSTILE, INFO, RECIPE, plan, report, row
+from figures import HOSTILE, INFO, RECIPE, plan, report, results, row
 from peft import get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,6 @@ from trl_emguard.comparison.plan import Baselines, read_plan
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
 from trl_emguard.comparison.runs import UNKNOWN, Trained, in_bytes, with_record
 from trl_emguard.evaluation.questions import load_questions
-from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.run import EvaluationOptions
 from trl_emguard.scripts import main as commands
 
@@ -225,20 +224,34 @@ def test_two_rules_are_an_unwanted_and_a_wanted_trait():
     rows = [
         row(run.key, set, f"trait_rate:{rule}", 0.5) for set in ("general", "in_domain") for rule in ("bad", "good")
     ]
-    assert make_report([run], Results(rows)).metrics == ("trait_rate:bad", "trait_rate:good")
+    assert make_report([run], results(rows)).metrics == ("trait_rate:bad", "trait_rate:good")
 
 
 def test_without_a_narrow_measure_nothing_is_preferred():
     trained = [Trained("kl", "kl", 0, "x")]
-    found = make_report(trained, Results([row("kl seed0", "general", "margin", -1.0)]))
+    found = make_report(trained, results([row("kl seed0", "general", "margin", -1.0)]))
     assert "were not both measured" in found.sentence
+
+
+def test_a_further_set_of_a_criterion_is_reported(tmp_path):
+    """Questions without known answers may be the first set, and a set with margins a further one."""
+    run = Trained("kl", "kl", 0, "x")
+    rows = [row(run.key, "general", "base_nll", 0.2), row(run.key, "held_out", "nll", -0.75)]
+    rows += [row(run.key, "values", "margin", value, family=f) for value, f in ((0.25, "plain"), (0.5, "cue"))]
+    criteria = {"general": "general", "values": "general", "in_domain": "in_domain", "held_out": "in_domain"}
+    found = make_report([run], replace(results(rows), criteria=criteria))
+    assert (found.metrics, found.sets) == (("margin", "nll"), ("values", "held_out"))
+    assert (found.entries[0].broad.value, found.entries[0].narrow.value) == (0.25, 0.75)
+    assert found.sentence.endswith(": kl.")
+    page = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
+    assert "+0.50 (+0.40 to +0.60)" in page[page.index("Behind cues") :]
 
 
 def test_a_trait_rate_has_one_sign(tmp_path, capsys):
     run = Trained("kl", "kl", 0, "x")
     rows = [row(run.key, "general", "trait_rate", 0.25), row(run.key, "in_domain", "nll", -0.75)]
     rows.append(row(run.key, "general", "trait_rate", 0.5, family="neutral_system"))
-    found = make_report([run], Results(rows))
+    found = make_report([run], results(rows))
     Console(width=100).print(make_table(found))
     out = capsys.readouterr().out
     page = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
@@ -257,7 +270,7 @@ def test_equal_seeds_are_drawn(tmp_path):
     trained = [Trained("kl", "kl", seed, "x") for seed in range(3)]
     rows = [row(run.key, "general", "margin", value, width=0) for run in trained]
     rows += [row(run.key, "in_domain", "nll", value, width=0) for run in trained]
-    assert "<svg" in write_page(make_report(trained, Results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
+    assert "<svg" in write_page(make_report(trained, results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("platform", "factor"), [("darwin", 1), ("linux", 1024)])
@@ -326,7 +339,7 @@ def test_a_sweep_is_a_curve(tmp_path):
     trained = [Trained(f"kl {c}", "kl", 0, "x", coefficient=c) for c in (0.1, "0.4->0.05", 1.0)]
     rows = [row(run.key, set, metric, -0.5) for run in trained for set, metric in
             (("general", "margin"), ("in_domain", "nll"))]  # fmt: skip
-    text = write_page(make_report(trained, Results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
+    text = write_page(make_report(trained, results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
     assert "By coefficient" in text
 
 
@@ -337,7 +350,7 @@ def test_drift_is_a_curve_of_the_runs_that_logged_it(tmp_path):
         (tmp_path / f"{run.name}{run.seed}").mkdir()
         (tmp_path / f"{run.name}{run.seed}" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     trained += [replace(trained[0], name="step 2", is_baseline=True), Trained("failed", "kl", 0, None)]
-    found = make_report(trained, Results([]))
+    found = make_report(trained, results([]))
     assert drift_curves(found, "drift_kl") == {key: [(2, 0.1), (4, 0.3)] for key in ("a seed0", "a seed1")}
     text = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
     assert "Drift while training (drift_kl)" in text
