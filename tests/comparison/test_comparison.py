@@ -23,9 +23,9 @@ from tiny import lora, make_model, make_rows, save_model
 
 from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
-from trl_emguard.comparison.plan import Baselines, read_plan
+from trl_emguard.comparison.plan import Baselines, Run, read_plan
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
-from trl_emguard.comparison.runs import UNKNOWN, Trained, in_bytes, with_record
+from trl_emguard.comparison.runs import UNKNOWN, Trained, _run_process, in_bytes, with_record
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.run import EvaluationOptions
 from trl_emguard.scripts import main as commands
@@ -574,6 +574,27 @@ def test_adapters_that_cannot_be_measured_do_not_end_a_comparison(inputs):
     assert "logits that are not finite" in errors["diverged"]
     assert "its weights change nothing" in errors["idle"]
     assert errors["damaged"]
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("kill -9 $$", "killed by signal 9 (9 is often: out of memory)."),
+        ("printf ' 50%%|## [00:01]trl-emguard sft: error: no rows.\\nWarning: bye\\n'; exit 1",
+         "trl-emguard sft: error: no rows."),
+        ("echo Traceback; echo KeyError: 3; exit 1", "KeyError: 3"),
+        ("exit 3", "exit code 3"),
+    ],
+)  # fmt: skip
+def test_a_failed_run_says_why(tmp_path, monkeypatch, script, reason):
+    """Start a shell in place of the training; a progress bar is no reason."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    run = Run("none", {"defense": "none"})
+    status = _run_process(run, tmp_path / "sft.yaml", tmp_path / "out")
+    assert status == {"error": f"{reason} Its log: {tmp_path / 'out' / 'log.txt'}", "step": None}
 
 
 @pytest.mark.parametrize(("defense", "verdict"), [("none", None), (UNKNOWN, None), ("kl", False)])
