@@ -167,7 +167,15 @@ def test_a_changed_recipe_is_another_run(tmp_path):
             "recipe: RECIPE\nruns: [{defence: kl}]",
             "unknown option of `runs` 'defence' in line 2. Did you mean 'defense'",
         ),
-        ("recipe: RECIPE\nruns: [{output_dir: x}]", "unknown option of `runs` 'output_dir'"),
+        (
+            "recipe: RECIPE\nruns: [{output_dir: x}]",
+            "option of `runs` 'output_dir' in line 2: the comparison sets it itself, or the recipe does: leave it out",
+        ),
+        ("recipe: RECIPE\nruns: [{defense: kl, seed: 1}]", "the recipe does: leave it out. List seeds under `seeds`."),
+        (
+            "recipe: RECIPE\nruns: [{defense: interleave++,kl}]",
+            "unknown option of `runs` 'kl'. In braces, a value with a comma needs quotes.",
+        ),
         ("recipe: RECIPE", "needs `recipe` and `runs`"),
         ("recipe: RECIPE\nruns: [{defense: kl, kl_coef: []}]", "`kl_coef` sweeps over no value"),
         ("recipe: RECIPE\nruns: [{defense: kl}, {defense: kl}]", "two runs are named 'kl'"),
