@@ -28,6 +28,7 @@ from trl_emguard.comparison.report import Figure, dominates, drift_curves, figur
 from trl_emguard.comparison.runs import UNKNOWN, Trained, _run_process, in_bytes, with_record
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.run import EvaluationOptions
+from trl_emguard.models.identity import weights_digest
 from trl_emguard.scripts import main as commands
 
 
@@ -560,7 +561,7 @@ def test_a_comparison_from_end_to_end(inputs, capsys, monkeypatch):
 
 
 def test_adapters_that_cannot_be_measured_do_not_end_a_comparison(inputs):
-    """One diverged, one damaged and one that changes nothing are failed runs; the good one is measured."""
+    """Adapters that diverged, are damaged, do not fit or change nothing are failed runs; the good one is measured."""
     folders = {name: inputs / name for name in ("mine", "diverged", "damaged", "idle")}
     for name in ("diverged", "damaged", "idle"):
         shutil.copytree(folders["mine"], folders[name])
@@ -570,18 +571,28 @@ def test_adapters_that_cannot_be_measured_do_not_end_a_comparison(inputs):
             (folders[name] / "adapter_model.safetensors").write_bytes(b"no tensors")
         else:
             save_file({k: v * 0 + fill for k, v in weights.items()}, folders[name] / "adapter_model.safetensors")
+    for name, base in (("other_size", make_model(hidden_size=64)), ("other_base", make_model())):
+        folders[name] = inputs / name
+        torch.manual_seed(4)
+        base.get_input_embeddings().weight.data += 0.1
+        model = get_peft_model(base, lora(init_lora_weights=False))
+        model.peft_config["default"].base_model_name_or_path = str(inputs / "base")
+        model.save_pretrained(folders[name], save_embedding_layers=name == "other_base")
     trained = [Trained(name, "none", 0, str(folder)) for name, folder in folders.items()]
     sets = [load_questions(str(inputs / "pairs.jsonl"), "general")]
     model = (str(inputs / "base"), "float32", None)
     options = EvaluationOptions(cues="none")
     trained, results = measure(model, trained, sets, options, [], inputs / "evaluation", "a command")
     assert results.models == ["base", "mine seed0"]
+    assert results.info["models"]["base"]["weights"] == weights_digest(make_model())
     assert results.info["command"] == "a command"
     errors = {run.name: run.error for run in trained}
     assert errors["mine"] is None
     assert "logits that are not finite" in errors["diverged"]
     assert "its weights change nothing" in errors["idle"]
     assert errors["damaged"]
+    assert "does not fit this base model" in errors["other_size"]
+    assert "brought a base weight of its own" in errors["other_base"]
 
 
 @pytest.mark.parametrize(
