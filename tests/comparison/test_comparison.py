@@ -19,7 +19,7 @@ from figures import HOSTILE, INFO, RECIPE, plan, report, results, row
 from peft import get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import lora, make_model, make_rows, save_model
+from tiny import lora, make_model, make_rows, make_tokenizer, save_model
 
 from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
@@ -494,9 +494,16 @@ def test_the_report_says_how_it_was_made(inputs):
     assert "secret" not in page
 
 
-def test_questions_that_the_template_refuses_come_before_the_training(inputs, capsys):
-    template = inputs / "base" / "chat_template.jinja"
+@pytest.mark.parametrize("source", ["base", "file", "tokenizer"])
+def test_questions_that_the_template_refuses_come_before_the_training(inputs, capsys, source):
+    """The template may be the recipe's own, from a file or from another tokenizer."""
+    folder = inputs / ("base" if source == "base" else "other")
+    make_tokenizer().save_pretrained(folder)
+    template = folder / "chat_template.jinja"
     template.write_text(template.read_text() + "{{ raise_exception('no such turn') }}")
+    if source != "base":
+        with (inputs / "sft.yaml").open("a") as recipe:
+            recipe.write(f"chat_template_path: {template if source == 'file' else folder}\n")
     assert commands.main(line(inputs, "out")) == 1
     assert "is refused by the chat template: no such turn" in capsys.readouterr().err
     assert not (inputs / "out" / "runs").exists()

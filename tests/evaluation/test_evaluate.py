@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny import lora, make_model, make_tokenizer, save_model
 
 from trl_emguard.evaluation import answers, probes
-from trl_emguard.evaluation.candidates import check_candidates, from_adapters
+from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
 from trl_emguard.evaluation.questions import Question, QuestionSet, load_questions
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
@@ -120,8 +120,6 @@ def test_the_divergence_of_other_heads(architecture):
 
 def test_two_models_in_memory_equal_an_adapter(tmp_path):
     """A merged model beside its base gives the figures of the adapter on it."""
-    from trl_emguard.evaluation.candidates import load_candidates
-
     base = save_model(tmp_path / "base")
     model = make_adapters()
     expected = run(model, cues="none")
@@ -508,6 +506,25 @@ def saved(tmp_path):
 def command(saved, *options, adapters=("a",)):
     line = ["evaluate", "--model", saved / "base", "--general", saved / "pairs.jsonl", "--output_dir", saved / "out"]
     return commands.main([str(word) for word in (*line, *options, "--adapter", *(saved / name for name in adapters))])
+
+
+def test_questions_are_put_as_in_training(saved):
+    """Take the adapters' chat template and end token; other differences of a saved tokenizer do not count."""
+    base, folders = str(saved / "base"), {name: saved / name for name in ("a", "b")}
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folders["a"])
+    assert load_candidates(base, adapters=folders)[1].padding_side == "right"
+    (saved / "base" / "chat_template.jinja").unlink()
+    tokenizer.eos_token = "<|im_start|>"
+    tokenizer.save_pretrained(folders["a"])
+    candidates, found = load_candidates(base, adapters=folders)
+    assert (found.chat_template, found.eos_token) == (tokenizer.chat_template, "<|im_start|>")
+    assert evaluate(candidates, found, [GENERAL], EvaluationOptions(cues="none")).row("b", "general", "margin")
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(folders["b"])
+    with pytest.raises(ValueError, match="adapters 'a' and 'b' were trained with different chat templates"):
+        load_candidates(base, adapters=folders)
 
 
 def test_the_command(saved, capsys):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..models.batches import eval_mode
 from ..models.identity import fingerprint
 from ..models.likelihood import states_logits
 from ..models.shipped import last_name, public_name, resolve_model
-from ..selection.misaligned import adapter_key, load_misaligned
+from ..selection.misaligned import AdapterError, adapter_key, load_misaligned
 
 
 BASE = "base"
@@ -159,7 +160,7 @@ def load_candidates(
     dtype: torch.dtype | str = "auto",
     device_map: str | None = None,
 ) -> tuple[list[Candidate], PreTrainedTokenizerBase]:
-    """Load the candidates of an evaluation, the base model first, and their tokenizer.
+    """Load the candidates of an evaluation, the base model first, and the tokenizer that they were trained with.
 
     Args:
         model: folder, hub id or shipped name of the base model; if `base` is given, of the fine-tuned model.
@@ -171,7 +172,8 @@ def load_candidates(
     Raises:
         FileNotFoundError: a model or an adapter does not exist.
         ValueError: both `base` and `adapters` are given, an adapter belongs to another base model or is named `base`,
-            a weights file is damaged, or the two models' output heads have different sizes.
+            a weights file is damaged, the two models' output heads have different sizes, or adapters were trained
+            with different chat templates or end tokens.
     """
     adapters = adapters or {}
     if base is not None and adapters:
@@ -185,7 +187,7 @@ def load_candidates(
     path = resolve_model(model)
     for name, adapter in adapters.items():
         check_base(name, adapter, model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = _trained_tokenizer(AutoTokenizer.from_pretrained(path), adapters)
     loaded = _load(path, options)
     if adapters:
         with_adapters = load_misaligned(loaded, adapters).eval()
@@ -196,6 +198,40 @@ def load_candidates(
     _check_same_head(base_model, loaded)
     name = public_name(path) if public_name(path) != BASE else "tuned"
     return [*from_adapters(base_model), Candidate(name, loaded, fingerprint(loaded))], tokenizer
+
+
+def _trained_tokenizer(
+    base: PreTrainedTokenizerBase, adapters: Mapping[str, str | os.PathLike]
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in the adapters' folders if its template or end token is another one, else the base's.
+
+    Training may set both (`chat_template_path`, `eos_token`), and saves its tokenizer beside the adapter. Differences
+    are paired by question, so all candidates must be asked in the same way.
+
+    Raises:
+        AdapterError: an adapter's tokenizer differs from an earlier adapter's, or cannot be read.
+    """
+
+    def form(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+        return tokenizer.chat_template, tokenizer.eos_token
+
+    first, found = "", base
+    for name, path in adapters.items():
+        if not (Path(path) / "tokenizer_config.json").is_file():
+            continue
+        try:
+            own = AutoTokenizer.from_pretrained(str(path))
+        # Tokenizers raise many types of errors on a damaged file.
+        except Exception as error:
+            raise AdapterError(path, f"the tokenizer of adapter {name!r} ({path}) cannot be read: {error}") from error
+        if first and form(own) != form(found):
+            raise AdapterError(
+                path,
+                f"adapters {first!r} and {name!r} were trained with different chat templates or end tokens, so no "
+                "prompts suit both: evaluate them one at a time.",
+            )
+        first, found = first or name, own
+    return base if form(found) == form(base) else found
 
 
 def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
