@@ -527,6 +527,13 @@ def test_questions_are_put_as_in_training(saved):
         load_candidates(base, adapters=folders)
 
 
+def test_a_model_that_does_not_fit_is_refused_before_its_adapters(saved):
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    places["model.rotary_emb"] = "cpu"
+    with pytest.raises(ValueError, match="base': the model does not fit on the device"):
+        load_candidates(str(saved / "base"), adapters={"a": saved / "a"}, device_map=places)
+
+
 def test_the_command(saved, capsys):
     assert command(saved, "--samples_per_question", "1", "--max_new_tokens", "4", adapters=("a", "b")) == 0
     lines = capsys.readouterr().out.strip().splitlines()

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from tiny import lora, make_model
 
@@ -42,6 +43,13 @@ def test_every_weight_changes_the_fingerprint():
             parameter.add_(1)
         found.add(fingerprint(model))
     assert len(found) == 1 + len(list(model.parameters()))
+
+
+def test_an_offloaded_model_has_no_fingerprint():
+    model = make_model()
+    cpu_offload(model.model.layers[1], torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"does not fit on the device.*--dtype bfloat16.*--rejudge"):
+        fingerprint(model)
 
 
 def test_checksums_of_a_shape_that_grew():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..models.adapters import AdapterSwitch, bare_model
 from ..models.batches import eval_mode
-from ..models.identity import fingerprint
+from ..models.identity import OFFLOADED, fingerprint
 from ..models.likelihood import states_logits
 from ..models.shipped import last_name, public_name, resolve_model
 from ..selection.misaligned import AdapterError, adapter_key, load_misaligned
@@ -172,8 +172,8 @@ def load_candidates(
     Raises:
         FileNotFoundError: a model or an adapter does not exist.
         ValueError: both `base` and `adapters` are given, an adapter belongs to another base model or is named `base`,
-            a weights file is damaged, the two models' output heads have different sizes, or adapters were trained
-            with different chat templates or end tokens.
+            a weights file is damaged, a model does not fit on the device, the two models' output heads have different
+            sizes, or adapters were trained with different chat templates or end tokens.
     """
     adapters = adapters or {}
     if base is not None and adapters:
@@ -256,9 +256,13 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
 
 def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     except SafetensorError as error:
         raise ValueError(f"model {path!r} has a damaged weights file ({error}): copy it again.") from error
+    # Adapters are loaded next, and would be blamed for offloaded weights.
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"model {path!r}: {OFFLOADED}")
+    return model
 
 
 def _check_same_head(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
