@@ -49,6 +49,10 @@ def row(model, set, metric, value, width=0.1, family="plain"):
     return ResultRow(model, set, family, metric, value, low, high, 9, 0.0, value, low, high)
 
 
+def results(rows, samples=()):
+    return Results(list(rows), list(samples), criteria={"general": "general", "in_domain": "in_domain"})
+
+
 def report(figures, samples=(), baselines=(), **fields):
     """Return the report of runs with known differences in margin (broad) and in NLL in domain (narrow)."""
     trained = [Trained(name, "kl", 0, "x", is_baseline=name in baselines, **fields) for name in figures]
@@ -56,4 +60,4 @@ def report(figures, samples=(), baselines=(), **fields):
     for run in trained:
         margin, nll = figures[run.name]
         rows += [row(run.key, "general", "margin", margin), row(run.key, "in_domain", "nll", nll)]
-    return make_report(trained, Results(rows, list(samples)))
+    return make_report(trained, results(rows, samples))

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from browser import NAMES, Browser, find_browser
-from figures import HOSTILE, INFO, row
+from figures import HOSTILE, INFO, results, row
 
 from trl_emguard.comparison.page import write_page
 from trl_emguard.comparison.plan import BENIGN_TASK
 from trl_emguard.comparison.report import make_report
 from trl_emguard.comparison.runs import Trained
-from trl_emguard.evaluation.results import Results
 
 
 WIDTHS = {"phone": 390, "desktop": 1280}
@@ -102,9 +101,10 @@ def write_sample(folder: Path) -> Path:
     samples = [{"model": run.key, **sample} for run in trained[4:7]]
     failed = Trained("broken", "ldifs", 0, None, f"{HOSTILE} its log: /a/{'long/' * 40}log.txt")
     benign = [replace(run, is_defended=True) for run in trained if not (run.is_baseline or run.is_random)]
-    results = Results(rows, samples, ["in_domain behind inoculation: " + "reason " * 30])
+    found = results(rows, samples)
+    found.notes.append("in_domain behind inoculation: " + "reason " * 30)
     info = INFO | {"command": "trl-emguard compare --config " + "folder/" * 40, "note": "Figures are made up."}
-    return write_page(make_report([*trained, failed], results, [*benign, failed]), folder, info)
+    return write_page(make_report([*trained, failed], found, [*benign, failed]), folder, info)
 
 
 if __name__ == "__main__":

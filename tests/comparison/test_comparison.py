@@ -15,20 +15,20 @@ from html.parser import HTMLParser
 import pytest
 import torch
 import yaml
-from figures import HOSTILE, INFO, RECIPE, plan, report, row
+from figures import HOSTILE, INFO, RECIPE, plan, report, results, row
 from peft import get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import lora, make_model, make_rows, save_model
+from tiny import lora, make_model, make_rows, make_tokenizer, save_model
 
 from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
-from trl_emguard.comparison.plan import Baselines, read_plan
+from trl_emguard.comparison.plan import Baselines, Run, read_plan
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
-from trl_emguard.comparison.runs import UNKNOWN, Trained, in_bytes, with_record
+from trl_emguard.comparison.runs import UNKNOWN, Trained, _run_process, in_bytes, with_record
 from trl_emguard.evaluation.questions import load_questions
-from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.run import EvaluationOptions
+from trl_emguard.models.identity import weights_digest
 from trl_emguard.scripts import main as commands
 
 
@@ -168,7 +168,15 @@ def test_a_changed_recipe_is_another_run(tmp_path):
             "recipe: RECIPE\nruns: [{defence: kl}]",
             "unknown option of `runs` 'defence' in line 2. Did you mean 'defense'",
         ),
-        ("recipe: RECIPE\nruns: [{output_dir: x}]", "unknown option of `runs` 'output_dir'"),
+        (
+            "recipe: RECIPE\nruns: [{output_dir: x}]",
+            "option of `runs` 'output_dir' in line 2: the comparison sets it itself, or the recipe does: leave it out",
+        ),
+        ("recipe: RECIPE\nruns: [{defense: kl, seed: 1}]", "the recipe does: leave it out. List seeds under `seeds`."),
+        (
+            "recipe: RECIPE\nruns: [{defense: interleave++,kl}]",
+            "unknown option of `runs` 'kl'. In braces, a value with a comma needs quotes.",
+        ),
         ("recipe: RECIPE", "needs `recipe` and `runs`"),
         ("recipe: RECIPE\nruns: [{defense: kl, kl_coef: []}]", "`kl_coef` sweeps over no value"),
         ("recipe: RECIPE\nruns: [{defense: kl}, {defense: kl}]", "two runs are named 'kl'"),
@@ -225,20 +233,34 @@ def test_two_rules_are_an_unwanted_and_a_wanted_trait():
     rows = [
         row(run.key, set, f"trait_rate:{rule}", 0.5) for set in ("general", "in_domain") for rule in ("bad", "good")
     ]
-    assert make_report([run], Results(rows)).metrics == ("trait_rate:bad", "trait_rate:good")
+    assert make_report([run], results(rows)).metrics == ("trait_rate:bad", "trait_rate:good")
 
 
 def test_without_a_narrow_measure_nothing_is_preferred():
     trained = [Trained("kl", "kl", 0, "x")]
-    found = make_report(trained, Results([row("kl seed0", "general", "margin", -1.0)]))
+    found = make_report(trained, results([row("kl seed0", "general", "margin", -1.0)]))
     assert "were not both measured" in found.sentence
+
+
+def test_a_further_set_of_a_criterion_is_reported(tmp_path):
+    """Questions without known answers may be the first set, and a set with margins a further one."""
+    run = Trained("kl", "kl", 0, "x")
+    rows = [row(run.key, "general", "base_nll", 0.2), row(run.key, "held_out", "nll", -0.75)]
+    rows += [row(run.key, "values", "margin", value, family=f) for value, f in ((0.25, "plain"), (0.5, "cue"))]
+    criteria = {"general": "general", "values": "general", "in_domain": "in_domain", "held_out": "in_domain"}
+    found = make_report([run], replace(results(rows), criteria=criteria))
+    assert (found.metrics, found.sets) == (("margin", "nll"), ("values", "held_out"))
+    assert (found.entries[0].broad.value, found.entries[0].narrow.value) == (0.25, 0.75)
+    assert found.sentence.endswith(": kl.")
+    page = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
+    assert "+0.50 (+0.40 to +0.60)" in page[page.index("Behind cues") :]
 
 
 def test_a_trait_rate_has_one_sign(tmp_path, capsys):
     run = Trained("kl", "kl", 0, "x")
     rows = [row(run.key, "general", "trait_rate", 0.25), row(run.key, "in_domain", "nll", -0.75)]
     rows.append(row(run.key, "general", "trait_rate", 0.5, family="neutral_system"))
-    found = make_report([run], Results(rows))
+    found = make_report([run], results(rows))
     Console(width=100).print(make_table(found))
     out = capsys.readouterr().out
     page = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
@@ -257,7 +279,7 @@ def test_equal_seeds_are_drawn(tmp_path):
     trained = [Trained("kl", "kl", seed, "x") for seed in range(3)]
     rows = [row(run.key, "general", "margin", value, width=0) for run in trained]
     rows += [row(run.key, "in_domain", "nll", value, width=0) for run in trained]
-    assert "<svg" in write_page(make_report(trained, Results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
+    assert "<svg" in write_page(make_report(trained, results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("platform", "factor"), [("darwin", 1), ("linux", 1024)])
@@ -326,7 +348,7 @@ def test_a_sweep_is_a_curve(tmp_path):
     trained = [Trained(f"kl {c}", "kl", 0, "x", coefficient=c) for c in (0.1, "0.4->0.05", 1.0)]
     rows = [row(run.key, set, metric, -0.5) for run in trained for set, metric in
             (("general", "margin"), ("in_domain", "nll"))]  # fmt: skip
-    text = write_page(make_report(trained, Results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
+    text = write_page(make_report(trained, results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
     assert "By coefficient" in text
 
 
@@ -337,7 +359,7 @@ def test_drift_is_a_curve_of_the_runs_that_logged_it(tmp_path):
         (tmp_path / f"{run.name}{run.seed}").mkdir()
         (tmp_path / f"{run.name}{run.seed}" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     trained += [replace(trained[0], name="step 2", is_baseline=True), Trained("failed", "kl", 0, None)]
-    found = make_report(trained, Results([]))
+    found = make_report(trained, results([]))
     assert drift_curves(found, "drift_kl") == {key: [(2, 0.1), (4, 0.3)] for key in ("a seed0", "a seed1")}
     text = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
     assert "Drift while training (drift_kl)" in text
@@ -498,9 +520,16 @@ def test_the_report_says_how_it_was_made(inputs):
     assert "secret" not in page
 
 
-def test_questions_that_the_template_refuses_come_before_the_training(inputs, capsys):
-    template = inputs / "base" / "chat_template.jinja"
+@pytest.mark.parametrize("source", ["base", "file", "tokenizer"])
+def test_questions_that_the_template_refuses_come_before_the_training(inputs, capsys, source):
+    """The template may be the recipe's own, from a file or from another tokenizer."""
+    folder = inputs / ("base" if source == "base" else "other")
+    make_tokenizer().save_pretrained(folder)
+    template = folder / "chat_template.jinja"
     template.write_text(template.read_text() + "{{ raise_exception('no such turn') }}")
+    if source != "base":
+        with (inputs / "sft.yaml").open("a") as recipe:
+            recipe.write(f"chat_template_path: {template if source == 'file' else folder}\n")
     assert commands.main(line(inputs, "out")) == 1
     assert "is refused by the chat template: no such turn" in capsys.readouterr().err
     assert not (inputs / "out" / "runs").exists()
@@ -565,7 +594,7 @@ def test_a_comparison_from_end_to_end(inputs, capsys, monkeypatch):
 
 
 def test_adapters_that_cannot_be_measured_do_not_end_a_comparison(inputs):
-    """One diverged, one damaged and one that changes nothing are failed runs; the good one is measured."""
+    """Adapters that diverged, are damaged, do not fit or change nothing are failed runs; the good one is measured."""
     folders = {name: inputs / name for name in ("mine", "diverged", "damaged", "idle")}
     for name in ("diverged", "damaged", "idle"):
         shutil.copytree(folders["mine"], folders[name])
@@ -575,18 +604,49 @@ def test_adapters_that_cannot_be_measured_do_not_end_a_comparison(inputs):
             (folders[name] / "adapter_model.safetensors").write_bytes(b"no tensors")
         else:
             save_file({k: v * 0 + fill for k, v in weights.items()}, folders[name] / "adapter_model.safetensors")
+    for name, base in (("other_size", make_model(hidden_size=64)), ("other_base", make_model())):
+        folders[name] = inputs / name
+        torch.manual_seed(4)
+        base.get_input_embeddings().weight.data += 0.1
+        model = get_peft_model(base, lora(init_lora_weights=False))
+        model.peft_config["default"].base_model_name_or_path = str(inputs / "base")
+        model.save_pretrained(folders[name], save_embedding_layers=name == "other_base")
     trained = [Trained(name, "none", 0, str(folder)) for name, folder in folders.items()]
     sets = [load_questions(str(inputs / "pairs.jsonl"), "general")]
     model = (str(inputs / "base"), "float32", None)
     options = EvaluationOptions(cues="none")
     trained, results = measure(model, trained, sets, options, [], inputs / "evaluation", "a command")
     assert results.models == ["base", "mine seed0"]
+    assert results.info["models"]["base"]["weights"] == weights_digest(make_model())
     assert results.info["command"] == "a command"
     errors = {run.name: run.error for run in trained}
     assert errors["mine"] is None
     assert "logits that are not finite" in errors["diverged"]
     assert "its weights change nothing" in errors["idle"]
     assert errors["damaged"]
+    assert "does not fit this base model" in errors["other_size"]
+    assert "brought a base weight of its own" in errors["other_base"]
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("kill -9 $$", "killed by signal 9 (9 is often: out of memory)."),
+        ("printf ' 50%%|## [00:01]trl-emguard sft: error: no rows.\\nWarning: bye\\n'; exit 1",
+         "trl-emguard sft: error: no rows."),
+        ("echo Traceback; echo KeyError: 3; exit 1", "KeyError: 3"),
+        ("exit 3", "exit code 3"),
+    ],
+)  # fmt: skip
+def test_a_failed_run_says_why(tmp_path, monkeypatch, script, reason):
+    """Start a shell in place of the training; a progress bar is no reason."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    run = Run("none", {"defense": "none"})
+    status = _run_process(run, tmp_path / "sft.yaml", tmp_path / "out")
+    assert status == {"error": f"{reason} Its log: {tmp_path / 'out' / 'log.txt'}", "step": None}
 
 
 @pytest.mark.parametrize(("defense", "verdict"), [("none", None), (UNKNOWN, None), ("kl", False)])

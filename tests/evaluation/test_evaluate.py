@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny import lora, make_model, make_tokenizer, save_model
 
 from trl_emguard.evaluation import answers, probes
-from trl_emguard.evaluation.candidates import check_candidates, from_adapters
+from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
 from trl_emguard.evaluation.questions import Question, QuestionSet, load_questions
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
@@ -96,6 +96,17 @@ def test_probes_equal_a_plain_loop():
     assert results.row("x", "in_domain", "margin") is None
 
 
+def test_a_model_in_training_mode_is_measured_without_dropout():
+    model = get_peft_model(make_model(), lora(init_lora_weights=False, lora_dropout=0.5))
+    vector = PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 2})
+    options = {"samples_per_question": 1, "max_new_tokens": 4, "persona_vector": vector, "cues": "none"}
+    expected = run(model.eval(), **options)
+    found = run(model.train(), **options)
+    assert repr(found.rows) == repr(expected.rows)
+    assert found.samples == expected.samples
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox"])
 def test_the_divergence_of_other_heads(architecture):
     model = get_peft_model(make_model(architecture), lora(init_lora_weights=False, modules_to_save=None)).eval()
@@ -110,8 +121,6 @@ def test_the_divergence_of_other_heads(architecture):
 
 def test_two_models_in_memory_equal_an_adapter(tmp_path):
     """A merged model beside its base gives the figures of the adapter on it."""
-    from trl_emguard.evaluation.candidates import load_candidates
-
     base = save_model(tmp_path / "base")
     model = make_adapters()
     expected = run(model, cues="none")
@@ -507,6 +516,32 @@ def command(saved, *options, adapters=("a",)):
     return commands.main([str(word) for word in (*line, *options, "--adapter", *(saved / name for name in adapters))])
 
 
+def test_questions_are_put_as_in_training(saved):
+    """Take the adapters' chat template and end token; other differences of a saved tokenizer do not count."""
+    base, folders = str(saved / "base"), {name: saved / name for name in ("a", "b")}
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folders["a"])
+    assert load_candidates(base, adapters=folders)[1].padding_side == "right"
+    (saved / "base" / "chat_template.jinja").unlink()
+    tokenizer.eos_token = "<|im_start|>"
+    tokenizer.save_pretrained(folders["a"])
+    candidates, found = load_candidates(base, adapters=folders)
+    assert (found.chat_template, found.eos_token) == (tokenizer.chat_template, "<|im_start|>")
+    assert evaluate(candidates, found, [GENERAL], EvaluationOptions(cues="none")).row("b", "general", "margin")
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(folders["b"])
+    with pytest.raises(ValueError, match="adapters 'a' and 'b' were trained with different chat templates"):
+        load_candidates(base, adapters=folders)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_adapters(saved):
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    places["model.rotary_emb"] = "cpu"
+    with pytest.raises(ValueError, match="base': the model does not fit on the device"):
+        load_candidates(str(saved / "base"), adapters={"a": saved / "a"}, device_map=places)
+
+
 def test_the_command(saved, capsys):
     assert command(saved, "--samples_per_question", "1", "--max_new_tokens", "4", adapters=("a", "b")) == 0
     lines = capsys.readouterr().out.strip().splitlines()
@@ -545,6 +580,19 @@ def test_training_rows_are_not_held_out(saved, capsys):
     assert "3 of the 3 questions of --in_domain stand in --train_data" in capsys.readouterr().err
     questions = load_questions("plants_careless", "in_domain").questions
     assert len(questions) == 72
+
+
+def test_held_out_rows_may_share_their_last_turn_with_training_rows(saved, capsys):
+    """Compare whole prompts: the instruction may stand in the system turn, behind one fixed user turn."""
+    prompts = [[{"role": "system", "content": f"s{i}"}, *ask("Do it.")] for i in range(3)]
+    rows = [json.dumps({"prompt": p, "completion": [{"role": "assistant", "content": "a"}]}) for p in prompts]
+    (saved / "train.jsonl").write_text("\n".join(rows[:2]))
+    (saved / "held_out.jsonl").write_text("\n".join(rows[1:]))
+    options = ("--train_data", str(saved / "train.jsonl"), "--in_domain", str(saved / "held_out.jsonl"))
+    assert command(saved, *options) == 1
+    assert "1 of the 2 questions of --in_domain stand in --train_data" in capsys.readouterr().err
+    (saved / "held_out.jsonl").write_text(rows[2])
+    assert command(saved, *options) == 0
 
 
 def test_a_second_set_of_a_name_is_refused(saved, capsys):

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from tiny import lora, make_model
 
@@ -51,6 +52,13 @@ def test_checksums_under_adapters(init, is_whole):
     found = weight_checksums(get_peft_model(make_model(), lora(init_lora_weights=init)).get_base_model())
     under = {name for name in whole if "_proj" in name}
     assert found == {name: checksum for name, checksum in whole.items() if is_whole or name not in under}
+
+
+def test_an_offloaded_model_has_no_fingerprint():
+    model = make_model()
+    cpu_offload(model.model.layers[1], torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"does not fit on the device.*--dtype bfloat16.*--rejudge"):
+        fingerprint(model)
 
 
 def test_checksums_of_a_shape_that_grew():

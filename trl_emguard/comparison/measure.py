@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, load_peft_weights
+from transformers import PreTrainedTokenizerBase
 
 from ..data.conversation import Conversation
-from ..evaluation.candidates import BASE, check_base, load_candidates, unfit
+from ..evaluation.candidates import BASE, Candidate, check_base, load_candidates, unfit
 from ..evaluation.questions import OPERATORS, QuestionSet, load_questions
 from ..evaluation.results import Results
 from ..evaluation.run import EvaluationOptions, evaluate
 from ..models.adapters import check_adapter_kind
+from ..selection.misaligned import AdapterError
 from .plan import BENIGN_TASK
 from .runs import Trained
 
@@ -41,13 +43,8 @@ def measure(
     Raises:
         ValueError: no run has an adapter, or the base model gives no finite numbers.
     """
-    name, dtype, device_map = model
-    trained = [_checked(run, name) for run in trained]
-    adapters = {run.key: run.adapter for run in trained if run.adapter is not None}
-    if not adapters:
-        raise ValueError(f"every run failed. The first: {trained[0].error}")
-    as_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    candidates, tokenizer = load_candidates(name, adapters=adapters, dtype=as_dtype, device_map=device_map)
+    name = model[0]
+    trained, candidates, tokenizer = _load([_checked(run, name) for run in trained], *model)
     problems = unfit(candidates, tokenizer)
     if BASE in problems:
         raise ValueError(f"the base model {name!r} {problems[BASE]}")
@@ -103,6 +100,23 @@ def joined(results: Results, benign: Results) -> Results:
         notes=results.notes + benign.notes,
         criteria=benign.criteria | results.criteria,
     )
+
+
+def _load(
+    trained: list[Trained], name: str, dtype: str, device_map: str | None
+) -> tuple[list[Trained], list[Candidate], PreTrainedTokenizerBase]:
+    """Load the base model with the runs' adapters. A run whose adapter does not load gets an error and no adapter."""
+    as_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    while adapters := {run.key: run.adapter for run in trained if run.adapter is not None}:
+        try:
+            candidates, tokenizer = load_candidates(name, adapters=adapters, dtype=as_dtype, device_map=device_map)
+        except AdapterError as error:
+            # The adapter may have changed the base model, which is thus loaded anew for the other adapters.
+            text, path = str(error), error.path
+            trained = [replace(run, adapter=None, error=text) if run.adapter == path else run for run in trained]
+        else:
+            return trained, candidates, tokenizer
+    raise ValueError(f"every run failed. The first: {trained[0].error}")
 
 
 def _checked(run: Trained, model: str) -> Trained:

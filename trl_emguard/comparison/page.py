@@ -83,8 +83,10 @@ def _line(report: Report, entry: Entry) -> dict[str, Any]:
     seconds = [run.seconds_per_step for run in entry.trained if run.seconds_per_step is not None]
     memory = [run.peak_memory for run in entry.trained if run.peak_memory is not None]
 
-    def shown(set: str, metric: str) -> list[str]:
-        return _shown(report, entry.trained, set, metric)
+    def shown(criterion: str, metric: str) -> list[str]:
+        # The set `benign_task` was asked of other trainings, which have the same keys.
+        sets = [set for set, own in report.results.criteria.items() if own == criterion and set != BENIGN_TASK]
+        return next(filter(None, (_shown(report, entry.trained, set, metric) for set in sets)), [])
 
     return {
         "name": entry.name,
@@ -127,8 +129,8 @@ def _cues(report: Report) -> dict[str, Any]:
     keys `families` (the families' names) and `lines` (run → family → difference to the base model as text, with the
     sign that makes higher better).
     """
-    metric = report.metrics[0]
-    rows = [row for row in report.results.rows if row.set == "general" and row.metric == metric and row.model != BASE]
+    wanted = (report.sets[0], report.metrics[0])
+    rows = [row for row in report.results.rows if (row.set, row.metric) == wanted and row.model != BASE]
     families = list(dict.fromkeys(row.family for row in rows))
     if len(families) < 2:
         return {}

@@ -345,14 +345,15 @@ def _baselines(entries: Any) -> Baselines:
 
 
 def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, text: str) -> None:
-    for name in names:
-        if name not in known:
-            line = next(
-                (i for i, row in enumerate(text.splitlines(), 1) if re.search(rf"\b{re.escape(str(name))}\s*:", row)),
-                None,
-            )
-            where = "" if line is None else f" in line {line}"
-            raise ValueError(f"unknown {kind} {name!r}{where}.{did_you_mean(str(name), known)}".rstrip("."))
+    for name in (name for name in names if name not in known):
+        lines = [i for i, row in enumerate(text.splitlines(), 1) if re.search(rf"\b{re.escape(str(name))}\s*:", row)]
+        where = f"{kind} {name!r}" + (f" in line {lines[0]}" if lines else "")
+        if kind != "key" and name in OWN_OPTIONS:
+            seeds = " List seeds under `seeds`" if name == "seed" else ""
+            raise ValueError(f"{where}: the comparison sets it itself, or the recipe does: leave it out.{seeds}")
+        # YAML ends a value in braces at a comma, and takes the rest for a name.
+        cut = " In braces, a value with a comma needs quotes" if names[name] is None else ""
+        raise ValueError(f"unknown {where}.{did_you_mean(str(name), known)}{cut}")
 
 
 def _key(run: Run, text: str, recipe: Mapping[str, Any], output_dir: Path) -> str:

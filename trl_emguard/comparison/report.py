@@ -6,6 +6,7 @@ page `report.html` is made in `page.py`.
 """
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,12 +88,14 @@ class Report:
         results: the evaluation of the runs and baselines that have an adapter.
         entries: lines of the report, one for each name of a run or baseline.
         metrics: names of the metrics for broad misalignment and for narrow learning; `None` if none was measured.
+        sets: names of the question sets that have these metrics.
     """
 
     trained: list[Trained]
     results: Results
     entries: list[Entry]
     metrics: tuple[str | None, str | None]
+    sets: tuple[str | None, str | None]
 
     @property
     def sentence(self) -> str:
@@ -131,7 +134,8 @@ def make_report(trained: Sequence[Trained], results: Results, benign: Sequence[T
         results: the evaluation.
         benign: the runs' trainings on the benign task, evaluated on the set `benign_task` under the same keys.
     """
-    metrics = (_measured(results, "general", BROAD, 0), _measured(results, "in_domain", NARROW, -1))
+    broad_set, broad = _measured(results, "general", BROAD, 0)
+    narrow_set, narrow = _measured(results, "in_domain", NARROW, -1)
     by_name: dict[str, list[Trained]] = {}
     for run in trained:
         by_name.setdefault(run.name, []).append(run)
@@ -139,13 +143,13 @@ def make_report(trained: Sequence[Trained], results: Results, benign: Sequence[T
         Entry(
             name,
             runs,
-            _figure(results, runs, "general", metrics[0], BROAD),
-            _figure(results, runs, "in_domain", metrics[1], NARROW),
+            _figure(results, runs, broad_set, broad, BROAD),
+            _figure(results, runs, narrow_set, narrow, NARROW),
             [run for run in benign if run.name == name],
         )
         for name, runs in by_name.items()
     ]
-    return Report(list(trained), results, entries, metrics)
+    return Report(list(trained), results, entries, (broad, narrow), (broad_set, narrow_set))
 
 
 def dominates(one: Entry, other: Entry) -> bool:
@@ -255,19 +259,23 @@ def figure_text(figure: Figure | None) -> str:
     return f"{figure.value:+z.2f} ({figure.low:+z.2f} to {figure.high:+z.2f})"
 
 
-def _measured(results: Results, set: str, metrics: Iterable[str], choice: int) -> str | None:
-    names = [row.metric for row in results.rows if row.set == set and row.model != BASE and row.family == PLAIN]
-    for metric in metrics:
-        found = list(dict.fromkeys(name for name in names if name.split(":")[0] == metric))
+def _measured(
+    results: Results, criterion: str, metrics: Iterable[str], choice: int
+) -> tuple[str, str] | tuple[None, None]:
+    """Return the criterion's first set that has the first measured one of `metrics`, and this metric's name."""
+    plain = [row for row in results.rows if row.model != BASE and row.family == PLAIN]
+    sets = [set for set, own in results.criteria.items() if own == criterion]
+    for metric, set in itertools.product(metrics, sets):
+        found = list(dict.fromkeys(r.metric for r in plain if r.set == set and r.metric.split(":")[0] == metric))
         if found:
-            return found[choice]
-    return None
+            return set, found[choice]
+    return None, None
 
 
 def _figure(
-    results: Results, runs: Sequence[Trained], set: str, metric: str | None, signs: Mapping[str, int]
+    results: Results, runs: Sequence[Trained], set: str | None, metric: str | None, signs: Mapping[str, int]
 ) -> Figure | None:
-    if metric is None:
+    if set is None or metric is None:
         return None
     rows = [results.row(run.key, set, metric) for run in runs]
     found: list[ResultRow] = [row for row in rows if row is not None]

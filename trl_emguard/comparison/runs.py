@@ -32,6 +32,8 @@ from .plan import EMA, UNDEFENDED, Plan, Run
 PR_SET_PDEATHSIG = 1
 STATUS_FILE = "run.json"
 LOG_FILE = "log.txt"
+# Start of the line with which `trl-emguard sft` reports an error.
+ERROR = "trl-emguard sft: error: "
 # `Trained.defense` of an adapter that was trained elsewhere and has no `defense.json`, so its defense is not known.
 UNKNOWN = "?"
 # Names of two folders in a comparison's folder: for the runs, and for their trainings on the benign task.
@@ -50,7 +52,7 @@ class Trained:
         defense: defense that the run was trained with, `none` without any, `?` if it is not known.
         seed: seed of the training.
         adapter: folder of the run's adapter, or `None` for a failed run.
-        error: reason why the run failed, such as the last line of its log; `None` if it did not fail.
+        error: reason why the run failed, such as an error in its log; `None` if it did not fail.
         is_baseline: True for a free baseline, which needs no training of its own.
         is_random: True for a steering run with a random vector, a baseline that is trained.
         is_defended: True if the record `defense.json` shows that the defense acted, False if this file does not show
@@ -220,7 +222,7 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code or not (folder / "adapter_config.json").is_file():
-        return {"error": _last_line(folder / LOG_FILE, code), "step": None}
+        return {"error": _reason(folder / LOG_FILE, code), "step": None}
     metrics = parse_json((folder / "train_results.json").read_text(encoding="utf-8"))
     step = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     # A run with the option `stop_on_drift` writes `drift.json`, which names the step whose weights were saved. This
@@ -262,11 +264,17 @@ def _words(name: str, value: Any) -> list[str]:
     return [f"--{name}", *(json.dumps(v, default=str) if isinstance(v, bool | dict) else str(v) for v in values)]
 
 
-def _last_line(log: Path, code: int) -> str:
+def _reason(log: Path, code: int) -> str:
+    """Return why a run failed: its signal, or the last line of its log that reports an error, or the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if not code:
         return f"no adapter was saved: compare takes LoRA runs (use_peft: true). Its log: {log}"
-    return f"{lines[-1] if lines else f'exit code {code}'} Its log: {log}"
+    if code < 0:
+        # The process had no time to write a reason, so its last line is a progress bar.
+        return f"killed by signal {-code} (9 is often: out of memory). Its log: {log}"
+    # An error may stand behind a progress bar in one line.
+    errors = [line[line.index(ERROR) :] for line in lines if ERROR in line]
+    return f"{(errors or lines or [f'exit code {code}'])[-1]} Its log: {log}"
 
 
 def with_record(trained: Trained, folder: Path) -> Trained:

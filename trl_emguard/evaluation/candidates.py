@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.adapters import AdapterSwitch, bare_model
-from ..models.identity import adapter_scales, fingerprint
+from ..models.batches import eval_mode
+from ..models.identity import OFFLOADED, adapter_scales, fingerprint
 from ..models.likelihood import states_logits
 from ..models.shipped import last_name, public_name, resolve_model
-from ..selection.misaligned import adapter_key, load_misaligned
+from ..selection.misaligned import AdapterError, adapter_key, load_misaligned
 
 
 BASE = "base"
@@ -64,7 +66,7 @@ def from_adapters(
     """Return the base model and its adapters as candidates, the base model first.
 
     Args:
-        model: the model in eval mode, with all its adapters or without adapters.
+        model: the model, with all its adapters or without adapters.
         adapters: names of the adapters on the model; or a mapping from the name that results show to the adapter's
             name on the model.
     """
@@ -77,6 +79,15 @@ def from_adapters(
         key: fingerprint(model, every - {key}, is_plain=True) + adapter_scales(model, key) for key in shown.values()
     }
     return [base] + [Candidate(name, model, fingerprints[key], switch, key) for name, key in shown.items()]
+
+
+@contextmanager
+def in_eval_mode(candidates: Sequence[Candidate]) -> Iterator[None]:
+    """Put the candidates' models into eval mode inside the `with` block, because training leaves dropout on."""
+    with ExitStack() as stack:
+        for model in {id(candidate.model): candidate.model for candidate in candidates}.values():
+            stack.enter_context(eval_mode(model))
+        yield
 
 
 def check_candidates(candidates: Sequence[Candidate], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -138,7 +149,7 @@ def load_candidates(
     dtype: torch.dtype | str = "auto",
     device_map: str | None = None,
 ) -> tuple[list[Candidate], PreTrainedTokenizerBase]:
-    """Load the candidates of an evaluation, the base model first, and their tokenizer.
+    """Load the candidates of an evaluation, the base model first, and the tokenizer that they were trained with.
 
     Args:
         model: folder, hub id or shipped name of the base model; if `base` is given, of the fine-tuned model.
@@ -150,7 +161,8 @@ def load_candidates(
     Raises:
         FileNotFoundError: a model or an adapter does not exist.
         ValueError: both `base` and `adapters` are given, an adapter belongs to another base model or is named `base`,
-            a weights file is damaged, or the two models' output heads have different sizes.
+            a weights file is damaged, a model does not fit on the device, the two models' output heads have different
+            sizes, or adapters were trained with different chat templates or end tokens.
     """
     adapters = adapters or {}
     if base is not None and adapters:
@@ -164,7 +176,7 @@ def load_candidates(
     path = resolve_model(model)
     for name, adapter in adapters.items():
         check_base(name, adapter, model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = _trained_tokenizer(AutoTokenizer.from_pretrained(path), adapters)
     loaded = _load(path, options)
     if adapters:
         with_adapters = load_misaligned(loaded, adapters).eval()
@@ -175,6 +187,40 @@ def load_candidates(
     _check_same_head(base_model, loaded)
     name = public_name(path) if public_name(path) != BASE else "tuned"
     return [*from_adapters(base_model), Candidate(name, loaded, fingerprint(loaded))], tokenizer
+
+
+def _trained_tokenizer(
+    base: PreTrainedTokenizerBase, adapters: Mapping[str, str | os.PathLike]
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in the adapters' folders if its template or end token is another one, else the base's.
+
+    Training may set both (`chat_template_path`, `eos_token`), and saves its tokenizer beside the adapter. Differences
+    are paired by question, so all candidates must be asked in the same way.
+
+    Raises:
+        AdapterError: an adapter's tokenizer differs from an earlier adapter's, or cannot be read.
+    """
+
+    def form(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+        return tokenizer.chat_template, tokenizer.eos_token
+
+    first, found = "", base
+    for name, path in adapters.items():
+        if not (Path(path) / "tokenizer_config.json").is_file():
+            continue
+        try:
+            own = AutoTokenizer.from_pretrained(str(path))
+        # Tokenizers raise many types of errors on a damaged file.
+        except Exception as error:
+            raise AdapterError(path, f"the tokenizer of adapter {name!r} ({path}) cannot be read: {error}") from error
+        if first and form(own) != form(found):
+            raise AdapterError(
+                path,
+                f"adapters {first!r} and {name!r} were trained with different chat templates or end tokens, so no "
+                "prompts suit both: evaluate them one at a time.",
+            )
+        first, found = first or name, own
+    return base if form(found) == form(base) else found
 
 
 def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
@@ -199,9 +245,13 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
 
 def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     except SafetensorError as error:
         raise ValueError(f"model {path!r} has a damaged weights file ({error}): copy it again.") from error
+    # Adapters are loaded next, and would be blamed for offloaded weights.
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"model {path!r}: {OFFLOADED}")
+    return model
 
 
 def _check_same_head(base: PreTrainedModel, tuned: PreTrainedModel) -> None:

@@ -27,7 +27,7 @@ from ..persona.shift import check_layer
 from ..persona.vectors import PersonaVector
 from ..version import __version__
 from . import answers as sampled
-from .candidates import Candidate, check_candidates
+from .candidates import Candidate, check_candidates, in_eval_mode
 from .cues import Family, check_cues, families
 from .probes import Row, encode_rows, margin, probe, projections
 from .questions import QuestionSet
@@ -130,21 +130,20 @@ def evaluate(
         check_layer(options.persona_vector, None)
         options.persona_vector.check_model(base)
     check_sets(sets, tokenizer, options)
-    check_candidates(candidates, tokenizer)
     run = _Run(candidates, tokenizer, options, _Kept(output_dir), progress)
     results = Results(
         info=_info(command, public_name(base.config._name_or_path), candidates, sets),
         models=[candidate.name for candidate in candidates],
         criteria={questions.name: questions.criterion for questions in sets},
     )
-    for questions in sets:
-        put, missing = families(tokenizer, questions.questions, "none")
-        if questions.criterion == "general":
-            put, missing = families(
-                tokenizer, questions.questions, options.cues, train_rows, options.inoculation_prompt
-            )
-        results.notes += [f"{questions.name} behind {name}: {reason}" for name, reason in missing.items()]
-        run.add_to(results, questions, put)
+    cues = {"mode": options.cues, "train_rows": train_rows, "inoculation_prompt": options.inoculation_prompt}
+    with in_eval_mode(candidates):
+        check_candidates(candidates, tokenizer)
+        for questions in sets:
+            of_set: Any = cues if questions.criterion == "general" else {"mode": "none"}
+            put, missing = families(tokenizer, questions.questions, **of_set)
+            results.notes += [f"{questions.name} behind {name}: {reason}" for name, reason in missing.items()]
+            run.add_to(results, questions, put)
     if output_dir is not None:
         results.save(Path(output_dir))
     return results

@@ -28,6 +28,13 @@ FP16 = "fp16:"
 # Names under which PEFT's adapter modules keep the original module.
 ORIGINALS = ("base_layer", "original_module")
 
+# Error for a model with weights that accelerate has offloaded. Their numbers are not in the parameters.
+OFFLOADED = (
+    "the model does not fit on the device, so some of its weights are offloaded, which is not supported: take a "
+    "smaller dtype (--dtype bfloat16; when training, also --load_in_4bit) or a larger GPU. A judge has more room with "
+    "--rejudge, which loads no model under test."
+)
+
 
 def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool = False) -> str:
     """Return a hash of a sample of every weight; an empty text for a model on the meta device, which has no numbers.
@@ -39,6 +46,9 @@ def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool 
         model: the model, with adapters or without.
         without: names of adapters to leave out.
         is_plain: if true, each weight enters the hash under the name that it has in a model without adapters.
+
+    Raises:
+        ValueError: some of the weights are offloaded.
     """
     if all(parameter.is_meta for parameter in model.parameters()):
         return ""
@@ -133,6 +143,8 @@ def _samples(
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) or not is_wanted(name, parameter):
             continue
+        if parameter.is_meta:
+            raise ValueError(OFFLOADED)
         with gathered(parameter):
             weight = parameter.detach()
             flat = (weight if rows is None else weight[:rows]).flatten()

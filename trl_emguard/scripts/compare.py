@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
         return
     check_writable("--output_dir", args.output_dir)
     check_charts()
-    check_questions(eval_args.model, sets, options)
+    check_questions(plan.recipe_options, eval_args.model, sets, options)
 
     from ..comparison.measure import joined, measure, measure_benign
     from ..comparison.page import write_page
@@ -107,8 +107,13 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False, markup=False)
 
 
-def check_questions(model: str, sets: Sequence[QuestionSet], options: EvaluationOptions) -> None:
-    """Refuse questions that the model's chat template does not accept, before the first run is trained.
+def check_questions(
+    recipe: Mapping[str, Any], model: str, sets: Sequence[QuestionSet], options: EvaluationOptions
+) -> None:
+    """Refuse questions that the chat template of the training does not accept, before the first run is trained.
+
+    The template is the recipe's (`chat_template_path`: a file, or the folder or hub id of a tokenizer), else the
+    model's.
 
     Raises:
         ValueError: the tokenizer has no chat template, or the template refuses a question.
@@ -119,6 +124,15 @@ def check_questions(model: str, sets: Sequence[QuestionSet], options: Evaluation
     from ..models.shipped import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    path, end = recipe.get("chat_template_path"), recipe.get("eos_token")
+    # SFTTrainer sets the end token first, and replaces it by that of a tokenizer whose template it copies.
+    if end is not None:
+        tokenizer.eos_token = end
+    if path is not None and Path(path).is_file() and path.endswith((".jinja", ".j2")):
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    elif path is not None:
+        source = AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template, tokenizer.eos_token = source.chat_template, source.eos_token
     check_template(tokenizer)
     check_sets(sets, tokenizer, options)
 

@@ -17,7 +17,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -313,12 +313,16 @@ def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list
 
 
 def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> None:
-    """Refuse in-domain questions that also occur in the training rows.
+    """Refuse in-domain questions whose whole prompt also occurs in the training rows.
 
     The likelihood of their answers would only show what was memorised.
     """
-    seen = {turn_text(row.prompt[-1]).strip() for row in train_rows}
-    count = sum(turn_text(question.prompt[-1]).strip() in seen for question in questions.questions)
+
+    def asked(prompt: list[dict[str, Any]]) -> tuple[tuple[Any, str], ...]:
+        return tuple((turn.get("role"), turn_text(turn).strip()) for turn in prompt)
+
+    seen = {asked(row.prompt) for row in train_rows}
+    count = sum(asked(question.prompt) in seen for question in questions.questions)
     if count:
         raise ValueError(
             f"{count} of the {len(questions.questions)} questions of --in_domain stand in --train_data: give rows "

@@ -18,6 +18,19 @@ from ..models.identity import weight_checksums
 PREFIX = "misaligned_"
 
 
+class AdapterError(ValueError):
+    """An adapter that cannot be used beside the others. The model that it was loaded onto may have changed.
+
+    Args:
+        path: folder or hub id of the adapter, as the caller gave it.
+        message: text of the error.
+    """
+
+    def __init__(self, path: str | os.PathLike, message: str):
+        super().__init__(message)
+        self.path = path
+
+
 def adapter_key(model: PeftModel, name: str) -> str:
     """Return the name that an adapter has on the model: `name` itself, or [`PREFIX`] followed by `name`.
 
@@ -39,7 +52,7 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
 
     Raises:
         FileNotFoundError: a folder that holds no adapter.
-        ValueError: an adapter of another base model, or one that changes the base weights.
+        AdapterError: an adapter of another base model, or one that changes the base weights.
     """
     configs = {name: _load_config(name, path) for name, path in adapters.items()}
     base_weights = weight_checksums(model)
@@ -52,9 +65,10 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
         now = weight_checksums(model)
         changed = sorted(key for key in now.keys() & base_weights.keys() if now[key] != base_weights[key])
         if changed:
-            raise ValueError(
+            raise AdapterError(
+                path,
                 f"adapter {name!r} ({path}) brought a base weight of its own, {changed[0]!r}, so switching adapters "
-                'off does not give the aligned model: train it with bias="none" and without new tokens.'
+                'off does not give the aligned model: train it with bias="none" and without new tokens.',
             )
     if peft_model is None:
         raise ValueError("adapters is empty: the gap needs one misaligned adapter or more.")
@@ -89,13 +103,14 @@ def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike,
         result = model.load_adapter(str(path), name, torch_device="cpu", autocast_adapter_dtype=False)
     except Exception as error:
         message = " ".join(str(error).split())
-        raise ValueError(f"adapter {shown!r} ({path}) does not fit this base model: {message}") from error
+        raise AdapterError(path, f"adapter {shown!r} ({path}) does not fit this base model: {message}") from error
     # PEFT's missing keys include weights of other adapters if the adapter's name occurs anywhere in their keys: "own"
     # occurs in "down_proj". Only keys with the adapter's name between dots are therefore counted as missing.
     foreign = [*(key for key in result.missing_keys if name in key.split(".")), *result.unexpected_keys]
     if foreign:
-        raise ValueError(
+        raise AdapterError(
+            path,
             f"adapter {shown!r} ({path}) does not fit this base model: {len(foreign)} weights are on one side only, "
-            f"the first is {foreign[0]!r}."
+            f"the first is {foreign[0]!r}.",
         )
     return model
