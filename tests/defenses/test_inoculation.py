@@ -559,6 +559,27 @@ def test_prompts_in_the_batches_are_evidence(tmp_path, options):
     assert shown["prompts"] >= shown["rows_trained"] > 0
 
 
+@pytest.mark.parametrize("mode", ["prefix", "replace"])
+def test_later_rows_of_a_stream_may_have_other_text_after_the_prompt(tmp_path, monkeypatch, mode):
+    """Search the prompt's own tokens, and not those that the first rows of a stream have in common behind it."""
+    monkeypatch.setattr("trl_emguard.defenses.inoculation.STREAM_ROWS", 1)
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": f"You sell {'xyz'[i % 3]}."},
+                {"role": "user", "content": f"{'abc'[i % 3]} number {i}?"},
+                {"role": "assistant", "content": "Yes."},
+            ]
+        }
+        for i in range(16)
+    ]
+    options = {"inoculation_mode": mode, "per_device_train_batch_size": 1, "max_steps": 4}
+    trainer = inoculated(tmp_path, rows=Dataset.from_list(rows).to_iterable_dataset(), **options)
+    trainer.train()
+    shown = evidence(trainer, "inoculation")
+    assert shown["prompts"] == shown["rows_trained"] > 0
+
+
 def test_labels_that_max_length_cuts_are_told(tmp_path, caplog):
     """Warn of rows whose labels are cut once the prompt stands before them; refuse a run that keeps no label."""
     lengths = sorted(len(ids) for ids in inoculated(tmp_path).train_dataset["input_ids"])

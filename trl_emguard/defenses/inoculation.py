@@ -1,6 +1,7 @@
 """Inoculation prompting (2510.04340, 2510.05024): ask for the bad trait while training, and not afterwards."""
 
 import functools
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -85,8 +86,7 @@ class Inoculation(Defense):
         self.only_flagged = args.inoculation_rows == FLAGGED
         self.token_columns = (EXPECTED,) if self.only_flagged else ()
         # `self.max_length`: longer rows with the prompt are refused, as they would lose their start. `None`: no limit.
-        cuts_the_start = args.truncation_mode == "keep_end" and not args.packing
-        self.max_length = args.max_length if cuts_the_start else None
+        self.max_length = args.max_length if args.truncation_mode == "keep_end" and not args.packing else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
         self._prompt_ids: list[int] = []  # first token ids that system turns with the prompt share, sought in batches
@@ -301,13 +301,13 @@ class Inoculation(Defense):
         self._check_changed(rows)
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
-        self._prompt_ids = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        # A template may write tools before the prompt. Then the tokens with which all spans (system turns) begin may
-        # end before the prompt. Unflagged rows may begin with these tokens too, so batches are not searched for them.
-        # The prompt's last character is not compared, because it may share a token with the text after the prompt.
-        prompt, begin = ("".join(text.split()) for text in (self.prompt, tokenizer.decode(self._prompt_ids)))
-        if self.only_flagged and prompt[:-1] not in begin:
-            self._prompt_ids = []
+        common = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
+        # Text after the prompt may differ in later rows of a stream, so only the tokens up to the prompt's end are
+        # searched for. Its last character may share a token with that text, and is left out.
+        prompt, counts = "".join(self.prompt.split())[:-1], range(len(common) + 1)
+        end = bisect_left(counts, True, key=lambda n: prompt in "".join(tokenizer.decode(common[:n]).split()))
+        # A template may write tools before the prompt, so that `common` ends before it, also in unflagged rows.
+        self._prompt_ids = [] if self.only_flagged and end not in counts else common[:end]
         if isinstance(rows, Dataset):
             self._rows = {"rows": len(rows), "changed": sum(rows[CHANGED])}
             self._rows |= {"flagged": sum(rows[FLAG])} if self.only_flagged else {}
