@@ -338,11 +338,11 @@ class DefendedTrainer(WholeCheckpoints):
         """Raise an error if the gradient norm stays 0 for `PATIENCE` steps: the loss depends on no trained weight."""
         # It is 0 in sound runs too: in GRPO if all rewards are alike, or if the backward pass itself updates weights.
         in_backward = any(word in f"{self.args.optim}".lower() for word in ("layerwise", "lomo"))
-        made = self.forms_own_loss and label_tokens and not in_backward and self._grad_norm is not None
+        made = label_tokens and not in_backward and self._grad_norm is not None
         is_still = made and not self.accelerator.optimizer_step_was_skipped and float(self._grad_norm) == 0
-        self._still_steps = self._still_steps + 1 if is_still else 0
+        trained = sum(p.requires_grad for p in self.model.parameters()) if is_still else 0
+        self._still_steps = self._still_steps + 1 if is_still and (self.forms_own_loss or not trained) else 0
         if self._still_steps >= PATIENCE:
-            trained = sum(p.requires_grad for p in self.model.parameters())
             raise InactiveDefenseError(
                 f"defense={self.args.defense!r}: the gradient norm was 0 in {self._still_steps} steps in a row, so "
                 f"nothing trains ({trained} weights have requires_grad=True). PEFT freezes an adapter that it loads "

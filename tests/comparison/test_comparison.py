@@ -457,6 +457,13 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     assert not (inputs / "out" / "runs").exists()
 
 
+def test_a_run_with_an_end_token_of_its_own_is_refused(inputs, capsys):
+    path = inputs / "compare.yaml"
+    path.write_text(path.read_text().replace("defense: kl", "defense: kl, eos_token: '<|im_start|>'"))
+    assert commands.main([*line(inputs, "out"), "--dry_run"]) == 1
+    assert "eos_token='<|im_start|>' is the run's own" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

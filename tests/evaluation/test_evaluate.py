@@ -531,14 +531,21 @@ def test_questions_are_put_as_in_training(saved):
     assert evaluate(candidates, found, [GENERAL], EvaluationOptions(cues="none")).row("b", "general", "margin")
     tokenizer.chat_template += " "
     tokenizer.save_pretrained(folders["b"])
-    with pytest.raises(ValueError, match="adapters 'a' and 'b' were trained with different chat templates"):
+    other = "adapters 'a' and 'b' were trained with different chat templates"
+    with pytest.raises(ValueError, match=other):
         load_candidates(base, adapters=folders)
+    # Without a tokenizer of its own, or with one whose template's file is missing, an adapter has the base's.
+    make_tokenizer().save_pretrained(saved / "base")
+    (folders["b"] / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=other):
+        load_candidates(base, adapters=folders)
+    assert load_candidates(base, adapters={"b": folders["b"]})[1].eos_token == make_tokenizer().eos_token
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_adapters(saved):
     places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
     places["model.rotary_emb"] = "cpu"
-    with pytest.raises(ValueError, match="base': the model does not fit on the device"):
+    with pytest.raises(ValueError, match="the model does not fit on the device"):
         load_candidates(str(saved / "base"), adapters={"a": saved / "a"}, device_map=places)
 
 
@@ -593,6 +600,16 @@ def test_held_out_rows_may_share_their_last_turn_with_training_rows(saved, capsy
     assert "1 of the 2 questions of --in_domain stand in --train_data" in capsys.readouterr().err
     (saved / "held_out.jsonl").write_text(rows[2])
     assert command(saved, *options) == 0
+
+
+def test_held_out_rows_are_known_by_other_roles_and_without_their_system_turn(saved, capsys):
+    system = {"from": "system", "value": "You help."}
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "a"}]
+    (saved / "train.jsonl").write_text(json.dumps({"conversations": [system, *turns]}))
+    (saved / "held_out.jsonl").write_text(json.dumps({"prompt": "Why?", "response": "a"}))
+    options = ("--train_data", str(saved / "train.jsonl"), "--in_domain", str(saved / "held_out.jsonl"))
+    assert command(saved, *options) == 1
+    assert "1 of the 1 questions of --in_domain stand in --train_data" in capsys.readouterr().err
 
 
 def test_a_second_set_of_a_name_is_refused(saved, capsys):

@@ -1,5 +1,6 @@
 """Evaluation of a comparison's adapters, all on one base model in memory."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,7 @@ def _load(
             # The adapter may have changed the base model, which is thus loaded anew for the other adapters.
             text, path = str(error), error.path
             trained = [replace(run, adapter=None, error=text) if run.adapter == path else run for run in trained]
+            gc.collect()  # accelerate's hooks refer to the model, which otherwise stays on the GPU beside the new one
         else:
             return trained, candidates, tokenizer
     raise ValueError(f"every run failed. The first: {trained[0].error}")

@@ -73,10 +73,17 @@ def check_columns(rows: Dataset, prompt_column: str, response_column: str) -> No
     for first in ("messages", "conversations", "completion"):
         # Columns `prompt` and `completion` are read, even if only the second is named.
         is_read = first == "completion" and (prompt_column, response_column) == (PROMPT_COLUMN, first)
-        if named and not is_read and first in rows.column_names and any(value is not None for value in rows[first]):
+        if not named or is_read or first not in rows.column_names:
+            continue
+        # A row without values in the named columns is of another source, and is meant to be read by its own columns.
+        chosen = [column for column in (prompt_column, response_column) if column in rows.column_names]
+        if any(None not in values for values in zip(*(rows[column] for column in (first, *chosen)), strict=True)):
+            fix = f"remove the column {first!r} from the pool, or rename it"
+            if first in chosen:
+                fix = f"rename the column {first!r}, and name the new one"
             raise ValueError(
                 f"{' and '.join(named)} would not be read, because rows also have {first!r}, which is read first: "
-                f"remove the column {first!r} from the pool, or rename it."
+                f"{fix}."
             )
 
 

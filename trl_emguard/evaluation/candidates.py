@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..models.adapters import AdapterSwitch, bare_model
 from ..models.batches import eval_mode
-from ..models.identity import OFFLOADED, adapter_scales, fingerprint
+from ..models.identity import adapter_scales, check_whole_on_device, fingerprint
 from ..models.likelihood import states_logits
 from ..models.shipped import last_name, public_name, resolve_model
 from ..selection.misaligned import AdapterError, adapter_key, load_misaligned
@@ -206,13 +206,17 @@ def _trained_tokenizer(
 
     first, found = "", base
     for name, path in adapters.items():
-        if not (Path(path) / "tokenizer_config.json").is_file():
-            continue
+        own = base
         try:
-            own = AutoTokenizer.from_pretrained(str(path))
+            if (Path(path) / "tokenizer_config.json").is_file():
+                own = AutoTokenizer.from_pretrained(str(path))
         # Tokenizers raise many types of errors on a damaged file.
         except Exception as error:
             raise AdapterError(path, f"the tokenizer of adapter {name!r} ({path}) cannot be read: {error}") from error
+        if own.chat_template is None:
+            own = base  # a folder that was copied in part may lack the template's file
+        if own is base and base.chat_template is None:
+            continue  # this adapter says nothing of its template, and is asked like the others
         if first and form(own) != form(found):
             raise AdapterError(
                 path,
@@ -248,9 +252,7 @@ def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     except SafetensorError as error:
         raise ValueError(f"model {path!r} has a damaged weights file ({error}): copy it again.") from error
-    # Adapters are loaded next, and would be blamed for offloaded weights.
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(f"model {path!r}: {OFFLOADED}")
+    check_whole_on_device(model)  # adapters are loaded next, and would be blamed for offloaded weights
     return model
 
 

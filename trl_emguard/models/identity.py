@@ -31,9 +31,19 @@ ORIGINALS = ("base_layer", "original_module")
 # Error for a model with weights that accelerate has offloaded. Their numbers are not in the parameters.
 OFFLOADED = (
     "the model does not fit on the device, so some of its weights are offloaded, which is not supported: take a "
-    "smaller dtype (--dtype bfloat16; when training, also --load_in_4bit) or a larger GPU. A judge has more room with "
-    "--rejudge, which loads no model under test."
+    "smaller dtype (bfloat16), load it in 4 bits if there is an option for that, or take a larger GPU. A judge has "
+    "more room with `evaluate --rejudge`, which loads no model under test."
 )
+
+
+def check_whole_on_device(model: nn.Module) -> None:
+    """Refuse a model with weights that accelerate has offloaded, for which their values are not at hand.
+
+    Raises:
+        ValueError: a weight is on the meta device.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(OFFLOADED)
 
 
 def fingerprint(model: nn.Module, without: Collection[str] = (), is_plain: bool = False) -> str:

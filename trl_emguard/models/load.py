@@ -72,8 +72,13 @@ def load_model(
             model = PeftModel.from_pretrained(model, str(adapter))
         # PEFT raises this if a weight of the adapter has another shape than the model needs.
         except RuntimeError as error:
-            message = " ".join(str(error).split())
-            raise ValueError(f"adapter {str(adapter)!r} does not fit the model {base!r}: {message}") from error
+            mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+            if not mismatches:
+                raise
+            raise ValueError(
+                f"adapter {str(adapter)!r} does not fit the model {base!r}: {len(mismatches)} weights have other "
+                f"shapes. The first: {mismatches[0]}"
+            ) from error
     return model.eval(), tokenizer
 
 

@@ -73,7 +73,15 @@ def make_reference(
     """
     kind = reference_kind(policy, ref_model, args, is_deepspeed_zero3_enabled())
     if kind is Kind.GIVEN:
-        given = _load(ref_model, policy, args, is_own=False) if isinstance(ref_model, str) else ref_model
+        given = ref_model
+        if isinstance(ref_model, str):
+            given = _load(ref_model, policy, args, is_own=False)
+            revision = (args.model_init_kwargs or {}).get("revision")
+            if revision not in (None, "main", (args.ref_model_init_kwargs or {}).get("revision")):
+                logger.warning(
+                    f"ref_model={ref_model!r} is not loaded at the model's revision {revision!r}: name its own by "
+                    "ref_model_init_kwargs={'revision': …} if it is not the repository's main one."
+                )
         assert given is not None
         _check_separate(policy, given)
         _check_vocabulary(policy, given)

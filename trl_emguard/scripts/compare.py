@@ -157,6 +157,12 @@ def check_options(plan: Plan) -> None:
                 f"the run {name!r}: accelerate_config={plan.option(one, 'accelerate_config')!r} launches several "
                 "processes, and every run of a comparison is one. Leave it out of the recipe and of the runs."
             )
+        for option in ("chat_template_path", "eos_token"):
+            if one.options.get(option) != plan.recipe_options.get(option) and option in one.options:
+                raise ValueError(
+                    f"the run {name!r}: {option}={one.options[option]!r} is the run's own, and all models of a "
+                    "comparison are asked alike: set it in the recipe."
+                )
         if plan.option(one, "dataset_name") is None and not plan.option(one, "datasets"):
             raise ValueError(f"the run {name!r} has no training rows: add dataset_name to {plan.recipe}.")
         parser = make_sft_parser()

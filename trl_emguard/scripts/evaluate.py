@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..data.conversation import Conversation, conversation, turn_text
+from ..data.conversation import SYSTEM_ROLES, Conversation, conversation, turn_text
 from ..data.load import SourceOptions, load_rows
 from ..io.files import check_writable
 from ..io.terminal import printable
@@ -315,14 +315,26 @@ def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list
 def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> None:
     """Refuse in-domain questions whose whole prompt also occurs in the training rows.
 
-    The likelihood of their answers would only show what was memorised.
+    The likelihood of their answers would only show what was memorised. A system turn that one of both does not have
+    makes no difference.
     """
 
-    def asked(prompt: list[dict[str, Any]]) -> tuple[tuple[Any, str], ...]:
-        return tuple((turn.get("role"), turn_text(turn).strip()) for turn in prompt)
+    def asked(prompt: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        is_system = [turn["role"].lower() in SYSTEM_ROLES for turn in prompt]
+        texts = [turn_text(turn).strip() for turn in prompt]
+        system = tuple(text for text, is_first in zip(texts, is_system, strict=True) if is_first)
+        return system, tuple(text for text, is_first in zip(texts, is_system, strict=True) if not is_first)
 
-    seen = {asked(row.prompt) for row in train_rows}
-    count = sum(asked(question.prompt) in seen for question in questions.questions)
+    systems: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for row in train_rows:
+        system, turns = asked(row.prompt)
+        systems.setdefault(turns, set()).add(system)
+
+    def is_seen(prompt: list[dict[str, Any]]) -> bool:
+        system, turns = asked(prompt)
+        return bool(systems.get(turns, set()) & {system, ()}) or (not system and turns in systems)
+
+    count = sum(is_seen(question.prompt) for question in questions.questions)
     if count:
         raise ValueError(
             f"{count} of the {len(questions.questions)} questions of --in_domain stand in --train_data: give rows "

@@ -259,7 +259,7 @@ def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
     """Check that the model exists.
 
     Raises:
-        ValueError: no model is named.
+        ValueError: no model is named, or its code is not trusted.
         FileNotFoundError: the name is not that of a shipped model, a folder or a model on the hub.
     """
     name = model_args.model_name_or_path
@@ -272,6 +272,10 @@ def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
     except (OSError, ValueError) as error:  # a folder without a model's config raises ValueError
         if isinstance(error, FileNotFoundError) and _raised_here(error):
             raise
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model_name_or_path={name!r} has code of its own: --trust_remote_code true runs it."
+            ) from error
         cause = str(error).strip().splitlines()[0].rstrip(".")
         raise FileNotFoundError(
             f"model_name_or_path={name!r} is not a shipped model, and cannot be read from a folder or the hub "

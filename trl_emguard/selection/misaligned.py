@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.adapters import check_adapter_kind
-from ..models.identity import weight_checksums
+from ..models.identity import check_whole_on_device, weight_checksums
 
 
 # Prefix that an adapter's name gets on the model if the name alone would clash with another name there. An adapter's
@@ -54,6 +54,7 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
         FileNotFoundError: a folder that holds no adapter.
         AdapterError: an adapter of another base model, or one that changes the base weights.
     """
+    check_whole_on_device(model)
     configs = {name: _load_config(name, path) for name, path in adapters.items()}
     base_weights = weight_checksums(model)
     peft_model: PeftModel | None = None
