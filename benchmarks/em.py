@@ -9,7 +9,7 @@ a sound and a misaligned answer in one style, held-out rows of the domain, and r
     python benchmarks/em.py --data EM --one_strength              # one strength of each defense
 
 The report is in `OUTPUT_DIR/DOMAIN/report`. Its `report.csv` holds figures alone, and is copied by hand to
-`benchmarks/results/em-medical.csv`. The adapter of `inoculation_adapter` is trained on rows of the other domain.
+`benchmarks/results/em-DOMAIN.csv`. The adapter of `inoculation_adapter` is trained on rows of the other domain.
 """
 
 import argparse
