@@ -109,7 +109,8 @@ class InoculationAdapter(Defense):
         self._description: str | None = None
         self._is_on = False
         self._fired: set[str] = set()
-        # Modules of the policy that support gradient checkpointing. `training` finds them when training begins.
+        # Modules of the policy that may run again in the backward pass (gradient checkpointing), where the frozen adapter
+        # must act too. The method `training` lists them.
         self._checkpointing: list[nn.Module] = []
         # `_measured`: layer's name → relative change of the layer's output by the frozen adapter. The policy's first
         # forward pass in a new run fills it, and the check after this pass empties it. `_change`: mean of these
@@ -294,5 +295,5 @@ def _sizes(module: nn.Module | None) -> tuple[int | None, int | None]:
 
 @torch.no_grad()
 def _relative_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return the relative change of a layer's output, ‖after − before‖ / ‖before‖, `()`."""
+    """Return the relative change of a layer's output, ‖after − before‖ / ‖before‖, as a scalar tensor."""
     return (after - before).float().norm() / before.float().norm().clamp(min=torch.finfo(torch.float32).tiny)

@@ -228,8 +228,8 @@ class DriftCallback(TrainerCallback):
         self.probe.base = {name: tensor for name, tensor in tensors.items() if not name.startswith(KEPT)}
         if kept is not None:
             self._keep(model, kept["step"], kept["drift_kl"])
-            # If the checkpoint was written in the very step whose weights are kept, it stores no copy of them, because
-            # its model has the same weights. `_keep` has just copied these from the model.
+            # `_keep` has just copied the model's weights, which are those of the checkpoint's step. If weights of an
+            # earlier step are kept, the checkpoint stores them, and they replace this copy.
             stored = {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
             self.kept = stored or self.kept
 

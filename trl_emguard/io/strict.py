@@ -84,7 +84,7 @@ class _Loader(yaml.SafeLoader):
                 )
             return node
         if isinstance(node, yaml.ScalarNode):
-            size = 1 + len(node.value.encode("utf-8"))  # `encode` raises on a lone surrogate (half a character)
+            size = 1 + len(node.value.encode("utf-8"))  # `encode` refuses half a character (a surrogate)
         else:
             pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
             size = 1 + sum(self._sizes[id(child)] for pair in pairs for child in pair)

@@ -286,8 +286,8 @@ def peak(items: dict[str, int], run: Run) -> int:
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # The embedding's gradient, taken to be as large as `trained_head`, does not exist yet during the first block's
-    # backward pass. Later, with tied weights, it needs memory of its own until it is added to the head's gradient.
+    # At the first block, the last in the backward pass, the embedding's gradient is missing, about `trained_head` bytes.
+    # At the embedding, all gradients exist, and with tied weights its own one until it is added to the head's.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 
