@@ -83,8 +83,8 @@ class DefendedTrainer(WholeCheckpoints):
         self._steps_made = 0  # optimizer steps of this `train()` call, without those before a resume
         self._still_steps = 0  # number of steps in a row, up to the latest, whose gradient norm was 0
         self._begin_with: dict[str, dict[str, Any]] = {}
-        # Facts that identify the run, for resuming. They may hold a hash of weights, so they are collected before FSDP2
-        # shards these, and on all ranks, which ZeRO-3 needs to gather its shards. All get the main process's result.
+        # Facts that identify the run, for resuming. They may hold a hash of weights, so they are collected before
+        # FSDP2 shards these, and on all ranks, to gather ZeRO-3's shards. All ranks get the main process's result.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:

@@ -157,7 +157,7 @@ class Inoculation(Defense):
         inside = expected > 0
         begins = inside.clone()
         begins[:, 1:] &= ~inside[:, :-1]
-        # Each token of a prompt gets the prompt's number in the batch (1, 2, …), since a pack may have several prompts.
+        # Each token of a prompt gets the prompt's number in the batch (1, 2, …): a pack may have several prompts.
         number = begins.flatten().cumsum(0) * inside.flatten()
 
         def prompts_with(mask: torch.Tensor) -> torch.Tensor:

@@ -109,8 +109,8 @@ class InoculationAdapter(Defense):
         self._description: str | None = None
         self._is_on = False
         self._fired: set[str] = set()
-        # Modules of the policy that may run again in the backward pass (gradient checkpointing), where the frozen adapter
-        # must act too. The method `training` lists them.
+        # Modules of the policy that may run again in the backward pass (gradient checkpointing), where the frozen
+        # adapter must act too. The method `training` lists them.
         self._checkpointing: list[nn.Module] = []
         # `_measured`: layer's name → relative change of the layer's output by the frozen adapter. The policy's first
         # forward pass in a new run fills it, and the check after this pass empties it. `_change`: mean of these

@@ -286,8 +286,8 @@ def peak(items: dict[str, int], run: Run) -> int:
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # At the first block, the last in the backward pass, the embedding's gradient is missing, about `trained_head` bytes.
-    # At the embedding, all gradients exist, and with tied weights its own one until it is added to the head's.
+    # At the first block, the last in the backward pass, the embedding's gradient does not exist yet (its size is about
+    # `trained_head`). At the embedding all exist, and its own needs room until it is added to the head's, if tied.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 
