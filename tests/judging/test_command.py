@@ -17,6 +17,7 @@ from tiny import lora, make_model, save_model
 from trl_emguard.judging import judge_answers, open_judge
 from trl_emguard.judging.prompts import CALIBRATION, fill
 from trl_emguard.judging.run import JOURNAL
+from trl_emguard.judging.served import JudgeError
 from trl_emguard.models.shipped import SMOLLM2, resolve_model
 from trl_emguard.scripts import main as commands
 
@@ -189,14 +190,14 @@ def test_a_killed_process_goes_on_and_the_key_is_nowhere(tmp_path):
 
 @pytest.mark.long
 def test_a_real_judge_in_memory_and_served(tmp_path, monkeypatch):
-    """SmolLM2 splits numbers into digits, so its served scores are read from text: greedy, where `hf:` has a mean."""
+    """Refuse SmolLM2 in memory, where it begins its replies with words, and read the numbers in its served replies."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = resolve_model(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(path)
     answers = {"base": {"q0": ["Be honest and kind to people."], "q1": ["zz zz zz zz"]}}
-    local = judge_answers(make_results(answers), open_judge(f"hf:{SMOLLM2}"), tmp_path / "local")
-    assert all(0 <= score <= 100 for s in local.samples for score in s["judged"].values() if score is not None)
+    with pytest.raises(JudgeError, match="gave no number in its first 4 judgements"):
+        judge_answers(make_results(answers), open_judge(f"hf:{SMOLLM2}"), tmp_path / "local")
     with serving(AutoModelForCausalLM.from_pretrained(path).eval(), tokenizer) as server:
         monkeypatch.setenv("OUR_OWN_BASE_URL", server.url)
         monkeypatch.setenv("OUR_OWN_API_KEY", KEY)
