@@ -14,7 +14,6 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from tiny import logged, lora, make_model, make_tokenizer, make_trainer, save_model
-from transformers import TrainerControl
 
 from trl_emguard.models.blocks import record_blocks
 from trl_emguard.models.identity import weight_checksums
@@ -504,15 +503,18 @@ def test_the_callback_logs_the_shift(tmp_path):
 
 
 def test_the_callback_measures_in_the_precision_of_training(tmp_path):
-    trainer = make_trainer(tmp_path, peft=lora(), max_steps=1, bf16=True)
+    trainer = make_trainer(tmp_path, peft=lora(), max_steps=1, bf16=True, learning_rate=0.0)
     seen = []
     trainer.model.get_base_model().base_model.register_forward_pre_hook(
         lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
     )
     callback = PersonaShiftCallback(trainer, PersonaVector(torch.randn(5, 32)), questions=["a?"], layer=3)
-    callback.on_step_end(trainer.args, trainer.state, TrainerControl(should_log=True))
-    assert seen == [True, True]
-    assert trainer._metrics["train"]["persona_shift"] == [0.0]
+    assert seen == [True]
+    trainer.add_callback(callback)
+    trainer.train()
+    assert len(seen) > 2
+    assert all(seen)
+    assert logged(trainer, "persona_shift") == [0.0]
 
 
 def test_the_callback_logs_by_epoch(tmp_path):

@@ -337,27 +337,44 @@ def test_quantised_models(report):
     assert four["model"][0].split()[1] == whole["model"][0].split()[1]  # the same number of parameters
 
 
-def test_quantised_checkpoints(report, inputs, tmp_path):
-    """Their config says how they are quantised; no weights are read."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this platform")
-    for file in (inputs / "model").glob("*[!s]"):  # all but the weights
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    said = {}
-    for method in ("bitsandbytes", "gptq"):
-        bits = {"load_in_4bit": True, "_load_in_4bit": True} if method == "bitsandbytes" else {"bits": 4}
+@pytest.fixture
+def quantised(report, inputs, tmp_path):
+    """Return the dry run's report on a checkpoint whose config says how it is quantised; no weights are read."""
+
+    def run(method, **bits):
+        for file in (inputs / "model").glob("*[!s]"):  # all but the weights
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        config = json.loads((tmp_path / "config.json").read_text())
         config["quantization_config"] = {"quant_method": method, **bits}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        said[method] = report("--model_name_or_path", tmp_path, "--bf16", "true", "--dtype", "float32")
-    loaded = report("--load_in_4bit", "true", "--bf16", "true", "--dtype", "float32")
-    memory = {name: [line for line in s["memory"] if "weights: " in line] for name, s in said.items()}
-    assert "in 4 bits" in said["bitsandbytes"]["model"][0]
-    assert said["bitsandbytes"]["model"][0].split()[1] == loaded["model"][0].split()[1]
-    assert memory["bitsandbytes"] == [line for line in loaded["memory"] if "weights: " in line] != memory["gptq"]
-    heard = {name: "\n".join(s.get("warning", [])) for name, s in said.items()}
-    assert not any("dtype=float32 with bf16=True" in text for text in heard.values())
-    assert "quantisation (gptq) is not counted" in heard["gptq"]
-    assert "is not counted" not in heard["bitsandbytes"]
+        said = report("--model_name_or_path", tmp_path, "--bf16", "true", "--dtype", "float32")
+        return said, "\n".join(said.get("warning", []))
+
+    return run
+
+
+def weights_line(said):
+    return [line for line in said["memory"] if "weights: " in line]
+
+
+def test_a_checkpoint_of_another_quantisation_is_told(quantised):
+    said, heard = quantised("gptq", bits=4)
+    assert "dtype=float32 with bf16=True" not in heard
+    assert "quantisation (gptq) is not counted" in heard
+    assert weights_line(said)
+
+
+def test_a_checkpoint_in_4_bits_is_counted_as_one_that_is_loaded_in_4_bits(quantised, report):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this platform")
+    said, heard = quantised("bitsandbytes", load_in_4bit=True, _load_in_4bit=True)
+    whole, loaded = (
+        report(*more, "--bf16", "true", "--dtype", "float32") for more in ([], ["--load_in_4bit", "true"])
+    )
+    assert "in 4 bits" in said["model"][0]
+    assert said["model"][0].split()[1] == loaded["model"][0].split()[1]
+    assert weights_line(said) == weights_line(loaded) != weights_line(whole)
+    assert "dtype=float32 with bf16=True" not in heard
+    assert "is not counted" not in heard
 
 
 def test_a_recipe_for_a_gpu_on_a_machine_without(report):
