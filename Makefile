@@ -84,5 +84,6 @@ bench bench-gpu: setup
 	$(OFFLINE) $(KEEP_MEMORY) $(BIN)/python benchmarks/evaluate_cost.py --device $(DEVICE)
 	$(BIN)/python benchmarks/report.py
 
+# The folder outputs/ is left, since recipes save their models in it.
 clean:
-	rm -rf .venv .venv-latest outputs build *.egg-info
+	rm -rf .venv .venv-latest docs/_build docs/made build *.egg-info

@@ -79,6 +79,8 @@ def test_the_trainer_names_defenses_in_subclasses_and_one_keyword():
 def test_the_words_are_found():
     source = 'x = 1\nself.kl_coef = 2\nmessage = "add steering"\nweekly = ankle = 3\n'
     assert [line.split(":")[0] for line in named(source)] == ["line 2", "line 3"]
+    # A new defense adds its word to `NAMES`.
+    assert [name for name in DEFENSES if not NAMES.search(name)] == []
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
