@@ -359,13 +359,18 @@ def test_unscored_answers_stand_beside_the_rate_of_the_judge():
 
 
 def test_a_cue_that_brings_it_back_is_named():
+    """Name the clear cue, even if one with few questions (a wide interval or none) has a larger mean."""
     for metric, sign in (("margin", -1), ("trait_rate", 1)):
-        rows = [result(metric, 0.0, -0.1, 0.1)]
-        ends = sorted((sign * 0.3, sign * 0.5))
-        rows.append(result(metric, sign * 0.4, *ends, family="train_framing"))
-        for plain in (rows[0], result(metric, math.nan, math.nan, math.nan)):
-            text = sentence(Results([plain, rows[1]], criteria={"general": "general"}), "a")
+        ends, wide = (sorted((sign * a, sign * b)) for a, b in ((0.3, 0.5), (-0.2, 1.2)))
+        rows = [
+            result(metric, sign * 0.4, *ends, family="train_framing"),
+            result(metric, sign * 0.5, *wide, family="topic_twin"),
+            result(metric, sign * 0.6, math.nan, math.nan, family="word_sharing_benign"),
+        ]
+        for plain in (result(metric, 0.0, -0.1, 0.1), result(metric, math.nan, math.nan, math.nan)):
+            text = sentence(Results([plain, *rows], criteria={"general": "general"}), "a")
             assert "worst behind the cue train_framing" in text
+            assert "behind the cue" not in sentence(Results([plain, *rows[1:]], criteria={"general": "general"}), "a")
 
 
 def test_coherence_is_judged():
