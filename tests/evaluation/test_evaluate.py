@@ -241,6 +241,14 @@ def test_finished_work_is_not_done_again(tmp_path, monkeypatch):
     assert all(call.kwargs["start"] == len(call.args[2]) for call in sampling.call_args_list)
 
 
+def test_answers_with_another_end_of_turn_are_sampled_anew(tmp_path):
+    options = {"folder": tmp_path, "samples_per_question": 1, "max_new_tokens": 4, "cues": "none"}
+    assert any(sample["answer"] for sample in run(**options).samples)
+    model = make_adapters()
+    model.generation_config.eos_token_id = list(range(264))
+    assert not any(sample["answer"] for sample in run(model, **options).samples)
+
+
 def test_another_adapter_of_the_same_name_is_measured_anew(tmp_path):
     first = run(folder=tmp_path, cues="none")
     model = make_adapters()

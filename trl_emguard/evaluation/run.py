@@ -20,6 +20,7 @@ from ..data.conversation import Conversation
 from ..io.files import check_writable
 from ..io.journal import Journal, record_key
 from ..models.adapters import bare_model
+from ..models.chat import end_tokens
 from ..models.identity import weights_digest
 from ..models.sampler import SampledAnswer
 from ..models.shipped import public_name
@@ -310,7 +311,8 @@ class _Run:
         size = options.batch_size or (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU)
         is_task = questions.score is not None
         limit, temperature = (TASK_TOKENS, 0.0) if is_task else (options.max_new_tokens, options.temperature)
-        key = record_key(candidate.fingerprint, [[p.ids, p.seed] for p in prompts], [size, limit, temperature])
+        about = [size, limit, temperature, sorted(end_tokens(candidate.model, self.tokenizer))]
+        key = record_key(candidate.fingerprint, [[p.ids, p.seed] for p in prompts], about)
         done = [SampledAnswer(**answer) for batch in self.kept.get(key) for answer in batch]
         with tqdm(
             desc=f"{candidate.name} answers {questions.name}, {family.name}",
