@@ -15,6 +15,7 @@ from tiny import lora, make_model, make_tokenizer, save_model
 
 from trl_emguard.evaluation import answers, probes
 from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
+from trl_emguard.evaluation.cues import Family, families
 from trl_emguard.evaluation.questions import Question, QuestionSet, load_questions
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
@@ -159,12 +160,21 @@ def test_answers_have_one_start_of_text(tmp_path):
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 0)]
     )
     assert tokenizer("x")["input_ids"][0] == 0
-    from trl_emguard.evaluation.cues import families
-
     (plain,), _ = families(tokenizer, GENERAL.questions, "none")
     prompt = answers.plan_prompts(tokenizer, GENERAL, plain, 1, 0)[0]
     assert prompt.ids[:3].count(0) == 2  # of the text and of the first turn
     assert prompt.text.startswith("<|im_start|><|im_start|>user")
+
+
+def test_questions_with_the_same_text_get_seeds_of_their_own():
+    """Otherwise their answers would be copies. The first keeps the seed that it has alone."""
+    plain, questions = Family("plain", "", list), [Question(id, ask("Why?"), "a", "b") for id in "ab"]
+    both, alone = (
+        answers.plan_prompts(make_tokenizer(), QuestionSet("general", "general", questions[:n]), plain, 2, 0)
+        for n in (2, 1)
+    )
+    assert len({prompt.seed for prompt in both}) == 4
+    assert both[:2] == alone
 
 
 def test_samples_and_scores():
