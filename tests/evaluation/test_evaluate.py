@@ -22,6 +22,7 @@ from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_ru
 from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
+from trl_emguard.scripts.evaluate import load_sets, make_parser
 
 
 def ask(text):
@@ -563,6 +564,29 @@ def test_questions_are_put_as_in_training(saved):
     with pytest.raises(ValueError, match=other):
         load_candidates(base, adapters=folders)
     assert load_candidates(base, adapters={"b": folders["b"]})[1].eos_token == make_tokenizer().eos_token
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_questions_take_the_arguments_of_the_chat_template(tmp_path, is_shared):
+    """Take the row's own, else those that all training rows share. Tools go with either."""
+    turns = {"prompt": ask("Q?"), "completion": [{"role": "assistant", "content": "A"}]}
+    of_rows = [{}, {"tools": json.dumps([{"name": "f"}])}, {"chat_template_kwargs": {"mood": "own"}}]
+    training = [{"mood": "shared"}, {"mood": "shared" if is_shared else "other"}]
+    files = {"asked": of_rows, "train": [{"chat_template_kwargs": kwargs} for kwargs in training]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({**turns, **row}) for row in rows))
+    line = ["--general", tmp_path / "asked.jsonl", "--train_data", tmp_path / "train.jsonl", "--output_dir", tmp_path]
+    (questions,) = load_sets(make_parser().parse_args([*map(str, line), "--model", "m"]), [])
+    tokenizer, mood = make_tokenizer(), "shared" if is_shared else "none"
+    tokenizer.chat_template = "{{ mood or 'none' }}{{ tools[0].name if tools }} " + tokenizer.chat_template
+    plain = Family("plain", "", list)
+    rows = probes.encode_rows(from_adapters(make_model()), tokenizer, questions, plain)
+    for found in (
+        [tokenizer.decode(row.answer.ids) for row in rows],
+        list(map(tokenizer.decode, probes.prompt_ids(tokenizer, questions, plain).values())),
+        [p.text for p in sorted(answers.plan_prompts(tokenizer, questions, plain, 1, 0), key=lambda p: p.question)],
+    ):
+        assert [text.split("<")[0].strip() for text in found] == [mood, f"{mood}f", "own"]
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_adapters(saved):

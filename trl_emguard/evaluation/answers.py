@@ -62,7 +62,8 @@ def plan_prompts(
         turns = family.prompt(question)
         if turns is None:
             continue
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        kwargs = question.template_kwargs
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         for sample in range(samples):
             digest = hashlib.sha256("\0".join(map(str, [seed, asked, sample, *copy])).encode()).digest()

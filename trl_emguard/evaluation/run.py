@@ -30,7 +30,7 @@ from ..version import __version__
 from . import answers as sampled
 from .candidates import Candidate, check_candidates, in_eval_mode
 from .cues import Family, check_cues, families
-from .probes import Row, encode_rows, margin, probe, projections
+from .probes import Row, encode_rows, margin, probe, projections, prompt_ids
 from .questions import QuestionSet
 from .results import Results, make_rows
 from .rules import Rule
@@ -173,8 +173,9 @@ def check_sets(
                 "measured on it: set samples_per_question to 1 or more."
             )
         for question in questions.questions if getattr(tokenizer, "chat_template", None) else ():
+            as_text: Any = {"tokenize": False, "add_generation_prompt": True, **question.template_kwargs}
             try:
-                cast(Any, tokenizer).apply_chat_template(question.prompt, tokenize=False, add_generation_prompt=True)
+                cast(Any, tokenizer).apply_chat_template(question.prompt, **as_text)
             except TemplateError as error:
                 raise ValueError(
                     f"question {question.id!r} of the set {questions.name!r} is refused by the chat template: {error}."
@@ -251,19 +252,15 @@ class _Run:
 
         The shift is measured on the hidden states at the last prompt token.
         """
-        turns = [family.prompt(question) for question in questions.questions]
-        asked = [i for i, prompt in enumerate(turns) if prompt is not None]
-        prompts = [
-            self.tokenizer.apply_chat_template(turns[i], add_generation_prompt=True)["input_ids"] for i in asked
-        ]
+        prompts = prompt_ids(self.tokenizer, questions, family)
         layer, base = check_layer(vector, None), None
         for candidate in self.candidates:
-            found = projections(candidate, prompts, vector, layer)
+            found = projections(candidate, list(prompts.values()), vector, layer)
             if base is None:
                 base = found
                 continue
-            shift = np.full(len(turns), np.nan)
-            shift[asked] = found - base
+            shift = np.full(len(questions.questions), np.nan)
+            shift[list(prompts)] = found - base
             arrays[candidate.name]["persona_shift"] = shift
 
     def add_answers(self, arrays: Arrays, questions: QuestionSet, family: Family) -> list[dict[str, Any]]:
