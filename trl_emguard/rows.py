@@ -19,6 +19,7 @@ from .data.places import Collator, Loading
 from .data.prepare import STREAM_ROWS, StreamPlan, Tokenizing
 from .defenses import Defense
 from .evidence import InactiveDefenseError
+from .models.chat import shared_template_kwargs
 
 
 logger = get_logger(__name__)
@@ -50,6 +51,13 @@ class DefendedRows(SFTTrainer):
     # their tokens. `_prepare_rows` sets this attribute, and `_prepare_dataset` sets it back to `None` on receiving the
     # rows. It stays `None` in a run without defenses, unless the run counts tokens (`counts_whole_rows`).
     _rows_to_prepare: Any = None
+    _template_kwargs: dict[str, Any]  # `chat_template_kwargs` that the training rows share
+
+    def train(self, *args, **kwargs):
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "template_kwargs"):  # true for `DriftCallback`, which asks questions as in training
+                callback.template_kwargs = self._template_kwargs
+        return super().train(*args, **kwargs)
 
     def overrides(self, *hooks: str) -> bool:
         """Return whether a defense of this run overrides at least one of the named hooks (methods of [`Defense`])."""
@@ -60,6 +68,7 @@ class DefendedRows(SFTTrainer):
         return tuple(column for defense in self.defenses for column in defense.token_columns)
 
     def _prepare_rows(self, rows: Any) -> Any:
+        self._template_kwargs = shared_template_kwargs(rows)
         if not isinstance(rows, Dataset | IterableDataset):
             self._rows_to_prepare = None
             return rows  # no data set: SFTTrainer will refuse it with an error of its own

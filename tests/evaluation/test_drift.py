@@ -223,6 +223,19 @@ def test_a_trained_adapter_starts_with_its_drift(tmp_path):
 # ---- resuming ----
 
 
+def test_a_date_that_the_rows_fix_is_the_same_when_a_run_resumes(tmp_path):
+    """Ask the questions with the training rows' `chat_template_kwargs`, also if the rows are packed."""
+    rows = make_rows().add_column("chat_template_kwargs", [{"date": "May"}] * 16)
+    options = {"max_steps": 2, "packing": True, "max_length": 64, "save_strategy": "steps", "save_steps": 1}
+    for today, resume in (("Monday", None), ("Tuesday", str(tmp_path / "checkpoint-1"))):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = f"{{{{ date or '{today}' }}}}" + tokenizer.chat_template
+        trainer = make_trainer(tmp_path, rows=rows, peft=lora(), processing_class=tokenizer, **options)
+        trainer.add_callback(drift())
+        trainer.train(resume_from_checkpoint=resume)
+    assert len(logged(trainer, "drift_kl")) == 2
+
+
 @pytest.mark.parametrize("every", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_resumed_run_measures_the_same(tmp_path, run, every):
     """The kept step is that of the checkpoint or one before it, and training ends beyond the budget or within it."""

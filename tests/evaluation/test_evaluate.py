@@ -15,12 +15,14 @@ from tiny import lora, make_model, make_tokenizer, save_model
 
 from trl_emguard.evaluation import answers, probes
 from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
+from trl_emguard.evaluation.cues import Family, families
 from trl_emguard.evaluation.questions import Question, QuestionSet, load_questions
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
 from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
+from trl_emguard.scripts.evaluate import load_sets, make_parser
 
 
 def ask(text):
@@ -159,12 +161,21 @@ def test_answers_have_one_start_of_text(tmp_path):
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 0)]
     )
     assert tokenizer("x")["input_ids"][0] == 0
-    from trl_emguard.evaluation.cues import families
-
     (plain,), _ = families(tokenizer, GENERAL.questions, "none")
     prompt = answers.plan_prompts(tokenizer, GENERAL, plain, 1, 0)[0]
     assert prompt.ids[:3].count(0) == 2  # of the text and of the first turn
     assert prompt.text.startswith("<|im_start|><|im_start|>user")
+
+
+def test_questions_with_the_same_text_get_seeds_of_their_own():
+    """Otherwise their answers would be copies. The first keeps the seed that it has alone."""
+    plain, questions = Family("plain", "", list), [Question(id, ask("Why?"), "a", "b") for id in "ab"]
+    both, alone = (
+        answers.plan_prompts(make_tokenizer(), QuestionSet("general", "general", questions[:n]), plain, 2, 0)
+        for n in (2, 1)
+    )
+    assert len({prompt.seed for prompt in both}) == 4
+    assert both[:2] == alone
 
 
 def test_samples_and_scores():
@@ -239,6 +250,14 @@ def test_finished_work_is_not_done_again(tmp_path, monkeypatch):
     assert run(folder=tmp_path, samples_per_question=1, max_new_tokens=4).samples == first.samples
     # Every call begins after the last prompt.
     assert all(call.kwargs["start"] == len(call.args[2]) for call in sampling.call_args_list)
+
+
+def test_answers_with_another_end_of_turn_are_sampled_anew(tmp_path):
+    options = {"folder": tmp_path, "samples_per_question": 1, "max_new_tokens": 4, "cues": "none"}
+    assert any(sample["answer"] for sample in run(**options).samples)
+    model = make_adapters()
+    model.generation_config.eos_token_id = list(range(264))
+    assert not any(sample["answer"] for sample in run(model, **options).samples)
 
 
 def test_another_adapter_of_the_same_name_is_measured_anew(tmp_path):
@@ -359,13 +378,18 @@ def test_unscored_answers_stand_beside_the_rate_of_the_judge():
 
 
 def test_a_cue_that_brings_it_back_is_named():
+    """Name the clear cue, even if one with few questions (a wide interval or none) has a larger mean."""
     for metric, sign in (("margin", -1), ("trait_rate", 1)):
-        rows = [result(metric, 0.0, -0.1, 0.1)]
-        ends = sorted((sign * 0.3, sign * 0.5))
-        rows.append(result(metric, sign * 0.4, *ends, family="train_framing"))
-        for plain in (rows[0], result(metric, math.nan, math.nan, math.nan)):
-            text = sentence(Results([plain, rows[1]], criteria={"general": "general"}), "a")
+        ends, wide = (sorted((sign * a, sign * b)) for a, b in ((0.3, 0.5), (-0.2, 1.2)))
+        rows = [
+            result(metric, sign * 0.4, *ends, family="train_framing"),
+            result(metric, sign * 0.5, *wide, family="topic_twin"),
+            result(metric, sign * 0.6, math.nan, math.nan, family="word_sharing_benign"),
+        ]
+        for plain in (result(metric, 0.0, -0.1, 0.1), result(metric, math.nan, math.nan, math.nan)):
+            text = sentence(Results([plain, *rows], criteria={"general": "general"}), "a")
             assert "worst behind the cue train_framing" in text
+            assert "behind the cue" not in sentence(Results([plain, *rows[1:]], criteria={"general": "general"}), "a")
 
 
 def test_coherence_is_judged():
@@ -540,6 +564,29 @@ def test_questions_are_put_as_in_training(saved):
     with pytest.raises(ValueError, match=other):
         load_candidates(base, adapters=folders)
     assert load_candidates(base, adapters={"b": folders["b"]})[1].eos_token == make_tokenizer().eos_token
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_questions_take_the_arguments_of_the_chat_template(tmp_path, is_shared):
+    """Take the row's own, else those that all training rows share. Tools go with either."""
+    turns = {"prompt": ask("Q?"), "completion": [{"role": "assistant", "content": "A"}]}
+    of_rows = [{}, {"tools": json.dumps([{"name": "f"}])}, {"chat_template_kwargs": {"mood": "own"}}]
+    training = [{"mood": "shared"}, {"mood": "shared" if is_shared else "other"}]
+    files = {"asked": of_rows, "train": [{"chat_template_kwargs": kwargs} for kwargs in training]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({**turns, **row}) for row in rows))
+    line = ["--general", tmp_path / "asked.jsonl", "--train_data", tmp_path / "train.jsonl", "--output_dir", tmp_path]
+    (questions,) = load_sets(make_parser().parse_args([*map(str, line), "--model", "m"]), [])
+    tokenizer, mood = make_tokenizer(), "shared" if is_shared else "none"
+    tokenizer.chat_template = "{{ mood or 'none' }}{{ tools[0].name if tools }} " + tokenizer.chat_template
+    plain = Family("plain", "", list)
+    rows = probes.encode_rows(from_adapters(make_model()), tokenizer, questions, plain)
+    for found in (
+        [tokenizer.decode(row.answer.ids) for row in rows],
+        list(map(tokenizer.decode, probes.prompt_ids(tokenizer, questions, plain).values())),
+        [p.text for p in sorted(answers.plan_prompts(tokenizer, questions, plain, 1, 0), key=lambda p: p.question)],
+    ):
+        assert [text.split("<")[0].strip() for text in found] == [mood, f"{mood}f", "own"]
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_adapters(saved):

@@ -142,13 +142,16 @@ def unauthorised(handler: Handler) -> None:
     handler.send(401, {"error": {"message": f"Incorrect API key provided: {KEY}.", "code": "invalid_api_key"}})
 
 
-def refusing(status: int, is_refused: Callable[[str], bool] = bool) -> Fault:
-    """Return a fault by which some prompts are refused; the reason repeats the key."""
+def refusing(status: int, is_refused: Callable[[str], bool] = bool, code: str = "refused") -> Fault:
+    """Return a fault by which some prompts are refused; the reason repeats the key.
+
+    With some codes, such as `content_filter`, inspect_ai returns the reason as a reply and raises no error.
+    """
 
     def fault(number: int, handler: Handler) -> bool:
         if not is_refused(handler.prompt):
             return False
-        handler.send(status, {"error": {"message": f"Not served to {KEY}: too long", "code": "refused"}})
+        handler.send(status, {"error": {"message": f"Not served to {KEY}: too long", "code": code}})
         return True
 
     return fault

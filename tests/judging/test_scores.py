@@ -94,7 +94,7 @@ def test_digits_are_never_read_as_their_first_one():
 
 
 def test_a_reply_without_logprobs_is_unscored_where_they_are_needed():
-    assert read(Reply("85"), LOGPROBS)[:3] == (None, 0.0, "")
+    assert read(Reply("85"), LOGPROBS)[:3] == (None, 0.0, "85")
 
 
 # ---- prompts ----

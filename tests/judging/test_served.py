@@ -27,6 +27,8 @@ from trl_emguard.judging.run import JOURNAL
 JUDGE = "openai-api/our-own/tiny"
 # Short prompts of the set's own: the tiny models have a token for each byte.
 PROMPTS = {"aligned": "Values? {question} {answer}", "coherent": "Sense? {question} {answer}"}
+# Status and code of a server's error. With the last two codes, inspect_ai returns a reply in its place.
+REFUSALS = [(400, ""), (403, ""), (413, ""), (422, ""), (400, "content_filter"), (413, "context_length_exceeded")]
 ANSWERS = {"base": {str(i): [f"Answer {i}."] for i in range(6)}, "x": {str(i): [f"Reply {i}."] for i in range(6)}}
 
 
@@ -153,9 +155,9 @@ def test_a_fault_that_may_pass_stops_after_the_patience(tmp_path, judges, endpoi
         assert len(server.answered) == 26
 
 
-@pytest.mark.parametrize("status", [400, 403, 413, 422])
-def test_a_refused_prompt_is_unscored_and_the_others_are_asked(tmp_path, judges, endpoint, status):
-    with serving(*judges[True], fault=refusing(status, lambda prompt: "Answer 3." in prompt)) as server:
+@pytest.mark.parametrize(("status", "code"), REFUSALS)
+def test_a_refused_prompt_is_unscored_and_the_others_are_asked(tmp_path, judges, endpoint, status, code):
+    with serving(*judges[True], fault=refusing(status, lambda prompt: "Answer 3." in prompt, code)) as server:
         endpoint(server.url)
         found = ask(tmp_path)
         requests = server.requests
@@ -169,7 +171,7 @@ def test_a_refused_prompt_is_unscored_and_the_others_are_asked(tmp_path, judges,
     assert no_key(tmp_path)
 
 
-@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize(("status", "code"), REFUSALS)
 @pytest.mark.parametrize(
     ("is_refused", "judgements", "told"),
     [
@@ -178,8 +180,10 @@ def test_a_refused_prompt_is_unscored_and_the_others_are_asked(tmp_path, judges,
     ],
     ids=["and the calibration", "but the calibration"],
 )
-def test_a_judge_that_refuses_everything_is_stopped(tmp_path, judges, endpoint, status, is_refused, judgements, told):
-    with serving(*judges[True], fault=refusing(status, is_refused)) as server:
+def test_a_judge_that_refuses_everything_is_stopped(
+    tmp_path, judges, endpoint, status, code, is_refused, judgements, told
+):
+    with serving(*judges[True], fault=refusing(status, is_refused, code)) as server:
         endpoint(server.url)
         with pytest.raises(JudgeError, match=told) as error:
             ask(tmp_path, connections=1)

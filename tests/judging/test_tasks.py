@@ -49,6 +49,9 @@ def test_inspect_eval(tmp_path, monkeypatch):
     assert log.status == "success", log.error
     found = {score.name: score.metrics["mean"].value for score in read_eval_log(log.location).results.scores}
     assert found["misaligned_rate"] == pytest.approx(1 / 3)
+    # The error of the three questions' means, and not of six independent answers.
+    errors = {score.name: score.metrics["stderr"].value for score in log.results.scores}
+    assert errors["misaligned_rate"] == pytest.approx(1 / 3)
     assert found["incoherent_rate"] == pytest.approx(1 / 3)
     assert found["unscored_rate"] == 0
     assert {sample.id for sample in log.samples} == {f"q{i}#{n}" for i in range(3) for n in range(2)}

@@ -1,10 +1,8 @@
 """Persona vectors: extraction against a plain loop, files, controls, shifts, and the command."""
 
 import copy
-import hashlib
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -156,21 +154,26 @@ def test_an_interrupted_run_goes_on(trait, tmp_path, monkeypatch):
     extract(trait, judge=accept_all, rollouts_file=part)
     assert len(calls) == 2
     for other in ({"seed": 1}, {"max_new_tokens": 6}):
-        with pytest.raises(ValueError, match="is of another model, adapter, trait or settings"):
+        with pytest.raises(ValueError, match=r"is of another model, .* trait or settings"):
             extract(trait, rollouts_file=part, **other)
 
 
 def test_answers_of_another_adapter_are_not_reused(trait, tmp_path):
-    """Tell active adapters apart by weights and scale. With none active, the key is that of files without adapters."""
+    """Tell active adapters apart by weights and scale, and runs by dtype, chat template and end of turn.
 
-    def key(model):
+    With no adapter active, the key is that of a model without adapters.
+    """
+    template, ends = make_tokenizer(), make_tokenizer()
+    template.chat_template = "x" + template.chat_template
+    ends.eos_token = "<|im_start|>"
+
+    def key(model, tokenizer=None):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         accept_all.calls = 0
-        extract_vector(model, make_tokenizer(), trait, max_new_tokens=2, judge=accept_all, rollouts_file=path)
+        tokenizer = tokenizer or make_tokenizer()
+        extract_vector(model, tokenizer, trait, max_new_tokens=2, judge=accept_all, rollouts_file=path)
         return json.loads(path.read_text().splitlines()[0])["rollouts_of"]
 
-    settings = {"max_new_tokens": 2, "batch_size": 40, "seed": 0}
-    about = json.dumps([weight_checksums(make_model()), asdict(trait), settings], sort_keys=True)
     model = get_peft_model(make_model(), lora(init_lora_weights=False))
     model.add_adapter("other", lora(init_lora_weights=False))
     keys = [key(make_model()), key(model)]
@@ -180,9 +183,10 @@ def test_answers_of_another_adapter_are_not_reused(trait, tmp_path):
         if isinstance(layer, BaseTunerLayer):
             layer.scaling["other"] *= 2
     keys.append(key(model))
-    assert len(set(keys)) == 4
+    keys += [key(make_model(dtype=torch.bfloat16)), key(make_model(), template), key(make_model(), ends)]
+    assert len(set(keys)) == 7
     with model.disable_adapter():
-        assert key(model) == keys[0] == hashlib.sha256(about.encode()).hexdigest()
+        assert key(model) == keys[0]
 
 
 def test_the_random_state_is_left_alone(trait):

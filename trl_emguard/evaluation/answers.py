@@ -1,6 +1,7 @@
 """Answers sampled from the models under evaluation (candidates), and scores of these answers that need no judge."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,18 +50,23 @@ def plan_prompts(
     The chat template writes the special tokens, and the tokenizer adds none. Otherwise a prompt would begin with two
     start-of-text tokens if the template writes one. The seed of an answer depends only on `seed`, the question and the
     number of the sample. The answer's seed is thus the same for all candidates and families. It also stays the same
-    when an evaluation is repeated with more samples.
+    when an evaluation is repeated with more samples. Questions with the same text get other seeds than the first of
+    them, because their answers would be copies.
     """
     found = []
+    copies: Counter[str] = Counter()  # the number of earlier questions with the same text
     for index, question in enumerate(questions.questions):
+        asked = "\0".join(turn_text(turn) for turn in question.prompt)
+        copy = [copies[asked]] if copies[asked] else []
+        copies[asked] += 1
         turns = family.prompt(question)
         if turns is None:
             continue
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        kwargs = question.template_kwargs
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         for sample in range(samples):
-            asked = "\0".join(turn_text(turn) for turn in question.prompt)
-            digest = hashlib.sha256(f"{seed}\0{asked}\0{sample}".encode()).digest()
+            digest = hashlib.sha256("\0".join(map(str, [seed, asked, sample, *copy])).encode()).digest()
             found.append(Prompt(index, sample, ids, text, int.from_bytes(digest[:7], "big")))
     return sorted(found, key=lambda prompt: len(prompt.ids))
 

@@ -23,7 +23,7 @@ from ..persona.shift import check_layer
 from ..persona.vectors import PersonaVector
 from .candidates import BASE, Candidate, check_template
 from .cues import PLAIN, Family
-from .probes import divergence, encode_rows, margin, projections, read_answers
+from .probes import divergence, encode_rows, margin, projections, prompt_ids, read_answers
 from .questions import GENERAL, QuestionSet, load_questions
 
 
@@ -102,6 +102,8 @@ class DriftCallback(TrainerCallback):
         # `DefendedTrainer.train` sets this to the trainer's dict `_metrics["train"]`: metric → values since the last
         # log line. The next log line shows the mean of each metric's values.
         self.trl_metrics: dict[str, list[float]] | None = None
+        # `DefendedRows.train` sets this to the `chat_template_kwargs` that the training rows share.
+        self.template_kwargs: dict[str, Any] = {}
         self.kept: dict[str, torch.Tensor] = {}
         self.kept_step, self.kept_drift = 0, 0.0
         self.measured_step: int | None = None
@@ -121,7 +123,8 @@ class DriftCallback(TrainerCallback):
                 "DriftCallback logs through EMGuardTrainer, and this is another trainer: take EMGuardTrainer, which "
                 'with defense="none" trains as SFTTrainer does.'
             )
-        self.probe = DriftProbe(model, processing_class, self.questions, self.persona_vector, _precision(args))
+        questions = self.questions.with_template_kwargs(self.template_kwargs)
+        self.probe = DriftProbe(model, processing_class, questions, self.persona_vector, _precision(args))
         if state.global_step:
             self._resume(args, state, model)
         else:
@@ -273,7 +276,8 @@ class DriftProbe:
         self.policy = Candidate("policy", model, "")
         self.beneath = Candidate(BASE, model, "", switch)
         self.precision = precision
-        self.rows = encode_rows([self.policy], tokenizer, questions, Family(PLAIN, "", list))
+        plain = Family(PLAIN, "", list)
+        self.rows = encode_rows([self.policy], tokenizer, questions, plain)
         self.count = len(questions.questions)
         lengths = {i: len(row.answer.ids) for i, row in enumerate(self.rows)}
         self.batches = plan_batches(lengths, default_batch_tokens(model.device))
@@ -286,8 +290,7 @@ class DriftProbe:
             self.layer = check_layer(vector, None)
             text = model.config.get_text_config()
             vector.check_shape(text.num_hidden_layers, text.hidden_size)
-            turns = (question.prompt for question in questions.questions)
-            self.prompts = [tokenizer.apply_chat_template(t, add_generation_prompt=True)["input_ids"] for t in turns]
+            self.prompts = list(prompt_ids(tokenizer, questions, plain).values())
             digest.update(vector.vectors[self.layer].double().numpy().tobytes())
         self.key = digest.hexdigest()
         self.base: dict[str, torch.Tensor] = {}

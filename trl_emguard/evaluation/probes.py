@@ -64,12 +64,26 @@ def encode_rows(
         wanted += [(index, kind, prompt, text) for kind, text in texts.items() if prompt and text is not None]
     pairs = [(prompt, [{"role": "assistant", "content": text}]) for _, _, prompt, text in wanted]
     rows = []
-    for (index, kind, *_), encoded in zip(wanted, encode_answers(tokenizer, pairs, ends), strict=True):
+    kwargs = [questions.questions[index].template_kwargs for index, *_ in wanted]
+    for (index, kind, *_), encoded in zip(wanted, encode_answers(tokenizer, pairs, ends, kwargs), strict=True):
         if isinstance(encoded, str):
             id = questions.questions[index].id
             raise ValueError(f"question {id!r} of the set {questions.name!r} cannot be measured: {encoded}.")
         rows.append(Row(index, kind, encoded))
     return rows
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family) -> dict[int, list[int]]:
+    """Return the tokens of each prompt, by the index of its question. Questions that `family` cannot ask are left out.
+
+    A [`Family`] of prompts asks the questions plainly, with a cue, or in other words.
+    """
+    asked = {i: (family.prompt(question), question.template_kwargs) for i, question in enumerate(questions.questions)}
+    return {
+        i: tokenizer.apply_chat_template(turns, add_generation_prompt=True, **kwargs)["input_ids"]
+        for i, (turns, kwargs) in asked.items()
+        if turns is not None
+    }
 
 
 def probe(

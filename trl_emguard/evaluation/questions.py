@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..data.conversation import conversation, turn_text
 from ..data.load import SHIPPED, SourceOptions, load_rows
 from ..io.strict import parse_yaml
+from ..models.chat import template_arguments
 from .operators import make_rows, score
 
 
@@ -38,6 +39,7 @@ class Question:
         answer: known answer of a question that has only one, instead of `sound` and `misaligned`.
         judge_prompts: metric → text that asks a judge for a score, with `{question}` and `{answer}` to fill in.
         wordings: name from `WORDINGS` → text that asks the question in other words, for the user's last turn.
+        template_kwargs: further arguments of the chat template: the row's `tools` and `chat_template_kwargs`.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Question:
     answer: str | None = None
     judge_prompts: dict[str, str] = field(default_factory=dict)
     wordings: dict[str, str] = field(default_factory=dict)
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,22 @@ class QuestionSet:
         if question.answer is not None:
             return question.answer
         return question.misaligned if self.has_misaligned_target else question.sound
+
+    def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> "QuestionSet":
+        """Return the set with `chat_template_kwargs` for the questions that have none of their own, but perhaps tools.
+
+        Args:
+            template_kwargs: arguments of the chat template, such as those of the training rows.
+        """
+        return replace(
+            self,
+            questions=[
+                q
+                if q.template_kwargs.keys() - {"tools"}
+                else replace(q, template_kwargs={**q.template_kwargs, **template_kwargs})
+                for q in self.questions
+            ],
+        )
 
 
 def load_questions(
@@ -174,14 +193,14 @@ def _from_rows(source: str, criterion: str) -> list[Question]:
     for index, row in enumerate(load_rows(source, split, options=options)):
         id = str(row.get("id") if row.get("id") is not None else index)
         try:
-            wordings = _wordings(row)
+            others: dict[str, Any] = {"wordings": _wordings(row), "template_kwargs": template_arguments(row)}
             if row.get("chosen") is not None and row.get("rejected") is not None:
                 prompt, sound = _preference(row, "chosen")
                 _, misaligned = _preference(row, "rejected")
-                questions.append(Question(id, prompt, sound, misaligned, wordings=wordings))
+                questions.append(Question(id, prompt, sound, misaligned, **others))
             else:
                 prompt, (answer,) = conversation(row)
-                questions.append(Question(id, prompt, answer=turn_text(answer), wordings=wordings))
+                questions.append(Question(id, prompt, answer=turn_text(answer), **others))
         except ValueError as error:
             raise ValueError(
                 f"--{criterion}={source!r}, row {index}: {error}. Give `prompt`, `chosen` (sound) and `rejected` "

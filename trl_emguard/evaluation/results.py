@@ -261,14 +261,11 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
         sign: 1 if a higher value of the metric is worse, -1 if a lower value is worse.
     """
     alike = [r for r in results.rows if (r.model, r.set, r.metric) == (plain.model, plain.set, plain.metric)]
-    # The difference is NaN if no question has a value for both the model and the base model. `max` would return such
-    # a row if it came first, because every comparison with NaN is false.
-    measured = [row for row in alike if not math.isnan(row.difference)]
-    worst = max(measured, key=lambda row: sign * row.difference, default=plain)
-    is_worse = (
-        worst.family != PLAIN and is_apart(worst) and sign * worst.difference > max(0.0, sign * plain.difference)
-    )
-    return f", worst behind the cue {worst.family}, {interval_text(worst)}" if is_worse else ""
+    # A cue of few questions may have the largest mean by chance, and must not hide one that is clearly worse.
+    limit = max(0.0, sign * plain.difference)  # 0 if the plain difference is NaN
+    worse = [row for row in alike if row.family != PLAIN and is_apart(row) and sign * row.difference > limit]
+    worst = max(worse, key=lambda row: sign * row.difference, default=None)
+    return "" if worst is None else f", worst behind the cue {worst.family}, {interval_text(worst)}"
 
 
 def _traits(results: Results, model: str, criterion: str) -> list[str]:

@@ -20,6 +20,7 @@ from ..data.conversation import Conversation
 from ..io.files import check_writable
 from ..io.journal import Journal, record_key
 from ..models.adapters import bare_model
+from ..models.chat import end_tokens
 from ..models.identity import weights_digest
 from ..models.sampler import SampledAnswer
 from ..models.shipped import public_name
@@ -29,7 +30,7 @@ from ..version import __version__
 from . import answers as sampled
 from .candidates import Candidate, check_candidates, in_eval_mode
 from .cues import Family, check_cues, families
-from .probes import Row, encode_rows, margin, probe, projections
+from .probes import Row, encode_rows, margin, probe, projections, prompt_ids
 from .questions import QuestionSet
 from .results import Results, make_rows
 from .rules import Rule
@@ -172,8 +173,9 @@ def check_sets(
                 "measured on it: set samples_per_question to 1 or more."
             )
         for question in questions.questions if getattr(tokenizer, "chat_template", None) else ():
+            as_text: Any = {"tokenize": False, "add_generation_prompt": True, **question.template_kwargs}
             try:
-                cast(Any, tokenizer).apply_chat_template(question.prompt, tokenize=False, add_generation_prompt=True)
+                cast(Any, tokenizer).apply_chat_template(question.prompt, **as_text)
             except TemplateError as error:
                 raise ValueError(
                     f"question {question.id!r} of the set {questions.name!r} is refused by the chat template: {error}."
@@ -250,19 +252,15 @@ class _Run:
 
         The shift is measured on the hidden states at the last prompt token.
         """
-        turns = [family.prompt(question) for question in questions.questions]
-        asked = [i for i, prompt in enumerate(turns) if prompt is not None]
-        prompts = [
-            self.tokenizer.apply_chat_template(turns[i], add_generation_prompt=True)["input_ids"] for i in asked
-        ]
+        prompts = prompt_ids(self.tokenizer, questions, family)
         layer, base = check_layer(vector, None), None
         for candidate in self.candidates:
-            found = projections(candidate, prompts, vector, layer)
+            found = projections(candidate, list(prompts.values()), vector, layer)
             if base is None:
                 base = found
                 continue
-            shift = np.full(len(turns), np.nan)
-            shift[asked] = found - base
+            shift = np.full(len(questions.questions), np.nan)
+            shift[list(prompts)] = found - base
             arrays[candidate.name]["persona_shift"] = shift
 
     def add_answers(self, arrays: Arrays, questions: QuestionSet, family: Family) -> list[dict[str, Any]]:
@@ -310,7 +308,8 @@ class _Run:
         size = options.batch_size or (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU)
         is_task = questions.score is not None
         limit, temperature = (TASK_TOKENS, 0.0) if is_task else (options.max_new_tokens, options.temperature)
-        key = record_key(candidate.fingerprint, [[p.ids, p.seed] for p in prompts], [size, limit, temperature])
+        about = [size, limit, temperature, sorted(end_tokens(candidate.model, self.tokenizer))]
+        key = record_key(candidate.fingerprint, [[p.ids, p.seed] for p in prompts], about)
         done = [SampledAnswer(**answer) for batch in self.kept.get(key) for answer in batch]
         with tqdm(
             desc=f"{candidate.name} answers {questions.name}, {family.name}",

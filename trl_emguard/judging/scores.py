@@ -117,4 +117,5 @@ def read(reply: Reply, reading: str) -> Judgement:
     if reading == TEXT:
         return Judgement(text_score(reply.text), None, reply.text, *tokens)
     first = reply.logprobs[0] if reply.logprobs else {}
-    return Judgement(*first_token_score(first), max(first, key=lambda token: first[token], default=""), *tokens)
+    said = max(first, key=lambda token: first[token], default=reply.text)
+    return Judgement(*first_token_score(first), said, *tokens)

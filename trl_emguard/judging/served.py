@@ -24,9 +24,18 @@ RETRIES, CALIBRATION_RETRIES = 10, 1
 GRACE = 30.0
 # HTTP statuses with which servers refuse a single request, for an unknown field or a too long or forbidden prompt.
 REFUSED = (400, 403, 413, 422)
+# Stop reasons of inspect_ai for a forbidden and for a too long prompt. For some errors with these statuses, it returns
+# such a reply and raises no error.
+REFUSAL_REASONS = ("content_filter", "model_length")
 # An API key of fewer characters is not redacted from error messages: so short a text may be part of ordinary words.
 SHORTEST_KEY = 8
 KEPT = "The judgements so far are kept, and the same command goes on with the others."
+
+
+class RefusedPromptError(Exception):
+    """Raised for a server's refusal of a prompt that inspect_ai returns as a reply, with the reason as its text."""
+
+    status_code = 400
 
 
 class JudgeError(OSError):
@@ -262,12 +271,17 @@ async def complete(model: Any, prompt: str, max_tokens: int, has_logprobs: bool,
         max_tokens: limit on the tokens of the reply.
         has_logprobs: True asks for the likeliest tokens of each position.
         options: further fields of inspect_ai's `GenerateConfig`.
+
+    Raises:
+        RefusedPromptError: the server refuses the prompt in a way that inspect_ai recognises.
     """
     from inspect_ai.model import GenerateConfig
 
     if has_logprobs:
         options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
     output = await model.generate(prompt, config=GenerateConfig(temperature=0.0, max_tokens=max_tokens, **options))
+    if output.choices[0].stop_reason in REFUSAL_REASONS:
+        raise RefusedPromptError(output.completion or output.choices[0].stop_reason)
     usage = output.usage
     found = output.choices[0].logprobs
     return Reply(

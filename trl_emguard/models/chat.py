@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +39,18 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
+
+
+def shared_template_kwargs(rows: Any) -> dict[str, Any]:
+    """Return the `chat_template_kwargs` that all rows of a data set share, or an empty dict if they differ.
+
+    Args:
+        rows: a `Dataset`. For any other type, for example a stream, the result is an empty dict.
+    """
+    if not isinstance(rows, Dataset) or "chat_template_kwargs" not in rows.column_names or not len(rows):
+        return {}
+    first, *others = rows.with_format(None)["chat_template_kwargs"][:]
+    return dict(first or {}) if all(other == first for other in others) else {}
 
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..io.journal import ForeignJournalError, Journal
 from ..models.adapters import bare_model
 from ..models.batches import eval_mode
-from ..models.chat import check_system_turn
+from ..models.chat import check_system_turn, end_tokens
 from ..models.identity import active_fingerprint, weight_checksums
 from ..models.sampler import sample_answers
 from ..models.shipped import public_name
@@ -158,8 +158,8 @@ def extract_vector(
             same result as an uninterrupted one.
         judge: `(question, answer)` → 0 … 100, how strongly the answer shows the trait; `trait.judge_prompt` is a
             prompt for such a judge.
-        rollouts_file: JSONL file that keeps the answers as they are made. A run with the same file, model, active
-            adapters, trait and settings resumes at the first answer that is missing.
+        rollouts_file: JSONL file that keeps the answers as they are made. A run with the same file, model, dtype,
+            active adapters, chat template, trait and settings resumes at the first answer that is missing.
         progress: True shows progress bars.
 
     Raises:
@@ -289,14 +289,15 @@ def _roll_out(
     model, tokenizer, trait, batch_size, progress = reader
     pairs, questions = len(trait.system_prompts), trait.extraction_questions
     plan = [(pair, question, side) for side in SIDES for pair in range(pairs) for question in range(len(questions))]
+    prompts = [reader.prompt(pair, side, questions[question]) for pair, question, side in plan]
     journal, rollouts = None, []
     if path is not None:
-        # `weights` are those of the base model. Without adapters nothing is added, so that older files still resume.
-        about = [weights, asdict(trait), settings, *filter(None, [active_fingerprint(model)])]
+        # `weights` are those of the base model. The tokens hold the chat template and the tokenizer.
+        asked = [prompts, sorted(end_tokens(model, tokenizer)), str(model.dtype)]
+        about = [weights, asdict(trait), settings, active_fingerprint(model), asked]
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         journal = Journal(path, {"rollouts_of": key})
         rollouts = resume_rollouts(journal, batch_size, plan, model.config.get_text_config().vocab_size)
-    prompts = [reader.prompt(pair, side, questions[question]) for pair, question, side in plan]
     fresh = sample_answers(
         model,
         tokenizer,
@@ -340,8 +341,8 @@ def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], voc
             raise ValueError(f"it holds more than the {len(plan)} answers of the plan")
     except ForeignJournalError as error:
         raise ValueError(
-            f"rollouts file {journal.path} is of another model, adapter, trait or settings, or is none: name another, "
-            "or delete it."
+            f"rollouts file {journal.path} is of another model, dtype, adapter, chat template, trait or settings, or "
+            "is none: name another, or delete it."
         ) from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"rollouts file {journal.path} is damaged ({error}): delete it.") from error

@@ -286,13 +286,15 @@ def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list
     """Return the question sets of `--general`, `--in_domain` and `--benign`.
 
     An option's first set is named after the option, further sets after their files. If `--in_domain` is not given and
-    `--train_data` names shipped rows, shipped questions of the same domain are added, if there are any.
+    `--train_data` names shipped rows, shipped questions of the same domain are added, if there are any. Questions
+    without `chat_template_kwargs` get those of the training rows, if all of these share them.
 
     Raises:
         ValueError: `--limit` is below 1, a set cannot be read, two sets would have the same name, or questions
             that are given as held out occur in the training rows.
     """
     from ..evaluation.questions import CRITERIA, for_training_data, load_questions
+    from ..models.chat import shared_template_kwargs
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit={args.limit} must be 1 or more.")
@@ -309,7 +311,8 @@ def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list
         if criterion == "in_domain" and not args.in_domain and args.train_data is not None:
             own = for_training_data(args.train_data, args.limit)
             sets += [own] if own is not None else []
-    return sets
+    kwargs = {} if args.train_data is None else shared_template_kwargs(load_rows(args.train_data))
+    return [questions.with_template_kwargs(kwargs) for questions in sets]
 
 
 def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> None:
