@@ -308,5 +308,7 @@ def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
         raise ValueError(
             f"activation_checkpointing_kwargs={args.activation_checkpointing_kwargs} does not work with "
             f"defense={','.join(names)!r} under {engine.sharding or 'DDP'}: its own pass and the reentrant backward "
-            "pass would each give a weight a gradient, and the engine takes one. Set `use_reentrant` to false in them."
+            "pass would each give a weight a gradient, and the engine takes one. Leave the option out, also under its "
+            "old name, gradient_checkpointing_kwargs. (With an adapter under ZeRO-3, SFTTrainer turns `use_reentrant: "
+            "false` into true. Elsewhere that works as well.)"
         )
