@@ -185,11 +185,6 @@ def meta_trainer(
     if args.cache_reference:
         _check_folder("TRL_EMGUARD_CACHE/reference", str(reference_cache_dir()))
     check_settings(args, callbacks, launch)
-    if args.fsdp and launch.engine.ranks > 1:
-        raise ValueError(
-            f"fsdp={args.fsdp} in the recipe: a dry run takes the engine from the accelerate file alone. Leave it "
-            "out, and put FSDP's settings into that file, as in the shipped fsdp2."
-        )
     given = _unplaced(args)
     if launch.engine.name == "zero3" and peft_config is not None and given.activation_checkpointing_kwargs:
         # SFTTrainer does the same in the launched run.

@@ -73,10 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dataset-config", "--dataset_config", help="configuration of the data set, `name` of `load_dataset`"
     )
     parser.add_argument(
-        "--where",
-        action=Once,
-        metavar="COLUMN=VALUE",
-        help="keep the rows whose column has this value, and no others",
+        "--where", action=Once, metavar="COLUMN=VALUE", help="keep only the rows whose column has this value"
     )
     parser.add_argument("--epsilon", type=float, default=1.0, help="ε of the gap (default: %(default)s)")
     parser.add_argument(
