@@ -4,13 +4,16 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
+from trl.data_utils import is_conversational_from_value
 
+from .checkpoints.resume import WHOLE_WEIGHTS, asks_for_newest, checkpoint_steps, nothing_to_resume
 from .defenses.base import Defense, ModelDefense, ReferenceDefense
 from .defenses.registry import DEFENSES
 from .reference.choose import reference_options
@@ -106,10 +109,78 @@ def refuse_unsharded_fsdp(why: str) -> NoReturn:
     )
 
 
+def check_output_dir(args: TrainingArguments, saves_adapter: bool) -> None:
+    """Refuse an `output_dir` with a model of the other tuning, and one without the checkpoint to resume from.
+
+    From a folder with a whole model and an adapter, transformers loads both, one on top of the other.
+
+    Args:
+        args: training arguments. Their `output_dir` may not exist yet.
+        saves_adapter: whether the run saves an adapter (LoRA), and not a whole model.
+
+    Raises:
+        FileNotFoundError: `resume_from_checkpoint` names no folder.
+        ValueError: the run should resume from its newest checkpoint, and has none; or the folder holds the final model
+            of a run with the other tuning.
+    """
+    folder, checkpoint = str(args.output_dir), args.resume_from_checkpoint
+    if checkpoint and not asks_for_newest(checkpoint) and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`."
+        )
+    # Each machine may have a disk of its own, so the first rank of each machine looks for checkpoints there. The same
+    # ranks look again when training starts.
+    looks = args.local_process_index == 0
+    if asks_for_newest(checkpoint or False) and looks and not checkpoint_steps(folder):
+        raise nothing_to_resume(checkpoint, folder)
+    others = WHOLE_WEIGHTS if saves_adapter else {"adapter_config.json"}
+    found = sorted(name for name in others if (Path(folder) / name).is_file())
+    if found:
+        kind, own = ("whole model", "an adapter") if saves_adapter else ("adapter", "a whole model")
+        raise ValueError(
+            f"output_dir={folder!r} holds the {kind} of another run ({found[0]}), and this run saves {own}: "
+            "transformers would load the two together. Name another folder, or delete that model."
+        )
+
+
 def check_data(train_dataset: object) -> None:
     """Refuse an empty set of training rows. SFTTrainer itself refuses `None` and objects of other types."""
     if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
+
+
+def check_format(rows: Any, args: Any, source: str) -> None:
+    """Refuse rows without the columns that SFTTrainer reads, and a `completion_only_loss` that they give no effect.
+
+    [`EMGuardTrainer`] itself does neither, because it may get a formatting function, and trains as SFTTrainer does.
+
+    Args:
+        rows: data set as it was loaded, or `None`. Its first row is read.
+        args: config of the trainer.
+        source: argument that names the rows, and its value, for messages.
+
+    Raises:
+        ValueError: the message names the columns, or the option, and the fix.
+    """
+    first = next(iter(rows or ()), None)
+    if first is None or "input_ids" in first or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    text = args.dataset_text_field
+    is_whole = "messages" in first or text in first or is_conversational_from_value(first)
+    is_read = "completion" in first if "prompt" in first else is_whole
+    if not is_read:
+        raise ValueError(
+            f"{source} has rows with the columns {', '.join(first)}, which SFTTrainer cannot read. Rename them: it "
+            f"wants `prompt` and `completion`, `messages`, `conversations` (of `from` and `value`), or {text!r} "
+            "(dataset_text_field)."
+        )
+    if args.completion_only_loss and "prompt" not in first and not args.assistant_only_loss:
+        raise ValueError(
+            f"completion_only_loss=True has no effect on rows with the columns {', '.join(first)} ({source}), and "
+            "prompts would be trained on too. Give `prompt` and `completion`; or, for conversations, set "
+            "assistant_only_loss=True, which trains on every answer and needs a chat template that TRL knows. "
+            "(completion_only_loss=False trains on whole rows.)"
+        )
 
 
 def load_config(
@@ -308,5 +379,7 @@ def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
         raise ValueError(
             f"activation_checkpointing_kwargs={args.activation_checkpointing_kwargs} does not work with "
             f"defense={','.join(names)!r} under {engine.sharding or 'DDP'}: its own pass and the reentrant backward "
-            "pass would each give a weight a gradient, and the engine takes one. Set `use_reentrant` to false in them."
+            "pass would each give a weight a gradient, and the engine takes one. Leave the option out, also under its "
+            "old name, gradient_checkpointing_kwargs. (With an adapter under ZeRO-3, SFTTrainer turns `use_reentrant: "
+            "false` into true. Elsewhere that works as well.)"
         )

@@ -370,7 +370,7 @@ def test_engines_that_take_one_gradient_of_a_weight(tmp_path, monkeypatch, engin
     if refused is None:
         check_engine([TReFT(args)], args, engine)
         return
-    with pytest.raises(ValueError, match=f"{refused}.*[Ss]et tp_size|{refused}.*Set `use_reentrant`"):
+    with pytest.raises(ValueError, match=f"{refused}.*[Ss]et tp_size|{refused}.*Leave the option out"):
         check_engine([TReFT(args)], args, engine)
 
 

@@ -193,12 +193,31 @@ def test_ranks_of_an_accelerate_file_count(report, file, ranks, engine):
     assert not list(Path.cwd().iterdir())
 
 
+@pytest.mark.parametrize(
+    ("engine", "reentrant", "peft", "words"),
+    [
+        # SFTTrainer makes it reentrant there.
+        ("zero3", "false", "true", "under DeepSpeed: .* Leave the option out"),
+        ("zero3", "false", "false", None),
+        ("multi_gpu", "true", "true", "under DDP: .* Leave the option out"),
+        ("fsdp2", "true", "true", None),
+    ],
+)
+def test_checkpointing_is_judged_by_the_engine_of_the_launch(argv, capsys, engine, reentrant, peft, words):
+    how = ["--gradient_checkpointing_kwargs", f'{{"use_reentrant": {reentrant}}}', "--use_peft", peft]
+    status = sft.main(argv("--dry_run", "--defense", "treft", "--accelerate_config", engine, *how))
+    assert status == int(words is not None)
+    assert re.search(words or "", capsys.readouterr().err)
+
+
 def test_what_an_engine_refuses_is_found(argv, capsys):
     """In one process, with the flags that the engine would set."""
     file = recipes_dir() / "accelerate_configs" / "fsdp2.yaml"
     Path("on_cpu.yaml").write_text(file.read_text() + "use_cpu: true\n")
     assert sft.main(argv("--dry_run", "--accelerate_config", "on_cpu.yaml")) == 1
     assert "FSDP was asked for and does not shard here" in capsys.readouterr().err
+    assert sft.main(argv("--dry_run", "--accelerate_config", "multi_gpu", "--fsdp")) == 1
+    assert "fsdp=True in the recipe: a dry run takes the engine from the accelerate file" in capsys.readouterr().err
     for engine, name in (("zero3", "DeepSpeed"), ("fsdp2", "FSDP")):
         cached = argv("--dry_run", "--defense", "kl", "--cache_reference", "true", "--accelerate_config", engine)
         assert sft.main(cached) == 1
@@ -459,6 +478,10 @@ def test_a_checkpoint_of_another_defense_is_found(argv, capsys):
     assert sft.main(argv("--defense", "kl", "--dry_run", *resume)) == 0
     assert sft.main(argv("--defense", "ldifs", "--dry_run", *resume)) == 1
     assert "was trained with kl" in capsys.readouterr().err
+    newest = ["--output_dir", "first", "--resume_from_checkpoint", "true"]
+    assert sft.main(argv("--defense", "kl", "--dry_run", *newest)) == 0
+    assert sft.main(argv("--defense", "ldifs", "--dry_run", *newest)) == 1
+    assert "only checkpoint-6 (was trained with kl" in capsys.readouterr().err
     assert sorted(Path.cwd().rglob("*")) == before
 
 

@@ -69,8 +69,9 @@ def test_shipped_files_are_known_by_name_and_by_path(launched, tmp_path, name):
 @pytest.mark.parametrize("name", ["cpu", "zero3"])
 def test_precision_is_judged_where_it_runs(launched, name):
     """The launching process does not judge the precision, since it may have no accelerator."""
-    assert sft.main(["--accelerate_config", name, "--bf16", "true"]) == 0
-    assert launched[0][1] == ["--bf16", "true"]
+    script = ["--bf16", "true", "--tf32", "true"]
+    assert sft.main(["--accelerate_config", name, *script]) == 0
+    assert launched[0][1] == script
 
 
 def test_an_accelerate_file_for_the_cpu_is_enough(monkeypatch):
@@ -96,7 +97,7 @@ def test_accelerates_options_go_to_accelerate_and_the_rest_to_the_script(launche
 
 def test_a_yaml_file_may_say_how_to_launch(launched, tmp_path):
     (tmp_path / "run.yaml").write_text(
-        "defense: kl\naccelerate_config: cpu\nnum_processes: 3\nmulti_gpu: true\nsame_network: false\n"
+        "defense: kl\naccelerate_config: cpu\nnum_processes: 3\nmulti_gpu: true\nsame_network: false\ntf32: true\n"
     )
     argv = [*FREE, "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]
     assert sft.main(argv) == 0

@@ -170,6 +170,8 @@ def test_every_recipe_parses(parse, recipe, defense):
         ("tf32: false", "tf32", False),
         ("include_num_input_tokens_seen: false", "include_num_input_tokens_seen", "no"),
         ("resume_from_checkpoint: true", "resume_from_checkpoint", True),
+        ("resume_from_checkpoint: 500", "resume_from_checkpoint", "500"),
+        ("dataset_config: 2024-01-01", "dataset_config", "2024-01-01"),
     ],
 )
 def test_yaml_value_works(parse, yaml_file, text, key, value):
@@ -222,6 +224,7 @@ def test_help_is_no_error(capsys):
         (["--defense", "kl,"], ["'kl,'"]),
         (["--defense", "kl,none"], ["kl,none"]),
         (["--defense", "kl,kl"], ["kl,kl", "twice"]),
+        (["--defense", "interleave++", "--defense=kl"], ["--defense is given 2 times", "interleave++,kl"]),
         (["--kl_tokens", "al"], ["kl_tokens", "'al'", "'all'", "loss, all"]),
         (["--kl_direction", "backward", "--defense", "kl"], ["kl_direction", "backward", "reverse, forward"]),
         (["--lr_scheduler_type", "cosin"], ["lr_scheduler_type", "cosin", "'cosine'"]),
@@ -255,7 +258,9 @@ def test_bad_command_line_is_refused(refused, argv, words):
         ("defense:", ["defense", "empty", "none"]),
         ("defense: ~", ["defense", "empty"]),
         ("defense: kll", ["kll", "'kl'"]),
-        ("defense: [kl]", ["kl"]),
+        ("defense: [kl]", ["kl", "must be text (several are written as interleave++,kl)"]),
+        ("dataset_name: [a.jsonl, b.jsonl]", ["dataset_name=['a.jsonl', 'b.jsonl'] must be text", "`datasets`"]),
+        ("interleave_where: {harm: none}", ["interleave_where={'harm': 'none'} must be text (COLUMN=VALUE)"]),
         ("defense: 1", ["1"]),
         ("defens: kl", ["defens", "'defense'"]),
         ("kl-coef: 0.1", ["kl-coef", "'kl_coef'"]),

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from command import make_argv, save_inputs, without, write_rows
 from safetensors.torch import load_file
 from tiny import SIZES, config, logged, make_pool, make_rows, make_tokenizer
@@ -18,6 +19,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer
+from trl_emguard.checks import check_format
 from trl_emguard.evidence import InactiveDefenseError
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import PersonaVector
@@ -278,6 +280,72 @@ def test_a_run_that_cannot_be_is_told_in_one_line(argv, tmp_path, monkeypatch, c
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-emguard sft: error: ")]
     assert len(errors) == 1
     assert words in errors[0]
+
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+ANSWERS = ["--completion_only_loss", "true"]
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+@pytest.mark.parametrize(
+    ("row", "more", "words"),
+    [
+        ({"prompt": "q", "response": "a"}, [], "has rows with the columns prompt, response, which SFTTrainer cannot"),
+        ({"instruction": "q", "output": "a"}, [], "has rows with the columns instruction, output, which SFTTrainer"),
+        ({"body": "q a"}, [], "or 'text' (dataset_text_field)"),
+        ({"messages": TURNS}, ANSWERS, "completion_only_loss=True has no effect on rows with the columns messages"),
+        ({"text": "q a"}, ANSWERS, "completion_only_loss=True has no effect on rows with the columns text"),
+    ],
+)
+def test_rows_in_another_format_are_refused_before_the_model_is_loaded(
+    argv, tmp_path, monkeypatch, capsys, row, more, words, dry
+):
+    monkeypatch.setattr(SFTTrainer, "__init__", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    rows = write_rows(tmp_path / "rows.jsonl", [row])
+    assert sft.main(argv("--dataset_name", rows, *more, *dry)) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": "q", "completion": "a"}, {"completion_only_loss": True}),
+        ({"messages": TURNS}, {}),
+        ({"messages": TURNS}, {"completion_only_loss": False}),
+        ({"messages": TURNS}, {"completion_only_loss": True, "assistant_only_loss": True}),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, {}),
+        ({"body": "q a"}, {"dataset_text_field": "body"}),
+        ({"input_ids": [2, 3], "labels": [-100, 3]}, {"completion_only_loss": True}),
+    ],
+)
+def test_rows_in_a_format_of_sfttrainer_are_accepted(tmp_path, row, options):
+    check_format([row], config(tmp_path, **options), "dataset_name='rows.jsonl'")
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+@pytest.mark.parametrize(("left", "peft"), [("adapter_config.json", "false"), ("model.safetensors", "true")])
+def test_a_model_of_the_other_tuning_in_the_output_folder_is_refused(argv, tmp_path, capsys, left, peft, dry):
+    """transformers would load both from that folder."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / left).write_text("")
+    assert sft.main(argv("--use_peft", peft, *dry)) == 1
+    assert f"of another run ({left})" in capsys.readouterr().err
+
+
+def test_a_model_in_shards_is_saved_whole(argv, tmp_path, monkeypatch):
+    """transformers saves no model with the state dict that accelerate prefers for FSDP2."""
+    train = EMGuardTrainer.train
+
+    def train_as_fsdp(self, **kwargs):
+        output = train(self, **kwargs)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+        monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", plugin, raising=False)
+        self.is_fsdp_enabled = True
+        return output
+
+    monkeypatch.setattr(EMGuardTrainer, "train", train_as_fsdp)
+    assert sft.main(argv()) == 0
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("defense", ["none", "kl"])

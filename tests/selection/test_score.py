@@ -470,6 +470,14 @@ def test_the_command_scores(argv, tmp_path, capsys, model):
     assert "tokens, more than 45" in said
 
 
+@pytest.mark.parametrize("option", ["--where", "--dataset"])
+def test_one_condition_and_one_pool(argv, capsys, option):
+    with pytest.raises(SystemExit):
+        commands.main(["score", *argv, option, "language=en"])
+    assert f"argument {option}: " in (error := capsys.readouterr().err)
+    assert "'language=en' are two values: give one." in error
+
+
 def test_names_that_mean_something_else(argv, adapters, tmp_path, monkeypatch):
     """Take adapters whose folders have the name of a method of torch's, or a `=`."""
     shutil.copytree(adapters["medical"], tmp_path / "keys")

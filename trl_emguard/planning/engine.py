@@ -195,6 +195,11 @@ def check_settings(args: TrainingArguments, callbacks: Sequence[TrainerCallback]
         ValueError: two settings do not work together.
     """
     engine, fsdp = launch.engine, launch.fsdp
+    if args.fsdp and launch.engine.ranks > 1:
+        raise ValueError(
+            f"fsdp={args.fsdp} in the recipe: a dry run takes the engine from the accelerate file alone. Leave it "
+            "out, and put FSDP's settings into that file, as in the shipped fsdp2."
+        )
     if fsdp and launch.on_cpu:
         refuse_unsharded_fsdp("use_cpu: true in the accelerate file")
     for callback in callbacks if engine.shards_weights else ():

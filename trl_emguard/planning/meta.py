@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from torch import device, nn
 from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from transformers.quantizers import AutoHfQuantizer
 
-from ..checks import check_engine, load_config
+from ..checks import Engine, load_config
 from ..config import EMGuardConfig
+from ..evidence import read_defense_file
 from ..models.load import text_tokenizer
+from ..record import why_other
 from ..reference.cache import reference_cache_dir
 from ..reference.choose import reference_kind
 from ..reference.kinds import ModelReference
@@ -131,12 +134,30 @@ def _check_shards(folder: Path) -> None:
 
 
 class MetaTrainer(EMGuardTrainer):
-    """[`EMGuardTrainer`] that also records how many tokens each training row has before rows are cut and packed.
+    """[`EMGuardTrainer`] of a dry run: without weights, and with the engine of a launch that is not made.
 
-    The report needs these numbers (`whole_lengths`). They are recorded also without defenses, but not for a stream.
+    It also records how many tokens each training row has before rows are cut and packed. The report needs these
+    numbers (`whole_lengths`). They are recorded also without defenses, but not for a stream.
+
+    Args:
+        launch: facts about the launch.
+        args, kwargs: arguments of [`EMGuardTrainer`].
     """
 
     counts_whole_rows = True
+
+    def __init__(self, launch: Launch, *args: Any, **kwargs: Any):
+        self.launch = launch
+        super().__init__(*args, **kwargs)
+
+    def _engine_facts(self) -> Engine:
+        return replace(self.launch.facts, is_fp16=super()._engine_facts().is_fp16)
+
+    def why_foreign(self, checkpoint: str) -> str | None:
+        try:
+            return why_other(read_defense_file(checkpoint), self._record(), self.defenses, compare_weights=False)
+        except ValueError as error:
+            return str(error)
 
 
 def meta_trainer(
@@ -165,6 +186,9 @@ def meta_trainer(
         _check_folder("TRL_EMGUARD_CACHE/reference", str(reference_cache_dir()))
     check_settings(args, callbacks, launch)
     given = _unplaced(args)
+    if launch.engine.name == "zero3" and peft_config is not None and given.activation_checkpointing_kwargs:
+        # SFTTrainer does the same in the launched run.
+        given.activation_checkpointing_kwargs = {**given.activation_checkpointing_kwargs, "use_reentrant": True}
     given.push_to_hub, given.model_init_kwargs = False, None
     given.report_to = []  # a dry run logs nothing, and the trackers need not be installed here
     # The precision in the training arguments wins over that of the launch, as it does in a launched run.
@@ -174,6 +198,7 @@ def meta_trainer(
     with tempfile.TemporaryDirectory() as scratch:
         given.output_dir = scratch  # the trainer makes this folder, and a dry run leaves none behind
         trainer = MetaTrainer(
+            launch,
             meta_model(path, args, quantization),
             given,
             train_dataset=data[0],
@@ -184,10 +209,8 @@ def meta_trainer(
             callbacks=callbacks,
         )
     trainer.args.output_dir = args.output_dir
-    # When the trainer was built, it checked its defenses against the engine, but no engine runs in this process. Now
-    # the trainer is told the engine of the launch, and the check is repeated with this engine.
+    # No engine runs in this process, so the trainer is told the engine of the launch.
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = launch.engine.is_deepspeed, launch.fsdp is not None
-    check_engine(trainer.defenses, args, launch.facts)
     if trainer.reference is not None and launch.engine.name == "zero3":
         kind = reference_kind(trainer.model, None, args, is_sharded=True)
         if isinstance(trainer.reference, ModelReference):

@@ -103,12 +103,16 @@ class LaunchParser(StrictParser):
         trains = not known.dry_run and (self._launched or not known.accelerate_config)
         if not trains:
             # This process only launches others that train, or makes a dry run. So it must not refuse options that
-            # training processes may accept: `ddp_backend` and, on a machine without an accelerator, bf16.
+            # training processes may accept: `ddp_backend` and, on a machine without an accelerator, tf32 and bf16.
             for_ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             for_ranks.add_argument("--ddp_backend", "--ddp-backend")
-            _, args = for_ranks.parse_known_args(list(args))
             self.set_defaults(ddp_backend=None)
-            if not torch.accelerator.is_available():
+            has_accelerator = torch.accelerator.is_available()
+            if not has_accelerator:
+                for_ranks.add_argument("--tf32")
+                self.set_defaults(tf32=None)
+            _, args = for_ranks.parse_known_args(list(args))
+            if not has_accelerator:
                 args = [*args, "--use_cpu", "true"]  # otherwise transformers would refuse bf16
         return super().parse_args_into_dataclasses(args, **kwargs)
 

@@ -50,6 +50,16 @@ OTHER_NAMES = {
 }
 
 
+# Options whose type is text, and for which a YAML file may also give a list or a number.
+NOT_TEXT_ALONE = ("ldifs_layers", "steering_layers", "fsdp")
+# Text option that users of other tools give a list or a mapping → its form here, for the error message.
+FORMS = {
+    "dataset_name": "one file or name, and `datasets` takes several",
+    "defense": "several are written as interleave++,kl",
+    "interleave_where": "COLUMN=VALUE",
+}
+
+
 # Old name of an option → new name. If both are given, transformers silently ignores the value under the old name.
 OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -122,6 +132,9 @@ class StrictParser(TrlParser):
         if unknown:
             self.error(self._unknown(unknown[0], self._option_strings(), "option"))
         self._check_old_names(vars(parsed), self._given(argv) | (config or {}).keys())
+        times = [word.partition("=")[0] for word in argv].count("--defense")
+        if times > 1:
+            self.error(f"--defense is given {times} times: give it once. Several are written as interleave++,kl.")
         try:
             return self.parse_args_into_dataclasses(argv)
         except (ValueError, TypeError, OSError) as error:
@@ -173,10 +186,12 @@ class StrictParser(TrlParser):
                 self._set_environment(value)
             else:
                 self._check_config_value(key, value, actions[key])
-                config[key] = self._in_a_list(value, actions[key])
+                config[key] = self._as_given(key, value, actions[key])
 
-    def _in_a_list(self, value: Any, action: argparse.Action) -> Any:
-        """Return a single value of an option that takes several as a list, as the command line gives it."""
+    def _as_given(self, key: str, value: Any, action: argparse.Action) -> Any:
+        """Return a value as the command line gives it: a number as text, a single value of several as a list."""
+        if self._is_text(key, action) and value is not None and not isinstance(value, bool):
+            return str(value)
         if action.nargs not in ("+", "*") or value is None or isinstance(value, list):
             return value
         if isinstance(value, dict):
@@ -185,6 +200,10 @@ class StrictParser(TrlParser):
             return [self._get_value(action, str(value))]
         except argparse.ArgumentError as error:
             self.error(f"config: {error}")
+
+    def _is_text(self, key: str, action: argparse.Action) -> bool:
+        types = set(get_args(self.hints[key])) or {self.hints[key]}
+        return types <= {str, type(None)} and action.nargs not in ("+", "*") and key not in NOT_TEXT_ALONE
 
     def _unknown_key(self, key: str, known: Iterable[str]) -> str:
         if key in OTHER_NAMES:
@@ -213,6 +232,9 @@ class StrictParser(TrlParser):
         # like a value on the command line.
         if number and not isinstance(value, (str, int, *types)):
             self.error(f"config: {key}={value!r} must be a {'number' if float in types else 'whole number'}.")
+        if isinstance(value, list | dict) and action.choices is None and self._is_text(key, action):
+            form = f" ({FORMS[key]})" if key in FORMS else ""
+            self.error(f"config: {key}={value!r} must be text{form}.")
         if action.choices is not None:
             choices = _texts(action.choices)
             if str(value) not in choices:

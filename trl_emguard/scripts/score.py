@@ -13,6 +13,7 @@ import argparse
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
@@ -29,6 +30,16 @@ from .shared import RESUMES, name_adapters, run_command
 
 SHOWN = 10
 OPTIONS = SourceOptions("--dataset", "--split", "--dataset-config")
+
+
+class Once(argparse.Action):
+    """Action that stores a value, and refuses a second value."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        first = getattr(namespace, self.dest)
+        if first is not None:
+            raise argparse.ArgumentError(self, f"{first!r} and {values!r} are two values: give one.")
+        setattr(namespace, self.dest, values)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset",
         required=True,
+        action=Once,
         help="the pool: a JSONL, JSON, CSV or parquet file, a shipped set, or a `datasets` id",
     )
     parser.add_argument("--output", required=True, type=Path, help="the .parquet file to write")
@@ -61,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dataset-config", "--dataset_config", help="configuration of the data set, `name` of `load_dataset`"
     )
     parser.add_argument(
-        "--where", metavar="COLUMN=VALUE", help="keep the rows whose column has this value, and no others"
+        "--where", action=Once, metavar="COLUMN=VALUE", help="keep only the rows whose column has this value"
     )
     parser.add_argument("--epsilon", type=float, default=1.0, help="ε of the gap (default: %(default)s)")
     parser.add_argument(

@@ -43,7 +43,8 @@ from trl import (
     get_quantization_config,
 )
 
-from ..checkpoints.resume import asks_for_newest, checkpoint_steps, nothing_to_resume
+from ..checkpoints.resume import checkpoint_steps
+from ..checks import check_format, check_output_dir
 from ..config import EMGuardConfig
 from ..data.load import SourceOptions, check_apart, load_rows
 from ..evaluation.drift import EVERY, DriftCallback
@@ -208,6 +209,9 @@ def run(
         peft_config=get_peft_config(model_args),
     )
     output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if trainer.is_fsdp_enabled:
+        # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(training_args.output_dir)
     # With `save_strategy: "no"` no checkpoint has written the card, and an earlier run's would stay.
     trainer.create_model_card(model_name=Path(training_args.output_dir).name)
@@ -297,17 +301,7 @@ def read_data(
     Raises:
         ValueError, FileNotFoundError: a bad argument.
     """
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint and not asks_for_newest(checkpoint) and not Path(checkpoint).is_dir():
-        raise FileNotFoundError(
-            f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`."
-        )
-    # A run that should resume from its newest checkpoint, but has none, is refused before rows and model are loaded.
-    # Each machine may have a disk of its own, so the first rank of each machine looks for checkpoints there. The same
-    # ranks look again when training starts.
-    folder, looks = training_args.output_dir, training_args.local_process_index == 0
-    if asks_for_newest(checkpoint or False) and looks and not checkpoint_steps(folder):
-        raise nothing_to_resume(checkpoint, str(folder))
+    check_output_dir(training_args, bool(model_args.use_peft))
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
     _check_source(script_args, dataset_args)
@@ -331,6 +325,9 @@ def read_data(
         test_split = script_args.dataset_test_split
         eval_dataset = load_rows(name, test_split, config, streaming, options) if evaluates else None
 
+    source = "datasets" if dataset_args.datasets else f"dataset_name={script_args.dataset_name!r}"
+    for rows in (train_dataset, eval_dataset):
+        check_format(rows, training_args, source)
     # `trl sft` passes these values as well. Values that the user put into `model_init_kwargs` win.
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
