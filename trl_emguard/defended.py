@@ -154,8 +154,8 @@ class DefendedTrainer(WholeCheckpoints):
             self._policy_passes = 0
             self._metrics["train"].clear()
         for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "trl_metrics"):  # true for `DriftCallback`, which logs its values through this dict
-                callback.trl_metrics = self._metrics["train"]
+            if hasattr(callback, "join_trainer"):  # true for `DriftCallback`, which logs its values through this dict
+                callback.join_trainer(self._metrics["train"], self.callback_handler.callbacks)
         self.accelerator.print("\n".join(f"trl_emguard: {line}" for line in self.describe()))
         self._before_training()
         with ExitStack() as surroundings:

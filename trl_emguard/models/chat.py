@@ -5,6 +5,7 @@ end-of-turn token. Text that the template writes after the end of turn (often a 
 never generates it.
 """
 
+import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import TemplateError
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import common_prefix_length
 
 
@@ -38,6 +39,15 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
+
+
+def text_part(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, of a vision-language model's processor as well, with the chat template that rows get."""
+    if not isinstance(processing_class, ProcessorMixin):
+        return processing_class
+    tokenizer = copy.copy(processing_class.tokenizer)  # the processor's own keeps the template that it is saved with
+    tokenizer.chat_template = processing_class.chat_template or tokenizer.chat_template
+    return tokenizer
 
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
