@@ -1,4 +1,4 @@
-"""Test the mixin in another TRL trainer: a DPO run that is steered."""
+"""Test the mixin in other TRL trainers: a DPO run and a GRPO run that are steered."""
 
 import json
 from dataclasses import dataclass
@@ -7,10 +7,14 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import lora, make_model, make_tokenizer
-from trl import DPOConfig, DPOTrainer
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
 
+from trl_emguard import EMGuardTrainer
+from trl_emguard.checkpoints.whole import WholeCheckpoints
 from trl_emguard.defended import DefendedTrainer
-from trl_emguard.defenses import DefenseArguments
+from trl_emguard.defenses import DEFENSES, DefenseArguments
+from trl_emguard.evidence import read_defense_file
 
 
 @dataclass
@@ -22,6 +26,42 @@ class DefendedDPOConfig(DefenseArguments, DPOConfig):
 
 class DefendedDPOTrainer(DefendedTrainer, DPOTrainer):
     pass
+
+
+@dataclass
+class DefendedGRPOConfig(DefenseArguments, GRPOConfig):
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_defense()
+
+
+class DefendedGRPOTrainer(DefendedTrainer, GRPOTrainer):
+    pass
+
+
+@dataclass
+class DefendedRLOOConfig(DefenseArguments, RLOOConfig):
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_defense()
+
+
+class DefendedRLOOTrainer(DefendedTrainer, RLOOTrainer):
+    pass
+
+
+class AnyDPOTrainer(DPOTrainer):
+    """A team's own trainer, whose signature names nothing."""
+
+    def __init__(self, *args, margin=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class SomeDPOTrainer(DPOTrainer):
+    """One whose signature names a part."""
+
+    def __init__(self, model, args, **kwargs):
+        super().__init__(model=model, args=args, **kwargs)
 
 
 def make_dpo(folder, trainer=DefendedDPOTrainer, max_steps=2, **options):
@@ -94,3 +134,76 @@ def test_defenses_that_need_more_are_refused(tmp_path, defense, reason):
 def test_a_config_without_the_options_is_refused(tmp_path):
     with pytest.raises(TypeError, match="DefenseArguments"):
         DefendedDPOTrainer(model=make_model(), args=DPOConfig(str(tmp_path), bf16=False, use_cpu=True))
+
+
+@pytest.mark.parametrize("base", [AnyDPOTrainer, SomeDPOTrainer])
+def test_arguments_are_found_behind_a_team_s_own_signature(tmp_path, monkeypatch, base):
+    class Team(DefendedTrainer, base):
+        pass
+
+    seen = []
+    monkeypatch.setattr(DEFENSES["steering"], "check_tuning", lambda _, has_adapter: seen.append(has_adapter))
+    options = steering(tmp_path)
+    assert losses(make_dpo(tmp_path, Team, **options)) == losses(make_dpo(tmp_path, **options))
+    assert seen == [True, True]
+    torch.save(torch.ones(5, 31), tmp_path / "vector.pt")  # another hidden size
+    with pytest.raises(ValueError, match="31"):
+        make_dpo(tmp_path, Team, **options)
+
+
+@pytest.mark.parametrize(
+    ("bases", "fix"),
+    [
+        ((DPOTrainer, DefendedTrainer), r"DefendedTrainer stands behind DPOTrainer.*\(DefendedTrainer, DPOTrainer\)"),
+        ((Trainer, WholeCheckpoints), "WholeCheckpoints stands behind Trainer"),
+    ],
+)
+def test_a_mixin_behind_its_trainer_is_refused(bases, fix):
+    with pytest.raises(TypeError, match=fix):
+        type("Team", bases, {})
+
+
+def test_a_team_s_trainer_may_stand_before_the_package_s():
+    team = type("Team", (type("TeamSFT", (SFTTrainer,), {}), EMGuardTrainer), {})
+    assert issubclass(team, DefendedTrainer)
+
+
+# ---- trainers that compare the policy with its own past ----
+
+
+def make_rl(folder, trainer=DefendedGRPOTrainer, config=DefendedGRPOConfig, **options):
+    args = {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6}
+    args |= {"bf16": False, "use_cpu": True, "activation_checkpointing": False, "learning_rate": 1e-2}
+    args |= {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "temperature": 2.0}
+    return trainer(
+        model=make_model(),
+        args=config(str(folder), **{**args, **options}),
+        reward_funcs=lambda completions, **_: [float(i) for i in range(len(completions))],
+        train_dataset=Dataset.from_list([{"prompt": "q"}] * 4),
+        processing_class=make_tokenizer(),
+        peft_config=lora(),
+    )
+
+
+def test_grpo_is_steered_and_clips_nothing_in_its_first_pass(tmp_path):
+    trainer = make_rl(tmp_path, **steering(tmp_path))
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["clip_ratio/region_mean"] == 0
+    assert entry["grad_norm"] > 0
+    trainer.save_model()
+    assert read_defense_file(tmp_path)["evidence"]["steering"]["acted"] is True
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "options", "fix"),
+    [
+        (DefendedRLOOTrainer, DefendedRLOOConfig, {}, "RLOOTrainer.*Take GRPOTrainer"),
+        (DefendedGRPOTrainer, DefendedGRPOConfig, {"num_iterations": 2}, "num_iterations=2.*Set num_iterations=1"),
+        (DefendedGRPOTrainer, DefendedGRPOConfig, {"steps_per_generation": 2}, "steps_per_generation=2"),
+        (DefendedGRPOTrainer, DefendedGRPOConfig, {"use_vllm": True}, "vllm_importance_sampling_correction=False"),
+    ],
+)
+def test_ratios_to_the_undefended_policy_are_refused(tmp_path, trainer, config, options, fix):
+    with pytest.raises(ValueError, match=f"defense='steering' does not work with .*{fix}"):
+        make_rl(tmp_path, trainer, config, **steering(tmp_path), **options)

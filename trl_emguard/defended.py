@@ -1,7 +1,6 @@
 """`DefendedTrainer`: a mixin that lets TRL trainers train with defenses."""
 
 import functools
-import inspect
 import math
 import weakref
 from collections.abc import Callable
@@ -16,13 +15,14 @@ from transformers import PreTrainedModel, TrainerCallback
 from .checkpoints.resume import checkpoint_folder, holds_adapter
 from .checkpoints.whole import WholeCheckpoints
 from .checks import Engine, check_engine, load_config
-from .defenses import Defense, DefenseArguments, Marks, Step, TermDefense, build_defenses
+from .defenses import Defense, Marks, Step, TermDefense, build_defenses
 from .defenses.registry import options_text
 from .defenses.schedule import ScheduleCallback
 from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, write_defense_file
 from .guard.forward import Gate
 from .guard.loss import PassGuard
 from .guard.sums import Sums, stacked
+from .host import check_model, check_old_passes, read_arguments
 from .io.files import check_writable
 from .models.adapters import bare_model
 from .models.sharding import as_main_process
@@ -37,7 +37,7 @@ ROW_HOOKS = ("prepare_rows", "prepare_tokenized", "add_rows", "train_loader", "r
 
 
 class DefendedTrainer(WholeCheckpoints):
-    """Mixin for TRL trainers that compute the loss by the policy's own `forward` (SFT, DPO, KTO, GRPO, RLOO).
+    """Mixin for TRL trainers that compute the loss by the policy's own `forward` (SFT, DPO, KTO, GRPO).
 
     The mixin builds the defenses that `args.defense` names. It enters their context managers around training, and
     around every forward pass of the policy that forms a gradient. After each step it checks that the defenses have an
@@ -50,8 +50,9 @@ class DefendedTrainer(WholeCheckpoints):
     ```
 
     Raises:
-        TypeError: the config does not inherit [`DefenseArguments`].
-        ValueError: a defense needs a loss or hooks on rows that this trainer does not have.
+        TypeError: the config does not inherit [`DefenseArguments`], or the mixin stands behind the TRL trainer.
+        ValueError: a defense needs a loss or hooks on rows that this trainer does not have, or surrounds the policy in
+            a trainer that also needs the policy's likelihoods without it (RLOO, and some settings of GRPO).
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
@@ -62,18 +63,11 @@ class DefendedTrainer(WholeCheckpoints):
     defenses: list[Defense]  # active defenses
 
     def __init__(self, *args: Any, **kwargs: Any):
-        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        config = given.get("args")
-        if not isinstance(config, DefenseArguments):
-            raise TypeError(
-                f"args is a {type(config).__name__}: give a config with the options of defenses, as `class MyConfig("
-                "DefenseArguments, DPOConfig)`."
-            )
+        config, model, has_adapter = read_arguments(super().__init__, args, kwargs)
         if not hasattr(self, "defenses"):
             self._choose_defenses(config)
-            for defense in self.defenses:
-                defense.check_tuning(bool(given.get("peft_config")) or is_peft_model(given["model"]))
-                defense.check_model(load_config(given["model"], config).get_text_config())
+            if model is not None:
+                check_model(self.defenses, has_adapter, load_config(model, config))
         super().__init__(*args, **kwargs)
         self._has_moved = False  # True once [`moves`] judged an update large enough to change the policy visibly
         self._policy_passes = 0
@@ -89,6 +83,8 @@ class DefendedTrainer(WholeCheckpoints):
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
             check_engine(self.defenses, self.args, self._engine_facts())
+            if model is None:  # the arguments did not tell, so the checks that belong before loading come now
+                check_model(self.defenses, is_peft_model(self.model), self.model.config)
             for defense in self.defenses:
                 as_main_process(functools.partial(defense.check_policy, self._bare_model()))
             self._gate = Gate(self._bare_model())
@@ -105,6 +101,8 @@ class DefendedTrainer(WholeCheckpoints):
                     f"defense={defense.name!r} does not work with {type(self).__name__}: it changes "
                     f"{'the loss' if defense.own_loss else 'the training rows'}, which this trainer makes itself."
                 )
+            if defense.surrounds_policy():
+                check_old_passes(type(self), args)
         self._named = build_defenses(args, **inputs)  # includes defenses that their options switch off
         self.defenses = [defense for defense in self._named if defense.active]
         read = {name for defense in self.defenses for name in defense.inputs}
@@ -154,8 +152,8 @@ class DefendedTrainer(WholeCheckpoints):
             self._policy_passes = 0
             self._metrics["train"].clear()
         for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "trl_metrics"):  # true for `DriftCallback`, which logs its values through this dict
-                callback.trl_metrics = self._metrics["train"]
+            if hasattr(callback, "join_trainer"):  # true for `DriftCallback`, which logs its values through this dict
+                callback.join_trainer(self._metrics["train"], self.callback_handler.callbacks)
         self.accelerator.print("\n".join(f"trl_emguard: {line}" for line in self.describe()))
         self._before_training()
         with ExitStack() as surroundings:

@@ -1,11 +1,12 @@
 """Facts that identify a run, compared when it resumes from a checkpoint; and the model card's section on defenses."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -13,6 +14,14 @@ from .defenses import Defense
 from .io.files import written_whole
 from .models.adapters import bare_model
 from .models.identity import fingerprint
+
+
+# Columns of tokenised rows that identify them: those of SFT, then those of preferences and of judged answers. Other
+# columns may depend on the batch size, which may change. Rows that no trainer has tokenised have none of these.
+TOKENISED = (
+    ("input_ids", "labels", "seq_lengths"),
+    ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label"),
+)
 
 
 def run_identity(model: PreTrainedModel, rows: Any, seed: int) -> dict[str, Any]:
@@ -24,7 +33,7 @@ def run_identity(model: PreTrainedModel, rows: Any, seed: int) -> dict[str, Any]
         model: the policy. With adapters, the weights of the base model identify it. Without adapters, only its
             architecture and sizes do (such as the number of layers): a run that resumes full fine-tuning may start
             from any weights, because the checkpoint replaces them.
-        rows: tokenised training rows. All streams count as equal.
+        rows: training rows, tokenised if the trainer does so. All streams count as equal.
         seed: seed of the order of the rows.
     """
     adapters = getattr(model, "peft_config", None)
@@ -37,17 +46,24 @@ def run_identity(model: PreTrainedModel, rows: Any, seed: int) -> dict[str, Any]
 def _rows_checksum(rows: Any) -> str:
     if not isinstance(rows, Dataset):
         return "streamed"
-    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
-    if not columns:
-        return f"{len(rows)} rows"
+    found = ([name for name in names if name in rows.column_names] for names in TOKENISED)
+    columns = next(filter(None, found), rows.column_names)
     checksum = 0
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
         for name in columns:
-            column = batch.column(name).combine_chunks()
-            lengths, values = column.value_lengths(), column.flatten()
-            for numbers in (lengths, values):
-                checksum = zlib.crc32(np.asarray(numbers).astype("<i8").tobytes(), checksum)
+            for content in _bytes(batch.column(name).combine_chunks()):
+                checksum = zlib.crc32(content, checksum)
     return f"{len(rows)} rows ({checksum:08x})"
+
+
+def _bytes(column: pyarrow.Array) -> Iterator[bytes]:
+    """Yield the content of a column: lists of integers, which are the bulk, as numbers, and others as text."""
+    is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
+    if is_list and pyarrow.types.is_integer(column.type.value_type):
+        for numbers in (column.value_lengths(), column.flatten()):
+            yield np.asarray(numbers).astype("<i8").tobytes()
+    else:
+        yield repr(column.to_pylist()).encode()
 
 
 def why_other(
@@ -118,7 +134,7 @@ def _card_section(defenses: Sequence[Defense], verdict: str | None, reference: d
     if verdict is not None:
         section += [f"**This model was not defended.** {verdict}", ""]
     if not defenses:
-        return [*section, "None: plain supervised fine-tuning."]
+        return [*section, "None."]
     section += ["Trained with trl_emguard, in-training defense:", ""]
     for defense in defenses:
         papers = "; ".join(f"[{p.title}](https://arxiv.org/abs/{p.id})" for p in defense.papers)

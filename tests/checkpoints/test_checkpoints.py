@@ -418,7 +418,7 @@ def test_model_card_names_defense_coefficient_and_paper(tmp_path, defense):
     card = (tmp_path / "README.md").read_text()
     assert card.count("## Defense against emergent misalignment") == 1
     if defense == "none":
-        assert "None: plain supervised fine-tuning." in card
+        assert "\n\nNone.\n" in card
     else:
         assert "`kl`: `kl_coef=0.25`" in card
         assert "https://arxiv.org/abs/2508.06249" in card

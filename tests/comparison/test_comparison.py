@@ -457,6 +457,14 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     assert not (inputs / "out" / "runs").exists()
 
 
+def test_an_average_of_a_run_with_a_budget_of_drift_is_refused(inputs, capsys):
+    path = inputs / "compare.yaml"
+    path.write_text(path.read_text().replace("early_stop", "ema"))
+    (inputs / "sft.yaml").write_text(f"{(inputs / 'sft.yaml').read_text()}\nstop_on_drift: 1.0\n")
+    assert commands.main([*line(inputs, "out"), "--dry_run"]) == 1
+    assert "the run 'none': stop_on_drift=1 (budget) does not work with ema=True" in capsys.readouterr().err
+
+
 def test_a_run_with_an_end_token_of_its_own_is_refused(inputs, capsys):
     path = inputs / "compare.yaml"
     path.write_text(path.read_text().replace("defense: kl", "defense: kl, eos_token: '<|im_start|>'"))

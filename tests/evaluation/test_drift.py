@@ -5,16 +5,18 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer
-from transformers import TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 from trl import SFTTrainer
 
-from trl_emguard import DriftCallback, EMGuardTrainer
+from trl_emguard import DriftCallback, EMACallback, EMGuardTrainer
 from trl_emguard.evaluation import EvaluationOptions, Question, QuestionSet, evaluate, from_adapters
 from trl_emguard.evaluation.candidates import Candidate
 from trl_emguard.evaluation.drift import DriftProbe
+from trl_emguard.persona.shift import PersonaShiftCallback
 from trl_emguard.persona.vectors import PersonaVector
 
 
@@ -103,6 +105,29 @@ def test_an_unmoved_model_has_no_drift(precision, peft):
     probe = DriftProbe(model, make_tokenizer(), GENERAL, vector(), precision)
     probe.read_base()
     assert probe.measure() == dict.fromkeys(METRICS, 0.0)
+
+
+class Processor(ProcessorMixin):
+    """Processor of a vision-language model. Its template is its own, and its tokenizer has none."""
+
+    def __init__(self, tokenizer, chat_template=None):
+        super().__init__(tokenizer, chat_template=chat_template)
+
+
+def test_a_processor_is_asked_by_its_tokenizer(tmp_path):
+    def drifts(processing_class):
+        rows = Dataset.from_list([{"input_ids": list(range(9, 20 + i))} for i in range(8)])
+        options = {"train_dataset": rows, "processing_class": processing_class, "callbacks": [drift()]}
+        trainer = EMGuardTrainer(make_model(), config(tmp_path, max_steps=2), **options)
+        trainer.add_callback(PersonaShiftCallback(trainer, vector(), ["Why?"]))
+        trainer.train()
+        return logged(trainer, "drift_kl"), logged(trainer, "persona_shift")
+
+    tokenizer = make_tokenizer()
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    processor = Processor(tokenizer, chat_template=template)
+    assert drifts(processor) == drifts(make_tokenizer())
+    assert tokenizer.chat_template is None
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (9, [6])])
@@ -264,10 +289,11 @@ def test_a_resumed_run_measures_the_same(tmp_path, run, every):
         ("questions", "was written with other questions"),
         ("vector", "was written with other questions"),
         ("budget", "was written with other questions"),
+        ("stricter", "stop_on_drift=0.001 is below the drift of the weights that the checkpoint keeps"),
     ],
 )
 def test_a_checkpoint_without_this_drift_is_refused(tmp_path, fault, message):
-    train(tmp_path, drift(), **SAVES)
+    train(tmp_path, drift(budget=1e9 if fault == "stricter" else None), **SAVES)
     path, options = tmp_path / "checkpoint-3" / "drift.safetensors", {}
     (tmp_path / "checkpoint-3" / "manifest.json").unlink()  # it would find most damage by itself
     if fault == "missing":
@@ -279,9 +305,25 @@ def test_a_checkpoint_without_this_drift_is_refused(tmp_path, fault, message):
     else:
         fewer = QuestionSet("general", "general", GENERAL.questions[:3])
         options = {"questions": {"questions": fewer}, "vector": {"persona_vector": vector()}, "budget": {"budget": 1}}
-        options = options[fault]
+        options = options.get(fault, {"budget": 0.001})
     with pytest.raises(ValueError, match=message):
         train(tmp_path, drift(**options), resume=str(tmp_path / "checkpoint-3"), **SAVES)
+
+
+def test_a_second_training_keeps_its_base_and_its_budget(tmp_path):
+    """The model that it starts from is no new base, though no adapter can be switched off."""
+    callback = drift()
+    trainer = train(tmp_path, callback, peft=False, max_steps=2)
+    trainer.train()
+    probe = DriftProbe(make_model(), make_tokenizer(), GENERAL)
+    probe.read_base()
+    again = DriftProbe(trainer.model, make_tokenizer(), GENERAL)
+    again.base = probe.base
+    drift_kl = again.measure()["drift_kl"]
+    assert logged(trainer, "drift_kl")[-1] == pytest.approx(drift_kl, rel=1e-4)
+    callback.budget = drift_kl / 2
+    with pytest.raises(ValueError, match="is below the drift that the model has before training"):
+        trainer.train()
 
 
 # ---- bad input ----
@@ -372,6 +414,12 @@ def test_a_run_that_something_else_stops(tmp_path, run, capsys, is_within):
     assert all(torch.equal(weight, kept[name]) for name, weight in trainer.model.named_parameters())
     assert ("The model is now" in capsys.readouterr().out) != is_within
     assert not logged(trainer, "drift_kl")
+
+
+def test_an_average_and_a_budget_are_refused(tmp_path):
+    train(tmp_path, drift(), EMACallback(), max_steps=1)
+    with pytest.raises(ValueError, match=r"stop_on_drift=1 \(budget\) does not work with ema=True"):
+        train(tmp_path, EMACallback(), drift(budget=1.0))
 
 
 def test_the_best_model_and_a_budget_are_refused(tmp_path):

@@ -269,6 +269,7 @@ def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):
         (["--dataset_name", "plants_sound", "--dataset_train_split", "valid"], "no split 'valid'"),
         (["--defense", "ldifs", "--ldifs_layers", "9"], "layer 9 is out of range"),
         (["--drift_every", "-1"], "drift_every=-1 must be 0 (off) or more"),
+        (["--stop_on_drift", "1", "--ema", "true"], "stop_on_drift=1 (budget) does not work with ema=True"),
         (["--stop_on_drift", "0"], "stop_on_drift=0.0 (budget) must be above 0"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint: leave it out to start anew"),
     ],

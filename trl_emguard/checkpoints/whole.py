@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -35,7 +36,22 @@ class WholeCheckpoints(Trainer):
     written its files. Only then is it pushed to the hub, and only then are older checkpoints deleted. A callback with
     a method `save_into(folder, state, model)` can add files before the checkpoint is marked. Its `on_save` is called
     after the marking. A run that resumes from the checkpoint of its last step makes no further step.
+
+    Raises:
+        TypeError: from the class statement, if a class has the mixin behind the trainer. No method of the mixin would
+            be called.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = list(cls.__mro__)
+        if transformers.Trainer in order and order.index(transformers.Trainer) < order.index(WholeCheckpoints):
+            mixins = [base.__name__ for base in cls.__bases__ if issubclass(base, WholeCheckpoints)]
+            others = [base.__name__ for base in cls.__bases__ if not issubclass(base, WholeCheckpoints)]
+            raise TypeError(
+                f"class {cls.__name__}: {mixins[0]} stands behind {others[0]}, so nothing of it would be called. "
+                f"Write `class {cls.__name__}({', '.join(mixins + others)})`."
+            )
 
     def find_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool) -> str:
         """Return the checkpoint to resume from: the named folder, or the newest whole one. Every rank must call this.

@@ -3,20 +3,22 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
 from ..io.files import written_whole
 from ..models.adapters import AdapterSwitch, bare_model, check_adapter_kind
 from ..models.batches import default_batch_tokens, eval_mode, plan_batches
 from ..models.callback_state import check_whole, load_state, save_state
+from ..models.chat import text_part
+from ..models.ema import EMACallback
 from ..models.likelihood import active_head, states_logits
 from ..models.sharding import as_main_process
 from ..persona.shift import check_layer
@@ -51,9 +53,9 @@ class DriftCallback(TrainerCallback):
     - `drift_persona`: the move of the hidden state at the last prompt token along `persona_vector`, if this is given.
 
     The base model is the model with its adapters switched off. Without adapters, it is the model before the first
-    step. The base model is measured once, and checkpoints contain the result. All measurements use the precision of
-    training and draw no random number. Without a budget, training is therefore the same with and without the callback,
-    bit for bit.
+    step of the trainer's first `train()`. The base model is measured once, and checkpoints contain the result. All
+    measurements use the precision of training and draw no random number. Without a budget, training is therefore the
+    same with and without the callback, bit for bit.
 
     With a budget, training stops after the first measurement in which `drift_kl` is above the budget. The model then
     gets back the weights of the last measurement within the budget, so that these are saved at the end.
@@ -73,10 +75,11 @@ class DriftCallback(TrainerCallback):
 
     Raises:
         ValueError: a number is out of range, the questions have no answers, or the weights are sharded over ranks.
-            Also if the trainer is not this package's, if a budget is combined with `load_best_model_at_end`, if the
-            drift is above the budget before training, or if the checkpoint to resume from lacks this callback's
-            measurements of the base model. Also if that checkpoint was written with other questions or another
-            persona vector, or if only one of the two runs has a budget.
+            Also if the trainer is not this package's, if a budget is combined with `load_best_model_at_end` or an
+            [`EMACallback`], if the drift is above the budget before training, or if the checkpoint to resume from
+            lacks this callback's measurements of the base model. Also if that checkpoint was written with other
+            questions or another persona vector, if only one of the two runs has a budget, or if the checkpoint keeps
+            weights beyond this run's.
     """
 
     def __init__(
@@ -99,21 +102,33 @@ class DriftCallback(TrainerCallback):
         if persona_vector is not None:
             check_layer(persona_vector, None)
         self.persona_vector = persona_vector
-        # `DefendedTrainer.train` sets this to the trainer's dict `_metrics["train"]`: metric → values since the last
-        # log line. The next log line shows the mean of each metric's values.
+        # The trainer's `_metrics["train"]`: metric → values, whose mean the next log line shows.
         self.trl_metrics: dict[str, list[float]] | None = None
-        # `DefendedRows.train` sets this to the `chat_template_kwargs` that the training rows share.
-        self.template_kwargs: dict[str, Any] = {}
+        self.template_kwargs: dict[str, Any] = {}  # those that the training rows share, set by `DefendedRows.train`
+        self.probe: Any = None  # the trainer's [`DriftProbe`] from its first `train()` on
         self.kept: dict[str, torch.Tensor] = {}
         self.kept_step, self.kept_drift = 0, 0.0
         self.measured_step: int | None = None
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._check(args, model)
+        self.probe = None  # a trainer before this one may have had another base model
         if model is not None and processing_class is not None:
-            # The probe that measures is made when training begins. This one only makes its checks early, also for a
-            # dry run.
+            # Training makes the probe that measures. This one only makes its checks early, also for a dry run.
             DriftProbe(model, processing_class, self.questions, self.persona_vector)
+
+    def join_trainer(self, metrics: dict[str, list[float]], callbacks: Sequence[TrainerCallback]) -> None:
+        """Take the dict that the trainer logs from. `DefendedTrainer` calls this before training."""
+        self.trl_metrics = metrics
+        self.check_beside(callbacks)
+
+    def check_beside(self, callbacks: Sequence[TrainerCallback]) -> None:
+        """Raise `ValueError` if there is a budget, and one of the run's callbacks averages the weights."""
+        if self.budget is not None and any(isinstance(callback, EMACallback) for callback in callbacks):
+            raise ValueError(
+                f"stop_on_drift={self.budget:g} (budget) does not work with ema=True (EMACallback): the average takes "
+                "in steps beyond the budget, which the saved model loses. Leave one of them out."
+            )
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._check(args, model)
@@ -123,13 +138,17 @@ class DriftCallback(TrainerCallback):
                 "DriftCallback logs through EMGuardTrainer, and this is another trainer: take EMGuardTrainer, which "
                 'with defense="none" trains as SFTTrainer does.'
             )
+        before = self.probe
         questions = self.questions.with_template_kwargs(self.template_kwargs)
         self.probe = DriftProbe(model, processing_class, questions, self.persona_vector, _precision(args))
         if state.global_step:
             self._resume(args, state, model)
+            return
+        if before is not None and before.base and before.policy.model is model and before.key == self.probe.key:
+            self.probe.base = before.base  # an earlier `train()` may have moved the model since
         else:
             self.probe.read_base()
-            self._start(model)
+        self._start(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         is_last = state.global_step >= state.max_steps or control.should_training_stop
@@ -210,8 +229,8 @@ class DriftCallback(TrainerCallback):
         if drift > self.budget:
             raise ValueError(
                 f"stop_on_drift={self.budget:g} is below the drift that the model has before training (drift_kl "
-                f"{drift:.3g} nats a token, of an adapter that is trained already), so no step could be kept: raise "
-                "the budget, or start from a fresh adapter."
+                f"{drift:.3g} nats a token, of an adapter or a model that is trained already), so no step could be "
+                "kept: raise the budget, or start from a fresh adapter or model."
             )
         self._keep(model, 0, drift)
 
@@ -228,6 +247,11 @@ class DriftCallback(TrainerCallback):
                 f"DriftCallback cannot resume: {STATE_FILE} was written with other questions, with another persona "
                 "vector, or by a run with a budget and one without: resume with the same."
             )
+        if kept is not None and kept["drift_kl"] > cast(float, self.budget):
+            raise ValueError(
+                f"stop_on_drift={self.budget:g} is below the drift of the weights that the checkpoint keeps (drift_kl "
+                f"{kept['drift_kl']:.3g} nats a token, of step {kept['step']}): raise the budget, or start anew."
+            )
         self.probe.base = {name: tensor for name, tensor in tensors.items() if not name.startswith(KEPT)}
         if kept is not None:
             self._keep(model, kept["step"], kept["drift_kl"])
@@ -242,7 +266,7 @@ class DriftProbe:
 
     Args:
         model: the policy, that is, the model in training.
-        tokenizer: the model's tokenizer, with a chat template.
+        tokenizer: the model's tokenizer or processor, with a chat template.
         questions: the questions.
         vector: persona vector of the base model, or `None`.
         precision: dtype of autocast in the forward passes; `None` turns autocast off.
@@ -262,11 +286,12 @@ class DriftProbe:
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         questions: QuestionSet,
         vector: PersonaVector | None = None,
         precision: torch.dtype | None = None,
     ):
+        tokenizer = text_part(tokenizer)
         check_template(tokenizer)
         switch = None
         if isinstance(model, PeftModel):

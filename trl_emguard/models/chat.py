@@ -5,6 +5,7 @@ end-of-turn token. Text that the template writes after the end of turn (often a 
 never generates it.
 """
 
+import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 from jinja2 import TemplateError
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import common_prefix_length
 
 
@@ -51,6 +52,15 @@ def shared_template_kwargs(rows: Any) -> dict[str, Any]:
         return {}
     first, *others = rows.with_format(None)["chat_template_kwargs"][:]
     return dict(first or {}) if all(other == first for other in others) else {}
+
+
+def text_part(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, of a vision-language model's processor as well, with the chat template that rows get."""
+    if not isinstance(processing_class, ProcessorMixin):
+        return processing_class
+    tokenizer = copy.copy(processing_class.tokenizer)  # the processor's own keeps the template that it is saved with
+    tokenizer.chat_template = processing_class.chat_template or tokenizer.chat_template
+    return tokenizer
 
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

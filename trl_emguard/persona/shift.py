@@ -9,6 +9,7 @@ from trl import SFTTrainer
 
 from ..models.adapters import bare_model, check_adapter_kind
 from ..models.batches import eval_mode
+from ..models.chat import text_part
 from .states import prompt_states
 from .traits import SHIPPED_TRAITS, load_trait
 from .vectors import PersonaVector
@@ -119,13 +120,13 @@ class PersonaShiftCallback(TrainerCallback):
         self.trainer = trainer
         self.vector = vector
         self.questions = questions
-        _check(trainer.model, trainer.processing_class, vector)
+        self.tokenizer = text_part(trainer.processing_class)
+        _check(trainer.model, self.tokenizer, vector)
         self.start = self._project()
 
     def _project(self) -> float:
-        model, tokenizer = self.trainer.model, self.trainer.processing_class
         with self.trainer.accelerator.autocast():
-            return prompt_projections(model, tokenizer, self.vector, self.questions)[self.layer]
+            return prompt_projections(self.trainer.model, self.tokenizer, self.vector, self.questions)[self.layer]
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log:

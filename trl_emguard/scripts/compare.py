@@ -37,6 +37,7 @@ from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable
 from ..io.lookup import did_you_mean
 from . import evaluate as evaluation
+from .sft import make_callbacks
 from .sft import make_parser as make_sft_parser
 from .shared import RESUMES, check_charts, run_command
 
@@ -169,8 +170,11 @@ def check_options(plan: Plan) -> None:
         parser.error = _raise  # type: ignore[method-assign]
         try:
             _check_empty(one.options, parser)
-            _, training_args, model_args, *_ = parser.parse(sft_arguments(one, plan.recipe, Path("unused")))
+            _, training_args, model_args, _, launch_args = parser.parse(
+                sft_arguments(one, plan.recipe, Path("unused"))
+            )
             _check_model(training_args, model_args)
+            make_callbacks(launch_args)  # result unused: the call refuses bad options of callbacks
         except ValueError as error:
             raise ValueError(f"the run {name!r}: {error}") from error
 

@@ -159,14 +159,16 @@ def make_callbacks(launch_args: LaunchArguments) -> list[TrainerCallback]:
     """Return the callbacks that the options `ema`, `drift_every` and `stop_on_drift` ask for.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or an average is asked for beside a budget.
     """
     every, budget = launch_args.drift_every, launch_args.stop_on_drift
     if every < 0:
         raise ValueError(f"drift_every={every} must be 0 (off) or more.")
     callbacks: list[TrainerCallback] = [EMACallback()] if launch_args.ema else []
     if every or budget is not None:
-        callbacks.append(DriftCallback(every or EVERY, budget))
+        drift = DriftCallback(every or EVERY, budget)
+        drift.check_beside(callbacks)
+        callbacks.append(drift)
     return callbacks
 
 

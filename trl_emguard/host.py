@@ -1,0 +1,82 @@
+"""Facts on the TRL trainer that `DefendedTrainer` is mixed into: its arguments, and the passes its loss compares."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from .defenses import Defense, DefenseArguments
+
+
+def read_arguments(
+    init: Callable[..., None], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, str | PreTrainedModel | None, bool]:
+    """Find config, model and adapter among the arguments of a trainer.
+
+    Args:
+        init: the trainer's `__init__`, bound. That of a team's own trainer may take `*args` and `**kwargs`.
+        args, kwargs: arguments that it is given.
+
+    Returns:
+        The config; the model, or `None` if `init` does not name it or the adapter among its parameters; and whether
+        an adapter is trained, which is known only beside a model.
+
+    Raises:
+        TypeError: there is no config with the options of defenses.
+    """
+    signature = inspect.signature(init)
+    given = signature.bind(*args, **kwargs).arguments
+    config = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
+    if not isinstance(config, DefenseArguments):
+        raise TypeError(
+            f"args is a {type(config).__name__}: give a config with the options of defenses, as `class MyConfig("
+            "DefenseArguments, DPOConfig)`."
+        )
+    if not {"model", "peft_config"} <= signature.parameters.keys():
+        return config, None, False
+    model = given.get("model")
+    return config, model, bool(given.get("peft_config")) or is_peft_model(model)
+
+
+def check_model(defenses: Sequence[Defense], has_adapter: bool, config: PreTrainedConfig) -> None:
+    """Let defenses refuse the kind of fine-tuning, and the config of a model that may see images as well as text."""
+    for defense in defenses:
+        defense.check_tuning(has_adapter)
+        defense.check_model(config.get_text_config())
+
+
+def check_old_passes(trainer: type, args: Any) -> None:
+    """Refuse a trainer whose loss compares the policy's likelihoods with those of its passes under `no_grad`.
+
+    GRPO and RLOO divide the likelihood of a completion by that of an earlier policy, which they compute under
+    `no_grad` before `compute_loss`. Defenses surround only passes that form a gradient, so the ratio would show the
+    defense instead of the updates since, and its clipping would remove most of the gradient.
+
+    Raises:
+        ValueError: the message names the setting and the fix.
+    """
+    bases = {base.__name__ for base in trainer.__mro__}
+    if "RLOOTrainer" in bases:
+        found, fix = "RLOOTrainer, which does so in every step", "Take GRPOTrainer"
+    elif "GRPOTrainer" not in bases:
+        return
+    elif args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations):
+        found = (
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}, which is no multiple of "
+            f"steps_per_generation={args.steps_per_generation} times num_iterations={args.num_iterations}"
+        )
+        fix = "Set num_iterations=1 and leave steps_per_generation out"
+    elif args.use_vllm and (args.vllm_importance_sampling_correction or args.off_policy_mask_threshold is not None):
+        found = (
+            f"use_vllm=True and vllm_importance_sampling_correction={args.vllm_importance_sampling_correction}, "
+            f"off_policy_mask_threshold={args.off_policy_mask_threshold}"
+        )
+        fix = "Set vllm_importance_sampling_correction=False and leave off_policy_mask_threshold out"
+    else:
+        return
+    raise ValueError(
+        f"defense={args.defense!r} does not work with {found}: the loss would divide the defended policy's "
+        f"likelihoods by those of the plain one. {fix}, or choose another defense."
+    )
