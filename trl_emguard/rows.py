@@ -168,8 +168,9 @@ class DefendedRows(SFTTrainer):
     def _check_rows_came_by(self) -> None:
         if isinstance(self.train_dataset, Dataset) and not len(self.train_dataset):
             raise ValueError(
-                f"max_length={self.args.max_length} cuts every label off all of the training rows, and SFTTrainer "
-                "leaves such rows out: raise it, or give shorter prompts."
+                "no training row has a label left, and SFTTrainer leaves such rows out: either max_length="
+                f"{self.args.max_length} cuts all of them off (raise it, or give shorter prompts), or the chat "
+                "template leaves the answers out (name the roles of turns 'user' and 'assistant')."
             )
         missed = self._rows_to_prepare is not None and not self._skip_prepare_dataset
         if missed and self.overrides("prepare_tokenized", "add_rows"):
