@@ -233,11 +233,13 @@ class DefendedRows(SFTTrainer):
                 data_seed=args.data_seed,
             )
         ranks = self.accelerator.num_processes // self.get_tp_size()
+        parts = 1 if self.accelerator.split_batches else ranks
         loading = Loading(
             rows=rows,
             order=order,
             collator=self._train_collator(),
-            block=self._train_batch_size * (1 if self.accelerator.split_batches else ranks),
+            block=self._train_batch_size * parts,
+            parts=parts,
             drop_last=drop_last,
             even=self.accelerator.even_batches and ranks > 1 and not drop_last,
             max_steps=args.max_steps,

@@ -235,7 +235,7 @@ class Interleaving(Defense):
     def train_loader(self, loading: Loading) -> Loading:
         if self.mixed_before:
             if self._passes is not None:
-                self._passes.reset()
+                self._passes.reset(loading)
             return replace(loading, collator=MixingCollator(loading.collator, None, None))
         rows = PlacedRows(loading.rows)
         sampler = PlaceSampler(rows, cast(Any, loading.order), loading.block, loading.drop_last, loading.even)
