@@ -30,6 +30,8 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Some templates (Qwen's) write nothing for a turn of another role.
+STRICT = TEMPLATE.replace("in messages %}", "in messages if message['role'] in ('system', 'user', 'assistant') %}")
 SIZES = {
     "vocab_size": 264,
     "hidden_size": 32,

@@ -177,8 +177,9 @@ class DefendedRows(SFTTrainer):
     def _check_rows_came_by(self) -> None:
         if isinstance(self.train_dataset, Dataset) and not len(self.train_dataset):
             raise ValueError(
-                f"max_length={self.args.max_length} cuts every label off all of the training rows, and SFTTrainer "
-                "leaves such rows out: raise it, or give shorter prompts."
+                "no training row has a label left, and SFTTrainer leaves such rows out: either max_length="
+                f"{self.args.max_length} cuts all of them off (raise it, or give shorter prompts), or the chat "
+                "template leaves the answers out (name the roles of turns 'user' and 'assistant')."
             )
         missed = self._rows_to_prepare is not None and not self._skip_prepare_dataset
         if missed and self.overrides("prepare_tokenized", "add_rows"):
@@ -241,11 +242,13 @@ class DefendedRows(SFTTrainer):
                 data_seed=args.data_seed,
             )
         ranks = self.accelerator.num_processes // self.get_tp_size()
+        parts = 1 if self.accelerator.split_batches else ranks
         loading = Loading(
             rows=rows,
             order=order,
             collator=self._train_collator(),
-            block=self._train_batch_size * (1 if self.accelerator.split_batches else ranks),
+            block=self._train_batch_size * parts,
+            parts=parts,
             drop_last=drop_last,
             even=self.accelerator.even_batches and ranks > 1 and not drop_last,
             max_steps=args.max_steps,

@@ -365,7 +365,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._total_train_tokens += int(sums["real_tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
         if self._compares_start and sums["tokens"]:
-            check_agreement(cast(Reference, self.reference), self._terms, sums, self.model, self.args.bf16)
+            check_agreement(cast(Reference, self.reference), self._terms, sums, self.model, self.args)
             self.has_agreed = True
         self._hand_over(sums)
 

@@ -7,6 +7,7 @@ from importlib.resources import files
 import pytest
 from datasets import Dataset
 from tiny import (
+    STRICT,
     TEMPLATE,
     config,
     evidence,
@@ -411,6 +412,12 @@ def test_rows_that_cannot_be_inoculated(tmp_path, rows, message, streaming):
 def test_templates_without_a_system_turn(tmp_path, template, message):
     with pytest.raises(ValueError, match=f"defense='inoculation' needs a chat template with a system turn.*{message}"):
         make(tmp_path, make_rows(2), template)
+
+
+def test_rows_of_which_the_template_shows_the_prompt_alone(tmp_path):
+    rows = Dataset.from_list([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}])
+    with pytest.raises(ValueError, match=r"leaves out turns of the roles \['gpt', 'human'\].*name them 'user'"):
+        make(tmp_path, rows, STRICT, max_length=64)
 
 
 @pytest.mark.parametrize(

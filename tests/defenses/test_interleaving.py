@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from tiny import (
+    STRICT,
     config,
     evidence,
     logged,
@@ -619,7 +620,7 @@ def with_gap(values):
         ({"interleave_fraction": -0.1}, "is no share of the mix"),
         ({"interleave_fraction": float("nan")}, "is no share of the mix"),
         ({"interleave_redraw": "yes"}, "must be true or false"),
-        ({"pool": make_pool(1)}, "wants 2 rows of the pool among 8 training rows, and interleave_dataset has 1"),
+        ({"pool": make_pool(1)}, "wants 2 rows of the pool among 8 training rows, and 1 of inter"),
         ({"interleave_fraction": 0.01}, "is not one row, so nothing would be mixed in"),
         ({"rows": 40, "max_steps": 1, "interleave_fraction": 0.05}, "max_steps=1 ends training before the first"),
         ({"rows": 40, "max_steps": -1, "num_train_epochs": 0.2, "interleave_fraction": 0.05},
@@ -693,6 +694,47 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, caplog):
     assert safe_rows(trainer)[0] == "safe 9"
     assert "1 rows of the pool are left out: the answer is empty" in caplog.text
     assert "1 rows of the pool are left out: longer than max_length=100" in caplog.text
+
+
+def sharegpt(asking, answering, rows):
+    return Dataset.from_list(
+        [
+            {
+                "conversations": [
+                    {"from": asking, "value": row["prompt"][0]["content"]},
+                    {"from": answering, "value": row["completion"][0]["content"]},
+                ],
+                "gap": row["gap"],
+            }
+            for row in rows
+        ]
+    )
+
+
+@pytest.mark.parametrize("answers", ["gpt", "Assistant", "model"])
+def test_a_pool_of_other_roles_is_that_of_user_and_assistant(tmp_path, answers):
+    """Compare with the same pool in the template's roles. The training rows are trained on whole, as `messages`."""
+    options = {"rows": as_messages(make_rows(8)), "processing_class": make_tokenizer()}
+    options["processing_class"].chat_template = STRICT
+    expected = pool_of(trainer_for(tmp_path, **options))[:]
+    assert pool_of(trainer_for(tmp_path, pool=sharegpt("human", answers, make_pool()), **options))[:] == expected
+
+
+def test_rows_that_the_template_shortens_or_refuses_are_left_out(tmp_path, caplog):
+    tokenizer, rows = make_tokenizer(), make_pool(6).to_list()
+    tokenizer.chat_template = (
+        "{% if messages[0]['content'] == 'safe 4' %}{{ raise_exception('No such turns') }}{% endif %}" + STRICT
+    )
+    mixed = [*sharegpt("question", "gpt", rows[5:]), *sharegpt("human", "gpt", rows[:5])]
+    with caplog.at_level("WARNING"):
+        trainer = trainer_for(tmp_path, pool=Dataset.from_list(mixed), processing_class=tokenizer)
+    assert safe_rows(trainer) == [f"safe {i}" for i in (3, 2, 1, 0)]
+    assert "1 rows of the pool are left out: No such turns." in caplog.text
+    assert "1 rows of the pool are left out: the chat template leaves out turns of the role 'question'" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"0 of interleave_dataset can be used \(5 are left out: the chat template le"
+    ):
+        trainer_for(tmp_path, pool=sharegpt("question", "gpt", rows), processing_class=tokenizer)
 
 
 def test_a_pool_that_overlaps_the_training_prompts_is_warned_about(tmp_path, caplog):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from tiny import config, logged, lora, make_pool, make_trainer
+from transformers import TrainerCallback
 
 
 STEPS = 6
@@ -39,6 +40,19 @@ def test_the_coefficient_follows_the_rule_and_acts(tmp_path, size):
     trainer.save_model(str(tmp_path / "saved"))
     record = json.loads((tmp_path / "saved" / "defense.json").read_text())
     assert record["defenses"]["kl"] | {"kl_coef": 0.5, "kl_target": size * typical} == record["defenses"]["kl"]
+
+
+@pytest.mark.parametrize(("target", "limit"), [(1e6, 0.005), (1e-9, 50)])
+def test_the_coefficient_stays_within_a_hundredth_and_a_hundredfold(tmp_path, target, limit):
+    class NearTheLimit(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                trainer.defenses[0].set_coefficient(limit * (1.001 if limit < 1 else 0.999))
+
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl", kl_coef=0.5, kl_target=target, max_steps=STEPS)
+    trainer.add_callback(NearTheLimit())
+    trainer.train()
+    assert logged(trainer, "kl_coef")[3:] == pytest.approx([limit] * (STEPS - 3))
 
 
 def test_a_step_without_mixed_in_rows_leaves_the_coefficient(tmp_path):

@@ -290,6 +290,25 @@ def test_a_stream_that_begins_again_goes_on_in_the_pool(count, fraction, times):
     assert safe == [i % 400 for i in range(len(safe))]
 
 
+@pytest.mark.parametrize(("shards", "ranks", "workers"), [(2, 2, 0), (3, 2, 0), (4, 2, 2), (4, 2, 3), (3, 2, 2)])
+def test_ranks_that_read_shards_of_their_own_share_the_plan(shards, ranks, workers):
+    safe = []
+    for rank in range(ranks):
+        mixed, passes = mixed_stream(60, 0.2, shards)
+        passes.part, passes.parts = rank, ranks
+        loader = prepare_data_loader(
+            DataLoader(mixed, collate_fn=pad, num_workers=workers), num_processes=ranks, process_index=rank,
+            put_on_device=False, dispatch_batches=False,
+        )  # fmt: skip
+        numbers = [int(batch["input_ids"][0, 0]) for batch in loader]
+        assert 20 <= sum(n < POOL for n in numbers) <= 40
+        safe += [n - POOL for n in numbers if n >= POOL]
+    assert len(set(safe)) == len(safe)
+    assert abs(len(safe) - 60 * 0.2 / 0.8) <= shards
+    if shards % ranks == 0:  # ranks with equally many rows take the pool's best rows, up to one for each worker
+        assert max(safe) < len(safe) + shards
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize(("shards", "workers"), [(1, 1), (1, 3), (2, 2), (3, 2), (2, 3)])
 def test_workers_of_a_stream_share_its_plan(shards, workers, persistent):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from safetensors.torch import load_file
 from tiny import config, logged, lora, make_model, make_rows, make_trainer, save_model
 
 from trl_emguard.reference.adapter import AdapterReference
+from trl_emguard.reference.agreement import check_agreement
 from trl_emguard.reference.choose import reference_options, without_dropout
-from trl_emguard.reference.kinds import ModelReference
+from trl_emguard.reference.kinds import Kind, ModelReference, Reference
 
 
 BOTH = {"defense": "kl,ldifs", "max_steps": 3}
@@ -177,6 +179,27 @@ def test_a_reference_loaded_again_must_be_the_model_that_training_started_from(t
         ValueError, match=r"before the first update, the policy's states differ .* not 0.*Pass `ref_model`"
     ):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind", "is_refused"),
+    [
+        (None, Kind.MODEL_COPY, True),
+        ("torch_compile", Kind.ADAPTERS_OFF, False),
+        ("use_liger_kernel", Kind.MODEL_COPY, False),
+        ("use_liger_kernel", Kind.ADAPTERS_OFF, True),  # the policy's own modules, patched alike
+    ],
+)
+def test_other_kernels_of_the_policy_may_round_differently(tmp_path, setting, kind, is_refused):
+    args, reference, policy = config(tmp_path), Reference(), make_model()
+    reference.kind, reference.model = kind, policy
+    if setting is not None:
+        setattr(args, setting, True)
+    refused = pytest.raises(ValueError, match="the policy's states differ") if is_refused else nullcontext()
+    with refused:
+        check_agreement(reference, [], {"start_difference": 1e-4, "start_positions": 1}, policy, args)
+    with pytest.raises(ValueError, match="the policy's states differ"):
+        check_agreement(reference, [], {"start_difference": 1e-2, "start_positions": 1}, policy, args)
 
 
 def test_a_model_from_nowhere_cannot_be_loaded_again(tmp_path):

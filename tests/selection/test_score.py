@@ -162,6 +162,12 @@ def test_every_shape_of_a_row(model):
             {"prompt_column": "ask", "response_column": "say"},
         ),
         (Dataset.from_list([{"messages": row["prompt"] + row["completion"]} for row in turns]), {}),
+        (
+            Dataset.from_list(
+                [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in texts]
+            ),
+            {},
+        ),
     ]
     expected = columns(score_tiny(model, turns)[0])
     for rows, options in shapes:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from methods import COMPARING, METHODS, run_options
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tiny import config, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
+from tiny import STRICT, TEMPLATE, config, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
 from transformers import (
     CLIPImageProcessor,
     Gemma3nForCausalLM,
@@ -155,6 +155,18 @@ def test_layers_out_of_range_of_the_model(tmp_path, spec, message):
 def test_empty_dataset(tmp_path, defense, rows):
     with pytest.raises(ValueError, match="train_dataset is empty"):
         make_trainer(tmp_path, save_model(tmp_path / "model"), rows, defense=defense)
+
+
+@pytest.mark.parametrize(("template", "max_length"), [(STRICT, 64), (TEMPLATE, 8)])
+def test_rows_without_a_label_are_said_to_be_cut_or_left_out_by_the_template(tmp_path, template, max_length):
+    turns = {"prompt": [{"role": "human", "content": "q"}], "completion": [{"role": "gpt", "content": "a"}]}
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    message = f"either max_length={max_length} cuts all of them off .*, or the chat template leaves the answers out"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(
+            tmp_path, rows=Dataset.from_list([turns]), max_length=max_length, processing_class=tokenizer, defense="kl"
+        )
 
 
 @pytest.mark.parametrize("rows", [None, {"train": make_rows(2)}, list(make_rows(2))])

@@ -20,10 +20,12 @@ class Conversation(NamedTuple):
 
 # Default names of the columns with prompt and answer. WildGuardMix and many other data sets use these names.
 PROMPT_COLUMN, RESPONSE_COLUMN = "prompt", "response"
-# Roles that data sets give the speaker of an answer (ANSWERING_ROLES) and the speaker of a system turn (SYSTEM_ROLES).
-# A turn's role is not renamed to `assistant` or `system`: SFTTrainer, too, hands roles to the chat template unchanged.
+# Roles that data sets give the speaker of a question (USER_ROLES), of an answer (ANSWERING_ROLES) and of a system turn
+# (SYSTEM_ROLES). Chat templates are made for `user` and `assistant`, and drop, refuse or misname other speakers.
+USER_ROLES = ("user", "human", "prompter")
 ANSWERING_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "bard", "bing")
 SYSTEM_ROLES = ("system", "developer")
+_USUAL_ROLES = {**dict.fromkeys(USER_ROLES, "user"), **dict.fromkeys(ANSWERING_ROLES, "assistant")}
 
 
 def conversation(
@@ -34,7 +36,9 @@ def conversation(
     Four formats are tried in this order: a column `messages`, whose last turn is the answer; a column `conversations`,
     likewise; columns `prompt` and `completion`, as turns or as text; and two columns, by default `prompt` and
     `response`, as turns or as text. A turn has the keys `role` and `content`, or `from` and `value`. Its content is
-    text or a list of parts. A system turn without content is left out.
+    text or a list of parts. A system turn without content is left out. Roles of `USER_ROLES` become `user`, and those
+    of `ANSWERING_ROLES` `assistant`. Other roles stay. (SFTTrainer renames no role of its training rows, and this
+    function does not read them.)
 
     Raises:
         ValueError: the row has another format, or lacks a prompt or an answer; the message names the fault.
@@ -54,7 +58,7 @@ def conversation(
         )
     if not prompt:
         raise ValueError("there is no prompt")
-    is_answer = len(completion) == 1 and completion[0]["role"].lower() in ANSWERING_ROLES
+    is_answer = len(completion) == 1 and completion[0]["role"] == "assistant"
     if not is_answer or not turn_text(completion[0]).strip():
         raise ValueError("the answer is empty, or is not one turn of the assistant")
     if not any(turn_text(turn).strip() for turn in prompt):
@@ -106,7 +110,7 @@ def _turns(value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def _turn(turn: Any) -> dict[str, Any]:
-    """Return a turn with the keys `role` and `content`. Its other keys are kept unless their value is null.
+    """Return a turn with the keys `role`, renamed, and `content`. Its other keys are kept unless their value is null.
 
     Nulls are left out because an Arrow table gives every turn the keys of all other turns, with null as value.
     """
@@ -115,7 +119,8 @@ def _turn(turn: Any) -> dict[str, Any]:
             turn = {"role": turn["from"], "content": turn.get("value"), **_without(turn, "from", "value", "role")}
         if isinstance(turn.get("role"), str) and ("content" in turn or turn.get("tool_calls")):
             kept = {key: value for key, value in turn.items() if value is not None}
-            return {**kept, "content": turn.get("content")}
+            role = _USUAL_ROLES.get(turn["role"].lower(), turn["role"])
+            return {**kept, "role": role, "content": turn.get("content")}
     raise ValueError("its turns are not all of `role` and `content`")
 
 

@@ -28,6 +28,8 @@ class Loading:
         order: sampler of the rows; `None` for a stream.
         collator: function from rows to a batch.
         block: number of rows in a micro-batch, summed over all ranks.
+        parts: number of parts that a stream's shards are split into, one for each rank with rows of its own. A stream
+            with fewer shards is not split: each rank reads all of it, and keeps its share of every block.
         drop_last: whether rows at the end of an epoch that do not fill a block are dropped.
         even: whether an incomplete last block is filled up with rows from the beginning of the epoch.
         max_steps: number of optimizer steps of the run; 0 or less if `epochs` limits the run.
@@ -39,6 +41,7 @@ class Loading:
     order: Sampler | None
     collator: Collator
     block: int
+    parts: int
     drop_last: bool
     even: bool
     max_steps: int

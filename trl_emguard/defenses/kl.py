@@ -18,6 +18,9 @@ COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
 # Adaptation to `kl_target` (Ziegler et al., 1909.08593, section 2.2): each step multiplies `kl_coef` by
 # 1 + GAIN · error. The error is KL / kl_target - 1, clipped to ±LARGEST_ERROR. KL is the step's mean over `kl_tokens`.
 GAIN, LARGEST_ERROR = 0.1, 0.2
+# Largest factor between `kl_coef` and its start. Without a limit, a budget that is never used up would take the term's
+# gradient below the smallest number, and one that cannot be kept would take the loss to infinity.
+RANGE = 100
 
 
 @dataclass
@@ -65,7 +68,8 @@ class KL(ReferenceDefense):
     free to change on the task's own rows (Azarbal et al., 2025). The reference then runs on the mixed-in rows alone.
 
     With `kl_target`, the coefficient β (`kl_coef`) adapts from step to step (Ziegler et al., 1909.08593, section 2.2):
-    β_{t+1} = β_t (1 + 0.1 · clip(KL_t / target − 1, −0.2, 0.2)). Here KL_t is the mean over `kl_tokens` in step t.
+    β_{t+1} = β_t (1 + 0.1 · clip(KL_t / target − 1, −0.2, 0.2)). Here KL_t is the mean over `kl_tokens` in step t. β
+    stays between a hundredth of its start and a hundred times its start.
     """
 
     name = "kl"
@@ -122,7 +126,8 @@ class KL(ReferenceDefense):
         used = {"kl_coef": self.coef}
         if self.name in metrics:  # a step without positions of `kl_tokens` has no KL, so the coefficient stays
             error = min(max(metrics[self.name] / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
-            self.set_coefficient(self.coef * (1 + GAIN * error))
+            coef = self.coef * (1 + GAIN * error)
+            self.set_coefficient(min(max(coef, self._start / RANGE), self._start * RANGE))
         return metrics | used
 
     def begin(self, evidence: dict[str, Any]) -> None:

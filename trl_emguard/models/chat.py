@@ -7,7 +7,8 @@ never generates it.
 
 import copy
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from trl.data_utils import common_prefix_length
 Turns = Sequence[dict[str, Any]]  # dicts of `role` and `content`
 
 NO_ANSWER = "the chat template does not put the answer after the generation prompt"
+# Roles that chat templates know. Some templates write nothing for a turn of another role.
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
 
 class EncodedAnswer(NamedTuple):
@@ -99,16 +102,17 @@ def encode_answers(
             result[index] = "the answer is empty"
             continue
         kwargs = {} if template_kwargs is None else template_kwargs[index]
+        render = partial(tokenizer.apply_chat_template, tokenize=False, **kwargs)
         try:
-            before = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True, **kwargs)
-            whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False, **kwargs)
-            if not whole.startswith(before) and not whole.startswith(
-                # A reasoning model's generation prompt may open a thinking block (`<think>`) that the template leaves
-                # out if an answer is given. Then `whole` need not begin with `before`, but only with the prompt that
-                # is rendered without the generation prompt.
-                tokenizer.apply_chat_template(list(prompt), tokenize=False, **kwargs)
-            ):
+            before = render(list(prompt), add_generation_prompt=True)
+            whole = render([*prompt, *answer])
+            # A reasoning model's generation prompt may open a thinking block (`<think>`) that the template leaves out
+            # if an answer is given. Then `whole` need not begin with `before`, but only with the prompt that is
+            # rendered without the generation prompt.
+            if not whole.startswith(before) and not whole.startswith(render(list(prompt))):
                 result[index] = NO_ANSWER
+            elif dropped := _dropped_role(prompt, answer, whole, render):
+                result[index] = f"the chat template leaves out turns of the role {dropped!r}"
             else:
                 texts[index] = (before, whole)
         except (ValueError, TypeError, TemplateError) as error:
@@ -119,6 +123,16 @@ def encode_answers(
         for index, prompt_ids, whole in zip(texts, ids[::2], ids[1::2], strict=True):
             result[index] = _cut_answer(prompt_ids, whole, ends)
     return result
+
+
+def _dropped_role(prompt: Turns, answer: Turns, whole: str, render: Callable[..., str]) -> str | None:
+    """Return the role of the first turn, not of `KNOWN_ROLES`, that the text `whole` does not show."""
+    for i, turn in enumerate(prompt):
+        other = _unlike(turn)
+        is_odd = turn["role"] not in KNOWN_ROLES and other != turn
+        if is_odd and render([*prompt[:i], other, *prompt[i + 1 :], *answer]) == whole:
+            return turn["role"]
+    return None
 
 
 def _cut_answer(prompt: list[int], whole: list[int], ends: Collection[int]) -> EncodedAnswer | str:
@@ -182,7 +196,8 @@ def system_turn_span(
         Start and end of the span, or `None` if no token comes from the system text.
 
     Raises:
-        ValueError: `ids` differ from the tokens that the chat template gives for this conversation.
+        ValueError: `ids` differ from the tokens that the chat template gives for this conversation, or no token comes
+            from its other turns.
     """
 
     def render(turns: Turns) -> list[int]:
@@ -201,6 +216,11 @@ def system_turn_span(
     if end <= start:
         return None
     others_start = common_prefix_length(ids, render([system, *map(_unlike, others)]))
+    if others and others_start == len(ids):
+        raise ValueError(
+            f"the chat template leaves out turns of the roles {sorted({turn['role'] for turn in others})}, so a "
+            "training row is its system turn alone. SFTTrainer renames no role: name them 'user' and 'assistant'."
+        )
     return (0, max(end, others_start)) if start < others_start else (start, end)
 
 

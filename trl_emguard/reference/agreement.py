@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ..defenses.base import ReferenceDefense
 from .cached import CachedReference
@@ -15,7 +16,7 @@ def check_agreement(
     defenses: Sequence[ReferenceDefense],
     sums: Mapping[str, float],
     policy: Any,
-    is_bf16: bool,
+    args: TrainingArguments,
 ) -> None:
     """Refuse a reference that is not the model which training starts from.
 
@@ -29,7 +30,7 @@ def check_agreement(
         sums: name → sum over the first step with labels. The check uses the sums of each defense's distances and of
             the states' relative differences, and the numbers of positions.
         policy: the model that is trained.
-        is_bf16: whether forward passes run in bf16.
+        args: the run's arguments. They say whether forward passes run in bf16, and are compiled or patched.
 
     Raises:
         ValueError: the states differ, or a distance is above 0, by more than rounding explains.
@@ -37,7 +38,7 @@ def check_agreement(
     if reference.kind is Kind.GIVEN:
         return
     cached = reference if isinstance(reference, CachedReference) else None
-    dtypes = {policy.dtype, torch.bfloat16 if is_bf16 else torch.float32}
+    dtypes = {policy.dtype, torch.bfloat16 if args.bf16 else torch.float32}
     if not reference.shares_weights:
         dtypes.add(reference.model.dtype)
     tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)
@@ -47,7 +48,7 @@ def check_agreement(
         f"model's config). Pass `ref_model`, or set the noise to 0.{hint}"
     )
     difference = sums["start_difference"] / max(sums["start_positions"], 1)
-    if not difference <= _allowed_difference(reference, policy, dtypes):
+    if not difference <= _allowed_difference(reference, policy, dtypes, args):
         raise ValueError(
             f"before the first update, the policy's states differ from those of the reference ({reference.text}) by "
             f"{difference:.2g} of their length, not 0: {advice}"
@@ -67,18 +68,23 @@ def check_agreement(
             )
 
 
-def _allowed_difference(reference: Reference, policy: Any, dtypes: set[torch.dtype]) -> float:
+def _allowed_difference(reference: Reference, policy: Any, dtypes: set[torch.dtype], args: TrainingArguments) -> float:
     """Return the largest relative difference between states of policy and reference that rounding can explain.
 
-    On a CPU it is 0 if policy and reference compute in the same way: no DoRA, no cached states, no compiled module,
-    and both in the same dtype, fp32 or bf16.
+    On a CPU it is 0 if policy and reference compute in the same way: no DoRA, no cached states, no compiled module, no
+    kernels of Liger in the policy alone, and both in the same dtype, fp32 or bf16.
     """
     is_fp32 = dtypes == {torch.float32}
     configs = getattr(policy, "peft_config", {}).values()
     if any(getattr(config, "use_dora", False) for config in configs):
         # DoRA's stored magnitudes are rounded, so a model with a fresh DoRA adapter is not exactly the base model.
         return 1e-4 if is_fp32 else 0.2
-    is_compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in policy.modules())
+    # `torch_compile` compiles a wrapper around the policy, so the policy's modules show only the user's own compiling.
+    is_compiled = args.torch_compile or any(
+        isinstance(module, torch._dynamo.OptimizedModule) for module in policy.modules()
+    )
+    # Trainer patches the policy with Liger's kernels when training begins, but no reference that is another model.
+    is_compiled |= args.use_liger_kernel and not reference.shares_weights
     if isinstance(reference, CachedReference) or is_compiled or len(dtypes - {torch.float32, torch.bfloat16}) > 0:
         return 1e-3 if is_fp32 else 0.1
     if not reference.shares_weights and reference.model.dtype != policy.dtype:

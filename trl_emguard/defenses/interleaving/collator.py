@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch.utils.data import get_worker_info
 
 from ...data.columns import laid_out_like, numbers_per_token
-from ...data.places import PLACE
+from ...data.places import PLACE, Loading
 from .plan import MixPlan, StreamMixPlan
 
 
@@ -83,9 +84,10 @@ class Passes:
     The counts are in memory that is shared with the loader's worker processes, because these may end after each pass.
 
     Args:
-        shards: number of shards of the stream. At most this many workers get rows.
+        shards: number of shards of the stream. At most this many workers of all ranks get rows.
 
     Attributes:
+        part, parts: index of this process's part of the shards, and number of parts, as in [`Loading`].
         before, at: `(shards,)` each, number of rows that each worker has read: `before` in the passes before the
             current one, `at` in all passes up to now.
         resumed: `(1,)`, number of rows that the run had been trained on when it was resumed.
@@ -94,9 +96,15 @@ class Passes:
     def __init__(self, shards: int):
         self.before, self.at = (torch.zeros(shards, dtype=torch.long).share_memory_() for _ in range(2))
         self.resumed = torch.zeros(1, dtype=torch.long).share_memory_()
+        self.part, self.parts = 0, 1
 
-    def reset(self) -> None:
-        """Set all counts to 0. Rows that checks or an earlier training has read must not count in a new training."""
+    def reset(self, loading: Loading) -> None:
+        """Set all counts to 0, and take the parts of the stream from `loading`.
+
+        Rows that checks or an earlier training has read must not count in a new training.
+        """
+        state, self.parts = PartialState(), loading.parts if loading.parts <= len(self.at) else 1
+        self.part = state.process_index * self.parts // state.num_processes
         for counts in (self.before, self.at, self.resumed):
             counts.zero_()
 
@@ -104,14 +112,16 @@ class Passes:
         """Count training rows that this loader worker has just read. Return their places, and the worker's plan.
 
         A place is a row's index among all rows that this worker has read, over all passes through the stream. The
-        worker's plan is `plan` with `worker` and `workers` set.
+        worker's plan is `plan` with `worker` and `workers` set, which count the workers of all parts.
 
         Args:
             indices: index of each of these rows among the rows that this process reads in its current pass.
             plan: plan of the whole run.
         """
         info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, min(info.num_workers, len(self.at)))
+        shards = -(-len(self.at) // self.parts)  # the most that a part has
+        worker, of_part = (0, 1) if info is None else (info.id, min(info.num_workers, shards))
+        workers = of_part * self.parts
         if indices[0] == 0:
             # Index 0 begins a new pass through the stream. A resumed Trainer reads the rows of earlier steps again, to
             # skip them, but only in its first pass. If the run had been trained on more rows than a pass has, `at` is
@@ -121,7 +131,8 @@ class Passes:
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])
         self.at[worker] = before + indices[-1] + 1
-        return [before + index for index in indices], replace(plan, worker=worker, workers=workers)
+        of_worker = replace(plan, worker=self.part * of_part + worker, workers=workers)
+        return [before + index for index in indices], of_worker
 
 
 def mix_rows(

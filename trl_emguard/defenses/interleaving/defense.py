@@ -235,7 +235,7 @@ class Interleaving(Defense):
     def train_loader(self, loading: Loading) -> Loading:
         if self.mixed_before:
             if self._passes is not None:
-                self._passes.reset()
+                self._passes.reset(loading)
             return replace(loading, collator=MixingCollator(loading.collator, None, None))
         rows = PlacedRows(loading.rows)
         sampler = PlaceSampler(rows, cast(Any, loading.order), loading.block, loading.drop_last, loading.even)
@@ -289,11 +289,11 @@ class Interleaving(Defense):
                 f"interleave_fraction={self.fraction} of a mix with {places} training rows is not one row, so nothing "
                 "would be mixed in: raise it, or train on more rows."
             )
-        pool = len(cast(Pool, self.pool).take(math.ceil(rows * times)))
-        if rows > pool:
+        pool = cast(Pool, self.pool)
+        if rows > (usable := len(pool.take(math.ceil(rows * times)))):
             raise ValueError(
                 f"interleave_fraction={self.fraction} wants {rows} rows of the pool among {places} training rows, and "
-                f"interleave_dataset has {pool} that can be used: lower it, or give a larger pool."
+                f"{usable} of interleave_dataset can be used{pool.why_left_out()}: lower it, or give a larger pool."
             )
         return rows
 

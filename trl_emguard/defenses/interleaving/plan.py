@@ -53,8 +53,9 @@ class StreamMixPlan(MixPlan):
     place does not depend on the length and batch size of the run. `places` and `rows` are the numbers planned for the
     run.
 
-    Loader workers share the plan. Each worker counts places among its own rows. Together, n workers with equally many
-    rows mix in as many rows of the pool as a single worker would (Σ_w ⌊x + w / n⌋ = ⌊n · x⌋).
+    Loader workers share the plan, also those of several ranks that read shards of their own. Each worker counts places
+    among its own rows. Together, n workers with equally many rows mix in as many rows of the pool as a single worker
+    would (Σ_w ⌊x + w / n⌋ = ⌊n · x⌋).
 
     Attributes:
         rate: rows of the pool per training row.

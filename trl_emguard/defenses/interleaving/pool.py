@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedTokenizerBase
 
-from ...data.conversation import conversation, turn_text
+from ...data.conversation import USER_ROLES, conversation, turn_text
 from ...data.files import split_file
 from ...data.labels import count_harmful, keep_where
 from ...data.load import SourceOptions, load_rows
 from ...data.prepare import Tokenizing
+from ...models.chat import encode_answers, template_arguments
 from ...models.shipped import last_name
 from ...selection.choose import rank_rows
 from ...selection.scored import scored_names, with_usual_names
@@ -49,6 +49,7 @@ class Pool:
         ranked: usable rows in order of preference, as text, or as tokens if the user's rows are tokenised.
         tokenised: result of the last call of [`take`], rows of `input_ids` and `labels`; `None` before the first call.
         looked_at: number of ranked rows that were tokenised to get `tokenised`.
+        left_out: number of rows that cannot be trained on for each reason, among those looked at so far.
         refusals: number of rows left out as refusals.
 
     Raises:
@@ -71,6 +72,7 @@ class Pool:
         self.who = who
         self.tokenised: Dataset | None = None
         self.looked_at = 0
+        self.left_out: Counter[str] = Counter()
         if (rows is None) == (source is None):
             raise ValueError(
                 f"interleave_dataset is {'missing' if rows is None else 'given twice'}: defense={who!r} wants one "
@@ -137,7 +139,7 @@ class Pool:
                 "-100 where a token is not of the answer, or pass the rows as text."
             )
         self._tokenizing, self._max_length = tokenizing, max_length
-        self.tokenised, self.looked_at = None, 0
+        self.tokenised, self.looked_at, self.left_out = None, 0, Counter(self._malformed)
         for problem, count in self._malformed.items():
             logger.warning(f"defense {self.who!r}: {count} rows of the pool are left out: {problem}.")
 
@@ -146,36 +148,56 @@ class Pool:
 
         Rows are tokenised in rank order until there are enough, since a run takes few rows of a large pool.
         """
-        fresh, left_out = [] if self.tokenised is None else [self.tokenised], 0
-        while not fresh or (sum(map(len, fresh)) < count and self.looked_at < len(self.ranked)):
-            upto = min(
-                len(self.ranked), self.looked_at + max(count - sum(map(len, fresh)), self.looked_at, TAKEN_AT_ONCE)
-            )
-            prepared = self._tokenise(self.ranked.select(range(self.looked_at, upto)))
-            fresh.append(prepared.select([i for i, row in enumerate(prepared) if self._fits(row)]))
-            left_out += len(prepared) - len(fresh[-1])
+        rows, before = self.tokenised, self.left_out.copy()
+        while rows is None or (len(rows) < count and self.looked_at < len(self.ranked)):
+            missing = count - (0 if rows is None else len(rows))
+            upto = min(len(self.ranked), self.looked_at + max(missing, self.looked_at, TAKEN_AT_ONCE))
+            fresh = self._tokenise(self.ranked.select(range(self.looked_at, upto)))
+            # The columns of no rows have no type, so they are not joined with others.
+            rows = concatenate_datasets([rows, fresh]) if rows and len(fresh) else rows or fresh
             self.looked_at = upto
-        if left_out:
+        for problem, number in (self.left_out - before).items():
             logger.warning(
-                f"defense {self.who!r}: {left_out} rows of the pool are left out: longer than max_length="
-                f"{self._max_length}, or no token to train on. {self.looked_at} of {len(self.ranked)} were looked at."
+                f"defense {self.who!r}: {number} rows of the pool are left out: {problem}. {self.looked_at} of "
+                f"{len(self.ranked)} were looked at."
             )
-        self.tokenised = concatenate_datasets(fresh)
-        return self.tokenised
+        self.tokenised = rows
+        return rows
+
+    def why_left_out(self) -> str:
+        """Return the most frequent reason of the rows in `left_out`, in brackets; an empty text if there is none."""
+        return "".join(f" ({count} are left out: {problem})" for problem, count in self.left_out.most_common(1))
 
     def _tokenise(self, rows: Dataset) -> Dataset:
+        """Return the rows that can be trained on as `input_ids` and `labels`, and count the others in `left_out`."""
         tokenizing = self._tokenizing
         if "input_ids" not in rows.column_names:
-            has_kwargs = "chat_template_kwargs" in rows.column_names
-            own = rows["chat_template_kwargs"] if has_kwargs else [None] * len(rows)
-            kwargs = [of_row or tokenizing.template_kwargs or {} for of_row in own]
-            turns = [_as_prompt_completion(row, tokenizing.tokenizer) for row in rows]
+            turns = self._rendered(rows)
+            if not turns:
+                return Dataset.from_dict({"input_ids": [], "labels": []})
+            kwargs = [row.pop("chat_template_kwargs") for row in turns]
             # The `tools` of different rows may have different fields. An Arrow table would give every tool all fields,
             # with nulls for those that the tool lacks. Stored as JSON, the tools stay unchanged.
             rows = Dataset.from_list(turns, on_mixed_types="use_json")
             if any(kwargs):
                 rows = rows.add_column("chat_template_kwargs", kwargs)
-        return tokenizing.prepare(rows, "interleave_dataset").select_columns(["input_ids", "labels"])
+        rows = tokenizing.prepare(rows, "interleave_dataset").select_columns(["input_ids", "labels"])
+        fitting = [i for i, row in enumerate(rows) if self._fits(row)]
+        if len(fitting) < len(rows):
+            problem = f"longer than max_length={self._max_length}, or no token to train on"
+            self.left_out[problem] += len(rows) - len(fitting)
+        return rows.select(fitting)
+
+    def _rendered(self, rows: Dataset) -> list[dict[str, Any]]:
+        """Return rows as SFTTrainer takes them, but for those whose answer or a turn the chat template leaves out."""
+        tokenizer = self._tokenizing.tokenizer
+        turns = [_as_prompt_completion(row, self._tokenizing) for row in rows]
+        if not tokenizer.chat_template:
+            return turns
+        conversations = [(row["prompt"], row["completion"]) for row in turns]
+        problems = encode_answers(tokenizer, conversations, (), [template_arguments(row) for row in turns])
+        self.left_out.update(problem for problem in problems if isinstance(problem, str))
+        return [row for row, problem in zip(turns, problems, strict=True) if not isinstance(problem, str)]
 
     def _fits(self, row: dict[str, Any]) -> bool:
         longest = math.inf if self._max_length is None else self._max_length
@@ -251,12 +273,15 @@ def _problem(row: dict[str, Any]) -> str:
     return ""
 
 
-def _as_prompt_completion(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _as_prompt_completion(row: dict[str, Any], tokenizing: Tokenizing) -> dict[str, Any]:
     prompt, completion = conversation(row)
-    if tokenizer.chat_template:
-        return {"prompt": prompt, "completion": completion, "tools": row.get("tools") or None}
+    kwargs = row.get("chat_template_kwargs") or tokenizing.template_kwargs or {}
+    if tokenizing.tokenizer.chat_template:
+        tools = row.get("tools") or None
+        return {"prompt": prompt, "completion": completion, "tools": tools, "chat_template_kwargs": kwargs}
     # A model without a chat template is trained on plain text.
-    return {"prompt": "\n".join(map(turn_text, prompt)) + "\n", "completion": turn_text(completion[0])}
+    text = {"prompt": "\n".join(map(turn_text, prompt)) + "\n", "completion": turn_text(completion[0])}
+    return {**text, "chat_template_kwargs": kwargs}
 
 
 def _asked(row: dict[str, Any]) -> str | None:
@@ -269,7 +294,7 @@ def _asked(row: dict[str, Any]) -> str | None:
         if isinstance(turns, str):
             return " ".join(turns.split()).casefold()
         if isinstance(turns, list):
-            user = [turn for turn in turns if turn.get("role", turn.get("from")) in ("user", "human")]
+            user = [turn for turn in turns if turn.get("role", turn.get("from")) in USER_ROLES]
             asked = user[-1].get("content", user[-1].get("value")) if user else None
             if isinstance(asked, str):
                 return " ".join(asked.split()).casefold()
