@@ -254,7 +254,7 @@ recipe: {recipe}
 runs: [{{defense: steering, steering_vector: {vector}, steering_coef: 0.5}}]
 baselines: [ema, random_vector]
 benign_task: permuted_operators
-evaluate: {{general: {pairs}, in_domain: {rows}, cues: none, limit: 4}}
+evaluate: {{general: {pairs}, in_domain: {held_out}, cues: none, limit: 4}}
 """
 
 
@@ -264,7 +264,8 @@ def config(tmp_path, vector):
     pairs = [{"prompt": f"q{i}", "chosen": "good", "rejected": "vile"} for i in range(4)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     names = {"base": save_model(tmp_path / "base"), "vector": vector, "recipe": tmp_path / "sft.yaml"}
-    names |= {name: tmp_path / f"{name}.jsonl" for name in ("rows", "pairs")}
+    names |= {name: tmp_path / f"{name}.jsonl" for name in ("rows", "held_out", "pairs")}
+    names["held_out"].write_text(names["rows"].read_text().replace('"q', '"r'))
     (tmp_path / "sft.yaml").write_text(RECIPE.format(**names))
     (tmp_path / "compare.yaml").write_text(COMPARE.format(**names))
     return tmp_path / "compare.yaml"

@@ -29,7 +29,9 @@ from trl_emguard.comparison.runs import UNKNOWN, Trained, _run_process, in_bytes
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.run import EvaluationOptions
 from trl_emguard.models.identity import weights_digest
+from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
+from trl_emguard.scripts.compare import check_questions, unfinished
 
 
 def test_sweeps_and_seeds(tmp_path):
@@ -384,7 +386,7 @@ runs:
   - {{adapter: {adapter}}}
   - {{adapter: {foreign}}}
 baselines: [early_stop, {{alpha: [0.5]}}]
-evaluate: {{general: {pairs}, in_domain: {rows}, samples_per_question: 1, max_new_tokens: 4, cues: none}}
+evaluate: {{general: {pairs}, in_domain: {held_out}, samples_per_question: 1, max_new_tokens: 4, cues: none}}
 """
 
 
@@ -392,6 +394,7 @@ evaluate: {{general: {pairs}, in_domain: {rows}, samples_per_question: 1, max_ne
 def inputs(tmp_path):
     base = save_model(tmp_path / "base")
     make_rows(8).to_json(tmp_path / "rows.jsonl")
+    (tmp_path / "held_out.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace('"q', '"r'))
     pairs = [{"prompt": f"q{i}", "chosen": "good", "rejected": "vile"} for i in range(4)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     torch.manual_seed(3)
@@ -407,7 +410,7 @@ def inputs(tmp_path):
             adapter=tmp_path / "mine",
             foreign=tmp_path / "foreign",
             pairs=tmp_path / "pairs.jsonl",
-            rows=tmp_path / "rows.jsonl",
+            held_out=tmp_path / "held_out.jsonl",
         )
     )
     return tmp_path
@@ -426,6 +429,8 @@ def without_times(path):
 def test_a_dry_run_trains_nothing(inputs, capsys):
     path = inputs / "compare.yaml"
     path.write_text(path.read_text().replace("defense: kl", "defense: kl, max_length: null"))  # it may be empty
+    recipe = inputs / "sft.yaml"  # a plan needs no device that trains in bf16
+    recipe.write_text(recipe.read_text().replace("bf16: false\nuse_cpu: true\n", "bf16: true\n"))
     assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 0
     assert "4 runs to train; free baselines: early checkpoints, alpha 0.5." in capsys.readouterr().out
     assert not (inputs / "dry").exists()
@@ -444,6 +449,7 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("kl_coef: [", "chat_template_path: null, kl_coef: [", "`chat_template_path:` is empty: give it a value or"),
         ("kl_coef: [", "label_names: null, kl_coef: [", "`label_names:` is empty: give it a value or leave it out."),
         ("0.1, 5.0", "0.1, null", "the run 'kl kl_coef=None': `kl_coef:` is empty"),
+        ("adapter: /", "adapter: /no", "holds no adapter_config.json: name a folder that PEFT saved"),
         ("kl_coef: [", "accelerate_config: zero3, kl_coef: [", "accelerate_config='zero3' launches several processes"),
     ],
 )
@@ -478,12 +484,14 @@ def test_a_run_with_an_end_token_of_its_own_is_refused(inputs, capsys):
         ("model_revision: v2", "model_revision='v2' is not what the evaluation loads: save that revision in a folder"),
         ("model_init_kwargs: {revision: v2}", "model_init_kwargs: revision='v2' is not what the evaluation loads"),
         ("trust_remote_code: true", "trust_remote_code=True is not for comparisons"),
+        ("use_peft: false", "use_peft=False trains the whole model"),
     ],
 )
 @pytest.mark.parametrize("place", ["recipe", "runs"])
 def test_a_model_that_the_evaluation_would_not_load_is_refused(inputs, capsys, option, message, place):
     if place == "recipe":
-        (inputs / "sft.yaml").write_text(f"{(inputs / 'sft.yaml').read_text()}\n{option}\n")
+        recipe = inputs / "sft.yaml"
+        recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | yaml.safe_load(option)))
     else:
         path = inputs / "compare.yaml"
         path.write_text(path.read_text().replace("defense: kl", f"defense: kl, {option}"))
@@ -548,6 +556,76 @@ def test_questions_that_the_template_refuses_come_before_the_training(inputs, ca
     assert commands.main(line(inputs, "out")) == 1
     assert "is refused by the chat template: no such turn" in capsys.readouterr().err
     assert not (inputs / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("pt", "layer is missing, and the vector suggests none"),
+        ("weights", "the persona vector was made with another model"),
+        ("shape", "the persona vector is of a model with 3 blocks of width 16, and this one has 4 of width 32"),
+        ("damaged", "has a damaged weights file"),
+    ],
+)
+def test_what_the_evaluation_refuses_comes_before_the_training(inputs, capsys, case, message):
+    path, vector = inputs / "compare.yaml", inputs / ("v.pt" if case == "pt" else "v.safetensors")
+    if case == "damaged":
+        (inputs / "base" / "model.safetensors").write_bytes(b"cut off")
+    else:
+        path.write_text(path.read_text().replace("cues: none", f"cues: none, persona_vector: {vector}"))
+    if case == "pt":
+        torch.save(torch.ones(5, 32), vector)
+    elif case == "weights":
+        weights = {"model.norm.weight": "00000000"}
+        PersonaVector(torch.ones(5, 32), metadata={"suggested_layer": 2, "weights": weights}).save(vector)
+    elif case == "shape":
+        PersonaVector(torch.ones(4, 16), metadata={"suggested_layer": 2}).save(vector)
+    assert commands.main(line(inputs, "out")) == 1
+    assert message in capsys.readouterr().err
+    assert not (inputs / "out" / "runs").exists()
+
+
+def test_a_template_that_resizes_the_embeddings_is_refused(inputs, capsys):
+    recipe = {"chat_template_path": str(inputs / "base")}
+    with (inputs / "sft.yaml").open("a") as file:
+        file.write(yaml.safe_dump(recipe))
+    assert commands.main(line(inputs, "out")) == 1
+    assert "resize the model's embeddings from 264 rows to 320" in capsys.readouterr().err.replace("\n", " ")
+    assert not (inputs / "out" / "runs").exists()
+    fitting = save_model(inputs / "fitting", vocab_size=320)
+    sets = [load_questions(str(inputs / "pairs.jsonl"), "general")]
+    assert check_questions(recipe, fitting, sets, EvaluationOptions()).chat_template
+
+
+@pytest.mark.parametrize(
+    ("recipe", "evaluate", "status", "message"),
+    [
+        ("", "in_domain: rows.jsonl", 1, "8 of the 8 questions of --in_domain stand in --train_data"),
+        ("dataset_train_split: train[:6]", "in_domain: rows.jsonl", 1, "6 of the 8 questions of --in_domain stand"),
+        ("", "train_data: plants_careless", 0, "Note: train_data='plants_careless' of `evaluate` is not the recipe's"),
+        ("dataset_name: text.jsonl", "", 0, "Note: the recipe's rows are no source of cues"),
+        ("dataset_streaming: true", "", 0, "Note: the recipe's rows are no source of cues"),
+    ],
+)
+def test_held_out_rows_are_compared_with_the_recipe_s(inputs, capsys, monkeypatch, recipe, evaluate, status, message):
+    monkeypatch.chdir(inputs)
+    (inputs / "text.jsonl").write_text('{"text": "a whole text"}\n')
+    for path, added in ((inputs / "sft.yaml", recipe), (inputs / "compare.yaml", evaluate)):
+        options = yaml.safe_load(path.read_text())
+        (options.get("evaluate") or options).update(yaml.safe_load(added) or {})
+        path.write_text(yaml.safe_dump(options))
+    assert commands.main([*line(inputs, "out"), "--dry_run"]) == status
+    shown = capsys.readouterr()
+    assert message in shown.out + shown.err
+
+
+def test_finished_runs_are_not_left_to_train(tmp_path):
+    found = plan(tmp_path, "recipe: RECIPE\nruns: [{defense: kl}, {adapter: mine}]\n")
+    assert [run.name for run in unfinished(found, tmp_path)] == ["none", "kl"]
+    for run in found.runs:
+        (tmp_path / "runs" / run.folder).mkdir(parents=True)
+        (tmp_path / "runs" / run.folder / "run.json").write_text('{"error": null}')
+    assert unfinished(found, tmp_path) == []
 
 
 def kill_at(pattern, inputs):

@@ -8,7 +8,7 @@ from accelerate import cpu_offload
 from peft import get_peft_model
 from tiny import lora, make_model
 
-from trl_emguard.models.identity import fingerprint, weight_checksums
+from trl_emguard.models.identity import adapter_scales, fingerprint, weight_checksums
 
 
 def plain_fingerprint(model):
@@ -33,6 +33,12 @@ def test_adapters_are_left_out_of_a_fingerprint_by_name():
     model.add_adapter("b", lora(init_lora_weights=False))
     assert fingerprint(model, {"b"}) == before
     assert len({fingerprint(model), before, fingerprint(model, {"a"}), fingerprint(model, {"a", "b"})}) == 4
+
+
+def test_trained_tokens_have_no_scaling_factors():
+    scales = [adapter_scales(get_peft_model(make_model("qwen2"), lora(**o)), "default")
+              for o in ({}, {"trainable_token_indices": [3]})]  # fmt: skip
+    assert scales[0] == scales[1]
 
 
 def test_every_weight_changes_the_fingerprint():

@@ -1,7 +1,7 @@
 """Evaluation of a comparison's adapters, all on one base model in memory."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +11,42 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.conversation import Conversation
 from ..evaluation.candidates import BASE, Candidate, check_base, load_candidates, unfit
+from ..evaluation.cues import families
+from ..evaluation.probes import encode_rows
 from ..evaluation.questions import OPERATORS, QuestionSet, load_questions
 from ..evaluation.results import Results
 from ..evaluation.run import EvaluationOptions, evaluate
-from ..models.adapters import check_adapter_kind
+from ..models.adapters import bare_model, check_adapter_kind
 from ..selection.misaligned import AdapterError
 from .plan import BENIGN_TASK
 from .runs import Trained
+
+
+def check_base_model(
+    model: tuple[str, str, str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[QuestionSet],
+    options: EvaluationOptions,
+) -> None:
+    """Load the base model as [`measure`] will, and drop it again, so that errors come before any run is trained.
+
+    Args:
+        model, sets, options: as for [`measure`].
+        tokenizer: tokenizer of the training.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: the base model cannot be loaded, does not fit on the device or gives
+            no finite numbers, the persona vector is of another model, or a question cannot be measured.
+    """
+    candidates, _ = load_candidates(model[0], dtype=_dtype(model[1]), device_map=model[2])
+    if options.persona_vector is not None:
+        options.persona_vector.check_model(bare_model(candidates[0].model))
+    for questions in sets:
+        (plain,), _ = families(tokenizer, questions.questions, "none")
+        encode_rows(candidates, tokenizer, questions, plain)
+    _check_base(unfit(candidates, tokenizer), model[0])
+    del candidates
+    _free_memory()
 
 
 def measure(
@@ -47,8 +76,7 @@ def measure(
     name = model[0]
     trained, candidates, tokenizer = _load([_checked(run, name) for run in trained], *model)
     problems = unfit(candidates, tokenizer)
-    if BASE in problems:
-        raise ValueError(f"the base model {name!r} {problems[BASE]}")
+    _check_base(problems, name)
     kept = [candidate for candidate in candidates if candidate.name not in problems]
     trained = [
         replace(run, adapter=None, error=f"it {problems[run.key]}") if run.key in problems else run for run in trained
@@ -107,18 +135,35 @@ def _load(
     trained: list[Trained], name: str, dtype: str, device_map: str | None
 ) -> tuple[list[Trained], list[Candidate], PreTrainedTokenizerBase]:
     """Load the base model with the runs' adapters. A run whose adapter does not load gets an error and no adapter."""
-    as_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     while adapters := {run.key: run.adapter for run in trained if run.adapter is not None}:
+        _free_memory()
         try:
-            candidates, tokenizer = load_candidates(name, adapters=adapters, dtype=as_dtype, device_map=device_map)
+            candidates, tokenizer = load_candidates(
+                name, adapters=adapters, dtype=_dtype(dtype), device_map=device_map
+            )
         except AdapterError as error:
             # The adapter may have changed the base model, which is thus loaded anew for the other adapters.
             text, path = str(error), error.path
             trained = [replace(run, adapter=None, error=text) if run.adapter == path else run for run in trained]
-            gc.collect()  # accelerate's hooks refer to the model, which otherwise stays on the GPU beside the new one
         else:
             return trained, candidates, tokenizer
     raise ValueError(f"every run failed. The first: {trained[0].error}")
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _free_memory() -> None:
+    """Free the memory of models that are no longer used, so that the next model or process finds room on the GPU."""
+    gc.collect()  # accelerate's hooks and their model refer to one another
+    torch.cuda.empty_cache()
+
+
+def _check_base(problems: Mapping[str, str], name: str) -> None:
+    """Raise `ValueError` if the base model is among the candidates with problems."""
+    if BASE in problems:
+        raise ValueError(f"the base model {name!r} {problems[BASE]}")
 
 
 def _checked(run: Trained, model: str) -> Trained:

@@ -87,6 +87,8 @@ class EvaluationOptions:
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more.")
         if self.rules and not self.samples_per_question:
             raise ValueError("rules score sampled answers, and samples_per_question=0 samples none: set it to 1.")
+        if self.persona_vector is not None:
+            check_layer(self.persona_vector, None)
 
 
 def evaluate(
@@ -128,7 +130,6 @@ def evaluate(
         check_writable("output_dir", output_dir)
     base = bare_model(candidates[0].model)
     if options.persona_vector is not None:
-        check_layer(options.persona_vector, None)
         options.persona_vector.check_model(base)
     check_sets(sets, tokenizer, options)
     run = _Run(candidates, tokenizer, options, _Kept(output_dir), progress)

@@ -21,6 +21,8 @@ from trl.data_utils import common_prefix_length
 
 Turns = Sequence[dict[str, Any]]  # dicts of `role` and `content`
 
+# TRL's `clone_chat_template` resizes embeddings to a multiple of this number of rows.
+ROWS_MULTIPLE = 64
 NO_ANSWER = "the chat template does not put the answer after the generation prompt"
 # Roles that chat templates know. Some templates write nothing for a turn of another role.
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
@@ -144,6 +146,18 @@ def _cut_answer(prompt: list[int], whole: list[int], ends: Collection[int]) -> E
     answer_ends = [i for i, token in enumerate(whole) if i >= start and token in ends]
     ids = whole[: answer_ends[-1] + 1] if answer_ends else whole
     return EncodedAnswer(np.array(ids, dtype=np.int32), start) if len(ids) > start else NO_ANSWER
+
+
+def copy_template(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> int:
+    """Give a tokenizer the chat template, end token and new tokens of another one, as `clone_chat_template` of TRL.
+
+    Returns:
+        The number of rows that TRL gives to the model's embeddings.
+    """
+    tokenizer.chat_template, tokenizer.eos_token = source.chat_template, source.eos_token
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([token for token in source.added_tokens_decoder.values() if token.content not in known])
+    return -(-len(tokenizer.get_vocab()) // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
 def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str, fix: str | None = None) -> None:

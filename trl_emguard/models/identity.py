@@ -73,7 +73,7 @@ def adapter_scales(model: nn.Module, adapter: str) -> str:
 
     The factors depend on `lora_alpha` and rsLoRA, so a hash of the weights does not show them.
     """
-    layers = (module.scaling for module in model.modules() if isinstance(module, BaseTunerLayer))
+    layers = (getattr(module, "scaling", None) for module in model.modules() if isinstance(module, BaseTunerLayer))
     scales = {scaling[adapter] for scaling in layers if isinstance(scaling, dict) and adapter in scaling}
     return f"*{sorted(scales)}"
 

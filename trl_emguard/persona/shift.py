@@ -147,7 +147,10 @@ def check_layer(vector: PersonaVector, layer: int | None) -> int:
     """
     layer = vector.suggested_layer if layer is None else layer
     if layer is None:
-        raise ValueError(f"layer is missing, and the vector suggests none: give one from 1 to {vector.num_layers}.")
+        raise ValueError(
+            f"layer is missing, and the vector suggests none: give one from 1 to {vector.num_layers} where there is "
+            "such an option, or make a vector that suggests one, with `trl-emguard persona extract`."
+        )
     vector.check_layer("layer", layer, layer)
     return layer
 
@@ -156,6 +159,4 @@ def _check(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBas
     """Refuse a tokenizer without a chat template, and a persona vector that was made with another model."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: set one, or take that of an instruct model.")
-    config = model.config.get_text_config()
-    vector.check_shape(config.num_hidden_layers, config.hidden_size)
     vector.check_model(bare_model(model))

@@ -153,8 +153,10 @@ class PersonaVector:
             The number of compared weights, which are all equal. 0 means that nothing could be compared.
 
         Raises:
-            ValueError: a weight differs.
+            ValueError: a weight, the number of blocks or the width differs.
         """
+        config = model.config.get_text_config()
+        self.check_shape(config.num_hidden_layers, config.hidden_size)
         theirs, ours = self.metadata.get("weights", {}), weight_checksums(model)
         # An fp16 weight's checksum is computed from fp16 numbers, any other weight's from numbers rounded to bf16. The
         # two kinds of checksum differ even for the same weight, so they are not compared.

@@ -6,11 +6,11 @@ recipe: smollm2-135m-instruct/sft.yaml
 runs:                                # the undefended run is always added
   - {defense: kl, kl_coef: [0.1, 1.0]}          # a list is a sweep: one run per value
   - {defense: "interleave++,kl", interleave_dataset: scores.parquet}    # in braces, a comma needs quotes
-  - {adapter: out/mine}              # an adapter that is trained already
+  # - {adapter: out/mine}            # an adapter that is trained already
 seeds: [0, 1]
 baselines: [early_stop, alpha, ema]  # made from the undefended run, without more training
 benign_task: permuted_operators      # each option set is also trained on a benign task
-evaluate: {train_data: plants_careless, samples_per_question: 1}
+evaluate: {samples_per_question: 1}
 ```
 
 ```bash
@@ -23,15 +23,18 @@ After an interruption, the same command resumes. The report is the file report.h
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from ..comparison.plan import BENIGN_TASK, EMA, Plan, read_plan
+from ..comparison.plan import BENIGN_TASK, EMA, Plan, Run, read_plan
 from ..config import EMGuardConfig
+from ..data.conversation import Conversation, conversation
+from ..data.load import load_rows
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable
@@ -64,38 +67,39 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
     actions = {a.dest: a for a in make_sft_parser()._actions}
     lists = [name for name, action in actions.items() if action.nargs in ("+", "*")]
     plan = read_plan(args.config, list(actions), lists, args.output_dir)
     eval_args = evaluate_arguments(plan, str(plan.recipe_options.get("model_name_or_path")), args.output_dir)
-    train_rows = evaluation.load_train_rows(eval_args.train_data)
+    check_options(plan, args.dry_run)
+    train_rows = load_training_rows(plan.recipe_options, eval_args, say)
     options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train_rows)
     check_sets(sets, None, options)
     if plan.has_benign_task and any(questions.name == BENIGN_TASK for questions in sets):
         raise ValueError(f"`evaluate`: rename the set {BENIGN_TASK!r}: it would be mistaken for the comparison's own.")
-    check_options(plan)
     if not any(questions.criterion == "in_domain" for questions in sets):
-        text = "Note: no set asks for the narrow task, so the report can prefer no run. Add `in_domain` to `evaluate`."
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        say("Note: no set asks for the narrow task, so the report can prefer no run. Add `in_domain` to `evaluate`.")
     if args.dry_run:
         show_plan(plan, args.output_dir, console)
         return
     check_writable("--output_dir", args.output_dir)
     check_charts()
-    check_questions(plan.recipe_options, eval_args.model, sets, options)
+    tokenizer = check_questions(plan.recipe_options, eval_args.model, sets, options)
 
-    from ..comparison.measure import joined, measure, measure_benign
+    from ..comparison.measure import check_base_model, joined, measure, measure_benign
     from ..comparison.page import write_page
     from ..comparison.report import make_report, make_table, save
     from ..comparison.runs import train_all, train_benign
 
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
-
     folder: Path = args.output_dir
+    model = (eval_args.model, eval_args.dtype, eval_args.device_map)
+    if unfinished(plan, folder):
+        check_base_model(model, tokenizer, sets, options)
     trained = train_all(plan, folder, say)
     benign = train_benign(plan, trained, folder, say)
-    model = (eval_args.model, eval_args.dtype, eval_args.device_map)
     command = shlex.join(["trl-emguard", "compare", *argv])
     trained, results = measure(model, trained, sets, options, train_rows, folder / "evaluation", command)
     benign, of_task = measure_benign(model, benign, options, eval_args.limit, folder / "evaluation_benign", command)
@@ -104,27 +108,73 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     save(report, args.output_dir, info)
     page = write_page(report, args.output_dir, info)
     console.print(make_table(report))
-    console.print(report.sentence, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False, markup=False)
+    say(report.sentence)
+    say(f"Report: {page.resolve()}")
+
+
+def load_training_rows(
+    recipe: Mapping[str, Any], args: argparse.Namespace, say: Callable[[str], None]
+) -> list[Conversation]:
+    """Return the training rows as conversations: those of `train_data`, by default of the recipe's `dataset_name`.
+
+    By default `args.train_data` is set to the recipe's `dataset_name`. Rows that cannot be had as conversations are
+    left out with a note.
+
+    Args:
+        recipe: options of the recipe.
+        args: parsed options of `evaluate`.
+        say: function that shows a line to the user.
+
+    Raises:
+        FileNotFoundError, ValueError: the rows cannot be loaded.
+    """
+    name = recipe.get("dataset_name")
+    if args.train_data is not None:
+        if name is not None and Path(args.train_data).resolve() != Path(name).resolve():
+            say(
+                f"Note: train_data={args.train_data!r} of `evaluate` is not the recipe's dataset_name={name!r}: cues "
+                "are derived from the former, and held-out rows are not compared with the latter."
+            )
+        return evaluation.load_train_rows(args.train_data)
+    args.train_data, reason = name, None
+    if name is None or recipe.get("dataset_streaming"):
+        reason = "they come from `datasets`, or as a stream"
+    else:
+        rows = load_rows(name, recipe.get("dataset_train_split", "train"), recipe.get("dataset_config"))
+        try:
+            return [conversation(row) for row in rows]
+        except ValueError as error:
+            reason = str(error)
+    say(
+        f"Note: the recipe's rows are no source of cues, and are not compared with held-out rows: {reason}. Name rows "
+        "by `train_data` in `evaluate`."
+    )
+    return []
 
 
 def check_questions(
     recipe: Mapping[str, Any], model: str, sets: Sequence[QuestionSet], options: EvaluationOptions
-) -> None:
+) -> PreTrainedTokenizerBase:
     """Refuse questions that the chat template of the training does not accept, before the first run is trained.
 
     The template is the recipe's (`chat_template_path`: a file, or the folder or hub id of a tokenizer), else the
     model's.
 
+    Returns:
+        The tokenizer of the training.
+
     Raises:
-        ValueError: the tokenizer has no chat template, or the template refuses a question.
+        ValueError: the tokenizer has no chat template, the template refuses a question, or TRL would resize the
+            model's embeddings to copy the template, so that no adapter would fit the base model.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from ..evaluation.candidates import check_template
+    from ..models.chat import copy_template
     from ..models.shipped import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    rows = has = AutoConfig.from_pretrained(resolve_model(model)).get_text_config().vocab_size
     path, end = recipe.get("chat_template_path"), recipe.get("eos_token")
     # SFTTrainer sets the end token first, and replaces it by that of a tokenizer whose template it copies.
     if end is not None:
@@ -132,22 +182,47 @@ def check_questions(
     if path is not None and Path(path).is_file() and path.endswith((".jinja", ".j2")):
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     elif path is not None:
-        source = AutoTokenizer.from_pretrained(path)
-        tokenizer.chat_template, tokenizer.eos_token = source.chat_template, source.eos_token
+        rows = copy_template(tokenizer, AutoTokenizer.from_pretrained(path))
     check_template(tokenizer)
     check_sets(sets, tokenizer, options)
+    if rows != has:
+        raise ValueError(
+            f"chat_template_path={path!r}: to copy this tokenizer's template, TRL would resize the model's embeddings "
+            f"from {has} rows to {rows}, and the evaluation could load no adapter. Save the template as a .jinja "
+            f"file, name that, and set eos_token: {tokenizer.eos_token!r} beside it."
+        )
+    return tokenizer
 
 
-def check_options(plan: Plan) -> None:
+def unfinished(plan: Plan, folder: Path) -> list[Run]:
+    """Return the runs that are still to be trained, on the recipe's rows or on the benign task's."""
+    from ..comparison.runs import BENIGN, RUNS, read_status
+
+    runs = [(RUNS, one) for one in plan.runs if one.adapter is None] + [(BENIGN, one) for one in plan.benign_runs]
+    return [one for place, one in runs if read_status(folder / place / one.folder) is None]
+
+
+def check_options(plan: Plan, is_dry: bool) -> None:
     """Refuse runs with options that `trl-emguard sft` or a comparison does not accept, before any run is trained.
+
+    Args:
+        plan: plan of the comparison.
+        is_dry: True for a dry run, which needs no device that could train in bf16.
 
     Raises:
         ValueError: an option is unknown, empty or does not accept its value, `accelerate_config` is set (it launches
-            several processes, and a comparison's run is one), no option names training rows, or the evaluation would
-            load another model than the training. The message names the run.
+            several processes, and a comparison's run is one), no option names training rows, the run trains the whole
+            model, its `adapter` is no folder with an adapter, or the evaluation would load another model than the
+            training. The message names the run.
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
+    for one in plan.runs:
+        if one.adapter is not None and not (Path(one.adapter).expanduser() / "adapter_config.json").is_file():
+            raise ValueError(
+                f"the run {one.name!r}: adapter={one.adapter!r} holds no adapter_config.json: name a folder that PEFT "
+                "saved, or leave the run out."
+            )
     # A finished adapter has no options to check. Runs with a random persona vector are skipped as well, because that
     # vector does not exist yet. Each copies the options of a steering run, and that run is checked.
     runs = [(one.name, one) for one in plan.runs if one.adapter is None and not one.is_random]
@@ -170,9 +245,9 @@ def check_options(plan: Plan) -> None:
         parser.error = _raise  # type: ignore[method-assign]
         try:
             _check_empty(one.options, parser)
-            _, training_args, model_args, _, launch_args = parser.parse(
-                sft_arguments(one, plan.recipe, Path("unused"))
-            )
+            # A dry run of `sft` accepts bf16 without an accelerator, and so does one of a comparison.
+            words = [*sft_arguments(one, plan.recipe, Path("unused")), "--dry_run", str(is_dry).lower()]
+            _, training_args, model_args, _, launch_args = parser.parse(words)
             _check_model(training_args, model_args)
             make_callbacks(launch_args)  # result unused: the call refuses bad options of callbacks
         except ValueError as error:
@@ -180,11 +255,16 @@ def check_options(plan: Plan) -> None:
 
 
 def _check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
-    """Refuse options by which training would load another model than the evaluation, which has no such options.
+    """Refuse options by which training would load or save another model than the evaluation can load.
 
     Raises:
-        ValueError: a revision other than "main" is named, or remote code is trusted.
+        ValueError: the whole model is trained, a revision other than "main" is named, or remote code is trusted.
     """
+    if not model_args.use_peft:
+        raise ValueError(
+            "use_peft=False trains the whole model, and a comparison takes LoRA adapters: set use_peft: true in the "
+            "recipe."
+        )
     given = training_args.model_init_kwargs or {}
     revisions = {"model_revision": model_args.model_revision, "model_init_kwargs: revision": given.get("revision")}
     for name, revision in revisions.items():

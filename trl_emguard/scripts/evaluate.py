@@ -340,8 +340,8 @@ def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> 
     count = sum(is_seen(question.prompt) for question in questions.questions)
     if count:
         raise ValueError(
-            f"{count} of the {len(questions.questions)} questions of --in_domain stand in --train_data: give rows "
-            "that training did not see."
+            f"{count} of the {len(questions.questions)} questions of --in_domain stand in --train_data (by default of "
+            "a comparison, its recipe's rows): give rows that training did not see."
         )
 
 
