@@ -167,6 +167,14 @@ def test_the_task_is_measured_on_its_own_questions(tmp_path):
     base = save_model(tmp_path / "base")
     torch.manual_seed(3)
     model = get_peft_model(make_model(), lora(init_lora_weights=False))
+def test_no_run_is_pushed(tmp_path):
+    """A recipe of a product has these options, and the undefended run must not take the product's place."""
+    path = tmp_path / "sft.yaml"
+    path.write_text(RECIPE.format(base="tiny", rows="rows.jsonl") + "push_to_hub: true\nhub_model_id: org/assistant\n")
+    _, args, *_ = make_parser().parse(sft_arguments(training.Run("none"), path, tmp_path / "out"))
+    assert args.push_to_hub is False
+
+
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(tmp_path / "mine")
     benign = [Trained("kl", "kl", 0, str(tmp_path / "mine")), Trained("none", "none", 0, None, "it broke")]

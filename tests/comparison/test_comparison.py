@@ -172,6 +172,7 @@ def test_a_changed_recipe_is_another_run(tmp_path):
             "recipe: RECIPE\nruns: [{output_dir: x}]",
             "option of `runs` 'output_dir' in line 2: the comparison sets it itself, or the recipe does: leave it out",
         ),
+        ("recipe: RECIPE\nruns: [{push_to_hub: true}]", "'push_to_hub' in line 2: the comparison sets it itself"),
         ("recipe: RECIPE\nruns: [{defense: kl, seed: 1}]", "the recipe does: leave it out. List seeds under `seeds`."),
         (
             "recipe: RECIPE\nruns: [{defense: interleave++,kl}]",

@@ -29,7 +29,7 @@ UNDEFENDED = "none"
 # `ldifs` switch dropout off. If other runs kept it, dropout would differ as well.
 OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
-    "ema",
+    *("ema", "push_to_hub"),
 )
 # [`_key`] hashes every existing file or folder that an option of a run names. The options listed here are excepted:
 # their values name outputs, or are not paths at all.

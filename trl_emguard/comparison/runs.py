@@ -246,7 +246,8 @@ def in_bytes(maxrss: int) -> int:
 def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
     """Return the arguments of `trl-emguard sft` that train a run into a folder."""
     options = [word for name, value in run.options.items() for word in _words(name, value)]
-    own = ["--seed", str(run.seed), "--lora_dropout", "0.0", "--output_dir", str(folder)]
+    # A recipe may push its model to the hub. The undefended run and the controls must not take that model's place.
+    own = ["--seed", str(run.seed), "--lora_dropout", "0.0", "--push_to_hub", "false", "--output_dir", str(folder)]
     return ["--config", str(recipe), *options, *own]
 
 
