@@ -1,23 +1,23 @@
 """The plan of a comparison, from its YAML file: which runs are trained, and what they are measured on."""
 
-import glob
 import hashlib
 import itertools
 import json
 import math
-import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..defenses.registry import options_of_others, parse_defense
 from ..defenses.schedule import Schedule
 from ..evaluation.questions import OPERATORS
 from ..io.lookup import did_you_mean
 from ..io.recipes import find_recipe
 from ..io.strict import parse_yaml
 from ..version import __version__
+from .inputs import contents
 
 
 KEYS = ("recipe", "runs", "seeds", "baselines", "benign_task", "evaluate")
@@ -30,12 +30,6 @@ UNDEFENDED = "none"
 OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
     *("ema", "push_to_hub"),
-)
-# [`_key`] hashes every existing file or folder that an option of a run names. The options listed here are excepted:
-# their values name outputs, or are not paths at all.
-NOT_READ = (
-    *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
-    *("report_to", "run_name", "hub_model_id"),
 )
 # Endings of option names. Reports, which others may read, omit these options. `env` sets variables such as API keys.
 SECRETS = ("token", "key", "secret", "password", "env")
@@ -253,7 +247,7 @@ def _with_random_vectors(runs: list[Run]) -> list[Run]:
     found = []
     for run in runs:
         found.append(run)
-        if run.adapter is None and "steering" in [name.strip() for name in run.defense.split(",")]:
+        if run.adapter is None and "steering" in parse_defense(run.defense):
             found.append(replace(run, name=run.name + RANDOM, is_random=True))
     if len(found) == len(runs):
         raise ValueError("the baseline random_vector stands beside steering runs, and no run has that defense")
@@ -357,44 +351,8 @@ def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, te
 
 
 def _key(run: Run, text: str, recipe: Mapping[str, Any], output_dir: Path) -> str:
-    """Return a hash of the recipe, the run, the package's version, and every file that recipe or run names."""
-    named = [_texts(value) for options in (recipe, run.options) for k, value in options.items() if k not in NOT_READ]
-    found = {path for value in itertools.chain(*named) for path in _paths(value)}
-    content = [_content(path, output_dir.resolve()) for path in sorted(found)]
-    everything = json.dumps([__version__, text, asdict(run), content], sort_keys=True, default=str)
+    """Return a hash of the recipe, the run, the package's version, and every file or folder that the run reads."""
+    others = options_of_others(parse_defense(run.defense))
+    read = {name: value for name, value in {**recipe, **run.options}.items() if name not in others}
+    everything = json.dumps([__version__, text, asdict(run), contents(read, output_dir)], sort_keys=True, default=str)
     return hashlib.sha256(everything.encode()).hexdigest()
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in an option's value, also from nested lists and mappings, as in the option `datasets`."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
-
-
-def _paths(text: str) -> list[Path]:
-    """Return the files and folders that a text names, directly or by a pattern (`*.jsonl`)."""
-    if not 0 < len(text) < 256:  # an empty text is no path, and one of 256 characters or more is taken for a prompt
-        return []
-    name = os.path.expanduser(text)
-    return [path for path in {Path(name), *map(Path, glob.glob(name, recursive=True))} if os.path.exists(path)]
-
-
-def _content(path: Path, own: Path) -> str | list[Any]:
-    """Return the hash of a file; for a folder, name, size and modification time of each file inside.
-
-    Args:
-        path: the file or folder.
-        own: folder of the comparison. If `path` is a folder that contains `own`, the files in `own` are left out.
-    """
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    is_inside = path.resolve().is_relative_to(own)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    return [
-        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in files
-        if is_inside or not file.resolve().is_relative_to(own)
-    ]

@@ -98,7 +98,7 @@ def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trai
     """
     found = []
     for number, run in enumerate(plan.runs, start=1):
-        say(f"run {number} of {len(plan.runs)}: {run.name}, seed {run.seed}")
+        say(f"run {number} of {len(plan.runs)}: {run.name}, seed {run.seed}{_state(folder / RUNS / run.folder)}")
         if run.adapter is not None:
             trained = _take(run)
         else:
@@ -134,7 +134,8 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
     steps = {run.key: run.step for run in trained}
     found = []
     for number, run in enumerate(plan.benign_runs, start=1):
-        say(f"benign task {number} of {len(plan.benign_runs)}: {run.name}, seed {run.seed}")
+        state = _state(folder / BENIGN / run.folder)
+        say(f"benign task {number} of {len(plan.benign_runs)}: {run.name}, seed {run.seed}{state}")
         own = Trained(run.name, run.defense, run.seed, None, "the run itself failed, so the task was not trained.")
         if steps[own.key] is not None:
             own = _train(on_benign_rows(run, rows, steps[own.key]), plan.recipe, folder / BENIGN / run.folder)
@@ -201,6 +202,10 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     return status if status and status["error"] is None else None
+
+
+def _state(folder: Path) -> str:
+    return "" if read_status(folder) is None else " (trained already)"
 
 
 def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
