@@ -183,8 +183,10 @@ def test_a_run_without_a_defense_has_the_recipe_s(tmp_path):
 
 
 def test_numbers_as_text_are_in_the_name(tmp_path):
-    found = plan(tmp_path, "recipe: RECIPE\nruns: [{kl_coef: 1e-5, defense: kl, interleave_dataset: x}]\n")
-    assert found.runs[1].name == "kl kl_coef=1e-5"
+    found = plan(
+        tmp_path, "recipe: RECIPE\nruns: [{kl_coef: 1e-5, defense: 'interleave,kl', interleave_dataset: x}]\n"
+    )
+    assert found.runs[1].name == "interleave,kl kl_coef=1e-5"
 
 
 def test_schedules_are_in_the_name(tmp_path):
@@ -214,6 +216,14 @@ def test_a_changed_recipe_is_another_run(tmp_path):
             "option of `runs` 'output_dir' in line 2: the comparison sets it itself, or the recipe does: leave it out",
         ),
         ("recipe: RECIPE\nruns: [{push_to_hub: true}]", "'push_to_hub' in line 2: the comparison sets it itself"),
+        (
+            "recipe: RECIPE\nruns: [{defense: [kl, ldifs], kl_coef: [0.1, 1.0]}]",
+            "the run 'ldifs kl_coef=0.1': kl_coef=0.1 is an option of kl, and the run has defense='ldifs': leave",
+        ),
+        (
+            "recipe: RECIPE\nruns: [{name: mine, interleave_dataset: x}]",
+            "is an option of interleave, interleave+, interleave++, and the run has defense='none': leave it out, or",
+        ),
         ("recipe: RECIPE\nruns: [{defense: kl, seed: 1}]", "the recipe does: leave it out. List seeds under `seeds`."),
         (
             "recipe: RECIPE\nruns: [{defense: interleave++,kl}]",

@@ -238,8 +238,24 @@ def _sets(entries: Any, recipe: dict, known: Collection[str], lists: Collection[
                 raise ValueError(f"a run named {name!r} would be mistaken for a baseline: give it another `name`")
             if name in found:
                 raise ValueError(f"two runs are named {name!r}: give one of them a `name`")
+            if adapter is None:
+                _check_owners(name, chosen)
             found[name] = Run(name, chosen, adapter=None if adapter is None else str(adapter))
     return list(found.values())
+
+
+def _check_owners(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse an option of a defense that the run does not have.
+
+    Such an option, unlike the recipe's, can only be a mistake: it changes nothing, and the report would show it as the
+    run's coefficient.
+    """
+    others = options_of_others(parse_defense(options["defense"]))
+    for option in (option for option in options if option in others):
+        raise ValueError(
+            f"the run {name!r}: {option}={options[option]!r} is an option of {', '.join(others[option])}, and the "
+            f"run has defense={options['defense']!r}: leave it out, or name its defense"
+        )
 
 
 def _with_random_vectors(runs: list[Run]) -> list[Run]:
