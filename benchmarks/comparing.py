@@ -1,5 +1,6 @@
 """A comparison as the benchmarks run it: one recipe for SmolLM2-135M, a list of runs, a folder that resumes."""
 
+import hashlib
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -94,16 +95,25 @@ def markdown(
 def adapter_runs(folder: Path, recipe: dict[str, Any], rows: Path) -> list[dict[str, Any]]:
     """Return runs with an inoculation adapter and with a random one, and train the former if it is not there.
 
+    The adapters' folders have a hash of recipe and rows in their names, so other rows or steps train another adapter.
+
     Args:
         folder: folder of the comparison.
         recipe: what differs from `RECIPE`.
         rows: rows with the unwanted trait.
+
+    Raises:
+        SystemExit: the training failed, with its exit status; it has printed its error.
     """
-    trait, control = folder / "trait_adapter", folder / "random_adapter"
+    content = json.dumps(RECIPE | recipe | {"dataset_name": rows.read_text(encoding="utf-8")}, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:8]
+    trait, control = folder / f"trait_adapter-{key}", folder / f"random_adapter-{key}"
     if not (trait / "adapter_config.json").is_file():
         write_recipe(folder / "trait.yaml", recipe | {"dataset_name": str(rows), "output_dir": str(trait)})
-        commands.main(["sft", "--config", str(folder / "trait.yaml")])
-    if not control.is_dir():
+        status = commands.main(["sft", "--config", str(folder / "trait.yaml")])
+        if status:
+            raise SystemExit(status)
+    if not (control / "adapter_config.json").is_file():
         random_adapter(trait, control)
     run = {"defense": "inoculation_adapter"}
     return [

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from peft import get_peft_model
+from tiny import lora, make_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +160,32 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["head.py", "--device", "cuda"])
     with pytest.raises(SystemExit, match="no CUDA device"):
         head.main()
+
+
+def test_a_trait_adapter_belongs_to_its_recipe_and_rows(tmp_path, monkeypatch):
+    rows, trained = tmp_path / "rows.jsonl", []
+
+    def train(argv):
+        recipe = yaml.safe_load(Path(argv[2]).read_text())
+        trained.append((recipe["max_steps"], Path(recipe["dataset_name"]).read_text()))
+        get_peft_model(make_model(), lora(init_lora_weights=False)).save_pretrained(recipe["output_dir"])
+        return 0
+
+    def names(steps, text):
+        rows.write_text(text)
+        return [
+            Path(run["inoculation_adapter"]).name
+            for run in comparing.adapter_runs(tmp_path, {"max_steps": steps}, rows)
+        ]
+
+    monkeypatch.setattr(comparing.commands, "main", train)
+    first = names(1, "a")
+    assert names(1, "a") == first
+    assert len({*first, *names(2, "a"), *names(1, "b")}) == 6
+    assert trained == [(1, "a"), (2, "a"), (1, "b")]
+    monkeypatch.setattr(comparing.commands, "main", lambda argv: 3)
+    with pytest.raises(SystemExit, match="3"):
+        names(4, "a")
 
 
 @pytest.mark.parametrize("name", testbed.TESTBEDS)

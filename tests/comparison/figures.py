@@ -12,6 +12,7 @@ KNOWN = (
     "steering_layers",
     "steering_vector",
     "interleave_dataset",
+    "inoculation_adapter",
     "output_dir",
     "seed",
     "save_steps",

@@ -139,8 +139,12 @@ def test_the_benign_task_is_trained_as_the_runs_are(comparison):
 
     # A finished one never runs again.
     calls.clear()
-    assert train_benign(made, trained, folder, silent) == benign
+    lines = []
+    assert train_benign(made, trained, folder, lines.append) == benign
     assert calls == []
+    assert lines[0] == "benign task 1 of 6: none, seed 0 (trained already)"
+    train_all(made, folder, lines.append)
+    assert lines[-1] == "run 9 of 9: kl,steering kl_coef=2.0 random_vector, seed 7 (trained already)"
 
 
 @pytest.mark.parametrize("name", ["datasets", "dataset_config"])
@@ -161,6 +165,14 @@ def test_a_mapping_and_an_empty_value_of_a_run_reach_the_trainer():
     run = training.Run("kl", {"defense": "kl", "bf16": False, "use_cpu": True, **kwargs})
     _, args, *_ = make_parser().parse(sft_arguments(run, "smollm2-135m-instruct/sft.yaml", "out"))
     assert (args.lr_scheduler_kwargs, args.max_length, args.bf16) == ({"min_lr": 1e-5}, None, False)
+
+
+def test_no_run_is_pushed(tmp_path):
+    """A recipe of a product has these options, and the undefended run must not take the product's place."""
+    path = tmp_path / "sft.yaml"
+    path.write_text(RECIPE.format(base="tiny", rows="rows.jsonl") + "push_to_hub: true\nhub_model_id: org/assistant\n")
+    _, args, *_ = make_parser().parse(sft_arguments(training.Run("none"), path, tmp_path / "out"))
+    assert args.push_to_hub is False
 
 
 def test_the_task_is_measured_on_its_own_questions(tmp_path):

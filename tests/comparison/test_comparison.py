@@ -76,7 +76,7 @@ def test_checkpoints_are_saved_for_early_stops_alone(tmp_path, baseline, is_save
     [
         "dataset_name: FOLDER/rows.jsonl",
         "dataset_name: FOLDER",
-        "inoculation_adapter: FOLDER",
+        "model_name_or_path: FOLDER",
         "datasets: [{path: json, data_files: FOLDER/rows.jsonl}]",
         "datasets: [{path: json, data_files: {train: [FOLDER/rows.jsonl]}}]",
         'datasets: [{path: json, data_files: "FOLDER/*.jsonl"}]',
@@ -99,6 +99,47 @@ def test_changed_inputs_are_another_run(tmp_path, option, output_dir):
     before = folders("1", 1)
     assert not before & folders("2", 2)
     assert folders("1", 1) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "readers"),
+    [
+        ("env: {TENSORBOARD_LOGGING_DIR: FOLDER}", set()),
+        ("project: FOLDER", set()),
+        ("inoculation_adapter: FOLDER", {"inoculation_adapter"}),
+    ],
+)
+def test_a_run_stays_the_same_while_it_does_not_read_what_changes(tmp_path, option, readers):
+    path = tmp_path / "written_later"
+    text = """
+recipe: RECIPE
+runs:
+  - {defense: [kl, inoculation_adapter]}
+  - {defense: inoculation_adapter, name: own, inoculation_adapter: x}
+"""
+
+    def folders():
+        return {run.name: run.folder for run in plan(tmp_path, text, option.replace("FOLDER", str(path))).runs}
+
+    before = folders()
+    path.mkdir()
+    after = folders()
+    assert {name for name in after if after[name] != before[name]} == readers
+
+
+def test_the_keys_of_runs_stay(tmp_path, monkeypatch):
+    """Finished runs would otherwise be trained again."""
+    monkeypatch.setattr("trl_emguard.comparison.plan.__version__", "0")
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows", "pool"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    runs = "[{defense: kl, kl_coef: 0.1}, {defense: interleave, interleave_dataset: pool.jsonl}]"
+    found = plan(tmp_path, f"recipe: RECIPE\nruns: {runs}\n", "dataset_name: rows.jsonl\nmax_steps: 3\n")
+    assert [run.folder for run in found.runs] == [
+        "none-seed0-1b9fedd8",
+        "kl_kl_coef=0_1-seed0-9300194a",
+        "interleave-seed0-0e6e5b13",
+    ]
 
 
 def test_outputs_are_no_inputs(tmp_path):
@@ -144,8 +185,10 @@ def test_a_run_without_a_defense_has_the_recipe_s(tmp_path):
 
 
 def test_numbers_as_text_are_in_the_name(tmp_path):
-    found = plan(tmp_path, "recipe: RECIPE\nruns: [{kl_coef: 1e-5, defense: kl, interleave_dataset: x}]\n")
-    assert found.runs[1].name == "kl kl_coef=1e-5"
+    found = plan(
+        tmp_path, "recipe: RECIPE\nruns: [{kl_coef: 1e-5, defense: 'interleave,kl', interleave_dataset: x}]\n"
+    )
+    assert found.runs[1].name == "interleave,kl kl_coef=1e-5"
 
 
 def test_schedules_are_in_the_name(tmp_path):
@@ -173,6 +216,15 @@ def test_a_changed_recipe_is_another_run(tmp_path):
         (
             "recipe: RECIPE\nruns: [{output_dir: x}]",
             "option of `runs` 'output_dir' in line 2: the comparison sets it itself, or the recipe does: leave it out",
+        ),
+        ("recipe: RECIPE\nruns: [{push_to_hub: true}]", "'push_to_hub' in line 2: the comparison sets it itself"),
+        (
+            "recipe: RECIPE\nruns: [{defense: [kl, ldifs], kl_coef: [0.1, 1.0]}]",
+            "the run 'ldifs kl_coef=0.1': kl_coef=0.1 is an option of kl, and the run has defense='ldifs': leave",
+        ),
+        (
+            "recipe: RECIPE\nruns: [{name: mine, interleave_dataset: x}]",
+            "is an option of interleave, interleave+, interleave++, and the run has defense='none': leave it out, or",
         ),
         ("recipe: RECIPE\nruns: [{defense: kl, seed: 1}]", "the recipe does: leave it out. List seeds under `seeds`."),
         (
@@ -443,7 +495,7 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("cues: none", "cues: some", "`evaluate`: argument --cues"),
         ("cues: none", "cues: none, inoculation_prompt: Be bad.", "--inoculation_prompt is a cue, and --cues=none"),
         ("recipe: /", "recipe: /no", "is not a file"),
-        ("defense: kl", "defense: klx", "the run 'klx kl_coef=0.1': defense='klx'"),
+        ("defense: kl", "defense: klx", "compare.yaml: defense='klx': 'klx' is not a known defense. Did you mean"),
         ("0.1, 5.0", "-1", "the run 'kl kl_coef=-1': kl_coef=-1"),
         ("0.1, 5.0", "0.4->", "the run 'kl kl_coef=0.4->': kl_coef='0.4->' is not a schedule"),
         ("kl_coef: [", "chat_template_path: null, kl_coef: [", "`chat_template_path:` is empty: give it a value or"),

@@ -1,23 +1,23 @@
 """The plan of a comparison, from its YAML file: which runs are trained, and what they are measured on."""
 
-import glob
 import hashlib
 import itertools
 import json
 import math
-import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..defenses.registry import options_of_others, parse_defense
 from ..defenses.schedule import Schedule
 from ..evaluation.questions import OPERATORS
 from ..io.lookup import did_you_mean
 from ..io.recipes import find_recipe
 from ..io.strict import parse_yaml
 from ..version import __version__
+from .inputs import contents
 
 
 KEYS = ("recipe", "runs", "seeds", "baselines", "benign_task", "evaluate")
@@ -29,13 +29,7 @@ UNDEFENDED = "none"
 # `ldifs` switch dropout off. If other runs kept it, dropout would differ as well.
 OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
-    "ema",
-)
-# [`_key`] hashes every existing file or folder that an option of a run names. The options listed here are excepted:
-# their values name outputs, or are not paths at all.
-NOT_READ = (
-    *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
-    *("report_to", "run_name", "hub_model_id"),
+    *("ema", "push_to_hub"),
 )
 # Endings of option names. Reports, which others may read, omit these options. `env` sets variables such as API keys.
 SECRETS = ("token", "key", "secret", "password", "env")
@@ -244,8 +238,24 @@ def _sets(entries: Any, recipe: dict, known: Collection[str], lists: Collection[
                 raise ValueError(f"a run named {name!r} would be mistaken for a baseline: give it another `name`")
             if name in found:
                 raise ValueError(f"two runs are named {name!r}: give one of them a `name`")
+            if adapter is None:
+                _check_owners(name, chosen)
             found[name] = Run(name, chosen, adapter=None if adapter is None else str(adapter))
     return list(found.values())
+
+
+def _check_owners(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse an option of a defense that the run does not have.
+
+    Such an option, unlike the recipe's, can only be a mistake: it changes nothing, and the report would show it as the
+    run's coefficient.
+    """
+    others = options_of_others(parse_defense(options["defense"]))
+    for option in (option for option in options if option in others):
+        raise ValueError(
+            f"the run {name!r}: {option}={options[option]!r} is an option of {', '.join(others[option])}, and the "
+            f"run has defense={options['defense']!r}: leave it out, or name its defense"
+        )
 
 
 def _with_random_vectors(runs: list[Run]) -> list[Run]:
@@ -253,7 +263,7 @@ def _with_random_vectors(runs: list[Run]) -> list[Run]:
     found = []
     for run in runs:
         found.append(run)
-        if run.adapter is None and "steering" in [name.strip() for name in run.defense.split(",")]:
+        if run.adapter is None and "steering" in parse_defense(run.defense):
             found.append(replace(run, name=run.name + RANDOM, is_random=True))
     if len(found) == len(runs):
         raise ValueError("the baseline random_vector stands beside steering runs, and no run has that defense")
@@ -357,44 +367,8 @@ def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, te
 
 
 def _key(run: Run, text: str, recipe: Mapping[str, Any], output_dir: Path) -> str:
-    """Return a hash of the recipe, the run, the package's version, and every file that recipe or run names."""
-    named = [_texts(value) for options in (recipe, run.options) for k, value in options.items() if k not in NOT_READ]
-    found = {path for value in itertools.chain(*named) for path in _paths(value)}
-    content = [_content(path, output_dir.resolve()) for path in sorted(found)]
-    everything = json.dumps([__version__, text, asdict(run), content], sort_keys=True, default=str)
+    """Return a hash of the recipe, the run, the package's version, and every file or folder that the run reads."""
+    others = options_of_others(parse_defense(run.defense))
+    read = {name: value for name, value in {**recipe, **run.options}.items() if name not in others}
+    everything = json.dumps([__version__, text, asdict(run), contents(read, output_dir)], sort_keys=True, default=str)
     return hashlib.sha256(everything.encode()).hexdigest()
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in an option's value, also from nested lists and mappings, as in the option `datasets`."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
-
-
-def _paths(text: str) -> list[Path]:
-    """Return the files and folders that a text names, directly or by a pattern (`*.jsonl`)."""
-    if not 0 < len(text) < 256:  # an empty text is no path, and one of 256 characters or more is taken for a prompt
-        return []
-    name = os.path.expanduser(text)
-    return [path for path in {Path(name), *map(Path, glob.glob(name, recursive=True))} if os.path.exists(path)]
-
-
-def _content(path: Path, own: Path) -> str | list[Any]:
-    """Return the hash of a file; for a folder, name, size and modification time of each file inside.
-
-    Args:
-        path: the file or folder.
-        own: folder of the comparison. If `path` is a folder that contains `own`, the files in `own` are left out.
-    """
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    is_inside = path.resolve().is_relative_to(own)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    return [
-        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in files
-        if is_inside or not file.resolve().is_relative_to(own)
-    ]

@@ -98,7 +98,7 @@ def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trai
     """
     found = []
     for number, run in enumerate(plan.runs, start=1):
-        say(f"run {number} of {len(plan.runs)}: {run.name}, seed {run.seed}")
+        say(f"run {number} of {len(plan.runs)}: {run.name}, seed {run.seed}{_state(folder / RUNS / run.folder)}")
         if run.adapter is not None:
             trained = _take(run)
         else:
@@ -134,7 +134,8 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
     steps = {run.key: run.step for run in trained}
     found = []
     for number, run in enumerate(plan.benign_runs, start=1):
-        say(f"benign task {number} of {len(plan.benign_runs)}: {run.name}, seed {run.seed}")
+        state = _state(folder / BENIGN / run.folder)
+        say(f"benign task {number} of {len(plan.benign_runs)}: {run.name}, seed {run.seed}{state}")
         own = Trained(run.name, run.defense, run.seed, None, "the run itself failed, so the task was not trained.")
         if steps[own.key] is not None:
             own = _train(on_benign_rows(run, rows, steps[own.key]), plan.recipe, folder / BENIGN / run.folder)
@@ -203,6 +204,10 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return status if status and status["error"] is None else None
 
 
+def _state(folder: Path) -> str:
+    return "" if read_status(folder) is None else " (trained already)"
+
+
 def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     """Train a run in a process of its own, and return its error, step, seconds per step and peak host memory."""
     from ..evaluation.drift import RESULT_FILE
@@ -246,7 +251,8 @@ def in_bytes(maxrss: int) -> int:
 def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
     """Return the arguments of `trl-emguard sft` that train a run into a folder."""
     options = [word for name, value in run.options.items() for word in _words(name, value)]
-    own = ["--seed", str(run.seed), "--lora_dropout", "0.0", "--output_dir", str(folder)]
+    # A recipe may push its model to the hub. The undefended run and the controls must not take that model's place.
+    own = ["--seed", str(run.seed), "--lora_dropout", "0.0", "--push_to_hub", "false", "--output_dir", str(folder)]
     return ["--config", str(recipe), *options, *own]
 
 

@@ -1,5 +1,6 @@
 """The list of defenses that `defense=` understands."""
 
+from collections.abc import Collection
 from typing import Any
 
 from ..io.lookup import did_you_mean
@@ -76,6 +77,15 @@ def parse_defense(value: object) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError(f"defense={value!r} names a defense twice: name each once.")
     return names
+
+
+def options_of_others(names: Collection[str]) -> dict[str, list[str]]:
+    """Return the options that none of the named defenses has: option → names of the defenses that have it."""
+    owners: dict[str, list[str]] = {}
+    for name, defense in DEFENSES.items():
+        for option in getattr(defense.Options, "__dataclass_fields__", ()):
+            owners.setdefault(option, []).append(name)
+    return {option: owning for option, owning in owners.items() if not set(owning) & set(names)}
 
 
 def build_defenses(args: Any, **inputs: Any) -> list[Defense]:

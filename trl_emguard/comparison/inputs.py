@@ -1,0 +1,64 @@
+"""Content of the files and folders that a run reads. It is a part of the run's key: a changed input is another run."""
+
+import glob
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+# [`contents`] takes every existing file or folder that an option names for an input. The options listed here are
+# excepted: their values name outputs, or are not paths at all. `env` sets variables, many of which name outputs.
+NOT_READ = (
+    *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path", "env"),
+    *("report_to", "run_name", "project", "hub_model_id", "defense"),
+)
+
+
+def contents(options: Mapping[str, Any], output_dir: Path) -> list[str | list[Any]]:
+    """Return the content of each file and folder that options name, as hashes and as lists of a folder's files.
+
+    Args:
+        options: a run's options with the recipe's, without those that the run does not read.
+        output_dir: folder of the comparison, whose files do not count in a folder that contains it.
+    """
+    named = itertools.chain(*(_texts(value) for name, value in options.items() if name not in NOT_READ))
+    found = {path for text in named for path in _paths(text)}
+    return [_content(path, output_dir.resolve()) for path in sorted(found)]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in an option's value, also from nested lists and mappings, as in the option `datasets`."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _paths(text: str) -> list[Path]:
+    """Return the files and folders that a text names, directly or by a pattern (`*.jsonl`)."""
+    if not 0 < len(text) < 256:  # an empty text is no path, and one of 256 characters or more is taken for a prompt
+        return []
+    name = os.path.expanduser(text)
+    return [path for path in {Path(name), *map(Path, glob.glob(name, recursive=True))} if os.path.exists(path)]
+
+
+def _content(path: Path, own: Path) -> str | list[Any]:
+    """Return the hash of a file; for a folder, name, size and modification time of each file inside.
+
+    Args:
+        path: the file or folder.
+        own: folder of the comparison. If `path` is a folder that contains `own`, the files in `own` are left out.
+    """
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    is_inside = path.resolve().is_relative_to(own)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return [
+        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if is_inside or not file.resolve().is_relative_to(own)
+    ]
