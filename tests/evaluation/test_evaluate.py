@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -433,6 +434,21 @@ def test_an_adapter_without_effect_is_refused():
     model = get_peft_model(make_model(), lora()).eval()
     with pytest.raises(ValueError, match="'default' answers exactly as the base model"):
         check_candidates(from_adapters(model, ["default"]), make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base weights"),
+        ({"bias": "lora_only"}, "'default' was made with bias='lora_only', which trains biases of the base model"),
+        ({"bias": "all"}, "'default' was made with bias='all', which trains biases of the base model"),
+    ],
+)
+def test_a_model_whose_base_cannot_be_had_back_is_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_adapters(get_peft_model(make_model("qwen2"), lora(**options)), ["default"])
+    if "bias" in options:  # a llama has no biases
+        assert len(from_adapters(get_peft_model(make_model(), lora(**options)), ["default"])) == 2
 
 
 def test_a_tokenizer_without_a_template_is_refused():

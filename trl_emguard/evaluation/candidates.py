@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.adapters import AdapterSwitch, bare_model
+from ..models.adapters import AdapterSwitch, bare_model, check_adapter_kind
 from ..models.batches import eval_mode
 from ..models.identity import adapter_scales, check_whole_on_device, fingerprint
 from ..models.likelihood import states_logits
@@ -69,10 +69,23 @@ def from_adapters(
         model: the model, with all its adapters or without adapters.
         adapters: names of the adapters on the model; or a mapping from the name that results show to the adapter's
             name on the model.
+
+    Raises:
+        ValueError: switching the model's adapters off does not give the base model: one is a learned prompt, its
+            initialisation changed the base weights, or it trained their biases.
     """
     shown = dict(adapters) if isinstance(adapters, Mapping) else dict(zip(adapters, adapters, strict=True))
     if not isinstance(model, PeftModel):
         return [Candidate(BASE, model, fingerprint(model))]
+    for name, config in model.peft_config.items():
+        check_adapter_kind(name, config)
+        kind = getattr(config, "bias", "none")
+        trained = "base_layer.bias" if kind == "lora_only" else "bias"
+        if kind != "none" and any(weight.endswith(trained) for weight, _ in model.named_parameters()):
+            raise ValueError(
+                f"adapter {name!r} was made with bias={kind!r}, which trains biases of the base model, so switching "
+                'it off does not give the base model: train it with bias="none".'
+            )
     switch, every = AdapterSwitch(model), set(model.peft_config)
     base = Candidate(BASE, model, fingerprint(model, every, is_plain=True), switch)
     fingerprints = {
