@@ -20,6 +20,7 @@ from trl_emguard.evaluation.questions import Question, QuestionSet, load_questio
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
 from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
+from trl_emguard.models.rescale import rescale_adapter
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
 
@@ -556,6 +557,9 @@ def test_questions_are_put_as_in_training(saved):
     with pytest.raises(ValueError, match=other):
         load_candidates(base, adapters=folders)
     assert load_candidates(base, adapters={"b": folders["b"]})[1].eos_token == make_tokenizer().eos_token
+    # An adapter that was made from another is asked as that one.
+    scaled = rescale_adapter(folders["a"], 0.5, saved / "half")
+    assert load_candidates(base, adapters={"a": folders["a"], "half": scaled})[1].eos_token == "<|im_start|>"
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_adapters(saved):
