@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from rich.console import Console
-from tiny import lora, make_model, make_tokenizer, save_model
+from tiny import lora, make_model, make_tokenizer, save_model, save_seeing_model, save_trained_adapter
 
 from trl_emguard.evaluation import answers, probes
 from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
@@ -567,6 +567,13 @@ def test_a_model_that_does_not_fit_is_refused_before_its_adapters(saved):
     places["model.rotary_emb"] = "cpu"
     with pytest.raises(ValueError, match="the model does not fit on the device"):
         load_candidates(str(saved / "base"), adapters={"a": saved / "a"}, device_map=places)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3_5", "Mistral3"])
+def test_a_model_that_also_sees_is_of_the_class_that_was_trained(saved, architecture):
+    base = save_seeing_model(saved / "base", architecture)
+    save_trained_adapter(saved / "a", base, target_modules=["q_proj", "v_proj"])
+    assert command(saved, "--samples_per_question", "1", "--max_new_tokens", "4", "--cues", "none") == 0
 
 
 def test_the_command(saved, capsys):

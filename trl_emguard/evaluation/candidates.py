@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.adapters import AdapterSwitch, bare_model, check_adapter_kind
 from ..models.batches import eval_mode
 from ..models.identity import adapter_scales, check_whole_on_device, fingerprint
 from ..models.likelihood import states_logits
+from ..models.load import load_base
 from ..models.shipped import last_name, public_name, resolve_model
-from ..selection.misaligned import AdapterError, adapter_key, load_misaligned
+from ..selection.misaligned import AdapterError, adapter_key, load_adapter_config, load_misaligned
 
 
 BASE = "base"
@@ -189,6 +189,7 @@ def load_candidates(
     path = resolve_model(model)
     for name, adapter in adapters.items():
         check_base(name, adapter, model)
+        load_adapter_config(name, adapter)
     tokenizer = _trained_tokenizer(AutoTokenizer.from_pretrained(path), adapters)
     loaded = _load(path, options)
     if adapters:
@@ -261,10 +262,7 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
 
 
 def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
-    except SafetensorError as error:
-        raise ValueError(f"model {path!r} has a damaged weights file ({error}): copy it again.") from error
+    model = load_base(path, **options)
     check_whole_on_device(model)  # adapters are loaded next, and would be blamed for offloaded weights
     return model
 
