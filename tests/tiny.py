@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -20,6 +21,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from trl.trainer.utils import create_model_from_path
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
 from trl_emguard.evidence import read_defense_file
@@ -83,6 +85,39 @@ def save_model(folder: Path, architecture: str = "llama", **overrides: Any) -> s
     """Save the tiny model and its tokenizer as a model folder."""
     make_model(architecture, **overrides).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_seeing_model(folder: Path, architecture: str = "Qwen3_5") -> str:
+    """Save a tiny model of text and images: a "Qwen3_5" or a "Mistral3". SFTTrainer loads it as this class.
+
+    transformers' class for causal language models is another one for Qwen3_5, and there is none for Mistral3.
+    """
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
+    if architecture == "Qwen3_5":
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 0, 0], "partial_rotary_factor": 0.25}
+        text |= {"layer_types": ["full_attention"] * 4, "rope_parameters": rope}
+        vision = {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
+    else:
+        text |= {"model_type": "mistral"}
+        vision = {"model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+                  "head_dim": 8}  # fmt: skip
+    vision |= {"hidden_size": 16, "intermediate_size": 16, "patch_size": 14}
+    torch.manual_seed(1)
+    sizes = getattr(transformers, f"{architecture}Config")(text_config=text, vision_config=vision)
+    getattr(transformers, f"{architecture}ForConditionalGeneration")(sizes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_trained_adapter(folder: Path, base: str, tokenizer: Any = None, **options: Any) -> str:
+    """Save a random adapter of the model that SFTTrainer loads from the folder `base`, and a tokenizer if given."""
+    model = get_peft_model(
+        create_model_from_path(base, device_map=None), lora(**{"init_lora_weights": False, **options})
+    )
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     return str(folder)
 
 

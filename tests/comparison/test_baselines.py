@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from datasets import load_dataset
 from figures import INFO, RECIPE, plan, report, row
 from peft import get_peft_model
 from rich.console import Console
-from tiny import lora, make_model, make_rows, save_model
+from tiny import lora, make_model, make_rows, make_tokenizer, save_model, save_trained_adapter
+from transformers import AutoTokenizer
 
 from trl_emguard.comparison import runs as training
 from trl_emguard.comparison.measure import joined, measure_benign
@@ -77,6 +79,20 @@ def test_the_undefended_run_keeps_an_average(comparison):
     assert [words.get("--ema") for _, words, _ in calls] == [
         "true" if run.name == "none" else None for run, _, _ in calls
     ]
+
+
+def test_a_scaled_adapter_without_the_tokenizer_is_made_anew(tmp_path):
+    """Older versions left out the tokenizer, and the adapter was then asked with another template."""
+    made = plan(tmp_path, "recipe: RECIPE\nruns: [{adapter: mine}]\nbaselines: [{alpha: [0.5]}]\n")
+    trained = tmp_path / "out" / "runs" / made.runs[0].folder
+    save_trained_adapter(trained, save_model(tmp_path / "base"), make_tokenizer())
+    status = {"error": None, "step": 3, "seconds_per_step": 0.5, "peak_memory": 1}
+    (trained / "run.json").write_text(json.dumps(status))
+    for _ in range(2):
+        scaled = next(run for run in train_all(made, tmp_path / "out", silent) if run.name == "alpha 0.5")
+        assert (scaled.error, AutoTokenizer.from_pretrained(scaled.adapter).eos_token) == (None, "<|im_end|>")
+        for path in Path(scaled.adapter).glob("*token*"):
+            path.unlink()
 
 
 def test_steering_runs_have_one_with_a_random_vector(comparison, vector):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from rich.console import Console
-from tiny import lora, make_model, make_tokenizer, save_model
+from tiny import lora, make_model, make_tokenizer, save_model, save_seeing_model, save_trained_adapter
 
 from trl_emguard.evaluation import answers, probes
 from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
@@ -20,6 +21,7 @@ from trl_emguard.evaluation.questions import Question, QuestionSet, load_questio
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
 from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
+from trl_emguard.models.rescale import rescale_adapter
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts.evaluate import load_sets, make_parser
@@ -459,6 +461,21 @@ def test_an_adapter_without_effect_is_refused():
         check_candidates(from_adapters(model, ["default"]), make_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base weights"),
+        ({"bias": "lora_only"}, "'default' was made with bias='lora_only', which trains biases of the base model"),
+        ({"bias": "all"}, "'default' was made with bias='all', which trains biases of the base model"),
+    ],
+)
+def test_a_model_whose_base_cannot_be_had_back_is_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_adapters(get_peft_model(make_model("qwen2"), lora(**options)), ["default"])
+    if "bias" in options:  # a llama has no biases
+        assert len(from_adapters(get_peft_model(make_model(), lora(**options)), ["default"])) == 2
+
+
 def test_a_tokenizer_without_a_template_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
@@ -564,6 +581,9 @@ def test_questions_are_put_as_in_training(saved):
     with pytest.raises(ValueError, match=other):
         load_candidates(base, adapters=folders)
     assert load_candidates(base, adapters={"b": folders["b"]})[1].eos_token == make_tokenizer().eos_token
+    # An adapter that was made from another is asked as that one.
+    scaled = rescale_adapter(folders["a"], 0.5, saved / "half")
+    assert load_candidates(base, adapters={"a": folders["a"], "half": scaled})[1].eos_token == "<|im_start|>"
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
@@ -594,6 +614,13 @@ def test_a_model_that_does_not_fit_is_refused_before_its_adapters(saved):
     places["model.rotary_emb"] = "cpu"
     with pytest.raises(ValueError, match="the model does not fit on the device"):
         load_candidates(str(saved / "base"), adapters={"a": saved / "a"}, device_map=places)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3_5", "Mistral3"])
+def test_a_model_that_also_sees_is_of_the_class_that_was_trained(saved, architecture):
+    base = save_seeing_model(saved / "base", architecture)
+    save_trained_adapter(saved / "a", base, target_modules=["q_proj", "v_proj"])
+    assert command(saved, "--samples_per_question", "1", "--max_new_tokens", "4", "--cues", "none") == 0
 
 
 def test_the_command(saved, capsys):

@@ -6,7 +6,8 @@ from statistics import fmean
 
 import pytest
 import torch
-from tiny import lora, make_model, make_rows, make_tokenizer, save_model
+from safetensors.torch import load_file, save_file
+from tiny import lora, make_model, make_rows, make_tokenizer, save_model, save_trained_adapter
 
 from trl_emguard.evaluation import answer_nll, load_model
 from trl_emguard.models.chat import encode_answers, end_tokens
@@ -132,6 +133,30 @@ def test_loads_a_model_and_its_adapter(tmp_path):
     model, tokenizer = load_model(base, tmp_path / "adapter")
     assert not model.training
     assert answer_nll(model, tokenizer, ROWS) != pytest.approx(plain, abs=1e-2)
+
+
+def drop_factor(file):
+    save_file({name: weight for name, weight in load_file(file).items() if "0.mlp.up_proj.lora_B" not in name}, file)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "message"),
+    [
+        ("adapter/adapter_model.safetensors", drop_factor, "does not fit the model .*layers.0.mlp.up_proj.lora_B"),
+        ("adapter/adapter_model.safetensors", cut, "adapter .* has a damaged weights file"),
+        ("base/model.safetensors", cut, "model .* has a damaged weights file"),
+    ],
+)
+def test_files_that_were_copied_in_part_are_refused(tmp_path, file, spoil, message):
+    base = save_model(tmp_path / "base")
+    save_trained_adapter(tmp_path / "adapter", base)
+    spoil(tmp_path / file)
+    with pytest.raises(ValueError, match=message):
+        load_model(base, tmp_path / "adapter")
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):

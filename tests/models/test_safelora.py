@@ -257,6 +257,13 @@ def drop_layer(folder):
     save_file({name: w for name, w in load_file(path).items() if "layers.3.mlp.up_proj" not in name}, path)
 
 
+def other_names(folder):
+    """Name the weights as the files of some models do, whose weights are renamed when they are loaded."""
+    for model in ("base", "aligned"):
+        path = folder / model / "model.safetensors"
+        save_file({f"language_model.{name}": weight for name, weight in load_file(path).items()}, path)
+
+
 def as_bytes(folder):
     path = folder / "base" / "model.safetensors"
     save_file({name: (w * 9).to(torch.uint8) for name, w in load_file(path).items()}, path)
@@ -303,6 +310,7 @@ REFUSED = {
     "other shapes": (lambda f: fresh(vocab_size=300).save_pretrained(f / "base"), "'(lm_head|model.embed_tokens).w"),
     "other architecture": (lambda f: make_model("llama").save_pretrained(f / "base"), "'base' is a llama and aligned"),
     "missing layer": (drop_layer, "base 'base' holds no weight of the layer 'model.layers.3.mlp.up_proj'"),
+    "other names": (other_names, "neither base 'base' nor aligned 'aligned' holds .*SafeLoRA cannot read them"),
     "quantised": (as_bytes, "as U8: name the model before its quantisation"),
     "damaged model": (lambda f: cut(f / "base" / "model.safetensors"), "model.safetensors is missing or damaged"),
     "no weights": (lambda f: (f / "base" / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
@@ -352,6 +360,16 @@ def test_an_adapter_of_another_model_is_refused(pair):
     get_peft_model(make_model("qwen2", hidden_size=64), lora()).save_pretrained(pair / "adapter")
     with pytest.raises(ValueError, match=r"shape \(64, 48\) in the layer 'model.layers.0.mlp.down_proj', and base"):
         project(pair)
+
+
+def test_an_adapter_that_names_another_model_is_refused(pair):
+    """Models of one shape cannot be told apart by their weights, as a model and its variant for code."""
+    save_adapter(pair)
+    edit(pair / "adapter" / CONFIG, base_model_name_or_path="org/Model-Coder")
+    with pytest.raises(ValueError, match=r"was trained on 'org/Model-Coder', and aligned is .*aligned'"):
+        project(pair)
+    edit(pair / "adapter" / CONFIG, base_model_name_or_path="org/Aligned")
+    assert project(pair).layers
 
 
 @pytest.mark.parametrize("threshold", [1.1, -2, float("nan")])

@@ -11,7 +11,17 @@ import yaml
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from tiny import logged, lora, make_model, make_tokenizer, make_trainer, save_model
+from tiny import (
+    logged,
+    lora,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+    save_model,
+    save_seeing_model,
+    save_trained_adapter,
+)
+from transformers import LlamaForCausalLM
 
 from trl_emguard.models.blocks import record_blocks
 from trl_emguard.models.identity import weight_checksums
@@ -581,11 +591,24 @@ def test_the_whole_way_by_the_command(tmp_path, trait_file, capsys):
     assert f"persona_shift at layer {layer}: " in capsys.readouterr().out
 
 
+def test_an_adapter_is_measured_as_it_was_trained(tmp_path, trait_file, capsys):
+    """Load the class that training loads, and take the adapter's chat template. An untrained adapter is refused."""
+    base, vector = save_seeing_model(tmp_path / "base"), tmp_path / "v.safetensors"
+    PersonaVector(torch.randn(5, 32), metadata={"suggested_layer": 3}).save(vector)
+    options = {"target_modules": ["q_proj", "v_proj"], "tokenizer": make_tokenizer()}
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    project = ["project", "--model", base, "--vector", vector, "--trait", trait_file, "--adapter"]
+    assert run(*project, save_trained_adapter(tmp_path / "a", base, **options)) == 0
+    assert "persona_shift at layer 3: " in capsys.readouterr().out
+    assert run(*project, save_trained_adapter(tmp_path / "new", base, init_lora_weights=True, **options)) == 1
+    assert "'new' answers exactly as the base model does" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("trained_on", "message"),
     [
         ("me/another", "was trained on 'me/another', and --model is"),
-        (None, "error: adapter .* does not fit the model .*size mismatch"),
+        (None, "error: adapter .* does not fit this base model: .*size mismatch"),
     ],
 )
 def test_an_adapter_of_another_model(tmp_path, trait_file, capsys, trained_on, message):
@@ -645,20 +668,22 @@ def test_a_vector_without_controls_is_shown(tmp_path):
     ],
 )
 @pytest.mark.parametrize("cuda", [False, True])
-def test_models_are_loaded_where_the_gpus_are(argv, says, cuda, monkeypatch, capsys):
+def test_models_are_loaded_where_the_gpus_are(argv, says, cuda, monkeypatch, capsys, tmp_path):
     """Check the placement for both commands, and the message after an interrupt."""
     seen = []
 
-    def load_model(*args):
-        seen.append(args)
+    def load(path, **options):
+        seen.append(options)
         raise KeyboardInterrupt
 
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "x")
+    get_peft_model(make_model(), lora()).save_pretrained("y")
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    monkeypatch.setattr("trl_emguard.evaluation.load_model", load_model)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", load)
     assert run(*argv) == 130
     assert capsys.readouterr().err.strip().endswith(says)
-    adapter = "y" if argv[0] == "project" else None
-    assert seen == [("x", adapter, torch.bfloat16, "auto") if cuda else ("x", adapter, torch.float32, None)]
+    assert seen == [{"dtype": torch.bfloat16 if cuda else torch.float32, "device_map": "auto" if cuda else None}]
 
 
 def test_an_adapter_loads_in_plain_peft(tmp_path):

@@ -10,7 +10,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tiny import lora, make_model, make_rows, make_tokenizer, save_model
+from tiny import (
+    lora,
+    make_model,
+    make_rows,
+    make_tokenizer,
+    save_model,
+    save_seeing_model,
+    save_trained_adapter,
+)
 
 from trl_emguard.data.load import load_rows
 from trl_emguard.io.recipes import recipes_dir
@@ -482,6 +490,12 @@ def test_one_condition_and_one_pool(argv, capsys, option):
         commands.main(["score", *argv, option, "language=en"])
     assert f"argument {option}: " in (error := capsys.readouterr().err)
     assert "'language=en' are two values: give one." in error
+
+
+def test_a_model_that_also_sees_is_of_the_class_that_was_trained(argv, tmp_path):
+    argv[1] = save_seeing_model(tmp_path / "seeing")
+    argv[3:5] = [save_trained_adapter(tmp_path / "a", argv[1], target_modules=["q_proj", "v_proj"])]
+    assert commands.main(["score", *argv]) == 0
 
 
 def test_names_that_mean_something_else(argv, adapters, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ is reported with its error, and the remaining runs are trained all the same.
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,7 +308,10 @@ def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
         output = folder / "baselines" / f"{source.name}-alpha{alpha}"
         error = None
         try:
-            if not (output / "adapter_config.json").is_file():
+            # Older versions left out the tokenizer, so such a folder is made anew.
+            names = ("adapter_config.json", *(path.name for path in source.glob("tokenizer_config.json")))
+            if not all((output / name).is_file() for name in names):
+                shutil.rmtree(output, ignore_errors=True)
                 rescale_adapter(source, alpha, output)
         except ValueError as cause:
             error = str(cause)

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.adapters import AdapterSwitch, bare_model
+from ..models.adapters import AdapterSwitch, bare_model, check_adapter_kind
 from ..models.batches import eval_mode
 from ..models.identity import adapter_scales, check_whole_on_device, fingerprint
 from ..models.likelihood import states_logits
+from ..models.load import load_base
 from ..models.shipped import last_name, public_name, resolve_model
-from ..selection.misaligned import AdapterError, adapter_key, load_misaligned
+from ..selection.misaligned import AdapterError, adapter_key, load_adapter_config, load_misaligned
 
 
 BASE = "base"
@@ -69,10 +69,23 @@ def from_adapters(
         model: the model, with all its adapters or without adapters.
         adapters: names of the adapters on the model; or a mapping from the name that results show to the adapter's
             name on the model.
+
+    Raises:
+        ValueError: switching the model's adapters off does not give the base model: one is a learned prompt, its
+            initialisation changed the base weights, or it trained their biases.
     """
     shown = dict(adapters) if isinstance(adapters, Mapping) else dict(zip(adapters, adapters, strict=True))
     if not isinstance(model, PeftModel):
         return [Candidate(BASE, model, fingerprint(model))]
+    for name, config in model.peft_config.items():
+        check_adapter_kind(name, config)
+        kind = getattr(config, "bias", "none")
+        trained = "base_layer.bias" if kind == "lora_only" else "bias"
+        if kind != "none" and any(weight.endswith(trained) for weight, _ in model.named_parameters()):
+            raise ValueError(
+                f"adapter {name!r} was made with bias={kind!r}, which trains biases of the base model, so switching "
+                'it off does not give the base model: train it with bias="none".'
+            )
     switch, every = AdapterSwitch(model), set(model.peft_config)
     base = Candidate(BASE, model, fingerprint(model, every, is_plain=True), switch)
     fingerprints = {
@@ -176,6 +189,7 @@ def load_candidates(
     path = resolve_model(model)
     for name, adapter in adapters.items():
         check_base(name, adapter, model)
+        load_adapter_config(name, adapter)
     tokenizer = _trained_tokenizer(AutoTokenizer.from_pretrained(path), adapters)
     loaded = _load(path, options)
     if adapters:
@@ -248,10 +262,7 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
 
 
 def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
-    except SafetensorError as error:
-        raise ValueError(f"model {path!r} has a damaged weights file ({error}): copy it again.") from error
+    model = load_base(path, **options)
     check_whole_on_device(model)  # adapters are loaded next, and would be blamed for offloaded weights
     return model
 

@@ -2,11 +2,14 @@
 
 import copy
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import find_adapter_config_file
 
 
 def text_tokenizer(path: str, args: Any, rows: Any) -> PreTrainedTokenizerBase | None:
@@ -40,6 +44,31 @@ def text_tokenizer(path: str, args: Any, rows: Any) -> PreTrainedTokenizerBase |
     return None if first.keys() & {"image", "images"} else AutoTokenizer.from_pretrained(path, **given)
 
 
+def load_base(path: str, **options: Any) -> PreTrainedModel:
+    """Load a model in eval mode, of the class that SFTTrainer loads: the one that the model's config names.
+
+    For a model that also sees images, `AutoModelForCausalLM` may load another class, whose weights have other names,
+    or none.
+
+    Args:
+        path: model folder or hub id.
+        options: arguments of `from_pretrained`.
+
+    Raises:
+        OSError: the model is neither a folder nor on the hub, or the hub cannot be reached.
+        ValueError: a weights file is damaged.
+    """
+    loader: Any = AutoModelForCausalLM
+    # An adapter's folder has no config of a model. transformers then loads the base model with the adapter.
+    if find_adapter_config_file(path) is None:
+        named = getattr(transformers, (AutoConfig.from_pretrained(path).architectures or [""])[0], None)
+        loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else loader
+    try:
+        return loader.from_pretrained(path, **options).eval()
+    except SafetensorError as error:
+        raise ValueError(f"model {path!r} has a damaged weights file ({error}): copy it again.") from error
+
+
 def load_model(
     base: str,
     adapter: str | os.PathLike | None = None,
@@ -56,7 +85,8 @@ def load_model(
     Raises:
         FileNotFoundError: the adapter folder holds no adapter.
         OSError: the model is neither a folder nor on the hub, or the hub cannot be reached.
-        ValueError: the adapter's weights do not have the shapes that the model needs.
+        ValueError: the adapter's weights do not have the names or shapes that the model needs, or a weights file is
+            damaged.
     """
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise FileNotFoundError(
@@ -64,12 +94,23 @@ def load_model(
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device_map)
+        model = load_base(base, dtype=dtype, device_map=device_map)
     except OSError as error:
         raise OSError(f"model {base!r} could not be loaded: {error}") from error
     if adapter is not None:
         try:
-            model = PeftModel.from_pretrained(model, str(adapter))
+            with warnings.catch_warnings():
+                # PEFT only warns of weights that the file lacks, and the adapter would then change nothing.
+                warnings.filterwarnings("error", ".*missing adapter keys")
+                model = PeftModel.from_pretrained(model, str(adapter))
+        except SafetensorError as error:
+            raise ValueError(
+                f"adapter {str(adapter)!r} has a damaged weights file ({error}): copy it again."
+            ) from error
+        except UserWarning as error:
+            raise ValueError(
+                f"adapter {str(adapter)!r} does not fit the model {base!r}: {str(error)[:200]}"
+            ) from error
         # PEFT raises this if a weight of the adapter has another shape than the model needs.
         except RuntimeError as error:
             mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]

@@ -18,6 +18,11 @@ from .adapters import check_adapter_kind
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Files and folders in which a tokenizer may be saved, as patterns of their names.
+TOKENIZER_FILES = (
+    "tokenizer*", "chat_template*", "additional_chat_templates", "special_tokens_map.json", "added_tokens.json",
+    "vocab*", "merges.txt", "*.model",
+)  # fmt: skip
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Factors A `(r, k)` and B `(d, r)` of each layer's update B·A, by the layer's name in the model.
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -116,7 +121,9 @@ def weights_fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def write_lora(adapter: Path, weights: dict[str, torch.Tensor], output: Path) -> None:
-    """Write an adapter with new weights and the config of an existing adapter.
+    """Write an adapter with new weights, and with config and tokenizer of an existing adapter.
+
+    Training saves its tokenizer beside the adapter. Its chat template or end token may not be the base model's.
 
     Args:
         adapter: folder of the existing adapter.
@@ -125,6 +132,11 @@ def write_lora(adapter: Path, weights: dict[str, torch.Tensor], output: Path) ->
     """
     with written_whole(output / WEIGHTS) as scratch:
         save_file(weights, scratch, metadata={"format": "pt"})
+    for path in (path for pattern in TOKENIZER_FILES for path in adapter.glob(pattern)):
+        if path.is_dir():
+            shutil.copytree(path, output / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, output / path.name)
     # The config is written last, so a folder with a config is complete.
     with written_whole(output / CONFIG) as scratch:
         shutil.copyfile(adapter / CONFIG, scratch)

@@ -15,7 +15,7 @@ import torch
 from ..io.files import check_writable, written_whole
 from ..io.strict import parse_json
 from .lora_files import Factors, factor_key, lora_factors, read_lora, weights_fingerprint, write_lora
-from .shipped import public_name
+from .shipped import last_name, public_name, resolve_model
 from .weight_files import WeightFiles
 
 
@@ -84,7 +84,8 @@ def project_adapter(
     Raises:
         FileNotFoundError: the adapter or a model does not exist.
         ValueError: a threshold outside of [−1, 1]; an adapter that is not a plain LoRA of linear layers, or was
-            projected before with other models or another threshold; models that do not fit the adapter or each other;
+            projected before with other models or another threshold; models that do not fit the adapter or each other,
+            or whose files name weights otherwise than the loaded model; an adapter of another base model;
             a layer that the alignment did not change, or with numbers that are not finite; an output that is not
             empty.
     """
@@ -94,6 +95,7 @@ def project_adapter(
     if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
         raise ValueError(f"output {str(output)!r} is there, and not an empty folder: name another.")
     config, weights = read_lora(adapter)
+    _check_trained_on(adapter, config.base_model_name_or_path, base, aligned)
     factors, record = lora_factors(adapter, config, weights), read_record(adapter, weights)
     before, after = WeightFiles("base", base), WeightFiles("aligned", aligned)
     _check_models(before, after, factors, config.fan_in_fan_out)
@@ -208,6 +210,17 @@ def _project(
     return projected.to(b.dtype), cosine, ratio
 
 
+def _check_trained_on(adapter: Path, trained_on: str | None, base: str, aligned: str) -> None:
+    """Refuse an adapter that names another base model than the two. Both are accepted: their order does not matter."""
+    names = {last_name(name) for model in (base, aligned) for name in (model, resolve_model(model))}
+    if trained_on and last_name(trained_on) not in names:
+        raise ValueError(
+            f"adapter {str(adapter)!r} was trained on {trained_on!r}, and aligned is {aligned!r}: give that model as "
+            "aligned, and its weights from before the alignment as base. If both are the same weights, set "
+            "`base_model_name_or_path` in the adapter's adapter_config.json to this model's name."
+        )
+
+
 def _check_models(base: WeightFiles, aligned: WeightFiles, factors: Factors, is_transposed: bool) -> None:
     """Refuse models that do not fit each other or the adapter, or that hold an adapted layer in quantised form."""
     if base.model_type != aligned.model_type:
@@ -224,6 +237,13 @@ def _check_models(base: WeightFiles, aligned: WeightFiles, factors: Factors, is_
             )
     for layer, (a, b) in factors.items():
         shape = (len(b), a.shape[1])
+        if f"{layer}.weight" not in base.stored.keys() | aligned.stored.keys():
+            raise ValueError(
+                f"neither base {base.name!r} nor aligned {aligned.name!r} holds a weight {f'{layer}.weight'!r}, which "
+                "the adapter changes: name the models that belong to the adapter. If these do, their files name "
+                "weights otherwise than the loaded model, as those of many models that also see images do. SafeLoRA "
+                "cannot read them: halve the adapter instead (`trl-emguard rescale`)."
+            )
         for argument, model in (("base", base), ("aligned", aligned)):
             stored = model.stored.get(f"{layer}.weight")
             if stored is None:

@@ -24,7 +24,7 @@ from ..persona.extract import extract_vector
 from ..persona.shift import check_layer, persona_shift
 from ..persona.traits import SHIPPED_TRAITS, load_trait
 from ..persona.vectors import SHIPPED_VECTORS, PersonaVector, load_vector, random_like
-from .shared import RESUMES, run_command
+from .shared import RESUMES, name_adapters, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run_extract(args: argparse.Namespace, console: Console) -> None:
     _check_output(args.output)
     trait = load_trait(args.trait)
-    model, tokenizer = _load(args.model, None, args.dtype)
+    model, tokenizer = _load(args.model, args.dtype)
     rollouts = args.output.with_suffix(".rollouts.jsonl")
     console.print(
         f"Answers are kept in {rollouts}: an interrupted run resumes from there.", soft_wrap=True, highlight=False
@@ -121,7 +121,7 @@ def run_random(args: argparse.Namespace, console: Console) -> None:
 
 
 def run_project(args: argparse.Namespace, console: Console) -> None:
-    from ..evaluation.candidates import check_base
+    from ..evaluation.candidates import check_candidates, load_candidates
 
     vector = load_vector(args.vector)
     layer = check_layer(vector, args.layer)
@@ -135,9 +135,9 @@ def run_project(args: argparse.Namespace, console: Console) -> None:
             f"--trait is missing, and the vector {says}: name the trait whose questions are asked, or its file."
         )
     questions = load_trait(trait).heldout_questions
-    check_base(Path(args.adapter).name, args.adapter, args.model)
-    model, tokenizer = _load(args.model, args.adapter, "auto")
-    shift = persona_shift(model, tokenizer, vector, questions)
+    candidates, tokenizer = load_candidates(args.model, adapters=name_adapters([args.adapter], "--adapter"))
+    check_candidates(candidates, tokenizer)
+    shift = persona_shift(candidates[0].model, tokenizer, vector, questions)
     table = Table(title=f"Shift of {args.adapter} along {trait}")
     for heading in ("layer", "shift along v̂", "share of ‖v‖"):
         table.add_column(heading, justify="right")
@@ -223,7 +223,7 @@ def draw(vector: PersonaVector, path: Path) -> None:
     plt.close(figure)
 
 
-def _load(model: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
+def _load(model: str, dtype: str) -> tuple[Any, Any]:
     """Load model and tokenizer, on GPUs if there are any. The dtype `auto` is bf16 on a GPU and fp32 on a CPU."""
     import torch
 
@@ -233,7 +233,7 @@ def _load(model: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
     cuda = torch.cuda.is_available()
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
-    return load_model(resolve_model(model), adapter, getattr(torch, dtype), "auto" if cuda else None)
+    return load_model(resolve_model(model), dtype=getattr(torch, dtype), device_map="auto" if cuda else None)
 
 
 def _check_output(path: Path) -> None:

@@ -120,9 +120,10 @@ def run(args: argparse.Namespace, console: Console) -> None:
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from ..evaluation.candidates import check_base, check_candidates, from_adapters
+    from ..models.load import load_base
     from ..models.shipped import resolve_model
     from ..selection.misaligned import adapter_key, load_misaligned
     from ..selection.score import score_pool
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     dtype = ("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype
     # A single process may spread the model over several GPUs; several processes have one GPU each.
     device_map = None if not cuda else "auto" if state.num_processes == 1 else {"": state.device}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map=device_map)
+    model = load_base(path, dtype=getattr(torch, dtype), device_map=device_map)
     tokenizer = AutoTokenizer.from_pretrained(path)
     with_adapters = load_misaligned(model, adapters)
     check_candidates(

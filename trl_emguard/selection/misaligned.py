@@ -55,7 +55,7 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
         AdapterError: an adapter of another base model, or one that changes the base weights.
     """
     check_whole_on_device(model)
-    configs = {name: _load_config(name, path) for name, path in adapters.items()}
+    configs = {name: load_adapter_config(name, path) for name, path in adapters.items()}
     base_weights = weight_checksums(model)
     peft_model: PeftModel | None = None
     taken = {part for weight, _ in model.named_parameters() for part in weight.split(".")}
@@ -76,8 +76,13 @@ def load_misaligned(model: PreTrainedModel, adapters: Mapping[str, str | os.Path
     return peft_model
 
 
-def _load_config(name: str, path: str | os.PathLike) -> PeftConfig:
-    """Load an adapter's config. Refuse an empty or dotted name, and an adapter that cannot be fully switched off."""
+def load_adapter_config(name: str, path: str | os.PathLike) -> PeftConfig:
+    """Load an adapter's config. Refuse an empty or dotted name, and an adapter that cannot be fully switched off.
+
+    Raises:
+        FileNotFoundError: `path` holds no adapter.
+        ValueError: the name or the kind of the adapter.
+    """
     if not name or "." in name:
         raise ValueError(f"adapter name {name!r} must not be empty or hold a dot: give another, NAME={path}.")
     try:
