@@ -87,6 +87,17 @@ def test_a_reference_that_stays_is_left_alone(tmp_path, defense, dtype):
     assert trainer.state.global_step == 4
 
 
+def test_a_reference_is_watched_in_training_mode(tmp_path):
+    """Evaluate before each save and at the end: in eval mode, kernels of some models give other numbers."""
+    policy = make_model()
+    policy.model.layers[0].register_forward_hook(lambda m, a, out: out if m.training else 1.01 * out)
+    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    trainer = make_trainer(tmp_path, policy, peft=lora(), defense="kl", eval_dataset=make_rows(4), **steps)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert not trainer.model.training
+
+
 @pytest.mark.parametrize("tuning", ["lora", "rslora", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_noise_of_training_mode_is_refused_however_small(tmp_path, tuning, dtype):
