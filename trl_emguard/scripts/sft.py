@@ -207,7 +207,7 @@ def run(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    output = trainer.train()
     trainer.save_model(training_args.output_dir)
     # With `save_strategy: "no"` no checkpoint has written the card, and an earlier run's would stay.
     trainer.create_model_card(model_name=Path(training_args.output_dir).name)
