@@ -20,7 +20,9 @@ class ReferenceOptions:
     """Options of the reference (the safe model that some defenses compare the policy with), and of resuming."""
 
     resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder to resume from, or 'true' for the newest whole one in `output_dir`."
+        None,
+        "A checkpoint folder to resume from, or 'true' for the newest whole one in `output_dir`. An argument of "
+        "`train()` wins over it.",
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = option(
         None,

@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, TrainerCallback
 
-from .checkpoints.resume import checkpoint_folder, holds_adapter
+from .checkpoints.resume import checkpoint_folder
 from .checkpoints.whole import WholeCheckpoints
 from .checks import Engine, check_engine, load_config
 from .defenses import Defense, Marks, Step, TermDefense, build_defenses
@@ -142,9 +142,11 @@ class DefendedTrainer(WholeCheckpoints):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._begin_with = {}
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
-            self.check_resume(resume_from_checkpoint)
+        # `False` starts anew, and so does an empty text, as a shell makes it of a variable that is not set.
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = self.find_checkpoint(asked) if asked else None
+        if checkpoint is not None:
+            self.check_resume(checkpoint)
         if self.args.should_save:
             check_writable("output_dir", self.args.output_dir)
         if self.defenses:
@@ -159,7 +161,7 @@ class DefendedTrainer(WholeCheckpoints):
         with ExitStack() as surroundings:
             for context in self._around_training():
                 surroundings.enter_context(context)
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
         self._conclude(kwargs.get("trial", args[0] if args else None))
         return output
 
@@ -168,7 +170,10 @@ class DefendedTrainer(WholeCheckpoints):
         return [defense.training(self._bare_model()) for defense in self.defenses]
 
     def _before_training(self) -> None:
-        """Hook for subclasses, called before the first step and after the lines of [`describe`] are printed."""
+        """Warn of weights that will not be saved. Called after the lines of [`describe`] are printed."""
+        unsaved = self.why_unsaved()
+        if unsaved is not None:
+            logger.warning(unsaved)
 
     def _conclude(self, trial: Any) -> None:
         """Check the finished run. If it was not defended, save the model and raise [`InactiveDefenseError`]."""
@@ -195,14 +200,8 @@ class DefendedTrainer(WholeCheckpoints):
             compare_weights: whether the weights of model and reference are compared. A dry run has no weights.
 
         Raises:
-            ValueError: this run has another tuning (adapter or full), defense, option, reference, model, seed or rows.
+            ValueError: this run has another defense, option, reference, model, seed or rows.
         """
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if is_peft_model(self.model) and not sharded and not holds_adapter(checkpoint):
-            raise ValueError(
-                f"{checkpoint} holds a whole model's weights, and this run trains an adapter, which would start anew. "
-                "Resume with the tuning that it was written with."
-            )
         record = read_defense_file(checkpoint)
         why = why_other(record, self._record(), self.defenses, compare_weights, is_on_all_ranks=True)
         if why is not None:

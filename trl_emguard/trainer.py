@@ -35,7 +35,6 @@ from .guard.terms import check_layers_train, kept_positions, scaled_terms, wante
 from .models.head import check_head
 from .models.sharding import as_main_process, release
 from .models.shipped import resolve_model
-from .reference.adapter import trained_outside_adapters
 from .reference.agreement import check_agreement
 from .reference.cached import CachedReference
 from .reference.choose import make_reference, without_dropout
@@ -188,24 +187,20 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             lines.insert(at, f"reference: {self.reference.text}; dropout is off.")
         return lines
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        if self.reference is not None and self.reference.shares_weights:
-            outside = trained_outside_adapters(self.model)
-            if outside:
-                raise ValueError(
-                    f"the weight {outside[0]!r} was unfrozen after the trainer was built, and the reference shares "
-                    "it: it would move with the policy. Unfreeze it before, on the model that you pass, or pass "
-                    "`ref_model`."
-                )
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
     def _around_training(self) -> list[AbstractContextManager]:
         contexts = super()._around_training()
         return contexts if self.reference is None else [without_dropout(self.model), *contexts, self._watching()]
 
     def _before_training(self) -> None:
+        super()._before_training()
+        is_whole = self._engine_facts().sharding is None
+        if self.reference is not None:
+            self.reference.check_frozen(self.model)
+        # With these options Trainer moves the model to its device no earlier than in its own `train`.
+        if (self.args.bf16_full_eval or self.args.fp16_full_eval) and is_whole and not self.is_model_parallel:
+            self._move_model_to_device(self.model, self.args.device)
         # A sharded output head cannot be checked here, because its weights are gathered only during a forward pass.
-        if self._own_loss and self._engine_facts().sharding is None:
+        if self._own_loss and is_whole:
             with self.accelerator.autocast():
                 check_head(self._bare_model())
         if isinstance(self.reference, CachedReference):
@@ -279,8 +274,13 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def _check_reference(self, when: str) -> None:
         if self._watch is not None and self._watch.has_record and self._moved_reference is None:
+            # An evaluation leaves the model in eval mode, in which some models compute with other kernels. Their
+            # rounding would be taken for a change, so the reference runs in the mode in which it was recorded.
+            was_training = self.model.training
+            self._wrapped.train()
             # Each rank gets the results of all ranks, because either all ranks must stop training or none.
             found = gather_object([self._watch.check(self._run_reference, when)])
+            self._wrapped.train(was_training)
             self._moved_reference = next((text for text in found if text is not None), None)
             self.control.should_training_stop |= self._moved_reference is not None
 

@@ -12,7 +12,7 @@ from methods import COVERING, EVERYTHING, METHODS, run_options, split
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import logged, lora, make_model, make_trainer, record
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
@@ -163,6 +163,52 @@ def test_a_checkpoint_without_the_optimizer_resumes(tmp_path):
 def test_resume_from_a_folder_that_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint='.*missing' is not a folder"):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(tmp_path / "missing"))
+
+
+def test_train_takes_the_checkpoint_of_the_config(tmp_path):
+    """Start anew for an explicit `False` and for an empty text, which a shell makes of a variable that is not set."""
+    trainer_for(tmp_path, defense="kl", max_steps=2).train()
+    folder = str(tmp_path / "checkpoint-2")
+    for of_config, given, steps in ((folder, None, 2), (folder, False, 4), ("", None, 4), (None, "", 4)):
+        made = []
+        again = trainer_for(tmp_path, defense="kl", save_strategy="no", resume_from_checkpoint=of_config)
+        again.add_callback(Count(made))
+        again.train(given)
+        assert len(made) == steps
+
+
+class Count(TrainerCallback):
+    def __init__(self, made):
+        self.made = made
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.made.append(state.global_step)
+
+
+def test_weights_that_peft_does_not_save_are_named_and_not_resumed(tmp_path, caplog):
+    def make():
+        model = get_peft_model(make_model(), lora(target_modules=["q_proj"]))
+        model.get_base_model().model.norm.requires_grad_(True)
+        return make_trainer(tmp_path, model, **run_options("steering", tmp_path), **SAVING)
+
+    make().train()
+    text = r"the weight 'base_model.model.model.norm.weight' is trained .* modules_to_save=\['model.norm'\]"
+    assert re.search(text, caplog.text)
+    with pytest.raises(ValueError, match=f"checkpoint-4 does not hold all that was trained: {text}"):
+        make().train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["model.norm"]}])
+def test_weights_that_peft_saves_beside_an_adapter_are_resumed(tmp_path, caplog, options):
+    def make(name):
+        peft = lora(target_modules=["q_proj"], **options)
+        return make_trainer(tmp_path / name, make_model("qwen2"), peft=peft, **run_options("kl", tmp_path), **SAVING)
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert logged(resumed) == logged(whole)
+    assert "modules_to_save" not in caplog.text
 
 
 def test_coefficient_zero_resumes_a_plain_run(tmp_path):

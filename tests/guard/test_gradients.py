@@ -6,6 +6,7 @@ import pytest
 import torch
 from methods import COMPARING, split
 from tiny import ARCHITECTURES, TEMPLATE, config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer
+from torch.autograd.graph import saved_tensors_hooks
 from trl import SFTTrainer
 from twin import first_gradients, move_policy, relative_error, twin_step
 
@@ -206,6 +207,18 @@ def test_one_call_of_the_wrapped_model_per_micro_batch(tmp_path, tuning, monkeyp
     assert len(calls) == steps + (tuning == "full")  # the check of the head calls the bare model
     # The head is checked before training, in two passes.
     assert passes[2:] == ([False, True] if tuning == "lora" else [True]) * steps
+
+
+@pytest.mark.parametrize("defense", ["kl,ldifs", "treft"])
+def test_a_step_reads_saved_tensors_in_its_backward_passes_alone(tmp_path, defense):
+    """Count passes as TRL's `activation_offloading` does, which begins to free memory at the first one of a step."""
+    passes = set()
+    trainer = trainer_for(tmp_path, defense=defense)
+    trainer.maybe_activation_offload_context = saved_tensors_hooks(
+        lambda tensor: tensor, lambda tensor: passes.add(torch._C._current_graph_task_id()) or tensor
+    )
+    trainer.train()
+    assert len(passes) == trainer.args.gradient_accumulation_steps
 
 
 def test_each_term_alone_has_its_own_gradient(tmp_path):

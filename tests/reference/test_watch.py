@@ -1,6 +1,7 @@
 """Test that a reference that moves after the first step stops the run, and that a trainer undoes its changes."""
 
 import gc
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from tiny import evidence, logged, lora, make_model, make_rows, make_trainer
 from transformers import TrainerCallback
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError
+from trl_emguard.guard.forward import States
 from trl_emguard.reference.adapter import adapter_is_zero
+from trl_emguard.reference.watch import ReferenceWatch
 
 
 FAST = {"defense": "kl", "kl_coef": 1e-6, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "max_steps": 8}
@@ -85,6 +88,45 @@ def test_a_reference_that_stays_is_left_alone(tmp_path, defense, dtype):
     trainer = make_trainer(tmp_path, make_model(dtype=dtype), defense=defense, max_steps=4)
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_a_reference_is_watched_in_training_mode(tmp_path):
+    """Evaluate before each save and at the end: in eval mode, kernels of some models give other numbers."""
+    policy = make_model()
+    policy.model.layers[0].register_forward_hook(lambda m, a, out: out if m.training else 1.01 * out)
+    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    trainer = make_trainer(tmp_path, policy, peft=lora(), defense="kl", eval_dataset=make_rows(4), **steps)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert not trainer.model.training
+
+
+def test_another_graph_of_a_compiled_reference_is_no_move():
+    """Compile for other shapes between record and check, with a backend whose graphs differ by more than rounding."""
+    graphs = []
+
+    def shifting(graph, inputs):
+        graphs.append(graph)
+        shift = len(graphs)
+        return lambda *args: [out + shift for out in graph(*args)]
+
+    @torch.compile(backend=shifting)
+    def double(states):
+        return 2 * states
+
+    @contextmanager
+    def run(batch, positions):
+        states = double(batch["input_ids"].float()[..., None])
+        yield States(states[:, :-1][positions], {}, (None, None))
+
+    watch = ReferenceWatch(make_model(), has_divergence=False)
+    ids = torch.arange(4.0, 16.0).view(2, 6)
+    with torch.no_grad():
+        double(ids[..., None])
+        watch.record({"input_ids": ids, "labels": ids.long()}, run)
+        double(torch.ones(3, 7, 1))
+    assert len(graphs) == 2
+    assert watch.check(run, "later") is None
 
 
 @pytest.mark.parametrize("tuning", ["lora", "rslora", "full"])

@@ -368,7 +368,7 @@ def test_drift_is_logged_and_stops_a_run(argv, tmp_path, capsys):
     assert not any(weight.any() for name, weight in saved.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("how", ["true", "True"])
+@pytest.mark.parametrize("how", ["true", "True", ""])
 def test_the_newest_checkpoint_is_gone_on_from(argv, tmp_path, how):
     saving = ["--defense", "kl", "--save_strategy", "steps", "--save_steps", "1"]
     assert sft.main(argv(*saving)) == 0

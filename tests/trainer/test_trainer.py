@@ -25,7 +25,7 @@ from tiny import (
     record,
     save_model,
 )
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer, KLTrainer, LDIFSTrainer, ReferenceDefense, register
@@ -203,6 +203,29 @@ def test_eval_loss_is_plain_ce(tmp_path):
     ours, theirs = trainer.evaluate(rows), stock.evaluate(rows)
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
     assert not {"eval_kl", "eval_ldifs"} & ours.keys()
+
+
+def test_an_evaluation_before_training_has_its_precision(tmp_path):
+    """Train a whole model: its reference, a model of its own, must not pass for the policy's preparation."""
+    seen = []
+    trainer = make_trainer(tmp_path, defense="kl", bf16=True)
+    trainer.model.base_model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    trainer.evaluate(make_rows(4))
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("full_eval", ["bf16_full_eval", "fp16_full_eval"])
+def test_a_model_is_on_its_device_before_any_pass(tmp_path, monkeypatch, full_eval):
+    """Move the model before the checks ahead of training: with these options Trainer moves it only after them."""
+    done = []
+    move = Trainer._move_model_to_device
+    monkeypatch.setattr(Trainer, "_move_model_to_device", lambda *args: done.append("move") or move(*args))
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl", max_steps=1, **{full_eval: True})
+    trainer.model.register_forward_pre_hook(lambda *_: done.append("pass"))
+    trainer.model.get_base_model().base_model.register_forward_pre_hook(lambda *_: done.append("pass"))
+    assert not done
+    trainer.train()
+    assert done[0] == "move"
 
 
 def test_loss_logged_is_the_total(tmp_path):

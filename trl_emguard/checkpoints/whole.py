@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..models.adapters import unsaved_weights
 from .manifest import begin_checkpoint, finish_checkpoint
-from .resume import checkpoint_folder, checkpoint_to_resume, find_flaw_on_all
+from .resume import checkpoint_folder, checkpoint_to_resume, find_flaw_on_all, holds_adapter
 
 
 if TYPE_CHECKING:
@@ -58,10 +60,34 @@ class WholeCheckpoints(Trainer):
 
         Raises:
             FileNotFoundError: the named folder does not exist.
-            ValueError: the named checkpoint is corrupt, or there is no whole checkpoint.
+            ValueError: the named checkpoint is corrupt, there is no whole checkpoint, or a checkpoint does not hold
+                the weights that this run trains.
         """
         looks = self._is_first_on_machine()
-        return checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, looks, self.why_foreign)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, looks, self.why_foreign)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if is_peft_model(self.model) and not sharded and not holds_adapter(checkpoint):
+            raise ValueError(
+                f"{checkpoint} holds a whole model's weights, and this run trains an adapter, which would start anew. "
+                "Resume with the tuning that it was written with."
+            )
+        unsaved = self.why_unsaved()
+        if unsaved is not None and not self.is_deepspeed_enabled:  # DeepSpeed's own files hold all trained weights
+            raise ValueError(f"{checkpoint} does not hold all that was trained: {unsaved} Then start anew.")
+        return checkpoint
+
+    def why_unsaved(self) -> str | None:
+        """Return which trained weights a saved model will lack, with a fix; `None` if it will hold all of them."""
+        unsaved = unsaved_weights(self.model)
+        if not unsaved:
+            return None
+        module = unsaved[0].removeprefix("base_model.model.").rpartition(".")[0].removesuffix(".base_layer")
+        more = f" (and {len(unsaved) - 1} more)" if len(unsaved) > 1 else ""
+        return (
+            f"the weight {unsaved[0]!r}{more} is trained and belongs to no adapter. PEFT saves adapters alone, so no "
+            "checkpoint and no saved model holds what it learns. Name its module in the adapter's config: "
+            f"modules_to_save=[{module!r}]."
+        )
 
     def why_foreign(self, checkpoint: str) -> str | None:
         """Return why a whole checkpoint belongs to another run; `None` if it may belong to this run.

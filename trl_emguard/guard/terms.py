@@ -1,12 +1,14 @@
 """Terms that defenses add to the loss of a micro-batch."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from ..defenses.base import ModelDefense, ReferenceDefense
@@ -100,7 +102,7 @@ def state_term(
     targets = [
         reference[layer].to(x.device)[reference_rows.to(x.device)] for layer, x in zip(layers, leaves, strict=True)
     ]
-    with torch.enable_grad():
+    with _graph_of_a_term():
         distance = term.defense.token_loss(leaves, targets)
         if distance.shape != leaves[0].shape[:1]:
             raise ValueError(
@@ -108,7 +110,7 @@ def state_term(
                 f"distance per token, ({len(leaves[0])},)."
             )
         weighted = distance.sum() * term.scale.to(distance)
-    gradients, evidence = _gradients(weighted, leaves)
+        gradients, evidence = _gradients(weighted, leaves)
     connected = any(x.requires_grad for x in states)
     return with_gradient(weighted, states, gradients), distance.detach().sum(), evidence, connected
 
@@ -131,13 +133,25 @@ def model_term(
     # depend on lower blocks' states, so a lower state's gradient would include its effect on the higher states. The
     # later backward pass through the model adds this effect as well, so the effect would count more than once.
     leaves = [x.detach().requires_grad_() for x in states]
-    with torch.enable_grad():
+    with _graph_of_a_term():
         distance = defense.model_loss(leaves)
         weighted = share * defense.coef * distance
-    gradients, evidence = _gradients(weighted, leaves)
+        gradients, evidence = _gradients(weighted, leaves)
     connected = any(x.requires_grad for x in states)
     sums = [share * distance.detach(), torch.tensor(share), evidence, torch.tensor(connected)]
     return with_gradient(weighted, states, gradients), sums
+
+
+@contextmanager
+def _graph_of_a_term() -> Iterator[None]:
+    """Record an autograd graph inside the `with` block, unseen by hooks on saved tensors that are set around it.
+
+    TRL's `activation_offloading` sets such hooks around a step. They take the first read of a saved tensor for the
+    start of the step's backward pass. If a term's graph were read before, they would free no memory until the step's
+    end.
+    """
+    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 def _gradients(

@@ -1,11 +1,11 @@
-"""Adapters of a model: activate a single adapter or none, and return the model without its PEFT wrapper."""
+"""Adapters of a model: activate one or none, find weights trained beside them, remove the model's PEFT wrapper."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
@@ -18,6 +18,26 @@ CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def bare_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the causal language model inside a PEFT wrapper, with its adapter layers; or the model if not wrapped."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def trained_outside_adapters(policy: PeftModel) -> list[str]:
+    """Return the names of trained parameters that stay in the forward pass when all adapters are switched off.
+
+    An adapter's parameters are recognised by their names, which contain the name of the adapter.
+    """
+    adapters = set(policy.peft_config)
+    return [name for name, p in policy.named_parameters() if p.requires_grad and adapters.isdisjoint(name.split("."))]
+
+
+def unsaved_weights(model: PreTrainedModel | PeftModel) -> list[str]:
+    """Return the names of trained parameters that PEFT does not save with the model's active adapters."""
+    outside = trained_outside_adapters(model) if is_peft_model(model) else []
+    if not outside:
+        return []
+    # PEFT itself is asked, since the answer depends on the adapter: on its `bias`, and on a resized vocabulary.
+    weights = model.state_dict()
+    saved = {name for adapter in model.active_adapters for name in get_peft_model_state_dict(model, weights, adapter)}
+    return [name for name in outside if name not in saved]
 
 
 class AdapterSwitch:

@@ -73,15 +73,6 @@ class AdapterReference(Reference):
             return output_head(self.model)
 
 
-def trained_outside_adapters(policy: PeftModel) -> list[str]:
-    """Return the names of trained parameters that stay in the forward pass when all adapters are switched off.
-
-    An adapter's parameters are recognised by their names, which contain the name of the adapter.
-    """
-    adapters = set(policy.peft_config)
-    return [name for name, p in policy.named_parameters() if p.requires_grad and adapters.isdisjoint(name.split("."))]
-
-
 def adapter_is_zero(policy: PeftModel) -> bool:
     """Return whether the active adapters leave the model's outputs unchanged.
 

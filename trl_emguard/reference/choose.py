@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from ..models.adapters import trained_outside_adapters
 from ..models.sharding import as_main_process
-from .adapter import AdapterReference, adapter_is_zero, add_ref_adapter, frozen_copy, trained_outside_adapters
+from .adapter import AdapterReference, adapter_is_zero, add_ref_adapter, frozen_copy
 from .kinds import Kind, ModelReference, Reference
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 
 from ..guard.forward import Gate, ReferenceGuard, States, rows_with
-from ..models.adapters import bare_model
+from ..models.adapters import bare_model, trained_outside_adapters
 from ..models.head import output_head
 from ..models.identity import fingerprint
 from ..models.sharding import reshard
@@ -54,6 +54,19 @@ class Reference:
     @property
     def text(self) -> str:
         return self.kind.value
+
+    def check_frozen(self, policy: Any) -> None:
+        """Refuse a policy that trains weights which the reference shares.
+
+        Raises:
+            ValueError: such a weight was unfrozen after the reference was made.
+        """
+        outside = trained_outside_adapters(policy) if self.shares_weights else []
+        if outside:
+            raise ValueError(
+                f"the weight {outside[0]!r} was unfrozen after the trainer was built, and the reference shares it: it "
+                "would move with the policy. Unfreeze it before, on the model that you pass, or pass `ref_model`."
+            )
 
     def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States | None:
         """Return the reference's states for a batch if this kind makes them before the policy's pass, else `None`.
@@ -168,7 +181,10 @@ class ModelReference(Reference):
             # `prepare_fsdp` the whole model would be one unit, and every pass would gather all weights together.
             self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
+            # Trainer prepares the policy for an evaluation before training only while accelerate knows of no model.
+            known = list(self._accelerator._models)
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
+            self._accelerator._models = known
 
     def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "output_router_logits")}

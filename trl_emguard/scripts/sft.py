@@ -210,7 +210,7 @@ def run(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    output = trainer.train()
     if trainer.is_fsdp_enabled:
         # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
