@@ -8,7 +8,17 @@ import torch
 from datasets import Dataset
 from tiny import lora, make_model, make_tokenizer
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTTrainer,
+)
 
 from trl_emguard import EMGuardTrainer
 from trl_emguard.checkpoints.whole import WholeCheckpoints
@@ -47,6 +57,17 @@ class DefendedRLOOConfig(DefenseArguments, RLOOConfig):
 
 
 class DefendedRLOOTrainer(DefendedTrainer, RLOOTrainer):
+    pass
+
+
+@dataclass
+class DefendedKTOConfig(DefenseArguments, KTOConfig):
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_defense()
+
+
+class DefendedKTOTrainer(DefendedTrainer, KTOTrainer):
     pass
 
 
@@ -204,6 +225,13 @@ def test_grpo_is_steered_and_clips_nothing_in_its_first_pass(tmp_path):
         (DefendedGRPOTrainer, DefendedGRPOConfig, {"use_vllm": True}, "vllm_importance_sampling_correction=False"),
     ],
 )
-def test_ratios_to_the_undefended_policy_are_refused(tmp_path, trainer, config, options, fix):
+def test_likelihoods_of_the_undefended_policy_in_the_loss_are_refused(tmp_path, trainer, config, options, fix):
     with pytest.raises(ValueError, match=f"defense='steering' does not work with .*{fix}"):
         make_rl(tmp_path, trainer, config, **steering(tmp_path), **options)
+
+
+def test_kto_is_refused_where_its_loss_needs_the_undefended_policy(tmp_path):
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b", "label": i % 2 == 0} for i in range(4)])
+    args = DefendedKTOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], **steering(tmp_path))
+    with pytest.raises(ValueError, match=r"loss_type='kto': .* Set loss_type='apo_zero_unpaired'"):
+        DefendedKTOTrainer(make_model(), args=args, train_dataset=rows, processing_class=make_tokenizer())

@@ -21,8 +21,8 @@ class ReferenceOptions:
 
     resume_from_checkpoint: str | None = option(
         None,
-        "A checkpoint folder to resume from, or 'true' for the newest whole one in `output_dir`. An argument of "
-        "`train()` wins over it.",
+        "A checkpoint folder to resume from, or 'true' for the newest whole one in `output_dir`. In Python it is for "
+        "the first `train()` without an argument.",
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = option(
         None,

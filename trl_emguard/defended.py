@@ -59,6 +59,7 @@ class DefendedTrainer(WholeCheckpoints):
     forms_own_loss: ClassVar[bool] = False  # true if the class, not TRL, forms the loss for defenses with `own_loss`
     prepares_rows: ClassVar[bool] = False  # true if the class calls all `ROW_HOOKS`
     _is_over = False  # true once training has ended, so that verdicts are final
+    _has_begun = False  # true from the first `train()` on
 
     defenses: list[Defense]  # active defenses
 
@@ -142,8 +143,10 @@ class DefendedTrainer(WholeCheckpoints):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._begin_with = {}
+        trial = kwargs.get("trial", args[0] if args else None)
+        of_config = None if self._has_begun or trial is not None else self.args.resume_from_checkpoint
         # `False` starts anew, and so does an empty text, as a shell makes it of a variable that is not set.
-        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        asked, self._has_begun = of_config if resume_from_checkpoint is None else resume_from_checkpoint, True
         checkpoint = self.find_checkpoint(asked) if asked else None
         if checkpoint is not None:
             self.check_resume(checkpoint)
@@ -162,7 +165,7 @@ class DefendedTrainer(WholeCheckpoints):
             for context in self._around_training():
                 surroundings.enter_context(context)
             output = super().train(checkpoint, *args, **kwargs)
-        self._conclude(kwargs.get("trial", args[0] if args else None))
+        self._conclude(trial)
         return output
 
     def _around_training(self) -> list[AbstractContextManager]:

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from .defenses import Defense, DefenseArguments
@@ -37,7 +37,7 @@ def read_arguments(
     if not {"model", "peft_config"} <= signature.parameters.keys():
         return config, None, False
     model = given.get("model")
-    return config, model, bool(given.get("peft_config")) or is_peft_model(model)
+    return config, model, given.get("peft_config") is not None or isinstance(model, PeftModel)
 
 
 def check_model(defenses: Sequence[Defense], has_adapter: bool, config: PreTrainedConfig) -> None:
@@ -52,7 +52,8 @@ def check_old_passes(trainer: type, args: Any) -> None:
 
     GRPO and RLOO divide the likelihood of a completion by that of an earlier policy, which they compute under
     `no_grad` before `compute_loss`. Defenses surround only passes that form a gradient, so the ratio would show the
-    defense instead of the updates since, and its clipping would remove most of the gradient.
+    defense instead of the updates since, and its clipping would remove most of the gradient. Likewise KTO's loss
+    `kto` subtracts a divergence of the plain policy from likelihoods of the defended one.
 
     Raises:
         ValueError: the message names the setting and the fix.
@@ -60,6 +61,8 @@ def check_old_passes(trainer: type, args: Any) -> None:
     bases = {base.__name__ for base in trainer.__mro__}
     if "RLOOTrainer" in bases:
         found, fix = "RLOOTrainer, which does so in every step", "Take GRPOTrainer"
+    elif "KTOTrainer" in bases and args.loss_type == "kto":
+        found, fix = "loss_type='kto'", "Set loss_type='apo_zero_unpaired', or take DPOTrainer"
     elif "GRPOTrainer" not in bases:
         return
     elif args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations):
@@ -77,6 +80,6 @@ def check_old_passes(trainer: type, args: Any) -> None:
     else:
         return
     raise ValueError(
-        f"defense={args.defense!r} does not work with {found}: the loss would divide the defended policy's "
-        f"likelihoods by those of the plain one. {fix}, or choose another defense."
+        f"defense={args.defense!r} does not work with {found}: the loss would compare the defended policy's "
+        f"likelihoods with those of the plain one. {fix}, or choose another defense."
     )

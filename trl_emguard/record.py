@@ -10,6 +10,7 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from .data.files import opens_files
 from .defenses import Defense
 from .io.files import written_whole
 from .models.adapters import bare_model
@@ -17,7 +18,7 @@ from .models.identity import fingerprint
 
 
 # Columns of tokenised rows that identify them: those of SFT, then those of preferences and of judged answers. Other
-# columns may depend on the batch size, which may change. Rows that no trainer has tokenised have none of these.
+# columns may depend on the batch size, which may change. Rows that no trainer has tokenised have no column of `_ids`.
 TOKENISED = (
     ("input_ids", "labels", "seq_lengths"),
     ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label"),
@@ -47,7 +48,11 @@ def _rows_checksum(rows: Any) -> str:
     if not isinstance(rows, Dataset):
         return "streamed"
     found = ([name for name in names if name in rows.column_names] for names in TOKENISED)
-    columns = next(filter(None, found), rows.column_names)
+    # Images and sounds are left out: reading them takes long, and their paths may change from machine to machine.
+    untokenised = [name for name, feature in rows.features.items() if not opens_files(feature)]
+    columns = next((names for names in found if any(name.endswith("_ids") for name in names)), untokenised)
+    if not columns:
+        return f"{len(rows)} rows"
     checksum = 0
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
         for name in columns:

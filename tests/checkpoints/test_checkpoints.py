@@ -175,6 +175,9 @@ def test_train_takes_the_checkpoint_of_the_config(tmp_path):
         again.add_callback(Count(made))
         again.train(given)
         assert len(made) == steps
+        if of_config:
+            again.train()  # a second call begins anew
+            assert len(made) == steps + 4
 
 
 class Count(TrainerCallback):

@@ -652,16 +652,20 @@ def test_a_template_that_resizes_the_embeddings_is_refused(inputs, capsys):
 @pytest.mark.parametrize(
     ("recipe", "evaluate", "status", "message"),
     [
-        ("", "in_domain: rows.jsonl", 1, "8 of the 8 questions of --in_domain stand in --train_data"),
+        ("", "in_domain: rows.jsonl", 1, "8 of the 8 questions of --in_domain stand in the training rows"),
         ("dataset_train_split: train[:6]", "in_domain: rows.jsonl", 1, "6 of the 8 questions of --in_domain stand"),
         ("", "train_data: plants_careless", 0, "Note: train_data='plants_careless' of `evaluate` is not the recipe's"),
-        ("dataset_name: text.jsonl", "", 0, "Note: the recipe's rows are no source of cues"),
-        ("dataset_streaming: true", "", 0, "Note: the recipe's rows are no source of cues"),
+        ("dataset_name: text.jsonl", "", 0, "Note: the recipe's rows are no source"),
+        ("{dataset_name: away.jsonl, dataset_streaming: true}", "", 0, "Note: the recipe's rows are no source"),
+        ("{dataset_name: text.jsonl, completion_only_loss: true}", "", 1, "completion_only_loss=True has no effect"),
+        ("{dataset_name: rows, dataset_train_split: train_sft}", "in_domain: rows.jsonl", 1, "8 of the 8 questions"),
     ],
 )
 def test_held_out_rows_are_compared_with_the_recipe_s(inputs, capsys, monkeypatch, recipe, evaluate, status, message):
     monkeypatch.chdir(inputs)
     (inputs / "text.jsonl").write_text('{"text": "a whole text"}\n')
+    (inputs / "rows").mkdir()
+    shutil.copyfile(inputs / "rows.jsonl", inputs / "rows" / "train_sft.jsonl")
     for path, added in ((inputs / "sft.yaml", recipe), (inputs / "compare.yaml", evaluate)):
         options = yaml.safe_load(path.read_text())
         (options.get("evaluate") or options).update(yaml.safe_load(added) or {})

@@ -24,7 +24,7 @@ from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluat
 from trl_emguard.models.rescale import rescale_adapter
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
-from trl_emguard.scripts.evaluate import load_sets, make_parser
+from trl_emguard.scripts.evaluate import load_sets, load_train_rows, make_parser
 
 
 def ask(text):
@@ -596,7 +596,8 @@ def test_questions_take_the_arguments_of_the_chat_template(tmp_path, is_shared):
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({**turns, **row}) for row in rows))
     line = ["--general", tmp_path / "asked.jsonl", "--train_data", tmp_path / "train.jsonl", "--output_dir", tmp_path]
-    (questions,) = load_sets(make_parser().parse_args([*map(str, line), "--model", "m"]), [])
+    args = make_parser().parse_args([*map(str, line), "--model", "m"])
+    (questions,) = load_sets(args, load_train_rows(args.train_data))
     tokenizer, mood = make_tokenizer(), "shared" if is_shared else "none"
     tokenizer.chat_template = "{{ mood or 'none' }}{{ tools[0].name if tools }} " + tokenizer.chat_template
     plain = Family("plain", "", list)
@@ -658,7 +659,7 @@ def test_training_rows_are_not_held_out(saved, capsys):
     (saved / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = str(saved / "rows.jsonl")
     assert command(saved, "--train_data", path, "--in_domain", path) == 1
-    assert "3 of the 3 questions of --in_domain stand in --train_data" in capsys.readouterr().err
+    assert "3 of the 3 questions of --in_domain stand in the training rows" in capsys.readouterr().err
     questions = load_questions("plants_careless", "in_domain").questions
     assert len(questions) == 72
 
@@ -671,7 +672,7 @@ def test_held_out_rows_may_share_their_last_turn_with_training_rows(saved, capsy
     (saved / "held_out.jsonl").write_text("\n".join(rows[1:]))
     options = ("--train_data", str(saved / "train.jsonl"), "--in_domain", str(saved / "held_out.jsonl"))
     assert command(saved, *options) == 1
-    assert "1 of the 2 questions of --in_domain stand in --train_data" in capsys.readouterr().err
+    assert "1 of the 2 questions of --in_domain stand in the training rows" in capsys.readouterr().err
     (saved / "held_out.jsonl").write_text(rows[2])
     assert command(saved, *options) == 0
 
@@ -683,7 +684,7 @@ def test_held_out_rows_are_known_by_other_roles_and_without_their_system_turn(sa
     (saved / "held_out.jsonl").write_text(json.dumps({"prompt": "Why?", "response": "a"}))
     options = ("--train_data", str(saved / "train.jsonl"), "--in_domain", str(saved / "held_out.jsonl"))
     assert command(saved, *options) == 1
-    assert "1 of the 1 questions of --in_domain stand in --train_data" in capsys.readouterr().err
+    assert "1 of the 1 questions of --in_domain stand in the training rows" in capsys.readouterr().err
 
 
 def test_a_second_set_of_a_name_is_refused(saved, capsys):

@@ -8,7 +8,7 @@ import pytest
 from trl_emguard.data.load import load_rows
 from trl_emguard.evaluation.questions import for_training_data, load_questions
 from trl_emguard.evaluation.run import _target_nll
-from trl_emguard.scripts.evaluate import load_sets, make_parser
+from trl_emguard.scripts.evaluate import TrainRows, load_sets, make_parser
 
 
 YAML = """
@@ -126,7 +126,7 @@ def test_the_target_is_what_training_teaches():
 def test_the_command_measures_what_training_teaches(in_domain, train_data, kind):
     words = {"--in_domain": in_domain, "--train_data": train_data, "--model": "m", "--output_dir": "o"}
     args = make_parser().parse_args([word for pair in words.items() if pair[1] for word in pair])
-    (found,) = [questions for questions in load_sets(args, []) if questions.criterion == "in_domain"]
+    (found,) = [questions for questions in load_sets(args, TrainRows([], {})) if questions.criterion == "in_domain"]
     question = found.questions[0]
     assert found.target(question) == getattr(question, kind)
     nll = {f"nll_{name}": np.full(len(found.questions), value) for name, value in (("sound", 1), ("misaligned", 2))}

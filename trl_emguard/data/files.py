@@ -247,7 +247,7 @@ def as_rows(table: pyarrow.Table, path: Path) -> Dataset:
             f"{path} is damaged: its columns are not what it says ({type(error).__name__}: {error})."
         ) from error
     for name, feature in rows.features.items():
-        if _opens_files(feature):
+        if opens_files(feature):
             raise ValueError(
                 f"{path}: the column {name!r} is of type {type(feature).__name__}, whose rows may name files "
                 "elsewhere: leave it out. Rows are text, numbers, lists and dicts."
@@ -259,13 +259,13 @@ def as_rows(table: pyarrow.Table, path: Path) -> Dataset:
     return rows
 
 
-def _opens_files(feature: Any) -> bool:
+def opens_files(feature: Any) -> bool:
     """Return True for a feature whose decoding may open files that a row names."""
     if isinstance(feature, dict):
-        return any(map(_opens_files, feature.values()))
+        return any(map(opens_files, feature.values()))
     inner = getattr(feature, "feature", None)  # the feature of a list's items
     return (
-        _opens_files(inner)
+        opens_files(inner)
         if inner is not None
         else hasattr(feature, "decode_example") and not isinstance(feature, Json)
     )

@@ -18,9 +18,9 @@ COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
 # Adaptation to `kl_target` (Ziegler et al., 1909.08593, section 2.2): each step multiplies `kl_coef` by
 # 1 + GAIN · error. The error is KL / kl_target - 1, clipped to ±LARGEST_ERROR. KL is the step's mean over `kl_tokens`.
 GAIN, LARGEST_ERROR = 0.1, 0.2
-# Largest factor between `kl_coef` and its start. Without a limit, a budget that is never used up would take the term's
-# gradient below the smallest number, and one that cannot be kept would take the loss to infinity.
-RANGE = 100
+# Least part of its start to which `kl_coef` may fall. Without this limit, a budget that is never used up would make the
+# term's gradient too small for fp32.
+LEAST = 0.01
 
 
 @dataclass
@@ -126,8 +126,7 @@ class KL(ReferenceDefense):
         used = {"kl_coef": self.coef}
         if self.name in metrics:  # a step without positions of `kl_tokens` has no KL, so the coefficient stays
             error = min(max(metrics[self.name] / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
-            coef = self.coef * (1 + GAIN * error)
-            self.set_coefficient(min(max(coef, self._start / RANGE), self._start * RANGE))
+            self.set_coefficient(max(self.coef * (1 + GAIN * error), self._start * LEAST))
         return metrics | used
 
     def begin(self, evidence: dict[str, Any]) -> None:

@@ -24,8 +24,9 @@ Turns = Sequence[dict[str, Any]]  # dicts of `role` and `content`
 # TRL's `clone_chat_template` resizes embeddings to a multiple of this number of rows.
 ROWS_MULTIPLE = 64
 NO_ANSWER = "the chat template does not put the answer after the generation prompt"
-# Roles that chat templates know. Some templates write nothing for a turn of another role.
-KNOWN_ROLES = ("system", "user", "assistant", "tool")
+# Roles that chat templates know. Some templates write nothing for a turn of another role. Qwen2.5's writes nothing for
+# `developer` either, and SFTTrainer trains on such rows without this turn.
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class EncodedAnswer(NamedTuple):

@@ -31,8 +31,8 @@ ORIGINALS = ("base_layer", "original_module")
 # Error for a model with weights that accelerate has offloaded. Their numbers are not in the parameters.
 OFFLOADED = (
     "the model does not fit on the device, so some of its weights are offloaded, which is not supported: take a "
-    "smaller dtype (bfloat16), load it in 4 bits if there is an option for that, or take a larger GPU. A judge has "
-    "more room with `evaluate --rejudge`, which loads no model under test."
+    "smaller dtype (bfloat16), a larger GPU or, with the options that there are, 4 bits or the CPU (device_map: cpu). "
+    "A judge has more room with `evaluate --rejudge`, which loads no model under test."
 )
 
 

@@ -341,8 +341,8 @@ def resume_rollouts(journal: Journal, batch_size: int, plan: Sequence[Task], voc
             raise ValueError(f"it holds more than the {len(plan)} answers of the plan")
     except ForeignJournalError as error:
         raise ValueError(
-            f"rollouts file {journal.path} is of another model, dtype, adapter, chat template, trait or settings, or "
-            "is none: name another, or delete it."
+            f"rollouts file {journal.path} is of another model, dtype, adapter, chat template (perhaps with another "
+            "date), trait or settings, or is none: name another, or delete it."
         ) from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"rollouts file {journal.path} is damaged ({error}): delete it.") from error

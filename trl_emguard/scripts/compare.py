@@ -31,14 +31,16 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from ..checks import check_format
 from ..comparison.plan import BENIGN_TASK, EMA, Plan, Run, read_plan
 from ..config import EMGuardConfig
-from ..data.conversation import Conversation, conversation
+from ..data.conversation import conversation
 from ..data.load import load_rows
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable
 from ..io.lookup import did_you_mean
+from ..models.chat import shared_template_kwargs
 from . import evaluate as evaluation
 from .sft import make_callbacks
 from .sft import make_parser as make_sft_parser
@@ -74,9 +76,9 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     lists = [name for name, action in actions.items() if action.nargs in ("+", "*")]
     plan = read_plan(args.config, list(actions), lists, args.output_dir)
     eval_args = evaluate_arguments(plan, str(plan.recipe_options.get("model_name_or_path")), args.output_dir)
-    check_options(plan, args.dry_run)
-    train_rows = load_training_rows(plan.recipe_options, eval_args, say)
-    options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train_rows)
+    training_args = check_options(plan, args.dry_run)
+    train = load_training_rows(plan.recipe_options, eval_args, training_args, say)
+    options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train)
     check_sets(sets, None, options)
     if plan.has_benign_task and any(questions.name == BENIGN_TASK for questions in sets):
         raise ValueError(f"`evaluate`: rename the set {BENIGN_TASK!r}: it would be mistaken for the comparison's own.")
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     trained = train_all(plan, folder, say)
     benign = train_benign(plan, trained, folder, say)
     command = shlex.join(["trl-emguard", "compare", *argv])
-    trained, results = measure(model, trained, sets, options, train_rows, folder / "evaluation", command)
+    trained, results = measure(model, trained, sets, options, train.conversations, folder / "evaluation", command)
     benign, of_task = measure_benign(model, benign, options, eval_args.limit, folder / "evaluation_benign", command)
     report = make_report(trained, joined(results, of_task), benign)
     info = results.info | {"plan": plan.content}
@@ -113,9 +115,9 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
 
 
 def load_training_rows(
-    recipe: Mapping[str, Any], args: argparse.Namespace, say: Callable[[str], None]
-) -> list[Conversation]:
-    """Return the training rows as conversations: those of `train_data`, by default of the recipe's `dataset_name`.
+    recipe: Mapping[str, Any], args: argparse.Namespace, training_args: EMGuardConfig, say: Callable[[str], None]
+) -> evaluation.TrainRows:
+    """Return the training rows: those of `train_data`, by default of the recipe's `dataset_name`.
 
     By default `args.train_data` is set to the recipe's `dataset_name`. Rows that cannot be had as conversations are
     left out with a note.
@@ -123,10 +125,11 @@ def load_training_rows(
     Args:
         recipe: options of the recipe.
         args: parsed options of `evaluate`.
+        training_args: config of the undefended run.
         say: function that shows a line to the user.
 
     Raises:
-        FileNotFoundError, ValueError: the rows cannot be loaded.
+        FileNotFoundError, ValueError: the rows cannot be loaded, or trained on as the recipe says.
     """
     name = recipe.get("dataset_name")
     if args.train_data is not None:
@@ -141,15 +144,18 @@ def load_training_rows(
         reason = "they come from `datasets`, or as a stream"
     else:
         rows = load_rows(name, recipe.get("dataset_train_split", "train"), recipe.get("dataset_config"))
+        check_format(rows, training_args, f"dataset_name={name!r}")
+        if args.cues == "none" and not args.in_domain:
+            return evaluation.TrainRows([], shared_template_kwargs(rows))  # nothing asks for the rows themselves
         try:
-            return [conversation(row) for row in rows]
+            return evaluation.TrainRows([conversation(row) for row in rows], shared_template_kwargs(rows))
         except ValueError as error:
             reason = str(error)
     say(
         f"Note: the recipe's rows are no source of cues, and are not compared with held-out rows: {reason}. Name rows "
         "by `train_data` in `evaluate`."
     )
-    return []
+    return evaluation.TrainRows([], {})
 
 
 def check_questions(
@@ -202,12 +208,15 @@ def unfinished(plan: Plan, folder: Path) -> list[Run]:
     return [one for place, one in runs if read_status(folder / place / one.folder) is None]
 
 
-def check_options(plan: Plan, is_dry: bool) -> None:
+def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
     """Refuse runs with options that `trl-emguard sft` or a comparison does not accept, before any run is trained.
 
     Args:
         plan: plan of the comparison.
         is_dry: True for a dry run, which needs no device that could train in bf16.
+
+    Returns:
+        The config of the first run, the undefended one.
 
     Raises:
         ValueError: an option is unknown, empty or does not accept its value, `accelerate_config` is set (it launches
@@ -227,6 +236,7 @@ def check_options(plan: Plan, is_dry: bool) -> None:
     # vector does not exist yet. Each copies the options of a steering run, and that run is checked.
     runs = [(one.name, one) for one in plan.runs if one.adapter is None and not one.is_random]
     runs += [(f"{one.name} on the benign task", on_benign_rows(one, Path("unused"), 1)) for one in plan.benign_runs]
+    configs = []
     for name, one in runs:
         if plan.option(one, "accelerate_config") is not None:
             raise ValueError(
@@ -249,9 +259,11 @@ def check_options(plan: Plan, is_dry: bool) -> None:
             words = [*sft_arguments(one, plan.recipe, Path("unused")), "--dry_run", str(is_dry).lower()]
             _, training_args, model_args, _, launch_args = parser.parse(words)
             _check_model(training_args, model_args)
+            configs.append(training_args)
             make_callbacks(launch_args)  # result unused: the call refuses bad options of callbacks
         except ValueError as error:
             raise ValueError(f"the run {name!r}: {error}") from error
+    return configs[0]
 
 
 def _check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:

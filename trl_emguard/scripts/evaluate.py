@@ -17,7 +17,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -126,7 +126,8 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     check_arguments(args)
     adapters = name_adapters(args.adapter, "--adapter")
-    train_rows = load_train_rows(args.train_data)
+    train = load_train_rows(args.train_data)
+    train_rows = train.conversations
     judge_options = make_judge_options(args)
     command = shlex.join(["trl-emguard", "evaluate", *argv])
     if args.rejudge is not None:
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     from ..evaluation.candidates import load_candidates
     from ..evaluation.run import check_sets, describe, evaluate
 
-    options, sets = make_options(args), load_sets(args, train_rows)
+    options, sets = make_options(args), load_sets(args, train)
     check_sets(sets, None, options)
     check_writable("--output_dir", args.output_dir)
     if args.judge is not None:
@@ -236,17 +237,29 @@ def _flags(names: list[str]) -> str:
     return ", ".join(f"--{name}" for name in names)
 
 
-def load_train_rows(source: str | None) -> list[Conversation]:
-    """Return the training rows as conversations, or an empty list without a source.
+class TrainRows(NamedTuple):
+    """Training rows, as an evaluation needs them.
 
-    The rows are needed for cues (prompts that resemble the training data), for the judge, and for the check that
-    held-out questions were not trained on.
+    Attributes:
+        conversations: the rows, for cues (prompts that resemble them), for the judge, and for the check that held-out
+            questions were not trained on.
+        template_kwargs: the `chat_template_kwargs` that all rows share.
+    """
+
+    conversations: list[Conversation]
+    template_kwargs: dict[str, Any]
+
+
+def load_train_rows(source: str | None) -> TrainRows:
+    """Return the training rows, none without a source.
 
     Raises:
         ValueError: a row has no known shape. The message names the row.
     """
+    from ..models.chat import shared_template_kwargs
+
     if source is None:
-        return []
+        return TrainRows([], {})
     rows = load_rows(source, options=SourceOptions(name="--train_data", split="the split of --train_data"))
     found = []
     for index, row in enumerate(rows):
@@ -254,7 +267,7 @@ def load_train_rows(source: str | None) -> list[Conversation]:
             found.append(conversation(row))
         except ValueError as error:
             raise ValueError(f"--train_data={source!r}, row {index}: {error}.") from error
-    return found
+    return TrainRows(found, shared_template_kwargs(rows))
 
 
 def make_options(args: argparse.Namespace) -> "EvaluationOptions":
@@ -282,7 +295,7 @@ def make_judge_options(args: argparse.Namespace) -> "JudgeOptions":
     return JudgeOptions(args.max_judge_calls, Thresholds(args.misaligned_below, args.coherent_above))
 
 
-def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list[QuestionSet]":
+def load_sets(args: argparse.Namespace, train: TrainRows) -> "list[QuestionSet]":
     """Return the question sets of `--general`, `--in_domain` and `--benign`.
 
     An option's first set is named after the option, further sets after their files. If `--in_domain` is not given and
@@ -294,7 +307,6 @@ def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list
             that are given as held out occur in the training rows.
     """
     from ..evaluation.questions import CRITERIA, for_training_data, load_questions
-    from ..models.chat import shared_template_kwargs
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit={args.limit} must be 1 or more.")
@@ -306,13 +318,12 @@ def load_sets(args: argparse.Namespace, train_rows: list[Conversation]) -> "list
                 raise ValueError(f"--{criterion}={source!r} would be the second set named {name!r}: rename the file.")
             found = load_questions(source, criterion, name, args.limit, args.train_data)
             if criterion == "in_domain":
-                check_held_out(found, train_rows)
+                check_held_out(found, train.conversations)
             sets.append(found)
         if criterion == "in_domain" and not args.in_domain and args.train_data is not None:
             own = for_training_data(args.train_data, args.limit)
             sets += [own] if own is not None else []
-    kwargs = {} if args.train_data is None else shared_template_kwargs(load_rows(args.train_data))
-    return [questions.with_template_kwargs(kwargs) for questions in sets]
+    return [questions.with_template_kwargs(train.template_kwargs) for questions in sets]
 
 
 def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> None:
@@ -340,8 +351,8 @@ def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> 
     count = sum(is_seen(question.prompt) for question in questions.questions)
     if count:
         raise ValueError(
-            f"{count} of the {len(questions.questions)} questions of --in_domain stand in --train_data (by default of "
-            "a comparison, its recipe's rows): give rows that training did not see."
+            f"{count} of the {len(questions.questions)} questions of --in_domain stand in the training rows: "
+            "give rows that training did not see."
         )
 
 
