@@ -69,7 +69,7 @@ class KL(ReferenceDefense):
 
     With `kl_target`, the coefficient β (`kl_coef`) adapts from step to step (Ziegler et al., 1909.08593, section 2.2):
     β_{t+1} = β_t (1 + 0.1 · clip(KL_t / target − 1, −0.2, 0.2)). Here KL_t is the mean over `kl_tokens` in step t. β
-    stays between a hundredth of its start and a hundred times its start.
+    never falls below a hundredth of its start.
     """
 
     name = "kl"
