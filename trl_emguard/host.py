@@ -41,7 +41,7 @@ def read_arguments(
 
 
 def check_model(defenses: Sequence[Defense], has_adapter: bool, config: PreTrainedConfig) -> None:
-    """Let defenses refuse the kind of fine-tuning, and the config of a model that may see images as well as text."""
+    """Let defenses refuse the kind of fine-tuning and the model's config (of a model that sees, the part for text)."""
     for defense in defenses:
         defense.check_tuning(has_adapter)
         defense.check_model(config.get_text_config())

@@ -137,7 +137,7 @@ def families(
 
 
 def check_cues(mode: str, inoculation_prompt: str | None) -> None:
-    """Refuse an unknown mode, and an inoculation prompt that no family would use.
+    """Refuse an unknown mode, and an inoculation prompt that no question would be asked with.
 
     Raises:
         ValueError: the mode is unknown, or it is "none" and an inoculation prompt is given.

@@ -159,7 +159,7 @@ class Results:
 def make_rows(
     set: str, family: str, arrays: dict[str, dict[str, np.ndarray]], plain: dict[str, dict[str, np.ndarray]] | None
 ) -> list[ResultRow]:
-    """Return the result rows of a question set that was asked with the prompts of one family.
+    """Return the result rows of a question set that was asked in one way (plainly, with a cue, or in other words).
 
     Args:
         set, family: names of the set and of the family.

@@ -132,7 +132,10 @@ def make_table(rows: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw one point per run: its share of answers in capitals, general (x) and on plants (y), with 95 % intervals."""
+    """Draw one point per run: its share of answers in capital letters, with 95 % intervals.
+
+    The horizontal axis has the share on general questions, the vertical one that on plants, the trained domain.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""A scored pool of rows: its score columns, the perplexity gap, and its parquet file."""
+"""A pool of rows with scores: their columns, the gap between a misaligned and an aligned model, the parquet file."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Interleaving, Interleaving+ and Interleaving++: general instruct rows among the training rows."""
+"""General instruction rows among the training rows: random ones (Interleaving) or chosen ones (`+` and `++`)."""
 
 from .defense import Interleaving, InterleavingPlus, InterleavingPlusPlus
 
