@@ -578,6 +578,8 @@ def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
     ],
 )
 def test_a_command_that_cannot_be_is_told_in_one_line(argv, more, message, capsys):
+    if more[0] in argv and more[0] != "--misaligned":
+        argv[argv.index(more[0]) + 1], more = more[1], []
     assert commands.main(["score", *argv, *more]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-emguard score: error: ")]
     assert len(errors) == 1
