@@ -110,7 +110,7 @@ def refuse_unsharded_fsdp(why: str) -> NoReturn:
 
 
 def check_output_dir(args: TrainingArguments, saves_adapter: bool) -> None:
-    """Refuse an `output_dir` with a model of the other tuning, and one without the checkpoint to resume from.
+    """Refuse an `output_dir` with the other kind of model (whole or adapter), or without a checkpoint to resume from.
 
     From a folder with a whole model and an adapter, transformers loads both, one on top of the other.
 
@@ -121,7 +121,7 @@ def check_output_dir(args: TrainingArguments, saves_adapter: bool) -> None:
     Raises:
         FileNotFoundError: `resume_from_checkpoint` names no folder.
         ValueError: the run should resume from its newest checkpoint, and has none; or the folder holds the final model
-            of a run with the other tuning.
+            of the other kind.
     """
     folder, checkpoint = str(args.output_dir), args.resume_from_checkpoint
     if checkpoint and not asks_for_newest(checkpoint) and not Path(checkpoint).is_dir():
@@ -150,7 +150,7 @@ def check_data(train_dataset: object) -> None:
 
 
 def check_format(rows: Any, args: Any, source: str) -> None:
-    """Refuse rows without the columns that SFTTrainer reads, and a `completion_only_loss` that they give no effect.
+    """Refuse rows without the columns that SFTTrainer reads, and `completion_only_loss=True` if it has no effect.
 
     [`EMGuardTrainer`] itself does neither, because it may get a formatting function, and trains as SFTTrainer does.
 
@@ -369,8 +369,9 @@ def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
             f"defense={','.join(names)!r} does not work with tensor parallelism, which splits over ranks what it "
             "compares: set tp_size to 1."
         )
-    # transformers takes the first two names out. If nothing else is given, it chooses non-reentrant checkpointing, as
-    # TRL does for `selective`. Otherwise torch's own default applies without `use_reentrant`, which is reentrant.
+    # transformers removes `every_n_layers` and `offload` from these arguments. If no others are given, it chooses
+    # non-reentrant checkpointing, and TRL chooses this for `selective`. In all other cases without `use_reentrant`,
+    # the default of torch applies, and this is reentrant checkpointing.
     given = args.activation_checkpointing_kwargs or {}
     how = {name: value for name, value in given.items() if name not in ("every_n_layers", "offload")}
     is_reentrant = args.activation_checkpointing and how and how.get("use_reentrant", not how.get("selective"))

@@ -58,7 +58,7 @@ class DefendedTrainer(WholeCheckpoints):
 
     forms_own_loss: ClassVar[bool] = False  # true if the class, not TRL, forms the loss for defenses with `own_loss`
     prepares_rows: ClassVar[bool] = False  # true if the class calls all `ROW_HOOKS`
-    _is_over = False  # true once training has ended, so that verdicts are final
+    _is_over = False  # true once training has ended: then `Defense.verdict` is called with `final=True`
     _has_begun = False  # true from the first `train()` on
 
     defenses: list[Defense]  # active defenses
@@ -84,7 +84,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
             check_engine(self.defenses, self.args, self._engine_facts())
-            if model is None:  # the arguments did not tell, so the checks that belong before loading come now
+            if model is None:  # `read_arguments` found no model, so these checks run only now, with the model loaded
                 check_model(self.defenses, is_peft_model(self.model), self.model.config)
             for defense in self.defenses:
                 as_main_process(functools.partial(defense.check_policy, self._bare_model()))
@@ -132,7 +132,7 @@ class DefendedTrainer(WholeCheckpoints):
     # ---- training ----
 
     def describe(self) -> list[str]:
-        """Return lines to print before training: defenses on or off, their options and own lines, unused arguments."""
+        """Return lines to print before training: on each defense and its options, and on unused arguments."""
         lines = []
         for d in self._named:
             lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
@@ -145,7 +145,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._begin_with = {}
         trial = kwargs.get("trial", args[0] if args else None)
         of_config = None if self._has_begun or trial is not None else self.args.resume_from_checkpoint
-        # `False` starts anew, and so does an empty text, as a shell makes it of a variable that is not set.
+        # `False` and an empty string start the run anew. A shell variable that is not set gives an empty string.
         asked, self._has_begun = of_config if resume_from_checkpoint is None else resume_from_checkpoint, True
         checkpoint = self.find_checkpoint(asked) if asked else None
         if checkpoint is not None:
@@ -313,7 +313,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._hand_over({} if self._sums.is_empty else self._sums.reduce(self.accelerator, self.get_tp_size()))
 
     def _hand_over(self, sums: dict[str, float]) -> None:
-        """Hand a step's sums to the defenses, log the metrics that they return, and note if the policy has moved."""
+        """Hand a step's sums to the defenses, log their metrics, and note if the update changed the policy visibly."""
         self._check_trains(sums.get("tokens", 1))
         step, metrics = Step(sums, self._has_moved), self._metrics["train"]
         for defense in self.defenses:

@@ -1,4 +1,4 @@
-"""Facts on the TRL trainer that `DefendedTrainer` is mixed into: its arguments, and the passes its loss compares."""
+"""Helpers for the TRL trainer that `DefendedTrainer` is mixed into: read its arguments, check its model and loss."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -41,14 +41,14 @@ def read_arguments(
 
 
 def check_model(defenses: Sequence[Defense], has_adapter: bool, config: PreTrainedConfig) -> None:
-    """Let defenses refuse the kind of fine-tuning and the model's config (of a model that sees, the part for text)."""
+    """Let each defense refuse the kind of fine-tuning (with an adapter or without) or the config of the text model."""
     for defense in defenses:
         defense.check_tuning(has_adapter)
         defense.check_model(config.get_text_config())
 
 
 def check_old_passes(trainer: type, args: Any) -> None:
-    """Refuse a trainer whose loss compares the policy's likelihoods with those of its passes under `no_grad`.
+    """Refuse a trainer whose loss compares likelihoods from a training pass with those from a `no_grad` policy pass.
 
     GRPO and RLOO divide the likelihood of a completion by that of an earlier policy, which they compute under
     `no_grad` before `compute_loss`. Defenses surround only passes that form a gradient, so the ratio would show the

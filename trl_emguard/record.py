@@ -17,8 +17,9 @@ from .models.adapters import bare_model
 from .models.identity import fingerprint
 
 
-# Columns of tokenised rows that identify them: those of SFT, then those of preferences and of judged answers. Other
-# columns may depend on the batch size, which may change. Rows that no trainer has tokenised have no column of `_ids`.
+# Columns of tokenised rows that identify the rows: first the columns of SFT, then those of DPO (pairs of answers) and
+# KTO (answers with a label). Other columns may depend on the batch size, which may change. Rows that no trainer has
+# tokenised have no column whose name ends in `_ids`.
 TOKENISED = (
     ("input_ids", "labels", "seq_lengths"),
     ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label"),
@@ -62,7 +63,7 @@ def _rows_checksum(rows: Any) -> str:
 
 
 def _bytes(column: pyarrow.Array) -> Iterator[bytes]:
-    """Yield the content of a column: lists of integers, which are the bulk, as numbers, and others as text."""
+    """Yield a column as bytes: list lengths and items if it holds lists of integers, otherwise its values as text."""
     is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
     if is_list and pyarrow.types.is_integer(column.type.value_type):
         for numbers in (column.value_lengths(), column.flatten()):

@@ -55,7 +55,8 @@ class DefendedRows(SFTTrainer):
 
     def train(self, *args, **kwargs):
         for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "template_kwargs"):  # true for `DriftCallback`, which asks questions as in training
+            if hasattr(callback, "template_kwargs"):
+                # `DriftCallback` asks the model questions, which then use the training rows' chat template arguments.
                 callback.template_kwargs = self._template_kwargs
         return super().train(*args, **kwargs)
 
@@ -269,7 +270,7 @@ def _check_labels_fit(rows: Any, args: EMGuardConfig) -> None:
         ValueError: no label of any row is left.
     """
     if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
-        return  # the other strategies of packing move a row's rest to other packs
+        return  # the other packing strategies move tokens beyond `max_length` to other packs
     keeps_start = args.packing or args.truncation_mode == "keep_start"
     looked_at = rows if isinstance(rows, Dataset) else list(islice(rows, STREAM_ROWS))
     lost, left, needed = 0, 0, 0

@@ -235,7 +235,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @property
     def _compares_start(self) -> bool:
-        """True if hidden states of policy and reference must start equal, and no step with labels has shown it yet."""
+        """True if hidden states of policy and reference must start equal, and no step with labels has checked them."""
         # A defense that changes the policy's forward pass makes hidden states differ although the models are equal.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
@@ -316,9 +316,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             # The check that policy and reference start equal also compares labelled positions that no loss term uses.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # Until all terms have had gradients, the reference runs every row: else rounding could fake a gradient.
+            # The reference runs whole batches until each term had a gradient: rounding in smaller ones could fake one.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
-            # With a sharding engine, the reference's forward pass may need all ranks, so no rank may skip this pass.
+            # With DeepSpeed, FSDP or tensor parallelism, the reference's pass may need all ranks: no rank may skip it.
             if self._engine_facts().sharding is None and not bool(positions.any()):
                 reference = None
             else:

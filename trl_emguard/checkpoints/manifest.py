@@ -47,8 +47,8 @@ def begin_checkpoint(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     _write_manifest(folder, None)
     for path in folder.iterdir():
-        # On a disk that machines share, one process of each does this: the scratch files of the others must stay, and
-        # a file may be gone already.
+        # If machines share this disk, one process of each machine runs this loop on the same folder. The temporary
+        # files of their manifests must therefore stay, and another process may have deleted a file already.
         if path.name == MANIFEST or path.name.startswith(f".{MANIFEST}."):
             continue
         if path.is_dir() and not path.is_symlink():
@@ -72,7 +72,7 @@ def finish_checkpoint(folder: str | os.PathLike) -> None:
 
 
 def find_flaw(folder: str | os.PathLike) -> str | None:
-    """Return what is wrong with a checkpoint, or `None` if it is whole."""
+    """Return a text that says why a checkpoint is corrupt, or `None` if no flaw is found."""
     folder = Path(folder)
     if not folder.is_dir():
         return "it is no folder"

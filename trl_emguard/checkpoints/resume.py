@@ -101,7 +101,7 @@ def find_flaw_on_all(folder: str | os.PathLike, should_look: bool) -> str | None
 def checkpoint_to_resume(
     asked: Any, output_dir: str, should_look: bool, why_foreign: Callable[[str], str | None] | None = None
 ) -> str:
-    """Return the checkpoint to resume from, which is whole on every machine. Every rank must call this function.
+    """Return the checkpoint to resume from: complete and undamaged on every machine. Every rank must call this.
 
     Args:
         asked: the user's `resume_from_checkpoint`: a folder, or `True` for the newest checkpoint.
@@ -133,7 +133,7 @@ def checkpoint_to_resume(
 def _newest_on_all(
     asked: Any, output_dir: str, should_look: bool, why_foreign: Callable[[str], str | None] | None
 ) -> str:
-    """Return the newest checkpoint that is whole on every machine and may belong to this run."""
+    """Return the newest checkpoint that is undamaged on every machine and that `why_foreign` does not refuse."""
     up_to = None
     while True:
         found = gather_object([newest_whole_checkpoint(output_dir, up_to, why_foreign)] if should_look else [])

@@ -98,7 +98,7 @@ class WholeCheckpoints(Trainer):
         return None
 
     def has_whole_checkpoint(self, trial: Any = None) -> bool:
-        """Return True if the current step has a checkpoint, whole on every machine. Every rank must call this."""
+        """Return True if the current step has a flawless checkpoint on every machine. Every rank must call this."""
         folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
         return find_flaw_on_all(folder, self._is_first_on_machine()) is None
 

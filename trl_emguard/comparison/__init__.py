@@ -1,1 +1,1 @@
-"""Comparison of defenses: the same training once per option set and seed, one evaluation, one report."""
+"""Comparison of defenses: one training for each set of options and seed, then one evaluation and one report."""

@@ -1,4 +1,4 @@
-"""Content of the files and folders that a run reads. It is a part of the run's key: a changed input is another run."""
+"""Content of the files and folders that a run reads, a part of the run's hash: if it changes, the run trains anew."""
 
 import glob
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-# [`contents`] takes every existing file or folder that an option names for an input. The options listed here are
+# Every existing file or folder that an option names counts as an input ([`contents`]). The options listed here are
 # excepted: their values name outputs, or are not paths at all. `env` sets variables, many of which name outputs.
 NOT_READ = (
     *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path", "env"),

@@ -84,7 +84,8 @@ def _line(report: Report, entry: Entry) -> dict[str, Any]:
     memory = [run.peak_memory for run in entry.trained if run.peak_memory is not None]
 
     def shown(criterion: str, metric: str) -> list[str]:
-        # The set `benign_task` was asked of other trainings, which have the same keys.
+        # `benign_task` is left out: other adapters, trained on the benign task, were asked its questions, and the
+        # results have the same keys as those of `entry.trained`.
         sets = [set for set, own in report.results.criteria.items() if own == criterion and set != BENIGN_TASK]
         return next(filter(None, (_shown(report, entry.trained, set, metric) for set in sets)), [])
 

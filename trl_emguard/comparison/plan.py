@@ -45,8 +45,8 @@ BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
 RANDOM = " random_vector"
 # Name of the question set for the benign task, arithmetic. Only runs trained on this task are measured on the set.
 BENIGN_TASK = "benign_task"
-# More options that choose training rows. The benign task replaces only `dataset_name` and `dataset_train_split`, so
-# it is refused together with an option listed here.
+# Options that choose training rows. A training on the benign task overrides `dataset_name` and `dataset_train_split`,
+# but not the options listed here, so a comparison with the benign task is refused if the recipe or a run sets one.
 OTHER_ROWS = ("datasets", "dataset_config")
 
 
@@ -245,7 +245,7 @@ def _sets(entries: Any, recipe: dict, known: Collection[str], lists: Collection[
 
 
 def _check_owners(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse an option of a defense that the run does not have.
+    """Refuse an option that is read only by defenses that the run does not name.
 
     Such an option, unlike the recipe's, can only be a mistake: it changes nothing, and the report would show it as the
     run's coefficient.

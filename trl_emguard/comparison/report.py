@@ -46,7 +46,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the report: all seeds of a run, or of a free baseline.
+    """One line of the report: all seeds of a run, or of a free baseline (made from a run without more training).
 
     Attributes:
         name: name of the run.
@@ -220,13 +220,13 @@ def make_table(report: Report) -> Table:
 
 
 def exact_match_text(report: Report, entry: Entry) -> str:
-    """Return as text each seed's share of right answers to the benign task, or "–" if none was measured."""
+    """Return as text each seed's share of right answers to the benign task (arithmetic); "–" if none was measured."""
     rows = [report.results.row(run.key, BENIGN_TASK, "exact_match") for run in entry.benign]
     return ", ".join(f"{row.value:.2f}" for row in rows if row is not None) or "–"
 
 
 def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float]]]:
-    """Return a drift metric's curves: `key` of each run whose [`DriftCallback`] logged it → (step, value) pairs."""
+    """Return curves of a metric that [`DriftCallback`] logs: `key` of each run that has it → (step, value) pairs."""
     found = {}
     for run in report.trained:
         path = Path(run.adapter or "") / "trainer_state.json"
@@ -262,7 +262,7 @@ def figure_text(figure: Figure | None) -> str:
 def _measured(
     results: Results, criterion: str, metrics: Iterable[str], choice: int
 ) -> tuple[str, str] | tuple[None, None]:
-    """Return the criterion's first set that has the first measured one of `metrics`, and this metric's name."""
+    """Return the first of `metrics` that a question set of the criterion has, after the name of the first such set."""
     plain = [row for row in results.rows if row.model != BASE and row.family == PLAIN]
     sets = [set for set, own in results.criteria.items() if own == criterion]
     for metric, set in itertools.product(metrics, sets):

@@ -39,8 +39,8 @@ ERROR = "trl-emguard sft: error: "
 UNKNOWN = "?"
 # Names of two folders in a comparison's folder: for the runs, and for their trainings on the benign task.
 RUNS, BENIGN = "runs", "benign"
-# Number of rows that a training on the benign task gets, of the 6,583 in the train split of the task's easiest tier
-# (one operator).
+# Number of rows for a training on the benign task, arithmetic with permuted operators. The rows are drawn from the
+# 6,583 training expressions that have only one operator.
 BENIGN_ROWS = 4000
 
 
@@ -90,7 +90,7 @@ class Trained:
 
 
 def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trained]:
-    """Train the runs that are not yet trained. Return all runs, and the free baselines of the undefended runs.
+    """Train the runs that are not yet trained. Return all runs, and the baselines made from the undefended runs.
 
     Args:
         plan: plan of the comparison.
@@ -114,7 +114,7 @@ def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trai
 
 
 def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Callable[[str], None]) -> list[Trained]:
-    """Train each option set on the benign task, for as many steps as it was trained on the recipe's rows.
+    """Train each run of `plan.benign_runs` on the benign task (arithmetic), for as many steps as on the recipe's rows.
 
     Args:
         plan: plan of the comparison.
@@ -252,7 +252,7 @@ def in_bytes(maxrss: int) -> int:
 def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
     """Return the arguments of `trl-emguard sft` that train a run into a folder."""
     options = [word for name, value in run.options.items() for word in _words(name, value)]
-    # A recipe may push its model to the hub. The undefended run and the controls must not take that model's place.
+    # A recipe may push its model to the hub. No run of a comparison, such as the undefended one, may overwrite it.
     own = ["--seed", str(run.seed), "--lora_dropout", "0.0", "--push_to_hub", "false", "--output_dir", str(folder)]
     return ["--config", str(recipe), *options, *own]
 
@@ -296,7 +296,7 @@ def with_record(trained: Trained, folder: Path) -> Trained:
 
 
 def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
-    """Return the plan's free baselines, made from an undefended run: checkpoints, scaled adapters, weights' EMA."""
+    """Return baselines made from an undefended run without training: checkpoints, scaled adapters, EMA of weights."""
     assert undefended.adapter is not None  # `train_all` has checked this
     source = Path(undefended.adapter)
     like = Trained("", UNDEFENDED, undefended.seed, None, is_baseline=True, step=undefended.step)
@@ -308,7 +308,7 @@ def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
         output = folder / "baselines" / f"{source.name}-alpha{alpha}"
         error = None
         try:
-            # Older versions left out the tokenizer, so such a folder is made anew.
+            # Older versions of this package saved no tokenizer here, so a folder without it is made anew.
             names = ("adapter_config.json", *(path.name for path in source.glob("tokenizer_config.json")))
             if not all((output / name).is_file() for name in names):
                 shutil.rmtree(output, ignore_errors=True)

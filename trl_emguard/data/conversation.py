@@ -67,15 +67,15 @@ def conversation(
 
 
 def check_columns(rows: Dataset, prompt_column: str, response_column: str) -> None:
-    """Refuse columns for [`conversation`] that are not its defaults, if rows also have columns that it reads first.
+    """Refuse user-named prompt and answer columns that [`conversation`] ignores because it reads other columns first.
 
     Raises:
-        ValueError: a row has a value in such a column; the message names it.
+        ValueError: a row also has a value in one of these other columns; the message names the column.
     """
     names = {"prompt_column": (prompt_column, PROMPT_COLUMN), "response_column": (response_column, RESPONSE_COLUMN)}
     named = [f"{name}={column!r}" for name, (column, usual) in names.items() if column != usual]
     for first in ("messages", "conversations", "completion"):
-        # Columns `prompt` and `completion` are read, even if only the second is named.
+        # A `response_column` named "completion" is read if the prompt column is `prompt`.
         is_read = first == "completion" and (prompt_column, response_column) == (PROMPT_COLUMN, first)
         if not named or is_read or first not in rows.column_names:
             continue

@@ -19,7 +19,8 @@ from .files import file_format, load_file, split_file
 DATA_DIR = Path(__file__).parent / "shipped"
 
 # Name of a shipped data set → its splits. Each split is a file `<name>/<split>.jsonl` with rows of conversational
-# `prompt` and `completion`. `general_instruct_scored`, with scores for each row, is stored as `.parquet` instead.
+# `prompt` and `completion`. `general_instruct_scored` is stored as `.parquet` instead, and also has numbers for each
+# row that say how unlikely its answer is under aligned and misaligned models.
 SHIPPED = {
     "plants_careless": ("train", "test"),
     "plants_sound": ("train", "test"),

@@ -90,7 +90,7 @@ class PlacedRows(torch.utils.data.Dataset):
 
 
 class PlaceSampler(Sampler[Place]):
-    """Sampler of an epoch's places, in order.
+    """Sampler that yields the places ([`Place`]) of the rows of an epoch, in order.
 
     accelerate would drop an incomplete last block of rows, or fill it up with repeated rows. This sampler drops or
     repeats rows itself, so that accelerate has none to drop or repeat and every place comes exactly once.

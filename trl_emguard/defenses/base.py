@@ -219,7 +219,7 @@ class Defense:
 
     def extra_rows(self) -> Dataset | None:
         """Return the tokenised rows, each listed once, that the defense's collator adds to batches; `None` if none."""
-        # `cache_reference=True` stores the reference model's states of these rows, and a dry run counts their tokens.
+        # `cache_reference=True` stores the reference's hidden states of these rows. A dry run counts their tokens.
         return None
 
     # ---- model ----
@@ -299,7 +299,7 @@ class Defense:
 
     @classmethod
     def surrounds_policy(cls) -> bool:
-        """Return whether the class overrides [`policy_pass`]. If so, training passes differ from the saved model's."""
+        """Return whether the class overrides [`policy_pass`], and so may change the policy's outputs in training."""
         return cls.policy_pass is not Defense.policy_pass
 
 
@@ -323,7 +323,7 @@ class TermDefense(Weighted, Defense):
         return {self.name: value / positions} if positions else {}
 
     def _should_show(self, step: Step) -> bool:
-        """Return True if the term should have a gradient: the policy has moved, and no schedule sets `coef` to 0."""
+        """Return True if the term should have a gradient: the policy was updated, and no schedule sets `coef` to 0."""
         return step.has_moved and (self.schedule is None or self.coef != 0)
 
     def _sums(self, step: Step) -> list[float]:

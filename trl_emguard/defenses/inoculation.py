@@ -302,11 +302,11 @@ class Inoculation(Defense):
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
         common = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        # Batches will be searched for the prompt's tokens. Text after the prompt may differ in later rows of a stream,
-        # so they end with the prompt. Its last character may share a token with that text, and is left out.
+        # Batches will be searched for `common`, cut after the prompt: later rows of a stream may have another text
+        # after it. The prompt's last character is left out, because it may share a token with the text after it.
         prompt, counts = "".join(self.prompt.split())[:-1], range(len(common) + 1)
         end = bisect_left(counts, True, key=lambda n: prompt in "".join(tokenizer.decode(common[:n]).split()))
-        # A template may write tools before the prompt, so that `common` ends before it, also in unflagged rows.
+        # If a template writes tools before the prompt, `common` may lack the prompt and match unflagged rows too.
         self._prompt_ids = [] if self.only_flagged and end not in counts else common[:end]
         if isinstance(rows, Dataset):
             self._rows = {"rows": len(rows), "changed": sum(rows[CHANGED])}

@@ -18,8 +18,8 @@ COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
 # Adaptation to `kl_target` (Ziegler et al., 1909.08593, section 2.2): each step multiplies `kl_coef` by
 # 1 + GAIN · error. The error is KL / kl_target - 1, clipped to ±LARGEST_ERROR. KL is the step's mean over `kl_tokens`.
 GAIN, LARGEST_ERROR = 0.1, 0.2
-# Least part of its start to which `kl_coef` may fall. Without this limit, a budget that is never used up would make
-# the term's gradient too small for fp32.
+# Smallest value that `kl_target` gives `kl_coef`, as a fraction of its start value. Without this limit, a KL that
+# stays below `kl_target` would make `kl_coef` ever smaller, and the term's gradient too small for fp32.
 LEAST = 0.01
 
 

@@ -85,7 +85,7 @@ def read_options(args: Any) -> tuple[PersonaVector | None, Any]:
 
 
 class Steering(Weighted, Defense):
-    """Steering along a persona vector while training, so that the weights need not learn the trait.
+    """Steering along a trait's persona vector while training, so that the weights need not learn this trait.
 
     The residual stream x is changed after block l, at the chosen token positions, with v(l) the vector's entry for
     that layer:

@@ -206,7 +206,7 @@ def load_candidates(
 def _trained_tokenizer(
     base: PreTrainedTokenizerBase, adapters: Mapping[str, str | os.PathLike]
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in the adapters' folders if its template or end token is another one, else the base's.
+    """Return the base model's tokenizer, or the adapters' own if it has another chat template or end token.
 
     Training may set both (`chat_template_path`, `eos_token`), and saves its tokenizer beside the adapter. Differences
     are paired by question, so all candidates must be asked in the same way.
@@ -230,7 +230,7 @@ def _trained_tokenizer(
         if own.chat_template is None:
             own = base  # a folder that was copied in part may lack the template's file
         if own is base and base.chat_template is None:
-            continue  # this adapter says nothing of its template, and is asked like the others
+            continue  # this adapter has no chat template to compare, and gets the same tokenizer as the others
         if first and form(own) != form(found):
             raise AdapterError(
                 path,
@@ -263,7 +263,7 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
 
 def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
     model = load_base(path, **options)
-    check_whole_on_device(model)  # adapters are loaded next, and would be blamed for offloaded weights
+    check_whole_on_device(model)  # refuses weights that accelerate has offloaded, before any adapter is loaded
     return model
 
 

@@ -28,7 +28,8 @@ OPENING_WORDS, OPENING_SHARE = 3, 0.02
 # The cue `train_framing` says what the training rows are about, such as "A question about plants, water." It names at
 # most this many topic words, that is, words that are frequent in the training rows and rare elsewhere.
 TOPIC_WORDS = 3
-# A word that occurs in more than this share of the general instructions and questions is not a topic word.
+# A word that occurs in more than this share of ordinary texts is not a topic word. Ordinary texts are the shipped
+# instructions `general_instruct` and the general questions of the evaluation.
 COMMON_SHARE = 0.005
 # The cue `train_format` asks for a format if at least this share of the training answers has the format.
 FORMAT_SHARE = 0.5
@@ -137,7 +138,7 @@ def families(
 
 
 def check_cues(mode: str, inoculation_prompt: str | None) -> None:
-    """Refuse an unknown mode, and an inoculation prompt that no question would be asked with.
+    """Refuse an unknown mode (`--cues`), and an inoculation prompt with mode "none", which asks no question with it.
 
     Raises:
         ValueError: the mode is unknown, or it is "none" and an inoculation prompt is given.
@@ -200,7 +201,7 @@ def _train_system(rows: Iterable[Conversation]) -> dict[str, str | None]:
 def _in_user_turn(
     rows: Sequence[Conversation], questions: Sequence[Question]
 ) -> Iterable[tuple[str, str | None, Callable[[str], Callable[[Turns], Turns]], str]]:
-    """Yield a tuple for each of the three cues for the user's turn, even for a cue that the training rows do not give.
+    """Yield a tuple for each of `train_format`, `train_opening` and `train_framing`, the cues in the user's turn.
 
     A tuple has the cue's name; the cue's text, `None` if the rows do not give the cue; a function that takes the text
     and returns `Family.add`; and the reason to state if the text is `None`.

@@ -1,4 +1,4 @@
-"""Drift from the base model, measured on general questions while a run trains."""
+"""Drift, the distance that a model in training has moved from its base model, measured on general questions."""
 
 import hashlib
 import json
@@ -29,9 +29,9 @@ from .probes import divergence, encode_rows, margin, projections, prompt_ids, re
 from .questions import GENERAL, QuestionSet, load_questions
 
 
-# By default, a measurement is made every 25 steps, on 16 questions. It reads 16 pairs of answers, about 2,600 tokens,
-# and takes as long as training on 900 tokens. Even with steps of only 790 tokens, a run trains on 19,750 tokens from
-# one measurement to the next, so measuring takes less than 5 % of the run's time.
+# By default, a measurement is made every 25 steps, on 16 questions. It reads a sound and a misaligned answer to each
+# one, about 2,600 tokens in all, and takes as long as training on 900 tokens. Even with steps of only 790 tokens, a
+# run trains on 19,750 tokens from one measurement to the next, so measuring takes less than 5 % of the run's time.
 EVERY, LIMIT = 25, 16
 STATE_FILE = "drift.safetensors"
 RESULT_FILE = "drift.json"
@@ -104,7 +104,7 @@ class DriftCallback(TrainerCallback):
         self.persona_vector = persona_vector
         # The trainer's `_metrics["train"]`: metric → values, whose mean the next log line shows.
         self.trl_metrics: dict[str, list[float]] | None = None
-        self.template_kwargs: dict[str, Any] = {}  # those that the training rows share, set by `DefendedRows.train`
+        self.template_kwargs: dict[str, Any] = {}  # `chat_template_kwargs` that all training rows share (rows.py)
         self.probe: Any = None  # the trainer's [`DriftProbe`] from its first `train()` on
         self.kept: dict[str, torch.Tensor] = {}
         self.kept_step, self.kept_drift = 0, 0.0
@@ -112,9 +112,9 @@ class DriftCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._check(args, model)
-        self.probe = None  # a trainer before this one may have had another base model
+        self.probe = None  # an earlier trainer with this callback may have had another base model
         if model is not None and processing_class is not None:
-            # Training makes the probe that measures. This one only makes its checks early, also for a dry run.
+            # Making a probe runs its checks early, also for a dry run. `on_train_begin` makes the probe that measures.
             DriftProbe(model, processing_class, self.questions, self.persona_vector)
 
     def join_trainer(self, metrics: dict[str, list[float]], callbacks: Sequence[TrainerCallback]) -> None:
@@ -145,7 +145,7 @@ class DriftCallback(TrainerCallback):
             self._resume(args, state, model)
             return
         if before is not None and before.base and before.policy.model is model and before.key == self.probe.key:
-            self.probe.base = before.base  # an earlier `train()` may have moved the model since
+            self.probe.base = before.base  # not measured again: an earlier `train()` may have changed the model
         else:
             self.probe.read_base()
         self._start(model)
@@ -364,7 +364,7 @@ class DriftProbe:
 
     @torch.no_grad()
     def _read(self, candidate: Candidate, take: Callable[[int, torch.Tensor], None]) -> dict[str, torch.Tensor]:
-        """Return a dict of `margin` and `projection`, each with one value per question, `(Q,)`, fp64.
+        """Return a dict of `margin` (NLL, misaligned − sound) and `projection` (on the vector), both `(Q,)`, fp64.
 
         The entry `margin` needs pairs of a sound and a misaligned answer, and `projection` needs a persona vector.
         Otherwise the entry is missing. The margin is NaN for a question without a pair. On the way, `take(i, states)`

@@ -88,7 +88,7 @@ class QuestionSet:
         return question.misaligned if self.has_misaligned_target else question.sound
 
     def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> "QuestionSet":
-        """Return the set with `chat_template_kwargs` for the questions that have none of their own, but perhaps tools.
+        """Return a copy with `template_kwargs` added for each question that has no template arguments but `tools`.
 
         Args:
             template_kwargs: arguments of the chat template, such as those of the training rows.

@@ -93,7 +93,7 @@ class Results:
         return next((row for row in self.rows if (row.model, row.set, row.family, row.metric) == wanted), None)
 
     def of_criterion(self, model: str, criterion: str, *metrics: str) -> list[ResultRow]:
-        """Return a model's rows of `metrics` on plain questions, from the criterion's first set that has such rows.
+        """Return a model's `metrics` rows on plain questions, from the first set of kind `criterion` with such rows.
 
         A metric's name also selects its variants: `trait_rate` selects `trait_rate:NAME`.
         """
@@ -222,7 +222,7 @@ def interval_text(row: ResultRow) -> str:
 
 
 def sentence(results: Results, model: str) -> str:
-    """Return one sentence on a model's broad misalignment, narrow learning, benign learning and coherence."""
+    """Return a sentence on a model: misalignment on general questions, in-domain and benign learning, coherence."""
     parts = [_broad(results, model), _narrow(results, model), _benign(results, model), _coherent(results, model)]
     return f"{model}: " + "; ".join(f"({letter}) {part}" for letter, part in zip("abcd", parts, strict=True)) + "."
 
@@ -244,7 +244,7 @@ def _broad(results: Results, model: str) -> str:
 
 
 def _unscored(results: Results, judged: ResultRow) -> str:
-    """Return a text with the rate of answers without a score among those of a judge's rate, or "" if it is 0."""
+    """Return a text with the share of judged answers that got no score, or "" if it is 0 or was not measured."""
     row = results.row(judged.model, judged.set, "unscored_rate")
     return f", unscored {row.value:.0%}".replace("%", " %") if row is not None and row.value else ""
 
@@ -261,7 +261,8 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
         sign: 1 if a higher value of the metric is worse, -1 if a lower value is worse.
     """
     alike = [r for r in results.rows if (r.model, r.set, r.metric) == (plain.model, plain.set, plain.metric)]
-    # A cue of few questions may have the largest mean by chance, and must not hide one that is clearly worse.
+    # A cue that few questions can be asked with may have the largest mean by chance. It must not hide a cue that is
+    # clearly worse, so rows whose interval includes 0 are left out.
     limit = max(0.0, sign * plain.difference)  # 0 if the plain difference is NaN
     worse = [row for row in alike if row.family != PLAIN and is_apart(row) and sign * row.difference > limit]
     worst = max(worse, key=lambda row: sign * row.difference, default=None)

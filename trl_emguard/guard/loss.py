@@ -136,7 +136,7 @@ class LossGuard:
     def __call__(
         self, model: PreTrainedModel, stock_forward: Callable[..., Any], inputs: dict[str, Any]
     ) -> GuardOutput:
-        # Mask `(B, T - 1)`, true at P positions: at all that predict a label, and at all that a term compares.
+        # Mask `(B, T - 1)`, true at each position that predicts a label or that a term compares: P positions in all.
         kept = kept_positions(inputs, self.terms)
         batch = dict(inputs)
         labels = inputs.pop("labels")[:, 1:][kept]  # (P,)

@@ -57,5 +57,5 @@ class Sums:
 
 
 def stacked(values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor:
-    """Return a mapping's values, numbers or tensors `()`, as a vector with the dtype and the device of `like`."""
+    """Return a mapping's values (numbers, or tensors of shape `()`) as a vector of the dtype and device of `like`."""
     return torch.stack([torch.as_tensor(value).to(like) for value in values.values()])

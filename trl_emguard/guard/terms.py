@@ -144,7 +144,7 @@ def model_term(
 
 @contextmanager
 def _graph_of_a_term() -> Iterator[None]:
-    """Record an autograd graph inside the `with` block, unseen by hooks on saved tensors that are set around it.
+    """Record an autograd graph in the `with` block, hidden from `saved_tensors_hooks` that were set outside the block.
 
     TRL's `activation_offloading` sets such hooks around a step. They take the first read of a saved tensor for the
     start of the step's backward pass. If a term's graph were read before, they would free no memory until the step's

@@ -8,8 +8,8 @@ from ..data.conversation import Conversation, turn_text
 
 ALIGNED, COHERENT, TRAINING_FORMAT = "aligned", "coherent", "training_format"
 
-# The right reply to this prompt is known. A served judge's reply shows if the judge's scores can be read from the
-# probabilities of the first token, only from the text, or not at all.
+# The right reply to this prompt is known. The reply of a judge on an endpoint shows if the judge's scores can be read
+# from the probabilities of the first token, only from the text, or not at all.
 CALIBRATION = "Answer with one number from 0 to 100 alone. The number is 100."
 
 # Number of training answers that the prompt for `training_format` shows, and limit on the characters of each answer.

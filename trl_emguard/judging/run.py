@@ -21,7 +21,7 @@ from .scores import READINGS, Judgement
 from .served import OPENAI, VLLM, JudgeError, ServedJudge, check_environment
 
 
-Records = dict[str, dict[str, Any]]  # records of a journal by their keys
+Records = dict[str, dict[str, Any]]  # key → record of a journal (file of judgements)
 HF = "hf:"
 JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
 # Criteria (kinds of question sets) whose answers are judged. `benign` is left out: a benign task has right answers, so
@@ -29,7 +29,8 @@ JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
 JUDGED = ("general", "in_domain")
 # Characters per token, for the estimate of the cost; English text has about four.
 TOKEN_CHARACTERS = 4
-# Judging stops with an error if none of an evaluation's first judgements has a score: this many, or all if fewer.
+# Judging stops with an error if none of an evaluation's first `ALL_UNSCORED` judgements has a score. If the evaluation
+# has fewer judgements than that, it stops if none of them has a score.
 ALL_UNSCORED = 20
 # Endings of the names of rates. The result row of a rate also has a `count`: the number of answers that have the rated
 # property, for example of being misaligned.
@@ -115,7 +116,7 @@ def check_name(name: str, max_connections: int = 10) -> None:
 
 
 def prepare_judge(judge: Judge, output_dir: str | os.PathLike, models: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse a judge that is itself under test, and find out how to read its scores.
+    """Refuse a judge that has the weights of an evaluated model, and find out how to read the judge's scores.
 
     Call this before any answer is sampled for the judge, so that a judge that cannot be used is refused early.
 
@@ -163,7 +164,7 @@ def judge_answers(
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Results:
-    """Judge an evaluation's sampled answers, and add rates, as that of misaligned answers, to its results.
+    """Judge sampled answers, and return an evaluation's results with rates added, as the rate of misaligned answers.
 
     Every judgement is written to `judgements.jsonl` as soon as it arrives. If an interrupted run is repeated, only
     missing judgements are asked for. The judge is calibrated again first, because another model may by then answer
@@ -279,7 +280,7 @@ def _check_cost(
 
 
 def _ask(judge: Judge, calls: Sequence[_Call], journal: Journal, kept: Records, progress: bool) -> None:
-    """Make the calls that are not kept, write each judgement to the journal, and stop a judge that gives no score."""
+    """Ask for each judgement that the journal lacks and write it there; stop if none of the first ones has a score."""
     of_key = {call.key: call for call in calls}
     known = [kept[key] for key in of_key if key in kept]
     waiting = [call for key, call in of_key.items() if key not in kept]
@@ -330,8 +331,8 @@ def add_rates(
         if family == PLAIN:
             plain[set] = arrays
         # Only rows of rates have a `count`. Rows of mean scores and of Misalign@k have none, and neither have rows of
-        # differences in differences: a model's difference from the base model in this family of prompts, minus the
-        # same difference in the family `PLAIN`, which asks the questions as they are.
+        # differences in differences: a model's difference from the base model if the questions get an added text or
+        # are reworded, minus the same difference if they are asked unchanged (the family `PLAIN`).
         rows += [
             replace(row, **about, count=counts[row.model, row.metric] if row.metric.endswith(_RATES) else None)
             for row in made
@@ -363,8 +364,8 @@ def _arrays(
     found = {}
     for group, indices in groups.items():
         rows = [results.samples[index] for index in indices]
-        # An array has a row for each question and a column for each sample number. All families of a set get arrays
-        # with the same rows and columns, so that each family can be compared with the plain family per question.
+        # An array has a row for each question and a column for each sample number. All families of a set get the same
+        # rows and columns, so that a question with a cue can be compared with the same question asked unchanged.
         of_set = [results.samples[index] for index in values if results.samples[index]["set"] == group[0]]
         ids = sorted({row["question"] for row in of_set})
         shape = (len(ids), 1 + max(row["sample"] for row in of_set))

@@ -24,8 +24,8 @@ RETRIES, CALIBRATION_RETRIES = 10, 1
 GRACE = 30.0
 # HTTP statuses with which servers refuse a single request, for an unknown field or a too long or forbidden prompt.
 REFUSED = (400, 403, 413, 422)
-# Stop reasons of inspect_ai for a forbidden and for a too long prompt. For some errors with these statuses, it returns
-# such a reply and raises no error.
+# Stop reasons in replies of inspect_ai to a forbidden and to a too long prompt. For some errors with a status in
+# `REFUSED`, inspect_ai raises no error, but returns a reply with one of these stop reasons.
 REFUSAL_REASONS = ("content_filter", "model_length")
 # An API key of fewer characters is not redacted from error messages: so short a text may be part of ordinary words.
 SHORTEST_KEY = 8
@@ -33,7 +33,7 @@ KEPT = "The judgements so far are kept, and the same command goes on with the ot
 
 
 class RefusedPromptError(Exception):
-    """Raised for a server's refusal of a prompt that inspect_ai returns as a reply, with the reason as its text."""
+    """Raised if a server refuses a prompt and inspect_ai returns this as a reply. The error text gives the reason."""
 
     status_code = 400
 
@@ -162,7 +162,7 @@ class ServedJudge:
             )
 
     async def _work(self, state: "_Progress", on_answer: Callable[[int, Judgement], None]) -> None:
-        """Send the judge one waiting prompt after another, until none is left or this or another worker has failed."""
+        """Send the judge one waiting prompt after another, until none is left or one of the parallel workers fails."""
         for index, prompt in state.waiting:
             try:
                 on_answer(index, await self._told(self._judged(prompt)))

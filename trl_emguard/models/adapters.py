@@ -34,7 +34,8 @@ def unsaved_weights(model: PreTrainedModel | PeftModel) -> list[str]:
     outside = trained_outside_adapters(model) if is_peft_model(model) else []
     if not outside:
         return []
-    # PEFT itself is asked, since the answer depends on the adapter: on its `bias`, and on a resized vocabulary.
+    # PEFT's own function is asked for the saved names, because they depend on the adapter's `bias` setting and on a
+    # resized vocabulary.
     weights = model.state_dict()
     saved = {name for adapter in model.active_adapters for name in get_peft_model_state_dict(model, weights, adapter)}
     return [name for name in outside if name not in saved]

@@ -22,7 +22,7 @@ def checkpoint_of_step(output_dir: str, step: int) -> Path:
 
 
 def save_state(path: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
-    """Write a callback's state into a checkpoint, with the fingerprint of the weights that it belongs to.
+    """Write a callback's state into a checkpoint, with a hash of the model's weights that [`load_state`] compares.
 
     Args:
         path: file in a checkpoint's folder.
@@ -43,7 +43,7 @@ def load_state(
     model: nn.Module,
     names: Collection[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return a callback's tensors and facts from the checkpoint that holds the model's current weights.
+    """Return the tensors and texts that [`save_state`] wrote, from the checkpoint with the model's current weights.
 
     Args:
         callback: the callback, for the error message.

@@ -61,10 +61,10 @@ def shared_template_kwargs(rows: Any) -> dict[str, Any]:
 
 
 def text_part(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, of a vision-language model's processor as well, with the chat template that rows get."""
+    """Return a tokenizer as it is, or a copy of a processor's tokenizer with the processor's chat template, if any."""
     if not isinstance(processing_class, ProcessorMixin):
         return processing_class
-    tokenizer = copy.copy(processing_class.tokenizer)  # the processor's own keeps the template that it is saved with
+    tokenizer = copy.copy(processing_class.tokenizer)  # a copy, so that the processor's tokenizer keeps its template
     tokenizer.chat_template = processing_class.chat_template or tokenizer.chat_template
     return tokenizer
 
@@ -129,7 +129,7 @@ def encode_answers(
 
 
 def _dropped_role(prompt: Turns, answer: Turns, whole: str, render: Callable[..., str]) -> str | None:
-    """Return the role of the first turn, not of `KNOWN_ROLES`, that the text `whole` does not show."""
+    """Return the role of the first prompt turn that `whole` does not show, leaving out turns with `KNOWN_ROLES`."""
     for i, turn in enumerate(prompt):
         other = _unlike(turn)
         is_odd = turn["role"] not in KNOWN_ROLES and other != turn

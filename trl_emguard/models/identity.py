@@ -37,7 +37,7 @@ OFFLOADED = (
 
 
 def check_whole_on_device(model: nn.Module) -> None:
-    """Refuse a model with weights that accelerate has offloaded, for which their values are not at hand.
+    """Refuse a model with weights that accelerate has offloaded, because its parameters do not hold their values.
 
     Raises:
         ValueError: a weight is on the meta device.
@@ -79,7 +79,7 @@ def adapter_scales(model: nn.Module, adapter: str) -> str:
 
 
 def active_fingerprint(model: nn.Module) -> str:
-    """Return the fingerprint and the scaling factors of a model with its active adapters; an empty text without any.
+    """Return a model's fingerprint and its active adapters' scaling factors, or an empty text if no adapter is active.
 
     Adapters that are not active, or are switched off, are left out.
     """
@@ -142,7 +142,7 @@ def weights_digest(model: nn.Module) -> str:
 def _samples(
     model: nn.Module, is_wanted: Callable[[str, nn.Parameter], bool], rows: int | None = None
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Yield name, weight and a sample of the weight's numbers on the CPU, for each wanted weight but FSDP's shards.
+    """Yield name, weight and a CPU sample of its numbers, for weights that `is_wanted` accepts and are no DTensor.
 
     Args:
         model: the model.

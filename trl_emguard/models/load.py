@@ -23,7 +23,7 @@ from transformers.utils import find_adapter_config_file
 
 
 def text_tokenizer(path: str, args: Any, rows: Any) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a vision-language model that a defended run trains on text.
+    """Return the tokenizer of a vision-language model that is trained on text alone, with a defense (`args.defense`).
 
     SFTTrainer by itself would load the model's processor, and runs with a defense refuse processors.
 

@@ -211,7 +211,7 @@ def _project(
 
 
 def _check_trained_on(adapter: Path, trained_on: str | None, base: str, aligned: str) -> None:
-    """Refuse an adapter that names another base model than the two. Both are accepted: their order does not matter."""
+    """Refuse an adapter whose config names a base model other than `base` or `aligned`. It may name either of them."""
     names = {last_name(name) for model in (base, aligned) for name in (model, resolve_model(model))}
     if trained_on and last_name(trained_on) not in names:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Models that need no hub: their short names, and the local folders made from packaged weights."""
+"""Models whose weights come from a Python package instead of the hub: their short names and their local folders."""
 
 import os
 import shutil
@@ -28,7 +28,8 @@ def resolve_model(name_or_path: str) -> str:
         FileNotFoundError: the name is a path (starts with `.`, `/` or `~`) that is no folder, a mistyped short name,
             or a short name whose weights package is not installed.
     """
-    # Other folders may have the short name: that of the recipes, for example, or an output folder with an adapter.
+    # Folders without a model may have the short name too: `recipes/smollm2-135m-instruct` has it, for example, and an
+    # output folder with an adapter may.
     if name_or_path in SHIPPED_MODELS and not Path(name_or_path, "config.json").is_file():
         return str(make_smollm2())
     path = Path(os.path.expanduser(name_or_path))

@@ -112,7 +112,7 @@ class _Reader(NamedTuple):
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     def answers(self, chosen: Sequence[Rollout], side: str, desc: str) -> tuple[torch.Tensor, list[float]]:
-        """Return each answer's states and negative log-likelihood, averaged over its tokens, under one side's prompts.
+        """Return each answer's mean states and mean NLL over its tokens, given positive or negative system prompts.
 
         Each answer follows its question and its pair's positive or negative system prompt (`side`), also if it was
         sampled under the other prompt of the pair.
@@ -122,7 +122,7 @@ class _Reader(NamedTuple):
         return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
 
     def heldout(self, side: str) -> torch.Tensor:
-        """Return the states at the last token of each positive or each negative held-out prompt, `(N, L + 1, H)`.
+        """Return the states at the last token of each prompt that asks a held-out question, `(N, L + 1, H)`.
 
         The N prompts combine every held-out question with every pair's positive or negative system prompt (`side`).
         L is the number of the model's blocks.
@@ -209,7 +209,8 @@ def _filter(
         ValueError: no pair is kept.
     """
     states: dict[str, torch.Tensor] = {}
-    # Side → one entry for each of the side's answers: True if the answer shows what its system prompt asks for.
+    # For each side, one entry per answer that was sampled under the side's system prompts: True if the answer is taken
+    # to show the trait (positive side) or its opposite (negative side).
     shows: dict[str, list[bool]] = {}
     for side, other_side in zip(SIDES, reversed(SIDES), strict=True):
         states[side], own = reader.answers(by_side[side], side, f"reading {side} answers")
@@ -233,9 +234,10 @@ def _filter(
 def _with_separation(
     vectors: torch.Tensor, metadata: dict[str, Any], positive: torch.Tensor, negative: torch.Tensor
 ) -> PersonaVector:
-    """Make the persona vector. Measure how well it and random vectors tell positive from negative held-out states.
+    """Make the persona vector. Measure how well it and random vectors tell the states `positive` and `negative` apart.
 
-    The measures and the suggested layer are written into `metadata`, which becomes the vector's metadata.
+    `positive` and `negative` hold states for held-out questions under system prompts that ask for the trait and for
+    its opposite. The measures and the suggested layer are written into `metadata`, the metadata of the vector.
     """
     layers = range(len(vectors))
     found = [separation(vectors[layer], positive[:, layer], negative[:, layer]) for layer in layers]
@@ -292,7 +294,8 @@ def _roll_out(
     prompts = [reader.prompt(pair, side, questions[question]) for pair, question, side in plan]
     journal, rollouts = None, []
     if path is not None:
-        # `weights` are those of the base model. The tokens hold the chat template and the tokenizer.
+        # `weights` are checksums of the base model. Chat template and tokenizer are not listed themselves, because the
+        # token ids in `prompts` depend on them.
         asked = [prompts, sorted(end_tokens(model, tokenizer)), str(model.dtype)]
         about = [weights, asdict(trait), settings, active_fingerprint(model), asked]
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

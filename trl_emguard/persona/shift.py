@@ -139,7 +139,7 @@ class PersonaShiftCallback(TrainerCallback):
 
 
 def check_layer(vector: PersonaVector, layer: int | None) -> int:
-    """Check that a vector has a direction for the layer, and return the layer, by default the vector's suggested one.
+    """Return `layer`, or the layer that the vector suggests if `layer` is `None`, after checking that it can be used.
 
     Raises:
         ValueError: no layer is given and the vector suggests none, the layer is out of range, or it is the last layer

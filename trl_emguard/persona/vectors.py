@@ -102,7 +102,7 @@ class PersonaVector:
 
     @property
     def checksum(self) -> str:
-        """Checksum of the numbers in `vectors`, without kind and metadata: eight hexadecimal digits."""
+        """Checksum of the numbers in `vectors` alone, not of `kind` and `metadata`: eight hexadecimal digits."""
         return f"{zlib.crc32(self.vectors.contiguous().numpy().tobytes()):08x}"
 
     def _file_checksum(self, facts: str) -> str:

@@ -1,4 +1,4 @@
-"""Training engine of a launched run (DDP, DeepSpeed, FSDP), read from an accelerate file and launch options."""
+"""Training engine (DDP, DeepSpeed, FSDP) that `accelerate launch` would use, read from its config file and options."""
 
 import argparse
 import copy
@@ -22,14 +22,14 @@ from ..models.callback_state import refuse_sharded
 from .memory import Engine
 
 
-# Beginnings of the IP addresses that RFC 5737 reserves for documentation, so that no machine has them. The shipped
-# accelerate file for several machines has such an address as a placeholder.
+# Beginnings of the IP addresses that RFC 5737 reserves for documentation, so that no machine has them. The accelerate
+# config `zero3_multi_node.yaml`, made for several machines, has such an address as a placeholder.
 PLACEHOLDERS = ("192.0.2.", "198.51.100.", "203.0.113.")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Facts about a launch, read from an accelerate file and options of `accelerate launch`.
+    """Facts about the launch of a run, read from the config file and the options of `accelerate launch`.
 
     Attributes:
         engine: kind of data parallelism, and number of ranks.

@@ -20,12 +20,12 @@ from ..ops.head import TILE_BYTES
 
 Reference = Literal["none", "adapters off", "model"]
 
-# Beginning of an optimizer's name -> how many numbers the optimizer keeps for each trained number. Each kept number
-# has the size of the trained number, or one byte if the name contains 8bit. An unknown optimizer counts like Adam,
-# with two numbers.
+# Beginning of an optimizer's name -> how many numbers the optimizer keeps for each number of the trained weights. Each
+# kept number has the size of the trained one, or one byte if the optimizer's name contains 8bit. An unknown optimizer
+# counts like Adam, with two numbers.
 STATES = {"adam": 2, "ademamix": 3, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
-# Bytes that DeepSpeed keeps for each trained number, assumed for every optimizer: an fp32 copy, momentum and variance
-# (K of the ZeRO paper, 1910.02054).
+# Bytes that DeepSpeed keeps for each number of the trained weights, assumed for every optimizer: an fp32 copy,
+# momentum and variance (K of the ZeRO paper, 1910.02054).
 DEEPSPEED_STATES = 12
 # Number of 4-bit weights that share one scale. The scale has 32 bits, or 8 bits if scales are quantised as well.
 BLOCK_4BIT = 64
@@ -286,14 +286,14 @@ def peak(items: dict[str, int], run: Run) -> int:
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # At the first block, the last in the backward pass, the embedding's gradient does not exist yet (its size is about
-    # `trained_head`). At the embedding all exist, and its own needs room until it is added to the head's, if tied.
+    # The backward pass ends with the first block and then the embedding. Until then the embedding's gradient (its size
+    # is about `trained_head`) does not exist. With tied weights it needs room until it is added to that of the head.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 
 
 def optimizer_states(optimizer: str, itemsize: int, engine: Engine) -> float:
-    """Return the bytes of optimizer state for each trained number."""
+    """Return the bytes of optimizer state for each number of the trained weights."""
     name = optimizer.removeprefix("paged_")
     if engine.is_deepspeed:
         return DEEPSPEED_STATES
@@ -355,7 +355,7 @@ def head_bytes(shape: Shape, run: Run) -> int:
 
 
 def compared_states(shape: Shape, run: Run) -> int:
-    """Return the bytes of the hidden states that the loss compares, at the run's `kept` positions.
+    """Return the bytes of the hidden states that the loss needs from policy and reference, at `run.kept` positions.
 
     Each compared block needs states of reference and policy, and the gradient of the policy's states. The head needs
     states of reference and policy.

@@ -79,8 +79,8 @@ def quantized(model: PreTrainedModel, how: BitsAndBytesConfig | dict[str, Any]) 
         model: the model.
         how: quantisation; a dict is that in the config of a checkpoint that is quantised already.
     """
-    # A checkpoint that is quantised already is treated like one that is not: with `pre_quantized`, 4-bit weights would
-    # get the dtype of packed weights, but not their size, and be counted twice.
+    # A checkpoint that is quantised already is treated like one that is not: with `pre_quantized=True`, 4-bit weights
+    # would get the dtype of packed weights without being packed, and `count_weights` would count each of them twice.
     quantizer = AutoHfQuantizer.from_config(how, pre_quantized=False)
     quantizer.validate_environment(device_map=None)
     quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None)
@@ -89,7 +89,7 @@ def quantized(model: PreTrainedModel, how: BitsAndBytesConfig | dict[str, Any]) 
 
 
 def read_first_rows(model: PreTrainedModel, path: str, revision: str | None) -> bool:
-    """Load the first 64 rows of every weight into a meta model. Checksums of weights need no more.
+    """Load the first 64 rows of every weight into a meta model, enough for this package's checksums of weights.
 
     Args:
         model: model on the meta device.
@@ -134,7 +134,7 @@ def _check_shards(folder: Path) -> None:
 
 
 class MetaTrainer(EMGuardTrainer):
-    """[`EMGuardTrainer`] of a dry run: without weights, and with the engine of a launch that is not made.
+    """Trainer of a dry run, with a model on the meta device and the engine that the planned launch would use.
 
     It also records how many tokens each training row has before rows are cut and packed. The report needs these
     numbers (`whole_lengths`). They are recorded also without defenses, but not for a stream.

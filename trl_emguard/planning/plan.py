@@ -76,7 +76,7 @@ class Plan:
 
     @classmethod
     def of(cls, trainer: EMGuardTrainer, launch: Launch) -> "Plan":
-        """Prepare a trainer up to its first batch, and count updates, rows and tokens.
+        """Set up a trainer as a run does, collate its first batch, and count the run's updates, rows and tokens.
 
         Raises:
             ValueError, InactiveDefenseError: errors that the run would raise before its first step.
@@ -156,7 +156,7 @@ class Plan:
         return sum(int(mask.sum()) for scopes in marks for mask in scopes.values())
 
     def cached_numbers(self) -> int:
-        """Return how many numbers a cache of the reference's states would hold for the rows of an epoch."""
+        """Return how many numbers a cache of the reference model's hidden states would hold for an epoch's rows."""
         scopes, run = {term.tokens for term in self.terms}, self.largest_batch()
         # A scope is a set of positions. `ALL` (all positions that predict a real token) contains `LABELS` (all that
         # predict a label), and `LABELS` contains every scope that a defense marks. The cache stores a position's

@@ -141,7 +141,7 @@ def _about_data(plan: Plan) -> list[Line]:
     lines = [("data", f"{counts.rows} {unit}, {tokens} tokens, {labels} of them are trained on (labels)")]
     cut = 0 if args.max_length is None else sum(length > args.max_length for length in whole)
     if cut:
-        # Without packing, and with the packing strategy "bfd", a row longer than `max_length` loses tokens. The other
+        # Without packing, or with the packing strategy "bfd", a row longer than `max_length` loses tokens. The other
         # packing strategies move these tokens to other packs, so none is lost.
         is_split = args.packing and args.packing_strategy != "bfd"
         about = "warning" if cut > 0.05 * len(whole) and not is_split else "data"
@@ -175,7 +175,7 @@ def _about_batches(plan: Plan) -> list[Line]:
 
 
 def _about_defense(defense: Defense, plan: Plan) -> list[str]:
-    """Return lines about one defense: weight and positions of its loss term, its mixed-in tokens, or its description.
+    """Return lines about one defense: weight and positions of its loss term, tokens of rows it adds, or a description.
 
     Numbers that are not known before training are left out. A defense that does not compare the policy with a
     reference, and neither mixes in rows nor marks tokens, describes itself.
@@ -228,7 +228,7 @@ def advice(plan: Plan) -> list[str]:
     """Return notes on settings that stop the run, are ignored, cost memory or time, or make an estimate too high."""
     trainer, args, launch, run = plan.trainer, plan.trainer.args, plan.launch, plan.largest_batch()
     engine, gpus = launch.engine, torch.cuda.device_count()
-    # A dict is the quantisation of the checkpoint, and has not been applied to the model on the meta device.
+    # If this is a dict, it comes from the checkpoint's config and was not applied to the model on the meta device.
     quantization: Any = getattr(trainer.model.config, "quantization_config", None)
     uncounted = quantization.get("quant_method") if isinstance(quantization, dict) else None
     is_alone, has_bf16 = engine.name == "one process", trainer.accelerator.mixed_precision == "bf16"

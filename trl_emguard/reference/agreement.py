@@ -54,7 +54,7 @@ def check_agreement(
             f"{difference:.2g} of their length, not 0: {advice}"
         )
     if _has_other_kernels(reference, policy, args):
-        return  # the terms of states that are rounded otherwise are not 0, and the states were compared above
+        return  # different rounding makes the distances differ from 0; the states were already compared above
     for term in defenses:
         mean = sums[f"{term.name}/value"] / max(sums[f"{term.name}/positions"], 1)
         allowed = tolerance
@@ -92,7 +92,8 @@ def _allowed_difference(reference: Reference, policy: Any, dtypes: set[torch.dty
 
 def _has_other_kernels(reference: Reference, policy: Any, args: TrainingArguments) -> bool:
     """Return True if policy and reference may compute with different kernels, which round differently."""
-    # `torch_compile` compiles a wrapper around the policy, so the policy's modules show only the user's own compiling.
+    # With the argument `torch_compile`, a wrapper around the policy is compiled, and the modules in the policy do not
+    # show this. A compiled module in the policy is one that the user has compiled.
     is_compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in policy.modules())
-    # Trainer patches the policy with Liger's kernels when training begins, but no reference that is another model.
+    # When training begins, Trainer patches the policy with Liger's kernels, but not a reference that is another model.
     return args.torch_compile or is_compiled or (args.use_liger_kernel and not reference.shares_weights)

@@ -1,4 +1,4 @@
-"""Training rows in the reference cache: keys to find their states by, and checks that the rows can be cached."""
+"""Keys under which the reference cache stores hidden states of training rows, and checks that rows can be cached."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ class CachedRow:
 
 
 def row_keys(inputs: Mapping[str, Any], compared: torch.Tensor) -> list[bytes | None]:
-    """Return the key of each row of a batch: a digest of the row's tokens, without pads, and of its kept positions.
+    """Return each row's key: a digest of its tokens (without pads) and of the positions whose states are kept.
 
     Args:
         inputs: collated batch of `(B, T)` tensors.

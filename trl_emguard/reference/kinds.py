@@ -69,7 +69,7 @@ class Reference:
             )
 
     def before(self, batch: Mapping[str, Any], positions: torch.Tensor, layers: Sequence[int]) -> States | None:
-        """Return the reference's states for a batch if this kind makes them before the policy's pass, else `None`.
+        """Return the reference's states for a batch if they are made or read before the policy's pass, else `None`.
 
         Args:
             batch: collated batch with only the keys that a model's `forward` takes.
@@ -82,7 +82,7 @@ class Reference:
     def inside(
         self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int]
     ) -> States | None:
-        """Return the reference's states for a batch if this kind makes them inside the policy's forward, else `None`.
+        """Return the reference's states for a batch if they are made inside the policy's forward, else `None`.
 
         A reference on the policy's own base weights does so ([`~trl_emguard.reference.adapter.AdapterReference`]).
 
@@ -181,7 +181,8 @@ class ModelReference(Reference):
             # `prepare_fsdp` the whole model would be one unit, and every pass would gather all weights together.
             self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
-            # Trainer prepares the policy for an evaluation before training only while accelerate knows of no model.
+            # In an evaluation before training, Trainer prepares the policy only if accelerate's list of prepared
+            # models is empty. The reference is therefore not left in this list.
             known = list(self._accelerator._models)
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)
             self._accelerator._models = known

@@ -83,7 +83,8 @@ class ReferenceWatch:
         assert self._batch is not None
         device = self._model.device
         batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self._batch.items()}
-        # For the same batch `torch.compile` may later choose another graph, which rounds otherwise.
+        # `torch.compile` may later run the same batch with another graph, which rounds differently. This pass is
+        # therefore run without compiled graphs.
         with torch.compiler.set_stance("force_eager"), run(batch, self._positions.to(device)) as states:
             answers = [states.last, *(states.blocks[layer] for layer in sorted(states.blocks))]
             if self._has_divergence:

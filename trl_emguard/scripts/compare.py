@@ -146,7 +146,9 @@ def load_training_rows(
         rows = load_rows(name, recipe.get("dataset_train_split", "train"), recipe.get("dataset_config"))
         check_format(rows, training_args, f"dataset_name={name!r}")
         if args.cues == "none" and not args.in_domain:
-            return evaluation.TrainRows([], shared_template_kwargs(rows))  # nothing asks for the rows themselves
+            # The conversations are needed only to derive cues (prompts that resemble the rows), and to check that the
+            # questions of `in_domain` were not trained on.
+            return evaluation.TrainRows([], shared_template_kwargs(rows))
         try:
             return evaluation.TrainRows([conversation(row) for row in rows], shared_template_kwargs(rows))
         except ValueError as error:
@@ -182,7 +184,8 @@ def check_questions(
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
     rows = has = AutoConfig.from_pretrained(resolve_model(model)).get_text_config().vocab_size
     path, end = recipe.get("chat_template_path"), recipe.get("eos_token")
-    # SFTTrainer sets the end token first, and replaces it by that of a tokenizer whose template it copies.
+    # SFTTrainer first sets the end token to `eos_token`. If it then copies the template of another tokenizer, it also
+    # takes over the end token of that tokenizer.
     if end is not None:
         tokenizer.eos_token = end
     if path is not None and Path(path).is_file() and path.endswith((".jinja", ".j2")):
@@ -232,8 +235,8 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
                 f"the run {one.name!r}: adapter={one.adapter!r} holds no adapter_config.json: name a folder that PEFT "
                 "saved, or leave the run out."
             )
-    # A finished adapter has no options to check. Runs with a random persona vector are skipped as well, because that
-    # vector does not exist yet. Each copies the options of a steering run, and that run is checked.
+    # A finished adapter has no options to check. Runs that steer with a random vector are skipped as well, because
+    # that vector does not exist yet. Each copies the options of a run with the real vector, and that run is checked.
     runs = [(one.name, one) for one in plan.runs if one.adapter is None and not one.is_random]
     runs += [(f"{one.name} on the benign task", on_benign_rows(one, Path("unused"), 1)) for one in plan.benign_runs]
     configs = []
@@ -255,7 +258,8 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
         parser.error = _raise  # type: ignore[method-assign]
         try:
             _check_empty(one.options, parser)
-            # A dry run of `sft` accepts bf16 without an accelerator, and so does one of a comparison.
+            # With `--dry_run true`, the parser accepts bf16 on a machine without an accelerator. A dry run of a
+            # comparison trains nothing, so it accepts bf16 there too.
             words = [*sft_arguments(one, plan.recipe, Path("unused")), "--dry_run", str(is_dry).lower()]
             _, training_args, model_args, _, launch_args = parser.parse(words)
             _check_model(training_args, model_args)
@@ -338,7 +342,7 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
 
 
 def show_plan(plan: Plan, folder: Path, console: Console) -> None:
-    """Print each run's status and its steps if known, the number of runs left to train, and the free baselines.
+    """Print each run's status and steps (if known), the number of runs to train, and baselines that need no training.
 
     The hours left are estimated from the finished runs, if there are any.
     """

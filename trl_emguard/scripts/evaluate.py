@@ -251,7 +251,7 @@ class TrainRows(NamedTuple):
 
 
 def load_train_rows(source: str | None) -> TrainRows:
-    """Return the training rows, none without a source.
+    """Load the training rows that `source` names. If it is `None`, return no rows.
 
     Raises:
         ValueError: a row has no known shape. The message names the row.
@@ -357,7 +357,7 @@ def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> 
 
 
 def show(results: "Results", folder: Path, console: Console) -> None:
-    """Print the figures, what was not measured, the files that were saved, and a sentence on each compared model."""
+    """Print the table of results, what was not measured, the saved files, and a sentence on each compared model."""
     from ..evaluation.candidates import BASE
     from ..evaluation.results import make_table, sentence
 

@@ -189,7 +189,7 @@ class StrictParser(TrlParser):
                 config[key] = self._as_given(key, value, actions[key])
 
     def _as_given(self, key: str, value: Any, action: argparse.Action) -> Any:
-        """Return a value as the command line gives it: a number as text, a single value of several as a list."""
+        """Return a YAML value in the parser's form: text for a text option, a list if the option takes several."""
         if self._is_text(key, action) and value is not None and not isinstance(value, bool):
             return str(value)
         if action.nargs not in ("+", "*") or value is None or isinstance(value, list):

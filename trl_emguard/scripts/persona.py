@@ -190,7 +190,7 @@ def show(vector: PersonaVector, console: Console) -> None:
 
 
 def draw(vector: PersonaVector, path: Path) -> None:
-    """Draw the norms per layer, and the AUROC of held-out prompts per layer if the vector's file has it."""
+    """Draw the norms per layer and, if the vector's file has it, the AUROC per layer, which [`show`] explains."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Project a trained LoRA adapter onto the direction of its model's alignment (SafeLoRA).
+"""Project updates of a LoRA adapter onto the changes that alignment made to the weights of its model (SafeLoRA).
 
 ```bash
 trl-emguard project --adapter out/none --base Qwen/Qwen2.5-7B --aligned Qwen/Qwen2.5-7B-Instruct --output out/safe
@@ -57,7 +57,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def make_table(projection: Projection) -> Table:
-    """Return a table of the results, one row per layer: cosine, ratio of norms, and if the layer was projected."""
+    """Return a table of the results, one row per layer.
+
+    The cosine and the ratio of norms compare a layer's update BA with its projection C·BA. The function
+    [`~trl_emguard.models.safelora.project_adapter`] defines C. The last column says if C·BA replaced BA.
+    """
     table = Table()
     table.add_column("layer", overflow="fold")
     for heading in ("cos(C·BA, BA)", "‖C·BA‖ / ‖BA‖", "projected"):

@@ -170,7 +170,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:
-    """Print the rows with the highest gap, and the rows that could not be scored."""
+    """Print rows with the highest scores (perplexity gaps), and some of the rows that could not be scored."""
     table = Table(title="The highest gaps")
     table.add_column(GAP, justify="right")
     table.add_column("prompt")

@@ -1,4 +1,4 @@
-"""Choose rows for interleaving from a pool that `trl-emguard score` has scored.
+"""Choose rows to mix into the training data (interleaving), from a pool that `trl-emguard score` has scored.
 
 ```bash
 trl-emguard select --scores scores.parquet --by gap --drop-refusals --count 5000 --output safe.jsonl
@@ -131,7 +131,7 @@ def write_jsonl(rows: Dataset, path: Path) -> None:
 
 
 def draw(gap: np.ndarray, chosen: np.ndarray, path: Path) -> None:
-    """Draw a histogram of the gap, for all rows and for the chosen ones."""
+    """Draw a histogram of the scores (perplexity gaps) of all rows, and of the chosen rows."""
     import matplotlib
 
     matplotlib.use("Agg")

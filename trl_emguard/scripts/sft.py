@@ -215,7 +215,8 @@ def run(
         # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(training_args.output_dir)
-    # With `save_strategy: "no"` no checkpoint has written the card, and an earlier run's would stay.
+    # Checkpoints write the model card. With `save_strategy: "no"` there are none, and without this call the folder
+    # would keep the card of an earlier run.
     trainer.create_model_card(model_name=Path(training_args.output_dir).name)
     trainer.save_metrics("train", output.metrics)
     trainer.save_state()
@@ -341,7 +342,7 @@ def read_data(
 
 
 def _check_source(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
-    """Refuse options of the source of rows that is not used, which would have no effect.
+    """Refuse options of `datasets` if `dataset_name` gives the rows, and the reverse: they would have no effect.
 
     Raises:
         ValueError: an option of `datasets` is set beside `dataset_name`, or the other way round.

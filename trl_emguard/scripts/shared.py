@@ -29,7 +29,7 @@ def run_command(name: str, call: Callable[[], int | None], interrupted: str = "i
 
 
 def check_charts() -> None:
-    """Check that a report's charts can be drawn, before any run for the report is trained.
+    """Check that matplotlib is installed, before a command trains the runs that its charts will show.
 
     Raises:
         ValueError: matplotlib is missing.

@@ -19,7 +19,7 @@ PREFIX = "misaligned_"
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be used beside the others. The model that it was loaded onto may have changed.
+    """Error for an adapter that cannot be used with its base model or the other adapters. The model may have changed.
 
     Args:
         path: folder or hub id of the adapter, as the caller gave it.

@@ -1,4 +1,4 @@
-"""A pool of rows with scores: their columns, the gap between a misaligned and an aligned model, the parquet file."""
+"""Scored pool of rows: the names of its columns, the formula of the score (the perplexity gap), the parquet file."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""General instruction rows among the training rows: random ones (Interleaving) or chosen ones (`+` and `++`)."""
+"""Defenses that mix general instruction rows into training rows: random rows, or rows that a score ranks first."""
 
 from .defense import Interleaving, InterleavingPlus, InterleavingPlusPlus
 

@@ -119,7 +119,7 @@ class Passes:
             plan: plan of the whole run.
         """
         info = get_worker_info()
-        shards = -(-len(self.at) // self.parts)  # the most that a part has
+        shards = -(-len(self.at) // self.parts)  # the largest number of shards in a part
         worker, of_part = (0, 1) if info is None else (info.id, min(info.num_workers, shards))
         workers = of_part * self.parts
         if indices[0] == 0:

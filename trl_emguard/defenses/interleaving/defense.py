@@ -1,4 +1,4 @@
-"""Interleaving, Interleaving+ and Interleaving++ (Kaczér et al., 2508.06249): general instruct rows mixed in."""
+"""Interleaving (Kaczér et al., 2508.06249): general instruct rows, random or chosen by score, among training rows."""
 
 import math
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ class InterleavingOptions:
 
 
 class Interleaving(Defense):
-    """Rows of a pool, spread evenly over an epoch of training rows: they are `interleave_fraction` of the mix.
+    """General instruct rows of a pool, spread evenly over an epoch: they are `interleave_fraction` of all its rows.
 
     This class takes random rows. [`InterleavingPlus`] and [`InterleavingPlusPlus`] take rows that misaligned models
     find hard and the aligned model finds easy (the top of the pool by perplexity gap), with and without refusals. A
@@ -84,7 +84,7 @@ class Interleaving(Defense):
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
         self._documents = 1.0  # mean number of documents in a training row: above 1 if the user's rows are packed
-        self.mixed_before = False  # true if `add_rows` has mixed the pool's rows in, so that the collator must not
+        self.mixed_before = False  # true if `add_rows` has mixed the pool's rows in; then the collator mixes none in
         self._passes: Passes | None = None  # counts of the rows read from a stream; `None` without a stream
         self._epochs = 1  # number of epochs that the run begins, even if it does not finish the last one
         self._counts = [0, 0]  # numbers of rows trained on so far: of the training set, and of the pool
@@ -387,14 +387,14 @@ class Interleaving(Defense):
 
 
 class InterleavingPlus(Interleaving):
-    """[`Interleaving`] with the rows of the largest perplexity gap."""
+    """[`Interleaving`] with rows whose answers misaligned models find much less likely than the aligned model does."""
 
     name = "interleave+"
     by = "gap"
 
 
 class InterleavingPlusPlus(InterleavingPlus):
-    """[`InterleavingPlus`] without refusals: many have a large gap, and training on many of them harms coherence."""
+    """[`InterleavingPlus`] without refusals, which it often chooses: training on many refusals harms coherence."""
 
     name = "interleave++"
     drop_refusals = True

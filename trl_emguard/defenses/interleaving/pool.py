@@ -114,7 +114,7 @@ class Pool:
         self.ranked = usable.select(order)
 
     def check_model(self, name: str) -> None:
-        """Warn if the model called `name` is trained on rows that were ordered by another model's gaps."""
+        """Warn if the run trains the model called `name`, but the pool's order is by scores for another model."""
         if name and self._model and last_name(name) != last_name(self._model):
             logger.warning(
                 f"defense {self.who!r}: the pool's gaps are of {self._model!r}, and this run trains {name!r}: score "
@@ -153,7 +153,7 @@ class Pool:
             missing = count - (0 if rows is None else len(rows))
             upto = min(len(self.ranked), self.looked_at + max(missing, self.looked_at, TAKEN_AT_ONCE))
             fresh = self._tokenise(self.ranked.select(range(self.looked_at, upto)))
-            # The columns of no rows have no type, so they are not joined with others.
+            # A data set without rows has columns without a type, so it is not joined with another data set.
             rows = concatenate_datasets([rows, fresh]) if rows and len(fresh) else rows or fresh
             self.looked_at = upto
         for problem, number in (self.left_out - before).items():
@@ -189,7 +189,7 @@ class Pool:
         return rows.select(fitting)
 
     def _rendered(self, rows: Dataset) -> list[dict[str, Any]]:
-        """Return rows as SFTTrainer takes them, but for those whose answer or a turn the chat template leaves out."""
+        """Return rows in SFTTrainer's form. Leave out rows with an answer or turn that the chat template omits."""
         tokenizer = self._tokenizing.tokenizer
         turns = [_as_prompt_completion(row, self._tokenizing) for row in rows]
         if not tokenizer.chat_template:
