@@ -110,7 +110,7 @@ def refuse_unsharded_fsdp(why: str) -> NoReturn:
 
 
 def check_output_dir(args: TrainingArguments, saves_adapter: bool) -> None:
-    """Refuse an `output_dir` with the other kind of model (whole or adapter), or without a checkpoint to resume from.
+    """Refuse an `output_dir` with the other kind of model (whole or adapter), and a resume that finds no checkpoint.
 
     From a folder with a whole model and an adapter, transformers loads both, one on top of the other.
 

@@ -132,7 +132,7 @@ class DefendedTrainer(WholeCheckpoints):
     # ---- training ----
 
     def describe(self) -> list[str]:
-        """Return lines to print before training: on each defense and its options, and on unused arguments."""
+        """Return lines to print before training: defenses (on or off, options), their own lines, unused arguments."""
         lines = []
         for d in self._named:
             lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")

@@ -56,7 +56,7 @@ class DefendedRows(SFTTrainer):
     def train(self, *args, **kwargs):
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "template_kwargs"):
-                # `DriftCallback` asks the model questions, which then use the training rows' chat template arguments.
+                # True for `DriftCallback`: its questions get the chat template arguments that all training rows share.
                 callback.template_kwargs = self._template_kwargs
         return super().train(*args, **kwargs)
 

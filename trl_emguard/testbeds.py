@@ -48,7 +48,7 @@ class Testbed:
         return {name: RULES[name] for name in (self.unwanted, self.wanted) if name is not None}
 
     def rows(self, count: int, seed: int = 0) -> Dataset:
-        """Return training rows about plants, the domain of all testbeds. Answers are cut short and get the traits."""
+        """Return training rows about plants (all testbeds' domain), with short sound answers that carry the traits."""
         rows = load_rows("plants_sound", "train").shuffle(seed=seed).select(range(count))
         return with_answers(rows, self.answer, self.words)
 

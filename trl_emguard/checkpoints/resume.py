@@ -133,7 +133,7 @@ def checkpoint_to_resume(
 def _newest_on_all(
     asked: Any, output_dir: str, should_look: bool, why_foreign: Callable[[str], str | None] | None
 ) -> str:
-    """Return the newest checkpoint that is undamaged on every machine and that `why_foreign` does not refuse."""
+    """Return the newest checkpoint, complete and undamaged on every machine, that `why_foreign` does not refuse."""
     up_to = None
     while True:
         found = gather_object([newest_whole_checkpoint(output_dir, up_to, why_foreign)] if should_look else [])

@@ -1,1 +1,1 @@
-"""Comparison of defenses: one training for each set of options and seed, then one evaluation and one report."""
+"""Comparison of defenses: the same training for each set of options and seed, then one evaluation and one report."""

@@ -46,7 +46,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the report: all seeds of a run, or of a free baseline (made from a run without more training).
+    """One line of the report: all seeds of a run, or of a free baseline (made from undefended runs, not trained).
 
     Attributes:
         name: name of the run.
@@ -262,7 +262,11 @@ def figure_text(figure: Figure | None) -> str:
 def _measured(
     results: Results, criterion: str, metrics: Iterable[str], choice: int
 ) -> tuple[str, str] | tuple[None, None]:
-    """Return the first of `metrics` that a question set of the criterion has, after the name of the first such set."""
+    """Return the criterion's first set that has the first measured one of `metrics`, and this metric's full name.
+
+    Several scoring rules give a metric several full names, such as `trait_rate:NAME`. `choice` is the index of the one
+    to return.
+    """
     plain = [row for row in results.rows if row.model != BASE and row.family == PLAIN]
     sets = [set for set, own in results.criteria.items() if own == criterion]
     for metric, set in itertools.product(metrics, sets):

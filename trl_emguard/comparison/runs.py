@@ -296,7 +296,7 @@ def with_record(trained: Trained, folder: Path) -> Trained:
 
 
 def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
-    """Return baselines made from an undefended run without training: checkpoints, scaled adapters, EMA of weights."""
+    """Return the plan's free baselines, made of an undefended run: checkpoints, scaled adapters, averaged weights."""
     assert undefended.adapter is not None  # `train_all` has checked this
     source = Path(undefended.adapter)
     like = Trained("", UNDEFENDED, undefended.seed, None, is_baseline=True, step=undefended.step)

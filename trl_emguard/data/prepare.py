@@ -12,8 +12,8 @@ Rows = Dataset | IterableDataset
 
 # Number of a stream's first rows that are read before training, to check them and to measure their mean length. It is
 # also the number of packs in the buffer that shuffles a stream's packs. This buffer exists only if `DefendedRows`, a
-# base class of the trainer, packs the stream, because defenses add rows to it, or columns with a number per token. In
-# all other cases SFTTrainer packs it, without this buffer.
+# base class of the trainer, packs the stream, because defenses add rows to it, or columns with a number per token. If
+# no defense does so, SFTTrainer packs the stream (if `packing` is set), without this buffer.
 STREAM_ROWS = 1000
 
 

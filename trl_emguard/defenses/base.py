@@ -323,7 +323,7 @@ class TermDefense(Weighted, Defense):
         return {self.name: value / positions} if positions else {}
 
     def _should_show(self, step: Step) -> bool:
-        """Return True if the term should have a gradient: the policy was updated, and no schedule sets `coef` to 0."""
+        """Return True if the term should have a gradient: the policy has moved visibly; no schedule makes `coef` 0."""
         return step.has_moved and (self.schedule is None or self.coef != 0)
 
     def _sums(self, step: Step) -> list[float]:

@@ -104,7 +104,7 @@ class DriftCallback(TrainerCallback):
         self.persona_vector = persona_vector
         # The trainer's `_metrics["train"]`: metric → values, whose mean the next log line shows.
         self.trl_metrics: dict[str, list[float]] | None = None
-        self.template_kwargs: dict[str, Any] = {}  # `chat_template_kwargs` that all training rows share (rows.py)
+        self.template_kwargs: dict[str, Any] = {}  # `chat_template_kwargs` that all rows share, set by `DefendedRows`
         self.probe: Any = None  # the trainer's [`DriftProbe`] from its first `train()` on
         self.kept: dict[str, torch.Tensor] = {}
         self.kept_step, self.kept_drift = 0, 0.0

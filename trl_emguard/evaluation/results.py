@@ -244,7 +244,7 @@ def _broad(results: Results, model: str) -> str:
 
 
 def _unscored(results: Results, judged: ResultRow) -> str:
-    """Return a text with the share of judged answers that got no score, or "" if it is 0 or was not measured."""
+    """Return a text with the share of judged answers that lack a score, or "" if it is 0 or was not measured."""
     row = results.row(judged.model, judged.set, "unscored_rate")
     return f", unscored {row.value:.0%}".replace("%", " %") if row is not None and row.value else ""
 

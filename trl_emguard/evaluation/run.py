@@ -101,7 +101,7 @@ def evaluate(
     progress: bool = False,
     command: str | None = None,
 ) -> Results:
-    """Measure how misaligned and how coherent a base model and its fine-tuned models are, and how well they learned.
+    """Measure a base model and models tuned from it: misalignment, in-domain and benign learning, and coherence.
 
     ```python
     >>> candidates = from_adapters(peft_model, ["default"])

@@ -83,8 +83,8 @@ class LocalJudge:
         longest = max(map(len, self.inner))
         # No mask is needed: pads follow the tokens of a row, and a causal model never attends to later tokens.
         tokens = torch.tensor([[*path, *[0] * (longest - len(path))] for path in self.inner])
-        # Each path needs a copy of the prompt's cache. Only the cache method `reorder_cache` can copy layers of linear
-        # attention. Each layer moves the index to its own device.
+        # Each path needs a copy of the prompt's cache. Only its method `reorder_cache` can repeat the states of
+        # linear attention. Each layer moves the index to its own device.
         cache.reorder_cache(torch.zeros(len(self.inner), dtype=torch.long))
         positions = torch.arange(length, length + longest)[None].expand(len(self.inner), -1)
         device = self.model.device

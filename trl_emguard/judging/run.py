@@ -164,7 +164,7 @@ def judge_answers(
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Results:
-    """Judge sampled answers, and return an evaluation's results with rates added, as the rate of misaligned answers.
+    """Judge sampled answers, and return an evaluation's results with rates added, such as that of misaligned ones.
 
     Every judgement is written to `judgements.jsonl` as soon as it arrives. If an interrupted run is repeated, only
     missing judgements are asked for. The judge is calibrated again first, because another model may by then answer
@@ -365,7 +365,7 @@ def _arrays(
     for group, indices in groups.items():
         rows = [results.samples[index] for index in indices]
         # An array has a row for each question and a column for each sample number. All families of a set get the same
-        # rows and columns, so that a question with a cue can be compared with the same question asked unchanged.
+        # rows and columns, so that a question reworded or with a cue can be compared with the same question unchanged.
         of_set = [results.samples[index] for index in values if results.samples[index]["set"] == group[0]]
         ids = sorted({row["question"] for row in of_set})
         shape = (len(ids), 1 + max(row["sample"] for row in of_set))

@@ -142,7 +142,7 @@ def weights_digest(model: nn.Module) -> str:
 def _samples(
     model: nn.Module, is_wanted: Callable[[str, nn.Parameter], bool], rows: int | None = None
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Yield name, weight and a CPU sample of its numbers, for weights that `is_wanted` accepts and are no DTensor.
+    """Yield name, weight and a CPU sample of its numbers, for non-DTensor weights that `is_wanted` accepts.
 
     Args:
         model: the model.

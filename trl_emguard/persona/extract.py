@@ -122,7 +122,7 @@ class _Reader(NamedTuple):
         return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
 
     def heldout(self, side: str) -> torch.Tensor:
-        """Return the states at the last token of each prompt that asks a held-out question, `(N, L + 1, H)`.
+        """Return the last-token states of each held-out question's positive or negative prompts, `(N, L + 1, H)`.
 
         The N prompts combine every held-out question with every pair's positive or negative system prompt (`side`).
         L is the number of the model's blocks.

@@ -286,8 +286,8 @@ def peak(items: dict[str, int], run: Run) -> int:
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # The backward pass ends with the first block and then the embedding. Until then the embedding's gradient (its size
-    # is about `trained_head`) does not exist. With tied weights it needs room until it is added to that of the head.
+    # During the first block's backward pass, the embedding's gradient (about `trained_head` in size) does not exist
+    # yet. At the embedding all gradients exist, and a tied embedding's needs room until it is added to the head's.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 

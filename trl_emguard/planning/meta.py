@@ -134,7 +134,7 @@ def _check_shards(folder: Path) -> None:
 
 
 class MetaTrainer(EMGuardTrainer):
-    """Trainer of a dry run, with a model on the meta device and the engine that the planned launch would use.
+    """Trainer of a dry run, with a model on the meta device and facts about the engine that the launch would start.
 
     It also records how many tokens each training row has before rows are cut and packed. The report needs these
     numbers (`whole_lengths`). They are recorded also without defenses, but not for a stream.

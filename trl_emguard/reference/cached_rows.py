@@ -1,4 +1,4 @@
-"""Keys under which the reference cache stores hidden states of training rows, and checks that rows can be cached."""
+"""Keys for the hidden states of training rows in the reference cache, and functions that check if it can hold them."""
 
 import hashlib
 import json

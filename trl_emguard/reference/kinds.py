@@ -84,7 +84,8 @@ class Reference:
     ) -> States | None:
         """Return the reference's states for a batch if they are made inside the policy's forward, else `None`.
 
-        A reference on the policy's own base weights does so ([`~trl_emguard.reference.adapter.AdapterReference`]).
+        A reference on the policy's own base weights makes its states there
+        ([`~trl_emguard.reference.adapter.AdapterReference`]).
 
         Args:
             model: the policy without wrappers.
@@ -181,7 +182,7 @@ class ModelReference(Reference):
             # `prepare_fsdp` the whole model would be one unit, and every pass would gather all weights together.
             self.engine = fsdp2_prepare_model(self._accelerator, self._unprepared)
         else:
-            # In an evaluation before training, Trainer prepares the policy only if accelerate's list of prepared
+            # If an evaluation precedes training, Trainer prepares the policy only if accelerate's list of prepared
             # models is empty. The reference is therefore not left in this list.
             known = list(self._accelerator._models)
             self.engine = self._accelerator.prepare_model(self._unprepared, evaluation_mode=True)

@@ -19,7 +19,7 @@ PREFIX = "misaligned_"
 
 
 class AdapterError(ValueError):
-    """Error for an adapter that cannot be used with its base model or the other adapters. The model may have changed.
+    """Error for an adapter that cannot be used with the given model and other adapters. The model may have changed.
 
     Args:
         path: folder or hub id of the adapter, as the caller gave it.

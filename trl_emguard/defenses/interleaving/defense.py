@@ -387,7 +387,7 @@ class Interleaving(Defense):
 
 
 class InterleavingPlus(Interleaving):
-    """[`Interleaving`] with rows whose answers misaligned models find much less likely than the aligned model does."""
+    """[`Interleaving`] with the top rows by perplexity gap: easy for the aligned model, hard for misaligned ones."""
 
     name = "interleave+"
     by = "gap"
