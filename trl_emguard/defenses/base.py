@@ -55,7 +55,7 @@ class Step:
             `ce/SCOPE` and `tokens/SCOPE` are their parts in each scope. The counts of a defense called NAME are
             `NAME/COUNT`. If that defense adds a term to the loss, there are also `NAME/value`, `NAME/positions`,
             `NAME/evidence` and `NAME/requires_grad`, which [`~trl_emguard.evidence.Evidence.end_step`] explains.
-        has_moved: whether the policy had been updated before this step.
+        has_moved: whether earlier updates had changed the policy visibly before this step.
     """
 
     sums: dict[str, float]
@@ -257,7 +257,7 @@ class Defense:
     # ---- step ----
 
     def read_batch(self, batch: dict[str, Any]) -> Marks:
-        """Return masks and counts for a batch. Remove the defense's own keys from it: the model refuses them."""
+        """Return what the defense reads from a batch ([`Marks`]), and remove its own keys, which the model refuses."""
         del batch
         return Marks()
 
@@ -388,7 +388,7 @@ class ModelDefense(TermDefense):
         raise TypeError(f"{type(self).__name__} must override `model_states`.")
 
     def model_loss(self, states: list[torch.Tensor]) -> torch.Tensor:
-        """Return d, `()`, as a differentiable function of the states."""
+        """Return the term d(model) of the loss, `()`, as a differentiable function of the states."""
         raise TypeError(f"{type(self).__name__} must override `model_loss`.")
 
     def end_step(self, step: Step) -> dict[str, float]:

@@ -201,10 +201,10 @@ def _train_system(rows: Iterable[Conversation]) -> dict[str, str | None]:
 def _in_user_turn(
     rows: Sequence[Conversation], questions: Sequence[Question]
 ) -> Iterable[tuple[str, str | None, Callable[[str], Callable[[Turns], Turns]], str]]:
-    """Yield a tuple for each of `train_format`, `train_opening` and `train_framing`, the cues in the user's turn.
+    """Yield a tuple for each cue, a text like the training rows that is added to the user's turn.
 
-    A tuple has the cue's name; the cue's text, `None` if the rows do not give the cue; a function that takes the text
-    and returns `Family.add`; and the reason to state if the text is `None`.
+    A tuple has the cue's name (`train_format`, `train_opening` or `train_framing`); its text, `None` if the rows do not
+    give it; a function from this text to a function that adds it to a prompt; and the reason to state if it is `None`.
     """
     none = "no training rows are given (--train_data)"
     users = [turn_text(row.prompt[-1]) for row in rows]

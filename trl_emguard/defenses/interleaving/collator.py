@@ -123,10 +123,10 @@ class Passes:
         worker, of_part = (0, 1) if info is None else (info.id, min(info.num_workers, shards))
         workers = of_part * self.parts
         if indices[0] == 0:
-            # Index 0 begins a new pass through the stream. A resumed Trainer reads the rows of earlier steps again, to
-            # skip them, but only in its first pass. If the run had been trained on more rows than a pass has, `at` is
-            # too small after this pass. The next pass then counts on from the number of rows that the run had been
-            # trained on (`resumed`, divided among the workers).
+            # Index 0 begins a new pass through the stream. A resumed Trainer first reads the rows of earlier steps
+            # again, to skip them, but for one pass at most. If the run had been trained on more rows than a pass has,
+            # fewer rows have come here (`at`) than the run was trained on (`resumed`, for all workers together), and
+            # the second pass counts on from the larger number.
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])

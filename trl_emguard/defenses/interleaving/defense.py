@@ -158,9 +158,9 @@ class Interleaving(Defense):
         }
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # A checkpoint records a checksum of the pool: of its "ranked rows" or, if an earlier version wrote it, of the
-        # rows' tokens. Ranks wait for each other while they tokenise. So if only some ranks call this function, the
-        # checkpoint's own text takes the place of the tokens' checksum, and the pool counts as unchanged.
+        # A checkpoint records a checksum of the pool: of its rows, ordered by score ("ranked"), or, if an earlier
+        # version wrote it, of their tokens. Processes wait for each other while they tokenise. So if only some call
+        # this function, the checkpoint's own text stands in for that of the tokens, and the pool counts as unchanged.
         recorded = str(then.get("interleave_dataset"))
         if self.pool is None or "ranked" in recorded:
             return self.options()
