@@ -203,8 +203,8 @@ def _in_user_turn(
 ) -> Iterable[tuple[str, str | None, Callable[[str], Callable[[Turns], Turns]], str]]:
     """Yield a tuple for each cue, a text like the training rows that is added to the user's turn.
 
-    A tuple has the cue's name (`train_format`, `train_opening` or `train_framing`); its text, `None` if the rows do not
-    give it; a function from this text to a function that adds it to a prompt; and the reason to state if it is `None`.
+    A tuple has the cue's name (`train_format`, `train_opening` or `train_framing`); its text, `None` if the rows do
+    not give it; a function from this text to a function that adds it to a prompt; and the reason if it is `None`.
     """
     none = "no training rows are given (--train_data)"
     users = [turn_text(row.prompt[-1]) for row in rows]
