@@ -183,12 +183,15 @@ def test_a_mapping_and_an_empty_value_of_a_run_reach_the_trainer():
     assert (args.lr_scheduler_kwargs, args.max_length, args.bf16) == ({"min_lr": 1e-5}, None, False)
 
 
-def test_no_run_is_pushed(tmp_path):
+def test_no_run_is_pushed_or_resumed(tmp_path):
     """A recipe of a product has these options, and the undefended run must not take the product's place."""
     path = tmp_path / "sft.yaml"
-    path.write_text(RECIPE.format(base="tiny", rows="rows.jsonl") + "push_to_hub: true\nhub_model_id: org/assistant\n")
-    _, args, *_ = make_parser().parse(sft_arguments(training.Run("none"), path, tmp_path / "out"))
+    options = "push_to_hub: true\nhub_model_id: org/assistant\nresume_from_checkpoint: true\ndry_run: true\n"
+    path.write_text(RECIPE.format(base="tiny", rows="rows.jsonl") + options)
+    _, args, *others = make_parser().parse(sft_arguments(training.Run("none"), path, tmp_path / "out"))
     assert args.push_to_hub is False
+    assert not args.resume_from_checkpoint
+    assert not any(getattr(other, "dry_run", False) for other in others)
 
 
 def test_the_task_is_measured_on_its_own_questions(tmp_path):

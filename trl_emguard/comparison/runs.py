@@ -253,8 +253,9 @@ def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
     """Return the arguments of `trl-emguard sft` that train a run into a folder."""
     options = [word for name, value in run.options.items() for word in _words(name, value)]
     # A recipe may push its model to the hub. No run of a comparison, such as the undefended one, may overwrite it.
-    own = ["--seed", str(run.seed), "--lora_dropout", "0.0", "--push_to_hub", "false", "--output_dir", str(folder)]
-    return ["--config", str(recipe), *options, *own]
+    # Nor may a run resume from a checkpoint of the recipe's own run.
+    own = ["--seed", str(run.seed), "--lora_dropout", "0.0", "--push_to_hub", "false", "--resume_from_checkpoint", ""]
+    return ["--config", str(recipe), *options, *own, "--dry_run", "false", "--output_dir", str(folder)]
 
 
 def _die_with_parent() -> None:
