@@ -78,6 +78,8 @@ def test_deepspeed_names_its_accelerator_where_it_trains(heard, monkeypatch, tra
     assert messages == [*[ACCELERATOR] * trains, KERNEL, "other", ACCELERATOR, "other"]
 
 
-@pytest.mark.parametrize(("command", "may_answer"), [("sft", False), ("demo", False), ("evaluate", True)])
+@pytest.mark.parametrize(
+    ("command", "may_answer"), [("sft", False), ("demo", False), ("compare", False), ("evaluate", True)]
+)
 def test_a_kernel_of_inference_is_missed_where_a_command_may_use_it(heard, command, may_answer):
     assert heard(command)[1].count(KERNEL) == 1 + may_answer

@@ -17,7 +17,7 @@ def leave_out_noise(command: str) -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_is_about_this_run)
     # bitsandbytes reports that it cannot load a CPU kernel for 4-bit inference. Training never calls this kernel.
-    if command in ("sft", "demo"):
+    if command in ("sft", "demo", "compare"):
         logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_training)
 
 
