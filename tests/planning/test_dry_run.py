@@ -348,7 +348,6 @@ def test_the_reference_is_named(report, peft, engine, kind):
 
 
 def test_quantised_models(report):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this platform")
     four, whole = (
         report("--defense", "kl", "--dtype", "bfloat16", *more) for more in (["--load_in_4bit", "true"], [])
     )
@@ -384,7 +383,6 @@ def test_a_checkpoint_of_another_quantisation_is_told(quantised):
 
 
 def test_a_checkpoint_in_4_bits_is_counted_as_one_that_is_loaded_in_4_bits(quantised, report):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this platform")
     said, heard = quantised("bitsandbytes", load_in_4bit=True, _load_in_4bit=True)
     whole, loaded = (
         report(*more, "--bf16", "true", "--dtype", "float32") for more in ([], ["--load_in_4bit", "true"])

@@ -73,7 +73,6 @@ def test_large_shapes_have_their_published_size(name, published):
 
 
 def test_four_bits_are_packed():
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this platform")
     whole, packed = (count_weights(scaling.meta_model("Qwen2.5-7B", tuning)) for tuning in ("lora", "qlora"))
     assert packed.total == whole.total
     assert packed.trained == whole.trained
