@@ -52,12 +52,13 @@ class DefendedTrainer(WholeCheckpoints):
     Raises:
         TypeError: the config does not inherit [`DefenseArguments`], or the mixin stands behind the TRL trainer.
         ValueError: a defense needs a loss or hooks on rows that this trainer does not have, or surrounds the policy in
-            a trainer that also needs the policy's likelihoods without it (RLOO, and some settings of GRPO).
+            a trainer that also needs the policy's likelihoods without it (RLOO, KTO's default, some of GRPO).
         InactiveDefenseError: from [`train`], after saving: the run turned out not to be defended.
     """
 
     forms_own_loss: ClassVar[bool] = False  # true if the class, not TRL, forms the loss for defenses with `own_loss`
     prepares_rows: ClassVar[bool] = False  # true if the class calls all `ROW_HOOKS`
+    compares_weights: ClassVar[bool] = True  # true if resuming compares weights, which a dry run does not have
     _is_over = False  # true once training has ended: then `Defense.verdict` is called with `final=True`
     _has_begun = False  # true from the first `train()` on
 
@@ -195,18 +196,17 @@ class DefendedTrainer(WholeCheckpoints):
                     "so nothing shows that it acts."
                 )
 
-    def check_resume(self, checkpoint: Any, compare_weights: bool = True) -> None:
+    def check_resume(self, checkpoint: Any) -> None:
         """Refuse a checkpoint of another run or with other defenses; otherwise restore the defenses' state from it.
 
         Args:
             checkpoint: folder of a whole checkpoint.
-            compare_weights: whether the weights of model and reference are compared. A dry run has no weights.
 
         Raises:
             ValueError: this run has another defense, option, reference, model, seed or rows.
         """
         record = read_defense_file(checkpoint)
-        why = why_other(record, self._record(), self.defenses, compare_weights, is_on_all_ranks=True)
+        why = why_other(record, self._record(), self.defenses, self.compares_weights, is_on_all_ranks=True)
         if why is not None:
             raise ValueError(f"{checkpoint} {why}")
         if record is None:
@@ -219,7 +219,7 @@ class DefendedTrainer(WholeCheckpoints):
 
     def why_foreign(self, checkpoint: str) -> str | None:
         try:
-            return why_other(read_defense_file(checkpoint), self._record(), self.defenses)
+            return why_other(read_defense_file(checkpoint), self._record(), self.defenses, self.compares_weights)
         except ValueError as error:
             return str(error)
 

@@ -85,8 +85,8 @@ class WholeCheckpoints(Trainer):
         more = f" (and {len(unsaved) - 1} more)" if len(unsaved) > 1 else ""
         return (
             f"the weight {unsaved[0]!r}{more} is trained and belongs to no adapter. PEFT saves adapters alone, so no "
-            "checkpoint and no saved model holds what it learns. Name its module in the adapter's config: "
-            f"modules_to_save=[{module!r}]."
+            "saved model holds what it learns, and no checkpoint but DeepSpeed's. Name its module in the adapter's "
+            f"config: modules_to_save=[{module!r}]."
         )
 
     def why_foreign(self, checkpoint: str) -> str | None:

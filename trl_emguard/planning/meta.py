@@ -22,9 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ..checks import Engine, load_config
 from ..config import EMGuardConfig
-from ..evidence import read_defense_file
 from ..models.load import text_tokenizer
-from ..record import why_other
 from ..reference.cache import reference_cache_dir
 from ..reference.choose import reference_kind
 from ..reference.kinds import ModelReference
@@ -145,6 +143,7 @@ class MetaTrainer(EMGuardTrainer):
     """
 
     counts_whole_rows = True
+    compares_weights = False
 
     def __init__(self, launch: Launch, *args: Any, **kwargs: Any):
         self.launch = launch
@@ -152,12 +151,6 @@ class MetaTrainer(EMGuardTrainer):
 
     def _engine_facts(self) -> Engine:
         return replace(self.launch.facts, is_fp16=super()._engine_facts().is_fp16)
-
-    def why_foreign(self, checkpoint: str) -> str | None:
-        try:
-            return why_other(read_defense_file(checkpoint), self._record(), self.defenses, compare_weights=False)
-        except ValueError as error:
-            return str(error)
 
 
 def meta_trainer(

@@ -83,7 +83,7 @@ class Plan:
         """
         args, rows = trainer.args, trainer.train_dataset
         if args.resume_from_checkpoint:
-            trainer.check_resume(trainer.find_checkpoint(args.resume_from_checkpoint), compare_weights=False)
+            trainer.check_resume(trainer.find_checkpoint(args.resume_from_checkpoint))
         extra = _count_extra_rows(trainer)
         loader = trainer.get_train_dataloader()
         _, steps_in_epoch, *_, steps = trainer.set_initial_training_values(args, loader)

@@ -140,24 +140,26 @@ def load_training_rows(
             )
         return evaluation.load_train_rows(args.train_data)
     args.train_data, reason = name, None
+    kwargs: dict[str, Any] = {}
     if name is None or recipe.get("dataset_streaming"):
         reason = "they come from `datasets`, or as a stream"
     else:
         rows = load_rows(name, recipe.get("dataset_train_split", "train"), recipe.get("dataset_config"))
         check_format(rows, training_args, f"dataset_name={name!r}")
+        kwargs = shared_template_kwargs(rows)
         if args.cues == "none" and not args.in_domain:
             # The conversations are needed only to derive cues (prompts that resemble the rows), and to check that the
             # questions of `in_domain` were not trained on.
-            return evaluation.TrainRows([], shared_template_kwargs(rows))
+            return evaluation.TrainRows([], kwargs)
         try:
-            return evaluation.TrainRows([conversation(row) for row in rows], shared_template_kwargs(rows))
+            return evaluation.TrainRows([conversation(row) for row in rows], kwargs)
         except ValueError as error:
             reason = str(error)
     say(
         f"Note: the recipe's rows are no source of cues, and are not compared with held-out rows: {reason}. Name rows "
-        "by `train_data` in `evaluate`."
+        "that are conversations by `train_data` in `evaluate`."
     )
-    return evaluation.TrainRows([], {})
+    return evaluation.TrainRows([], kwargs)
 
 
 def check_questions(

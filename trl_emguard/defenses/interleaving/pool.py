@@ -294,7 +294,7 @@ def _asked(row: dict[str, Any]) -> str | None:
         if isinstance(turns, str):
             return " ".join(turns.split()).casefold()
         if isinstance(turns, list):
-            user = [turn for turn in turns if turn.get("role", turn.get("from")) in USER_ROLES]
+            user = [turn for turn in turns if str(turn.get("role", turn.get("from"))).lower() in USER_ROLES]
             asked = user[-1].get("content", user[-1].get("value")) if user else None
             if isinstance(asked, str):
                 return " ".join(asked.split()).casefold()
