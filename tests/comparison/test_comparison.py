@@ -398,12 +398,30 @@ def test_a_page_is_the_same_twice(tmp_path):
     assert pages[0] == pages[1]
 
 
-def test_a_sweep_is_a_curve(tmp_path):
-    trained = [Trained(f"kl {c}", "kl", 0, "x", coefficient=c) for c in (0.1, "0.4->0.05", 1.0)]
+def test_a_sweep_is_a_curve(tmp_path, monkeypatch):
+    """Runs that differ in another option as well, or in another defense's coefficient, are a curve of their own."""
+    from matplotlib.axes import Axes
+
+    names = {
+        "kl": ("weak", "strong", "a schedule"),
+        "kl,ldifs": ("kl,ldifs kl_coef={}", "kl,ldifs ldifs_coef={}", "kl,ldifs kl_coef={} learning_rate=1e-4"),
+    }
+    named = [Trained(n, "kl", 0, "x", coefficient=c) for n, c in zip(names["kl"], (0.1, 1.0, "1->0.1"), strict=True)]
+    swept = [Trained(n.format(c), "kl,ldifs", 0, "x", coefficient=c) for n in names["kl,ldifs"] for c in (0.5, 2.0)]
+    trained = [*named, *swept, Trained("kl kl_coef=3.0", "kl", 0, "x", coefficient=3.0)]
     rows = [row(run.key, set, metric, -0.5) for run in trained for set, metric in
             (("general", "margin"), ("in_domain", "nll"))]  # fmt: skip
+    drawn, plot = {}, Axes.plot
+
+    def record(axis, x, *args, label=None, **kwargs):
+        drawn[label] = list(x)
+        return plot(axis, x, *args, label=label, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", record)
     text = write_page(make_report(trained, results(rows)), tmp_path, INFO).read_text(encoding="utf-8")
     assert "By coefficient" in text
+    curves = {name.removesuffix(", broad"): x for name, x in drawn.items() if name.endswith(", broad")}
+    assert curves == {"kl": [0.1, 1.0]} | {name.replace("={}", ""): [0.5, 2.0] for name in names["kl,ldifs"]}
 
 
 def test_drift_is_a_curve_of_the_runs_that_logged_it(tmp_path):

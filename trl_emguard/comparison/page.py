@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,14 +181,17 @@ def _charts(report: Report) -> list[dict[str, Any]]:
 def _sweeps(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     """Return the sweeps over a coefficient: name → entries, sorted by coefficient.
 
-    A sweep has at least two entries of one defense with a number as coefficient. A schedule is no number. The
-    baselines `alpha X` are a sweep too, and so are the runs of one defense with a random vector.
+    A sweep has at least two entries whose names differ in the value of one `…_coef` alone, a number. A schedule is no
+    number. Entries with names of the user's own are a sweep if they have the same defense. The baselines `alpha X` are
+    a sweep too, and so are the runs with a random vector.
     """
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         run = entry.trained[0]
         if isinstance(run.coefficient, float):
-            name = "alpha" if run.is_baseline else run.defense + (RANDOM if run.is_random else "")
+            name = re.sub(r"(_coef)=\S+", r"\1", run.name)
+            if name == run.name:
+                name = "alpha" if run.is_baseline else run.defense + (RANDOM if run.is_random else "")
             found.setdefault(name, []).append(entry)
     return {
         name: sorted(group, key=lambda entry: entry.trained[0].coefficient or 0.0)
