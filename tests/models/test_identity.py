@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
 from tiny import lora, make_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_emguard.models.identity import adapter_scales, fingerprint, weight_checksums
 
@@ -23,8 +24,14 @@ def plain_fingerprint(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fingerprint_is_that_of_old_records(dtype):
-    model = make_model("gpt_neox", dtype)
-    assert fingerprint(model) == plain_fingerprint(model)
+    for model in (make_model("gpt_neox", dtype), make_model("gemma2", dtype), make_gpt2(dtype)):
+        assert fingerprint(model) == plain_fingerprint(model)
+
+
+def make_gpt2(dtype):
+    """Return a tiny GPT-2, whose layers have buffers of booleans."""
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 32}
+    return GPT2LMHeadModel(GPT2Config(**sizes)).to(dtype)
 
 
 def test_adapters_are_left_out_of_a_fingerprint_by_name():
@@ -49,6 +56,17 @@ def test_every_weight_changes_the_fingerprint():
             parameter.add_(1)
         found.add(fingerprint(model))
     assert len(found) == 1 + len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_packed_weights_in_buffers_change_the_fingerprint(dtype):
+    """AWQ and GPTQ layers keep their weights in buffers of integers."""
+    found = set()
+    for value in range(2):
+        model = make_model()
+        model.model.layers[0].register_buffer("qweight", torch.full((8, 8), value, dtype=dtype))
+        found.add(fingerprint(model))
+    assert len(found | {fingerprint(make_model())}) == 3
 
 
 @pytest.mark.parametrize(("init", "is_whole"), [("gaussian", True), ("orthogonal", True), ("pissa_niter_2", False)])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from itertools import chain
 
 import torch
 from peft import PeftModel
@@ -22,6 +23,9 @@ from .sharding import gathered
 # About this many evenly spaced values are sampled from a weight. For a checksum, all of them come from the weight's
 # first `SAMPLES` rows.
 SAMPLES = 64
+# Types of the buffers that hold the weights of AWQ and GPTQ layers. Other buffers of integers, such as positions, have
+# 64 bits.
+PACKED = (torch.int32, torch.int16, torch.int8, torch.uint8)
 # Prefix of an fp16 weight's checksum. Samples of fp16 weights, unlike all others, are not rounded to bf16, so their
 # checksums can be compared only with one another.
 FP16 = "fp16:"
@@ -115,7 +119,7 @@ def weight_checksums(model: nn.Module) -> dict[str, str]:
         if name.split(".")[0] not in ORIGINALS
     }
 
-    def is_compared(name: str, parameter: nn.Parameter) -> bool:
+    def is_compared(name: str, parameter: torch.Tensor) -> bool:
         return (
             id(parameter) not in added
             and not parameter.is_meta
@@ -140,9 +144,11 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _samples(
-    model: nn.Module, is_wanted: Callable[[str, nn.Parameter], bool], rows: int | None = None
-) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    model: nn.Module, is_wanted: Callable[[str, torch.Tensor], bool], rows: int | None = None
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield name, weight and a CPU sample of its numbers, for non-DTensor weights that `is_wanted` accepts.
+
+    Buffers of packed integers count as weights: those of AWQ and GPTQ layers are no parameters.
 
     Args:
         model: the model.
@@ -150,7 +156,8 @@ def _samples(
         rows: number of first rows to sample from; by default all rows. If given, the distance between neighbouring
             sampled numbers is odd, so that not all of them fall into the same columns.
     """
-    for name, parameter in model.named_parameters():
+    packed = ((name, buffer) for name, buffer in model.named_buffers() if buffer.dtype in PACKED)
+    for name, parameter in chain(model.named_parameters(), packed):
         if isinstance(parameter, DTensor) or not is_wanted(name, parameter):
             continue
         if parameter.is_meta:
