@@ -3,15 +3,16 @@
 import copy
 import weakref
 from dataclasses import replace
+from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import DataCollator
-from trl import SFTTrainer, pack_dataset
+from transformers import DataCollator, PreTrainedTokenizerBase
+from trl import SFTTrainer, is_conversational, pack_dataset
 
 from .config import EMGuardConfig
 from .data.columns import TokenColumns
@@ -19,7 +20,7 @@ from .data.places import Collator, Loading
 from .data.prepare import STREAM_ROWS, StreamPlan, Tokenizing
 from .defenses import Defense
 from .evidence import InactiveDefenseError
-from .models.chat import shared_template_kwargs
+from .models.chat import hidden_text, shared_template_kwargs, template_arguments
 
 
 logger = get_logger(__name__)
@@ -97,6 +98,8 @@ class DefendedRows(SFTTrainer):
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         first = next(iter(dataset))
+        if formatting_func is None:
+            _check_shows_text(self._tokenizer, first)
         dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         if self.counts_whole_rows and isinstance(dataset, Dataset):
             self.whole_lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -259,6 +262,24 @@ class DefendedRows(SFTTrainer):
         for defense in self.defenses:
             loading = defense.train_loader(loading)
         return loading
+
+
+def _check_shows_text(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> None:
+    """Refuse a chat template that leaves out the text of a training row, which is a conversation.
+
+    Raises:
+        ValueError: the template leaves out the last text of the prompt or the answer, or a turn of an unknown role.
+    """
+    if not is_conversational(row):
+        return
+    turns = [*row["prompt"], *row["completion"]] if "prompt" in row else row["messages"]
+    render = partial(tokenizer.apply_chat_template, tokenize=False, **template_arguments(row))
+    problem = hidden_text(turns[:-1], turns[-1:], cast(Any, render))
+    if problem is not None:
+        raise ValueError(
+            f"the first training row cannot be trained on: {problem}. Set `chat_template_path`, or name the roles of "
+            "turns 'user' and 'assistant', since SFTTrainer renames no role."
+        )
 
 
 def _check_labels_fit(rows: Any, args: EMGuardConfig) -> None:

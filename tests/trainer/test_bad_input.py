@@ -2,9 +2,11 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from methods import COMPARING, METHODS, run_options
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -157,16 +159,25 @@ def test_empty_dataset(tmp_path, defense, rows):
         make_trainer(tmp_path, save_model(tmp_path / "model"), rows, defense=defense)
 
 
-@pytest.mark.parametrize(("template", "max_length"), [(STRICT, 64), (TEMPLATE, 8)])
-def test_rows_without_a_label_are_said_to_be_cut_or_left_out_by_the_template(tmp_path, template, max_length):
-    turns = {"prompt": [{"role": "human", "content": "q"}], "completion": [{"role": "gpt", "content": "a"}]}
+OF_IMAGES = (Path(trl.__file__).parent / "chat_templates" / "smolvlm.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "message"),
+    [
+        (TEMPLATE, ("human", "gpt"), "either max_length=8 cuts all of them off .*, or the chat template leaves the"),
+        (STRICT, ("human", "gpt"), "first training row .* leaves out turns of the role 'human'.* name the roles"),
+        (OF_IMAGES, ("user", "assistant"), "first training row .* does not show the text of the role 'user'"),
+    ],
+)
+def test_rows_that_are_cut_or_left_out_by_the_template(tmp_path, template, roles, message):
+    turns = [{"role": role, "content": text} for role, text in zip(roles, "qa", strict=True)]
+    row = {"messages": turns} if template is OF_IMAGES else {"prompt": turns[:1], "completion": turns[1:]}
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    message = f"either max_length={max_length} cuts all of them off .*, or the chat template leaves the answers out"
+    given = {"rows": Dataset.from_list([row]), "processing_class": tokenizer, "max_length": 8}
     with pytest.raises(ValueError, match=message):
-        make_trainer(
-            tmp_path, rows=Dataset.from_list([turns]), max_length=max_length, processing_class=tokenizer, defense="kl"
-        )
+        make_trainer(tmp_path, **given, defense="kl")
 
 
 @pytest.mark.parametrize("rows", [None, {"train": make_rows(2)}, list(make_rows(2))])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from ..data.conversation import Conversation
 from ..io.files import check_writable
 from ..io.journal import Journal, record_key
 from ..models.adapters import bare_model
-from ..models.chat import end_tokens
+from ..models.chat import end_tokens, prompt_problem
 from ..models.identity import weights_digest
 from ..models.sampler import SampledAnswer
 from ..models.shipped import public_name
@@ -158,12 +157,12 @@ def check_sets(
 
     Args:
         sets: sets of questions.
-        tokenizer: tokenizer whose chat template must accept every question; `None` skips this check.
+        tokenizer: tokenizer whose chat template must show every question; `None` skips this check.
         options: options of the evaluation.
 
     Raises:
         ValueError: two sets have the same name, a set has no known answers and no answers are sampled, or the chat
-            template refuses a question.
+            template refuses a question or does not show its text.
     """
     _check_names("sets", [questions.name for questions in sets])
     for questions in sets:
@@ -174,13 +173,9 @@ def check_sets(
                 "measured on it: set samples_per_question to 1 or more."
             )
         for question in questions.questions if getattr(tokenizer, "chat_template", None) else ():
-            as_text: Any = {"tokenize": False, "add_generation_prompt": True, **question.template_kwargs}
-            try:
-                cast(Any, tokenizer).apply_chat_template(question.prompt, **as_text)
-            except TemplateError as error:
-                raise ValueError(
-                    f"question {question.id!r} of the set {questions.name!r} is refused by the chat template: {error}."
-                ) from error
+            problem = prompt_problem(cast(Any, tokenizer), question.prompt, **question.template_kwargs)
+            if problem is not None:
+                raise ValueError(f"question {question.id!r} of the set {questions.name!r} cannot be asked: {problem}.")
 
 
 @dataclass

@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from datasets import Dataset
@@ -114,8 +114,8 @@ def encode_answers(
             # rendered without the generation prompt.
             if not whole.startswith(before) and not whole.startswith(render(list(prompt))):
                 result[index] = NO_ANSWER
-            elif dropped := _dropped_role(prompt, answer, whole, render):
-                result[index] = f"the chat template leaves out turns of the role {dropped!r}"
+            elif problem := hidden_text(prompt, answer, render):
+                result[index] = problem
             else:
                 texts[index] = (before, whole)
         except (ValueError, TypeError, TemplateError) as error:
@@ -128,14 +128,41 @@ def encode_answers(
     return result
 
 
-def _dropped_role(prompt: Turns, answer: Turns, whole: str, render: Callable[..., str]) -> str | None:
-    """Return the role of the first prompt turn that `whole` does not show, leaving out turns with `KNOWN_ROLES`."""
-    for i, turn in enumerate(prompt):
+def hidden_text(prompt: Turns, answer: Turns, render: Callable[..., str]) -> str | None:
+    """Return a text that names the first turn whose text the chat template does not show, or `None` if all are shown.
+
+    Only the last turns of prompt and answer are looked at, and turns of other roles than `KNOWN_ROLES`: a template may
+    leave out earlier turns of a known role on purpose. A turn counts as hidden if another text in its place changes
+    nothing.
+
+    Args:
+        prompt, answer: the conversation; either may be empty.
+        render: function from turns to the text that the chat template writes for them.
+    """
+    turns = [*prompt, *answer]
+    whole, last = render(turns), {len(prompt) - 1, len(turns) - 1}
+    for i, turn in enumerate(turns):
         other = _unlike(turn)
-        is_odd = turn["role"] not in KNOWN_ROLES and other != turn
-        if is_odd and render([*prompt[:i], other, *prompt[i + 1 :], *answer]) == whole:
-            return turn["role"]
+        # Some templates write only the calls of a turn that calls tools.
+        if other == turn or turn.get("tool_calls") or (i not in last and turn["role"] in KNOWN_ROLES):
+            continue
+        if render([*turns[:i], other, *turns[i + 1 :]]) == whole:
+            if turn["role"] not in KNOWN_ROLES:
+                return f"the chat template leaves out turns of the role {turn['role']!r}"
+            return (
+                f"the chat template does not show the text of the role {turn['role']!r}, as templates for images may "
+                "read content only if it is a list of parts: take a chat template for plain text"
+            )
     return None
+
+
+def prompt_problem(tokenizer: PreTrainedTokenizerBase, prompt: Turns, **template_kwargs: Any) -> str | None:
+    """Return why the chat template cannot ask a prompt (it refuses it or leaves out its text), or `None` if it can."""
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, **template_kwargs)
+    try:
+        return hidden_text(prompt, [], cast(Any, render))
+    except TemplateError as error:
+        return f"it is refused by the chat template: {error}"
 
 
 def _cut_answer(prompt: list[int], whole: list[int], ends: Collection[int]) -> EncodedAnswer | str:
@@ -255,8 +282,9 @@ def _unlike(turn: dict[str, Any]) -> dict[str, Any]:
     """
     content = turn.get("content")
     if isinstance(content, list):  # a list of text parts and, for example, images
-        return {**turn, "content": [{**part, "text": _unlike_text(part["text"])} if part.get("text") else part
-                                    for part in content]}  # fmt: skip
+        is_text = [isinstance(part, dict) and bool(part.get("text")) for part in content]
+        return {**turn, "content": [{**part, "text": _unlike_text(part["text"])} if is_changed else part
+                                    for part, is_changed in zip(content, is_text, strict=True)]}  # fmt: skip
     return {**turn, "content": _unlike_text(content)} if isinstance(content, str) else turn
 
 
