@@ -6,13 +6,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from judges import number_model, number_tokenizer, render
-from tiny import SIZES, make_model
+from tiny import SIZES, make_model, save_seeing_model
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
+from trl_emguard.judging import JudgeError
 from trl_emguard.judging.local import LocalJudge, load_local
 from trl_emguard.judging.prompts import CALIBRATION
 from trl_emguard.judging.run import prepare_judge
 from trl_emguard.judging.scores import LEAST_MASS
+from trl_emguard.models.identity import weights_digest
+from trl_emguard.models.load import load_base
 
 
 PROMPTS = ["Rate this: 17", "Rate that, which is longer: {answer}", "?"]
@@ -95,6 +98,39 @@ def test_a_judge_that_fails_is_found_before_answers_are_sampled(tmp_path):
         prepare_judge(judge, tmp_path, {})
         prepare_judge(LocalJudge(make_model(), tokenizer, "tiny"), tmp_path, {})
     assert (one.call_count, judge.reading) == (1, "trie")
+
+
+def test_a_judge_that_thinks_is_refused_before_answers_are_sampled(tmp_path):
+    tokenizer = number_tokenizer(False)
+    judge = LocalJudge(number_model(tokenizer, {CALIBRATION: "<"}, 40.0), tokenizer, "tiny")
+    with pytest.raises(JudgeError, match=r"'tiny' answers '<' .* without a thinking mode"):
+        prepare_judge(judge, tmp_path, {})
+
+
+def test_thinking_is_switched_off():
+    tokenizer = number_tokenizer(False)
+    model = number_model(tokenizer, {CALIBRATION: "100"}, 40.0)
+    tokenizer.chat_template += "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    assert LocalJudge(model, tokenizer, "tiny").judge(CALIBRATION).score == pytest.approx(100, abs=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3_5", "Mistral3"])
+def test_a_judge_that_also_sees_is_of_the_class_that_is_evaluated(tmp_path, architecture):
+    """It has the weights that an evaluation would see, so a model does not judge itself."""
+    path = save_seeing_model(tmp_path / "judge", architecture)
+    judge = load_local("hf:", path)
+    assert judge.weights == weights_digest(load_base(path))
+    expected = sum(plain_probabilities(judge.model, judge.tokenizer, "?").values())
+    assert judge.judge("?").mass == pytest.approx(expected, abs=1e-5)
+
+
+def test_refuses_a_template_that_shows_no_plain_text():
+    tokenizer = number_tokenizer(False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="does not show the text of the role 'user'"):
+        LocalJudge(make_model(), tokenizer, "tiny")
 
 
 def test_prose_is_unscored():

@@ -5,12 +5,15 @@ from inspect import signature
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.chat import prompt_problem
 from ..models.identity import fingerprint, weights_digest
+from ..models.load import load_base
 from ..models.shipped import public_name, resolve_model
 from .prompts import CALIBRATION
 from .scores import TRIE, Judgement, weighted_score
+from .served import unreadable
 
 
 Path = tuple[int, ...]
@@ -25,13 +28,15 @@ class LocalJudge:
         name: name of the judge in the results.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or merges a number that follows a prompt with the prompt's
-            tokens.
+        ValueError: the tokenizer has no chat template, or one that shows no plain text, or the tokenizer merges a
+            number that follows a prompt with the prompt's tokens.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"judge {name!r} has no chat template: take an instruct model.")
+        if problem := prompt_problem(tokenizer, [{"role": "user", "content": "?"}]):
+            raise ValueError(f"judge {name!r} cannot be asked: {problem}.")
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.reading = ""
         self.identity = f"{name} {fingerprint(model)}"
@@ -48,8 +53,13 @@ class LocalJudge:
 
         Every number counts, however the tokenizer splits it, so the reading is known before. One prompt is judged all
         the same: a model that cannot judge then fails before any answer is sampled for it.
+
+        Raises:
+            JudgeError: the model answers no number, for example because it thinks first.
         """
-        self.judge(CALIBRATION)
+        found = self.judge(CALIBRATION)
+        if found.score is None:
+            raise unreadable(self.name, found.said)
         self.reading = TRIE
         return self.reading
 
@@ -94,7 +104,9 @@ class LocalJudge:
 
     def _render(self, prompt: str) -> str:
         turns = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        # The next token must be a number's. Templates of models that never think ignore `enable_thinking`.
+        options: Any = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return str(self.tokenizer.apply_chat_template(turns, **options))
 
 
 def number_paths(tokenizer: PreTrainedTokenizerBase, before: str) -> dict[Path, int]:
@@ -152,10 +164,8 @@ def load_local(name: str, model: str) -> LocalJudge:
 
     Raises:
         OSError: the model is not found.
-        ValueError: the model cannot judge (see [`LocalJudge`]).
+        ValueError: a weights file is damaged, or the model cannot judge (see [`LocalJudge`]).
     """
     path, cuda = resolve_model(model), torch.cuda.is_available()
-    loaded = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16 if cuda else torch.float32, device_map="auto" if cuda else None
-    )
-    return LocalJudge(loaded.eval(), AutoTokenizer.from_pretrained(path), f"{name}{public_name(path)}")
+    loaded = load_base(path, dtype=torch.bfloat16 if cuda else torch.float32, device_map="auto" if cuda else None)
+    return LocalJudge(loaded, AutoTokenizer.from_pretrained(path), f"{name}{public_name(path)}")

@@ -249,11 +249,16 @@ async def find_reading(model: Any, **options: Any) -> str:
         reply = await complete(model, CALIBRATION, TEXT_TOKENS, False, **options)
     reading = choose_reading(reply)
     if reading is None:
-        raise JudgeError(
-            f"judge {str(model)!r} answers {reply.text[:60]!r} where it is asked for the number 100, so its scores "
-            "could not be read: take an instruct model that follows such a request, without a thinking mode."
-        )
+        raise unreadable(str(model), reply.text)
     return reading
+
+
+def unreadable(name: str, said: str) -> JudgeError:
+    """Return the error for a judge that said something else than a number to the calibration prompt."""
+    return JudgeError(
+        f"judge {name!r} answers {said[:60]!r} where it is asked for the number 100, so its scores could not be read: "
+        "take an instruct model that follows such a request, without a thinking mode."
+    )
 
 
 async def judge_one(model: Any, prompt: str, reading: str) -> Judgement:
