@@ -15,8 +15,8 @@ from trl_emguard.models.sampler import sample_answers
 QUESTIONS = [{"id": f"q{i}", "paraphrases": [f"Why {i}?"]} for i in range(3)]
 
 
-def answers(folder, model, **model_args):
-    """Return id → output of a task that asks each question twice, through inspect_ai."""
+def answers(folder, model, ids=None, **model_args):
+    """Return id → output of a task that asks each question twice, through inspect_ai, for all samples or `ids`."""
     from inspect_ai import eval as inspect_eval
     from inspect_ai.model import ModelOutput, ModelUsage, get_model
 
@@ -37,6 +37,7 @@ def answers(folder, model, **model_args):
         model_roles={"judge": judge},
         log_dir=str(folder / "logs"),
         display="none",
+        sample_id=ids,
         max_tokens=8,
     )
     assert log.status == "success", log.error
@@ -53,6 +54,19 @@ def test_answers_are_the_samplers(tmp_path):
     assert all(0 < output.usage.output_tokens <= 8 for output in found[1].values())
     plain = answers(tmp_path / "plain", model)
     assert sorted(output.completion for output in plain.values()) != sorted(texts[1].values())
+
+
+def test_samples_that_are_asked_again_later_get_seeds_of_their_own(tmp_path):
+    """In another process, as `inspect eval-retry` asks them, no answer is a copy of an earlier one.
+
+    Here another size of the batches makes inspect_ai load the model anew.
+    """
+    model = save_model(tmp_path / "model")
+    halves = [
+        answers(tmp_path / f"half{i}", model, [f"q{q}#{i}" for q in range(3)], batch_size=1 + i) for i in range(2)
+    ]
+    texts = [output.completion for half in halves for output in half.values()]
+    assert len(set(texts)) == len(texts) == 6
 
 
 def test_greedy_answers_are_the_samplers_to_the_letter(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 import torch
+from inspect_ai.log._samples import sample_active
 from inspect_ai.model import ChatMessage, GenerateConfig, ModelAPI, ModelOutput, ModelUsage, modelapi
 
 from ..evaluation.candidates import check_candidates, load_candidates
@@ -35,8 +36,8 @@ class OwnSampler(ModelAPI):
     """A model in this process, sampled in batches from its plain distribution: without top-k and top-p.
 
     `trl-emguard evaluate` samples in the same manner. Each answer has a seed of its own, computed from the request's
-    seed, the prompt, and the number of times that the prompt was asked before. So an answer depends neither on the
-    other answers in its batch nor on their order.
+    seed, the prompt, the sample's id and epoch, and the number of times that the sample asked the prompt before. So an
+    answer depends neither on the other answers in its batch nor on their order.
 
     Args:
         model_name: folder, hub id or shipped name of the model.
@@ -66,7 +67,7 @@ class OwnSampler(ModelAPI):
         check_candidates(candidates, self.tokenizer)
         self.candidate = candidates[-1]
         self.batch_size = batch_size or (SAMPLED_ON_GPU if torch.cuda.is_available() else SAMPLED_ON_CPU)
-        self.asked: Counter[tuple[int, ...]] = Counter()
+        self.asked: Counter[str] = Counter()
         self.waiting: list[_Request] = []
         self.lock = anyio.Lock()
 
@@ -107,10 +108,16 @@ class OwnSampler(ModelAPI):
         return output
 
     def _seed(self, ids: Sequence[int], seed: int | None) -> int:
-        """Return the seed of an answer, a different seed each time that the same prompt is asked."""
-        self.asked[tuple(ids)] += 1
-        text = f"{seed} {self.asked[tuple(ids)]} {list(ids)}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+        """Return the seed of an answer, a different seed each time that the same prompt is asked.
+
+        The id and epoch of inspect_ai's sample are part of the seed, because `inspect eval-retry` asks the samples
+        that are left in another process, which does not know how often the prompt was asked before.
+        """
+        active = sample_active()
+        place = "" if active is None else f"{active.sample.id} {active.epoch}"
+        text = f"{seed} {place} {list(ids)}"
+        self.asked[text] += 1
+        return int.from_bytes(hashlib.sha256(f"{text} {self.asked[text]}".encode()).digest()[:6])
 
     async def _answer(self, settings: tuple[int, float]) -> None:
         """Answer a batch of waiting requests that have the given settings (token limit, temperature)."""
