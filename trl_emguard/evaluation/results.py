@@ -93,21 +93,18 @@ class Results:
         return next((row for row in self.rows if (row.model, row.set, row.family, row.metric) == wanted), None)
 
     def of_criterion(self, model: str, criterion: str, *metrics: str) -> list[ResultRow]:
-        """Return a model's `metrics` rows on plain questions, from the first set of kind `criterion` with such rows.
+        """Return a model's `metrics` rows on plain questions, from all sets of kind `criterion`, one after the other.
 
         A metric's name also selects its variants: `trait_rate` selects `trait_rate:NAME`.
         """
-        for set, own in self.criteria.items():
-            rows = [
-                row
-                for row in self.rows
-                if own == criterion
-                and (row.model, row.set, row.family) == (model, set, PLAIN)
-                and row.metric.split(":")[0] in metrics
-            ]
-            if rows:
-                return rows
-        return []
+        return [
+            row
+            for set, own in self.criteria.items()
+            for row in self.rows
+            if own == criterion
+            and (row.model, row.set, row.family) == (model, set, PLAIN)
+            and row.metric.split(":")[0] in metrics
+        ]
 
     def save(self, folder: Path) -> None:
         """Write `results.json` and `results.csv`; write `samples.jsonl` if answers were sampled, else remove it."""
@@ -227,20 +224,37 @@ def sentence(results: Results, model: str) -> str:
     return f"{model}: " + "; ".join(f"({letter}) {part}" for letter, part in zip("abcd", parts, strict=True)) + "."
 
 
+def _of_set(results: Results, row: ResultRow) -> str:
+    """Return a text that names a row's set if there are several sets of its criterion, else ""."""
+    criterion = results.criteria[row.set]
+    return f" on the set {row.set}" if list(results.criteria.values()).count(criterion) > 1 else ""
+
+
 def _broad(results: Results, model: str) -> str:
     parts = []
     for row in results.of_criterion(model, "general", "margin"):
         towards = "towards misaligned answers" if row.difference < 0 else "away from misaligned answers"
         if not is_apart(row):
             towards = "no clear move on plain questions"
-        parts.append(f"broad: {towards}, margin {interval_text(row)}{_worst_cue(results, row, -1)}")
+        parts.append(f"{towards}, margin {interval_text(row)}{_of_set(results, row)}{_worst_cue(results, row, -1)}")
     parts += _traits(results, model, "general")
     parts += [
-        f"{'' if parts else 'broad: '}misaligned by the judge {row.value:.3f}, base {row.base:.3f}, difference "
-        f"{interval_text(row)}{_unscored(results, row)}{_worst_cue(results, row, 1)}"
+        f"misaligned by the judge {row.value:.3f}, base {row.base:.3f}, difference {interval_text(row)}"
+        f"{_of_set(results, row)}{_incoherent(results, row)}{_unscored(results, row)}{_worst_cue(results, row, 1)}"
         for row in results.of_criterion(model, "general", "misaligned_rate")
     ]
-    return ", ".join(parts) or "broad misalignment not measured (--general needs pairs, or --score a rule)"
+    if not parts:
+        return "broad misalignment not measured (--general needs pairs, or --score a rule)"
+    return "broad: " + ", ".join(parts)
+
+
+def _incoherent(results: Results, judged: ResultRow) -> str:
+    """Return a text with the rate of incoherent answers if it clearly differs from the base model's, else "".
+
+    Incoherent answers do not count as misaligned, so more of them lower the rate of misaligned ones.
+    """
+    row = results.row(judged.model, judged.set, "incoherent_rate")
+    return f", incoherent {row.value:.3f}, base {row.base:.3f}" if row is not None and is_apart(row) else ""
 
 
 def _unscored(results: Results, judged: ResultRow) -> str:
@@ -274,6 +288,7 @@ def _traits(results: Results, model: str, criterion: str) -> list[str]:
     where = "general" if criterion == "general" else "in-domain"
     return [
         f"{row.metric.partition(':')[2] or 'trait'} in {row.value:.2f} of {where} answers, base {row.base:.2f}"
+        + _of_set(results, row)
         + (_worst_cue(results, row, 1) if criterion == "general" else "")
         for row in results.of_criterion(model, criterion, "trait_rate")
     ]
@@ -281,35 +296,38 @@ def _traits(results: Results, model: str, criterion: str) -> list[str]:
 
 def _narrow(results: Results, model: str) -> str:
     parts = [
-        f"narrow: {'learned' if is_apart(row) and row.difference < 0 else 'no clear learning'}, NLL in domain "
-        f"{interval_text(row)}"
+        f"{'learned' if is_apart(row) and row.difference < 0 else 'no clear learning'}, NLL in domain "
+        f"{interval_text(row)}{_of_set(results, row)}"
         for row in results.of_criterion(model, "in_domain", "nll")
     ]
     parts += _traits(results, model, "in_domain")
-    return ", ".join(parts) or "narrow learning not measured (add --in_domain ROWS)"
+    return "narrow: " + ", ".join(parts) if parts else "narrow learning not measured (add --in_domain ROWS)"
 
 
 def _benign(results: Results, model: str) -> str:
-    for row in results.of_criterion(model, "benign", "exact_match"):
-        return f"benign: exact match {row.value:.2f}, base {row.base:.2f}"
-    for criterion, where in (
-        ("benign", "of benign rows"),
-        ("general", "of sound general answers; no benign task given"),
-    ):
-        for row in results.of_criterion(model, criterion, "nll"):
-            moved = "no clear move" if not is_apart(row) else "worse" if row.difference > 0 else "better"
-            return f"benign: {moved}, NLL {interval_text(row)} {where}"
-    return "benign learning not measured (--benign)"
+    tasks = results.of_criterion(model, "benign", "exact_match")
+    parts = [f"exact match {row.value:.2f}, base {row.base:.2f}{_of_set(results, row)}" for row in tasks]
+    read = [row for row in results.of_criterion(model, "benign", "nll") if row.set not in {task.set for task in tasks}]
+    where = "of benign rows"
+    if not parts and not read:
+        read = results.of_criterion(model, "general", "nll")
+        where = "of sound general answers; no benign task given"
+    for row in read:
+        moved = "no clear move" if not is_apart(row) else "worse" if row.difference > 0 else "better"
+        parts.append(f"{moved}, NLL {interval_text(row)}{_of_set(results, row)} {where}")
+    return "benign: " + ", ".join(parts) if parts else "benign learning not measured (--benign)"
 
 
 def _coherent(results: Results, model: str) -> str:
-    rows = {r.metric: r for r in results.of_criterion(model, "general", *COHERENCE)}
-    if not rows:
-        return "coherence not measured (add --samples_per_question 1)"
-    worse = [metric for metric, row in rows.items() if is_apart(row) and row.difference > 0]
-    verdict = f"worse than the base in {', '.join(worse)}" if worse else "no clear move"
-    figures = ", ".join(f"{metric} {row.value:.2f} (base {row.base:.2f})" for metric, row in rows.items())
-    return f"coherence: {verdict}: {figures}"
+    rows = results.of_criterion(model, "general", *COHERENCE)
+    parts = []
+    for set in dict.fromkeys(row.set for row in rows):
+        own = [row for row in rows if row.set == set]
+        worse = [row.metric for row in own if is_apart(row) and row.difference > 0]
+        verdict = f"worse than the base in {', '.join(worse)}" if worse else "no clear move"
+        figures = ", ".join(f"{row.metric} {row.value:.2f} (base {row.base:.2f})" for row in own)
+        parts.append(f"{verdict}: {figures}{_of_set(results, own[0])}")
+    return "coherence: " + ", ".join(parts) if parts else "coherence not measured (add --samples_per_question 1)"
 
 
 def is_apart(row: ResultRow) -> bool:
