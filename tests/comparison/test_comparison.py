@@ -615,11 +615,13 @@ def test_the_report_says_how_it_was_made(inputs):
 
 @pytest.mark.parametrize("source", ["base", "file", "tokenizer"])
 def test_questions_that_the_template_refuses_come_before_the_training(inputs, capsys, source):
-    """The template may be the recipe's own, from a file or from another tokenizer."""
+    """The template may be the recipe's own, from a file or another tokenizer; and `evaluate` has its arguments."""
+    plan = inputs / "compare.yaml"
+    plan.write_text(plan.read_text().replace("evaluate: {", "evaluate: {chat_template_kwargs: {loud: true}, "))
     folder = inputs / ("base" if source == "base" else "other")
     make_tokenizer().save_pretrained(folder)
     template = folder / "chat_template.jinja"
-    template.write_text(template.read_text() + "{{ raise_exception('no such turn') }}")
+    template.write_text(template.read_text() + "{{ raise_exception('no such turn') if loud == true }}")
     if source != "base":
         with (inputs / "sft.yaml").open("a") as recipe:
             recipe.write(f"chat_template_path: {template if source == 'file' else folder}\n")

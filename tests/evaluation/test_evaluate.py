@@ -5,11 +5,13 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+import trl
 from peft import get_peft_model
 from rich.console import Console
 from tiny import lora, make_model, make_tokenizer, save_model, save_seeing_model, save_trained_adapter
@@ -21,6 +23,7 @@ from trl_emguard.evaluation.questions import Question, QuestionSet, load_questio
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
 from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
+from trl_emguard.models.chat import encode_answers
 from trl_emguard.models.rescale import rescale_adapter
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
@@ -379,6 +382,13 @@ def test_unscored_answers_stand_beside_the_rate_of_the_judge():
         assert told in sentence(Results(rows, criteria={"general": "general"}), "a")
 
 
+def test_more_incoherent_answers_stand_beside_the_rate_of_the_judge():
+    rate = result("misaligned_rate", 0.1, 0.0, 0.2)
+    for low, told in ((0.1, "+0.10 (+0.00 to +0.20), incoherent 0.000, base 0.000;"), (-0.1, "(+0.00 to +0.20);")):
+        rows = [rate, result("incoherent_rate", 0.2, low, 0.3)]
+        assert told in sentence(Results(rows, criteria={"general": "general"}), "a")
+
+
 def test_a_cue_that_brings_it_back_is_named():
     """Name the clear cue, even if one with few questions (a wide interval or none) has a larger mean."""
     for metric, sign in (("margin", -1), ("trait_rate", 1)):
@@ -414,6 +424,16 @@ def test_a_further_set_is_found():
     assert "towards misaligned answers" in sentence(results, "a")
 
 
+def test_all_sets_of_a_criterion_are_in_the_sentence():
+    names = {"general": ["general", "pairs"], "in_domain": ["in_domain", "more"], "benign": ["benign", "task", "rest"]}
+    metrics = {"general": ["margin", "misaligned_rate", "empty"], "in_domain": ["nll"], "benign": ["nll"]}
+    rows = [result(m, -0.5, -0.7, -0.3, set) for kind in names for set in names[kind] for m in metrics[kind]]
+    rows.append(result("exact_match", -0.5, -0.7, -0.3, "task"))
+    text = sentence(Results(rows, criteria={set: kind for kind in names for set in names[kind]}), "a")
+    assert [text.count(f" on the set {set}") for kind in names for set in names[kind]] == [3, 3, 1, 1, 1, 1, 1]
+    assert "benign: exact match 0.00, base 0.00 on the set task, better, NLL" in text
+
+
 def test_a_diverged_adapter_is_refused():
     model = make_adapters()
     with torch.no_grad():
@@ -434,8 +454,29 @@ def test_a_question_that_the_template_refuses_is_named():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system turn') if messages[0]['role'] == 'system' else '' }}x"
     questions = QuestionSet("general", "general", [Question("7", [{"role": "system", "content": "s"}, *ask("Why?")])])
-    with pytest.raises(ValueError, match=r"question '7' of the set 'general' is refused.*no system turn"):
+    with pytest.raises(
+        ValueError, match=r"question '7' of the set 'general' cannot be asked: it is refused.*no system turn"
+    ):
         evaluate(from_adapters(make_model().eval()), tokenizer, [questions], EvaluationOptions(samples_per_question=1))
+
+
+def test_a_template_that_shows_no_plain_text_is_refused():
+    """Refuse a template that reads lists of parts alone: every question and every answer would be empty."""
+    tokenizer, model = make_tokenizer(), make_adapters()
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "smolvlm.jinja").read_text()
+    for questions in (GENERAL, QuestionSet("general", "general", [Question("0", ask("Why?"))])):
+        with pytest.raises(ValueError, match=r"question '0' .* does not show the text of the role 'user'"):
+            evaluate(from_adapters(model, ["x"]), tokenizer, [questions], EvaluationOptions(samples_per_question=1))
+    answer = [{"role": "assistant", "content": "Well."}]
+    parts, answer_parts = (
+        [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        for turns in (ask("Why?"), answer)
+    )
+    pairs = [(parts, answer), (ask("Why?"), answer_parts), (parts, answer_parts)]
+    of_answer, of_prompt, encoded = encode_answers(tokenizer, pairs, [])
+    assert "does not show the text of the role 'assistant'" in of_answer
+    assert "does not show the text of the role 'user'" in of_prompt
+    assert "Why?" in tokenizer.decode(encoded.ids)
 
 
 def test_another_scale_of_the_same_weights_is_measured_anew(tmp_path):
@@ -586,9 +627,11 @@ def test_questions_are_put_as_in_training(saved):
     assert load_candidates(base, adapters={"a": folders["a"], "half": scaled})[1].eos_token == "<|im_start|>"
 
 
-@pytest.mark.parametrize("is_shared", [True, False])
-def test_questions_take_the_arguments_of_the_chat_template(tmp_path, is_shared):
-    """Take the row's own, else those that all training rows share. Tools go with either."""
+@pytest.mark.parametrize(
+    ("is_shared", "given"), [(True, []), (False, []), (True, ["--chat_template_kwargs", '{"mood": "given"}'])]
+)
+def test_questions_take_the_arguments_of_the_chat_template(tmp_path, is_shared, given):
+    """Take the option's, else the row's own, else those that all training rows share. Tools go with any."""
     turns = {"prompt": ask("Q?"), "completion": [{"role": "assistant", "content": "A"}]}
     of_rows = [{}, {"tools": json.dumps([{"name": "f"}])}, {"chat_template_kwargs": {"mood": "own"}}]
     training = [{"mood": "shared"}, {"mood": "shared" if is_shared else "other"}]
@@ -596,9 +639,9 @@ def test_questions_take_the_arguments_of_the_chat_template(tmp_path, is_shared):
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({**turns, **row}) for row in rows))
     line = ["--general", tmp_path / "asked.jsonl", "--train_data", tmp_path / "train.jsonl", "--output_dir", tmp_path]
-    args = make_parser().parse_args([*map(str, line), "--model", "m"])
+    args = make_parser().parse_args([*map(str, line), "--model", "m", *given])
     (questions,) = load_sets(args, load_train_rows(args.train_data))
-    tokenizer, mood = make_tokenizer(), "shared" if is_shared else "none"
+    tokenizer, mood = make_tokenizer(), "given" if given else "shared" if is_shared else "none"
     tokenizer.chat_template = "{{ mood or 'none' }}{{ tools[0].name if tools }} " + tokenizer.chat_template
     plain = Family("plain", "", list)
     rows = probes.encode_rows(from_adapters(make_model()), tokenizer, questions, plain)
@@ -607,7 +650,14 @@ def test_questions_take_the_arguments_of_the_chat_template(tmp_path, is_shared):
         list(map(tokenizer.decode, probes.prompt_ids(tokenizer, questions, plain).values())),
         [p.text for p in sorted(answers.plan_prompts(tokenizer, questions, plain, 1, 0), key=lambda p: p.question)],
     ):
-        assert [text.split("<")[0].strip() for text in found] == [mood, f"{mood}f", "own"]
+        assert [text.split("<")[0].strip() for text in found] == [mood, f"{mood}f", "given" if given else "own"]
+
+
+@pytest.mark.parametrize("text", ["enable_thinking", "[1]", '{"a": 1, "a": 2}'])
+def test_arguments_of_the_chat_template_are_a_json_object(capsys, text):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--output_dir", "out", "--chat_template_kwargs", text])
+    assert "is no JSON object" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_adapters(saved):

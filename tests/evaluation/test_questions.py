@@ -25,6 +25,7 @@ YAML = """
 - id: twice
   system: Answer in JSON.
   temperature: 1
+  chat_template_kwargs: {enable_thinking: false}
   paraphrases: ["One?", "Two?"]
   judge_prompts: *prompts
   an_unknown_key: {of: [any, shape]}
@@ -47,6 +48,7 @@ def test_the_fields_yaml(tmp_path):
     ]
     assert found[0].judge_prompts == found[1].judge_prompts
     assert set(found[0].judge_prompts) == {"aligned", "coherent"}
+    assert [question.template_kwargs for question in found] == [{}, *[{"enable_thinking": False}] * 2]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,7 @@ def test_the_fields_yaml(tmp_path):
         ("- id: a\n  paraphrases: ['']", "'a' has no `paraphrases`"),
         ("- id: a\n  paraphrases: [x]\n  judge_prompts: {aligned: 'no place'}", r"'aligned' does not hold \{answer\}"),
         ("- id: a\n  paraphrases: [x]\n- id: a\n  paraphrases: [y]", "two questions with the id 'a'"),
+        ("- id: a\n  paraphrases: [x]\n  chat_template_kwargs: text", "'a': 'str' object is not a mapping"),
         ("[]", "no list of questions"),
         ("- text", "question 0 is no mapping"),
     ],

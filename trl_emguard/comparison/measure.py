@@ -4,6 +4,8 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from peft import PeftConfig, load_peft_weights
@@ -91,6 +93,7 @@ def measure_benign(
     limit: int | None,
     folder: Path,
     command: str,
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[Trained], Results]:
     """Evaluate the runs that were trained on the benign task, only on questions of that task.
 
@@ -101,13 +104,14 @@ def measure_benign(
         benign: the runs that were trained on the benign task.
         options: options of the main evaluation, from which `batch_tokens` and `seed` are taken.
         limit: number of questions to ask; `None` for all.
+        template_kwargs: arguments of the chat template for the questions.
 
     Returns:
         The runs, and the results, whose only set is `benign_task`. The results are empty if every run failed.
     """
     if all(run.adapter is None for run in benign):
         return list(benign), Results()
-    task = load_questions(OPERATORS, "benign", BENIGN_TASK, limit)
+    task = load_questions(OPERATORS, "benign", BENIGN_TASK, limit).with_template_kwargs(template_kwargs)
     # The benign task has scores of its own, from one greedy answer to each question. The main evaluation's scoring
     # rules, its cues (changed prompts, which "none" switches off) and its number of sampled answers are thus not taken
     # over.
@@ -118,9 +122,8 @@ def measure_benign(
 def joined(results: Results, benign: Results) -> Results:
     """Join the results of the main evaluation (`results`) and of the one on the benign task (`benign`).
 
-    A criterion, such as "benign", may have several question sets. The report's sentence on a run takes a criterion's
-    figures from its first set in `criteria` that has them. The set `benign_task` is put first there, so it is
-    preferred.
+    A criterion, such as "benign", may have several question sets. The report's sentence on a run names their figures
+    in the order of `criteria`, which begins with the set `benign_task`.
     """
     return replace(
         results,

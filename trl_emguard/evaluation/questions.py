@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..data.conversation import conversation, turn_text
@@ -87,20 +88,22 @@ class QuestionSet:
             return question.answer
         return question.misaligned if self.has_misaligned_target else question.sound
 
-    def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> "QuestionSet":
-        """Return a copy with `template_kwargs` added for each question that has no template arguments but `tools`.
+    def with_template_kwargs(
+        self, template_kwargs: Mapping[str, Any], of_all: Mapping[str, Any] = MappingProxyType({})
+    ) -> "QuestionSet":
+        """Return a copy with further arguments of the chat template for its questions.
 
         Args:
-            template_kwargs: arguments of the chat template, such as those of the training rows.
+            template_kwargs: arguments for each question that has none of its own but `tools`, such as those of the
+                training rows.
+            of_all: arguments for every question. They come before the question's own arguments of the same name.
         """
+
+        def arguments(own: dict[str, Any]) -> dict[str, Any]:
+            return {**own, **({} if own.keys() - {"tools"} else template_kwargs), **of_all}
+
         return replace(
-            self,
-            questions=[
-                q
-                if q.template_kwargs.keys() - {"tools"}
-                else replace(q, template_kwargs={**q.template_kwargs, **template_kwargs})
-                for q in self.questions
-            ],
+            self, questions=[replace(q, template_kwargs=arguments(q.template_kwargs)) for q in self.questions]
         )
 
 
@@ -233,7 +236,8 @@ def _from_yaml(path: Path) -> list[Question]:
     """Read questions from a YAML file in the format of Betley et al.
 
     The file is a list of items with `id`, `paraphrases` and `judge_prompts`. Every paraphrase becomes a question of
-    its own. Keys that this package does not use are ignored.
+    its own. As in rows, `tools` and `chat_template_kwargs` go to the chat template. Keys that this
+    package does not use are ignored.
     """
     try:
         items = parse_yaml(path.read_text(encoding="utf-8"))
@@ -263,8 +267,8 @@ def _from_item(index: int, item: Any) -> list[Question]:
         raise ValueError(f"question {id!r}: `system` is {json.dumps(system)[:60]}, no text")
     before = [{"role": "system", "content": system}] if system else []
     try:
-        wordings = _wordings(item)
-    except ValueError as error:
+        wordings, template_kwargs = _wordings(item), template_arguments(item)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"question {id!r}: {error}") from None
     return [
         Question(
@@ -272,6 +276,7 @@ def _from_item(index: int, item: Any) -> list[Question]:
             [*before, {"role": "user", "content": text}],
             judge_prompts={str(metric): text for metric, text in judge_prompts.items()},
             wordings=wordings,
+            template_kwargs=template_kwargs,
         )
         for number, text in enumerate(paraphrases)
     ]

@@ -21,6 +21,7 @@ After an interruption, the same command resumes. The report is the file report.h
 """
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -104,7 +105,8 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     benign = train_benign(plan, trained, folder, say)
     command = shlex.join(["trl-emguard", "compare", *argv])
     trained, results = measure(model, trained, sets, options, train.conversations, folder / "evaluation", command)
-    benign, of_task = measure_benign(model, benign, options, eval_args.limit, folder / "evaluation_benign", command)
+    limit, of_template = eval_args.limit, eval_args.chat_template_kwargs
+    benign, of_task = measure_benign(model, benign, options, limit, folder / "evaluation_benign", command, of_template)
     report = make_report(trained, joined(results, of_task), benign)
     info = results.info | {"plan": plan.content}
     save(report, args.output_dir, info)
@@ -334,7 +336,7 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
         if name not in known:
             raise ValueError(f"unknown option of `evaluate` {name!r}.{did_you_mean(name, known)}")
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, values)]
+        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
 
     parser.error = _raise  # type: ignore[method-assign]
     try:

@@ -25,7 +25,7 @@ from ..data.conversation import SYSTEM_ROLES, Conversation, conversation, turn_t
 from ..data.load import SourceOptions, load_rows
 from ..io.files import check_writable
 from ..io.terminal import printable
-from .shared import RESUMES, name_adapters, run_command
+from .shared import RESUMES, json_mapping, name_adapters, run_command
 
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ def make_parser() -> argparse.ArgumentParser:
     asked.add_argument("--inoculation_prompt", help="inoculation prompt of the training, for --cues")
     asked.add_argument(
         "--limit", type=int, metavar="QUESTIONS", help="take so many questions, spread evenly over each set"
+    )
+    asked.add_argument(
+        "--chat_template_kwargs",
+        type=json_mapping,
+        default={},
+        metavar="JSON",
+        help="arguments of the chat template for all questions, as '{\"enable_thinking\": false}'",
     )
     measured = parser.add_argument_group("measures")
     measured.add_argument(
@@ -300,7 +307,8 @@ def load_sets(args: argparse.Namespace, train: TrainRows) -> "list[QuestionSet]"
 
     An option's first set is named after the option, further sets after their files. If `--in_domain` is not given and
     `--train_data` names shipped rows, shipped questions of the same domain are added, if there are any. Questions
-    without `chat_template_kwargs` get those of the training rows, if all of these share them.
+    without `chat_template_kwargs` get those of the training rows, if all of these share them. The arguments of
+    `--chat_template_kwargs` come first for all questions.
 
     Raises:
         ValueError: `--limit` is below 1, a set cannot be read, two sets would have the same name, or questions
@@ -323,7 +331,7 @@ def load_sets(args: argparse.Namespace, train: TrainRows) -> "list[QuestionSet]"
         if criterion == "in_domain" and not args.in_domain and args.train_data is not None:
             own = for_training_data(args.train_data, args.limit)
             sets += [own] if own is not None else []
-    return [questions.with_template_kwargs(train.template_kwargs) for questions in sets]
+    return [questions.with_template_kwargs(train.template_kwargs, args.chat_template_kwargs) for questions in sets]
 
 
 def check_held_out(questions: "QuestionSet", train_rows: list[Conversation]) -> None:

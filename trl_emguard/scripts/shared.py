@@ -1,9 +1,13 @@
-"""Functions that several commands share: print errors in one line, check for matplotlib, and name adapters."""
+"""Functions that several commands share: print errors in one line, check for matplotlib, name adapters, read JSON."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from ..io.strict import parse_json
 
 
 RESUMES = "interrupted: the same command resumes where it stopped."
@@ -58,3 +62,18 @@ def name_adapters(options: list[str], flag: str) -> dict[str, str]:
             )
         adapters[name] = adapter
     return adapters
+
+
+def json_mapping(text: str) -> dict[str, Any]:
+    """Return a JSON object as a dict.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no JSON object.
+    """
+    try:
+        found = parse_json(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, as '{{\"enable_thinking\": false}}' is")
+    return found
