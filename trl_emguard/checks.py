@@ -369,10 +369,10 @@ def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
             f"defense={','.join(names)!r} does not work with tensor parallelism, which splits over ranks what it "
             "compares: set tp_size to 1."
         )
-    # If `use_reentrant` is given, it decides. Without it, checkpointing is non-reentrant in two cases. First, the only
-    # arguments are `every_n_layers` and `offload`: transformers takes these out, and sets its own default if no other
-    # is left. Second, `selective` is set: TRL then makes checkpointing non-reentrant. Otherwise the default of torch
-    # applies, which is reentrant.
+    # If `use_reentrant` is given, it decides. Without it, checkpointing is non-reentrant in two cases. First, no
+    # arguments but `every_n_layers` and `offload` are given: transformers takes these out, and sets its own default
+    # if none is left. Second, `selective` is set: TRL then makes checkpointing non-reentrant. Otherwise the default in
+    # torch applies, which is reentrant.
     given = args.activation_checkpointing_kwargs or {}
     how = {name: value for name, value in given.items() if name not in ("every_n_layers", "offload")}
     is_reentrant = args.activation_checkpointing and how and how.get("use_reentrant", not how.get("selective"))

@@ -58,7 +58,7 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
                 "leave it out."
             )
         # `accelerate launch` passes `use_cpu` of accelerate's config file on as ACCELERATE_USE_CPU. TrainingArguments
-        # does not set its own `use_cpu` from this variable. It is set here, and a run's YAML file need not repeat it.
+        # leaves its own `use_cpu` as it is. This code sets it, and a run's YAML file need not repeat the option.
         if parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True
         super().__post_init__()

@@ -276,7 +276,7 @@ class DefendedTrainer(WholeCheckpoints):
         return self._grad_norm
 
     def _note_update(self) -> None:
-        """Store learning rate as a share of its peak. Drop a non-finite gradient norm if all gradients are finite."""
+        """Store the learning rate divided by its peak. Drop a non-finite gradient norm if all gradients are finite."""
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
@@ -307,13 +307,13 @@ class DefendedTrainer(WholeCheckpoints):
             control.should_save = control.should_training_stop = True
 
     def _take_in_step(self) -> None:
-        """Refuse a non-finite entropy or gradient norm. Sum a step's counts over ranks, and give them to defenses."""
+        """Refuse a non-finite entropy or gradient norm. Give defenses the step's statistics, summed over ranks."""
         entropy = self._metrics["train"].get("entropy")
         self._check_finite({"entropy": sum(entropy) if entropy else None, "grad_norm": self._grad_norm})
         self._hand_over({} if self._sums.is_empty else self._sums.reduce(self.accelerator, self.get_tp_size()))
 
     def _hand_over(self, sums: dict[str, float]) -> None:
-        """Hand a step's summed statistics to defenses, log defenses' metrics, note if the policy changed visibly."""
+        """Give the step's sums to defenses, log their metrics, and note if the update visibly changed the policy."""
         self._check_trains(sums.get("tokens", 1))
         step, metrics = Step(sums, self._has_moved), self._metrics["train"]
         for defense in self.defenses:

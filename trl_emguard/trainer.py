@@ -316,7 +316,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             # The check that policy and reference start equal also compares labelled positions that no loss term uses.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # Until each term had a gradient, whole batches run: rounding in smaller batches could fake a gradient.
+            # Until each term had a gradient, the reference runs whole batches: smaller ones could fake it by rounding.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
             # With DeepSpeed, FSDP or tensor parallelism, the reference's pass may need all ranks: no rank may skip it.
             if self._engine_facts().sharding is None and not bool(positions.any()):

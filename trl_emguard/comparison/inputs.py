@@ -1,4 +1,4 @@
-"""Content of the files and folders that a run reads. If this content changes, the run counts as new and is trained."""
+"""Content of the files and folders that a run reads. If this content changes, the run is trained again."""
 
 import glob
 import hashlib

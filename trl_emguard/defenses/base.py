@@ -170,7 +170,7 @@ class Defense:
         return []
 
     def check_tuning(self, has_adapter: bool) -> None:
-        """Raise `ValueError` if the defense does not support adapter (or full) fine-tuning. Runs before weights load.
+        """Raise `ValueError` if the defense does not support this tuning (adapter or full). Runs before weights load.
 
         Args:
             has_adapter: whether an adapter is trained, and not the model itself.
@@ -219,7 +219,7 @@ class Defense:
 
     def extra_rows(self) -> Dataset | None:
         """Return the tokenised rows, each listed once, that the defense's collator adds to batches; `None` if none."""
-        # Needed to store the reference model's states of the rows (`cache_reference=True`), or to count their tokens.
+        # `cache_reference=True` stores the reference model's states of these rows. A dry run counts their tokens.
         return None
 
     # ---- model ----

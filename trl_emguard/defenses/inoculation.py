@@ -89,7 +89,7 @@ class Inoculation(Defense):
         self.max_length = args.max_length if args.truncation_mode == "keep_end" and not args.packing else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
-        self._prompt_ids: list[int] = []  # tokens that all turns with the prompt begin with, to find these in batches
+        self._prompt_ids: list[int] = []  # first tokens of all system turns with the prompt, searched for in batches
         self._added: list[str] = []  # scopes (named token sets) of rows that other defenses add; these lack the prompt
         self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # sums over the run's steps and ranks
         self._problem: str | None = None
@@ -146,7 +146,7 @@ class Inoculation(Defense):
         return marks
 
     def _read_flagged(self, batch: dict[str, Any], found: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Count prompts of flagged rows: all, intact ones, ones with labels. Count `found` prompts elsewhere, too."""
+        """Count the prompts of flagged rows (all, intact, with labels), and prompts `found` in other places."""
         if EXPECTED not in batch:
             raise InactiveDefenseError(
                 f"defense {self.name!r}: a training batch does not say which of its rows are flagged "
@@ -264,7 +264,7 @@ class Inoculation(Defense):
 
     def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
         tokenizer = tokenizing.tokenizer
-        # Rows are tokenised again below, as by SFTTrainer: with TRL's template if needed answer markers are missing.
+        # Below, rows are tokenised again: like in SFTTrainer, by TRL's template if needed answer markers are missing.
         marked = not self.assistant_only or has_generation_markers(tokenizer.chat_template)
         template = None if marked else get_training_chat_template(tokenizer)
 

@@ -101,7 +101,7 @@ def evaluate(
     progress: bool = False,
     command: str | None = None,
 ) -> Results:
-    """Measure a base model and models tuned from it: misalignment, learning in domain and of a benign task, coherence.
+    """Measure a base model and models tuned from it: misalignment, coherence, in-domain and benign-task learning.
 
     ```python
     >>> candidates = from_adapters(peft_model, ["default"])

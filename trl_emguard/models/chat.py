@@ -24,8 +24,8 @@ Turns = Sequence[dict[str, Any]]  # dicts of `role` and `content`
 # TRL's `clone_chat_template` resizes embeddings to a multiple of this number of rows.
 ROWS_MULTIPLE = 64
 NO_ANSWER = "the chat template does not put the answer after the generation prompt"
-# Roles that chat templates know. Some templates write nothing for a turn of another role; `encode_answers` then gives
-# an error instead of tokens. A left-out turn of a known role gives no error: Qwen2.5's template writes nothing for
+# Usual roles of turns. Some chat templates write nothing for a turn of another role; `encode_answers` then returns an
+# error text instead of tokens. A left-out turn of a usual role is no error: Qwen2.5's template writes nothing for
 # `developer`, and SFTTrainer trains on such rows without this turn.
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -130,7 +130,7 @@ def encode_answers(
 
 
 def _dropped_role(prompt: Turns, answer: Turns, whole: str, render: Callable[..., str]) -> str | None:
-    """Return the role of the first prompt turn that is missing in `whole`. Turns of `KNOWN_ROLES` are not checked."""
+    """Return the role of the first prompt turn that is not in `whole`, or `None`. `KNOWN_ROLES` are not checked."""
     for i, turn in enumerate(prompt):
         other = _unlike(turn)
         is_odd = turn["role"] not in KNOWN_ROLES and other != turn

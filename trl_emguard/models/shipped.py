@@ -28,7 +28,7 @@ def resolve_model(name_or_path: str) -> str:
         FileNotFoundError: the name is a path (starts with `.`, `/` or `~`) that is no folder, a mistyped short name,
             or a short name whose weights package is not installed.
     """
-    # A folder in the working directory may have a short name but hold no model: the recipe folder
+    # A folder in the working directory may have a short name but hold no model, for example the recipe folder
     # `smollm2-135m-instruct` if the working directory is `recipes`, or an output folder that holds only an adapter.
     # Such a folder has no `config.json`, and is not taken for the model.
     if name_or_path in SHIPPED_MODELS and not Path(name_or_path, "config.json").is_file():

@@ -139,7 +139,7 @@ def _divergence_(
 
     All tensors given are `(B, V)`. `log_q` and `q` are overwritten, and the gradient is returned in one of them.
     """
-    # The normaliser log Σ exp of a row's logits is rounded. Every log p of the row therefore has the same error ε,
+    # The normaliser Σ exp of a row's logits is rounded. Every log p of the row therefore has the same error ε,
     # and every log q an error δ. This makes the reverse divergence wrong by about ε − δ, and the forward one by δ − ε.
     # Σ p is about 1 + ε instead of 1, and Σ q about 1 + δ. Adding `shift` cancels the error: it is Σ q − Σ p for the
     # reverse divergence, and Σ p − Σ q for the forward one.

@@ -125,7 +125,7 @@ class Passes:
         if indices[0] == 0:
             # Index 0 begins a new pass through the stream. A resumed Trainer first reads and skips rows that it was
             # trained on before, but at most one pass of them. If it was trained on more than one pass, this worker
-            # has now read fewer rows (`at`) than its part (`done`) of `resumed`, which counts the rows of all workers.
+            # has now read fewer rows (`at`) than its share (`done`) of `resumed`, a number for all workers together.
             # The second pass then continues the count from `done`, otherwise from `at`.
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)

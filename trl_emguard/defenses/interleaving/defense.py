@@ -158,9 +158,9 @@ class Interleaving(Defense):
         }
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # A checkpoint identifies the pool by a checksum: of its rows ("ranked"), or, in an earlier version, of their
-        # tokens. Processes wait for each other while they tokenise. If only some of them call this function, the pool
-        # is not tokenised: the checkpoint's own checksum is returned in its place, and the pool counts as unchanged.
+        # A checkpoint records the pool as a text with a checksum of its rows (this text contains "ranked"). An earlier
+        # version took the checksum of their tokens. Processes wait for each other while they tokenise. If only
+        # some of them call this function, the recorded text is returned instead, and the pool counts as unchanged.
         recorded = str(then.get("interleave_dataset"))
         if self.pool is None or "ranked" in recorded:
             return self.options()

@@ -166,7 +166,7 @@ class Pool:
         return rows
 
     def why_left_out(self) -> str:
-        """Return the most frequent reason why rows are left out and their number, in brackets; else an empty text."""
+        """Return the most frequent reason why rows were left out, with their number, in brackets; "" if none were."""
         return "".join(f" ({count} are left out: {problem})" for problem, count in self.left_out.most_common(1))
 
     def _tokenise(self, rows: Dataset) -> Dataset:
