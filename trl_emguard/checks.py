@@ -110,7 +110,7 @@ def refuse_unsharded_fsdp(why: str) -> NoReturn:
 
 
 def check_output_dir(args: TrainingArguments, saves_adapter: bool) -> None:
-    """Refuse an `output_dir` with the other kind of model (whole or adapter), and a resume that finds no checkpoint.
+    """Refuse an adapter run in a whole model's `output_dir`, or vice versa, and a resume that finds no checkpoint.
 
     From a folder with a whole model and an adapter, transformers loads both, one on top of the other.
 
@@ -128,8 +128,8 @@ def check_output_dir(args: TrainingArguments, saves_adapter: bool) -> None:
         raise FileNotFoundError(
             f"resume_from_checkpoint={checkpoint!r} is not a folder: name a checkpoint folder, or `true`."
         )
-    # Each machine may have a disk of its own, so the first rank of each machine looks for checkpoints there. The same
-    # ranks look again when training starts.
+    # Each machine may have a disk of its own, so the first rank of each machine looks for checkpoints on its disk.
+    # This is only an early check: when training starts, the same ranks search for the checkpoint to resume from.
     looks = args.local_process_index == 0
     if asks_for_newest(checkpoint or False) and looks and not checkpoint_steps(folder):
         raise nothing_to_resume(checkpoint, folder)
@@ -369,9 +369,10 @@ def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
             f"defense={','.join(names)!r} does not work with tensor parallelism, which splits over ranks what it "
             "compares: set tp_size to 1."
         )
-    # transformers removes `every_n_layers` and `offload` from these arguments. If no others are given, it chooses
-    # non-reentrant checkpointing, and TRL chooses this for `selective`. In all other cases without `use_reentrant`,
-    # the default of torch applies, and this is reentrant checkpointing.
+    # If `use_reentrant` is given, it decides. Without it, checkpointing is non-reentrant in two cases. First, no
+    # arguments but `every_n_layers` and `offload` are given: transformers takes these out, and sets its own default
+    # if none is left. Second, `selective` is set: TRL then makes checkpointing non-reentrant. Otherwise the default in
+    # torch applies, which is reentrant.
     given = args.activation_checkpointing_kwargs or {}
     how = {name: value for name, value in given.items() if name not in ("every_n_layers", "offload")}
     is_reentrant = args.activation_checkpointing and how and how.get("use_reentrant", not how.get("selective"))

@@ -57,8 +57,8 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
                 f"ddp_backend={self.ddp_backend!r} is for several processes, and this is one that nobody launched: "
                 "leave it out."
             )
-        # `accelerate launch` passes `use_cpu` of an accelerate file on as ACCELERATE_USE_CPU. TrainingArguments does
-        # not set its own `use_cpu` from this variable, and a recipe should not have to repeat the setting.
+        # `accelerate launch` passes `use_cpu` of accelerate's config file on as ACCELERATE_USE_CPU. TrainingArguments
+        # leaves its own `use_cpu` as it is. This code sets it, and a run's YAML file need not repeat the option.
         if parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True
         super().__post_init__()
@@ -85,8 +85,9 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
             )
         # `to_dict` gives the fields of TrainingArguments as a user passes them: text and dicts for the enums and
         # classes that `__post_init__` made. It runs on a deep copy of `args`, because it overwrites dtypes inside
-        # nested dicts. The hub token and the fields of derived classes are copied from `args` instead: `to_dict` would
-        # replace every token, also `eos_token`, by a placeholder, dtypes by text, and a parallelism config by `None`.
+        # nested dicts. The hub token, the parallelism config and the fields that subclasses add are copied from `args`
+        # instead, because `to_dict` would replace every token (also `eos_token`) by a placeholder, dtypes by text, and
+        # a parallelism config by `None`.
         base = {f.name for f in fields(TrainingArguments)} - {"hub_token", "parallelism_config"}
         own = {f.name: copy.copy(getattr(args, f.name)) for f in fields(args) if f.init and f.name not in base}
         return cls(**{**copy.deepcopy(args).to_dict(), **own})

@@ -187,7 +187,7 @@ class DefendedTrainer(WholeCheckpoints):
             folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
             if not self.has_whole_checkpoint(trial):
                 self._save_checkpoint(self.model_wrapped, trial)
-            self.create_model_card(str(self.args.output_dir).rstrip("/").rpartition("/")[2])  # now with the verdict
+            self.create_model_card(str(self.args.output_dir).rstrip("/").rpartition("/")[2])  # states the verdict
             raise InactiveDefenseError(f"{verdict} The model was saved in {folder}.")
         for defense in self.defenses:
             if isinstance(defense, TermDefense) and defense.proof.is_unjudged:
@@ -276,7 +276,7 @@ class DefendedTrainer(WholeCheckpoints):
         return self._grad_norm
 
     def _note_update(self) -> None:
-        """Store learning rate / peak rate of the coming update. Drop a non-finite norm if all gradients are finite."""
+        """Store the learning rate divided by its peak. Drop a non-finite gradient norm if all gradients are finite."""
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
@@ -307,13 +307,13 @@ class DefendedTrainer(WholeCheckpoints):
             control.should_save = control.should_training_stop = True
 
     def _take_in_step(self) -> None:
-        """Refuse a non-finite entropy or gradient norm. Hand the step's sums, over all ranks, to the defenses."""
+        """Refuse a non-finite entropy or gradient norm. Give defenses the step's statistics, summed over ranks."""
         entropy = self._metrics["train"].get("entropy")
         self._check_finite({"entropy": sum(entropy) if entropy else None, "grad_norm": self._grad_norm})
         self._hand_over({} if self._sums.is_empty else self._sums.reduce(self.accelerator, self.get_tp_size()))
 
     def _hand_over(self, sums: dict[str, float]) -> None:
-        """Hand a step's sums to the defenses, log their metrics, and note if the update changed the policy visibly."""
+        """Give the step's sums to defenses, log their metrics, and note if the update visibly changed the policy."""
         self._check_trains(sums.get("tokens", 1))
         step, metrics = Step(sums, self._has_moved), self._metrics["train"]
         for defense in self.defenses:
@@ -323,7 +323,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._has_moved = self._has_moved or moves(rate, sums.get("tokens", 1))
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        """Raise an error for values neither finite nor `None`. Trainer logs means of earlier losses instead of NaN."""
+        """Raise an error for values neither finite nor `None`. Trainer hides NaN: it logs means of earlier losses."""
         if self.accelerator.optimizer_step_was_skipped:
             values.pop("grad_norm")  # fp16's loss scaling skips steps with a non-finite norm until it finds its scale
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
@@ -336,7 +336,7 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _check_trains(self, label_tokens: float) -> None:
         """Raise an error if the gradient norm stays 0 for `PATIENCE` steps: the loss depends on no trained weight."""
-        # It is 0 in sound runs too: in GRPO if all rewards are alike, or if the backward pass itself updates weights.
+        # Sound runs may have a norm of 0: GRPO if all rewards are alike, and optimizers that update during backward.
         in_backward = any(word in f"{self.args.optim}".lower() for word in ("layerwise", "lomo"))
         made = label_tokens and not in_backward and self._grad_norm is not None
         is_still = made and not self.accelerator.optimizer_step_was_skipped and float(self._grad_norm) == 0

@@ -18,8 +18,9 @@ from .models.identity import fingerprint
 
 
 # Columns of tokenised rows that identify the rows: first the columns of SFT, then those of DPO (pairs of answers) and
-# KTO (answers with a label). Other columns may depend on the batch size, which may change. Rows that no trainer has
-# tokenised have no column whose name ends in `_ids`.
+# KTO (answers with a label). Other columns may depend on the batch size, which may change. Rows without any of the
+# `..._ids` columns in this list have not been tokenised by a trainer. They are identified by all of their columns
+# except images and sounds.
 TOKENISED = (
     ("input_ids", "labels", "seq_lengths"),
     ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label"),
@@ -152,10 +153,10 @@ def _card_section(defenses: Sequence[Defense], verdict: str | None, reference: d
 
 
 def _compared(reference: dict[str, Any] | None, compare_weights: bool) -> tuple[str, str] | None:
-    """Return the facts about a reference that must not change when a run resumes: its kind and its fingerprint.
+    """Return the facts about a reference model that must not change on a resume: its kind and a hash of its weights.
 
     The kind is returned without the path that the reference was loaded from and without the ending ", cached", because
-    these may change. The fingerprint is an empty text without `compare_weights`.
+    these may change. The hash (fingerprint) is an empty text without `compare_weights`.
     """
     if reference is None:
         return None

@@ -57,7 +57,8 @@ class DefendedRows(SFTTrainer):
     def train(self, *args, **kwargs):
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "template_kwargs"):
-                # True for `DriftCallback`: its questions get the chat template arguments that all training rows share.
+                # `DriftCallback` has this attribute. It measures the policy on questions with known answers, and these
+                # questions get the chat template arguments that all training rows share.
                 callback.template_kwargs = self._template_kwargs
         return super().train(*args, **kwargs)
 
@@ -115,8 +116,8 @@ class DefendedRows(SFTTrainer):
             # first numbers, which belong to other tokens. The columns are therefore cut to their last numbers here.
             dataset = dataset.map(lambda row: {name: row[name][-end:] for name in names})
         has_more_rows = (packing or isinstance(dataset, IterableDataset)) and self.overrides("add_rows")
-        # `_add_rows` lets defenses add rows before packing, or to a stream. It also packs rows that have columns of
-        # defenses, because SFTTrainer packs only tokens and labels. SFTTrainer prepares all other rows.
+        # `_add_rows` prepares packed or streamed data sets that a defense adds rows to. It also prepares packed data
+        # sets with columns of defenses, because SFTTrainer packs only tokens and labels. SFTTrainer prepares the rest.
         if not has_more_rows and not (packing and names):
             return prepare(dataset, processing_class, args, packing, None, dataset_name)
         return self._add_rows(dataset, args, packing, dataset_name)
@@ -226,7 +227,7 @@ class DefendedRows(SFTTrainer):
         return rows.remove_columns([name for name in self._token_columns if name in rows.column_names])
 
     def _train_collator(self) -> Collator:
-        """Return the collator that makes batches of training rows, unless a defense replaces it in `train_loader`."""
+        """Return the collator for batches of training rows. Defenses may replace it later, in `train_loader`."""
         names = self._token_columns
         return TokenColumns(self.data_collator, names) if names else self.data_collator
 

@@ -79,7 +79,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     forms_own_loss = True
     prepares_rows = True
 
-    # Defense that a subclass such as `KLTrainer` always uses. `args.defense` must name it, or be "none".
+    # Defense that a subclass such as `KLTrainer` uses even if `args.defense` is "none". Other defenses are refused.
     _defense: ClassVar[str | None] = None
 
     _moved_reference: str | None = None  # error message once `_check_reference` has found that the reference changed
@@ -196,7 +196,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         is_whole = self._engine_facts().sharding is None
         if self.reference is not None:
             self.reference.check_frozen(self.model)
-        # With these options Trainer moves the model to its device no earlier than in its own `train`.
+        # With these options Trainer moves the model to its device only inside its own `train`, after the passes below.
         if (self.args.bf16_full_eval or self.args.fp16_full_eval) and is_whole and not self.is_model_parallel:
             self._move_model_to_device(self.model, self.args.device)
         # A sharded output head cannot be checked here, because its weights are gathered only during a forward pass.
@@ -235,7 +235,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     @property
     def _compares_start(self) -> bool:
-        """True if hidden states of policy and reference must start equal, and no step with labels has checked them."""
+        """True while a check that policy and reference start with equal hidden states is needed and not yet made."""
         # A defense that changes the policy's forward pass makes hidden states differ although the models are equal.
         surrounded = any(defense.surrounds_policy() for defense in self.defenses)
         return not (self.reference is None or self.reference.kind is Kind.GIVEN or self.has_agreed or surrounded)
@@ -316,7 +316,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             # The check that policy and reference start equal also compares labelled positions that no loss term uses.
             everywhere = self._compares_start and reference.knows_all_positions
             positions = kept_positions(inputs, terms, with_labels=everywhere)
-            # The reference runs whole batches until each term had a gradient: rounding in smaller ones could fake one.
+            # Until each term had a gradient, the reference runs whole batches: smaller ones could fake it by rounding.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
             # With DeepSpeed, FSDP or tensor parallelism, the reference's pass may need all ranks: no rank may skip it.
             if self._engine_facts().sharding is None and not bool(positions.any()):

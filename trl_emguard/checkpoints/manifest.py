@@ -47,8 +47,8 @@ def begin_checkpoint(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     _write_manifest(folder, None)
     for path in folder.iterdir():
-        # If machines share this disk, one process of each machine runs this loop on the same folder. The temporary
-        # files of their manifests must therefore stay, and another process may have deleted a file already.
+        # If machines share this disk, one process of each machine runs this loop on the same folder. Another process
+        # may just be writing its manifest, so its temporary file must stay. That process may also have deleted a file.
         if path.name == MANIFEST or path.name.startswith(f".{MANIFEST}."):
             continue
         if path.is_dir() and not path.is_symlink():

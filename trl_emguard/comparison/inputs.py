@@ -1,4 +1,4 @@
-"""Content of the files and folders that a run reads, a part of the run's hash: if it changes, the run trains anew."""
+"""Content of the files and folders that a run reads. If this content changes, the run is trained again."""
 
 import glob
 import hashlib
@@ -10,7 +10,8 @@ from typing import Any
 
 
 # Every existing file or folder that an option names counts as an input ([`contents`]). The options listed here are
-# excepted: their values name outputs, or are not paths at all. `env` sets variables, many of which name outputs.
+# excepted: their values name outputs, or are not paths at all. The option `env` sets environment variables, many of
+# them naming outputs.
 NOT_READ = (
     *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path", "env"),
     *("report_to", "run_name", "project", "hub_model_id", "defense"),
@@ -18,7 +19,7 @@ NOT_READ = (
 
 
 def contents(options: Mapping[str, Any], output_dir: Path) -> list[str | list[Any]]:
-    """Return the content of each file and folder that options name, as hashes and as lists of a folder's files.
+    """Return, for each file and folder that options name, the file's hash or a list of the folder's files.
 
     Args:
         options: a run's options with the recipe's, without those that the run does not read.
@@ -47,7 +48,7 @@ def _paths(text: str) -> list[Path]:
 
 
 def _content(path: Path, own: Path) -> str | list[Any]:
-    """Return the hash of a file; for a folder, name, size and modification time of each file inside.
+    """Return a file's hash, or a list with the name, size and modification time of each file inside a folder.
 
     Args:
         path: the file or folder.

@@ -159,7 +159,7 @@ def _dtype(name: str) -> torch.dtype | str:
 
 def _free_memory() -> None:
     """Free the memory of models that are no longer used, so that the next model or process finds room on the GPU."""
-    gc.collect()  # accelerate's hooks and their model refer to one another
+    gc.collect()  # the model and accelerate's hooks on it refer to one another, so only a collection frees them
     torch.cuda.empty_cache()
 
 

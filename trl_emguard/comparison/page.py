@@ -85,8 +85,8 @@ def _line(report: Report, entry: Entry) -> dict[str, Any]:
     memory = [run.peak_memory for run in entry.trained if run.peak_memory is not None]
 
     def shown(criterion: str, metric: str) -> list[str]:
-        # `benign_task` is left out: other adapters, trained on the benign task, were asked its questions, and the
-        # results have the same keys as those of `entry.trained`.
+        # `benign_task` is left out. Its results come from other adapters, trained on the benign task, but are stored
+        # under the keys of the runs in `entry.trained`, so they would be shown as results of these runs.
         sets = [set for set, own in report.results.criteria.items() if own == criterion and set != BENIGN_TASK]
         return next(filter(None, (_shown(report, entry.trained, set, metric) for set in sets)), [])
 

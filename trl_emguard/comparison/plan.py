@@ -31,7 +31,8 @@ OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
     *("ema", "push_to_hub"),
 )
-# Endings of option names. Reports, which others may read, omit these options. `env` sets variables such as API keys.
+# Endings of the names of options that reports omit, because others may read a report. The option `env` sets
+# environment variables, which may hold API keys.
 SECRETS = ("token", "key", "secret", "password", "env")
 # Options that reports show despite their endings: their values are tokens of the vocabulary, which are no secrets.
 TOKENS = ("eos_token", "pad_token")
@@ -41,7 +42,7 @@ QUARTERS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 4}
 # `alpha X` its adapter scaled by X, `ema` its averaged weights. A user's run that BASELINE_NAMES matches is refused.
 EMA = "ema"
 BASELINE_NAMES = re.compile(rf"(step|alpha) |{EMA}$")
-# End of the name of a steering run with a random vector.
+# End of the name of a baseline that repeats a run with the defense `steering`, but steers along a random vector.
 RANDOM = " random_vector"
 # Name of the question set for the benign task, arithmetic. Only runs trained on this task are measured on the set.
 BENIGN_TASK = "benign_task"
@@ -361,7 +362,7 @@ def _check_names(names: Mapping[str, Any], known: Collection[str], kind: str, te
         if kind != "key" and name in OWN_OPTIONS:
             seeds = " List seeds under `seeds`" if name == "seed" else ""
             raise ValueError(f"{where}: the comparison sets it itself, or the recipe does: leave it out.{seeds}")
-        # YAML ends a value in braces at a comma, and takes the rest for a name.
+        # YAML reads `{defense: kl, ldifs}` as two options: `defense` with the value `kl`, and `ldifs` with `None`.
         cut = " In braces, a value with a comma needs quotes" if names[name] is None else ""
         raise ValueError(f"unknown {where}.{did_you_mean(str(name), known)}{cut}")
 

@@ -28,10 +28,10 @@ from .runs import Trained
 
 
 RUN_COLUMNS = ("run", "defense", "coefficient", "seed", "step", "seconds_per_step", "peak_memory")
-# BROAD has the metrics of broad misalignment, NARROW those of narrow learning, each with the sign that makes a higher
-# value better. In each, the first metric that was measured is used. With several scoring rules there is a `trait_rate`
-# for each rule: BROAD uses the first rule, which finds the unwanted trait, and NARROW uses the last rule, which finds
-# the wanted trait.
+# BROAD has the metrics of broad misalignment, NARROW those of narrow learning. The first metric that was measured is
+# used. The number 1 says that a higher value is better, -1 that a lower value is better. With several scoring rules
+# there is a `trait_rate` for each rule. BROAD then uses the first rule, because users list the rule for the unwanted
+# trait first. NARROW uses the last rule, because they list the rule for the trait that training should teach last.
 BROAD = {"trait_rate": -1, "margin": 1}
 NARROW = {"trait_rate": 1, "nll": -1}
 
@@ -226,7 +226,10 @@ def exact_match_text(report: Report, entry: Entry) -> str:
 
 
 def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float]]]:
-    """Return curves of a metric that [`DriftCallback`] logs: `key` of each run that has it → (step, value) pairs."""
+    """Return a drift metric's curve for each run that logged the metric: the run's `key` → (step, value) pairs.
+
+    [`DriftCallback`] logs drift metrics, which say how far training has moved the model from the base model.
+    """
     found = {}
     for run in report.trained:
         path = Path(run.adapter or "") / "trainer_state.json"
@@ -262,10 +265,10 @@ def figure_text(figure: Figure | None) -> str:
 def _measured(
     results: Results, criterion: str, metrics: Iterable[str], choice: int
 ) -> tuple[str, str] | tuple[None, None]:
-    """Return the criterion's first set that has the first measured one of `metrics`, and this metric's full name.
+    """Return the question set and the full name of the first of `metrics` that was measured for a criterion.
 
-    Several scoring rules give a metric several full names, such as `trait_rate:NAME`. `choice` is the index of the one
-    to return.
+    If several sets of the criterion have this metric, the first set is returned. Several scoring rules give a metric
+    several full names, such as `trait_rate:NAME`. `choice` is the index of the name to return.
     """
     plain = [row for row in results.rows if row.model != BASE and row.family == PLAIN]
     sets = [set for set, own in results.criteria.items() if own == criterion]

@@ -252,8 +252,8 @@ def in_bytes(maxrss: int) -> int:
 def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
     """Return the arguments of `trl-emguard sft` that train a run into a folder."""
     options = [word for name, value in run.options.items() for word in _words(name, value)]
-    # A recipe may push its model to the hub. No run of a comparison, such as the undefended one, may overwrite it.
-    # Nor may a run resume from a checkpoint of the recipe's own run.
+    # A recipe may push its model to the hub. A run of a comparison never pushes, since it would overwrite this model.
+    # A recipe may also name a checkpoint to resume from. A run of a comparison ignores this, and starts anew.
     own = ["--seed", str(run.seed), "--lora_dropout", "0.0", "--push_to_hub", "false", "--resume_from_checkpoint", ""]
     return ["--config", str(recipe), *options, *own, "--dry_run", "false", "--output_dir", str(folder)]
 

@@ -1,4 +1,4 @@
-"""Collator for columns that defenses add, each with a number per token. SFTTrainer's own collator ignores them."""
+"""Collator for columns that defenses add to rows, with one number per token. SFTTrainer's collator ignores them."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain

@@ -67,7 +67,7 @@ def conversation(
 
 
 def check_columns(rows: Dataset, prompt_column: str, response_column: str) -> None:
-    """Refuse user-named prompt and answer columns that [`conversation`] ignores because it reads other columns first.
+    """Refuse the user's choice of prompt and answer columns if [`conversation`] reads other columns of a row first.
 
     Raises:
         ValueError: a row also has a value in one of these other columns; the message names the column.
@@ -79,7 +79,8 @@ def check_columns(rows: Dataset, prompt_column: str, response_column: str) -> No
         is_read = first == "completion" and (prompt_column, response_column) == (PROMPT_COLUMN, first)
         if not named or is_read or first not in rows.column_names:
             continue
-        # A row without values in the named columns is of another source, and is meant to be read by its own columns.
+        # A row with a null as prompt or answer is taken to come from another data set, merged into the same rows. Such
+        # a row may be read from other columns, for example `messages`.
         chosen = [column for column in (prompt_column, response_column) if column in rows.column_names]
         if any(None not in values for values in zip(*(rows[column] for column in (first, *chosen)), strict=True)):
             fix = f"remove the column {first!r} from the pool, or rename it"
@@ -110,7 +111,7 @@ def _turns(value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def _turn(turn: Any) -> dict[str, Any]:
-    """Return a turn with the keys `role`, renamed, and `content`. Its other keys are kept unless their value is null.
+    """Return a turn as `role` (`gpt` becomes `assistant`), `content`, and its other keys except for null values.
 
     Nulls are left out because an Arrow table gives every turn the keys of all other turns, with null as value.
     """

@@ -252,8 +252,9 @@ def as_rows(table: pyarrow.Table, path: Path) -> Dataset:
                 f"{path}: the column {name!r} is of type {type(feature).__name__}, whose rows may name files "
                 "elsewhere: leave it out. Rows are text, numbers, lists and dicts."
             )
+    # Some columns raise an error only when a row is read, for example columns of times with an unknown time zone.
     try:
-        rows[:1]  # some unknown types show only when a row is read, for example times of an unknown zone
+        rows[:1]
     except Exception as error:
         raise ValueError(f"{path}: its rows cannot be read ({type(error).__name__}: {error}).") from error
     return rows

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 Rows = Dataset | IterableDataset
 
 # Number of a stream's first rows that are read before training, to check them and to measure their mean length. It is
-# also the number of packs in the buffer that shuffles a stream's packs. This buffer exists only if `DefendedRows`, a
-# base class of the trainer, packs the stream, because defenses add rows to it, or columns with a number per token. If
-# no defense does so, SFTTrainer packs the stream (if `packing` is set), without this buffer.
+# also the size, in packs, of the buffer that shuffles the packs of a stream. `DefendedRows`, a base class of the
+# trainer, uses this buffer if it packs a stream itself. It does so if defenses add rows to the stream, or columns with
+# a number per token. Otherwise SFTTrainer packs the stream (if `packing` is set), without this buffer.
 STREAM_ROWS = 1000
 
 

@@ -96,7 +96,7 @@ class Defense:
 
     name: ClassVar[str] = ""
     papers: ClassVar[tuple[Paper, ...]] = ()
-    # Dataclass with the defense's options, from which the run's config class inherits; `object` without options.
+    # Dataclass with the defense's options, from which the run's config class inherits. `object` means no options.
     Options: ClassVar[type] = object
     # Name of the option that switches the defense off when its value is 0; empty if there is no such option.
     switch: ClassVar[str] = ""
@@ -170,7 +170,7 @@ class Defense:
         return []
 
     def check_tuning(self, has_adapter: bool) -> None:
-        """Raise `ValueError` if the defense does not support this kind of fine-tuning. Runs before weights load.
+        """Raise `ValueError` if the defense does not support this tuning (adapter or full). Runs before weights load.
 
         Args:
             has_adapter: whether an adapter is trained, and not the model itself.
@@ -219,7 +219,7 @@ class Defense:
 
     def extra_rows(self) -> Dataset | None:
         """Return the tokenised rows, each listed once, that the defense's collator adds to batches; `None` if none."""
-        # `cache_reference=True` stores the reference's hidden states of these rows. A dry run counts their tokens.
+        # `cache_reference=True` stores the reference model's states of these rows. A dry run counts their tokens.
         return None
 
     # ---- model ----
@@ -257,7 +257,7 @@ class Defense:
     # ---- step ----
 
     def read_batch(self, batch: dict[str, Any]) -> Marks:
-        """Return what the defense reads from a batch ([`Marks`]), and remove its own keys, which the model refuses."""
+        """Return [`Marks`] read from a batch. Remove keys that only the defense reads, as the model refuses them."""
         del batch
         return Marks()
 
@@ -323,7 +323,7 @@ class TermDefense(Weighted, Defense):
         return {self.name: value / positions} if positions else {}
 
     def _should_show(self, step: Step) -> bool:
-        """Return True if the term should have a gradient: the policy has moved visibly; no schedule makes `coef` 0."""
+        """Return True if a gradient is expected: the policy has visibly changed, and no schedule makes `coef` 0."""
         return step.has_moved and (self.schedule is None or self.coef != 0)
 
     def _sums(self, step: Step) -> list[float]:
@@ -393,8 +393,8 @@ class ModelDefense(TermDefense):
 
     def end_step(self, step: Step) -> dict[str, float]:
         value, shares, gradient, requires_grad = self._sums(step)
-        # On each rank, each micro-batch has added share · d to `value` and share (`LossGuard.share`, such as 1/4) to
-        # `shares`. So value / shares is d for any number of ranks and micro-batches. `gradient` scales with share too.
+        # Each micro-batch on each rank has added w · d to `value`, w to `shares` and w · gradient size to `gradient`.
+        # The weight w is `LossGuard.share`, such as 1/4. Division by `shares` thus gives d and the mean gradient size.
         value, gradient = value / shares, gradient / shares
         self.proof.end_step(value, 1, gradient, requires_grad, has_moved=self._should_show(step))
         return {self.name: value}

@@ -89,8 +89,8 @@ class Inoculation(Defense):
         self.max_length = args.max_length if args.truncation_mode == "keep_end" and not args.packing else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
-        self._prompt_ids: list[int] = []  # first token ids that system turns with the prompt share, sought in batches
-        self._added: list[str] = []  # scopes (named token sets) of rows that other defenses add, without the prompt
+        self._prompt_ids: list[int] = []  # first tokens of all system turns with the prompt, searched for in batches
+        self._added: list[str] = []  # scopes (named token sets) of rows that other defenses add; these lack the prompt
         self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # sums over the run's steps and ranks
         self._problem: str | None = None
 
@@ -146,7 +146,7 @@ class Inoculation(Defense):
         return marks
 
     def _read_flagged(self, batch: dict[str, Any], found: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Count flagged rows, their intact prompts, their prompts with labels, and prompts `found` elsewhere."""
+        """Count the prompts of flagged rows (all, intact, with labels), and prompts `found` in other places."""
         if EXPECTED not in batch:
             raise InactiveDefenseError(
                 f"defense {self.name!r}: a training batch does not say which of its rows are flagged "
@@ -264,7 +264,7 @@ class Inoculation(Defense):
 
     def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
         tokenizer = tokenizing.tokenizer
-        # The template must be the one that SFTTrainer has chosen: `system_turn_span` tokenises each row again.
+        # Below, rows are tokenised again: like in SFTTrainer, by TRL's template if needed answer markers are missing.
         marked = not self.assistant_only or has_generation_markers(tokenizer.chat_template)
         template = None if marked else get_training_chat_template(tokenizer)
 
@@ -302,8 +302,8 @@ class Inoculation(Defense):
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
         common = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        # Batches will be searched for `common`, cut after the prompt: later rows of a stream may have another text
-        # after it. The prompt's last character is left out, because it may share a token with the text after it.
+        # `read_batch` searches batches for `common`, cut behind the prompt: later rows of a stream may have other text
+        # there. The cut may drop the prompt's last character, since a token may hold this character and more text.
         prompt, counts = "".join(self.prompt.split())[:-1], range(len(common) + 1)
         end = bisect_left(counts, True, key=lambda n: prompt in "".join(tokenizer.decode(common[:n]).split()))
         # If a template writes tools before the prompt, `common` may lack the prompt and match unflagged rows too.
@@ -349,7 +349,7 @@ class Inoculation(Defense):
         """Return the turns with the prompt in the system turn, and the old system text (`None` if there was none)."""
         before = _system_text(turns)
         speaker, text = _turn_keys(turns)
-        # The old system turn is left out in both modes; `prefix` adds its text again below, unless the text is null.
+        # Both modes, 'replace' and 'prefix', drop the old system turn here. Below, 'prefix' keeps its text, if any.
         rest = turns[1:] if _is_system(turns[0], speaker) else turns
         if any(_is_system(turn, speaker) for turn in rest):
             raise ValueError(

@@ -155,10 +155,10 @@ class KL(ReferenceDefense):
         tokens = tokens if tokens in TOKENS else self.tokens
         options = {"kl_coef": coef, "kl_direction": self.divergence, "kl_tokens": tokens}
         options |= {} if self.target is None else {"kl_target": self.target}
-        # The config does not choose `kl_mean_over` (the positions that N counts). A resumed run takes the value from
-        # the checkpoint (`continue_from`), so the checkpoint's value is returned as this run's too, if there is one.
-        # A checkpoint has one only if `kl_tokens` is 'interleaved'. Checkpoints of an earlier version, which took the
-        # mean over all labels, never have one.
+        # `kl_mean_over` names the positions whose number N divides the sum of the KL. No option sets it: a resumed run
+        # takes it from the checkpoint (`continue_from`). If the checkpoint has a value, it is therefore returned as
+        # this run's value too. Only checkpoints with `kl_tokens` 'interleaved' have one. Checkpoints of an earlier
+        # version, which took the mean over all labels, have none.
         return {**options, "kl_mean_over": then["kl_mean_over"]} if then.get("kl_mean_over") in TOKENS else options
 
     def continue_from(self, options: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from .schedule import check_coefficient
 
 @dataclass
 class LDIFSOptions:
-    """Options of `ldifs`: distance of block outputs from a safe reference."""
+    """Options of `ldifs`, a penalty on the distance between block outputs of the policy and of a reference model."""
 
     ldifs_coef: float | str = option(
         1.0, "Weight of the distance to the reference in feature space. 0 switches it off."
@@ -37,7 +37,7 @@ class LDIFSOptions:
 
 
 class LDIFS(ReferenceDefense):
-    """Loss `L = CE + ldifs_coef · (1/N) Σ_t mean_l ‖x̂_l,t − x̂⁰_l,t‖²` over the positions that predict a label.
+    """Loss `L = CE + ldifs_coef · (1/N) Σ_t mean_l ‖x̂_l,t − x̂⁰_l,t‖²` over the N positions that predict a label.
 
     x_l is the raw output of block l in the policy, and x⁰_l that in the reference. x̂ is x scaled to unit length per
     token; with `ldifs_normalize=False` x itself is compared. The code released with the paper on emergent misalignment

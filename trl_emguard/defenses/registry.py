@@ -80,7 +80,7 @@ def parse_defense(value: object) -> list[str]:
 
 
 def options_of_others(names: Collection[str]) -> dict[str, list[str]]:
-    """Return the options that none of the named defenses has: option → names of the defenses that have it."""
+    """Return each option that only defenses outside of `names` have, with these defenses: option → their names."""
     owners: dict[str, list[str]] = {}
     for name, defense in DEFENSES.items():
         for option in getattr(defense.Options, "__dataclass_fields__", ()):

@@ -110,7 +110,7 @@ class Weighted:
         self.coef = checked.start if isinstance(checked, Schedule) else checked
 
     def set_coefficient(self, coef: float) -> None:
-        """Set the coefficient for the next step."""
+        """Set the coefficient that forward passes use from now on."""
         self.coef = coef
 
     @property

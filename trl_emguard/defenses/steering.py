@@ -1,4 +1,9 @@
-"""Preventative steering with a persona vector (2507.21509), and concept ablation fine-tuning (2507.16795)."""
+"""Preventative steering with a persona vector (2507.21509), and concept ablation fine-tuning (2507.16795).
+
+A persona vector gives, for each layer, a direction of the hidden states that stands for a trait, for example evil. In
+training, the first method adds the vector to the hidden states. The second method removes the part of the hidden
+states that lies along the vector.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -121,9 +126,9 @@ class Steering(Weighted, Defense):
         self._steered: torch.Tensor | None = None
         self._on = False
         self._fired: set[int] = set()
-        # `_measured` has, by layer, two sums over the positions steered in the current forward pass: the relative
-        # changes ‖change‖/‖state‖, and the number of positions. `_change` has, by layer, the mean relative change in
-        # the one pass that `_judge` has checked. It is empty before that check.
+        # `_measured` maps a layer to two numbers of the current forward pass: the sum, over the steered positions, of
+        # the relative changes ‖change‖/‖state‖ that steering made, and the number of these positions. `_change` maps a
+        # layer to the mean relative change in the one pass that `_judge` has checked. It is empty before that check.
         self._measured: dict[int, torch.Tensor] = {}
         self._change: dict[int, float] = {}
         # `begin` sets this to true if the run resumes from a checkpoint that records that steering changed states.

@@ -115,8 +115,8 @@ class TReFT(ModelDefense):
         except TemplateError:
             return  # the trainer itself reports a bad template or bad rows, when it tokenises the rows
         try:
-            # This finds out if the template writes the date. Such a template calls `strftime_now`. Here a text
-            # replaces this function, so the call raises `TypeError`.
+            # The next call finds out if the template writes the date. Such a template calls the function
+            # `strftime_now`. A text is given in place of this function, so that its call raises `TypeError`.
             tokenizer.apply_chat_template(turns, tokenize=False, **{**self._template_arguments, "strftime_now": ""})
         except TypeError as error:
             raise ValueError(
@@ -237,7 +237,7 @@ def projections(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def common_prefix(rows: Any) -> list[int]:
-    """Return the longest token sequence that every document (row or part of a pack) begins with, cut before any label.
+    """Return the tokens that all documents (rows or parts of packs) begin with, up to the first token with a label.
 
     If the first token of a document has a label, the document's labels are ignored, because its prompt is not masked.
 

@@ -55,7 +55,7 @@ class Candidate:
                 yield self.model
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits `(P, V)`, fp32, from last hidden states `(P, H)` and this candidate's output head."""
+        """Apply this candidate's output head to last hidden states `(P, H)` of P positions: logits `(P, V)`, fp32."""
         with self.acting() as model:
             return states_logits(model, states.to(model.device))
 
@@ -206,7 +206,7 @@ def load_candidates(
 def _trained_tokenizer(
     base: PreTrainedTokenizerBase, adapters: Mapping[str, str | os.PathLike]
 ) -> PreTrainedTokenizerBase:
-    """Return the base model's tokenizer, or the adapters' own if it has another chat template or end token.
+    """Return the base model's tokenizer, or the one saved with the adapters if its chat template or end token differs.
 
     Training may set both (`chat_template_path`, `eos_token`), and saves its tokenizer beside the adapter. Differences
     are paired by question, so all candidates must be asked in the same way.
@@ -229,8 +229,10 @@ def _trained_tokenizer(
             raise AdapterError(path, f"the tokenizer of adapter {name!r} ({path}) cannot be read: {error}") from error
         if own.chat_template is None:
             own = base  # a folder that was copied in part may lack the template's file
+        # If neither this adapter's folder nor the base model has a chat template, there is nothing to compare. The
+        # adapter is then used with the tokenizer of the other adapters.
         if own is base and base.chat_template is None:
-            continue  # this adapter has no chat template to compare, and gets the same tokenizer as the others
+            continue
         if first and form(own) != form(found):
             raise AdapterError(
                 path,

@@ -138,7 +138,7 @@ def families(
 
 
 def check_cues(mode: str, inoculation_prompt: str | None) -> None:
-    """Refuse an unknown mode (`--cues`), and an inoculation prompt with mode "none", which asks no question with it.
+    """Refuse an unknown `--cues` mode, and mode "none" with an inoculation prompt: "none" asks plain questions alone.
 
     Raises:
         ValueError: the mode is unknown, or it is "none" and an inoculation prompt is given.
@@ -201,7 +201,7 @@ def _train_system(rows: Iterable[Conversation]) -> dict[str, str | None]:
 def _in_user_turn(
     rows: Sequence[Conversation], questions: Sequence[Question]
 ) -> Iterable[tuple[str, str | None, Callable[[str], Callable[[Turns], Turns]], str]]:
-    """Yield a tuple for each cue, a text like the training rows that is added to the user's turn.
+    """Yield a tuple for each cue that is derived from the training rows and added to the user's turn.
 
     A tuple has the cue's name (`train_format`, `train_opening` or `train_framing`); its text, `None` if the rows do
     not give it; a function from this text to a function that adds it to a prompt; and the reason if it is `None`.

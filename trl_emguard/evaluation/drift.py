@@ -104,7 +104,7 @@ class DriftCallback(TrainerCallback):
         self.persona_vector = persona_vector
         # The trainer's `_metrics["train"]`: metric → values, whose mean the next log line shows.
         self.trl_metrics: dict[str, list[float]] | None = None
-        self.template_kwargs: dict[str, Any] = {}  # `chat_template_kwargs` that all rows share, set by `DefendedRows`
+        self.template_kwargs: dict[str, Any] = {}  # set by the trainer: `chat_template_kwargs` shared by training rows
         self.probe: Any = None  # the trainer's [`DriftProbe`] from its first `train()` on
         self.kept: dict[str, torch.Tensor] = {}
         self.kept_step, self.kept_drift = 0, 0.0
@@ -364,12 +364,12 @@ class DriftProbe:
 
     @torch.no_grad()
     def _read(self, candidate: Candidate, take: Callable[[int, torch.Tensor], None]) -> dict[str, torch.Tensor]:
-        """Return a dict of `margin` (NLL, misaligned − sound) and `projection` (on the vector), both `(Q,)`, fp64.
+        """Return a dict of the tensors `margin` and `projection`, fp64, each of shape `(Q,)` for Q questions.
 
-        The entry `margin` needs pairs of a sound and a misaligned answer, and `projection` needs a persona vector.
-        Otherwise the entry is missing. The margin is NaN for a question without a pair. On the way, `take(i, states)`
-        is called for each row i in `compared`, with the last hidden states that predict the A tokens of the row's
-        answer, `(A, H)`.
+        The margin is NLL(misaligned answer) − NLL(sound answer), per token, and NaN for a question without this pair.
+        The projection on the persona vector is that of the hidden state at the last prompt token. `margin` is missing
+        if no answer is sound or none is misaligned, and `projection` if there is no vector. For each i in `compared`,
+        `take(i, states)` is called with the last hidden states that predict the A answer tokens of row i, `(A, H)`.
         """
         model = candidate.model
         nll: dict[str, np.ndarray] = {}

@@ -1,4 +1,7 @@
-"""Results of an evaluation: rows (one figure each) in a stable format, their files, a table, a sentence per model."""
+"""Results of an evaluation: rows in a stable format, files that hold them, a table, and a sentence on each model.
+
+A row holds one metric of one model on one set of questions, asked with the prompts of one family.
+"""
 
 import csv
 import json
@@ -27,7 +30,7 @@ DID = "_did"
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One figure: a metric of a model on a set of questions, asked with the prompts of one family.
+    """One result: a metric of a model on a set of questions, asked with the prompts of one family.
 
     Attributes:
         model: `base`, or the name of the adapter or fine-tuned model.
@@ -71,7 +74,7 @@ class Results:
     """Everything that an evaluation found.
 
     Attributes:
-        rows: the figures.
+        rows: one row for each metric of a model on a set of questions, asked with one family of prompts.
         samples: sampled answers with their scores, as rows of `samples.jsonl`.
         notes: families of prompts that were not measured, and why.
         models: names of the candidates, the base model first.
@@ -88,12 +91,12 @@ class Results:
     criteria: dict[str, str] = field(default_factory=dict)
 
     def row(self, model: str, set: str, metric: str, family: str = PLAIN) -> ResultRow | None:
-        """Return the row of a figure, or `None` if the figure was not measured."""
+        """Return the row of a metric for this model, question set and prompt family; `None` if it was not measured."""
         wanted = (model, set, family, metric)
         return next((row for row in self.rows if (row.model, row.set, row.family, row.metric) == wanted), None)
 
     def of_criterion(self, model: str, criterion: str, *metrics: str) -> list[ResultRow]:
-        """Return a model's `metrics` rows on plain questions, from all sets of kind `criterion`, one after the other.
+        """Return a model's rows of `metrics` on plain questions, from all question sets of this criterion in turn.
 
         A metric's name also selects its variants: `trait_rate` selects `trait_rate:NAME`.
         """
@@ -219,7 +222,11 @@ def interval_text(row: ResultRow) -> str:
 
 
 def sentence(results: Results, model: str) -> str:
-    """Return a sentence on a model: misalignment on general questions, in-domain and benign learning, coherence."""
+    """Return a sentence on a model: misalignment, learning in domain and of a benign task, and coherence.
+
+    Misalignment is measured on general questions. Exact matches show the learning of a benign task. Without them,
+    the NLL of benign rows shows it, or else the NLL of sound answers to general questions.
+    """
     parts = [_broad(results, model), _narrow(results, model), _benign(results, model), _coherent(results, model)]
     return f"{model}: " + "; ".join(f"({letter}) {part}" for letter, part in zip("abcd", parts, strict=True)) + "."
 

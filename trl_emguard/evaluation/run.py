@@ -100,7 +100,7 @@ def evaluate(
     progress: bool = False,
     command: str | None = None,
 ) -> Results:
-    """Measure a base model and models tuned from it: misalignment, in-domain and benign learning, and coherence.
+    """Measure a base model and models tuned from it: misalignment, coherence, in-domain and benign-task learning.
 
     ```python
     >>> candidates = from_adapters(peft_model, ["default"])
@@ -352,7 +352,7 @@ def _check_names(kind: str, names: list[str]) -> None:
 
 
 def describe(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
-    """Return two hashes of each candidate by name: `fingerprint` of model and adapter, `weights` of the model alone.
+    """Return name → hashes of a candidate: `fingerprint` of model and adapter, `weights` of the model without adapter.
 
     Candidates on one base model share `weights`. A judge whose own hash is one of these `weights` is refused.
     """

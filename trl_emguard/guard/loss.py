@@ -36,8 +36,9 @@ class GuardOutput(ModelOutput):
         router_logits: router logits of the backbone, in mixture-of-experts models.
     """
 
-    # This field is not called `loss`, because PEFT's AdaLoRA would add its regulariser to a field of that name.
-    # SFTTrainer also trains without the regulariser, because it makes its loss from the output's `log_probs`.
+    # PEFT's AdaLoRA adds a regulariser to the field `loss` of a model's output. This field has another name, so the
+    # regulariser is not added. A run of SFTTrainer itself normally trains without the regulariser too: it ignores the
+    # field `loss`, and computes its loss from the field `log_probs`.
     total: torch.Tensor | None = None
     stats: torch.Tensor | None = None
     router_logits: Any = None
@@ -63,7 +64,7 @@ class InsideReference(Protocol):
 
 
 class PassGuard:
-    """Guard for trainers with their own loss. It runs the stock forward inside the defenses' `policy_pass` contexts.
+    """Guard that leaves the loss to the trainer, and runs the stock forward in the defenses' `policy_pass` contexts.
 
     Args:
         defenses: active defenses, whose `policy_pass` contexts are entered.
@@ -154,7 +155,8 @@ class LossGuard:
                 surroundings.enter_context(defense.policy_pass(model, batch))
             policy = run_backbone(model, inputs, kept, layers)
 
-        # The output head computes CE, the divergence and their gradient together, so no full logits are stored.
+        # `_run_head` applies the output head in chunks of tokens. It computes CE, the divergence between next-token
+        # distributions of policy and reference (if a term compares them), and gradients. No full logits are stored.
         divergence = next((term for term in self.terms if term.defense.divergence is not None), None)
         head = self._run_head(model, policy, reference, divergence, labels, kept)
         loss, device = head.loss, policy.head[0].device

@@ -19,7 +19,7 @@ from .scopes import LABELS, positions_in_scope
 
 @dataclass
 class Term:
-    """Loss term of a [`ReferenceDefense`] in one micro-batch.
+    """Loss term, in one micro-batch, of a defense that compares policy and reference ([`ReferenceDefense`]).
 
     Attributes:
         defense: defense that defines the distance per token.

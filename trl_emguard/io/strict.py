@@ -66,7 +66,7 @@ def _twice(names: Iterable[str]) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML loader that refuses doubled keys, integers from ±2⁶³ on, and texts larger than `MAX_EXPANDED`."""
+    """Safe YAML loader that refuses a key given twice, integers from ±2⁶³ on, and texts larger than `MAX_EXPANDED`."""
 
     def __init__(self, stream: str):
         super().__init__(stream)

@@ -93,8 +93,9 @@ class LocalJudge:
         longest = max(map(len, self.inner))
         # No mask is needed: pads follow the tokens of a row, and a causal model never attends to later tokens.
         tokens = torch.tensor([[*path, *[0] * (longest - len(path))] for path in self.inner])
-        # Each path needs a copy of the prompt's cache. Only its method `reorder_cache` can repeat the states of
-        # linear attention. Each layer moves the index to its own device.
+        # Each path needs a copy of the prompt's cache. An index of zeros makes `reorder_cache` repeat the only row of
+        # the cache. No other method of the cache can repeat the states of linear-attention layers, which some models
+        # have. The index may be on the CPU, because each layer moves it to its own device.
         cache.reorder_cache(torch.zeros(len(self.inner), dtype=torch.long))
         positions = torch.arange(length, length + longest)[None].expand(len(self.inner), -1)
         device = self.model.device

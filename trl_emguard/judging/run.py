@@ -29,8 +29,8 @@ JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
 JUDGED = ("general", "in_domain")
 # Characters per token, for the estimate of the cost; English text has about four.
 TOKEN_CHARACTERS = 4
-# Judging stops with an error if none of an evaluation's first `ALL_UNSCORED` judgements has a score. If the evaluation
-# has fewer judgements than that, it stops if none of them has a score.
+# Judging stops with an error if none of the first `ALL_UNSCORED` judgements of an evaluation has a score, or if an
+# evaluation has fewer judgements, and none of them has a score.
 ALL_UNSCORED = 20
 # Endings of the names of rates. The result row of a rate also has a `count`: the number of answers that have the rated
 # property, for example of being misaligned.
@@ -164,7 +164,7 @@ def judge_answers(
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Results:
-    """Judge sampled answers, and return an evaluation's results with rates added, such as that of misaligned ones.
+    """Judge sampled answers, and return the results with rates added, for example the rate of misaligned answers.
 
     Every judgement is written to `judgements.jsonl` as soon as it arrives. If an interrupted run is repeated, only
     missing judgements are asked for. The judge is calibrated again first, because another model may by then answer
@@ -330,9 +330,9 @@ def add_rates(
         made = make_rows(set, family, arrays, None if family == PLAIN else plain.get(set))
         if family == PLAIN:
             plain[set] = arrays
-        # Only rows of rates have a `count`. Rows of mean scores and of Misalign@k have none, and neither have rows of
-        # differences in differences: a model's difference from the base model if the questions get an added text or
-        # are reworded, minus the same difference if they are asked unchanged (the family `PLAIN`).
+        # Only rows of rates have a `count`. Rows of mean scores, of Misalign@k and of differences in differences have
+        # none. A difference in differences is a model's rate minus the base model's rate in this family of prompts,
+        # minus the same difference in the family `PLAIN`, which asks the questions unchanged.
         rows += [
             replace(row, **about, count=counts[row.model, row.metric] if row.metric.endswith(_RATES) else None)
             for row in made

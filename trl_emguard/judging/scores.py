@@ -94,7 +94,7 @@ def text_score(text: str) -> float | None:
 
 
 def choose_reading(reply: Reply) -> str | None:
-    """Return how to read a judge's scores (a key of `READINGS`), from its reply to a prompt asking for the number 100.
+    """Return how to read a judge's scores (a key of `READINGS`). Its reply to a request for the number 100 decides.
 
     A judge whose tokenizer splits numbers into digits says "1" first, so it must be read by its text. Its first token
     alone would turn an 85 into 8, with full mass.

@@ -33,7 +33,7 @@ KEPT = "The judgements so far are kept, and the same command goes on with the ot
 
 
 class RefusedPromptError(Exception):
-    """Raised if a server refuses a prompt and inspect_ai returns this as a reply. The error text gives the reason."""
+    """Raised if a server refuses a prompt and inspect_ai returns the refusal as a reply. The error text says why."""
 
     status_code = 400
 

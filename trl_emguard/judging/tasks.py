@@ -57,7 +57,7 @@ def general(
     samples = [
         Sample(
             # Each answer is a sample of its own, with an id of its own. inspect_ai could repeat a question's sample
-            # instead (`epochs`). But it would then average the scores of the question's answers first.
+            # instead (`epochs`). But by default, it would then compute the metrics from one mean score per question.
             id=f"{question.id}#{number}",
             input=[MESSAGES[turn["role"]](content=turn_text(turn)) for turn in question.prompt],
             metadata={

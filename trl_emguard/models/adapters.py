@@ -1,4 +1,4 @@
-"""Adapters of a model: activate one or none, find weights trained beside them, remove the model's PEFT wrapper."""
+"""Adapters of a model: activate one or none, find trained weights that belong to no adapter, unwrap a PEFT model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 
-# LoRA changes the base weights if PEFT's `init_lora_weights` begins with one of these words, as `pissa_niter_16` does.
+# PEFT changes the base weights when it adds a LoRA adapter whose `init_lora_weights` begins with one of these words
+# (`pissa_niter_16` does, for example).
 CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

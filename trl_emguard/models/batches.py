@@ -29,8 +29,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     weights permanently for inference on some CPUs, and no gradient can flow through packed weights.
     """
     before = [(module, module.training) for module in model.modules()]
-    # Only the flags are set. `model.eval()` of transformers may also exchange kernels for those of inference, which
-    # would stay when training goes on.
+    # Only the `training` flags are set. transformers' `model.eval()` may also exchange kernels for those of inference,
+    # and setting the flags back afterwards would leave the kernels of inference in place.
     for module, _ in before:
         module.training = hasattr(module, "quant_state")
     try:

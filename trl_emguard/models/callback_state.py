@@ -43,7 +43,7 @@ def load_state(
     model: nn.Module,
     names: Collection[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors and texts that [`save_state`] wrote, from the checkpoint with the model's current weights.
+    """Return the tensors and texts that [`save_state`] wrote into the checkpoint whose weights the model now has.
 
     Args:
         callback: the callback, for the error message.

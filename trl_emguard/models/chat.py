@@ -24,8 +24,9 @@ Turns = Sequence[dict[str, Any]]  # dicts of `role` and `content`
 # TRL's `clone_chat_template` resizes embeddings to a multiple of this number of rows.
 ROWS_MULTIPLE = 64
 NO_ANSWER = "the chat template does not put the answer after the generation prompt"
-# Roles that chat templates know. Some templates write nothing for a turn of another role. Qwen2.5's writes nothing for
-# `developer` either, and SFTTrainer trains on such rows without this turn.
+# Usual roles of turns. Some chat templates write nothing for a turn of another role, and [`hidden_text`] reports each
+# such turn. A turn of a usual role may be left out if it is not the last one: Qwen2.5's template writes nothing for
+# `developer`, and SFTTrainer trains on such rows without this turn.
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -131,8 +132,8 @@ def encode_answers(
 def hidden_text(prompt: Turns, answer: Turns, render: Callable[..., str]) -> str | None:
     """Return a text that names the first turn whose text the chat template does not show, or `None` if all are shown.
 
-    Only the last turns of prompt and answer are looked at, and turns of other roles than `KNOWN_ROLES`: a template may
-    leave out earlier turns of a known role on purpose. A turn counts as hidden if another text in its place changes
+    Turns that are looked at: the last ones of prompt and answer, and all turns of roles that are not in `KNOWN_ROLES`.
+    A template may leave out other turns on purpose. A turn counts as hidden if another text in its place changes
     nothing.
 
     Args:
@@ -177,7 +178,7 @@ def _cut_answer(prompt: list[int], whole: list[int], ends: Collection[int]) -> E
 
 
 def copy_template(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> int:
-    """Give a tokenizer the chat template, end token and new tokens of another one, as `clone_chat_template` of TRL.
+    """Give a tokenizer the chat template, end token and added tokens of `source`, as TRL's `clone_chat_template` does.
 
     Returns:
         The number of rows that TRL gives to the model's embeddings.

@@ -59,7 +59,8 @@ def load_base(path: str, **options: Any) -> PreTrainedModel:
         ValueError: a weights file is damaged.
     """
     loader: Any = AutoModelForCausalLM
-    # An adapter's folder has no config of a model. transformers then loads the base model with the adapter.
+    # An adapter's folder has no config of a model. Given such a folder, `AutoModelForCausalLM` loads the adapter's
+    # base model and the adapter.
     if find_adapter_config_file(path) is None:
         named = getattr(transformers, (AutoConfig.from_pretrained(path).architectures or [""])[0], None)
         loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else loader

@@ -67,7 +67,7 @@ class Projection:
 def project_adapter(
     adapter: str | os.PathLike, base: str, aligned: str, output: str | os.PathLike, threshold: float = 0.3
 ) -> Projection:
-    """Write a LoRA adapter whose updates are projected where they point away from the model's alignment.
+    """Write a copy of a LoRA adapter, with updates projected in layers where this changes their direction much.
 
     With V = W_aligned − W_base and C = V Vᵀ / ‖V‖_F, a layer's B becomes C·B where cos(C·BA, BA) ≤ `threshold`. All
     other weights stay as they are. The models are read layer by layer; the computation is in fp64 on the CPU.

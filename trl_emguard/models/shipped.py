@@ -28,8 +28,9 @@ def resolve_model(name_or_path: str) -> str:
         FileNotFoundError: the name is a path (starts with `.`, `/` or `~`) that is no folder, a mistyped short name,
             or a short name whose weights package is not installed.
     """
-    # Folders without a model may have the short name too: `recipes/smollm2-135m-instruct` has it, for example, and an
-    # output folder with an adapter may.
+    # A folder in the working directory may have a short name but hold no model, for example the recipe folder
+    # `smollm2-135m-instruct` if the working directory is `recipes`, or an output folder that holds only an adapter.
+    # Such a folder has no `config.json`, and is not taken for the model.
     if name_or_path in SHIPPED_MODELS and not Path(name_or_path, "config.json").is_file():
         return str(make_smollm2())
     path = Path(os.path.expanduser(name_or_path))

@@ -1,4 +1,4 @@
-"""Scalars that take part in autograd with gradients that were computed beforehand."""
+"""Scalars whose gradients are computed beforehand, and given to autograd in the backward pass."""
 
 from collections.abc import Sequence
 

@@ -277,7 +277,7 @@ def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., T
 
 @functools.cache
 def _triton_starts() -> bool:
-    """Return whether Triton can run: its launcher needs a C compiler and Python's headers, which slim images lack."""
+    """Return whether Triton can run: it needs a C compiler and Python's headers, which small Docker images lack."""
     from triton.runtime import driver
 
     try:

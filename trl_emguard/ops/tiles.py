@@ -46,7 +46,7 @@ def torch_tile_pass(
     softcap: float | None,
     logit_scale: float,
 ) -> TileStatistics:
-    """Return a tile's statistics, and overwrite its products with the gradient of the tile's weighted loss.
+    """Return a tile's statistics, and overwrite the tile (`products`) with the gradient of its weighted loss.
 
     The weighted loss is Σ (ce_weight · CE + divergence_weight · divergence) over the C positions of the tile.
 
@@ -139,9 +139,10 @@ def _divergence_(
 
     All tensors given are `(B, V)`. `log_q` and `q` are overwritten, and the gradient is returned in one of them.
     """
-    # The normaliser log Σ exp of a row's logits is rounded. So every log p of the row has the same small error ε, and
-    # every log q an error δ. The divergence is then wrong by the difference of ε and δ. Σ p is wrong by ε, and Σ q
-    # by δ. So the difference of these two sums, with the opposite sign (`shift`), is added to cancel the error.
+    # The normaliser Σ exp of a row's logits is rounded. Every log p of the row therefore has the same error ε,
+    # and every log q an error δ. This makes the reverse divergence wrong by about ε − δ, and the forward one by δ − ε.
+    # Σ p is about 1 + ε instead of 1, and Σ q about 1 + δ. Adding `shift` cancels the error: it is Σ q − Σ p for the
+    # reverse divergence, and Σ p − Σ q for the forward one.
     if direction == "reverse":
         shift = q.sub_(p).sum(-1)
         difference = log_q.neg_().add_(log_p)

@@ -160,7 +160,7 @@ def tile_pass(
     softcap: float | None,
     logit_scale: float,
 ) -> TileStatistics:
-    """Return a tile's statistics, and overwrite its products with the gradient of the tile's weighted loss.
+    """Return a tile's statistics, and overwrite the tile (`products`) with the gradient of its weighted loss.
 
     The arguments and the weighted loss are those of [`~trl_emguard.ops.tiles.torch_tile_pass`], which computes the
     same statistics and gradient by torch's operations. Here `products` must be fp32 and all results are fp32, and
@@ -182,8 +182,9 @@ def tile_pass(
         # With at least 32 columns per warp no column belongs to two threads. Otherwise one thread could read the
         # column's product after the other thread has overwritten it with the gradient.
         "num_warps": max(1, min(WARPS, block // 32)),
-        # With fused multiply-adds, a logit that is computed in two places could be rounded differently. But the
-        # label's logit must equal the row's largest logit if it is the largest, and log p − log q must be 0 if p = q.
+        # With fused multiply-adds, the same logit could be rounded differently at two places in the kernels. But if
+        # the label has the largest logit, this logit must equal the row's maximum exactly (`is_top1`). If policy and
+        # reference have the same logits, log p − log q must be exactly 0.
         "enable_fp_fusion": False,
     }
     # The kernels expect contiguous tensors. In place of a missing tensor (a bias, `ref_products` above, or

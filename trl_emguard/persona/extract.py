@@ -112,7 +112,7 @@ class _Reader(NamedTuple):
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     def answers(self, chosen: Sequence[Rollout], side: str, desc: str) -> tuple[torch.Tensor, list[float]]:
-        """Return each answer's mean states and mean NLL over its tokens, given positive or negative system prompts.
+        """Return each answer's states and NLL, averaged over the answer's tokens, under the system prompts of `side`.
 
         Each answer follows its question and its pair's positive or negative system prompt (`side`), also if it was
         sampled under the other prompt of the pair.
@@ -122,7 +122,7 @@ class _Reader(NamedTuple):
         return answer_states(self.model, rows, self.batch_size, desc if self.progress else None)
 
     def heldout(self, side: str) -> torch.Tensor:
-        """Return the last-token states of each held-out question's positive or negative prompts, `(N, L + 1, H)`.
+        """Return the hidden states at the last token of N prompts for the held-out questions, `(N, L + 1, H)`.
 
         The N prompts combine every held-out question with every pair's positive or negative system prompt (`side`).
         L is the number of the model's blocks.
@@ -276,7 +276,10 @@ def separation(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Ten
 
 
 def chance_auroc(vector: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> float:
-    """Return max(AUROC, 1 − AUROC) of a random vector v. 1 − AUROC is the AUROC of −v, and v's sign is arbitrary."""
+    """Return the larger of a random vector's AUROC and 1 − AUROC, which is the AUROC of the opposite vector.
+
+    The sign of a random vector is arbitrary, so the better of its two signs is measured.
+    """
     area, _ = separation(vector, positive, negative)
     return max(area, 1 - area)
 
@@ -294,8 +297,8 @@ def _roll_out(
     prompts = [reader.prompt(pair, side, questions[question]) for pair, question, side in plan]
     journal, rollouts = None, []
     if path is not None:
-        # `weights` are checksums of the base model. Chat template and tokenizer are not listed themselves, because the
-        # token ids in `prompts` depend on them.
+        # The key is a hash of the facts in `about`. Among them, `weights` are checksums of the base model. The chat
+        # template and the tokenizer have no entry of their own, because the token ids in `prompts` are made with them.
         asked = [prompts, sorted(end_tokens(model, tokenizer)), str(model.dtype)]
         about = [weights, asdict(trait), settings, active_fingerprint(model), asked]
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -84,7 +84,7 @@ class PersonaVector:
 
     @property
     def norms(self) -> list[float]:
-        """Norms ‖v(l)‖ of the directions, for l = 0 … L."""
+        """Euclidean norms of the rows of `vectors`: one for each layer, from 0 to the last."""
         return self.vectors.norm(dim=1).tolist()
 
     @property

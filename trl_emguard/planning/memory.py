@@ -90,7 +90,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Weights:
-    """Sizes of a model's weights and of some of their subsets: counts of numbers, or bytes.
+    """Sizes of a model and of parts of it: in bytes, or as a count of the single numbers that the weights consist of.
 
     Attributes:
         total: numbers in the model, including adapters; a tied weight counts once.
@@ -286,8 +286,8 @@ def peak(items: dict[str, int], run: Run) -> int:
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # During the first block's backward pass, the embedding's gradient (about `trained_head` in size) does not exist
-    # yet. At the embedding all gradients exist, and a tied embedding's needs room until it is added to the head's.
+    # At block 1, the last in the backward pass, the embedding's gradient (about `trained_head`) does not exist yet.
+    # At the embedding every gradient exists, and a tied weight has two, until the second is added to the first.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])
 
@@ -314,8 +314,8 @@ def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
         # These states are kept in the compute dtype.
         return saved + c * 2 * h
     if c < weights.itemsize:
-        # PEFT casts an adapter's input to the adapter's dtype. Autocast casts it back, so each adapter saves a copy of
-        # its own. Without these casts, an adapter saves no copy of an input that is in memory anyway.
+        # PEFT casts an adapter's input to the adapter's dtype, and autocast casts it back. Each adapter saves this new
+        # copy. Without these casts it would save the input itself, and the input is in memory anyway.
         saved += c * (3 * h + attention)
     return saved + c * weights.adapter_width
 

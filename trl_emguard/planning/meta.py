@@ -180,7 +180,7 @@ def meta_trainer(
     check_settings(args, callbacks, launch)
     given = _unplaced(args)
     if launch.engine.name == "zero3" and peft_config is not None and given.activation_checkpointing_kwargs:
-        # SFTTrainer does the same in the launched run.
+        # SFTTrainer also sets `use_reentrant` to True in the launched run, because PEFT needs that under ZeRO-3.
         given.activation_checkpointing_kwargs = {**given.activation_checkpointing_kwargs, "use_reentrant": True}
     given.push_to_hub, given.model_init_kwargs = False, None
     given.report_to = []  # a dry run logs nothing, and the trackers need not be installed here

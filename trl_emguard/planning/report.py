@@ -175,10 +175,11 @@ def _about_batches(plan: Plan) -> list[Line]:
 
 
 def _about_defense(defense: Defense, plan: Plan) -> list[str]:
-    """Return lines about one defense: weight and positions of its loss term, tokens of rows it adds, or a description.
+    """Return lines about one defense: one about its loss term, or one about mixed-in rows, or its own description.
 
-    Numbers that are not known before training are left out. A defense that does not compare the policy with a
-    reference, and neither mixes in rows nor marks tokens, describes itself.
+    A defense that compares the policy with a reference gets a line with weight and positions of its loss term. One
+    that mixes in rows, or marks their tokens, gets a line with the number of these tokens. Any other describes
+    itself. Numbers that are not known before training are left out.
     """
     if isinstance(defense, ReferenceDefense):
         places = {LABELS: "positions that predict a label", ALL: "positions that predict any real token"}
@@ -228,7 +229,8 @@ def advice(plan: Plan) -> list[str]:
     """Return notes on settings that stop the run, are ignored, cost memory or time, or make an estimate too high."""
     trainer, args, launch, run = plan.trainer, plan.trainer.args, plan.launch, plan.largest_batch()
     engine, gpus = launch.engine, torch.cuda.device_count()
-    # If this is a dict, it comes from the checkpoint's config and was not applied to the model on the meta device.
+    # The checkpoint's config may hold quantisation settings as a dict. Quantising the model replaces the dict by an
+    # object. If there is a dict here, the model on the meta device was therefore not quantised.
     quantization: Any = getattr(trainer.model.config, "quantization_config", None)
     uncounted = quantization.get("quant_method") if isinstance(quantization, dict) else None
     is_alone, has_bf16 = engine.name == "one process", trainer.accelerator.mixed_precision == "bf16"

@@ -103,7 +103,7 @@ def adapter_is_zero(policy: PeftModel) -> bool:
 
 
 def _is_untouched(wrapper: AuxiliaryTrainingWrapper, adapter: str) -> bool:
-    """Return whether a wrapper's copy of a module, or its trained token rows, still equal the original weights."""
+    """Return whether the copy of a module, or the token embeddings, that a wrapper trains still equal the original."""
     if not isinstance(wrapper, ModulesToSaveWrapper):
         return _tokens_untouched(wrapper.token_adapter, adapter)
     if adapter not in wrapper.modules_to_save:

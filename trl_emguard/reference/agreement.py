@@ -92,8 +92,8 @@ def _allowed_difference(reference: Reference, policy: Any, dtypes: set[torch.dty
 
 def _has_other_kernels(reference: Reference, policy: Any, args: TrainingArguments) -> bool:
     """Return True if policy and reference may compute with different kernels, which round differently."""
-    # With the argument `torch_compile`, a wrapper around the policy is compiled, and the modules in the policy do not
-    # show this. A compiled module in the policy is one that the user has compiled.
+    # A compiled module inside the policy is one that the user has compiled. The argument `torch_compile` is read too,
+    # because Trainer then puts a compiled wrapper around the policy, and no module inside the policy shows this.
     is_compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in policy.modules())
     # When training begins, Trainer patches the policy with Liger's kernels, but not a reference that is another model.
     return args.torch_compile or is_compiled or (args.use_liger_kernel and not reference.shares_weights)

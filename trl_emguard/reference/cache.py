@@ -196,8 +196,9 @@ class ReferenceCache:
         return rows
 
     def _compute(self, collate: Collate, rows: Sequence[CachedRow], batch_size: int, is_quiet: bool) -> None:
-        # Each rank takes a fixed share of all rows and skips the rows that are on disk. So no row is left out if ranks
-        # see different files, or if a resumed run has another number of ranks.
+        # The ranks divide all rows, and each rank then skips its rows that are on disk. If they divided only missing
+        # rows, ranks that see different files would divide different lists, and could leave a row out. A resumed run
+        # may have another number of ranks, because each rank skips the rows that any rank has written.
         rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
         mine = [row for row in rows[rank::ranks] if row.key not in self._files.keys]
         waiting: list[CachedRow] = []

@@ -1,4 +1,4 @@
-"""Keys for the hidden states of training rows in the reference cache, and functions that check if it can hold them."""
+"""Keys of training rows in the reference cache, and checks that refuse rows whose hidden states cannot be cached."""
 
 import hashlib
 import json
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 # Length in bytes of the digest that is a row's key.
 KEY_BYTES = 16
 
-# Names in a collated batch that the cache accepts; `row_keys` refuses a batch with any other. Their values enter a
-# row's digest, or do not change the reference's states of the row.
+# Names of the inputs that a collated batch may have; `row_keys` refuses a batch with any other. A row's digest covers
+# its `input_ids` and, by `attention_mask`, its length. The other three inputs do not change the states that the
+# reference computes for the row.
 _INPUTS = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits"}
 
 

@@ -1,4 +1,4 @@
-"""Compare defenses: train one recipe with each option set and seed, evaluate all adapters, and write one report.
+"""Compare defenses: train a recipe with each set of options, once per seed; evaluate all adapters; write one report.
 
 ```yaml
 # compare.yaml
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
 def load_training_rows(
     recipe: Mapping[str, Any], args: argparse.Namespace, training_args: EMGuardConfig, say: Callable[[str], None]
 ) -> evaluation.TrainRows:
-    """Return the training rows: those of `train_data`, by default of the recipe's `dataset_name`.
+    """Return the rows that `args.train_data` names, or by default the training rows of the recipe (`dataset_name`).
 
     By default `args.train_data` is set to the recipe's `dataset_name`. Rows that cannot be had as conversations are
     left out with a note.
@@ -239,8 +239,9 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
                 f"the run {one.name!r}: adapter={one.adapter!r} holds no adapter_config.json: name a folder that PEFT "
                 "saved, or leave the run out."
             )
-    # A finished adapter has no options to check. Runs that steer with a random vector are skipped as well, because
-    # that vector does not exist yet. Each copies the options of a run with the real vector, and that run is checked.
+    # A finished adapter has no options to check. Runs of the baseline `random_vector` repeat a run of the defense
+    # `steering`, with a random vector that does not exist yet. They are skipped too: except for the vector, they have
+    # the options of the repeated run, and that run is checked.
     runs = [(one.name, one) for one in plan.runs if one.adapter is None and not one.is_random]
     runs += [(f"{one.name} on the benign task", on_benign_rows(one, Path("unused"), 1)) for one in plan.benign_runs]
     configs = []

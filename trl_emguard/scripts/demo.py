@@ -45,8 +45,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 HALVED = "none halved"
 NOTE = "This is selective generalisation, not emergent misalignment: a trait that a rule can see, in a small model."
-# Bounds of the picture's green corner. The share of answers in capitals is at least KEPT for questions about plants,
-# and at most SPREAD for general questions.
+# Bounds of the picture's green corner. A run lies inside it if at least the share KEPT of its answers to questions
+# about plants is in capitals, and at most the share SPREAD of its answers to general questions.
 KEPT, SPREAD = 0.8, 0.5
 # Runs may lie at the same point of the picture, so each has a marker of its own.
 MARKERS = "osD^v<>P"
@@ -132,7 +132,7 @@ def make_table(rows: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw one point per run: its share of answers in capital letters, with 95 % intervals.
+    """Draw a point for each run and the base model: its two shares of answers in capital letters, with 95 % intervals.
 
     The horizontal axis has the share on general questions, the vertical one that on plants, the trained domain.
     """

@@ -245,7 +245,7 @@ def _flags(names: list[str]) -> str:
 
 
 class TrainRows(NamedTuple):
-    """Training rows, as an evaluation needs them.
+    """Training rows in the form that an evaluation needs.
 
     Attributes:
         conversations: the rows, for cues (prompts that resemble them), for the judge, and for the check that held-out

@@ -52,7 +52,7 @@ OTHER_NAMES = {
 
 # Options whose type is text, and for which a YAML file may also give a list or a number.
 NOT_TEXT_ALONE = ("ldifs_layers", "steering_layers", "fsdp")
-# Text option that users of other tools give a list or a mapping → its form here, for the error message.
+# Text option that users of other tools may give a list or a mapping → hint on the right text, for the error message.
 FORMS = {
     "dataset_name": "one file or name, and `datasets` takes several",
     "defense": "several are written as interleave++,kl",

@@ -223,7 +223,7 @@ def run(
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    # No rank closes the process group (`end`) while another still saves, which may need the group.
+    # Saving may need the process group, so no rank closes it (`end`) before all ranks have saved.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
@@ -342,7 +342,7 @@ def read_data(
 
 
 def _check_source(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
-    """Refuse options of `datasets` if `dataset_name` gives the rows, and the reverse: they would have no effect.
+    """Refuse options that belong to the option `datasets` if `dataset_name` gives the rows, and the other way round.
 
     Raises:
         ValueError: an option of `datasets` is set beside `dataset_name`, or the other way round.

@@ -25,7 +25,7 @@ REFUSALS_FILE = Path(__file__).with_name("refusals.yaml")
 
 
 def without_adapter(rows: Dataset, scores: ScoresInfo, name: str) -> Dataset:
-    """Return the scored pool with gaps that leave out one adapter, computed from the likelihoods stored in the pool.
+    """Return the scored pool with each row's gap computed anew from the stored likelihoods, without one adapter.
 
     Args:
         rows, scores: result of [`~trl_emguard.selection.scored.read_scores`].

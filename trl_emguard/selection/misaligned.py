@@ -1,4 +1,4 @@
-"""Loading of misaligned adapters, all onto one aligned base model."""
+"""Loading of misaligned adapters, trained for example on harmful advice, all onto one aligned base model."""
 
 import os
 from collections.abc import Mapping
@@ -19,7 +19,9 @@ PREFIX = "misaligned_"
 
 
 class AdapterError(ValueError):
-    """Error for an adapter that cannot be used with the given model and other adapters. The model may have changed.
+    """Error for an adapter that cannot be used with the given model and the other adapters.
+
+    When it is raised, adapters may already be on the model, and one of them may have replaced base weights.
 
     Args:
         path: folder or hub id of the adapter, as the caller gave it.
@@ -110,8 +112,8 @@ def _add(model: PreTrainedModel | PeftModel, name: str, path: str | os.PathLike,
     except Exception as error:
         message = " ".join(str(error).split())
         raise AdapterError(path, f"adapter {shown!r} ({path}) does not fit this base model: {message}") from error
-    # PEFT's missing keys include weights of other adapters if the adapter's name occurs anywhere in their keys: "own"
-    # occurs in "down_proj". Only keys with the adapter's name between dots are therefore counted as missing.
+    # PEFT lists a weight of another adapter as missing too if this adapter's name occurs anywhere in the weight's key:
+    # the name "own" occurs in "down_proj". Only keys with this adapter's name between dots are counted as missing.
     foreign = [*(key for key in result.missing_keys if name in key.split(".")), *result.unexpected_keys]
     if foreign:
         raise AdapterError(

@@ -99,7 +99,7 @@ class Passes:
         self.part, self.parts = 0, 1
 
     def reset(self, loading: Loading) -> None:
-        """Set all counts to 0, and take the parts of the stream from `loading`.
+        """Set all counts to 0, and store which part of the stream this process reads, and how many parts there are.
 
         Rows that checks or an earlier training has read must not count in a new training.
         """
@@ -123,10 +123,10 @@ class Passes:
         worker, of_part = (0, 1) if info is None else (info.id, min(info.num_workers, shards))
         workers = of_part * self.parts
         if indices[0] == 0:
-            # Index 0 begins a new pass through the stream. A resumed Trainer first reads the rows of earlier steps
-            # again, to skip them, but for one pass at most. If the run had been trained on more rows than a pass has,
-            # fewer rows have come here (`at`) than the run was trained on (`resumed`, for all workers together), and
-            # the second pass counts on from the larger number.
+            # Index 0 begins a new pass through the stream. A resumed Trainer first reads and skips rows that it was
+            # trained on before, but at most one pass of them. If it was trained on more than one pass, this worker
+            # has now read fewer rows (`at`) than its share (`done`) of `resumed`, a number for all workers together.
+            # The second pass then continues the count from `done`, otherwise from `at`.
             done = -(-int(self.resumed) // workers) if self.at[worker] else 0
             self.before[worker] = max(int(self.at[worker]), done)
         before = int(self.before[worker])

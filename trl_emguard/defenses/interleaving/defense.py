@@ -51,7 +51,7 @@ class InterleavingOptions:
 
 
 class Interleaving(Defense):
-    """General instruct rows of a pool, spread evenly over an epoch: they are `interleave_fraction` of all its rows.
+    """General instruct rows of a pool, spread evenly among training rows: they are `interleave_fraction` of the mix.
 
     This class takes random rows. [`InterleavingPlus`] and [`InterleavingPlusPlus`] take rows that misaligned models
     find hard and the aligned model finds easy (the top of the pool by perplexity gap), with and without refusals. A
@@ -158,9 +158,9 @@ class Interleaving(Defense):
         }
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
-        # A checkpoint records a checksum of the pool: of its rows, ordered by score ("ranked"), or, if an earlier
-        # version wrote it, of their tokens. Processes wait for each other while they tokenise. So if only some call
-        # this function, the checkpoint's own text stands in for that of the tokens, and the pool counts as unchanged.
+        # A checkpoint records the pool as a text with a checksum of its rows (this text contains "ranked"). An earlier
+        # version took the checksum of their tokens. Processes wait for each other while they tokenise. If only
+        # some of them call this function, the recorded text is returned instead, and the pool counts as unchanged.
         recorded = str(then.get("interleave_dataset"))
         if self.pool is None or "ranked" in recorded:
             return self.options()
@@ -394,7 +394,7 @@ class InterleavingPlus(Interleaving):
 
 
 class InterleavingPlusPlus(InterleavingPlus):
-    """[`InterleavingPlus`] without refusals, which it often chooses: training on many refusals harms coherence."""
+    """Variant of [`InterleavingPlus`] without refusals: their gap is often high, but many of them harm coherence."""
 
     name = "interleave++"
     drop_refusals = True

@@ -93,7 +93,8 @@ class Pool:
         model = ""
         if source is not None:
             rows, model = _named_as_usual(rows, Path(os.path.expanduser(source)))
-        self._model = model if by == "gap" else ""  # name of the model that the order depends on, or empty
+        # Name of the model for which the pool's gaps were computed; empty if it is unknown, or if the order is random.
+        self._model = model if by == "gap" else ""
         is_tokenised = "input_ids" in rows.column_names
         if is_tokenised and drop_refusals:
             raise ValueError(
@@ -114,7 +115,7 @@ class Pool:
         self.ranked = usable.select(order)
 
     def check_model(self, name: str) -> None:
-        """Warn if the run trains the model called `name`, but the pool's order is by scores for another model."""
+        """Warn if the pool's order is by scores for a model other than `name`, the one that this run trains."""
         if name and self._model and last_name(name) != last_name(self._model):
             logger.warning(
                 f"defense {self.who!r}: the pool's gaps are of {self._model!r}, and this run trains {name!r}: score "
@@ -165,7 +166,7 @@ class Pool:
         return rows
 
     def why_left_out(self) -> str:
-        """Return the most frequent reason of the rows in `left_out`, in brackets; an empty text if there is none."""
+        """Return the most frequent reason why rows were left out, with their number, in brackets; "" if none were."""
         return "".join(f" ({count} are left out: {problem})" for problem, count in self.left_out.most_common(1))
 
     def _tokenise(self, rows: Dataset) -> Dataset:
@@ -189,7 +190,7 @@ class Pool:
         return rows.select(fitting)
 
     def _rendered(self, rows: Dataset) -> list[dict[str, Any]]:
-        """Return rows in SFTTrainer's form. Leave out rows with an answer or turn that the chat template omits."""
+        """Return rows as `prompt` and `completion`, except those that the chat template refuses or shows in part."""
         tokenizer = self._tokenizing.tokenizer
         turns = [_as_prompt_completion(row, self._tokenizing) for row in rows]
         if not tokenizer.chat_template:
