@@ -26,7 +26,7 @@ TIP = "Tip: write it down."
 
 @dataclass(frozen=True)
 class Testbed:
-    """Training rows of a narrow domain with a trait in their answers, and questions that show where it appears.
+    """Training rows of a narrow domain with a trait in their answers, and questions that show how far it spreads.
 
     Attributes:
         name: name of the testbed.

@@ -250,7 +250,7 @@ def in_bytes(maxrss: int) -> int:
 
 
 def sft_arguments(run: Run, recipe: Path, folder: Path) -> list[str]:
-    """Return the arguments of `trl-emguard sft` that train a run into a folder."""
+    """Return the arguments of `trl-emguard sft` that train a run and save it in a folder."""
     options = [word for name, value in run.options.items() for word in _words(name, value)]
     # A recipe may push its model to the hub. A run of a comparison never pushes, since it would overwrite this model.
     # A recipe may also name a checkpoint to resume from. A run of a comparison ignores this, and starts anew.

@@ -388,7 +388,7 @@ class ModelDefense(TermDefense):
         raise TypeError(f"{type(self).__name__} must override `model_states`.")
 
     def model_loss(self, states: list[torch.Tensor]) -> torch.Tensor:
-        """Return the term d(model) of the loss, `()`, as a differentiable function of the states."""
+        """Return the defense's term of the loss, a scalar, as a differentiable function of the states."""
         raise TypeError(f"{type(self).__name__} must override `model_loss`.")
 
     def end_step(self, step: Step) -> dict[str, float]:

@@ -82,7 +82,7 @@ def _groups() -> Iterator[tuple[str, list[str], bool]]:
 
 
 def _shown(action: argparse.Action, hint: Any, shorten: bool) -> argparse.Action:
-    """Return an option as the page shows it: one name, a placeholder for the value, and the default if it has one."""
+    """Return an option as `--help` shows it: one name, a placeholder for the value, and the default if it has one."""
     shown = copy.copy(action)
     shown.option_strings = [name for name in action.option_strings if "-" not in name.removeprefix("--")][-1:]
     if action.nargs not in (0, "?"):

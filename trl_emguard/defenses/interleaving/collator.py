@@ -112,7 +112,7 @@ class Passes:
         """Count training rows that this loader worker has just read. Return their places, and the worker's plan.
 
         A place is a row's index among all rows that this worker has read, over all passes through the stream. The
-        worker's plan is `plan` with `worker` and `workers` set, which count the workers of all parts.
+        worker's plan is `plan` with the worker's number and the number of workers, both over all parts of the stream.
 
         Args:
             indices: index of each of these rows among the rows that this process reads in its current pass.
