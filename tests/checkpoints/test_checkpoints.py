@@ -152,12 +152,26 @@ def test_the_same_layers_in_another_form_are_the_same_defense(tmp_path):
         trainer_for(tmp_path, ldifs_layers=layers).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_a_checkpoint_without_the_optimizer_resumes(tmp_path):
-    trainer_for(tmp_path).train()
+def test_a_checkpoint_without_the_optimizer_resumes_at_its_learning_rate(tmp_path, caplog):
+    """SGD has no state of its own, so its losses are those of the run that never stopped."""
+    options = {"optim": "sgd", "warmup_steps": 2}
+    whole_run = trainer_for(tmp_path, **options)
+    whole_run.train()
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
-    resumed = trainer_for(tmp_path)
+    resumed = trainer_for(tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == resumed.args.max_steps > 2
+    assert (logged(resumed), logged(resumed, "learning_rate")) == (
+        logged(whole_run),
+        logged(whole_run, "learning_rate"),
+    )
+    assert "has no optimizer files: the optimizer's state (Adam's moments) begins anew. The losses" in caplog.text
+
+
+def test_a_checkpoint_of_the_model_alone_warns_of_the_learning_rate(tmp_path, caplog):
+    trainer_for(tmp_path, save_only_model=True).train()
+    trainer_for(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "begins anew, and so does the learning rate with its warm-up" in caplog.text
 
 
 def test_resume_from_a_folder_that_is_missing(tmp_path):
