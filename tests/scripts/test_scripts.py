@@ -307,6 +307,35 @@ def test_a_model_without_a_tokenizer_is_told_in_one_line(argv, tmp_path, capsys,
     assert words in capsys.readouterr().err
 
 
+def test_a_local_data_set_is_not_named_on_the_hub(argv, inputs, tmp_path, monkeypatch):
+    uploaded = Mock()
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", Mock(return_value=Mock(repo_id="me/mine")))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", uploaded)
+    assert sft.main(argv("--push_to_hub", "true", "--hub_model_id", "me/mine")) == 0
+    assert uploaded.called
+    assert str(inputs) not in (tmp_path / "out/README.md").read_text()
+
+
+def test_results_of_an_earlier_run_are_removed_once_the_run_replaces_it(argv, tmp_path, monkeypatch):
+    def left():
+        return {path.name for path in (tmp_path / "out").iterdir()} & {"ema", "drift.json"}
+
+    saving = ["--save_strategy", "steps", "--save_steps", 1]
+    budget = ["--drift_every", 1, "--stop_on_drift", 99]
+    assert sft.main(argv("--ema", "true")) == 0
+    (tmp_path / "out/drift.json").write_text("{}")
+    with monkeypatch.context() as patched:
+        patched.setattr(EMGuardTrainer, "train", Mock(side_effect=KeyboardInterrupt))
+        assert sft.main(argv()) == sft.INTERRUPTED
+    assert left() == {"ema", "drift.json"}
+    assert sft.main(argv(*saving, *budget)) == 0
+    assert left() == {"drift.json"}
+    assert sft.main(argv(*saving, "--resume_from_checkpoint", "true")) == 0
+    assert left() == {"drift.json"}
+    assert sft.main(argv()) == 0
+    assert not left()
+
+
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 ANSWERS = ["--completion_only_loss", "true"]
 

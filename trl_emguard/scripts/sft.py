@@ -16,6 +16,7 @@ examples:
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,10 +35,11 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_con
 
 from ..checkpoints.resume import checkpoint_steps
 from ..config import EMGuardConfig
-from ..evaluation.drift import EVERY, DriftCallback
+from ..data.load import hub_id
+from ..evaluation.drift import EVERY, RESULT_FILE, DriftCallback
 from ..evidence import InactiveDefenseError
 from ..io.files import check_writable
-from ..models.ema import EMACallback
+from ..models.ema import EMA_FOLDER, EMACallback
 from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
@@ -176,6 +178,7 @@ def run(
     if training_args.cache_reference:
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
+    dataset_name = hub_id(script_args.dataset_name)
     path = resolve_model(model_args.model_name_or_path)
     tokenizer = text_tokenizer(path, training_args, train_dataset)
     # `text_tokenizer` returns a tokenizer only if a defended run trains a vision-language model on text. The model's
@@ -194,6 +197,8 @@ def run(
         peft_config=get_peft_config(model_args),
     )
     output = trainer.train()
+    if training_args.should_save and not training_args.resume_from_checkpoint:
+        _remove_stale(Path(training_args.output_dir), callbacks)
     if trainer.is_fsdp_enabled:
         # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -205,10 +210,19 @@ def run(
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset_name)
     # No rank closes the process group (`end`) while another still saves, which may need the group.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+
+
+def _remove_stale(folder: Path, callbacks: list[TrainerCallback]) -> None:
+    """Remove from a folder the average and the record of drift of an earlier run that this run has not replaced."""
+    if not any(isinstance(callback, EMACallback) for callback in callbacks) and (folder / EMA_FOLDER).is_dir():
+        shutil.rmtree(folder / EMA_FOLDER)
+        print(f"trl_emguard: removed {folder / EMA_FOLDER}, the average of an earlier run's weights.")
+    if not any(isinstance(callback, DriftCallback) and callback.budget is not None for callback in callbacks):
+        (folder / RESULT_FILE).unlink(missing_ok=True)
 
 
 def dry_run(
