@@ -11,7 +11,6 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
-from trl.data_utils import is_conversational_from_value
 
 from .checkpoints.resume import WHOLE_WEIGHTS, asks_for_newest, checkpoint_steps, nothing_to_resume
 from .defenses.base import Defense, ModelDefense, ReferenceDefense
@@ -143,44 +142,17 @@ def check_output_dir(args: TrainingArguments, saves_adapter: bool) -> None:
         )
 
 
-def check_data(train_dataset: object) -> None:
-    """Refuse an empty set of training rows. SFTTrainer itself refuses `None` and objects of other types."""
+def check_data(train_dataset: object, args: TrainingArguments) -> None:
+    """Refuse an empty set of training rows, and a stream without `max_steps`, which Trainer would refuse later.
+
+    SFTTrainer itself refuses `None` and objects of other types.
+    """
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps={args.max_steps} with a stream of training rows, whose number is not known: set max_steps."
+        )
     if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("train_dataset is empty: there is nothing to train on.")
-
-
-def check_format(rows: Any, args: Any, source: str) -> None:
-    """Refuse rows without the columns that SFTTrainer reads, and `completion_only_loss=True` if it has no effect.
-
-    [`EMGuardTrainer`] itself does neither, because it may get a formatting function, and trains as SFTTrainer does.
-
-    Args:
-        rows: data set as it was loaded, or `None`. Its first row is read.
-        args: config of the trainer.
-        source: argument that names the rows, and its value, for messages.
-
-    Raises:
-        ValueError: the message names the columns, or the option, and the fix.
-    """
-    first = next(iter(rows or ()), None)
-    if first is None or "input_ids" in first or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        return
-    text = args.dataset_text_field
-    is_whole = "messages" in first or text in first or is_conversational_from_value(first)
-    is_read = "completion" in first if "prompt" in first else is_whole
-    if not is_read:
-        raise ValueError(
-            f"{source} has rows with the columns {', '.join(first)}, which SFTTrainer cannot read. Rename them: it "
-            f"wants `prompt` and `completion`, `messages`, `conversations` (of `from` and `value`), or {text!r} "
-            "(dataset_text_field)."
-        )
-    if args.completion_only_loss and "prompt" not in first and not args.assistant_only_loss:
-        raise ValueError(
-            f"completion_only_loss=True has no effect on rows with the columns {', '.join(first)} ({source}), and "
-            "prompts would be trained on too. Give `prompt` and `completion`; or, for conversations, set "
-            "assistant_only_loss=True, which trains on every answer and needs a chat template that TRL knows. "
-            "(completion_only_loss=False trains on whole rows.)"
-        )
 
 
 def load_config(

@@ -26,7 +26,7 @@ from .host import check_model, check_old_passes, read_arguments
 from .io.files import check_writable
 from .models.adapters import bare_model
 from .models.sharding import as_main_process
-from .record import add_to_card, run_identity, why_other
+from .record import add_to_card, run_identity, step_of_weights, why_other
 from .version import __version__
 
 
@@ -363,7 +363,7 @@ class DefendedTrainer(WholeCheckpoints):
             "defenses": {defense.name: defense.options() for defense in self.defenses},
             "reference": None,
             "run": self._identity,
-            "global_step": self.state.global_step,
+            "global_step": step_of_weights(self.args, self.state, self._is_over),
             "moved": self._has_moved,
             "evidence": {defense.name: defense.evidence() for defense in self.defenses},
         }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from .data.files import opens_files
 from .defenses import Defense
@@ -71,6 +71,16 @@ def _bytes(column: pyarrow.Array) -> Iterator[bytes]:
             yield np.asarray(numbers).astype("<i8").tobytes()
     else:
         yield repr(column.to_pylist()).encode()
+
+
+def step_of_weights(args: TrainingArguments, state: TrainerState, is_over: bool) -> int:
+    """Return the step of the trainer's weights: the last one, or that of the best model if it is loaded at the end.
+
+    Args:
+        is_over: True once training has ended. Trainer then has loaded the best model, if `load_best_model_at_end`.
+    """
+    has_best = is_over and args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if has_best else state.global_step
 
 
 def why_other(

@@ -109,7 +109,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         check_launch(args)
         model = resolve_model(model) if isinstance(model, str) else model
         ref_model = resolve_model(ref_model) if isinstance(ref_model, str) else ref_model
-        check_data(train_dataset)
+        check_data(train_dataset, args)
         self._choose_defenses(args, interleave_dataset=interleave_dataset)
         self._terms = [defense for defense in self.defenses if isinstance(defense, ReferenceDefense)]
         # If true, this package's patched forward of the model computes the training loss; if false, SFTTrainer does.

@@ -11,7 +11,7 @@ import torch
 from methods import COVERING, EVERYTHING, METHODS, run_options, split
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import logged, lora, make_model, make_trainer, record
+from tiny import logged, lora, make_model, make_rows, make_trainer, record
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
@@ -152,12 +152,34 @@ def test_the_same_layers_in_another_form_are_the_same_defense(tmp_path):
         trainer_for(tmp_path, ldifs_layers=layers).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_a_checkpoint_without_the_optimizer_resumes(tmp_path):
-    trainer_for(tmp_path).train()
+def test_a_checkpoint_without_the_optimizer_resumes_at_its_learning_rate(tmp_path, caplog):
+    """SGD has no state of its own, so its losses are those of the run that never stopped."""
+    options = {"optim": "sgd", "warmup_steps": 2}
+    whole_run = trainer_for(tmp_path, **options)
+    whole_run.train()
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
-    resumed = trainer_for(tmp_path)
+    resumed = trainer_for(tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == resumed.args.max_steps > 2
+    assert (logged(resumed), logged(resumed, "learning_rate")) == (
+        logged(whole_run),
+        logged(whole_run, "learning_rate"),
+    )
+    assert "has no optimizer files: the optimizer's state (Adam's moments) begins anew. The losses" in caplog.text
+
+
+def test_a_checkpoint_of_the_model_alone_warns_of_the_learning_rate(tmp_path, caplog):
+    trainer_for(tmp_path, save_only_model=True).train()
+    trainer_for(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "begins anew, and so does the learning rate with its warm-up" in caplog.text
+
+
+def test_the_record_names_the_step_of_the_best_model_where_it_is_loaded(tmp_path):
+    best = {"eval_dataset": make_rows(4), "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = trainer_for(tmp_path, metric_for_best_model="eval_loss", greater_is_better=True, **best)
+    trainer.train()
+    assert (record(trainer)["global_step"], trainer.state.global_step) == (2, 4)
+    assert read_defense_file(tmp_path / "checkpoint-4")["global_step"] == 4
 
 
 def test_resume_from_a_folder_that_is_missing(tmp_path):

@@ -818,6 +818,20 @@ def test_a_failed_run_says_why(tmp_path, monkeypatch, script, reason):
     assert status == {"error": f"{reason} Its log: {tmp_path / 'out' / 'log.txt'}", "step": None}
 
 
+def test_the_step_of_a_run_is_that_of_its_weights(tmp_path, monkeypatch):
+    """With `load_best_model_at_end` it is an earlier one than the last."""
+    files = {
+        "adapter_config": {}, "train_results": {"train_runtime": 8}, "trainer_state": {"global_step": 4},
+        "defense": {"defenses": {}, "evidence": {}, "reference": None, "global_step": 2},
+    }  # fmt: skip
+    (tmp_path / "out").mkdir()
+    for name, content in files.items():
+        (tmp_path / f"out/{name}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "executable", "true")
+    status = _run_process(Run("none", {"defense": "none"}), tmp_path / "sft.yaml", tmp_path / "out")
+    assert (status["error"], status["step"], status["seconds_per_step"]) == (None, 2, 2)
+
+
 @pytest.mark.parametrize(("defense", "verdict"), [("none", None), (UNKNOWN, None), ("kl", False)])
 def test_a_run_without_a_record(tmp_path, defense, verdict):
     assert with_record(Trained("mine", defense, 0, str(tmp_path)), tmp_path).is_defended is verdict

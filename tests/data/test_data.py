@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 
 from trl_emguard.data.files import read_jsonl
-from trl_emguard.data.load import DATA_DIR, SHIPPED, SourceOptions, load_rows
+from trl_emguard.data.load import DATA_DIR, SHIPPED, SourceOptions, hub_id, load_rows
 from trl_emguard.selection.choose import rank_rows
 from trl_emguard.selection.scored import perplexity_gap, read_scores
 
@@ -348,3 +348,8 @@ def test_a_shipped_set_without_that_split(name, split):
 def test_a_mistyped_shipped_name_is_mended():
     with pytest.raises(FileNotFoundError, match="Did you mean 'plants_careless'"):
         load_rows("plants_carless")
+
+
+def test_data_sets_of_the_hub_are_told_from_local_ones(tmp_path):
+    assert hub_id("org/name") == "org/name"
+    assert not any(map(hub_id, ("plants_sound", str(tmp_path), None)))

@@ -14,12 +14,12 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from command import make_argv, save_inputs, without, write_rows
 from safetensors.torch import load_file
-from tiny import SIZES, config, logged, make_pool, make_rows, make_tokenizer
+from tiny import SIZES, TEMPLATE, config, logged, make_model, make_pool, make_rows, make_tokenizer
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer
-from trl_emguard.checks import check_format
+from trl_emguard.data.training import check_format
 from trl_emguard.evidence import InactiveDefenseError
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import PersonaVector
@@ -200,6 +200,19 @@ def test_a_mixture_without_a_test_split_is_told(mixture, capsys):
 
 
 @pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("some/rows.jsonl", "`path: some/rows.jsonl` is a file. Give it as `path: json` and `data_files: some/rows"),
+        ("./missing", "datasets cannot be loaded: "),
+    ],
+)
+def test_a_mixture_that_cannot_be_loaded_is_told_in_one_line(mixture, tmp_path, capsys, path, words):
+    (tmp_path / "run.yaml").write_text(f"datasets:\n  - path: {path}\n")
+    assert sft.main(mixture) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--dataset_streaming"], "dataset_streaming=True has no effect with `datasets`: set `streaming` instead."),
@@ -283,6 +296,46 @@ def test_a_run_that_cannot_be_is_told_in_one_line(argv, tmp_path, monkeypatch, c
     assert words in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [("llama", "has no tokenizer that loads"), ("qwen2", "has no tokenizer, or an empty one")],
+)
+def test_a_model_without_a_tokenizer_is_told_in_one_line(argv, tmp_path, capsys, architecture, words):
+    """transformers makes an empty tokenizer for Qwen2."""
+    make_model(architecture).save_pretrained(tmp_path / "bare")
+    assert sft.main(argv("--model_name_or_path", tmp_path / "bare")) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_local_data_set_is_not_named_on_the_hub(argv, inputs, tmp_path, monkeypatch):
+    uploaded = Mock()
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", Mock(return_value=Mock(repo_id="me/mine")))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", uploaded)
+    assert sft.main(argv("--push_to_hub", "true", "--hub_model_id", "me/mine")) == 0
+    assert uploaded.called
+    assert str(inputs) not in (tmp_path / "out/README.md").read_text()
+
+
+def test_results_of_an_earlier_run_are_removed_once_the_run_replaces_it(argv, tmp_path, monkeypatch):
+    def left():
+        return {path.name for path in (tmp_path / "out").iterdir()} & {"ema", "drift.json"}
+
+    saving = ["--save_strategy", "steps", "--save_steps", 1]
+    budget = ["--drift_every", 1, "--stop_on_drift", 99]
+    assert sft.main(argv("--ema", "true")) == 0
+    (tmp_path / "out/drift.json").write_text("{}")
+    with monkeypatch.context() as patched:
+        patched.setattr(EMGuardTrainer, "train", Mock(side_effect=KeyboardInterrupt))
+        assert sft.main(argv()) == sft.INTERRUPTED
+    assert left() == {"ema", "drift.json"}
+    assert sft.main(argv(*saving, *budget)) == 0
+    assert left() == {"drift.json"}
+    assert sft.main(argv(*saving, "--resume_from_checkpoint", "true")) == 0
+    assert left() == {"drift.json"}
+    assert sft.main(argv()) == 0
+    assert not left()
+
+
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 ANSWERS = ["--completion_only_loss", "true"]
 
@@ -296,6 +349,15 @@ ANSWERS = ["--completion_only_loss", "true"]
         ({"body": "q a"}, [], "or 'text' (dataset_text_field)"),
         ({"messages": TURNS}, ANSWERS, "completion_only_loss=True has no effect on rows with the columns messages"),
         ({"text": "q a"}, ANSWERS, "completion_only_loss=True has no effect on rows with the columns text"),
+        ({"text": "q a"}, ["--assistant_only_loss", "true"], "needs conversations, and dataset_name="),
+        ({"messages": TURNS}, ["--assistant_only_loss", "true"], "needs a chat template with {% generation %} marks"),
+        ({"messages": TURNS}, ["--chat_template_path", "./missing"], "is no .jinja file, and no tokenizer loads"),
+        ({"messages": TURNS}, ["--dataset_streaming", "true", "--max_steps", "-1"], "rows, whose number is not known"),
+        ({"messages": [{"role": "human", "content": "q"}, TURNS[1]]}, [], "a turn of the role 'human'"),
+        ({"prompt": TURNS[:1], "completion": [{"role": "gpt", "content": "a"}]}, [], "a turn of the role 'gpt'"),
+        ({"conversations": [{"from": "function_call", "value": "q"}]}, [], "a turn of the role 'function_call'"),
+        ({"conversations": []}, [], "row 0: there are no turns"),
+        ({"conversations": [{"text": "q"}]}, [], "row 0: its turns are not all of `role` and `content`"),
     ],
 )
 def test_rows_in_another_format_are_refused_before_the_model_is_loaded(
@@ -321,6 +383,36 @@ def test_rows_in_another_format_are_refused_before_the_model_is_loaded(
 )
 def test_rows_in_a_format_of_sfttrainer_are_accepted(tmp_path, row, options):
     check_format([row], config(tmp_path, **options), "dataset_name='rows.jsonl'")
+
+
+MARKED = TEMPLATE.replace(
+    "<|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>",
+    "<|im_start|>{{ message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}",
+)
+
+
+@pytest.mark.parametrize("more", [[], ["--dataset_streaming", "true"], ["--assistant_only_loss", "true"]])
+def test_rows_of_sharegpt_are_trained_as_messages(argv, tmp_path, monkeypatch, capsys, more):
+    """With the roles of the chat template, also where the loss is on the answers alone."""
+    (tmp_path / "marked.jinja").write_text(MARKED)
+    prepared = []
+
+    def keep(self):
+        prepared.append([{"ids": row["input_ids"], "labels": row.get("labels")} for row in self.train_dataset])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EMGuardTrainer, "train", keep)
+    usual = [[{"role": "system", "content": "s"}, {"role": "user", "content": f"q{i}"}, TURNS[1]] for i in range(8)]
+    roles = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [[{"from": roles[turn["role"]], "value": turn["content"]} for turn in turns] for turns in usual]
+    for name, rows in {"messages": usual, "conversations": shared}.items():
+        path = write_rows(tmp_path / f"{name}.jsonl", [{name: turns} for turns in rows])
+        options = ["--dataset_name", path, "--chat_template_path", tmp_path / "marked.jinja", *more]
+        assert sft.main(argv(*options)) == sft.INTERRUPTED
+    assert "become `messages`" in capsys.readouterr().out
+    assert prepared[0] == prepared[1]
+    assert len(prepared[0]) == 8
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])

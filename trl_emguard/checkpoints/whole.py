@@ -4,17 +4,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..models.adapters import unsaved_weights
-from .manifest import begin_checkpoint, finish_checkpoint
+from .manifest import OPTIMIZER, begin_checkpoint, checkpoint_files, finish_checkpoint
 from .resume import checkpoint_folder, checkpoint_to_resume, find_flaw_on_all, holds_adapter
 
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 else:
     Trainer = object
+
+logger = get_logger(__name__)
 
 
 class WholeCheckpoints(Trainer):
@@ -74,7 +78,25 @@ class WholeCheckpoints(Trainer):
         unsaved = self.why_unsaved()
         if unsaved is not None and not self.is_deepspeed_enabled:  # DeepSpeed's own files hold all trained weights
             raise ValueError(f"{checkpoint} does not hold all that was trained: {unsaved} Then start anew.")
+        if not self.is_deepspeed_enabled and not _holds(checkpoint, OPTIMIZER):
+            rate = "" if _holds(checkpoint, SCHEDULER_NAME) else ", and so does the learning rate with its warm-up"
+            logger.warning(
+                f"{checkpoint} has no optimizer files: the optimizer's state (Adam's moments) begins anew{rate}. The "
+                "losses will not be those of an uninterrupted run."
+            )
         return checkpoint
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Load both as Trainer does, and the scheduler also if the optimizer's files are missing."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled or _holds(checkpoint, OPTIMIZER):
+            return
+        if _holds(checkpoint, SCHEDULER_NAME):
+            state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
+            self.lr_scheduler.load_state_dict(state)
+            # The optimizer's files would hold the learning rate of the next step as well.
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
 
     def why_unsaved(self) -> str | None:
         """Return which trained weights a saved model will lack, with a fix; `None` if it will hold all of them."""
@@ -150,6 +172,10 @@ class WholeCheckpoints(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+
+def _holds(checkpoint: str, part: str) -> bool:
+    return any(name.startswith(part) for name in checkpoint_files(Path(checkpoint)))
 
 
 @contextmanager

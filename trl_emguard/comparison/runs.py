@@ -214,8 +214,6 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     from ..evaluation.drift import RESULT_FILE
 
     folder.mkdir(parents=True, exist_ok=True)
-    drift = folder / RESULT_FILE
-    drift.unlink(missing_ok=True)
     command = [sys.executable, "-m", "trl_emguard.scripts.sft", *sft_arguments(run, recipe, folder)]
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
         # `_die_with_parent` only makes one system call, which is safe between fork and exec.
@@ -231,9 +229,10 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         return {"error": _reason(folder / LOG_FILE, code), "step": None}
     metrics = parse_json((folder / "train_results.json").read_text(encoding="utf-8"))
     step = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    # A run with the option `stop_on_drift` writes `drift.json`, which names the step whose weights were saved. This
-    # step is an earlier one than the last if the drift from the base model exceeded the option's limit.
-    kept = parse_json(drift.read_text(encoding="utf-8"))["step"] if drift.is_file() else step
+    # The saved weights may be those of an earlier step than the last: with `load_best_model_at_end`, as `defense.json`
+    # says, or with `stop_on_drift`, as `drift.json` says.
+    drift = folder / RESULT_FILE
+    kept = parse_json(drift.read_text(encoding="utf-8"))["step"] if drift.is_file() else _saved_step(folder, step)
     if not kept:
         return {"error": "no measured step was within stop_on_drift: raise it, or lower drift_every.", "step": None}
     return {
@@ -242,6 +241,11 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         "seconds_per_step": metrics["train_runtime"] / step,
         "peak_memory": in_bytes(usage.ru_maxrss),
     }
+
+
+def _saved_step(folder: Path, last: int) -> int:
+    record = read_defense_file(folder)
+    return last if record is None else record["global_step"]
 
 
 def in_bytes(maxrss: int) -> int:

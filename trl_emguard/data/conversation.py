@@ -37,15 +37,13 @@ def conversation(
     likewise; columns `prompt` and `completion`, as turns or as text; and two columns, by default `prompt` and
     `response`, as turns or as text. A turn has the keys `role` and `content`, or `from` and `value`. Its content is
     text or a list of parts. A system turn without content is left out. Roles of `USER_ROLES` become `user`, and those
-    of `ANSWERING_ROLES` `assistant`. Other roles stay. (SFTTrainer renames no role of its training rows, and this
-    function does not read them.)
+    of `ANSWERING_ROLES` `assistant`. Other roles stay.
 
     Raises:
         ValueError: the row has another format, or lacks a prompt or an answer; the message names the fault.
     """
-    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    turns = whole_turns(row)
     if turns is not None:
-        turns = _turns(turns, "user")
         prompt, completion = turns[:-1], turns[-1:]
     elif row.get("completion") is not None:
         prompt, completion = _turns(row.get("prompt"), "user"), _turns(row["completion"], "assistant")
@@ -64,6 +62,16 @@ def conversation(
     if not any(turn_text(turn).strip() for turn in prompt):
         raise ValueError("the prompt is empty")
     return Conversation(prompt, completion)
+
+
+def whole_turns(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the turns of a row's `messages`, else of its `conversations`, with the usual roles; `None` without both.
+
+    Raises:
+        ValueError: a turn has other keys than `role` and `content`, or `from` and `value`.
+    """
+    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    return None if turns is None else _turns(turns, "user")
 
 
 def check_columns(rows: Dataset, prompt_column: str, response_column: str) -> None:

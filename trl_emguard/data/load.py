@@ -86,6 +86,11 @@ def load_rows(
     return rows.to_iterable_dataset() if streaming else rows
 
 
+def hub_id(name: str | None) -> str | None:
+    """Return the name of a data set if it is one of the hub, and `None` for a shipped set, a file or a folder."""
+    return None if name is None or name in SHIPPED or Path(os.path.expanduser(name)).exists() else name
+
+
 def _local_splits(
     name: str, split: str, config: str | None, options: SourceOptions
 ) -> Callable[[str], Dataset] | None:

@@ -32,11 +32,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from ..checks import check_format
 from ..comparison.plan import BENIGN_TASK, EMA, Plan, Run, read_plan
 from ..config import EMGuardConfig
 from ..data.conversation import conversation
 from ..data.load import load_rows
+from ..data.training import check_format
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable

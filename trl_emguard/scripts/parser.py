@@ -54,7 +54,7 @@ OTHER_NAMES = {
 NOT_TEXT_ALONE = ("ldifs_layers", "steering_layers", "fsdp")
 # Text option that users of other tools may give a list or a mapping → hint on the right text, for the error message.
 FORMS = {
-    "dataset_name": "one file or name, and `datasets` takes several",
+    "dataset_name": "one file or name; `datasets` takes several, each file as `path: json` and `data_files: FILE`",
     "defense": "several are written as interleave++,kl",
     "interleave_where": "COLUMN=VALUE",
 }

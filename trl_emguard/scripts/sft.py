@@ -15,13 +15,10 @@ examples:
 """
 
 import argparse
-import dataclasses
 import os
+import shutil
 import sys
-import traceback
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 
 # Importing the libraries below prints messages that a user can do nothing about, so filters for these messages are set
@@ -33,30 +30,24 @@ if __name__ == "__main__":
     leave_out_noise("sft")
 
 from accelerate.utils import is_deepspeed_available
-from transformers import AutoConfig, TrainerCallback
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    get_dataset,
-    get_peft_config,
-    get_quantization_config,
-)
+from transformers import TrainerCallback
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..checkpoints.resume import checkpoint_steps
-from ..checks import check_format, check_output_dir
 from ..config import EMGuardConfig
-from ..data.load import SourceOptions, check_apart, load_rows
-from ..evaluation.drift import EVERY, DriftCallback
+from ..data.load import hub_id
+from ..evaluation.drift import EVERY, RESULT_FILE, DriftCallback
 from ..evidence import InactiveDefenseError
 from ..io.files import check_writable
-from ..models.ema import EMACallback
+from ..models.ema import EMA_FOLDER, EMACallback
 from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 from .options import help_page
+from .sft_inputs import read_data
+from .shared import raised_here
 
 
 def make_parser(launched: bool = False) -> LaunchParser:
@@ -91,7 +82,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
             run(script_args, training_args, model_args, dataset_args, callbacks)
     except (InactiveDefenseError, ValueError, FloatingPointError, OSError) as error:
         # The package's own errors name a fix, which a traceback would bury. Other errors keep their traceback.
-        if not (isinstance(error, InactiveDefenseError) or _raised_here(error)):
+        if not (isinstance(error, InactiveDefenseError) or raised_here(error)):
             raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
@@ -150,11 +141,6 @@ def _check_launch(parser: LaunchParser, arguments: argparse.Namespace) -> None:
         print(f"{parser.prog}: warning: {note}", file=sys.stderr)
 
 
-def _raised_here(error: BaseException) -> bool:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__name__"].startswith("trl_emguard.")
-
-
 def make_callbacks(launch_args: LaunchArguments) -> list[TrainerCallback]:
     """Return the callbacks that the options `ema`, `drift_every` and `stop_on_drift` ask for.
 
@@ -191,8 +177,8 @@ def run(
     check_writable("output_dir", training_args.output_dir)
     if training_args.cache_reference:
         check_writable("TRL_EMGUARD_CACHE/reference", reference_cache_dir())
-    check_model(training_args, model_args)
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
+    dataset_name = hub_id(script_args.dataset_name)
     path = resolve_model(model_args.model_name_or_path)
     tokenizer = text_tokenizer(path, training_args, train_dataset)
     # `text_tokenizer` returns a tokenizer only if a defended run trains a vision-language model on text. The model's
@@ -211,6 +197,8 @@ def run(
         peft_config=get_peft_config(model_args),
     )
     output = trainer.train()
+    if training_args.should_save and not training_args.resume_from_checkpoint:
+        _remove_stale(Path(training_args.output_dir), callbacks)
     if trainer.is_fsdp_enabled:
         # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -222,10 +210,19 @@ def run(
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset_name)
     # Saving may need the process group, so no rank closes it (`end`) before all ranks have saved.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+
+
+def _remove_stale(folder: Path, callbacks: list[TrainerCallback]) -> None:
+    """Remove from a folder the average and the record of drift of an earlier run that this run has not replaced."""
+    if not any(isinstance(callback, EMACallback) for callback in callbacks) and (folder / EMA_FOLDER).is_dir():
+        shutil.rmtree(folder / EMA_FOLDER)
+        print(f"trl_emguard: removed {folder / EMA_FOLDER}, the average of an earlier run's weights.")
+    if not any(isinstance(callback, DriftCallback) and callback.budget is not None for callback in callbacks):
+        (folder / RESULT_FILE).unlink(missing_ok=True)
 
 
 def dry_run(
@@ -247,7 +244,6 @@ def dry_run(
     from ..planning.engine import read_launch
     from ..planning.report import dry_run, report
 
-    check_model(training_args, model_args)
     report(
         lambda heard: dry_run(
             str(model_args.model_name_or_path),
@@ -260,126 +256,6 @@ def dry_run(
             heard,
         )
     )
-
-
-def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
-    """Check that the model exists.
-
-    Raises:
-        ValueError: no model is named, or its code is not trusted.
-        FileNotFoundError: the name is not that of a shipped model, a folder or a model on the hub.
-    """
-    name = model_args.model_name_or_path
-    if not name:
-        raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
-    try:
-        AutoConfig.from_pretrained(
-            resolve_model(name), revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
-    except (OSError, ValueError) as error:  # a folder without a model's config raises ValueError
-        if isinstance(error, FileNotFoundError) and _raised_here(error):
-            raise
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"model_name_or_path={name!r} has code of its own: --trust_remote_code true runs it."
-            ) from error
-        cause = str(error).strip().splitlines()[0].rstrip(".")
-        raise FileNotFoundError(
-            f"model_name_or_path={name!r} is not a shipped model, and cannot be read from a folder or the hub "
-            f"({cause}). Check the name, the network, and for a gated model `hf auth login`."
-        ) from error
-
-
-def read_data(
-    script_args: ScriptArguments,
-    training_args: EMGuardConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-) -> tuple[Any, Any]:
-    """Return the training rows, and the evaluation rows or `None` if `eval_strategy` is "no".
-
-    The revision, attention implementation and dtype of `model_args` are put into `training_args.model_init_kwargs`,
-    unless they are set there already.
-
-    Raises:
-        ValueError, FileNotFoundError: a bad argument.
-    """
-    check_output_dir(training_args, bool(model_args.use_peft))
-    if bool(dataset_args.datasets) == bool(script_args.dataset_name):
-        raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
-    _check_source(script_args, dataset_args)
-    evaluates = training_args.eval_strategy != "no"
-    if evaluates:
-        check_apart(script_args.dataset_train_split, script_args.dataset_test_split)
-    if dataset_args.datasets:
-        splits = _read_mixture(dataset_args)
-        for split in [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates:
-            if split not in splits:
-                raise ValueError(
-                    f"the mixture in `datasets` has no split {split!r}: it has {', '.join(map(repr, splits))}. "
-                    "`test_split_size` splits a 'test' off."
-                )
-        train_dataset = splits[script_args.dataset_train_split]
-        eval_dataset = splits[script_args.dataset_test_split] if evaluates else None
-    else:
-        name, config, streaming = script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
-        train_dataset = load_rows(name, script_args.dataset_train_split, config, streaming)
-        options = SourceOptions(split="dataset_test_split")
-        test_split = script_args.dataset_test_split
-        eval_dataset = load_rows(name, test_split, config, streaming, options) if evaluates else None
-
-    source = "datasets" if dataset_args.datasets else f"dataset_name={script_args.dataset_name!r}"
-    for rows in (train_dataset, eval_dataset):
-        check_format(rows, training_args, source)
-    # `trl sft` passes these values as well. Values that the user put into `model_init_kwargs` win.
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    return train_dataset, eval_dataset
-
-
-def _check_source(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
-    """Refuse options that belong to the option `datasets` if `dataset_name` gives the rows, and the other way round.
-
-    Raises:
-        ValueError: an option of `datasets` is set beside `dataset_name`, or the other way round.
-    """
-    given: ScriptArguments | DatasetMixtureConfig
-    if dataset_args.datasets:
-        given, used = script_args, "datasets"
-        others = {
-            "dataset_streaming": "set `streaming` instead",
-            "dataset_config": "set `name` in an entry of `datasets` instead",
-        }
-    else:
-        given, used = dataset_args, "dataset_name"
-        others = {
-            "streaming": "set `dataset_streaming` instead",
-            "test_split_size": "it needs `datasets`; beside `dataset_name`, name rows by `dataset_test_split` instead",
-        }
-    for name, advice in others.items():
-        value = getattr(given, name)
-        if value is not None and value is not False:
-            raise ValueError(f"{name}={value!r} has no effect with `{used}`: {advice}.")
-
-
-def _read_mixture(dataset_args: DatasetMixtureConfig) -> Mapping[str, Any]:
-    """Return the rows of `datasets` by split: "train", and with `test_split_size` also "test".
-
-    TRL would split without a seed. Each rank and each resumed run would then train on other rows. The seed here is
-    constant, not the run's, so that runs with different seeds train on the same rows.
-
-    Raises:
-        ValueError: a stream is to be split.
-    """
-    size = dataset_args.test_split_size
-    if size is not None and dataset_args.streaming:
-        raise ValueError(f"test_split_size={size} cannot split a stream: leave out `streaming` or `test_split_size`.")
-    splits = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
-    return splits if size is None else splits["train"].train_test_split(test_size=size, seed=0)
 
 
 if __name__ == "__main__":

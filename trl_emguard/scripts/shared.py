@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,12 @@ def run_command(name: str, call: Callable[[], int | None], interrupted: str = "i
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+
+
+def raised_here(error: BaseException) -> bool:
+    """Return True if code of this package raised the error. Its message then names a fix."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].startswith("trl_emguard.")
 
 
 def check_charts() -> None:

@@ -1,0 +1,167 @@
+"""Inputs of a run of `trl-emguard sft`, its model and rows, checked before weights are loaded."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets.exceptions import DatasetGenerationError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
+
+from ..checks import check_output_dir
+from ..config import EMGuardConfig
+from ..data.files import FORMATS, file_format
+from ..data.load import SourceOptions, check_apart, load_rows
+from ..data.training import as_messages, check_format, check_template
+from ..models.shipped import resolve_model
+from .shared import raised_here
+
+
+def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    """Check that the model exists, and return its tokenizer.
+
+    Raises:
+        ValueError: no model is named, its code is not trusted, or it has no tokenizer.
+        FileNotFoundError: the name is not that of a shipped model, a folder or a model on the hub.
+    """
+    name = model_args.model_name_or_path
+    if not name:
+        raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
+    given = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    try:
+        AutoConfig.from_pretrained(resolve_model(name), **given)
+    except (OSError, ValueError) as error:  # a folder without a model's config raises ValueError
+        if isinstance(error, FileNotFoundError) and raised_here(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model_name_or_path={name!r} has code of its own: --trust_remote_code true runs it."
+            ) from error
+        cause = str(error).strip().splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"model_name_or_path={name!r} is not a shipped model, and cannot be read from a folder or the hub "
+            f"({cause}). Check the name, the network, and for a gated model `hf auth login`."
+        ) from error
+    fix = "Save the tokenizer there too: tokenizer.save_pretrained(FOLDER)."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), **given)
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name_or_path={name!r} has no tokenizer that loads ({cause}). {fix}") from error
+    # For some architectures, transformers makes an empty tokenizer if the folder has none.
+    if len(set(tokenizer("a b c", add_special_tokens=False)["input_ids"])) < 2:
+        raise ValueError(f"model_name_or_path={name!r} has no tokenizer, or an empty one. {fix}")
+    return tokenizer
+
+
+def read_data(
+    script_args: ScriptArguments,
+    training_args: EMGuardConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> tuple[Any, Any]:
+    """Return the training rows, and the evaluation rows or `None` if `eval_strategy` is "no".
+
+    Rows of `conversations` become rows of `messages`. The revision, attention implementation and dtype of `model_args`
+    are put into `training_args.model_init_kwargs`, unless they are set there already.
+
+    Raises:
+        ValueError, FileNotFoundError: a bad argument.
+    """
+    tokenizer = check_model(training_args, model_args)
+    check_output_dir(training_args, bool(model_args.use_peft))
+    if bool(dataset_args.datasets) == bool(script_args.dataset_name):
+        raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
+    _check_source(script_args, dataset_args)
+    evaluates = training_args.eval_strategy != "no"
+    if evaluates:
+        check_apart(script_args.dataset_train_split, script_args.dataset_test_split)
+    if dataset_args.datasets:
+        splits = _read_mixture(dataset_args)
+        for split in [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates:
+            if split not in splits:
+                raise ValueError(
+                    f"the mixture in `datasets` has no split {split!r}: it has {', '.join(map(repr, splits))}. "
+                    "`test_split_size` splits a 'test' off."
+                )
+        train_dataset = splits[script_args.dataset_train_split]
+        eval_dataset = splits[script_args.dataset_test_split] if evaluates else None
+    else:
+        name, config, streaming = script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
+        train_dataset = load_rows(name, script_args.dataset_train_split, config, streaming)
+        options = SourceOptions(split="dataset_test_split")
+        test_split = script_args.dataset_test_split
+        eval_dataset = load_rows(name, test_split, config, streaming, options) if evaluates else None
+
+    source = "datasets" if dataset_args.datasets else f"dataset_name={script_args.dataset_name!r}"
+    converted = []
+    for rows in (train_dataset, eval_dataset):
+        check_format(rows, training_args, source)
+        converted.append(as_messages(rows, source))
+        check_template(converted[-1], training_args, tokenizer, source)
+    if converted[0] is not train_dataset and training_args.process_index == 0:
+        print(f"trl_emguard: `conversations` of {source} become `messages`, with the roles `user` and `assistant`.")
+    # `trl sft` passes these values as well. Values that the user put into `model_init_kwargs` win.
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return converted[0], converted[1]
+
+
+def _check_source(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
+    """Refuse options that belong to the option `datasets` if `dataset_name` gives the rows, and the other way round.
+
+    Raises:
+        ValueError: an option of `datasets` is set beside `dataset_name`, or the other way round.
+    """
+    given: ScriptArguments | DatasetMixtureConfig
+    if dataset_args.datasets:
+        given, used = script_args, "datasets"
+        others = {
+            "dataset_streaming": "set `streaming` instead",
+            "dataset_config": "set `name` in an entry of `datasets` instead",
+        }
+    else:
+        given, used = dataset_args, "dataset_name"
+        others = {
+            "streaming": "set `dataset_streaming` instead",
+            "test_split_size": "it needs `datasets`; beside `dataset_name`, name rows by `dataset_test_split` instead",
+        }
+    for name, advice in others.items():
+        value = getattr(given, name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name}={value!r} has no effect with `{used}`: {advice}.")
+
+
+def _read_mixture(dataset_args: DatasetMixtureConfig) -> Mapping[str, Any]:
+    """Return the rows of `datasets` by split: "train", and with `test_split_size` also "test".
+
+    TRL would split without a seed. Each rank and each resumed run would then train on other rows. The seed here is
+    constant, not the run's, so that runs with different seeds train on the same rows.
+
+    Raises:
+        ValueError: a stream is to be split, or an entry cannot be loaded.
+    """
+    for entry in dataset_args.datasets:
+        suffix = file_format(Path(entry.path))
+        if suffix is not None:
+            raise ValueError(
+                f"datasets: `path: {entry.path}` is a file. Give it as `path: {FORMATS[suffix]}` and `data_files: "
+                f"{entry.path}`."
+            )
+    size = dataset_args.test_split_size
+    if size is not None and dataset_args.streaming:
+        raise ValueError(f"test_split_size={size} cannot split a stream: leave out `streaming` or `test_split_size`.")
+    try:
+        splits = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        cause = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise ValueError(
+            f"datasets cannot be loaded: {cause}. An entry names a data set of the hub by `path`, or a file by `path: "
+            "json` and `data_files`."
+        ) from error
+    return splits if size is None else splits["train"].train_test_split(test_size=size, seed=0)
