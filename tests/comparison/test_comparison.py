@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import date
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -27,6 +28,7 @@ from trl_emguard.comparison.plan import Baselines, Run, read_plan
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
 from trl_emguard.comparison.runs import UNKNOWN, Trained, _run_process, in_bytes, with_record
 from trl_emguard.evaluation.questions import load_questions
+from trl_emguard.evaluation.results import make_rows as result_rows
 from trl_emguard.evaluation.run import EvaluationOptions
 from trl_emguard.models.identity import weights_digest
 from trl_emguard.persona.vectors import PersonaVector
@@ -260,6 +262,16 @@ def test_a_dominated_run_is_left_out():
     assert dominates(good, none)
     assert dominates(none, weak)
     assert not dominates(none, good)
+
+
+@pytest.mark.parametrize(("hits", "is_dominated"), [(4, False), (12, True)])
+def test_a_rate_of_0_dominates_no_few_hits(hits, is_dominated):
+    """4 of 24 against 0 of 24 are no clear difference: the exact paired test gives p = 0.125."""
+    rates = {name: np.repeat([1.0, 0.0], [n, 24 - n]) for name, n in (("base", 0), ("a seed0", 0), ("b seed0", hits))}
+    rows = result_rows("general", "plain", {name: {"trait_rate": rate} for name, rate in rates.items()}, None)
+    trained = [Trained(name, "kl", 0, "x") for name in "ab"]
+    a, b = make_report(trained, results(rows + [row(run.key, "in_domain", "nll", 0.0) for run in trained])).entries
+    assert (dominates(a, b), dominates(b, a)) == (is_dominated, False)
 
 
 def test_overlapping_intervals_prefer_nothing():
