@@ -81,6 +81,18 @@ def test_the_undefended_run_keeps_an_average(comparison):
     ]
 
 
+def test_baselines_of_a_failed_undefended_run_have_failed(tmp_path, monkeypatch):
+    """They would otherwise be compared with the other seeds alone, without a word."""
+    text = (
+        "recipe: RECIPE\nruns: [{adapter: mine}]\nseeds: [0, 7]\nbaselines: [ema, early_stop, {alpha: [0.3, 0.5]}]\n"
+    )
+    monkeypatch.setattr(training, "_run_process", lambda *_: {"error": "it broke", "step": None})
+    found = [run for run in train_all(plan(tmp_path, text), tmp_path / "out", silent) if run.is_baseline]
+    names = ("alpha 0.3", "alpha 0.5", "ema")
+    assert [(run.name, run.seed) for run in found] == [(name, seed) for seed in (0, 7) for name in names]
+    assert {run.error for run in found} == {"the undefended run of this seed failed."}
+
+
 def test_a_scaled_adapter_without_the_tokenizer_is_made_anew(tmp_path):
     """Older versions left out the tokenizer, and the adapter was then asked with another template."""
     made = plan(tmp_path, "recipe: RECIPE\nruns: [{adapter: mine}]\nbaselines: [{alpha: [0.5]}]\n")
