@@ -282,7 +282,25 @@ def test_overlapping_intervals_prefer_nothing():
 def test_a_tie_with_a_free_baseline_is_told():
     found = report({"kl": (-0.1, -0.5), "alpha 0.5": (-0.1, -0.5)}, baselines=["alpha 0.5"])
     assert "Some of them need no defense (alpha 0.5)" in found.sentence
-    assert "Some of them need no defense (none)" in report({"none": (0.0, -1.0), "kl": (0.0, -1.0)}).sentence
+    options = "none learning_rate=1e-5"
+    found = report({"none": (0.0, -1.0), options: (0.0, -1.0), "kl": (0.0, -1.0)})
+    assert f"Some of them need no defense (none; {options})" in found.sentence
+
+
+def test_a_baseline_of_fewer_seeds_than_the_undefended_run_is_left_out():
+    trained = [
+        Trained("none", "none", 0, "x"),
+        Trained("none", "none", 1, None, "it broke"),
+        Trained("kl", "kl", 0, "x"),
+    ]
+    trained.append(Trained("step 2", "none", 0, "x", is_baseline=True))
+    rows = [row(run.key, set, metric, -0.5) for run in trained for set, metric in
+            (("general", "margin"), ("in_domain", "nll"))]  # fmt: skip
+    found = make_report(trained, results(rows))
+    assert [entry.name for entry in found.entries if entry.is_comparable] == ["kl"]
+    assert "gave no evidence of its defense: none; step 2." in found.sentence
+    whole = make_report([replace(run, error=None) for run in trained if run.seed == 0], results(rows))
+    assert [entry.name for entry in whole.entries if entry.is_comparable] == ["none", "kl", "step 2"]
 
 
 @pytest.mark.parametrize("fields", [{"is_defended": False}, {"error": "it broke"}])

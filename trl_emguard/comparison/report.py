@@ -117,7 +117,7 @@ class Report:
         text = (
             f"Not dominated (no other run is better in one of broad and narrow, and not worse in the other): {names}."
         )
-        free = [entry.name for entry in best if entry.is_baseline or entry.name == UNDEFENDED]
+        free = [entry.name for entry in best if entry.trained[0].defense == UNDEFENDED]
         if free:
             text += f" Some of them need no defense ({'; '.join(free)}): no run is shown to be better than these."
         random = [entry.name for entry in best if entry.is_random]
