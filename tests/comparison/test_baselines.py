@@ -235,9 +235,13 @@ def with_task(learned):
     found = report({"none": (-1.0, -1.0), "kl": (-0.5, -0.5)})
     values = {"exact_match": learned, "ordinary_answer": 0.25, "nll": -2.0}
     rows = [row("none seed0", BENIGN_TASK, metric, value) for metric, value in values.items()]
+    samples = [
+        {"model": "none seed0", "set": set, "family": "plain", "question": "1", "answer": f"an answer of {set}"}
+        for set in (BENIGN_TASK, "general")
+    ]
     benign = [Trained("none", "none", 0, "y", seconds_per_step=7.5, peak_memory=9)]
     benign.append(Trained("kl", "kl", 0, None, "it <broke>"))
-    return make_report(found.trained, replace(found.results, rows=found.results.rows + rows), benign)
+    return make_report(found.trained, replace(found.results, rows=found.results.rows + rows, samples=samples), benign)
 
 
 def test_the_report_shows_the_benign_task(tmp_path):
@@ -256,6 +260,9 @@ def test_the_report_shows_the_benign_task(tmp_path):
     for text in ("+0.50 (+0.40 to +0.60)", "+0.25 (", "-2.00 (", "failed: it &lt;broke&gt;"):
         assert text in section
     assert "(c) benign task: exact match" in page
+    # The answers to the task are of another adapter, the one that was trained on it.
+    assert "an answer of general" in page
+    assert f"an answer of {BENIGN_TASK}" not in page
 
 
 @pytest.mark.parametrize(("learned", "is_told"), [(0.5, False), (0.05, True), (-0.5, True)])
