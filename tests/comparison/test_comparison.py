@@ -200,6 +200,12 @@ def test_schedules_are_in_the_name(tmp_path):
     assert len({run.folder for run in found.runs}) == 4
 
 
+def test_factors_of_several_entries_are_one_list(tmp_path):
+    """A factor that is given twice would be two baselines of one name."""
+    text = "recipe: RECIPE\nruns: [{defense: kl}]\nbaselines: [{alpha: 0.3}, alpha, {alpha: [0.5, 0.3, 0.30]}]\n"
+    assert plan(tmp_path, text).baselines == Baselines(alphas=(0.3, 0.25, 0.5, 0.75))
+
+
 def test_a_changed_recipe_is_another_run(tmp_path):
     text = "recipe: RECIPE\nruns: [{defense: kl}]\n"
     folders = [[run.folder for run in plan(tmp_path, text, f"max_steps: {steps}\n").runs] for steps in (3, 4, 3)]
@@ -375,6 +381,7 @@ def test_memory_is_in_bytes(monkeypatch, platform, factor):
 def test_memory_is_named_the_host_s(tmp_path):
     page = write_page(report({"none": (-1.0, -1.0)}, peak_memory=2**31), tmp_path, INFO).read_text(encoding="utf-8")
     assert "peak host memory, GiB" in page
+    assert "Seconds a step are of the whole training" in page
     assert "<td>2.0</td>" in page
 
 

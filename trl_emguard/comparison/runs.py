@@ -62,7 +62,8 @@ class Trained:
         coefficient: value of the run's `…_coef` option, a number or a schedule, if there is exactly one such option;
             for a scaled adapter, the factor.
         step: training step whose weights the adapter has.
-        seconds_per_step: mean seconds of a training step; `None` if it is not known.
+        seconds_per_step: seconds of the training, with its evaluations and checkpoints, divided by its steps. For the
+            undefended run, they include the checkpoints and the average for free baselines. `None` if not known.
         peak_memory: peak host memory (RAM) of the run's process in bytes, without a GPU's memory; `None` if it is not
             known.
     """
