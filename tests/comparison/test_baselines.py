@@ -331,12 +331,22 @@ def test_a_dry_run_counts_them(config, capsys):
 
 
 def test_a_recipe_that_cannot_take_the_task_is_refused(config, capsys):
-    recipe = config.parent / "sft.yaml"
-    best = "save_strategy: steps\nsave_steps: 0.25\n"
-    best += "eval_strategy: steps\neval_steps: 0.25\nload_best_model_at_end: true\n"
-    recipe.write_text(recipe.read_text().replace('save_strategy: "no"\n', best))
+    with (config.parent / "sft.yaml").open("a") as recipe:
+        recipe.write("eval_strategy: epoch\nlr_scheduler_type: reduce_lr_on_plateau\n")
     assert commands.main(["compare", "--config", str(config), "--output_dir", str(config.parent / "out")]) == 1
     assert "the run 'none on the benign task': " in capsys.readouterr().err
+    assert not (config.parent / "out").exists()
+
+
+@pytest.mark.parametrize("baselines", ["ema", "early_stop"])
+def test_weights_of_another_step_for_each_run_are_refused(config, capsys, baselines):
+    """The checkpoints for `early_stop` would bring an error that tells of other evaluation steps."""
+    recipe = config.parent / "sft.yaml"
+    best = "save_strategy: epoch\neval_strategy: epoch\nload_best_model_at_end: true\n"
+    recipe.write_text(recipe.read_text().replace('save_strategy: "no"\n', best))
+    config.write_text(config.read_text().replace("ema", baselines))
+    assert commands.main(["compare", "--config", str(config), "--output_dir", str(config.parent / "out")]) == 1
+    assert "the run 'none': load_best_model_at_end=True keeps another step's weights" in capsys.readouterr().err
     assert not (config.parent / "out").exists()
 
 

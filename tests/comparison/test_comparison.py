@@ -557,6 +557,9 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("kl_coef: [", "label_names: null, kl_coef: [", "`label_names:` is empty: give it a value or leave it out."),
         ("0.1, 5.0", "0.1, null", "the run 'kl kl_coef=None': `kl_coef:` is empty"),
         ("adapter: /", "adapter: /no", "holds no adapter_config.json: name a folder that PEFT saved"),
+        ("cues: none", "judge: hf:MODEL", "judge='hf:MODEL': no judge is asked in a comparison. Leave it out"),
+        ("cues: none", "coherent_above: 60", "coherent_above=60: no judge is asked in a comparison."),
+        ("cues: none", "model: other", "`evaluate`: model='other': the comparison sets it itself: leave it out."),
         ("kl_coef: [", "accelerate_config: zero3, kl_coef: [", "accelerate_config='zero3' launches several processes"),
     ],
 )
