@@ -30,6 +30,7 @@ from trl_emguard.comparison.runs import UNKNOWN, Trained, _run_process, in_bytes
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.results import make_rows as result_rows
 from trl_emguard.evaluation.run import EvaluationOptions
+from trl_emguard.io.files import locked
 from trl_emguard.models.identity import weights_digest
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
@@ -570,6 +571,16 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("trl-emguard compare: error: ")
     assert message in error
+    assert not (inputs / "out" / "runs").exists()
+
+
+def test_a_second_comparison_into_one_folder_is_refused(inputs, capsys):
+    (inputs / "out").mkdir()
+    with locked("--output_dir", inputs / "out"):
+        assert commands.main(line(inputs, "out")) == 1
+    error = capsys.readouterr().err
+    assert "out' is in use by another process" in error
+    assert "name another folder" in error
     assert not (inputs / "out" / "runs").exists()
 
 

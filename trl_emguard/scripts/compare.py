@@ -38,7 +38,7 @@ from ..data.conversation import conversation
 from ..data.load import load_rows
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
-from ..io.files import check_writable
+from ..io.files import check_writable, locked
 from ..io.lookup import did_you_mean
 from ..models.chat import shared_template_kwargs
 from . import evaluate as evaluation
@@ -101,20 +101,23 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
 
     folder: Path = args.output_dir
     model = (eval_args.model, eval_args.dtype, eval_args.device_map)
-    if unfinished(plan, folder):
-        check_base_model(model, tokenizer, sets, options)
-    trained = train_all(plan, folder, say)
-    benign = train_benign(plan, trained, folder, say)
-    command = shlex.join(["trl-emguard", "compare", *argv])
-    trained, results = measure(model, trained, sets, options, train.conversations, folder / "evaluation", command)
-    benign, of_task = measure_benign(model, benign, options, eval_args.limit, folder / "evaluation_benign", command)
-    report = make_report(trained, joined(results, of_task), benign)
-    info = results.info | {"plan": plan.content}
-    save(report, args.output_dir, info)
-    page = write_page(report, args.output_dir, info)
-    console.print(make_table(report))
-    say(report.sentence)
-    say(f"Report: {page.resolve()}")
+    with locked("--output_dir", folder):
+        if unfinished(plan, folder):
+            check_base_model(model, tokenizer, sets, options)
+        trained = train_all(plan, folder, say)
+        benign = train_benign(plan, trained, folder, say)
+        command = shlex.join(["trl-emguard", "compare", *argv])
+        trained, results = measure(model, trained, sets, options, train.conversations, folder / "evaluation", command)
+        benign, of_task = measure_benign(
+            model, benign, options, eval_args.limit, folder / "evaluation_benign", command
+        )
+        report = make_report(trained, joined(results, of_task), benign)
+        info = results.info | {"plan": plan.content}
+        save(report, args.output_dir, info)
+        page = write_page(report, args.output_dir, info)
+        console.print(make_table(report))
+        say(report.sentence)
+        say(f"Report: {page.resolve()}")
 
 
 def load_training_rows(
