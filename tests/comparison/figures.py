@@ -55,8 +55,15 @@ def results(rows, samples=()):
 
 
 def report(figures, samples=(), baselines=(), **fields):
-    """Return the report of runs with known differences in margin (broad) and in NLL in domain (narrow)."""
-    trained = [Trained(name, "kl", 0, "x", is_baseline=name in baselines, **fields) for name in figures]
+    """Return the report of runs with known differences in margin (broad) and in NLL in domain (narrow).
+
+    Baselines, and runs whose name begins with "none", have no defense. The others have `kl`.
+    """
+    undefended = {name for name in figures if name in baselines or name.startswith("none")}
+    trained = [
+        Trained(name, "none" if name in undefended else "kl", 0, "x", is_baseline=name in baselines, **fields)
+        for name in figures
+    ]
     rows = []
     for run in trained:
         margin, nll = figures[run.name]

@@ -81,6 +81,18 @@ def test_the_undefended_run_keeps_an_average(comparison):
     ]
 
 
+def test_baselines_of_a_failed_undefended_run_have_failed(tmp_path, monkeypatch):
+    """They would otherwise be compared with the other seeds alone, without a word."""
+    text = (
+        "recipe: RECIPE\nruns: [{adapter: mine}]\nseeds: [0, 7]\nbaselines: [ema, early_stop, {alpha: [0.3, 0.5]}]\n"
+    )
+    monkeypatch.setattr(training, "_run_process", lambda *_: {"error": "it broke", "step": None})
+    found = [run for run in train_all(plan(tmp_path, text), tmp_path / "out", silent) if run.is_baseline]
+    names = ("alpha 0.3", "alpha 0.5", "ema")
+    assert [(run.name, run.seed) for run in found] == [(name, seed) for seed in (0, 7) for name in names]
+    assert {run.error for run in found} == {"the undefended run of this seed failed."}
+
+
 def test_a_scaled_adapter_without_the_tokenizer_is_made_anew(tmp_path):
     """Older versions left out the tokenizer, and the adapter was then asked with another template."""
     made = plan(tmp_path, "recipe: RECIPE\nruns: [{adapter: mine}]\nbaselines: [{alpha: [0.5]}]\n")
@@ -223,9 +235,13 @@ def with_task(learned):
     found = report({"none": (-1.0, -1.0), "kl": (-0.5, -0.5)})
     values = {"exact_match": learned, "ordinary_answer": 0.25, "nll": -2.0}
     rows = [row("none seed0", BENIGN_TASK, metric, value) for metric, value in values.items()]
+    samples = [
+        {"model": "none seed0", "set": set, "family": "plain", "question": "1", "answer": f"an answer of {set}"}
+        for set in (BENIGN_TASK, "general")
+    ]
     benign = [Trained("none", "none", 0, "y", seconds_per_step=7.5, peak_memory=9)]
     benign.append(Trained("kl", "kl", 0, None, "it <broke>"))
-    return make_report(found.trained, replace(found.results, rows=found.results.rows + rows), benign)
+    return make_report(found.trained, replace(found.results, rows=found.results.rows + rows, samples=samples), benign)
 
 
 def test_the_report_shows_the_benign_task(tmp_path):
@@ -244,6 +260,9 @@ def test_the_report_shows_the_benign_task(tmp_path):
     for text in ("+0.50 (+0.40 to +0.60)", "+0.25 (", "-2.00 (", "failed: it &lt;broke&gt;"):
         assert text in section
     assert "(c) benign task: exact match" in page
+    # The answers to the task are of another adapter, the one that was trained on it.
+    assert "an answer of general" in page
+    assert f"an answer of {BENIGN_TASK}" not in page
 
 
 @pytest.mark.parametrize(("learned", "is_told"), [(0.5, False), (0.05, True), (-0.5, True)])
@@ -312,12 +331,22 @@ def test_a_dry_run_counts_them(config, capsys):
 
 
 def test_a_recipe_that_cannot_take_the_task_is_refused(config, capsys):
-    recipe = config.parent / "sft.yaml"
-    best = "save_strategy: steps\nsave_steps: 0.25\n"
-    best += "eval_strategy: steps\neval_steps: 0.25\nload_best_model_at_end: true\n"
-    recipe.write_text(recipe.read_text().replace('save_strategy: "no"\n', best))
+    with (config.parent / "sft.yaml").open("a") as recipe:
+        recipe.write("eval_strategy: epoch\nlr_scheduler_type: reduce_lr_on_plateau\n")
     assert commands.main(["compare", "--config", str(config), "--output_dir", str(config.parent / "out")]) == 1
     assert "the run 'none on the benign task': " in capsys.readouterr().err
+    assert not (config.parent / "out").exists()
+
+
+@pytest.mark.parametrize("baselines", ["ema", "early_stop"])
+def test_weights_of_another_step_for_each_run_are_refused(config, capsys, baselines):
+    """The checkpoints for `early_stop` would bring an error that tells of other evaluation steps."""
+    recipe = config.parent / "sft.yaml"
+    best = "save_strategy: epoch\neval_strategy: epoch\nload_best_model_at_end: true\n"
+    recipe.write_text(recipe.read_text().replace('save_strategy: "no"\n', best))
+    config.write_text(config.read_text().replace("ema", baselines))
+    assert commands.main(["compare", "--config", str(config), "--output_dir", str(config.parent / "out")]) == 1
+    assert "the run 'none': load_best_model_at_end=True keeps another step's weights" in capsys.readouterr().err
     assert not (config.parent / "out").exists()
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import date
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -27,7 +28,9 @@ from trl_emguard.comparison.plan import Baselines, Run, read_plan
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
 from trl_emguard.comparison.runs import UNKNOWN, Trained, _run_process, in_bytes, with_record
 from trl_emguard.evaluation.questions import load_questions
+from trl_emguard.evaluation.results import make_rows as result_rows
 from trl_emguard.evaluation.run import EvaluationOptions
+from trl_emguard.io.files import locked
 from trl_emguard.models.identity import weights_digest
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
@@ -198,6 +201,12 @@ def test_schedules_are_in_the_name(tmp_path):
     assert len({run.folder for run in found.runs}) == 4
 
 
+def test_factors_of_several_entries_are_one_list(tmp_path):
+    """A factor that is given twice would be two baselines of one name."""
+    text = "recipe: RECIPE\nruns: [{defense: kl}]\nbaselines: [{alpha: 0.3}, alpha, {alpha: [0.5, 0.3, 0.30]}]\n"
+    assert plan(tmp_path, text).baselines == Baselines(alphas=(0.3, 0.25, 0.5, 0.75))
+
+
 def test_a_changed_recipe_is_another_run(tmp_path):
     text = "recipe: RECIPE\nruns: [{defense: kl}]\n"
     folders = [[run.folder for run in plan(tmp_path, text, f"max_steps: {steps}\n").runs] for steps in (3, 4, 3)]
@@ -262,6 +271,16 @@ def test_a_dominated_run_is_left_out():
     assert not dominates(none, good)
 
 
+@pytest.mark.parametrize(("hits", "is_dominated"), [(4, False), (12, True)])
+def test_a_rate_of_0_dominates_no_few_hits(hits, is_dominated):
+    """4 of 24 against 0 of 24 are no clear difference: the exact paired test gives p = 0.125."""
+    rates = {name: np.repeat([1.0, 0.0], [n, 24 - n]) for name, n in (("base", 0), ("a seed0", 0), ("b seed0", hits))}
+    rows = result_rows("general", "plain", {name: {"trait_rate": rate} for name, rate in rates.items()}, None)
+    trained = [Trained(name, "kl", 0, "x") for name in "ab"]
+    a, b = make_report(trained, results(rows + [row(run.key, "in_domain", "nll", 0.0) for run in trained])).entries
+    assert (dominates(a, b), dominates(b, a)) == (is_dominated, False)
+
+
 def test_overlapping_intervals_prefer_nothing():
     found = report({"none": (-0.10, -1.0), "kl": (-0.05, -0.95)})
     assert ": none; kl." in found.sentence
@@ -270,7 +289,25 @@ def test_overlapping_intervals_prefer_nothing():
 def test_a_tie_with_a_free_baseline_is_told():
     found = report({"kl": (-0.1, -0.5), "alpha 0.5": (-0.1, -0.5)}, baselines=["alpha 0.5"])
     assert "Some of them need no defense (alpha 0.5)" in found.sentence
-    assert "Some of them need no defense (none)" in report({"none": (0.0, -1.0), "kl": (0.0, -1.0)}).sentence
+    options = "none learning_rate=1e-5"
+    found = report({"none": (0.0, -1.0), options: (0.0, -1.0), "kl": (0.0, -1.0)})
+    assert f"Some of them need no defense (none; {options})" in found.sentence
+
+
+def test_a_baseline_of_fewer_seeds_than_the_undefended_run_is_left_out():
+    trained = [
+        Trained("none", "none", 0, "x"),
+        Trained("none", "none", 1, None, "it broke"),
+        Trained("kl", "kl", 0, "x"),
+    ]
+    trained.append(Trained("step 2", "none", 0, "x", is_baseline=True))
+    rows = [row(run.key, set, metric, -0.5) for run in trained for set, metric in
+            (("general", "margin"), ("in_domain", "nll"))]  # fmt: skip
+    found = make_report(trained, results(rows))
+    assert [entry.name for entry in found.entries if entry.is_comparable] == ["kl"]
+    assert "gave no evidence of its defense: none; step 2." in found.sentence
+    whole = make_report([replace(run, error=None) for run in trained if run.seed == 0], results(rows))
+    assert [entry.name for entry in whole.entries if entry.is_comparable] == ["none", "kl", "step 2"]
 
 
 @pytest.mark.parametrize("fields", [{"is_defended": False}, {"error": "it broke"}])
@@ -345,6 +382,7 @@ def test_memory_is_in_bytes(monkeypatch, platform, factor):
 def test_memory_is_named_the_host_s(tmp_path):
     page = write_page(report({"none": (-1.0, -1.0)}, peak_memory=2**31), tmp_path, INFO).read_text(encoding="utf-8")
     assert "peak host memory, GiB" in page
+    assert "Seconds a step are of the whole training" in page
     assert "<td>2.0</td>" in page
 
 
@@ -520,6 +558,9 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("kl_coef: [", "label_names: null, kl_coef: [", "`label_names:` is empty: give it a value or leave it out."),
         ("0.1, 5.0", "0.1, null", "the run 'kl kl_coef=None': `kl_coef:` is empty"),
         ("adapter: /", "adapter: /no", "holds no adapter_config.json: name a folder that PEFT saved"),
+        ("cues: none", "judge: hf:MODEL", "judge='hf:MODEL': no judge is asked in a comparison. Leave it out"),
+        ("cues: none", "coherent_above: 60", "coherent_above=60: no judge is asked in a comparison."),
+        ("cues: none", "model: other", "`evaluate`: model='other': the comparison sets it itself: leave it out."),
         ("kl_coef: [", "accelerate_config: zero3, kl_coef: [", "accelerate_config='zero3' launches several processes"),
     ],
 )
@@ -530,6 +571,16 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("trl-emguard compare: error: ")
     assert message in error
+    assert not (inputs / "out" / "runs").exists()
+
+
+def test_a_second_comparison_into_one_folder_is_refused(inputs, capsys):
+    (inputs / "out").mkdir()
+    with locked("--output_dir", inputs / "out"):
+        assert commands.main(line(inputs, "out")) == 1
+    error = capsys.readouterr().err
+    assert "out' is in use by another process" in error
+    assert "name another folder" in error
     assert not (inputs / "out" / "runs").exists()
 
 

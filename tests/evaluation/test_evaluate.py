@@ -20,7 +20,7 @@ from trl_emguard.evaluation import answers, probes
 from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
 from trl_emguard.evaluation.cues import Family, families
 from trl_emguard.evaluation.questions import Question, QuestionSet, load_questions
-from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_table, sentence
+from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_rows, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
 from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
 from trl_emguard.models.chat import encode_answers
@@ -316,6 +316,18 @@ def test_differences_in_differences():
     cued, plain = (results.row("x", "general", "margin", f) for f in ("neutral_system", "plain"))
     assert did.value == pytest.approx(cued.difference - plain.difference)
     assert "general behind template_default: the chat template has no default system prompt" in results.notes
+
+
+def test_ties_of_rates_alone_have_a_width():
+    zeros = np.zeros(24)
+    arrays = {name: {"trait_rate": zeros, "nll": zeros + 0.5, "kl_to_base": zeros} for name in ("base", "x")}
+    del arrays["base"]["kl_to_base"]
+    rows = [*make_rows("general", "plain", arrays, None), *make_rows("general", "cue", arrays, arrays)]
+    found = {row.metric: (row.low, row.high, row.difference_low, row.difference_high) for row in rows}
+    assert found["trait_rate"] == pytest.approx((0, 0.142, -0.142, 0.142), abs=1e-3)
+    assert found["trait_rate_did"] == pytest.approx((-0.142, 0.142) * 2, abs=1e-3)
+    assert found["nll"] == (0.5, 0.5, 0, 0)
+    assert found["kl_to_base"] == (0, 0, 0, 0)
 
 
 def test_persona_shift():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from trl_emguard.evaluation.statistics import DRAWS, bootstrap, paired, question_means
+from trl_emguard.evaluation.statistics import DRAWS, bootstrap, is_rate, paired, question_means
 
 
 nan = math.nan
@@ -39,6 +39,25 @@ def test_equals_a_plain_loop(values):
 
 def test_ties_give_no_width():
     assert bootstrap(np.full(20, 0.3)) == pytest.approx((0.3, 0.3, 0.3, 20))
+
+
+@pytest.mark.parametrize(
+    ("values", "limits", "low", "high"),
+    [
+        (np.zeros((24, 5)), (0, 1), 0.0, 0.142),
+        (np.ones(24), (0, 1), 0.858, 1.0),
+        (np.zeros(24), (-1, 1), -0.142, 0.142),
+        ([*np.zeros(12), nan], (0, 1), 0.0, 0.265),
+    ],
+)
+def test_ties_of_a_rate_have_the_exact_width(values, limits, low, high):
+    """The width is that of Clopper and Pearson at 0 out of n questions, however many samples each of them has."""
+    assert bootstrap(np.array(values), limits=limits)[1:3] == pytest.approx((low, high), abs=1e-3)
+
+
+def test_a_rate_s_values_are_0_and_1():
+    assert is_rate(np.array([[0.0, 1.0], [nan, 1.0]]))
+    assert not is_rate(np.zeros(2), np.array([0.0, 0.5]))
 
 
 def test_one_question_has_a_value_and_no_interval():

@@ -1,9 +1,11 @@
-"""Test journals and suggestions."""
+"""Test journals, locks and suggestions."""
 
 import json
+import sys
 
 import pytest
 
+from trl_emguard.io.files import locked
 from trl_emguard.io.journal import ForeignJournalError, Journal
 from trl_emguard.io.lookup import did_you_mean
 
@@ -55,6 +57,30 @@ def test_a_corrupt_line_is_refused(journal, line):
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         journal.read()
     assert not isinstance(refusal.value, ForeignJournalError)
+
+
+def hold(folder):
+    with locked("--out", folder):
+        pass
+
+
+def test_a_folder_is_locked_once(tmp_path):
+    with locked("--out", tmp_path), pytest.raises(ValueError, match="is in use by another process"):
+        hold(tmp_path)
+    hold(tmp_path)
+
+
+@pytest.mark.parametrize("is_windows", [True, False])
+def test_a_system_without_locks_is_no_error(tmp_path, monkeypatch, is_windows):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    if is_windows:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", refuse)
+    with locked("--out", tmp_path):
+        hold(tmp_path)
 
 
 def test_suggestions():

@@ -146,7 +146,9 @@ def _samples(report: Report) -> list[dict[str, Any]]:
     shown: dict[str, int] = {}
     found = []
     for sample in report.results.samples:
-        if sample["family"] == PLAIN and shown.setdefault(sample["model"], 0) < SAMPLES_PER_RUN:
+        # Answers to `benign_task` are left out, because they are of another adapter, which was trained on that task.
+        is_own = sample["set"] != BENIGN_TASK
+        if is_own and sample["family"] == PLAIN and shown.setdefault(sample["model"], 0) < SAMPLES_PER_RUN:
             shown[sample["model"]] += 1
             scores = {k: v for k, v in sample.items() if isinstance(v, float) and math.isfinite(v)}
             answer = sample["answer"]

@@ -349,7 +349,7 @@ def _baselines(entries: Any) -> Baselines:
             alphas = ALPHAS if values is None else tuple(values) if isinstance(values, list) else (values,)
             if not all(isinstance(alpha, int | float) and 0 < alpha < 1 for alpha in alphas):
                 raise ValueError(f"alpha={values!r} must be numbers between 0 and 1")
-            found["alphas"] = alphas
+            found["alphas"] = tuple(dict.fromkeys((*found.get("alphas", ()), *alphas)))
         else:
             found[name] = True
     return Baselines(**found)

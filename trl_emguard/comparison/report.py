@@ -54,6 +54,8 @@ class Entry:
         broad, narrow: the figures of broad misalignment and narrow learning, by which runs are compared. Each is a
             mean over the seeds, with an interval that covers the interval of every seed.
         benign: the run's trainings on the benign task, one for each seed; empty without that task.
+        lacks_seeds: True for a free baseline that was not made from the undefended run of every seed. An example is a
+            checkpoint, `step N`, if this run failed with one of the seeds.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Entry:
     broad: Figure | None
     narrow: Figure | None
     benign: list[Trained] = field(default_factory=list)
+    lacks_seeds: bool = False
 
     @property
     def is_baseline(self) -> bool:
@@ -74,9 +77,9 @@ class Entry:
 
     @property
     def is_comparable(self) -> bool:
-        """True if `broad` and `narrow` were measured, and no seed's training failed or has `is_defended` False."""
+        """True if `broad` and `narrow` were measured, and no seed is missing, failed or has `is_defended` False."""
         is_whole = all(run.error is None and run.is_defended is not False for run in self.trained)
-        return is_whole and self.broad is not None and self.narrow is not None
+        return is_whole and not self.lacks_seeds and self.broad is not None and self.narrow is not None
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Report:
         text = (
             f"Not dominated (no other run is better in one of broad and narrow, and not worse in the other): {names}."
         )
-        free = [entry.name for entry in best if entry.is_baseline or entry.name == UNDEFENDED]
+        free = [entry.name for entry in best if entry.trained[0].defense == UNDEFENDED]
         if free:
             text += f" Some of them need no defense ({'; '.join(free)}): no run is shown to be better than these."
         random = [entry.name for entry in best if entry.is_random]
@@ -146,6 +149,7 @@ def make_report(trained: Sequence[Trained], results: Results, benign: Sequence[T
             _figure(results, runs, broad_set, broad, BROAD),
             _figure(results, runs, narrow_set, narrow, NARROW),
             [run for run in benign if run.name == name],
+            runs[0].is_baseline and len(runs) < len(by_name.get(UNDEFENDED, [])),
         )
         for name, runs in by_name.items()
     ]

@@ -62,7 +62,8 @@ class Trained:
         coefficient: value of the run's `…_coef` option, a number or a schedule, if there is exactly one such option;
             for a scaled adapter, the factor.
         step: training step whose weights the adapter has.
-        seconds_per_step: mean seconds of a training step; `None` if it is not known.
+        seconds_per_step: seconds of the training, with its evaluations and checkpoints, divided by its steps. For the
+            undefended run, they include the checkpoints and the average for free baselines. `None` if not known.
         peak_memory: peak host memory (RAM) of the run's process in bytes, without a GPU's memory; `None` if it is not
             known.
     """
@@ -108,7 +109,7 @@ def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trai
         if trained.error is not None:
             say(f"  failed: {trained.error}")
         found.append(trained)
-        if run.name == UNDEFENDED and trained.adapter is not None:
+        if run.name == UNDEFENDED:
             found += _baselines(plan, trained, folder)
     return found
 
@@ -301,10 +302,16 @@ def with_record(trained: Trained, folder: Path) -> Trained:
 
 
 def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
-    """Return the plan's free baselines, made of an undefended run: checkpoints, scaled adapters, averaged weights."""
-    assert undefended.adapter is not None  # `train_all` has checked this
-    source = Path(undefended.adapter)
+    """Return the plan's free baselines, made of an undefended run: checkpoints, scaled adapters, averaged weights.
+
+    If the run failed, its scaled adapters and averaged weights are returned as failed. Its checkpoints are left out,
+    because their steps are not known.
+    """
     like = Trained("", UNDEFENDED, undefended.seed, None, is_baseline=True, step=undefended.step)
+    if undefended.adapter is None:
+        missing = [*(f"alpha {alpha}" for alpha in plan.baselines.alphas), *([EMA] if plan.baselines.ema else [])]
+        return [replace(like, name=name, error="the undefended run of this seed failed.") for name in missing]
+    source = Path(undefended.adapter)
     found = []
     for step in sorted(checkpoint_steps(source)) if plan.baselines.early_stop else ():
         if step != undefended.step:

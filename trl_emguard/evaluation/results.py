@@ -19,7 +19,7 @@ from ..io.strict import parse_json
 from ..io.terminal import printable
 from .candidates import BASE
 from .cues import PLAIN
-from .statistics import bootstrap, paired, question_means
+from .statistics import bootstrap, is_rate, paired, question_means
 
 
 # Metrics of coherence. A higher value means answers that are less coherent, or in another style than the base model's.
@@ -170,21 +170,22 @@ def make_rows(
     for model, metrics in arrays.items():
         for metric, values in metrics.items():
             base = arrays[BASE].get(metric)
+            has_limits = base is not None and is_rate(values, base)
             if base is None:  # `kl_to_base` or `persona_shift`, which are 0 for the base model itself
                 base = np.zeros_like(values)
-            mean = bootstrap(values)
+            mean = bootstrap(values, limits=(0.0, 1.0) if has_limits else None)
             if not mean.n:
                 continue
             base_value = float(np.nanmean(base)) if np.isfinite(base).any() else math.nan
             if model == BASE:
                 rows.append(ResultRow(model, set, family, metric, *mean, base=base_value))
                 continue
-            difference = paired(values, base)
+            difference = paired(values, base, limits=(-1.0, 1.0) if has_limits else None)
             rows.append(ResultRow(model, set, family, metric, *mean, base_value, *difference[:3]))
             if plain is not None and metric.startswith(("margin", "trait_rate", "misaligned_rate")):
                 moved = question_means(values) - question_means(base)
                 moved_plain = question_means(plain[model][metric]) - question_means(plain[BASE][metric])
-                found = paired(moved, moved_plain)
+                found = paired(moved, moved_plain, limits=(-2.0, 2.0) if has_limits else None)
                 rows.append(ResultRow(model, set, family, metric + DID, *found, 0.0, *found[:3]))
     return rows
 

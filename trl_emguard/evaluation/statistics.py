@@ -16,7 +16,7 @@ class Interval(NamedTuple):
 
     Attributes:
         value: the mean over all samples that have a value.
-        low, high: percentiles 2.5 and 97.5 of the means of all draws; NaN if fewer than two questions have values.
+        low, high: ends of the 95 % interval; NaN if fewer than two questions have values.
         n: number of samples with a value.
     """
 
@@ -26,15 +26,20 @@ class Interval(NamedTuple):
     n: int
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
+def bootstrap(values: np.ndarray, seed: int = 0, limits: tuple[float, float] | None = None) -> Interval:
     """Return the mean of all samples, with its percentile interval from a bootstrap that draws questions.
 
     Whole questions are drawn and not single samples (Betley et al., 2502.17424), because the samples of one question
     resemble each other. Missing values (NaN) are left out of the mean and of `n`.
 
+    If all n questions have the same mean, every draw has it too, and the interval has no width. A rate of 0 does not
+    show that the property never occurs. So the interval of a rate then reaches 1 - 0.025^(1/n) to both sides, as far
+    as the exact interval of 0 out of n (Clopper and Pearson, 1934).
+
     Args:
         values: `(Q, S)`: S samples of each of Q questions; or `(Q,)` for one sample per question.
         seed: seed of the draws. The draws depend only on the seed and on the number of questions that have values.
+        limits: the least and the greatest possible value, for a rate or a difference of rates; `None` for others.
     """
     sums, counts = _by_question(values)
     has_values = counts > 0
@@ -44,6 +49,9 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
     value = float(sums.sum() / counts.sum())
     if len(sums) < 2:
         return Interval(value, float("nan"), float("nan"), int(counts.sum()))
+    if limits is not None and np.ptp(sums / counts) < 1e-9:  # equal, but for rounding
+        reach = 1 - ((1 - LEVEL) / 2) ** (1 / len(sums))
+        return Interval(value, max(value - reach, limits[0]), min(value + reach, limits[1]), int(counts.sum()))
     random = np.random.default_rng(seed)
     means = []
     for start in range(0, DRAWS, _CHUNK):
@@ -53,16 +61,21 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
     return Interval(value, float(low), float(high), int(counts.sum()))
 
 
-def paired(values: np.ndarray, base: np.ndarray, seed: int = 0) -> Interval:
+def paired(values: np.ndarray, base: np.ndarray, seed: int = 0, limits: tuple[float, float] | None = None) -> Interval:
     """Return the mean over questions of `values` minus `base`, with its interval.
 
     Samples of a question are averaged first. Only questions that have values in both arrays count.
 
     Args:
         values, base: `(Q, S)` and `(Q, S')` for the same questions, or `(Q,)`.
-        seed: seed of the draws.
+        seed, limits: as for [`bootstrap`]. The limits are those of the difference.
     """
-    return bootstrap(question_means(values) - question_means(base), seed)
+    return bootstrap(question_means(values) - question_means(base), seed, limits)
+
+
+def is_rate(*arrays: np.ndarray) -> bool:
+    """Return True if all values are 0 or 1, apart from missing ones (NaN)."""
+    return all(np.isin(values[~np.isnan(values)], (0, 1)).all() for values in arrays)
 
 
 def question_means(values: np.ndarray) -> np.ndarray:

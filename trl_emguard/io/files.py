@@ -1,4 +1,4 @@
-"""Atomic writes of files, a check that a folder is writable, and the cache folder."""
+"""Atomic writes of files, a check that a folder is writable, a lock of a folder, and the cache folder."""
 
 import os
 import tempfile
@@ -56,6 +56,35 @@ def check_writable(argument: str, folder: str | os.PathLike) -> None:
             f"{argument}={str(folder)!r} cannot be written to ({error.strerror}), so nothing could be saved: name "
             "another folder, or free some space."
         ) from error
+
+
+@contextmanager
+def locked(argument: str, folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a lock on an existing folder, the file `.lock` in it, so that no second process writes there meanwhile.
+
+    The system frees the lock when the process ends, also after a crash. Some systems and file systems have no locks:
+    there, nothing is locked.
+
+    Args:
+        argument: name of the argument that gave the folder, for the error message.
+        folder: the folder to lock.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    with (Path(folder) / ".lock").open("w") as file:
+        try:
+            import fcntl  # Windows does not have this module
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{argument}={str(folder)!r} is in use by another process, which writes there too: wait for its end, "
+                "or name another folder."
+            ) from error
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def cache_dir() -> Path:

@@ -39,7 +39,7 @@ from ..data.load import load_rows
 from ..data.training import check_format
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
-from ..io.files import check_writable
+from ..io.files import check_writable, locked
 from ..io.lookup import did_you_mean
 from ..models.chat import shared_template_kwargs
 from . import evaluate as evaluation
@@ -48,12 +48,15 @@ from .sft import make_parser as make_sft_parser
 from .shared import RESUMES, check_charts, run_command
 
 
-# Options of `evaluate` that a comparison's YAML file cannot set. First line: the comparison chooses the models and the
-# folder itself, and has its own help. Second line: these options are for a judge, which a comparison does not use.
-NOT_OF_EVALUATE = (
-    *("help", "model", "base", "adapter", "output_dir"),
-    *("judge", "rejudge", *evaluation.OF_JUDGE),
-)
+# Options of `evaluate` that a comparison's YAML file cannot set. The comparison chooses the models and the folder
+# itself, and it asks no judge.
+SET_BY_COMPARISON = ("model", "base", "adapter", "output_dir")
+OF_JUDGE = ("judge", "rejudge", *evaluation.OF_JUDGE)
+# Options of a training that no run of a comparison may have, and why.
+REFUSED = {
+    "accelerate_config": "launches several processes, and every run of a comparison is one",
+    "load_best_model_at_end": "keeps another step's weights in each run, and runs are compared after equal steps",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,21 +102,24 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
 
     folder: Path = args.output_dir
     model = (eval_args.model, eval_args.dtype, eval_args.device_map)
-    if unfinished(plan, folder):
-        check_base_model(model, tokenizer, sets, options)
-    trained = train_all(plan, folder, say)
-    benign = train_benign(plan, trained, folder, say)
-    command = shlex.join(["trl-emguard", "compare", *argv])
-    trained, results = measure(model, trained, sets, options, train.conversations, folder / "evaluation", command)
-    limit, of_template = eval_args.limit, eval_args.chat_template_kwargs
-    benign, of_task = measure_benign(model, benign, options, limit, folder / "evaluation_benign", command, of_template)
-    report = make_report(trained, joined(results, of_task), benign)
-    info = results.info | {"plan": plan.content}
-    save(report, args.output_dir, info)
-    page = write_page(report, args.output_dir, info)
-    console.print(make_table(report))
-    say(report.sentence)
-    say(f"Report: {page.resolve()}")
+    with locked("--output_dir", folder):
+        if unfinished(plan, folder):
+            check_base_model(model, tokenizer, sets, options)
+        trained = train_all(plan, folder, say)
+        benign = train_benign(plan, trained, folder, say)
+        limit, of_template = eval_args.limit, eval_args.chat_template_kwargs
+        command = shlex.join(["trl-emguard", "compare", *argv])
+        trained, results = measure(model, trained, sets, options, train.conversations, folder / "evaluation", command)
+        benign, of_task = measure_benign(
+            model, benign, options, limit, folder / "evaluation_benign", command, of_template
+        )
+        report = make_report(trained, joined(results, of_task), benign)
+        info = results.info | {"plan": plan.content}
+        save(report, args.output_dir, info)
+        page = write_page(report, args.output_dir, info)
+        console.print(make_table(report))
+        say(report.sentence)
+        say(f"Report: {page.resolve()}")
 
 
 def load_training_rows(
@@ -226,10 +232,9 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
         The config of the first run, the undefended one.
 
     Raises:
-        ValueError: an option is unknown, empty or does not accept its value, `accelerate_config` is set (it launches
-            several processes, and a comparison's run is one), no option names training rows, the run trains the whole
-            model, its `adapter` is no folder with an adapter, or the evaluation would load another model than the
-            training. The message names the run.
+        ValueError: an option is unknown, empty, one of `REFUSED`, or does not accept its value, no option names
+            training rows, the run trains the whole model, its `adapter` is no folder with an adapter, or the
+            evaluation would load another model than the training. The message names the run.
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
@@ -246,11 +251,12 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
     runs += [(f"{one.name} on the benign task", on_benign_rows(one, Path("unused"), 1)) for one in plan.benign_runs]
     configs = []
     for name, one in runs:
-        if plan.option(one, "accelerate_config") is not None:
-            raise ValueError(
-                f"the run {name!r}: accelerate_config={plan.option(one, 'accelerate_config')!r} launches several "
-                "processes, and every run of a comparison is one. Leave it out of the recipe and of the runs."
-            )
+        for option, reason in REFUSED.items():
+            value = plan.option(one, option)
+            if value not in (None, False):
+                raise ValueError(
+                    f"the run {name!r}: {option}={value!r} {reason}: leave it out of the recipe and of the runs."
+                )
         for option in ("chat_template_path", "eos_token"):
             if one.options.get(option) != plan.recipe_options.get(option) and option in one.options:
                 raise ValueError(
@@ -328,12 +334,20 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
     """Return the arguments of `trl-emguard evaluate`, parsed from `evaluate` in the comparison's YAML file.
 
     Raises:
-        ValueError: an option of `evaluate` is unknown, or does not accept its value.
+        ValueError: an option of `evaluate` is unknown, not for a comparison, or does not accept its value.
     """
     parser = evaluation.make_parser()
-    known = [action.dest for action in parser._actions if action.dest not in NOT_OF_EVALUATE]
+    not_of_evaluate = ("help", *SET_BY_COMPARISON, *OF_JUDGE)
+    known = [action.dest for action in parser._actions if action.dest not in not_of_evaluate]
     words = ["--model", model, "--output_dir", str(output_dir)]
     for name, value in plan.evaluate.items():
+        if name in SET_BY_COMPARISON:
+            raise ValueError(f"`evaluate`: {name}={value!r}: the comparison sets it itself: leave it out.")
+        if name in OF_JUDGE:
+            raise ValueError(
+                f"`evaluate`: {name}={value!r}: no judge is asked in a comparison. Leave it out, and judge afterwards "
+                f"by `trl-emguard evaluate --rejudge {output_dir / 'evaluation'} --judge ... --output_dir ...`."
+            )
         if name not in known:
             raise ValueError(f"unknown option of `evaluate` {name!r}.{did_you_mean(name, known)}")
         values = value if isinstance(value, list) else [value]
