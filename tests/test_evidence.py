@@ -7,7 +7,7 @@ import pytest
 import torch
 from methods import COMPARING, run_options
 from peft import get_peft_model
-from tiny import config, evidence, lora, make_model, make_rows, make_tokenizer, make_trainer, record
+from tiny import Hub, config, evidence, lora, make_model, make_rows, make_tokenizer, make_trainer, record
 from transformers import TrainerCallback
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError
@@ -59,6 +59,18 @@ def test_a_short_run_is_judged_at_its_end(tmp_path, monkeypatch):
         make_trainer(tmp_path, peft=lora(), defense="ldifs", max_steps=2).train()
     assert (tmp_path / "checkpoint-2" / "defense.json").is_file()
     assert "**This model was not defended.**" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_a_verdict_at_the_end_is_pushed(tmp_path, monkeypatch, strategy):
+    detach_term(monkeypatch, "ldifs")
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    options = {"max_steps": 2, "save_strategy": strategy, "save_steps": 1, "push_to_hub": True}
+    with pytest.raises(InactiveDefenseError, match=r"in the last 1 step\(s\)"):
+        make_trainer(tmp_path, peft=lora(), defense="ldifs", **options).train()
+    assert "**This model was not defended.**" in hub.pushed[-1].card
+    assert hub.pushed[-1].record["global_step"] == 2
 
 
 @pytest.mark.parametrize("layers", ["1", "1,2,3,4"])

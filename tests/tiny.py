@@ -1,7 +1,10 @@
 """Parts of the tests' runs: tiny random models of several architectures, a tokenizer, ragged rows, a trainer."""
 
+import json
 import tempfile
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -198,6 +201,27 @@ def make_trainer(
         peft_config=peft,
         **given,
     )
+
+
+class Hub:
+    """Stand-in for the hub's client. It keeps each pushed folder's `defense.json`, weights and model card."""
+
+    def __init__(self) -> None:
+        self.pushed: list[SimpleNamespace] = []
+
+    def create_repo(self, name: str, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, folder_path: str, **_: Any) -> Future:
+        folder, done = Path(folder_path), Future()
+        content = SimpleNamespace(
+            record=json.loads((folder / "defense.json").read_text()),
+            weights=(folder / "adapter_model.safetensors").read_bytes(),
+            card=(folder / "README.md").read_text(),
+        )
+        self.pushed.append(content)
+        done.set_result(None)
+        return done
 
 
 def logged(trainer: Any, key: str = "loss") -> list[float]:

@@ -5,12 +5,13 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from .checkpoints.resume import checkpoint_folder
 from .checkpoints.whole import WholeCheckpoints
@@ -22,7 +23,7 @@ from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, 
 from .guard.forward import Gate
 from .guard.loss import PassGuard
 from .guard.sums import Sums, stacked
-from .host import check_model, check_old_passes, read_arguments
+from .host import StepCallback, check_model, check_old_passes, check_optimizer, read_arguments
 from .io.files import check_writable
 from .models.adapters import bare_model
 from .models.sharding import as_main_process
@@ -85,13 +86,14 @@ class DefendedTrainer(WholeCheckpoints):
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
             check_engine(self.defenses, self.args, self._engine_facts())
+            check_optimizer(self.optimizer, self.model)  # Trainer makes its own optimizer only later, in `train`
             if model is None:  # `read_arguments` found no model, so these checks run only now, with the model loaded
                 check_model(self.defenses, is_peft_model(self.model), self.model.config)
             for defense in self.defenses:
                 as_main_process(functools.partial(defense.check_policy, self._bare_model()))
             self._gate = Gate(self._bare_model())
             weakref.finalize(self, self._gate.remove).atexit = False
-            self.add_callback(_StepCallback(self))
+            self.add_callback(StepCallback(self))
             self.add_callback(ScheduleCallback(self.defenses, self._metrics["train"]))
 
     def _choose_defenses(self, args: Any, **inputs: Any) -> None:
@@ -185,9 +187,12 @@ class DefendedTrainer(WholeCheckpoints):
         verdict = self._verdict()
         if verdict is not None:
             folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
+            self.create_model_card()  # states the verdict
             if not self.has_whole_checkpoint(trial):
                 self._save_checkpoint(self.model_wrapped, trial)
-            self.create_model_card(str(self.args.output_dir).rstrip("/").rpartition("/")[2])  # states the verdict
+            elif self.args.push_to_hub:
+                self._push_from_checkpoint(folder)
+            self._finish_current_push()
             raise InactiveDefenseError(f"{verdict} The model was saved in {folder}.")
         for defense in self.defenses:
             if isinstance(defense, TermDefense) and defense.proof.is_unjudged:
@@ -369,32 +374,25 @@ class DefendedTrainer(WholeCheckpoints):
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call and Path(output_dir or self.args.output_dir) == Path(self.args.output_dir):
+            self.create_model_card()  # otherwise the folder could keep the card of an earlier run
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             for defense in self.defenses if _internal_call and output_dir else ():  # only for a checkpoint
                 defense.save(str(output_dir))  # data for resuming, which other saved models do not need
             write_defense_file(output_dir or self.args.output_dir, self._record())
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer pushes `output_dir`, into which it copies the checkpoint's weights, but not the record beside them.
+        record = read_defense_file(checkpoint_folder) if self.is_world_process_zero() else None
+        if record is not None and self.args.hub_strategy != "end":
+            write_defense_file(self.args.output_dir, record)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        super().create_model_card(model_name, dataset_name, tags)
+        own_name = Path(self.args.hub_model_id or self.args.output_dir).name
+        super().create_model_card(model_name or own_name, dataset_name, tags)
         if self.is_world_process_zero():
             add_to_card(self.args.output_dir, self.defenses, self._verdict(), self._record()["reference"])
-
-
-class _StepCallback(TrainerCallback):
-    """Callback that tells the trainer when training begins, an update is about to be made, or a step has ended."""
-
-    def __init__(self, trainer: DefendedTrainer):
-        self.trainer = weakref.proxy(trainer)  # no cycle of references, so a dropped trainer is freed at once
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._begin()
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._note_update()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._end_step(control)
-        return control

@@ -1,11 +1,13 @@
-"""Helpers for the TRL trainer that `DefendedTrainer` is mixed into: read its arguments, check its model and loss."""
+"""Helpers for the TRL trainer that `DefendedTrainer` is mixed into: its arguments, refusals, and its callback."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from .defenses import Defense, DefenseArguments
 
@@ -47,6 +49,30 @@ def check_model(defenses: Sequence[Defense], has_adapter: bool, config: PreTrain
         defense.check_model(config.get_text_config())
 
 
+def check_optimizer(optimizer: Optimizer | None, model: PreTrainedModel | PeftModel) -> None:
+    """Refuse an optimizer that holds only frozen weights of a model, so that nothing would train.
+
+    Args:
+        optimizer: the optimizer that the user gave to the trainer, or `None`.
+        model: the policy, with its adapter.
+
+    Raises:
+        ValueError: the optimizer was made before the adapter was added, for example.
+    """
+    if optimizer is None:
+        return
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    # An optimizer that holds none of the model's own weights passes: it may hold copies of them, on the CPU.
+    is_trained = [weight.requires_grad for weight in model.parameters() if id(weight) in held]
+    if is_trained and not any(is_trained) and any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(
+            f"optimizers: the {type(optimizer).__name__} holds {len(is_trained)} weights of the model, all frozen, so "
+            "nothing would train. It was probably made before the adapter was added. Leave `optimizers` out (`optim` "
+            "or `optimizer_cls_and_kwargs` chooses one), or add the adapter first, by `get_peft_model`, then make the "
+            "optimizer, and leave `peft_config` out."
+        )
+
+
 def check_old_passes(trainer: type, args: Any) -> None:
     """Refuse a trainer whose loss compares likelihoods from a training pass with those from a `no_grad` policy pass.
 
@@ -83,3 +109,20 @@ def check_old_passes(trainer: type, args: Any) -> None:
         f"defense={args.defense!r} does not work with {found}: the loss would compare the defended policy's "
         f"likelihoods with those of the plain one. {fix}, or choose another defense."
     )
+
+
+class StepCallback(TrainerCallback):
+    """Callback that tells a `DefendedTrainer` that training begins, an update is to be made, or a step has ended."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = weakref.proxy(trainer)  # no cycle of references, so a dropped trainer is freed at once
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._begin()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._note_update()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._end_step(control)
+        return control

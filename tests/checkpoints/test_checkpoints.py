@@ -11,7 +11,7 @@ import torch
 from methods import COVERING, EVERYTHING, METHODS, run_options, split
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import logged, lora, make_model, make_rows, make_trainer, record
+from tiny import Hub, logged, lora, make_model, make_rows, make_trainer, record
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
@@ -470,6 +470,24 @@ def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
     assert pushed == [("checkpoint-2", None), ("checkpoint-4", None)]
 
 
+@pytest.mark.parametrize("defense", ["none", "kl"])
+@pytest.mark.parametrize("strategy", ["every_save", "end"])
+def test_a_push_has_the_record_of_its_weights(tmp_path, monkeypatch, defense, strategy):
+    earlier = tmp_path / "defense.json"
+    earlier.write_text('{"defense": "ldifs", "defenses": {}, "evidence": {}}')
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    trainer_for(tmp_path, defense=defense, push_to_hub=True, hub_strategy=strategy).train()
+    if strategy == "end":  # nothing was pushed, so the folder has no weights of this run
+        assert (hub.pushed, json.loads(earlier.read_text())["defense"]) == ([], "ldifs")
+        return
+    for push, step in zip(hub.pushed, (2, 4), strict=True):
+        folder = tmp_path / f"checkpoint-{step}"
+        assert push.record == read_defense_file(folder)
+        assert (push.record["defense"], push.record["global_step"]) == (defense, step)
+        assert push.weights == (folder / "adapter_model.safetensors").read_bytes()
+
+
 def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
     trainer_for(tmp_path, save_only_model=True).train()
     assert newest_whole_checkpoint(tmp_path) == (4, {})
@@ -480,6 +498,21 @@ def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
 def test_resume_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint"):
         trainer_for(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("ending", [None, "", "/"])
+def test_a_saved_model_has_no_card_of_an_earlier_run(tmp_path, tuning, ending):
+    card = tmp_path / "README.md"
+    card.write_text("# earlier\n\n**This model was not defended.**\n")
+    trainer = trainer_for(tmp_path, tuning, "kl", save_strategy="no")
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert "not defended" in card.read_text()
+    trainer.save_model(None if ending is None else f"{tmp_path}{ending}")
+    text = card.read_text()
+    assert "not defended" not in text
+    assert f"Model Card for {tmp_path.name}" in text
+    assert text.count("kl_coef=") == 1
 
 
 @pytest.mark.parametrize("defense", ["none", "kl", "kl,ldifs"])

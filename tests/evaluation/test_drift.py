@@ -268,16 +268,14 @@ def test_a_resumed_run_measures_the_same(tmp_path, run, every):
     for budget in (None, 2 * max(kl), kl[every - 1] * 1.001):
         options = {"peft": peft, **SAVES}
         whole = train(tmp_path / "out", drift(every=every, budget=budget), **options)
-        resumed = train(
-            tmp_path / "out",
-            drift(every=every, budget=budget),
-            resume=str(tmp_path / "out" / "checkpoint-3"),
-            **options,
-        )
+        (tmp_path / "out" / "checkpoint-3").rename(tmp_path / "moved")
+        again = drift(every=every, budget=budget)
+        resumed = train(tmp_path / "new", again, resume=str(tmp_path / "moved"), **options)
         assert logged(resumed, "drift_kl") == logged(whole, "drift_kl")
         expected = dict(whole.model.named_parameters())
         assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.named_parameters())
-        shutil.rmtree(tmp_path / "out")
+        for folder in ("out", "new", "moved"):
+            shutil.rmtree(tmp_path / folder)
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,13 @@ def test_bf16_weights_have_an_average_in_fp32(tmp_path):
 SAVES = {"save_strategy": "steps", "save_steps": 3}
 
 
-def test_a_resumed_run_gives_the_same_average(tmp_path):
+@pytest.mark.parametrize("place", ["out/checkpoint-3", "backup/checkpoint-3", "out/last-checkpoint"])
+def test_a_resumed_run_gives_the_same_average(tmp_path, place):
     whole, resumed = EMACallback(), EMACallback()
-    train(tmp_path, [whole], **SAVES)
-    train(tmp_path, [resumed], str(tmp_path / "checkpoint-3"), **SAVES)
+    train(tmp_path / "out", [whole], **SAVES)
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "out/checkpoint-3").rename(tmp_path / place)
+    train(tmp_path / ("new" if "backup" in place else "out"), [resumed], str(tmp_path / place), **SAVES)
     assert all(torch.equal(resumed.average[name], value) for name, value in whole.average.items())
 
 

@@ -3,10 +3,9 @@
 import os
 
 import pytest
-from transformers import HfArgumentParser
+from trl import ModelConfig, ScriptArguments, TrlParser
 
 from trl_emguard import EMGuardConfig
-from trl_emguard.defenses import DefenseArguments
 from trl_emguard.io.recipes import find_recipe, recipes_dir
 from trl_emguard.scripts import sft
 from trl_emguard.scripts.sft import make_parser
@@ -103,8 +102,16 @@ def test_a_coefficient_is_a_number_or_a_schedule(parse, name):
     assert parse(f"--{name}", "0.4->0.05")[name] == "0.4->0.05"
     number = parse(f"--{name}", "2")[name]
     assert (number, type(number)) == (2.0, float)
-    plain, _ = HfArgumentParser(DefenseArguments).parse_known_args([f"--{name}", "2"])
-    assert type(getattr(plain, name)) is float
+
+
+@pytest.mark.parametrize("name", ["kl_coef", "ldifs_coef", "treft_coef", "steering_coef"])
+@pytest.mark.parametrize(("text", "value"), [("0.4->0.05", "0.4->0.05"), ("2.5", 2.5), ("1e-2", 0.01)])
+def test_a_script_with_trls_own_parser_takes_a_schedule(tmp_path, yaml_file, name, text, value):
+    parser = TrlParser((ScriptArguments, EMGuardConfig, ModelConfig))
+    rest = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    for given in (["--" + name, text], ["--config", yaml_file(f"{name}: {text}\n")]):
+        _, args, _ = parser.parse_args_and_config([*given, *rest])
+        assert (getattr(args, name), type(getattr(args, name))) == (value, type(value))
 
 
 def test_yaml_counts(parse, yaml_file):

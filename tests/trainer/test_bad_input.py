@@ -294,6 +294,28 @@ def test_compute_loss_func(tmp_path):
         )
 
 
+@pytest.mark.parametrize("defense", ["kl", "inoculation"])
+def test_an_optimizer_over_weights_below_the_adapter(tmp_path, defense):
+    model, options = make_model(), {"inoculation_prompt": "Be bad."} if defense == "inoculation" else {}
+    args = config(tmp_path, defense=defense, **options)
+    given = {"train_dataset": make_rows(), "processing_class": make_tokenizer()}
+    optimizers = (torch.optim.AdamW(model.parameters()), None)
+    with pytest.raises(ValueError, match=r"optimizers: the AdamW holds \d+ weights of the model, all frozen"):
+        EMGuardTrainer(model, args, **given, peft_config=lora(), optimizers=optimizers)
+
+
+@pytest.mark.parametrize("kind", ["all", "trained", "copies", "full"])
+def test_an_optimizer_over_trained_weights_is_taken(tmp_path, kind):
+    model = make_model() if kind == "full" else get_peft_model(make_model(), lora())
+    weights = [weight for weight in model.parameters() if kind == "all" or weight.requires_grad]
+    if kind == "copies":  # as optimizers hold them that keep the weights in main memory
+        weights = [weight.detach().clone() for weight in weights]
+    optimizers = (torch.optim.AdamW(weights), None)
+    given = {"train_dataset": make_rows(), "processing_class": make_tokenizer()}
+    trainer = EMGuardTrainer(model, config(tmp_path, defense="kl", max_steps=1), **given, optimizers=optimizers)
+    assert trainer.optimizer is optimizers[0]
+
+
 def test_two_active_adapters_cannot_be_copied(tmp_path):
     model = get_peft_model(make_model(), lora(init_lora_weights=False))
     model.add_adapter("second", lora(init_lora_weights=False))

@@ -16,6 +16,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..models.adapters import unsaved_weights
+from ..models.callback_state import CheckpointedCallback
 from .manifest import OPTIMIZER, begin_checkpoint, checkpoint_files, finish_checkpoint
 from .resume import checkpoint_folder, checkpoint_to_resume, find_flaw_on_all, holds_adapter
 
@@ -41,7 +42,8 @@ class WholeCheckpoints(Trainer):
     The mixin comes before the trainer among the base classes. A checkpoint is marked as whole when every rank has
     written its files. Only then is it pushed to the hub, and only then are older checkpoints deleted. A callback with
     a method `save_into(folder, state, model)` can add files before the checkpoint is marked. Its `on_save` is called
-    after the marking. A run that resumes from the checkpoint of its last step makes no further step.
+    after the marking. Callbacks of class [`CheckpointedCallback`] are told the checkpoint to resume from, wherever it
+    lies. A run that resumes from the checkpoint of its last step makes no further step.
 
     Raises:
         TypeError: from the class statement, if a class has the mixin behind the trainer. No method of the mixin would
@@ -164,6 +166,12 @@ class WholeCheckpoints(Trainer):
             self._push_from_checkpoint(folder)
         if args.should_save:
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, CheckpointedCallback):
+                callback.resumes_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
         # A run that resumes from the checkpoint of its last step has nothing left to train. Trainer would still make

@@ -7,7 +7,7 @@ from typing import Any
 
 from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense, Step
 from .options import check_choice, option
-from .schedule import EXAMPLE, Schedule, check_coefficient
+from .schedule import EXAMPLE, Coefficient, Schedule, check_coefficient
 
 
 DIRECTIONS = ("reverse", "forward")
@@ -27,10 +27,7 @@ LEAST = 0.01
 class KLOptions:
     """Options of `kl`: divergence of next-token distributions from a safe reference."""
 
-    # The order of the types matters, because the argument parser of transformers keeps only one of them. With
-    # `None` second it picks the first type, so a script that parses `--kl_coef 0.1` gets a number. With `None` last it
-    # would pick `str`, and `check_coefficient` would refuse the text "0.1".
-    kl_coef: float | None | str = option(  # noqa: RUF036
+    kl_coef: Coefficient | None = option(
         None,
         "Weight of the KL divergence to the reference, a mean over the positions of `kl_tokens`. 0 switches it off. "
         f"By default {COEFFICIENTS[LOSS]}, and {COEFFICIENTS[INTERLEAVED]} where `kl_tokens` is 'interleaved'. "

@@ -14,14 +14,14 @@ from transformers import PreTrainedConfig
 from ..ops import feature_distance
 from .base import IN_TRAINING_DEFENSES, Paper, ReferenceDefense
 from .options import check_flag, listed_layers, option
-from .schedule import check_coefficient
+from .schedule import Coefficient, check_coefficient
 
 
 @dataclass
 class LDIFSOptions:
     """Options of `ldifs`, a penalty on the distance between block outputs of the policy and of a reference model."""
 
-    ldifs_coef: float | str = option(
+    ldifs_coef: Coefficient = option(
         1.0, "Weight of the distance to the reference in feature space. 0 switches it off."
     )
     # The declared type is `str`, because for `str | list[int]` the argument parser of transformers drops the default

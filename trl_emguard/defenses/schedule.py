@@ -7,7 +7,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import TrainerCallback
 
@@ -85,6 +85,21 @@ def coefficient(text: str) -> float | str:
             f"{text!r} is no number. A shell takes '>' for itself, so put a schedule in quotes: '{EXAMPLE}'"
         )
     return text if ARROW in text else float(text)
+
+
+if TYPE_CHECKING:
+    Coefficient = float | str
+else:
+
+    class Coefficient:
+        """Type of an option that is a number or the text of a schedule; the value itself is a `float` or a `str`.
+
+        The argument parser of transformers keeps only one type of `float | str`, and calls it with the text that the
+        command line or a YAML file has. This class is one type, and its call gives what [`coefficient`] gives.
+        """
+
+        def __new__(cls, text: str) -> float | str:
+            return coefficient(text)
 
 
 class Weighted:

@@ -19,7 +19,7 @@ from ..models.blocks import block_states, decoder_blocks
 from ..persona.vectors import PersonaVector, load_vector
 from .base import IN_TRAINING_DEFENSES, Defense, Paper
 from .options import check_choice, listed_layers, option
-from .schedule import Schedule, Weighted, check_coefficient
+from .schedule import Coefficient, Schedule, Weighted, check_coefficient
 
 
 logger = get_logger(__name__)
@@ -43,7 +43,7 @@ class SteeringOptions:
         "Blocks after which the vector acts, counted from 1 to L: 20, '20,24', or 'all' for every block with the "
         "increments v(l) - v(l-1). Default: the layer that the vector's file suggests.",
     )
-    steering_coef: float | str = option(5.0, "Factor of the persona vector. 0 switches the defense off.")
+    steering_coef: Coefficient = option(5.0, "Factor of the persona vector. 0 switches the defense off.")
     steering_mode: str = option("add", "'add' adds the vector, 'ablate' takes the projection on it out.", MODES)
     steering_tokens: str = option(
         "all", "Positions that the vector acts at: 'all', or 'response' for those that predict a label.", TOKENS

@@ -25,7 +25,7 @@ from ..models.chat import template_arguments
 from ..models.load import without_weights
 from .base import ModelDefense, Paper
 from .options import option
-from .schedule import check_coefficient
+from .schedule import Coefficient, check_coefficient
 
 
 # File in a checkpoint. It stores the prefix (the tokens that every training row begins with), and the keys and values
@@ -37,7 +37,7 @@ START_FILE = "treft.npz"
 class TReFTOptions:
     """Options of `treft`: penalty on changes of keys and values at the tokens that every training row begins with."""
 
-    treft_coef: float | str = option(
+    treft_coef: Coefficient = option(
         10.0,
         "Weight of the relative squared change of keys and values on the prefix. 0 switches it off.",
     )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..io.files import written_whole
 from ..models.adapters import AdapterSwitch, bare_model, check_adapter_kind
 from ..models.batches import default_batch_tokens, eval_mode, plan_batches
-from ..models.callback_state import check_whole, load_state, save_state
+from ..models.callback_state import CheckpointedCallback, check_whole, load_state, save_state
 from ..models.chat import text_part
 from ..models.ema import EMACallback
 from ..models.likelihood import active_head, states_logits
@@ -40,7 +40,7 @@ RESULT_FILE = "drift.json"
 HEAD, KEPT = "head.", "kept."
 
 
-class DriftCallback(TrainerCallback):
+class DriftCallback(CheckpointedCallback):
     """Callback that logs how far the policy has moved from the base model, and stops training above a budget.
 
     The policy is the model in training. Every `every` steps and after the last step, it is measured on known answers

@@ -1,5 +1,6 @@
 """State of a Trainer callback in checkpoints: a safetensors file beside the weights that the state belongs to."""
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..io.files import written_whole
 from .identity import fingerprint
 from .sharding import sharding_engine
+
+
+class CheckpointedCallback(TrainerCallback):
+    """Base class of callbacks that have a state in checkpoints.
+
+    Attributes:
+        resumes_from: checkpoint that the run resumes from, set by trainers with the mixin
+            [`~trl_emguard.checkpoints.whole.WholeCheckpoints`]. In other trainers it stays `None`.
+    """
+
+    resumes_from: str | os.PathLike | bool | None = None
 
 
 def checkpoint_of_step(output_dir: str, step: int) -> Path:
@@ -36,7 +48,7 @@ def save_state(path: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor]
 
 
 def load_state(
-    callback: TrainerCallback,
+    callback: CheckpointedCallback,
     file: str,
     args: Any,
     state: Any,
@@ -46,17 +58,18 @@ def load_state(
     """Return the tensors and texts that [`save_state`] wrote into the checkpoint whose weights the model now has.
 
     Args:
-        callback: the callback, for the error message.
+        callback: the callback. Its class is named in the error message.
         file: name of the callback's file in a checkpoint's folder.
         args, state, model: arguments that the Trainer gave to the callback.
         names: names that the tensors must have; by default any names.
 
     Raises:
         ValueError: the file is damaged, or no checkpoint has a file with tensors of these names for the model's
-            weights. Only two checkpoints are tried: that of the current step in `output_dir`, and the one to resume
-            from.
+            weights. Three checkpoints are tried: the one that the trainer names, that of the current step in
+            `output_dir`, and that of the config's `resume_from_checkpoint`.
     """
-    folders = [checkpoint_of_step(args.output_dir, state.global_step), Path(str(args.resume_from_checkpoint))]
+    named = [Path(str(folder)) for folder in (callback.resumes_from, args.resume_from_checkpoint)]
+    folders = [named[0], checkpoint_of_step(args.output_dir, state.global_step), named[1]]
     for path in (folder / file for folder in folders):
         if not path.is_file():
             continue
@@ -69,9 +82,10 @@ def load_state(
         if facts.get("weights") == fingerprint(model) and (names is None or found.keys() == set(names)):
             return found, facts
     raise ValueError(
-        f"{type(callback).__name__} cannot resume: {folders[0]} holds no {file} of the weights that the run resumes "
-        "with. The checkpoint was written without the callback, is of another run, or lies outside of output_dir. "
-        "Resume from one that holds it, or without the callback."
+        f"{type(callback).__name__} cannot resume: the checkpoint of step {state.global_step} holds no {file} of the "
+        "weights that the run resumes with. It was written without the callback or is of another run; or it lies "
+        "outside of output_dir, and the trainer is not this package's. Resume from one that holds it, or without the "
+        "callback."
     )
 
 

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
-from .callback_state import check_whole, checkpoint_of_step, load_state, save_state
+from .callback_state import CheckpointedCallback, check_whole, checkpoint_of_step, load_state, save_state
 
 
 EMA_FOLDER = "ema"
 STATE_FILE = "ema.safetensors"
 
 
-class EMACallback(TrainerCallback):
+class EMACallback(CheckpointedCallback):
     """Callback that keeps an exponential moving average (EMA) of the trained weights.
 
     The average is saved to `<output_dir>/ema` at the end of training.

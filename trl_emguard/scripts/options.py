@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from ..config import ReferenceOptions
 from ..defenses import DefenseArguments
-from ..defenses.schedule import coefficient
+from ..defenses.schedule import Coefficient
 
 
 # Options of TRL and transformers that recipes use, in the order of the help page.
@@ -101,7 +101,7 @@ def _metavar(action: argparse.Action, hint: Any) -> str:
         return "|".join(map(str, action.choices))
     if getattr(action.type, "__name__", "") == "string_to_bool":
         return "true|false"
-    if action.type is coefficient:
+    if action.type is Coefficient:
         return "X|X->X"
     types = {hint, *get_args(hint)}
     return "X" if float in types else "N" if int in types else "TEXT"

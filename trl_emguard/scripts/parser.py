@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from trl import TrlParser
 
-from ..defenses.schedule import coefficient
+from ..defenses.schedule import Coefficient
 from ..io.lookup import did_you_mean
 from ..io.strict import parse_yaml
 from .options import PrintAllOptions
@@ -104,11 +104,6 @@ class StrictParser(TrlParser):
             help="show every option of TRL and transformers and exit",
         )
         self.hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
-        # TrlParser converts the value of an option to one type. A defense's coefficient may be a number or the text of
-        # a schedule (`0.4->0.05`), so options with both types get the converter `coefficient`.
-        for action in self._actions:
-            if {float, str} <= set(get_args(self.hints.get(action.dest))):
-                action.type = coefficient
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -202,7 +197,7 @@ class StrictParser(TrlParser):
             self.error(f"config: {error}")
 
     def _is_text(self, key: str, action: argparse.Action) -> bool:
-        types = set(get_args(self.hints[key])) or {self.hints[key]}
+        types = _types(self.hints[key])
         return types <= {str, type(None)} and action.nargs not in ("+", "*") and key not in NOT_TEXT_ALONE
 
     def _unknown_key(self, key: str, known: Iterable[str]) -> str:
@@ -211,7 +206,7 @@ class StrictParser(TrlParser):
         return self._unknown(key, known, "key in the config file")
 
     def _check_config_value(self, key: str, value: Any, action: argparse.Action) -> None:
-        types = set(get_args(self.hints[key])) or {self.hints[key]}
+        types = _types(self.hints[key])
         if value is None:
             if type(None) not in types:
                 self.error(
@@ -268,3 +263,9 @@ class StrictParser(TrlParser):
 
 def _texts(choices: Iterable[Any]) -> list[str]:
     return [str(getattr(choice, "value", choice)) for choice in choices]
+
+
+def _types(hint: Any) -> set[Any]:
+    """Return the types that an option's type consists of; `float` is one of them for a coefficient."""
+    types = set(get_args(hint)) or {hint}
+    return types | {float} if Coefficient in types else types

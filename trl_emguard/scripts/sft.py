@@ -203,9 +203,6 @@ def run(
         # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(training_args.output_dir)
-    # Checkpoints write the model card. With `save_strategy: "no"` there are none, and without this call the folder
-    # would keep the card of an earlier run.
-    trainer.create_model_card(model_name=Path(training_args.output_dir).name)
     trainer.save_metrics("train", output.metrics)
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
