@@ -26,7 +26,7 @@ from .host import check_model, check_old_passes, read_arguments
 from .io.files import check_writable
 from .models.adapters import bare_model
 from .models.sharding import as_main_process
-from .record import add_to_card, run_identity, why_other
+from .record import add_to_card, as_read, run_identity, why_other
 from .version import __version__
 
 
@@ -282,6 +282,7 @@ class DefendedTrainer(WholeCheckpoints):
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
                 self._grad_norm = None  # a callback has removed or repaired the bad gradients
         groups = self.optimizer.param_groups
+        self._record()  # result unused: the call refuses options and evidence that a checkpoint could not hold
         peak = max(group.get("initial_lr", self.args.learning_rate) for group in groups)
         self._learning_rate = max(float(group["lr"]) for group in groups) / peak if peak else 0.0
 
@@ -360,12 +361,12 @@ class DefendedTrainer(WholeCheckpoints):
         return {
             "trl_emguard": __version__,
             "defense": self.args.defense,
-            "defenses": {defense.name: defense.options() for defense in self.defenses},
+            "defenses": {d.name: as_read(d, "options", d.options()) for d in self.defenses},
             "reference": None,
             "run": self._identity,
             "global_step": self.state.global_step,
             "moved": self._has_moved,
-            "evidence": {defense.name: defense.evidence() for defense in self.defenses},
+            "evidence": {d.name: as_read(d, "evidence", d.evidence()) for d in self.defenses},
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -130,8 +130,7 @@ class KL(ReferenceDefense):
         return metrics | used
 
     def begin(self, evidence: dict[str, Any]) -> None:
-        of_term = {name: value for name, value in evidence.items() if name != "kl_coef"}
-        super().begin(of_term)
+        super().begin(evidence)
         if self.target is not None:
             coef = evidence.get("kl_coef", self._start)
             # A resumed run gets `coef` from the checkpoint's file `defense.json`, which may be damaged.
