@@ -15,12 +15,13 @@ from transformers import PreTrainedModel, TrainerCallback
 from .checkpoints.resume import checkpoint_folder
 from .checkpoints.whole import WholeCheckpoints
 from .checks import Engine, check_engine, load_config
-from .defenses import Defense, Marks, Step, TermDefense, build_defenses
+from .defenses import Defense, Step, TermDefense, build_defenses
 from .defenses.registry import options_text
 from .defenses.schedule import ScheduleCallback
 from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, write_defense_file
 from .guard.forward import Gate
 from .guard.loss import PassGuard
+from .guard.scopes import read_marks
 from .guard.sums import Sums, stacked
 from .host import check_model, check_old_passes, read_arguments
 from .io.files import check_writable
@@ -229,7 +230,7 @@ class DefendedTrainer(WholeCheckpoints):
         # Evaluation runs without defenses, and so does training if no defense is active.
         if not self.model.training or not self.defenses:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        marks = self._read_batch(inputs)
+        marks = read_marks(self.defenses, inputs)
         guard = PassGuard(self.defenses, inputs)
         with self._gate.armed(guard):
             output = super().compute_loss(model, inputs, *args, **kwargs)
@@ -243,15 +244,6 @@ class DefendedTrainer(WholeCheckpoints):
             self._sums.add(list(marks.counts), stacked(marks.counts, loss.detach().float()))
         self._count_in_backward(loss)
         return output
-
-    def _read_batch(self, inputs: dict[str, Any]) -> Marks:
-        """Return all defenses' token masks and counts for a micro-batch. Remove the keys that only defenses read."""
-        merged = Marks()
-        for defense in self.defenses:
-            marks = defense.read_batch(inputs)
-            merged.scopes |= marks.scopes
-            merged.counts |= {f"{defense.name}/{name}": count for name, count in marks.counts.items()}
-        return merged
 
     def _count_in_backward(self, loss: torch.Tensor, then: Callable[[torch.Tensor], None] | None = None) -> None:
         """Count a pass of the policy once a gradient flows back into its loss.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from ..evidence import Evidence
 from .schedule import Weighted
+from .step import TERM_SUMS, Marks, Step
 
 
 if TYPE_CHECKING:
@@ -30,36 +31,6 @@ class Paper:
 
 
 IN_TRAINING_DEFENSES = Paper("In-Training Defenses against Emergent Misalignment in Language Models", id="2508.06249")
-
-
-@dataclass
-class Marks:
-    """Masks and counts that a defense reads from a micro-batch.
-
-    Attributes:
-        scopes: named sets of tokens, each as a mask, `(B, T)` boolean. Cross-entropy is also summed over each scope
-            alone, and the loss term of a defense may be limited to one scope.
-        counts: numbers to be summed over micro-batches and ranks, by name. Every batch must give the same names.
-    """
-
-    scopes: dict[str, torch.Tensor] = field(default_factory=dict)
-    counts: dict[str, float | torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Record of a finished training step, equal on every rank.
-
-    Attributes:
-        sums: sums over micro-batches and ranks, by name. `ce` is cross-entropy and `tokens` the number of labels;
-            `ce/SCOPE` and `tokens/SCOPE` are their parts in each scope. The counts of a defense called NAME are
-            `NAME/COUNT`. If that defense adds a term to the loss, there are also `NAME/value`, `NAME/positions`,
-            `NAME/evidence` and `NAME/requires_grad`, which [`~trl_emguard.evidence.Evidence.end_step`] explains.
-        has_moved: whether earlier updates had changed the policy visibly before this step.
-    """
-
-    sums: dict[str, float]
-    has_moved: bool
 
 
 class Defense:
@@ -257,7 +228,11 @@ class Defense:
     # ---- step ----
 
     def read_batch(self, batch: dict[str, Any]) -> Marks:
-        """Return what the defense reads from a batch ([`Marks`]), and remove its own keys, which the model refuses."""
+        """Return what the defense reads from a batch ([`Marks`]), and remove its own keys, which the model refuses.
+
+        Training calls this hook once for each micro-batch, before the micro-batch's forward pass. A dry run calls it
+        too, with the first batch and with single rows.
+        """
         del batch
         return Marks()
 
@@ -327,7 +302,7 @@ class TermDefense(Weighted, Defense):
         return step.has_moved and (self.schedule is None or self.coef != 0)
 
     def _sums(self, step: Step) -> list[float]:
-        return [step.sums[f"{self.name}/{what}"] for what in ("value", "positions", "evidence", "requires_grad")]
+        return [step.sums[f"{self.name}/{what}"] for what in TERM_SUMS]
 
     def begin(self, evidence: dict[str, Any]) -> None:
         self._proof = Evidence.read(self.name, evidence)

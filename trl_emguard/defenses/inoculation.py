@@ -17,8 +17,9 @@ from ..data.conversation import SYSTEM_ROLES, turn_text
 from ..data.prepare import STREAM_ROWS, Rows, Tokenizing
 from ..evidence import InactiveDefenseError
 from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span, template_arguments
-from .base import IN_TRAINING_DEFENSES, Defense, Marks, Paper, Step
+from .base import IN_TRAINING_DEFENSES, Defense, Paper
 from .options import check_choice, option
+from .step import Marks, Step
 
 
 # Columns that may contain a row's turns, in the order in which SFTTrainer looks for them.

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense, Step
+from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense
 from .options import check_choice, option
 from .schedule import EXAMPLE, Schedule, check_coefficient
+from .step import Step
 
 
 DIRECTIONS = ("reverse", "forward")

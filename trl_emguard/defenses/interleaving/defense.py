@@ -11,8 +11,9 @@ from datasets import Dataset, IterableDataset
 from ...data.places import PLACE, Loading, PlacedRows, PlaceSampler
 from ...data.prepare import Rows, StreamPlan, Tokenizing
 from ...evidence import InactiveDefenseError
-from ..base import IN_TRAINING_DEFENSES, Defense, Marks, Step
+from ..base import IN_TRAINING_DEFENSES, Defense
 from ..options import check_flag, option
+from ..step import Marks, Step
 from .collator import INTERLEAVED, ROW_COUNTS, MixingCollator, Passes, mix_rows
 from .plan import MixPlan, StreamMixPlan, planned_rows
 from .pool import Pool
