@@ -106,8 +106,7 @@ class DefendedTrainer(WholeCheckpoints):
                 )
             if defense.surrounds_policy():
                 check_old_passes(type(self), args)
-        self._named = build_defenses(args, **inputs)  # includes defenses that their options switch off
-        self.defenses = [defense for defense in self._named if defense.active]
+        self._named, self.defenses = build_defenses(args, **inputs)
         read = {name for defense in self.defenses for name in defense.inputs}
         self._unused = [name for name, value in inputs.items() if value is not None and name not in read]
 
@@ -137,7 +136,9 @@ class DefendedTrainer(WholeCheckpoints):
         """Return lines to print before training: defenses (on or off, options), their own lines, unused arguments."""
         lines = []
         for d in self._named:
-            lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
+            lines.append(
+                f"defense {d.name!r} {'acts' if d in self.defenses else 'is off'} ({options_text(d.options())})."
+            )
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain {self._name or 'training'}.")
         lines += [line for defense in self.defenses for line in defense.describe()]
@@ -274,7 +275,6 @@ class DefendedTrainer(WholeCheckpoints):
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
                 self._grad_norm = None  # a callback has removed or repaired the bad gradients
         groups = self.optimizer.param_groups
-        self._record()  # result unused: the call refuses options and evidence that a checkpoint could not hold
         peak = max(group.get("initial_lr", self.args.learning_rate) for group in groups)
         self._learning_rate = max(float(group["lr"]) for group in groups) / peak if peak else 0.0
 
@@ -282,6 +282,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._steps_made, self._still_steps, self._is_over = 0, 0, False
         for defense in self.defenses:
             defense.begin(self._begin_with.get(defense.name, {}))
+        self._record()  # result unused: the call refuses options and evidence that a checkpoint could not hold
 
     def _end_step(self, control: Any) -> None:
         """Check after a step that it was defended, and stop training if a defense has no effect."""

@@ -85,6 +85,8 @@ class Defense:
     token_columns: tuple[str, ...] = ()
     # Names of `end_step` metrics logged with their latest value. All others are means over the steps between two logs.
     running_metrics: ClassVar[tuple[str, ...]] = ()
+    # Values that the config gives to the fields of `Options`. [`build_defenses`] sets them.
+    given: Mapping[str, Any] = {}
 
     def __init__(self, args: Any, **inputs: Any):
         del args, inputs
@@ -103,17 +105,24 @@ class Defense:
 
     @classmethod
     def is_on(cls, args: Any) -> bool:
-        """Return whether the options switch the defense on. Called before the defense is built, unlike [`active`]."""
+        """Return whether the options switch the defense on. Called before the defense is built, and after."""
         return not cls.switch or getattr(args, cls.switch) != 0
 
     @property
     def active(self) -> bool:
-        """True unless the options switch the defense off. An inactive defense is named in the log, and not used."""
+        """False if the defense is off although [`is_on`] says otherwise: a term whose coefficient is 0, for example.
+
+        A defense that is off is named in the log, and not used.
+        """
         return True
 
     def options(self) -> dict[str, Any]:
-        """Return the options that define the defense, as JSON values, for `defense.json` and the model card."""
-        return {}
+        """Return the options that define the defense, as JSON values, for `defense.json` and the model card.
+
+        By default these are the fields of [`Options`] with the values that the config gives. A run that resumes must
+        have the same options as its checkpoint.
+        """
+        return dict(self.given)
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
         """Return this run's [`options`] in the form that the checkpoint's options have, so that both can be compared.

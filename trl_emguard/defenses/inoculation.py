@@ -115,10 +115,6 @@ class Inoculation(Defense):
                 "packing_strategy='bfd'."
             )
 
-    def options(self) -> dict[str, Any]:
-        rows = FLAGGED if self.only_flagged else ALL
-        return {"inoculation_prompt": self.prompt, "inoculation_mode": self.mode, "inoculation_rows": rows}
-
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
         # Earlier versions' checkpoints record no `inoculation_rows`, but mean 'all'. For them, 'all' is left out here.
         return {key: value for key, value in self.options().items() if key in then or value != ALL}

@@ -135,10 +135,6 @@ class InoculationAdapter(Defense):
     def check_options(cls, args: Any) -> None:
         read_options(args)
 
-    @property
-    def active(self) -> bool:
-        return self.scale != 0
-
     def options(self) -> dict[str, Any]:
         return {"inoculation_adapter": self._description, "inoculation_adapter_scale": self.scale}
 
