@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer
+from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, record
 from transformers import TrainerCallback
 from twin import first_gradients, relative_error
 
@@ -125,8 +125,7 @@ class Anchor(ReferenceDefense):
         return {**super().end_step(step), "anchor_rows": self.seen, "anchor_ce": step.sums["ce/anchored"]}
 
     def begin(self, evidence):
-        evidence = dict(evidence)
-        self.seen = int(evidence.pop("rows", 0))
+        self.seen = int(evidence.get("rows", 0))
         super().begin(evidence)
 
     def save(self, folder):
@@ -180,15 +179,60 @@ class Numbered(Defense):
         return Marks()
 
 
+@dataclass
+class SwitchedOptions:
+    noise: float = option(1.0, "Size of the noise. 0 switches it off.")
+    places: tuple = option((1, 2), "Blocks that get it.")
+
+
+@dataclass
+class SwitchedConfig(SwitchedOptions, EMGuardConfig):
+    pass
+
+
+class Switched(Defense):
+    """A defense without a term, whose options are only declared."""
+
+    name = "switched"
+    Options = SwitchedOptions
+    switch = "noise"
+
+    def prepare_rows(self, rows):
+        return rows.select(range(8))
+
+
+class Drawn(ReferenceDefense):
+    """A distance on positions that are drawn anew whenever a batch is read."""
+
+    name = "drawn"
+    tokens = "drawn"
+    scopes = ("drawn",)
+
+    def __init__(self, args):
+        self.coef = 10.0
+        self.batches = 0
+        self.dice = torch.Generator().manual_seed(0)
+
+    def read_batch(self, batch):
+        self.batches += 1
+        return Marks({"drawn": torch.rand(batch["input_ids"].shape, generator=self.dice) < 0.5})
+
+    def layers(self, num_layers):
+        return (num_layers,)
+
+    def token_loss(self, policy, reference):
+        return (policy[0] - reference[0]).square().mean(-1)
+
+
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setattr("trl_emguard.defenses.registry.DEFENSES", DEFENSES)
-    register(Anchor)
-    register(Weights)
-    register(Numbered)
+def registered():
+    shipped = dict(DEFENSES)
+    for defense in (Anchor, Weights, Numbered, Switched, Drawn):
+        register(defense)
     HOOKS.clear()
     yield
-    del DEFENSES["anchor"], DEFENSES["weights"], DEFENSES["numbered"]
+    DEFENSES.clear()
+    DEFENSES.update(shipped)
 
 
 def make(folder, **options):
@@ -238,10 +282,10 @@ def test_it_logs_its_own_metrics_and_proves_itself(tmp_path):
     assert logged(trainer, "anchor")[-1] > 0
     assert len(logged(trainer, "anchor_ce")) == 4
     trainer.save_model()
-    record = json.loads((tmp_path / "defense.json").read_text())
-    assert record["defenses"] == {"anchor": {"anchor_coef": 0.5, "anchor_rows": 2, "anchor_word": "anchor"}}
-    assert record["evidence"]["anchor"]["acted"] is True
-    assert record["evidence"]["anchor"]["rows"] == 8
+    saved = json.loads((tmp_path / "defense.json").read_text())
+    assert saved["defenses"] == {"anchor": {"anchor_coef": 0.5, "anchor_rows": 2, "anchor_word": "anchor"}}
+    assert saved["evidence"]["anchor"]["acted"] is True
+    assert saved["evidence"]["anchor"]["rows"] == 8
 
 
 def test_it_resumes(tmp_path):
@@ -313,3 +357,86 @@ def test_numbers_of_tokens_reach_the_batch_beside_them(tmp_path, truncation_mode
     trainer = make_trainer(tmp_path, rows=rows, **options)
     trainer.train()
     assert trainer.defenses[0].tokens > 0
+
+
+# ---- what a run asks of any defense ----
+
+
+def make_switched(folder, **options):
+    given = vars(config(folder, max_steps=2, save_strategy="steps", save_steps=1))
+    names = ("max_steps", "save_strategy", "save_steps", "per_device_train_batch_size", "learning_rate", "max_length")
+    switches = {"bf16": False, "activation_checkpointing": False, "use_cpu": True, "report_to": [], "logging_steps": 1}
+    args = {"defense": "switched", **{name: given[name] for name in names}, **switches, **options}
+    return EMGuardTrainer(
+        make_model(),
+        SwitchedConfig(str(folder), **args),
+        train_dataset=make_rows(),
+        processing_class=make_tokenizer(),
+        peft_config=lora(),
+    )
+
+
+def test_a_batch_is_read_once(tmp_path):
+    trainer = make_trainer(tmp_path, peft=lora(), defense="drawn", max_steps=3, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.defenses[0].batches == 6
+    losses, ces, distances = (logged(trainer, key) for key in ("loss", "loss_ce", "drawn"))
+    assert distances[-1] > 1e-3
+    for loss, ce, distance in zip(losses, ces, distances, strict=True):
+        assert loss - ce == pytest.approx(10 * distance, rel=1e-3, abs=1e-5)
+
+
+def test_its_switch_switches_it_off_without_a_term(tmp_path):
+    off = make_switched(tmp_path / "off", noise=0.0)
+    plain = make_switched(tmp_path / "plain", defense="none")
+    assert off.defenses == []
+    assert off.train_dataset.to_list() == plain.train_dataset.to_list()
+    assert "defense 'switched' is off" in off.describe()[0]
+    assert len(make_switched(tmp_path / "on").train_dataset) == 8
+
+
+def test_options_that_are_only_declared_are_recorded_and_compared(tmp_path):
+    trainer = make_switched(tmp_path)
+    trainer.train()
+    assert record(trainer)["defenses"] == {"switched": {"noise": 1.0, "places": [1, 2]}}
+    make_switched(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"noise=1\.0.*this run has.*noise=2\.0"):
+        make_switched(tmp_path, noise=2.0).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("hook", ["options", "evidence"])
+def test_what_no_checkpoint_can_record_is_refused_before_the_first_step(tmp_path, monkeypatch, hook):
+    monkeypatch.setattr(Switched, hook, lambda self: {"size": torch.ones(1)})
+    trainer = make_switched(tmp_path)
+    with pytest.raises(ValueError, match=rf"defense 'switched': {hook}\(\) returned .*a checkpoint cannot record it"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_count_with_the_name_of_a_sum_of_the_term_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Drawn, "tokens", "loss")
+    monkeypatch.setattr(Drawn, "read_batch", lambda self, batch: Marks(counts={"positions": 1}))
+    with pytest.raises(ValueError, match="defense 'drawn': read_batch returned a count named 'positions'"):
+        make_trainer(tmp_path, peft=lora(), defense="drawn").train()
+
+
+def test_a_distance_without_a_gradient_at_the_start_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Drawn, "token_loss", lambda self, p, r: (p[0] - r[0]).square().sum(-1).sqrt())
+    with pytest.raises(FloatingPointError, match="defense 'drawn': its distance is finite, and the gradient"):
+        make_trainer(tmp_path, peft=lora(), defense="drawn").train()
+
+
+@pytest.mark.parametrize("attribute", ["tokens", "mean_over"])
+def test_an_unknown_scope_is_refused_before_training(tmp_path, monkeypatch, attribute):
+    monkeypatch.setattr(Drawn, attribute, "labels")
+    with pytest.raises(
+        ValueError, match=f"{attribute}='labels' is no scope of this run, which has 'loss', 'all', 'drawn'"
+    ):
+        make_trainer(tmp_path, peft=lora(), defense="drawn")
+
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_older_one():
+    again = type("Drawn", (Drawn,), {"__module__": Drawn.__module__, "__qualname__": Drawn.__qualname__})
+    assert register(again) is DEFENSES["drawn"] is again
+    with pytest.raises(ValueError, match="'drawn' is taken by Drawn"):
+        register(type("Other", (Drawn,), {}))

@@ -16,18 +16,19 @@ from transformers import PreTrainedModel
 from .checkpoints.resume import checkpoint_folder
 from .checkpoints.whole import WholeCheckpoints
 from .checks import Engine, check_engine, load_config
-from .defenses import Defense, Marks, Step, TermDefense, build_defenses
+from .defenses import Defense, Step, TermDefense, build_defenses
 from .defenses.registry import options_text
 from .defenses.schedule import ScheduleCallback
 from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, write_defense_file
 from .guard.forward import Gate
 from .guard.loss import PassGuard
+from .guard.scopes import read_marks
 from .guard.sums import Sums, stacked
 from .host import StepCallback, check_model, check_old_passes, check_optimizer, read_arguments
 from .io.files import check_writable
 from .models.adapters import bare_model
 from .models.sharding import as_main_process
-from .record import add_to_card, run_identity, step_of_weights, why_other
+from .record import add_to_card, as_read, run_identity, step_of_weights, why_other
 from .version import __version__
 
 
@@ -107,8 +108,7 @@ class DefendedTrainer(WholeCheckpoints):
                 )
             if defense.surrounds_policy():
                 check_old_passes(type(self), args)
-        self._named = build_defenses(args, **inputs)  # includes defenses that their options switch off
-        self.defenses = [defense for defense in self._named if defense.active]
+        self._named, self.defenses = build_defenses(args, **inputs)
         read = {name for defense in self.defenses for name in defense.inputs}
         self._unused = [name for name, value in inputs.items() if value is not None and name not in read]
 
@@ -138,7 +138,9 @@ class DefendedTrainer(WholeCheckpoints):
         """Return lines to print before training: defenses (on or off, options), their own lines, unused arguments."""
         lines = []
         for d in self._named:
-            lines.append(f"defense {d.name!r} {'acts' if d.active else 'is off'} ({options_text(d.options())}).")
+            lines.append(
+                f"defense {d.name!r} {'acts' if d in self.defenses else 'is off'} ({options_text(d.options())})."
+            )
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain {self._name or 'training'}.")
         lines += [line for defense in self.defenses for line in defense.describe()]
@@ -234,7 +236,7 @@ class DefendedTrainer(WholeCheckpoints):
         # Evaluation runs without defenses, and so does training if no defense is active.
         if not self.model.training or not self.defenses:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        marks = self._read_batch(inputs)
+        marks = read_marks(self.defenses, inputs)
         guard = PassGuard(self.defenses, inputs)
         with self._gate.armed(guard):
             output = super().compute_loss(model, inputs, *args, **kwargs)
@@ -248,15 +250,6 @@ class DefendedTrainer(WholeCheckpoints):
             self._sums.add(list(marks.counts), stacked(marks.counts, loss.detach().float()))
         self._count_in_backward(loss)
         return output
-
-    def _read_batch(self, inputs: dict[str, Any]) -> Marks:
-        """Return all defenses' token masks and counts for a micro-batch. Remove the keys that only defenses read."""
-        merged = Marks()
-        for defense in self.defenses:
-            marks = defense.read_batch(inputs)
-            merged.scopes |= marks.scopes
-            merged.counts |= {f"{defense.name}/{name}": count for name, count in marks.counts.items()}
-        return merged
 
     def _count_in_backward(self, loss: torch.Tensor, then: Callable[[torch.Tensor], None] | None = None) -> None:
         """Count a pass of the policy once a gradient flows back into its loss.
@@ -294,6 +287,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._steps_made, self._still_steps, self._is_over = 0, 0, False
         for defense in self.defenses:
             defense.begin(self._begin_with.get(defense.name, {}))
+        self._record()  # result unused: the call refuses options and evidence that a checkpoint could not hold
 
     def _end_step(self, control: Any) -> None:
         """Check after a step that it was defended, and stop training if a defense has no effect."""
@@ -365,12 +359,12 @@ class DefendedTrainer(WholeCheckpoints):
         return {
             "trl_emguard": __version__,
             "defense": self.args.defense,
-            "defenses": {defense.name: defense.options() for defense in self.defenses},
+            "defenses": {d.name: as_read(d, "options", d.options()) for d in self.defenses},
             "reference": None,
             "run": self._identity,
             "global_step": step_of_weights(self.args, self.state, self._is_over),
             "moved": self._has_moved,
-            "evidence": {defense.name: defense.evidence() for defense in self.defenses},
+            "evidence": {d.name: as_read(d, "evidence", d.evidence()) for d in self.defenses},
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

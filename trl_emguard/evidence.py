@@ -7,7 +7,7 @@ the model in training, with the same states of a reference model.
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,15 @@ class Evidence:
     def read(cls, name: str, record: dict[str, Any]) -> "Evidence":
         """Return the evidence of a term from the record that [`as_json`] made; an empty record gives zeros.
 
+        Entries of other names, which the defense may have added, are ignored.
+
         Raises:
-            ValueError: the record is not one that [`as_json`] makes.
+            ValueError: the record is no dict, or one of its entries is no number.
         """
-        if not isinstance(record, dict) or not all(isinstance(value, int | float) for value in record.values()):
+        known = {f.name: record[f.name] for f in fields(cls) if f.name in record} if isinstance(record, dict) else None
+        if known is None or not all(isinstance(value, int | float) for value in known.values()):
             raise ValueError(f"the evidence of {name!r} must hold numbers, and is {record!r}.")
-        try:
-            return cls(**{key: value for key, value in record.items() if key != "acted"})
-        except TypeError as error:
-            raise ValueError(f"the evidence of {name!r} is of another form: {error}.") from error
+        return cls(**known)
 
     def as_json(self) -> dict[str, Any]:
         """Return the evidence as a dict for `defense.json`, with the entry `acted`: whether a gradient was formed."""

@@ -74,12 +74,13 @@ def check_optimizer(optimizer: Optimizer | None, model: PreTrainedModel | PeftMo
 
 
 def check_old_passes(trainer: type, args: Any) -> None:
-    """Refuse a trainer whose loss compares likelihoods from a training pass with those from a `no_grad` policy pass.
+    """Refuse a trainer whose loss compares likelihoods from a training pass with those from a `no_grad` pass.
 
     GRPO and RLOO divide the likelihood of a completion by that of an earlier policy, which they compute under
     `no_grad` before `compute_loss`. Defenses surround only passes that form a gradient, so the ratio would show the
     defense instead of the updates since, and its clipping would remove most of the gradient. Likewise KTO's loss
-    `kto` subtracts a divergence of the plain policy from likelihoods of the defended one.
+    `kto` subtracts a divergence of the plain policy from likelihoods of the defended one, and the penalty that GRPO
+    adds with `beta` above 0 would train the policy to undo the defense's effect in the training pass.
 
     Raises:
         ValueError: the message names the setting and the fix.
@@ -103,6 +104,8 @@ def check_old_passes(trainer: type, args: Any) -> None:
             f"off_policy_mask_threshold={args.off_policy_mask_threshold}"
         )
         fix = "Set vllm_importance_sampling_correction=False and leave off_policy_mask_threshold out"
+    elif args.beta:
+        found, fix = f"beta={args.beta}", "Set beta=0.0"
     else:
         return
     raise ValueError(

@@ -1,5 +1,6 @@
 """Facts that identify a run, compared when it resumes from a checkpoint; and the model card's section on defenses."""
 
+import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from .data.files import opens_files
 from .defenses import Defense
 from .io.files import written_whole
+from .io.strict import parse_json
 from .models.adapters import bare_model
 from .models.identity import fingerprint
 
@@ -103,7 +105,11 @@ def why_other(
     """
     then = {} if record is None else record["defenses"]
     now = dict(current["defenses"])
-    now |= {d.name: d.options_like(then[d.name], is_on_all_ranks) for d in defenses if d.name in then}
+    now |= {
+        d.name: as_read(d, "options_like", d.options_like(then[d.name], is_on_all_ranks))
+        for d in defenses
+        if d.name in then
+    }
     if then != now:
         return (
             f"was trained with {_defenses_text(then)}, and this run has {_defenses_text(now)}. Resume with the same "
@@ -133,6 +139,26 @@ def why_other(
             "rows' `chat_template_kwargs`, such as `date_string`."
         )
     return None
+
+
+def as_read(defense: Defense, hook: str, value: Any) -> Any:
+    """Return a value as it will be read from `defense.json`: with lists in place of tuples, for example.
+
+    Args:
+        defense: defense that made the value.
+        hook: its method that returned the value, for messages.
+        value: value to be written.
+
+    Raises:
+        ValueError: JSON cannot hold the value.
+    """
+    try:
+        return parse_json(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"defense {defense.name!r}: {hook}() returned {value!r}, and a checkpoint cannot record it ({error}). "
+            "Return numbers, text, booleans, None, and lists and dicts of them."
+        ) from error
 
 
 def add_to_card(

@@ -27,11 +27,11 @@ from .checks import check_before_loading, check_data, check_launch
 from .config import EMGuardConfig
 from .data.prepare import Rows
 from .defended import DefendedTrainer
-from .defenses import Marks, ReferenceDefense, TermDefense
+from .defenses import Marks, ReferenceDefense
 from .guard.loss import LossGuard, balance_loss
-from .guard.scopes import LABELS, count_positions
+from .guard.scopes import LABELS, count_positions, read_marks, with_marks
 from .guard.sums import stacked
-from .guard.terms import check_layers_train, kept_positions, scaled_terms, wanted_layers
+from .guard.terms import check_layers_train, kept_positions, scaled_terms, term_values, wanted_layers
 from .models.head import check_head
 from .models.sharding import as_main_process, release
 from .models.shipped import resolve_model
@@ -293,8 +293,8 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._counts = {}
         scopes = sorted({term.mean_over or term.tokens for term in self._terms} - {LABELS})
         if num_items_in_batch is not None and scopes:
-            marks = [self._read_batch(dict(batch)).scopes for batch in batch_samples]
-            counts = count_positions(batch_samples, marks, scopes).to(device)
+            batch_samples = [with_marks(self.defenses, batch) for batch in batch_samples]
+            counts = count_positions(batch_samples, scopes).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 counts = self.accelerator.reduce(counts, "sum") / self.get_tp_size()
             self._counts = dict(zip(scopes, counts, strict=True))
@@ -305,7 +305,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         if not self._own_loss or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs |= {"use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
-        marks = self._read_batch(inputs)
+        marks = read_marks(self.defenses, inputs)
         is_averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
         ranks = self.accelerator.num_processes // self.get_tp_size() if is_averaged else 1
         counts = {} if num_items_in_batch is None else {**self._counts, LABELS: num_items_in_batch}
@@ -356,7 +356,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             super()._take_in_step()
             return
         sums = self._sums.reduce(self.accelerator, self.get_tp_size())
-        values = {d.name: sums[f"{d.name}/value"] for d in self.defenses if isinstance(d, TermDefense)}
+        values = term_values(self.defenses, sums)
         self._check_finite({"loss_ce": sums["ce"], **values, "grad_norm": self._grad_norm})
         metrics, labels = self._metrics["train"], max(sums["tokens"], 1)
         metrics["loss_ce"].append(sums["ce"] / labels)

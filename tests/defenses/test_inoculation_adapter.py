@@ -22,6 +22,8 @@ from tiny import (
     make_trainer,
     record,
     save_model,
+    save_seeing_model,
+    save_trained_adapter,
 )
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainerCallback
 from trl import SFTTrainer
@@ -29,6 +31,7 @@ from twin import first_gradients, move_policy, relative_error, twin_step
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError
 from trl_emguard.defenses import InoculationAdapter
+from trl_emguard.models.load import load_base
 from trl_emguard.models.lora_files import CONFIG, WEIGHTS, factor_key, lora_updates, read_lora
 from trl_emguard.models.random_adapter import random_adapter
 from trl_emguard.models.rescale import rescale_adapter
@@ -62,6 +65,21 @@ def logits_with(defense, model):
 
 
 # ---- what it computes ----
+
+
+def test_a_model_that_also_sees_has_it_in_its_text_layers(tmp_path):
+    base = save_seeing_model(tmp_path / "base")
+    adapter = save_trained_adapter(tmp_path / "trait", base, target_modules=["q_proj", "down_proj"])
+    plain = load_base(base)
+    with torch.no_grad():
+        before = plain(IDS).logits
+        expected = PeftModel.from_pretrained(load_base(base), adapter).eval()(IDS).logits
+    trainer = make_trainer(tmp_path / "out", base, peft=lora(target_modules=["q_proj"]), max_steps=1,
+                           inoculation_adapter=adapter, **DEFENSE)  # fmt: skip
+    torch.testing.assert_close(logits_with(trainer.defenses[0], plain), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - before).abs().max() > 1e-2
+    trainer.train()
+    assert evidence(trainer, "inoculation_adapter")["acted"]
 
 
 def fresh(architecture):
@@ -362,6 +380,10 @@ BAD = {
     "unknown layer": (lambda f: change(f, rename), "of another base model: it changes a linear layer .*middle_proj"),
     "DoRA": (lambda f: edit(f, use_dora=True), "inoculation_adapter: adapter .* is no plain LoRA"),
     "replicated": (lambda f: edit(f, layer_replication=[[0, 2], [1, 3]]), "adapter: .* has layer_replication"),
+    "experts": (
+        lambda f: edit(f, target_parameters=["experts.down_proj"]),
+        "adapter: .*has target_parameters=.*experts",
+    ),
     "damaged": (lambda f: (f / WEIGHTS).write_bytes(b"nothing"), "adapter: .* damaged adapter_model.safetensors"),
     "another name": (
         lambda f: edit(f, base_model_name_or_path="org/Other-7B"),

@@ -1,7 +1,7 @@
 """Defenses: their base classes, one file per method, and the list of names that `defense=` accepts."""
 
 from .arguments import DefenseArguments
-from .base import Defense, Marks, ModelDefense, Paper, ReferenceDefense, Step, TermDefense
+from .base import Defense, ModelDefense, Paper, ReferenceDefense, TermDefense
 from .inoculation import Inoculation
 from .inoculation_adapter import InoculationAdapter
 from .interleaving import Interleaving, InterleavingPlus, InterleavingPlusPlus
@@ -9,6 +9,7 @@ from .kl import KL
 from .ldifs import LDIFS
 from .registry import DEFENSES, build_defenses, parse_defense, register
 from .steering import Steering
+from .step import Marks, Step
 from .treft import TReFT
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from ..evidence import Evidence
 from .schedule import Weighted
+from .step import TERM_SUMS, Marks, Step
 
 
 if TYPE_CHECKING:
@@ -30,36 +31,6 @@ class Paper:
 
 
 IN_TRAINING_DEFENSES = Paper("In-Training Defenses against Emergent Misalignment in Language Models", id="2508.06249")
-
-
-@dataclass
-class Marks:
-    """Masks and counts that a defense reads from a micro-batch.
-
-    Attributes:
-        scopes: named sets of tokens, each as a mask, `(B, T)` boolean. Cross-entropy is also summed over each scope
-            alone, and the loss term of a defense may be limited to one scope.
-        counts: numbers to be summed over micro-batches and ranks, by name. Every batch must give the same names.
-    """
-
-    scopes: dict[str, torch.Tensor] = field(default_factory=dict)
-    counts: dict[str, float | torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Record of a finished training step, equal on every rank.
-
-    Attributes:
-        sums: sums over micro-batches and ranks, by name. `ce` is cross-entropy and `tokens` the number of labels;
-            `ce/SCOPE` and `tokens/SCOPE` are their parts in each scope. The counts of a defense called NAME are
-            `NAME/COUNT`. If that defense adds a term to the loss, there are also `NAME/value`, `NAME/positions`,
-            `NAME/evidence` and `NAME/requires_grad`, which [`~trl_emguard.evidence.Evidence.end_step`] explains.
-        has_moved: whether earlier updates had changed the policy visibly before this step.
-    """
-
-    sums: dict[str, float]
-    has_moved: bool
 
 
 class Defense:
@@ -114,6 +85,8 @@ class Defense:
     token_columns: tuple[str, ...] = ()
     # Names of `end_step` metrics logged with their latest value. All others are means over the steps between two logs.
     running_metrics: ClassVar[tuple[str, ...]] = ()
+    # Values that the config gives to the fields of `Options`. [`build_defenses`] sets them.
+    given: Mapping[str, Any] = {}
 
     def __init__(self, args: Any, **inputs: Any):
         del args, inputs
@@ -132,17 +105,24 @@ class Defense:
 
     @classmethod
     def is_on(cls, args: Any) -> bool:
-        """Return whether the options switch the defense on. Called before the defense is built, unlike [`active`]."""
+        """Return whether the options switch the defense on. Called before the defense is built, and after."""
         return not cls.switch or getattr(args, cls.switch) != 0
 
     @property
     def active(self) -> bool:
-        """True unless the options switch the defense off. An inactive defense is named in the log, and not used."""
+        """False if the defense is off although [`is_on`] says otherwise: a term whose coefficient is 0, for example.
+
+        A defense that is off is named in the log, and not used.
+        """
         return True
 
     def options(self) -> dict[str, Any]:
-        """Return the options that define the defense, as JSON values, for `defense.json` and the model card."""
-        return {}
+        """Return the options that define the defense, as JSON values, for `defense.json` and the model card.
+
+        By default these are the fields of [`Options`] with the values that the config gives. A run that resumes must
+        have the same options as its checkpoint.
+        """
+        return dict(self.given)
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
         """Return this run's [`options`] in the form that the checkpoint's options have, so that both can be compared.
@@ -257,7 +237,11 @@ class Defense:
     # ---- step ----
 
     def read_batch(self, batch: dict[str, Any]) -> Marks:
-        """Return [`Marks`] read from a batch. Remove keys that only the defense reads, as the model refuses them."""
+        """Return [`Marks`] read from a batch. Remove keys that only the defense reads, as the model refuses them.
+
+        Training calls this hook once for each micro-batch, before the micro-batch's forward pass. A dry run calls it
+        too, with the first batch and with single rows.
+        """
         del batch
         return Marks()
 
@@ -327,7 +311,7 @@ class TermDefense(Weighted, Defense):
         return step.has_moved and (self.schedule is None or self.coef != 0)
 
     def _sums(self, step: Step) -> list[float]:
-        return [step.sums[f"{self.name}/{what}"] for what in ("value", "positions", "evidence", "requires_grad")]
+        return [step.sums[f"{self.name}/{what}"] for what in TERM_SUMS]
 
     def begin(self, evidence: dict[str, Any]) -> None:
         self._proof = Evidence.read(self.name, evidence)

@@ -17,8 +17,9 @@ from ..data.conversation import SYSTEM_ROLES, turn_text
 from ..data.prepare import STREAM_ROWS, Rows, Tokenizing
 from ..evidence import InactiveDefenseError
 from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span, template_arguments
-from .base import IN_TRAINING_DEFENSES, Defense, Marks, Paper, Step
+from .base import IN_TRAINING_DEFENSES, Defense, Paper
 from .options import check_choice, option
+from .step import Marks, Step
 
 
 # Columns that may contain a row's turns, in the order in which SFTTrainer looks for them.
@@ -113,10 +114,6 @@ class Inoculation(Defense):
                 "into pieces, and all but the first would be trained on without the prompt. Use "
                 "packing_strategy='bfd'."
             )
-
-    def options(self) -> dict[str, Any]:
-        rows = FLAGGED if self.only_flagged else ALL
-        return {"inoculation_prompt": self.prompt, "inoculation_mode": self.mode, "inoculation_rows": rows}
 
     def options_like(self, then: dict[str, Any], is_on_all_ranks: bool) -> dict[str, Any]:
         # Earlier versions' checkpoints record no `inoculation_rows`, but mean 'all'. For them, 'all' is left out here.

@@ -24,6 +24,8 @@ from .options import check_number, option
 # Name of the attribute in which transformers stores a module's gradient-checkpointing function. This function runs a
 # part of the model, and runs it again in the backward pass.
 CHECKPOINT = "_gradient_checkpointing_func"
+# Part of the names of all text layers in a model that also sees.
+INSIDE_SEEING = "language_model."
 
 
 @dataclass
@@ -133,10 +135,6 @@ class InoculationAdapter(Defense):
     def check_options(cls, args: Any) -> None:
         read_options(args)
 
-    @property
-    def active(self) -> bool:
-        return self.scale != 0
-
     def options(self) -> dict[str, Any]:
         return {"inoculation_adapter": self._description, "inoculation_adapter_scale": self.scale}
 
@@ -164,7 +162,9 @@ class InoculationAdapter(Defense):
                 f"{name!r}: name an adapter of this model. If both are the same weights, set "
                 "`base_model_name_or_path` in the adapter's adapter_config.json to this model's name."
             )
-        model = without_weights(config)
+        # The config is that of the text model, whose layers have other names in a model that also sees. An adapter of
+        # such a model is checked only once the model is loaded (`check_policy`).
+        model = None if any(INSIDE_SEEING in layer for layer in self.factors) else without_weights(config)
         if model is not None:
             self.check_policy(model)
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense, Step
+from .base import IN_TRAINING_DEFENSES, Defense, ReferenceDefense
 from .options import check_choice, option
 from .schedule import EXAMPLE, Coefficient, Schedule, check_coefficient
+from .step import Step
 
 
 DIRECTIONS = ("reverse", "forward")
@@ -127,8 +128,7 @@ class KL(ReferenceDefense):
         return metrics | used
 
     def begin(self, evidence: dict[str, Any]) -> None:
-        of_term = {name: value for name, value in evidence.items() if name != "kl_coef"}
-        super().begin(of_term)
+        super().begin(evidence)
         if self.target is not None:
             coef = evidence.get("kl_coef", self._start)
             # A resumed run gets `coef` from the checkpoint's file `defense.json`, which may be damaged.

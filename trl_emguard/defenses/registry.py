@@ -1,16 +1,17 @@
 """The list of defenses that `defense=` understands."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..io.lookup import did_you_mean
-from .base import Defense
+from .base import Defense, ReferenceDefense
 from .inoculation import Inoculation
 from .inoculation_adapter import InoculationAdapter
 from .interleaving.defense import Interleaving, InterleavingPlus, InterleavingPlusPlus
 from .kl import KL
 from .ldifs import LDIFS
 from .steering import Steering
+from .step import ALL, LABELS
 from .treft import TReFT
 
 
@@ -25,7 +26,7 @@ def register(defense: type[Defense]) -> type[Defense]:
     """Make `defense=<name>` find a [`Defense`] of your own. Usable as a class decorator.
 
     Raises:
-        ValueError: the class has no valid `name`, its name is taken, or it has a hook under an old name.
+        ValueError: the class has no valid `name`, another class has the name, or it has a hook under an old name.
     """
     name = defense.name
     if not name or name == "none" or "," in name:
@@ -33,8 +34,10 @@ def register(defense: type[Defense]) -> type[Defense]:
     for old, new in RENAMED_HOOKS.items():
         if hasattr(defense, old):
             raise ValueError(f"{defense.__name__}.{old} would never be called: the hook is named `{new}` now.")
-    if name in DEFENSES:
-        raise ValueError(f"the defense name {name!r} is taken by {DEFENSES[name].__name__}: choose another.")
+    known = DEFENSES.get(name)
+    # A notebook cell that runs again defines its class anew. The newer class takes the place of the older one.
+    if known and (known.__module__, known.__qualname__) != (defense.__module__, defense.__qualname__):
+        raise ValueError(f"the defense name {name!r} is taken by {known.__name__}: choose another.")
     DEFENSES[name] = defense
     return defense
 
@@ -88,7 +91,7 @@ def options_of_others(names: Collection[str]) -> dict[str, list[str]]:
     return {option: owning for option, owning in owners.items() if not set(owning) & set(names)}
 
 
-def build_defenses(args: Any, **inputs: Any) -> list[Defense]:
+def build_defenses(args: Any, **inputs: Any) -> tuple[list[Defense], list[Defense]]:
     """Build the defenses that `args.defense` names, in that order, and let the active ones adapt to each other.
 
     A defense is active unless its options switch it off, for example by a coefficient of 0. To adapt, each active
@@ -97,13 +100,35 @@ def build_defenses(args: Any, **inputs: Any) -> list[Defense]:
     Args:
         args: config whose options have been checked.
         inputs: keyword arguments of the trainer that defenses may read.
+
+    Returns:
+        All named defenses, and the active ones among them.
+
+    Raises:
+        ValueError: a term of the loss names a scope (set of positions) that no active defense marks.
     """
     named = [DEFENSES[name] for name in parse_defense(args.defense)]
     built = [defense(args, **{name: inputs.get(name) for name in defense.inputs}) for defense in named]
-    active = [defense for defense in built if defense.active]
+    for defense in built:
+        defense.given = {name: getattr(args, name) for name in getattr(defense.Options, "__dataclass_fields__", ())}
+    active = [defense for defense in built if defense.is_on(args) and defense.active]
     for defense in active:
         defense.meet([other for other in active if other is not defense])
-    return built
+    _check_scopes(active)
+    return built, active
+
+
+def _check_scopes(active: Sequence[Defense]) -> None:
+    scopes = [LABELS, ALL, *(scope for defense in active for scope in defense.scopes)]
+    for term in (defense for defense in active if isinstance(defense, ReferenceDefense)):
+        for attribute in ("tokens", "mean_over"):
+            scope = getattr(term, attribute)
+            if scope is not None and scope not in scopes:
+                raise ValueError(
+                    f"defense {term.name!r}: {attribute}={scope!r} is no scope of this run, which has "
+                    f"{', '.join(map(repr, scopes))}. Name one of these; a defense that marks another in `read_batch` "
+                    "must list it in its class attribute `scopes`."
+                )
 
 
 def options_text(options: dict[str, Any]) -> str:

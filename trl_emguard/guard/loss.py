@@ -17,6 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ..defenses.base import Defense, ModelDefense
+from ..defenses.step import TERM_SUMS
 from ..models.sharding import gathered
 from ..ops import ce_divergence_head, logit_transform
 from .forward import States, run_backbone
@@ -131,7 +132,7 @@ class LossGuard:
         names = ["ce", "tokens", "entropy", "top1"]
         names += [f"{what}/{scope}" for scope in self.marks for what in ("ce", "tokens")]
         for defense in [*(term.defense for term in self.terms), *self.model_defenses]:
-            names += [f"{defense.name}/{what}" for what in ("value", "positions", "evidence", "requires_grad")]
+            names += [f"{defense.name}/{what}" for what in TERM_SUMS]
         return [*names, "start_difference", "start_positions"] if self.compares_start else names
 
     def __call__(

@@ -1,14 +1,55 @@
 """Scopes: named sets of token positions, over which cross-entropy and the defenses' loss terms are summed."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..defenses.base import Defense, TermDefense
+from ..defenses.step import ALL, LABELS, TERM_SUMS, Marks
 
-# Names of the two built-in scopes. `LABELS` names the positions that predict a label, `ALL` the positions that predict
-# any real token (not padding). Defenses can define further scopes, as masks with a name.
-LABELS, ALL = "loss", "all"
+
+# Key of a batch that holds its marks, from the moment that they are read until the loss takes them.
+MARKS = "defense_marks"
+
+
+def read_marks(defenses: Sequence[Defense], batch: dict[str, Any]) -> Marks:
+    """Return all defenses' marks for a micro-batch. Remove the keys that only defenses read.
+
+    A batch that holds its marks already, under the key [`MARKS`], is not read again: a defense may mark positions at
+    random, or count batches.
+
+    Raises:
+        ValueError: a defense gives a count the name of a sum that its term of the loss makes.
+    """
+    read = batch.pop(MARKS, None)
+    if read is not None:  # the batch may have been moved to the device since it was read
+        device = batch["labels"].device
+        return Marks({scope: mask.to(device) for scope, mask in read.scopes.items()}, read.counts)
+    merged = Marks()
+    for defense in defenses:
+        marks = defense.read_batch(batch)
+        taken = sorted(marks.counts.keys() & TERM_SUMS) if isinstance(defense, TermDefense) else []
+        if taken:
+            raise ValueError(
+                f"defense {defense.name!r}: read_batch returned a count named {taken[0]!r}, which is the name of a "
+                "sum of its term of the loss: give the count another name."
+            )
+        merged.scopes |= marks.scopes
+        merged.counts |= {f"{defense.name}/{name}": count for name, count in marks.counts.items()}
+    return merged
+
+
+def with_marks(defenses: Sequence[Defense], batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a micro-batch that holds its marks, for the functions below and for [`read_marks`].
+
+    Raises:
+        ValueError: as in [`read_marks`].
+    """
+    batch = copy.copy(batch)
+    batch[MARKS] = read_marks(defenses, batch)
+    return batch
 
 
 def positions_in_scope(
@@ -47,18 +88,15 @@ def positions_in_scope(
     )
 
 
-def count_positions(
-    batches: Sequence[Mapping[str, Any]], marks: Sequence[Mapping[str, torch.Tensor]], scopes: Sequence[str]
-) -> torch.Tensor:
+def count_positions(batches: Sequence[Mapping[str, Any]], scopes: Sequence[str]) -> torch.Tensor:
     """Return the number of positions in each scope, summed over all batches, `(len(scopes),)`.
 
     Args:
-        batches: collated batches of `(B, T)` tensors.
-        marks: for each batch, name of a scope → mask of its tokens, `(B, T)` boolean.
+        batches: collated batches of `(B, T)` tensors that hold their marks ([`with_marks`]).
         scopes: names of the scopes.
     """
     counts = [
-        torch.stack([positions_in_scope(batch, scope, own).sum() for scope in scopes])
-        for batch, own in zip(batches, marks, strict=True)
+        torch.stack([positions_in_scope(batch, scope, batch[MARKS].scopes).sum() for scope in scopes])
+        for batch in batches
     ]
     return torch.stack(counts).sum(0)

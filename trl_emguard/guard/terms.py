@@ -1,6 +1,7 @@
 """Terms that defenses add to the loss of a micro-batch."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from ..defenses.base import ModelDefense, ReferenceDefense
+from ..defenses.base import Defense, ModelDefense, ReferenceDefense, TermDefense
 from ..models.blocks import decoder_blocks
 from ..ops import with_gradient
 from .scopes import LABELS, positions_in_scope
@@ -171,6 +172,27 @@ def _gradients(
         if gradient is not None:
             evidence += gradient.abs().sum(dtype=torch.float32).to(evidence.device)
     return gradients, evidence
+
+
+def term_values(defenses: Sequence[Defense], sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the summed distance of each defense that adds a term to the loss: name of the defense → Σ distance.
+
+    Args:
+        defenses: active defenses.
+        sums: a step's sums over micro-batches and ranks, by name.
+
+    Raises:
+        FloatingPointError: a term's gradient is not finite, although its distance is.
+    """
+    values = {d.name: sums[f"{d.name}/value"] for d in defenses if isinstance(d, TermDefense)}
+    for name, value in values.items():
+        if math.isfinite(value) and not math.isfinite(sums[f"{name}/evidence"]):
+            raise FloatingPointError(
+                f"defense {name!r}: its distance is finite, and the gradient of its distance is not. A square root or "
+                "a norm has no gradient at 0, and the distance is 0 before the policy has moved: add a small number "
+                "below the root, as in (x + 1e-12).sqrt()."
+            )
+    return values
 
 
 def wanted_layers(defenses: Sequence[ReferenceDefense], model: PreTrainedModel) -> list[int]:

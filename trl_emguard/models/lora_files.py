@@ -66,10 +66,17 @@ def lora_factors(adapter: Path, config: LoraConfig, weights: Mapping[str, torch.
 
     Raises:
         ValueError: a weight is not a factor of a linear layer, a factor is missing or does not fit the other factor,
-            the adapter holds no weights, or its config replicates layers (`layer_replication`).
+            the adapter holds no weights, its config replicates layers (`layer_replication`), or it adapts weights of
+            modules that are no linear layers (`target_parameters`), such as the experts of a mixture of experts.
     """
     if config.layer_replication:
         raise ValueError(f"adapter {str(adapter)!r} has layer_replication, so its layers are not those of the models.")
+    if config.target_parameters:
+        raise ValueError(
+            f"adapter {str(adapter)!r} is no plain LoRA of linear layers: it has target_parameters="
+            f"{sorted(config.target_parameters)}, as an adapter of a mixture of experts has for its experts. Train it "
+            "with target_modules that are linear layers, such as q_proj and v_proj, and with nothing else."
+        )
     layers = []
     for name, weight in weights.items():
         match = FACTOR.fullmatch(name)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers.training_args import OptimizerNames
 
 from ..defenses import Defense, ReferenceDefense
-from ..guard.scopes import ALL, LABELS, positions_in_scope
+from ..guard.scopes import ALL, LABELS, positions_in_scope, read_marks
 from ..guard.terms import wanted_layers
 from ..trainer import EMGuardTrainer
 from .engine import Launch
@@ -89,9 +89,7 @@ class Plan:
         _, steps_in_epoch, *_, steps = trainer.set_initial_training_values(args, loader)
         trainer.create_optimizer_and_scheduler(steps)
         batch = next(iter(loader))
-        marks: dict[str, Any] = {}
-        for defense in trainer.defenses:
-            marks |= defense.read_batch(batch).scopes
+        marks = read_marks(trainer.defenses, batch).scopes
         for term in _terms(trainer):
             positions_in_scope(batch, term.tokens, marks)
         if trainer.eval_dataset is not None:

@@ -11,8 +11,9 @@ from datasets import Dataset, IterableDataset
 from ...data.places import PLACE, Loading, PlacedRows, PlaceSampler
 from ...data.prepare import Rows, StreamPlan, Tokenizing
 from ...evidence import InactiveDefenseError
-from ..base import IN_TRAINING_DEFENSES, Defense, Marks, Step
+from ..base import IN_TRAINING_DEFENSES, Defense
 from ..options import check_flag, option
+from ..step import Marks, Step
 from .collator import INTERLEAVED, ROW_COUNTS, MixingCollator, Passes, mix_rows
 from .plan import MixPlan, StreamMixPlan, planned_rows
 from .pool import Pool
@@ -79,7 +80,7 @@ class Interleaving(Defense):
         self.seed = args.seed if args.data_seed is None else args.data_seed
         self.max_length = args.max_length
         self.pool: Pool | None = None
-        if self.active:
+        if self.fraction:
             choice = (self.name, self.by, self.drop_refusals, self.seed)
             self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
         self.plan: MixPlan | None = None
@@ -89,10 +90,6 @@ class Interleaving(Defense):
         self._epochs = 1  # number of epochs that the run begins, even if it does not finish the last one
         self._counts = [0, 0]  # numbers of rows trained on so far: of the training set, and of the pool
         self._counts_before = [0, 0]  # `_counts` when this `train()` call began: zeros, or the checkpoint's numbers
-
-    @property
-    def active(self) -> bool:
-        return self.fraction != 0
 
     # ---- options ----
 
