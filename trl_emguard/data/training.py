@@ -59,7 +59,7 @@ def as_messages(rows: Any, source: str) -> Any:
     Raises:
         ValueError: a row has no turns, or turns of another form; the message names the row.
     """
-    first = next(iter(rows or ()), {})
+    first: dict[str, Any] = next(iter(rows or ()), {})
     if "prompt" in first or "input_ids" in first or not isinstance(first.get("conversations"), list):
         return rows
 
