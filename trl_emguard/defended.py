@@ -22,7 +22,7 @@ from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, 
 from .guard.forward import Gate
 from .guard.loss import PassGuard
 from .guard.sums import Sums, stacked
-from .host import check_model, check_old_passes, read_arguments
+from .host import check_model, check_old_passes, engine_facts, read_arguments
 from .io.files import check_writable
 from .models.adapters import bare_model
 from .models.sharding import as_main_process
@@ -111,20 +111,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._unused = [name for name, value in inputs.items() if value is not None and name not in read]
 
     def _engine_facts(self) -> Engine:
-        parallelism = self.accelerator.parallelism_config
-        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
-        engines = {
-            "DeepSpeed": self.is_deepspeed_enabled,
-            "FSDP": self.is_fsdp_enabled,
-            "tensor parallelism": self.get_tp_size() > 1,
-        }
-        return Engine(
-            sharding=next((name for name, acts in engines.items() if acts), None),
-            fsdp_version=getattr(fsdp, "fsdp_version", None),
-            fsdp_checkpointing=bool(getattr(fsdp, "activation_checkpointing", False)),
-            splits_sequences=parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled),
-            is_fp16=self.accelerator.mixed_precision == "fp16" or str(self.model.dtype) == "torch.float16",
-        )
+        return engine_facts(self)
 
     def _bare_model(self) -> PreTrainedModel:
         """Return the causal language model without the PEFT wrapper, its adapters still in place."""

@@ -1,4 +1,4 @@
-"""Helpers for the TRL trainer that `DefendedTrainer` is mixed into: read its arguments, check its model and loss."""
+"""Helpers for the TRL trainer that `DefendedTrainer` is mixed into: its arguments, its engine, checks of its loss."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
+from .checks import AT_LOAD, Engine
 from .defenses import Defense, DefenseArguments
 
 
@@ -82,4 +83,23 @@ def check_old_passes(trainer: type, args: Any) -> None:
     raise ValueError(
         f"defense={args.defense!r} does not work with {found}: the loss would compare the defended policy's "
         f"likelihoods with those of the plain one. {fix}, or choose another defense."
+    )
+
+
+def engine_facts(trainer: Any) -> Engine:
+    """Return the facts about the engine of a trainer, such as DeepSpeed or FSDP."""
+    parallelism = trainer.accelerator.parallelism_config
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    engines = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        "tensor parallelism": trainer.get_tp_size() > 1,
+        AT_LOAD: trainer.is_distributed_loading_by_transformers,
+    }
+    return Engine(
+        sharding=next((name for name, acts in engines.items() if acts), None),
+        fsdp_version=getattr(fsdp, "fsdp_version", None),
+        fsdp_checkpointing=bool(getattr(fsdp, "activation_checkpointing", False)),
+        splits_sequences=parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled),
+        is_fp16=trainer.accelerator.mixed_precision == "fp16" or str(trainer.model.dtype) == "torch.float16",
     )
