@@ -265,8 +265,9 @@ class DefendedTrainer(WholeCheckpoints):
     def _note_update(self) -> None:
         """Store learning rate / peak rate of the coming update. Drop a non-finite norm if all gradients are finite."""
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
-            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
-            if all(bool(gradient.isfinite().all()) for gradient in gradients):
+            # DeepSpeed has freed the gradients of a step that it skips, so nothing shows that they were repaired.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if gradients and all(bool(gradient.isfinite().all()) for gradient in gradients):
                 self._grad_norm = None  # a callback has removed or repaired the bad gradients
         groups = self.optimizer.param_groups
         peak = max(group.get("initial_lr", self.args.learning_rate) for group in groups)
@@ -311,8 +312,10 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _check_finite(self, values: dict[str, Any]) -> None:
         """Raise an error for values neither finite nor `None`. Trainer logs means of earlier losses instead of NaN."""
-        if self.accelerator.optimizer_step_was_skipped:
-            values.pop("grad_norm")  # fp16's loss scaling skips steps with a non-finite norm until it finds its scale
+        # The loss scaling of fp16 skips steps with a non-finite norm until it has found its scale. In bf16, DeepSpeed
+        # skips such steps too, but there is no scale to find, so all later steps could be skipped as well.
+        if self.accelerator.optimizer_step_was_skipped and self._engine_facts().is_fp16:
+            values.pop("grad_norm")
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         if broken:
             raise FloatingPointError(
