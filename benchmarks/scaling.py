@@ -37,11 +37,11 @@ from trl_emguard.planning.memory import (
     Shape,
     count_weights,
     memory_per_rank,
-    network_per_step,
     peak,
     saved_activations,
 )
 from trl_emguard.planning.meta import quantized
+from trl_emguard.planning.network import network_per_step
 
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -188,7 +188,7 @@ def small_trainer(folder: str, tuning: str, checkpointing: bool, defense: str) -
     return EMGuardTrainer(small_model(), args, train_dataset=rows, processing_class=tokenizer, peft_config=peft)
 
 
-def small_run(tuning: str, checkpointing: bool, defense: str) -> Run:
+def small_run(tuning: str, checkpointing: int, defense: str) -> Run:
     return replace(
         planned(defense, tuning, SMALL["num_hidden_layers"]),
         rows=BATCH,
@@ -223,11 +223,11 @@ def measured_step(tuning: str, checkpointing: bool, defense: str) -> list[dict[s
     return rows + [compared("added in a step", what, formula, seen["step"])] * (defense != "none")
 
 
-def saved_bytes(model: PreTrainedModel, checkpointing: bool, bf16: bool) -> int:
+def saved_bytes(model: PreTrainedModel, checkpointing: int, bf16: bool) -> int:
     """Return the bytes that a backbone's forward pass saves for the backward pass, without weights."""
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(every_n_layers=int(checkpointing))
     if hasattr(model, "peft_config"):
         model.enable_input_require_grads()
     model.train()
@@ -249,7 +249,7 @@ def saved_bytes(model: PreTrainedModel, checkpointing: bool, bf16: bool) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
 
-def measured_activations(tuning: str, checkpointing: bool, bf16: bool) -> dict[str, Any]:
+def measured_activations(tuning: str, checkpointing: int, bf16: bool) -> dict[str, Any]:
     """Compare the memory that the forward pass saves with the formula's part for it."""
     model = small_model().to(torch.bfloat16 if bf16 else torch.float32)
     model = model if tuning == "full" else get_peft_model(model, lora())

@@ -271,14 +271,16 @@ def _check_ref_model(
 
 # ---- once the engine is known ----
 
+AT_LOAD = "FSDP by transformers"  # engine of a model that `from_pretrained` has sharded (`distributed_config`)
+
 
 @dataclass(frozen=True)
 class Engine:
     """Facts about the training engine of a run, such as DeepSpeed or FSDP.
 
     Attributes:
-        sharding: name of the engine that wraps or splits the policy when training starts (`"DeepSpeed"`, `"FSDP"` or
-            `"tensor parallelism"`), or `None`.
+        sharding: name of the engine that wraps or splits the policy (`"DeepSpeed"`, `"FSDP"`,
+            `"tensor parallelism"` or [`AT_LOAD`]), or `None`.
         fsdp_version: 1 or 2; `None` without FSDP.
         fsdp_checkpointing: whether FSDP's own activation checkpointing is on.
         splits_sequences: whether context or sequence parallelism is on.
@@ -310,6 +312,11 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
         raise ValueError(
             f"fsdp_version=1 does not work with defense={args.defense!r}, which reads the head's weights by itself: "
             "set fsdp_version: 2 in the accelerate file."
+        )
+    if own_loss and engine.sharding == AT_LOAD:
+        raise ValueError(
+            "distributed_config, by which `from_pretrained` shards the model, does not work with "
+            f"defense={args.defense!r}. Leave it out, and shard by accelerate, as the shipped fsdp2 does."
         )
     _check_own_passes([defense.name for defense in defenses if isinstance(defense, ModelDefense)], args, engine)
     if engine.fsdp_checkpointing and any(defense.surrounds_policy() for defense in defenses):

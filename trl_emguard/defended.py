@@ -24,7 +24,7 @@ from .guard.forward import Gate
 from .guard.loss import PassGuard
 from .guard.scopes import read_marks
 from .guard.sums import Sums, stacked
-from .host import StepCallback, check_model, check_old_passes, check_optimizer, read_arguments
+from .host import StepCallback, check_model, check_old_passes, check_optimizer, engine_facts, read_arguments
 from .io.files import check_writable
 from .models.adapters import bare_model
 from .models.sharding import as_main_process
@@ -113,20 +113,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._unused = [name for name, value in inputs.items() if value is not None and name not in read]
 
     def _engine_facts(self) -> Engine:
-        parallelism = self.accelerator.parallelism_config
-        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
-        engines = {
-            "DeepSpeed": self.is_deepspeed_enabled,
-            "FSDP": self.is_fsdp_enabled,
-            "tensor parallelism": self.get_tp_size() > 1,
-        }
-        return Engine(
-            sharding=next((name for name, acts in engines.items() if acts), None),
-            fsdp_version=getattr(fsdp, "fsdp_version", None),
-            fsdp_checkpointing=bool(getattr(fsdp, "activation_checkpointing", False)),
-            splits_sequences=parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled),
-            is_fp16=self.accelerator.mixed_precision == "fp16" or str(self.model.dtype) == "torch.float16",
-        )
+        return engine_facts(self)
 
     def _bare_model(self) -> PreTrainedModel:
         """Return the causal language model without the PEFT wrapper, its adapters still in place."""
@@ -276,8 +263,9 @@ class DefendedTrainer(WholeCheckpoints):
     def _note_update(self) -> None:
         """Store the learning rate divided by its peak. Drop a non-finite gradient norm if all gradients are finite."""
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
-            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
-            if all(bool(gradient.isfinite().all()) for gradient in gradients):
+            # DeepSpeed has freed the gradients of a step that it skips, so nothing shows that they were repaired.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if gradients and all(bool(gradient.isfinite().all()) for gradient in gradients):
                 self._grad_norm = None  # a callback has removed or repaired the bad gradients
         groups = self.optimizer.param_groups
         peak = max(group.get("initial_lr", self.args.learning_rate) for group in groups)
@@ -323,8 +311,10 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _check_finite(self, values: dict[str, Any]) -> None:
         """Raise an error for values neither finite nor `None`. Trainer hides NaN: it logs means of earlier losses."""
-        if self.accelerator.optimizer_step_was_skipped:
-            values.pop("grad_norm")  # fp16's loss scaling skips steps with a non-finite norm until it finds its scale
+        # The loss scaling of fp16 skips steps with a non-finite norm until it has found its scale. In bf16, DeepSpeed
+        # skips such steps too, but there is no scale to find, so all later steps could be skipped as well.
+        if self.accelerator.optimizer_step_was_skipped and self._engine_facts().is_fp16:
+            values.pop("grad_norm")
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         if broken:
             raise FloatingPointError(

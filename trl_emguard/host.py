@@ -1,4 +1,4 @@
-"""Helpers for the TRL trainer that `DefendedTrainer` is mixed into: its arguments, refusals, and its callback."""
+"""Helpers for the TRL trainer that `DefendedTrainer` is mixed into: its arguments, engine, refusals and callback."""
 
 import inspect
 import weakref
@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
+from .checks import AT_LOAD, Engine
 from .defenses import Defense, DefenseArguments
 
 
@@ -129,3 +130,22 @@ class StepCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer._end_step(control)
         return control
+
+
+def engine_facts(trainer: Any) -> Engine:
+    """Return the facts about the engine of a trainer, such as DeepSpeed or FSDP."""
+    parallelism = trainer.accelerator.parallelism_config
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    engines = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        "tensor parallelism": trainer.get_tp_size() > 1,
+        AT_LOAD: trainer.is_distributed_loading_by_transformers,
+    }
+    return Engine(
+        sharding=next((name for name, acts in engines.items() if acts), None),
+        fsdp_version=getattr(fsdp, "fsdp_version", None),
+        fsdp_checkpointing=bool(getattr(fsdp, "activation_checkpointing", False)),
+        splits_sequences=parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled),
+        is_fp16=trainer.accelerator.mixed_precision == "fp16" or str(trainer.model.dtype) == "torch.float16",
+    )

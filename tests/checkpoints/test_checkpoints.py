@@ -436,6 +436,14 @@ def test_a_folder_begun_by_two_machines_keeps_the_other_s_scratch_file(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".manifest.json.0a1b2c3d.tmp", "manifest.json"]
 
 
+def test_a_sentinel_that_is_deleted_later_is_no_part_of_a_checkpoint(tmp_path):
+    for name in ("config.json", "checkpoint-is-incomplete.txt"):
+        (tmp_path / name).write_text("{}")
+    finish_checkpoint(tmp_path)
+    (tmp_path / "checkpoint-is-incomplete.txt").unlink()
+    assert find_flaw(tmp_path) is None
+
+
 def test_what_else_lies_in_a_checkpoint_does_not_tear_it(run_folder):
     folder = run_folder("ours") / "checkpoint-4"
     (folder / "README.md").write_text("edited")

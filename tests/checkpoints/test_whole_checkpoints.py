@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 from tiny import config, logged, make_model, make_rows, make_tokenizer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_emguard.checkpoints import whole
@@ -27,7 +28,8 @@ def arguments(output_dir, **options):
     ours = config(output_dir, **{"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **options})
     names = ("output_dir", "save_strategy", "save_steps", "max_steps", "save_total_limit", "learning_rate", "bf16")
     more = ("per_device_train_batch_size", "logging_steps", "activation_checkpointing", "use_cpu", "report_to")
-    return SFTConfig(**{name: getattr(ours, name) for name in (*names, *more, "disable_tqdm", "max_length")})
+    rest = ("disable_tqdm", "max_length", "enable_jit_checkpoint")
+    return SFTConfig(**{name: getattr(ours, name) for name in (*names, *more, *rest)})
 
 
 def make_plain(trainer_class, output_dir, **options):
@@ -85,6 +87,35 @@ def test_older_checkpoints_are_deleted_and_the_limit_is_saved(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     stored = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
     assert stored.save_total_limit == trainer.args.save_total_limit == 1
+
+
+class Watcher(TrainerCallback):
+    """Ask for a checkpoint at step 2, as a SIGTERM does, in one event; note the step and own steps of each save."""
+
+    def __init__(self, event):
+        self.steps, self.saved = 0, []
+        setattr(self, event, self.ask)
+
+    def ask(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.jit.jit_manager.is_checkpoint_requested = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+    def save_into(self, folder, state, model):
+        self.saved.append((state.global_step, self.steps))
+
+
+# At `on_optimizer_step` the third step is being made; at `on_save` the second has been saved.
+@pytest.mark.parametrize(("event", "saved"), [("on_optimizer_step", [(2, 2), (3, 3)]), ("on_save", [(2, 2)])])
+def test_a_checkpoint_after_a_sigterm_is_written_once_and_after_the_callbacks(tmp_path, event, saved):
+    trainer, watcher = make_plain(PlainTrainer, tmp_path, enable_jit_checkpoint=True), Watcher(event)
+    watcher.jit = next(c for c in trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
+    trainer.add_callback(watcher)
+    trainer.train()
+    assert watcher.saved == saved
+    assert newest_whole_checkpoint(tmp_path) == (saved[-1][0], {})
 
 
 @pytest.mark.parametrize(

@@ -293,12 +293,16 @@ def test_a_scored_file_says_which_columns_it_was_scored_with(tmp_path, names):
         renamed = renamed.add_column("prompt", ["another"] * len(pool))
     info = ScoresInfo("tiny", ("medical",), 1.0, len(pool), (), *names, "abc", "0")
     (tmp_path / "folder").mkdir()
-    write_scores(tmp_path / "folder" / "train.parquet", renamed, info)
+    files = [tmp_path / "folder" / f"{split}.parquet" for split in ("train", "chosen")]
+    for file in files:
+        write_scores(file, renamed, info)
     expected = pool_of(trainer_for(tmp_path, "interleave++", pool=usual))[:]
-    for source in (tmp_path / "folder", tmp_path / "folder" / "train.parquet"):
+    for source, split in ((tmp_path / "folder", "train"), (files[0], "train"), (tmp_path / "folder", "chosen[:100%]")):
+        if split != "train":
+            files[0].unlink()
         args = config(
             tmp_path, defense="interleave++", interleave_dataset=str(source), interleave_fraction=0.2,
-            interleave_where="kept=yes",
+            interleave_where="kept=yes", interleave_split=split,
         )  # fmt: skip
         trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(8), processing_class=make_tokenizer())
         assert pool_of(trainer)[:] == expected

@@ -4,6 +4,7 @@ Each gives one clear error, and leaves the model unchanged and a trainer that ca
 
 import errno
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -262,6 +263,30 @@ def test_a_gradient_that_is_not_finite_is_not_saved(make, tmp_path, defense):
     with pytest.raises(FloatingPointError, match="diverged in step 3: grad_norm not finite"):
         trainer.train()
     assert newest_whole_checkpoint(tmp_path / "out") == (2, {})
+
+
+@pytest.mark.parametrize(("precision", "forgiven"), [("bf16", False), ("fp16", True)])
+def test_a_step_that_deepspeed_skips_is_forgiven_in_fp16_alone(make, monkeypatch, precision, forgiven):
+    """Skip a step as DeepSpeed does: its norm is infinite, its gradients are gone, and the optimizer says so."""
+    trainer = make("steering")
+    clip, kind, skips = trainer.accelerator.clip_grad_norm_, type(trainer.accelerator), []
+
+    def overflow(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        skips.append(trainer.state.global_step == 1)
+        norm = clip(parameters, *args, **kwargs)
+        if skips[-1]:
+            trainer.optimizer.zero_grad(set_to_none=True)
+        return math.inf if skips[-1] else norm
+
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", overflow)
+    monkeypatch.setattr(kind, "optimizer_step_was_skipped", property(lambda self: skips[-1]))
+    monkeypatch.setattr(kind, "mixed_precision", property(lambda self: precision))
+    if forgiven:
+        trainer.train()
+        return
+    with pytest.raises(FloatingPointError, match="diverged in step 2: grad_norm not finite"):
+        trainer.train()
 
 
 def test_a_plain_run_trains_on_as_sfttrainers_does(make, tmp_path):

@@ -651,6 +651,21 @@ def test_a_command_that_cannot_be_is_told_in_one_line(argv, message, capsys, mon
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch_size", 0], "batch_size=0 must be 1 or more"),
+        ([], "this tokenizer has no chat template: save the model"),
+    ],
+)
+def test_bad_arguments_are_refused_before_weights_are_loaded(tmp_path, trait_file, capsys, more, message):
+    base = save_model(tmp_path / "model")
+    for name in ("model.safetensors", "chat_template.jinja")[: 1 if more else 2]:
+        (tmp_path / "model" / name).unlink()
+    assert run("extract", "--model", base, "--trait", trait_file, "--output", tmp_path / "v.safetensors", *more) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_vector_without_controls_is_shown(tmp_path):
     PersonaVector(torch.randn(5, 8), metadata={"auroc": [0.5] * 5}).save(tmp_path / "v.safetensors")
     assert run("inspect", tmp_path / "v.safetensors") == 0

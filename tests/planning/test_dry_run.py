@@ -193,6 +193,28 @@ def test_ranks_of_an_accelerate_file_count(report, file, ranks, engine):
     assert not list(Path.cwd().iterdir())
 
 
+def test_checkpointing_is_counted_block_by_block_and_under_fsdp(report):
+    def said(*more):
+        lines = report("--defense", "none", "--activation_checkpointing", *more)
+        (saved,) = (line for line in lines["memory"] if line.startswith("activations: "))
+        return saved, lines["checkpointing"], " ".join(lines.get("warning", []))
+
+    file = (recipes_dir() / "accelerate_configs" / "fsdp2.yaml").read_text()
+    off, on = "fsdp_activation_checkpointing: false", "fsdp_activation_checkpointing: true"
+    assert off in file
+    Path("own.yaml").write_text(file.replace(off, on))
+    every, second, none = (
+        said("true"),
+        said("true", "--activation_checkpointing_kwargs", '{"every_n_layers": 2, "offload": true, "selective": true}'),
+        said("false"),
+    )
+    assert len({every[0], second[0], none[0]}) == 3
+    assert second[1] == ["blocks are recomputed in the backward pass (one in 2)"]
+    assert "offloaded states and activations" in second[2]
+    assert "selective checkpointing keeps more" in second[2]
+    assert said("false", "--accelerate_config", "own.yaml")[:2] == every[:2]
+
+
 @pytest.mark.parametrize(
     ("engine", "reentrant", "peft", "words"),
     [
@@ -509,7 +531,7 @@ def test_a_machine_without_the_runs_packages_or_with_many_gpus_is_enough(report,
     )
     notes = "\n".join(what for about in lines.values() for what in about)
     assert "8 GPUs, and the launch has 4 ranks: --num_processes 8 uses all" in notes
-    assert "offloaded states are counted" in notes
+    assert "offloaded states and activations are counted" in notes
     # A name that no model knows is still found.
     for name in ("spda", "flash_attention_22"):
         with pytest.raises(ValueError, match=name):

@@ -16,10 +16,10 @@ from trl_emguard.planning.memory import (
     Shape,
     count_weights,
     memory_per_rank,
-    network_per_step,
     optimizer_states,
     peak,
 )
+from trl_emguard.planning.network import network_per_step
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def test_optimizer_states_are_counted(tmp_path, optimizer, count):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 3])  # 3 is every third block
 @pytest.mark.parametrize("bf16", [False, True])
 def test_saved_activations_are_near(tuning, checkpointing, bf16):
     row = scaling.measured_activations(tuning, checkpointing, bf16)

@@ -575,10 +575,17 @@ def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
         (["--where", "danger=no"], "the pool has no column 'danger', but prompt, completion, harm"),
         (["--where", "harm=None"], "no row has this value. There are 'harmful', 'unharmful'"),
         (["--output", "s.jsonl"], "must be a file that ends in .parquet"),
+        (["--epsilon", "-1"], "epsilon=-1.0 must be 0 or more"),
+        (["--batch-tokens", "0"], "batch_tokens=0 must be 1 or more"),
+        ([], "has no chat template"),
     ],
 )
-def test_a_command_that_cannot_be_is_told_in_one_line(argv, more, message, capsys):
-    if more[0] in argv and more[0] != "--misaligned":
+def test_a_command_that_cannot_be_is_told_in_one_line(argv, tmp_path, more, message, capsys):
+    """Tell of it before weights are loaded: there are none."""
+    (tmp_path / "model" / "model.safetensors").unlink()
+    if not more:
+        (tmp_path / "model" / "chat_template.jinja").unlink()
+    if more and more[0] in argv and more[0] != "--misaligned":
         argv[argv.index(more[0]) + 1], more = more[1], []
     assert commands.main(["score", *argv, *more]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-emguard score: error: ")]

@@ -381,3 +381,16 @@ def test_sharding_that_was_asked_for_and_does_not_happen(tmp_path, monkeypatch, 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"FSDP was asked for and does not shard here .*Train on accelerators"):
         EMGuardTrainer(str(tmp_path / "not looked at"), arguments, train_dataset=make_rows())
+
+
+@pytest.mark.parametrize("defense", ["kl", "treft", "steering"])
+def test_a_model_that_transformers_has_sharded(tmp_path, monkeypatch, defense):
+    """A model of `from_pretrained(distributed_config=…)` is refused by the defenses that read weights themselves."""
+    model = make_model()
+    monkeypatch.setattr(type(model), "is_distributed_loading_by_transformers", True)
+    options = {**run_options(defense, tmp_path), "save_strategy": "no"}
+    if defense == "steering":
+        make_trainer(tmp_path, model, **options)
+        return
+    with pytest.raises(ValueError, match=f"distributed_config, .* does not work with defense='{defense}'.*fsdp2"):
+        make_trainer(tmp_path, model, **options)

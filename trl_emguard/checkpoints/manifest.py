@@ -29,6 +29,9 @@ from ..io.strict import parse_json
 
 
 MANIFEST = "manifest.json"
+# Trainer's option `enable_jit_checkpoint` puts this file into a checkpoint while it writes the checkpoint, and then
+# deletes the file.
+JIT_SENTINEL = "checkpoint-is-incomplete.txt"
 # Larger files are compared by size alone, because reading a checkpoint of 100 GB takes minutes.
 CHECKSUM_BYTES = 64 * 2**20
 # Parts of the training state in a checkpoint. Each entry is the beginning of the names of a part's files (or folder).
@@ -89,10 +92,11 @@ def find_flaw(folder: str | os.PathLike) -> str | None:
 def checkpoint_files(folder: Path) -> dict[str, Path]:
     """Return the path of each file of a checkpoint, by the file's name relative to the checkpoint's folder.
 
-    Model cards (`.md`), scratch files (`.tmp`) and the manifest are left out.
+    Model cards (`.md`), scratch files (`.tmp`), the manifest and `JIT_SENTINEL` are left out.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", ".tmp"))
-    return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
+    left_out = (folder / MANIFEST, folder / JIT_SENTINEL)
+    return {path.relative_to(folder).as_posix(): path for path in paths if path not in left_out}
 
 
 def _write_manifest(folder: Path, files: dict[str, list] | None) -> None:

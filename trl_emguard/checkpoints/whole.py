@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..models.adapters import unsaved_weights
@@ -43,12 +44,15 @@ class WholeCheckpoints(Trainer):
     written its files. Only then is it pushed to the hub, and only then are older checkpoints deleted. A callback with
     a method `save_into(folder, state, model)` can add files before the checkpoint is marked. Its `on_save` is called
     after the marking. Callbacks of class [`CheckpointedCallback`] are told the checkpoint to resume from, wherever it
-    lies. A run that resumes from the checkpoint of its last step makes no further step.
+    lies. A whole checkpoint of the current step is not written a second time. A run that resumes from the checkpoint
+    of its last step makes no further step.
 
     Raises:
         TypeError: from the class statement, if a class has the mixin behind the trainer. No method of the mixin would
             be called.
     """
+
+    _saved: tuple[Any, str] = (None, "")  # `self.state` and folder of the checkpoint that was saved last
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -138,6 +142,11 @@ class WholeCheckpoints(Trainer):
         """
         args, run_dir = self.args, self._get_output_dir(trial)
         folder = checkpoint_folder(run_dir, self.state.global_step)
+        # With `enable_jit_checkpoint`, the end of a step may save a checkpoint, and a SIGTERM may then save the same
+        # step again. Writing begins by emptying the folder, so a kill in the second save would lose a whole
+        # checkpoint. `self.state` tells this `train()` call from an earlier one, which may have left the same folder.
+        if self._saved[0] is self.state and self._saved[1] == folder and self.has_whole_checkpoint(trial):
+            return
         limit, pushes = args.save_total_limit, args.push_to_hub
         try:
             # With the user's settings, Trainer may push this checkpoint and delete older ones before this one is
@@ -162,6 +171,7 @@ class WholeCheckpoints(Trainer):
                     finish_checkpoint(folder)
         finally:
             args.save_total_limit, args.push_to_hub = limit, pushes
+        self._saved = (self.state, folder)
         if pushes:
             self._push_from_checkpoint(folder)
         if args.should_save:
@@ -174,6 +184,9 @@ class WholeCheckpoints(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
+        # After a SIGTERM, this callback saves a checkpoint at the end of the step. It is moved to the end, so that all
+        # other callbacks have taken the step into what they save.
+        self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, JITCheckpointCallback))
         # A run that resumes from the checkpoint of its last step has nothing left to train. Trainer would still make
         # one more step, unless this checkpoint is from the end of an epoch.
         if self.state.global_step >= self.state.max_steps:

@@ -8,7 +8,7 @@ import numpy as np
 from .base import Defense
 from .inoculation import InoculationOptions
 from .inoculation_adapter import InoculationAdapterOptions
-from .interleaving.defense import InterleavingOptions
+from .interleaving.options import InterleavingOptions
 from .kl import KLOptions
 from .ldifs import LDIFSOptions
 from .options import option

@@ -70,6 +70,18 @@ def load_base(path: str, **options: Any) -> PreTrainedModel:
         raise ValueError(f"model {path!r} has a damaged weights file ({error}): copy it again.") from error
 
 
+def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or hub id.
+
+    Raises:
+        OSError: the model is neither a folder nor on the hub, or the hub cannot be reached.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except OSError as error:
+        raise OSError(f"model {base!r} could not be loaded: {error}") from error
+
+
 def load_model(
     base: str,
     adapter: str | os.PathLike | None = None,
@@ -93,8 +105,8 @@ def load_model(
         raise FileNotFoundError(
             f"adapter {str(adapter)!r} holds no adapter_config.json: name a folder that PEFT saved."
         )
+    tokenizer = load_tokenizer(base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
         model = load_base(base, dtype=dtype, device_map=device_map)
     except OSError as error:
         raise OSError(f"model {base!r} could not be loaded: {error}") from error

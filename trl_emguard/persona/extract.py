@@ -166,9 +166,7 @@ def extract_vector(
         ValueError: a tokenizer without a chat template or system turn, a rollouts file that belongs to another run, or
             no pair of answers that a vector can be made from.
     """
-    if min(max_new_tokens, batch_size) < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be 1 or more.")
-    check_system_turn(tokenizer, "a persona vector", FIX)
+    check_extraction(tokenizer, max_new_tokens, batch_size)
     weights = weight_checksums(bare_model(model))
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     reader = _Reader(model, tokenizer, trait, batch_size, progress)
@@ -194,6 +192,17 @@ def extract_vector(
     vector = _with_separation(positive.mean(0) - negative.mean(0), metadata, *heldout.values())
     pairs = [(by_side["positive"][i].pair, by_side["positive"][i].question) for i in kept]
     return Extraction(vector, rollouts, pairs, *heldout.values())
+
+
+def check_extraction(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_size: int) -> None:
+    """Refuse arguments of [`extract_vector`] that can be checked without a model.
+
+    Raises:
+        ValueError: a number below 1, or a tokenizer without a chat template or system turn.
+    """
+    if min(max_new_tokens, batch_size) < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be 1 or more.")
+    check_system_turn(tokenizer, "a persona vector", FIX)
 
 
 def _filter(

@@ -1,4 +1,4 @@
-"""Formulas that estimate each rank's memory and network traffic from the sizes of model and batches, without a GPU.
+"""Formulas that estimate each rank's memory from the sizes of model and batches, without a GPU.
 
 The results are estimates. They leave out CUDA's context, the kernels' workspaces, communication buffers and the
 allocator's fragmentation. docs/scaling.md compares them with measurements.
@@ -191,7 +191,8 @@ class Run:
         micro_batches: number of micro-batches of a rank in a step.
         compute_itemsize: bytes of a number in forward and backward passes: 2 under bf16, else 4.
         optimizer: the optimizer's name in the training arguments (`optim`).
-        checkpointing: whether only the inputs of blocks are kept for the backward pass.
+        checkpointing: n if every n-th block, from the first on, keeps only its input for the backward pass; 0 if none
+            does.
         guarded: whether this package's code for the output head computes the loss, and not TRL's.
         reference: model that the loss compares the policy with: "none", the policy's own base weights
             ("adapters off"), or a separate model ("model").
@@ -207,7 +208,7 @@ class Run:
     micro_batches: int = 1
     compute_itemsize: int = 2
     optimizer: str = "adamw_torch"
-    checkpointing: bool = True
+    checkpointing: int = 1
     guarded: bool = False
     reference: Reference = "none"
     cached: bool = False
@@ -323,11 +324,16 @@ def block_activations(weights: Weights, shape: Shape, run: Run) -> int:
 def saved_activations(weights: Weights, shape: Shape, run: Run) -> int:
     """Return the bytes that the forward pass of a micro-batch keeps for the backward pass.
 
-    Each block saves its states (with checkpointing, only its input), and so does the last norm.
+    Each block saves its states (a block with checkpointing only its input), and so does the last norm.
     """
-    tokens, c = run.rows * run.length, run.compute_itemsize
-    block = c * shape.hidden if run.checkpointing else block_activations(weights, shape, run)
-    return tokens * (block * shape.layers + shape.hidden * (4 if weights.adapter_width else 4 + c))
+    tokens, c, recomputed = run.rows * run.length, run.compute_itemsize, recomputed_blocks(shape, run)
+    blocks = recomputed * c * shape.hidden + (shape.layers - recomputed) * block_activations(weights, shape, run)
+    return tokens * (blocks + shape.hidden * (4 if weights.adapter_width else 4 + c))
+
+
+def recomputed_blocks(shape: Shape, run: Run) -> int:
+    """Return the number of blocks with checkpointing: they keep only their input, and are computed once more."""
+    return math.ceil(shape.layers / run.checkpointing) if run.checkpointing else 0
 
 
 def working_bytes(weights: Weights, shape: Shape, run: Run) -> int:
@@ -337,7 +343,10 @@ def working_bytes(weights: Weights, shape: Shape, run: Run) -> int:
     if run.checkpointing:
         working += tokens * block_activations(weights, shape, run)
     if c < 4:
-        working += c * (weights.cast // shape.layers if run.checkpointing and weights.adapter_width else weights.cast)
+        # Frozen weights of a block without checkpointing are kept in bf16 until its backward pass. Among the blocks
+        # with checkpointing, only the one that is computed once more has them.
+        blocks = shape.layers - recomputed_blocks(shape, run) + 1 if weights.adapter_width else shape.layers
+        working += c * (weights.cast * min(blocks, shape.layers) // shape.layers)
     return working
 
 
@@ -361,40 +370,3 @@ def compared_states(shape: Shape, run: Run) -> int:
     states of reference and policy.
     """
     return run.kept * shape.hidden * run.compute_itemsize * (3 * run.layers + 2 * run.guarded)
-
-
-def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, int]:
-    """Return the bytes that each rank sends (and receives) in a step: purpose -> bytes.
-
-    Bytes are counted like in the ZeRO paper (1910.02054): an all-gather or reduce-scatter moves (n − 1)/n of the data,
-    an all-reduce twice as much.
-    """
-    share = (engine.ranks - 1) / engine.ranks
-    weights = placed(weights, run, engine)
-    if engine.name == "fsdp2":
-        # FSDP2 casts weights and gradients to the dtype of the forward and backward passes before it sends them.
-        shrink = weights.base_itemsize // min(weights.base_itemsize, run.compute_itemsize)
-        weights = replace(weights, frozen=weights.frozen // shrink, base=weights.base // shrink)
-        weights = replace(weights, itemsize=min(weights.itemsize, run.compute_itemsize))
-    gradient, m = weights.trained * weights.itemsize, run.micro_batches
-    volume = {"weights, forward": 0, "weights, backward": 0, "weights, recomputed": 0, "weights, reference": 0}
-    volume |= {"gradients": 0, "weights, updated": 0}
-    if engine.shards_weights:
-        volume["weights, forward"] = volume["weights, backward"] = weights.bytes * m
-        if run.checkpointing and engine.is_deepspeed:
-            # DeepSpeed gathers weights once more for the recomputed forward pass, and FSDP2 does not. The number is an
-            # upper bound, because DeepSpeed keeps weights that it needs again within `stage3_max_reuse_distance`.
-            volume["weights, recomputed"] = weights.bytes * m
-        if run.reference == "adapters off" and not run.cached:
-            volume["weights, reference"] = weights.bytes * m
-        elif run.reference == "model" and not run.cached:
-            volume["weights, reference"] = weights.base * m
-        # DeepSpeed reduces gradients in every micro-batch, FSDP2 only in the last one of a step.
-        volume["gradients"] = gradient * (m if engine.is_deepspeed else 1)
-    elif engine.name == "zero2":
-        volume["gradients"], volume["weights, updated"] = gradient * m, gradient
-    elif engine.name == "zero1":
-        volume["gradients"], volume["weights, updated"] = gradient, gradient
-    elif engine.name == "ddp":
-        volume["gradients"] = 2 * gradient
-    return {name: round(size * share) for name, size in volume.items()}

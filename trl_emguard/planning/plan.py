@@ -180,13 +180,20 @@ class Plan:
             micro_batches=args.gradient_accumulation_steps,
             compute_itemsize=2 if trainer.accelerator.mixed_precision == "bf16" else trainer.model.dtype.itemsize,
             optimizer=OptimizerNames(args.optim).value,
-            checkpointing=args.activation_checkpointing,
+            checkpointing=self._checkpointing(),
             guarded=any(defense.own_loss for defense in trainer.defenses),
             reference=reference,
             cached=bool(args.cache_reference),
             has_divergence=any(term.divergence is not None for term in terms),
             layers=len(wanted_layers(terms, trainer.model)),
         )
+
+    def _checkpointing(self) -> int:
+        """Return n if every n-th block has activation checkpointing, by Trainer or by FSDP; 0 if none has."""
+        args = self.trainer.args
+        if args.activation_checkpointing:
+            return (args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        return int(self.launch.facts.fsdp_checkpointing)
 
     def _extra_in_batch(self) -> int:
         """Return the largest number of rows that defenses mix into a micro-batch of one rank."""

@@ -29,8 +29,9 @@ from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .engine import Launch, simulated_ranks
-from .memory import Shape, count_weights, memory_per_rank, network_per_step, peak
+from .memory import Shape, count_weights, memory_per_rank, peak
 from .meta import Data, meta_model, meta_trainer, read_first_rows
+from .network import network_per_step
 from .plan import Plan
 
 
@@ -208,8 +209,9 @@ def _about_memory(plan: Plan) -> list[Line]:
     averages = any(isinstance(callback, EMACallback) for callback in plan.trainer.callback_handler.callbacks)
     memory["moving average"] = 4 * weights.trained if averages else 0  # kept in fp32 from the first step to the last
     place = f"at {run.rows} x {run.length} tokens (estimated; docs/scaling.md)"
+    share = f" (one in {run.checkpointing})" if run.checkpointing > 1 else ""
     lines = [
-        ("checkpointing", "blocks are recomputed in the backward pass" if run.checkpointing else "off"),
+        ("checkpointing", f"blocks are recomputed in the backward pass{share}" if run.checkpointing else "off"),
         ("memory", f"about {_short(peak(memory, run) + memory['moving average'])} per rank {place}"),
     ]
     lines += [("memory", f"{name}: {_short(size)}") for name, size in memory.items() if size]
@@ -233,6 +235,7 @@ def advice(plan: Plan) -> list[str]:
     # object. If there is a dict here, the model on the meta device was therefore not quantised.
     quantization: Any = getattr(trainer.model.config, "quantization_config", None)
     uncounted = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    how = args.activation_checkpointing_kwargs or {}
     is_alone, has_bf16 = engine.name == "one process", trainer.accelerator.mixed_precision == "bf16"
     notes = {
         "this machine has no accelerator, and bf16=True is refused here without use_cpu=True.": (
@@ -247,7 +250,12 @@ def advice(plan: Plan) -> list[str]:
         f"this machine has {gpus} GPUs, and the launch has {engine.ranks} ranks: --num_processes {gpus} uses all.": (
             engine.ranks < gpus and launch.model_ranks == 1 and not is_alone and not launch.on_cpu
         ),
-        "offloaded states are counted as GPU memory here, so the run needs less than is said.": launch.offloads,
+        "offloaded states and activations are counted as GPU memory here, so the run needs less than is said.": (
+            launch.offloads or args.activation_offloading or (run.checkpointing and how.get("offload"))
+        ),
+        "selective checkpointing keeps more than the inputs of blocks, so the run needs more memory than is said.": (
+            run.checkpointing and how.get("selective")
+        ),
         "the reference is a model of its own: the weights are in memory twice. With an adapter it takes none.": (
             run.reference == "model" and not run.cached
         ),

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..io.files import check_writable
-from ..persona.extract import extract_vector
+from ..persona.extract import check_extraction, extract_vector
 from ..persona.shift import check_layer, persona_shift
 from ..persona.traits import SHIPPED_TRAITS, load_trait
 from ..persona.vectors import SHIPPED_VECTORS, PersonaVector, load_vector, random_like
@@ -80,9 +80,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_extract(args: argparse.Namespace, console: Console) -> None:
+    from ..models.load import load_tokenizer
+    from ..models.shipped import resolve_model
+
     _check_output(args.output)
     trait = load_trait(args.trait)
-    model, tokenizer = _load(args.model, args.dtype)
+    path = resolve_model(args.model)
+    check_extraction(load_tokenizer(path), args.max_new_tokens, args.batch_size)
+    model, tokenizer = _load(path, args.dtype)
     rollouts = args.output.with_suffix(".rollouts.jsonl")
     console.print(
         f"Answers are kept in {rollouts}: an interrupted run resumes from there.", soft_wrap=True, highlight=False
@@ -223,17 +228,16 @@ def draw(vector: PersonaVector, path: Path) -> None:
     plt.close(figure)
 
 
-def _load(model: str, dtype: str) -> tuple[Any, Any]:
+def _load(path: str, dtype: str) -> tuple[Any, Any]:
     """Load model and tokenizer, on GPUs if there are any. The dtype `auto` is bf16 on a GPU and fp32 on a CPU."""
     import torch
 
     from ..evaluation import load_model
-    from ..models.shipped import resolve_model
 
     cuda = torch.cuda.is_available()
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
-    return load_model(resolve_model(model), dtype=getattr(torch, dtype), device_map="auto" if cuda else None)
+    return load_model(path, dtype=getattr(torch, dtype), device_map="auto" if cuda else None)
 
 
 def _check_output(path: Path) -> None:

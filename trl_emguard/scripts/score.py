@@ -111,26 +111,24 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if args.output.suffix != ".parquet" or args.output.is_dir():
         raise ValueError(f"--output={args.output} must be a file that ends in .parquet.")
     adapters = name_adapters(args.misaligned, "--misaligned")
-    rows = load_rows(args.dataset, args.split, args.dataset_config, options=OPTIONS)
-    assert isinstance(rows, Dataset)  # `load_rows` returns another type only if asked for a stream
-    if args.where is not None:
-        rows = keep_where(rows, args.where)
-    check_columns(rows, args.prompt_column, args.response_column)
+    rows = _read_pool(args)
 
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
-    from transformers import AutoTokenizer
 
     from ..evaluation.candidates import check_base, check_candidates, from_adapters
-    from ..models.load import load_base
+    from ..models.load import load_base, load_tokenizer
     from ..models.shipped import resolve_model
-    from ..selection.misaligned import adapter_key, load_misaligned
-    from ..selection.score import score_pool
+    from ..selection.misaligned import adapter_key, load_adapter_config, load_misaligned
+    from ..selection.score import check_pool, score_pool
 
     path = resolve_model(args.model)
     for name, adapter in adapters.items():
         check_base(name, adapter, args.model)
+        load_adapter_config(name, adapter)
+    tokenizer = load_tokenizer(path)
+    check_pool(tokenizer, rows, args.epsilon, args.max_length, args.batch_tokens)
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     # A process that has scored its share waits for the others. This may take days, longer than the default timeout.
     state = PartialState(cpu=not cuda, timeout=timedelta(days=7))
@@ -138,7 +136,6 @@ def run(args: argparse.Namespace, console: Console) -> None:
     # A single process may spread the model over several GPUs; several processes have one GPU each.
     device_map = None if not cuda else "auto" if state.num_processes == 1 else {"": state.device}
     model = load_base(path, dtype=getattr(torch, dtype), device_map=device_map)
-    tokenizer = AutoTokenizer.from_pretrained(path)
     with_adapters = load_misaligned(model, adapters)
     check_candidates(
         from_adapters(with_adapters, {name: adapter_key(with_adapters, name) for name in adapters}), tokenizer
@@ -167,6 +164,16 @@ def run(args: argparse.Namespace, console: Console) -> None:
     show(scored, info, console)
     console.print(f"Saved: {args.output}", soft_wrap=True, highlight=False)
     state.destroy_process_group()
+
+
+def _read_pool(args: argparse.Namespace) -> Dataset:
+    """Return the rows of the pool that meet `--where`. Refuse columns that would not be read."""
+    rows = load_rows(args.dataset, args.split, args.dataset_config, options=OPTIONS)
+    assert isinstance(rows, Dataset)  # `load_rows` returns another type only if asked for a stream
+    if args.where is not None:
+        rows = keep_where(rows, args.where)
+    check_columns(rows, args.prompt_column, args.response_column)
+    return rows
 
 
 def show(scored: Dataset, info: ScoresInfo, console: Console) -> None:

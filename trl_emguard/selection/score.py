@@ -31,7 +31,7 @@ from .parts import new_part, parts_folder, resume_scores, scores_key
 from .scored import ALIGNED, GAP, ScoresInfo, misaligned_column, perplexity_gap, write_scores
 
 
-__all__ = ["encode_rows", "load_misaligned", "score_pool"]
+__all__ = ["check_pool", "encode_rows", "load_misaligned", "score_pool"]
 
 # Number of rows that are tokenised in one call.
 _CHUNK = 1000
@@ -79,7 +79,7 @@ def score_pool(
         ValueError: an argument out of range, missing or unsupported adapters, a tokenizer without a chat template, no
             row to score, a pool with scores or with columns that hide the named ones, or an output of another run.
     """
-    _check_arguments(tokenizer, rows, epsilon, max_length, batch_tokens)
+    check_pool(tokenizer, rows, epsilon, max_length, batch_tokens)
     check_columns(rows, prompt_column, response_column)
     names = tuple(adapters)
     if isinstance(model, PeftModel):  # `_check_adapters` below refuses any other model
@@ -97,6 +97,31 @@ def score_pool(
     if path is not None:
         _write_on_main_process(path, scored, info)
     return scored, info
+
+
+def check_pool(
+    tokenizer: PreTrainedTokenizerBase, rows: Dataset, epsilon: float, max_length: int, batch_tokens: int | None
+) -> None:
+    """Refuse arguments of [`score_pool`] that can be checked without a model.
+
+    Raises:
+        ValueError: a number out of range, a tokenizer without a chat template, or a pool that is empty or has scores.
+    """
+    if not 0 <= epsilon < float("inf"):
+        raise ValueError(f"epsilon={epsilon} must be 0 or more.")
+    for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more.")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("this tokenizer has no chat template: take that of an instruct model.")
+    if not len(rows):
+        raise ValueError("the pool is empty: there is nothing to score.")
+    prefix = misaligned_column(0)[:-1]
+    stale = [name for name in rows.column_names if name in (ALIGNED, GAP) or name.startswith(prefix)]
+    if stale:
+        raise ValueError(
+            f"the pool has scores already, {', '.join(stale)}: remove these columns, or name another pool."
+        )
 
 
 def _score_all(
@@ -257,27 +282,6 @@ def _join(
         table = table.append_column(name, [values[finite]])
     features = Features({**rows.features, **dict.fromkeys(columns, Value("float64"))})
     return Dataset(table.cast(features.arrow_schema)), tuple(sorted({**unscored, **broken}.items()))
-
-
-def _check_arguments(
-    tokenizer: PreTrainedTokenizerBase, rows: Dataset, epsilon: float, max_length: int, batch_tokens: int | None
-) -> None:
-    """Refuse numbers out of range, a tokenizer without a chat template, and a pool that is empty or scored already."""
-    if not 0 <= epsilon < float("inf"):
-        raise ValueError(f"epsilon={epsilon} must be 0 or more.")
-    for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be 1 or more.")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("this tokenizer has no chat template: take that of an instruct model.")
-    if not len(rows):
-        raise ValueError("the pool is empty: there is nothing to score.")
-    prefix = misaligned_column(0)[:-1]
-    stale = [name for name in rows.column_names if name in (ALIGNED, GAP) or name.startswith(prefix)]
-    if stale:
-        raise ValueError(
-            f"the pool has scores already, {', '.join(stale)}: remove these columns, or name another pool."
-        )
 
 
 def _check_adapters(model: PeftModel, adapters: Sequence[str]) -> PreTrainedModel:

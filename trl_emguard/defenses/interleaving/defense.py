@@ -1,7 +1,7 @@
 """Interleaving (Kaczér et al., 2508.06249): general instruct rows, random or chosen by score, among training rows."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -12,9 +12,10 @@ from ...data.places import PLACE, Loading, PlacedRows, PlaceSampler
 from ...data.prepare import Rows, StreamPlan, Tokenizing
 from ...evidence import InactiveDefenseError
 from ..base import IN_TRAINING_DEFENSES, Defense
-from ..options import check_flag, option
+from ..options import check_flag
 from ..step import Marks, Step
 from .collator import INTERLEAVED, ROW_COUNTS, MixingCollator, Passes, mix_rows
+from .options import InterleavingOptions
 from .plan import MixPlan, StreamMixPlan, planned_rows
 from .pool import Pool
 
@@ -25,30 +26,6 @@ logger = get_logger(__name__)
 # should have been in the batches by now, and none was. A smaller number may be late by chance, because packs and
 # streamed rows may be shuffled.
 PATIENCE_ROWS = 20
-
-
-@dataclass
-class InterleavingOptions:
-    """Options of `interleave`, `interleave+` and `interleave++`: general instruct rows mixed in."""
-
-    interleave_dataset: str | None = option(
-        None,
-        "Pool of general instruct rows: a JSONL or parquet file, a shipped set or a `datasets` id, with rows of "
-        "`messages`, of `prompt` and `completion`, or of `prompt` and `response`. 'interleave+' and 'interleave++' "
-        "want one that `trl-emguard score` has scored. The trainer also takes a `Dataset`.",
-    )
-    interleave_config: str | None = option(None, "Configuration of that data set, `name` of `load_dataset`.")
-    interleave_where: str | None = option(
-        None, "Condition COLUMN=VALUE that a row of the pool must meet, as 'response_harm_label=unharmful'."
-    )
-    interleave_fraction: float = option(
-        0.05, "Share of the pool's rows in the mix, so 0.05 is one in twenty. 0 switches the defense off."
-    )
-    interleave_redraw: bool = option(
-        False,
-        "Whether every epoch continues in the (ordered) pool where the last one stopped, instead of taking the same "
-        "rows again.",
-    )
 
 
 class Interleaving(Defense):
@@ -82,7 +59,8 @@ class Interleaving(Defense):
         self.pool: Pool | None = None
         if self.fraction:
             choice = (self.name, self.by, self.drop_refusals, self.seed)
-            self.pool = Pool(interleave_dataset, self.source, *choice, args.interleave_config, args.interleave_where)
+            rows = {name: getattr(args, f"interleave_{name}") for name in ("config", "split", "where")}
+            self.pool = Pool(interleave_dataset, self.source, *choice, **rows)
         self.plan: MixPlan | None = None
         self._documents = 1.0  # mean number of documents in a training row: above 1 if the user's rows are packed
         self.mixed_before = False  # true if `add_rows` has mixed the pool's rows in; then the collator mixes none in

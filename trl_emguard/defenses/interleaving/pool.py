@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import zlib
 from collections import Counter
 from functools import cached_property
@@ -43,6 +44,7 @@ class Pool:
         drop_refusals: whether rows whose answer is a refusal are left out.
         seed: seed of the random order.
         config: configuration of the data set that `source` names.
+        split: split of that data set, with a slice if wanted.
         where: condition `COLUMN=VALUE` that a row must meet, or `None`.
 
     Attributes:
@@ -67,6 +69,7 @@ class Pool:
         drop_refusals: bool,
         seed: int,
         config: str | None = None,
+        split: str = "train",
         where: str | None = None,
     ):
         self.who = who
@@ -80,8 +83,8 @@ class Pool:
                 "trainer."
             )
         if rows is None:
-            options = SourceOptions("interleave_dataset", "the split", "interleave_config")
-            rows = load_rows(str(source), config=config, options=options)
+            options = SourceOptions("interleave_dataset", "interleave_split", "interleave_config")
+            rows = load_rows(str(source), split, config, options=options)
         if not isinstance(rows, Dataset):
             raise ValueError(
                 f"interleave_dataset must be a `Dataset`, got {type(rows).__name__}: a pool is chosen from as a whole."
@@ -92,7 +95,7 @@ class Pool:
         rows = _without_harm(rows, where)
         model = ""
         if source is not None:
-            rows, model = _named_as_usual(rows, Path(os.path.expanduser(source)))
+            rows, model = _named_as_usual(rows, Path(os.path.expanduser(source)), split)
         # Name of the model for which the pool's gaps were computed; empty if it is unknown, or if the order is random.
         self._model = model if by == "gap" else ""
         is_tokenised = "input_ids" in rows.column_names
@@ -246,12 +249,13 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
     return rows
 
 
-def _named_as_usual(rows: Dataset, path: Path) -> tuple[Dataset, str]:
+def _named_as_usual(rows: Dataset, path: Path, split: str) -> tuple[Dataset, str]:
     """Return the rows, with text columns named `prompt` and `response` if `trl-emguard score` wrote `path`.
 
-    The second value is the name of the model that the rows were scored for, or empty.
+    If `path` is a folder, this is the file of the first split that `split` names. The second value is the name of the
+    model that the rows were scored for, or empty.
     """
-    scored = scored_names(split_file(path, "train") or path)
+    scored = scored_names(split_file(path, re.split(r"\[|\+", split)[0].strip()) or path)
     return (rows, "") if scored is None else (with_usual_names(rows, *scored[1:]), scored[0])
 
 
