@@ -47,6 +47,8 @@ def test_ties_give_no_width():
         (np.zeros((24, 5)), (0, 1), 0.0, 0.142),
         (np.ones(24), (0, 1), 0.858, 1.0),
         (np.zeros(24), (-1, 1), -0.142, 0.142),
+        (np.ones(5), (-1, 1), -0.044, 1.0),  # as an exact test of signs: 5 of 5 are not enough, 6 of 6 are
+        (np.ones(6), (-1, 1), 0.081, 1.0),
         ([*np.zeros(12), nan], (0, 1), 0.0, 0.265),
     ],
 )

@@ -108,7 +108,8 @@ class Report:
         compared = [entry for entry in self.entries if entry.is_comparable]
         left_out = [entry.name for entry in self.entries if not entry.is_comparable]
         names = "; ".join(left_out)
-        reason = f" Left out, since a seed failed, was not measured, or gave no evidence of its defense: {names}."
+        reason = " Left out, since a seed failed, is missing, was not measured, or gave no evidence of its defense"
+        reason += f": {names}."
         if not compared:
             return f"Every run is left out, so no run can be preferred.{reason}"
         best = [entry for entry in compared if not any(dominates(other, entry) for other in compared)]

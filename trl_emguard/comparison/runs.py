@@ -230,10 +230,9 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         return {"error": _reason(folder / LOG_FILE, code), "step": None}
     metrics = parse_json((folder / "train_results.json").read_text(encoding="utf-8"))
     step = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    # The saved weights may be those of an earlier step than the last: with `load_best_model_at_end`, as `defense.json`
-    # says, or with `stop_on_drift`, as `drift.json` says.
+    # With `stop_on_drift`, the saved weights may be those of an earlier step than the last, as `drift.json` says.
     drift = folder / RESULT_FILE
-    kept = parse_json(drift.read_text(encoding="utf-8"))["step"] if drift.is_file() else _saved_step(folder, step)
+    kept = parse_json(drift.read_text(encoding="utf-8"))["step"] if drift.is_file() else step
     if not kept:
         return {"error": "no measured step was within stop_on_drift: raise it, or lower drift_every.", "step": None}
     return {
@@ -242,11 +241,6 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         "seconds_per_step": metrics["train_runtime"] / step,
         "peak_memory": in_bytes(usage.ru_maxrss),
     }
-
-
-def _saved_step(folder: Path, last: int) -> int:
-    record = read_defense_file(folder)
-    return last if record is None else record["global_step"]
 
 
 def in_bytes(maxrss: int) -> int:
@@ -311,10 +305,14 @@ def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
     if undefended.adapter is None:
         missing = [*(f"alpha {alpha}" for alpha in plan.baselines.alphas), *([EMA] if plan.baselines.ema else [])]
         return [replace(like, name=name, error="the undefended run of this seed failed.") for name in missing]
+    from ..evaluation.drift import RESULT_FILE
+
     source = Path(undefended.adapter)
     found = []
     for step in sorted(checkpoint_steps(source)) if plan.baselines.early_stop else ():
-        if step != undefended.step:
+        # With a budget of drift, the seeds may keep different steps. A checkpoint of a kept step stays then, so that
+        # each seed has it.
+        if step != undefended.step or (source / RESULT_FILE).is_file():
             found.append(replace(like, name=f"step {step}", adapter=checkpoint_folder(str(source), step), step=step))
     for alpha in plan.baselines.alphas:
         output = folder / "baselines" / f"{source.name}-alpha{alpha}"

@@ -96,7 +96,7 @@ class QuestionSet:
         Args:
             template_kwargs: arguments for each question that has none of its own but `tools`, such as those of the
                 training rows.
-            of_all: arguments for every question. They come before the question's own arguments of the same name.
+            of_all: arguments for every question. They replace the question's own arguments of the same name.
         """
 
         def arguments(own: dict[str, Any]) -> dict[str, Any]:
@@ -267,8 +267,10 @@ def _from_item(index: int, item: Any) -> list[Question]:
         raise ValueError(f"question {id!r}: `system` is {json.dumps(system)[:60]}, no text")
     before = [{"role": "system", "content": system}] if system else []
     try:
+        if not isinstance(item.get("chat_template_kwargs") or {}, dict):
+            raise ValueError("`chat_template_kwargs` is no mapping from an argument to its value")
         wordings, template_kwargs = _wordings(item), template_arguments(item)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"question {id!r}: {error}") from None
     return [
         Question(

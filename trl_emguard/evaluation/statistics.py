@@ -33,8 +33,9 @@ def bootstrap(values: np.ndarray, seed: int = 0, limits: tuple[float, float] | N
     resemble each other. Missing values (NaN) are left out of the mean and of `n`.
 
     If all n questions have the same mean, every draw has it too, and the interval has no width. A rate of 0 does not
-    show that the property never occurs. So the interval of a rate then reaches 1 - 0.025^(1/n) to both sides, as far
-    as the exact interval of 0 out of n (Clopper and Pearson, 1934).
+    show that the property never occurs. The exact interval of 0 out of n (Clopper and Pearson, 1934) says that at most
+    the share 1 - 0.025^(1/n) of all questions is different. So the interval of a rate then holds the means that are
+    possible if this share has one of the `limits` instead.
 
     Args:
         values: `(Q, S)`: S samples of each of Q questions; or `(Q,)` for one sample per question.
@@ -51,7 +52,8 @@ def bootstrap(values: np.ndarray, seed: int = 0, limits: tuple[float, float] | N
         return Interval(value, float("nan"), float("nan"), int(counts.sum()))
     if limits is not None and np.ptp(sums / counts) < 1e-9:  # equal, but for rounding
         reach = 1 - ((1 - LEVEL) / 2) ** (1 / len(sums))
-        return Interval(value, max(value - reach, limits[0]), min(value + reach, limits[1]), int(counts.sum()))
+        low, high = (value + reach * (limit - value) for limit in limits)
+        return Interval(value, low, high, int(counts.sum()))
     random = np.random.default_rng(seed)
     means = []
     for start in range(0, DRAWS, _CHUNK):

@@ -10,7 +10,6 @@ from typing import Any
 
 import anyio
 import torch
-from inspect_ai.log._samples import sample_active
 from inspect_ai.model import ChatMessage, GenerateConfig, ModelAPI, ModelOutput, ModelUsage, modelapi
 
 from ..evaluation.candidates import check_candidates, load_candidates
@@ -113,7 +112,13 @@ class OwnSampler(ModelAPI):
         The id and epoch of inspect_ai's sample are part of the seed, because `inspect eval-retry` asks the samples
         that are left in another process, which does not know how often the prompt was asked before.
         """
-        active = sample_active()
+        try:
+            # inspect_ai does not export this function, and may move it. Without it, seeds differ within a process only.
+            from inspect_ai.log._samples import sample_active
+        except ImportError:
+            active = None
+        else:
+            active = sample_active()
         place = "" if active is None else f"{active.sample.id} {active.epoch}"
         text = f"{seed} {place} {list(ids)}"
         self.asked[text] += 1

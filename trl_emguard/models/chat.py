@@ -43,9 +43,16 @@ class EncodedAnswer(NamedTuple):
 
 
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row's chat-template arguments (`tools`, `chat_template_kwargs`), as SFTTrainer passes them."""
+    """Return a row's chat-template arguments (`tools`, `chat_template_kwargs`), as SFTTrainer passes them.
+
+    Raises:
+        ValueError: `tools` is a text that is no JSON.
+    """
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise ValueError(f"`tools` is no JSON ({error})") from error
     return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
 
 

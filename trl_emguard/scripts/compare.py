@@ -55,7 +55,7 @@ OF_JUDGE = ("judge", "rejudge", *evaluation.OF_JUDGE)
 # Options of a training that no run of a comparison may have, and why.
 REFUSED = {
     "accelerate_config": "launches several processes, and every run of a comparison is one",
-    "load_best_model_at_end": "keeps another step's weights in each run, and runs are compared after equal steps",
+    "load_best_model_at_end": "lets each run choose its last step by its own evaluation loss",
 }
 
 
@@ -351,7 +351,7 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
         if name not in known:
             raise ValueError(f"unknown option of `evaluate` {name!r}.{did_you_mean(name, known)}")
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+        words += [f"--{name}", *(json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in values)]
 
     parser.error = _raise  # type: ignore[method-assign]
     try:

@@ -308,7 +308,7 @@ def load_sets(args: argparse.Namespace, train: TrainRows) -> "list[QuestionSet]"
     An option's first set is named after the option, further sets after their files. If `--in_domain` is not given and
     `--train_data` names shipped rows, shipped questions of the same domain are added, if there are any. Questions
     without `chat_template_kwargs` get those of the training rows, if all of these share them. The arguments of
-    `--chat_template_kwargs` come first for all questions.
+    `--chat_template_kwargs` replace those of the same name.
 
     Raises:
         ValueError: `--limit` is below 1, a set cannot be read, two sets would have the same name, or questions
