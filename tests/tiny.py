@@ -204,10 +204,19 @@ def make_trainer(
 
 
 class Hub:
-    """Stand-in for the hub's client. It keeps each pushed folder's `defense.json`, weights and model card."""
+    """Stand-in for the hub's client. It keeps each pushed folder's `defense.json`, weights and model card.
 
-    def __init__(self) -> None:
+    A slow one ends its pushes only in [`finish`].
+    """
+
+    def __init__(self, is_slow: bool = False) -> None:
         self.pushed: list[SimpleNamespace] = []
+        self.is_slow, self.pending = is_slow, []
+
+    def finish(self) -> None:
+        self.is_slow = False
+        for push in self.pending:
+            push.set_result(None)
 
     def create_repo(self, name: str, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(repo_id=name)
@@ -220,7 +229,10 @@ class Hub:
             card=(folder / "README.md").read_text(),
         )
         self.pushed.append(content)
-        done.set_result(None)
+        if self.is_slow:
+            self.pending.append(done)
+        else:
+            done.set_result(None)
         return done
 
 

@@ -63,6 +63,7 @@ class DefendedTrainer(WholeCheckpoints):
     compares_weights: ClassVar[bool] = True  # true if resuming compares weights, which a dry run does not have
     _is_over = False  # true once training has ended: then `Defense.verdict` is called with `final=True`
     _has_begun = False  # true from the first `train()` on
+    _has_card = False  # true once this trainer has written a model card
 
     defenses: list[Defense]  # active defenses
 
@@ -134,7 +135,7 @@ class DefendedTrainer(WholeCheckpoints):
         return lines + [f"{name} was given and is not used." for name in self._unused]
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        self._begin_with = {}
+        self._begin_with, self._is_over = {}, False
         trial = kwargs.get("trial", args[0] if args else None)
         of_config = None if self._has_begun or trial is not None else self.args.resume_from_checkpoint
         # `False` and an empty string start the run anew. A shell variable that is not set gives an empty string.
@@ -272,7 +273,7 @@ class DefendedTrainer(WholeCheckpoints):
         self._learning_rate = max(float(group["lr"]) for group in groups) / peak if peak else 0.0
 
     def _begin(self) -> None:
-        self._steps_made, self._still_steps, self._is_over = 0, 0, False
+        self._steps_made = self._still_steps = 0
         for defense in self.defenses:
             defense.begin(self._begin_with.get(defense.name, {}))
         self._record()  # result unused: the call refuses options and evidence that a checkpoint could not hold
@@ -358,7 +359,8 @@ class DefendedTrainer(WholeCheckpoints):
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not _internal_call and Path(output_dir or self.args.output_dir) == Path(self.args.output_dir):
+        own = Path(self.args.output_dir).resolve()
+        if not (_internal_call or self._has_card) and Path(output_dir or own).resolve() == own:
             self.create_model_card()  # otherwise the folder could keep the card of an earlier run
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
@@ -368,14 +370,18 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer pushes `output_dir`, into which it copies the checkpoint's weights, but not the record beside them.
-        record = read_defense_file(checkpoint_folder) if self.is_world_process_zero() else None
-        if record is not None and self.args.hub_strategy != "end":
+        # It does neither while the last push still runs.
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        copies = self.args.hub_strategy != "end" and (self.args.hub_always_push or not is_busy)
+        record = read_defense_file(checkpoint_folder) if copies and self.is_world_process_zero() else None
+        if record is not None:
             write_defense_file(self.args.output_dir, record)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
+        self._has_card = True
         own_name = Path(self.args.hub_model_id or self.args.output_dir).name
         super().create_model_card(model_name or own_name, dataset_name, tags)
         if self.is_world_process_zero():

@@ -139,8 +139,8 @@ def engine_facts(trainer: Any) -> Engine:
     engines = {
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "FSDP": trainer.is_fsdp_enabled,
+        AT_LOAD: trainer.is_distributed_loading_by_transformers and (trainer.model.fsdp_size or 1) > 1,
         "tensor parallelism": trainer.get_tp_size() > 1,
-        AT_LOAD: trainer.is_distributed_loading_by_transformers,
     }
     return Engine(
         sharding=next((name for name, acts in engines.items() if acts), None),

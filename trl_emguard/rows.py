@@ -99,7 +99,7 @@ class DefendedRows(SFTTrainer):
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         first = next(iter(dataset))
-        if formatting_func is None:
+        if self.defenses and formatting_func is None and "input_ids" not in first:
             _check_shows_text(self._tokenizer, first)
         dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         if self.counts_whole_rows and isinstance(dataset, Dataset):

@@ -177,9 +177,10 @@ def test_a_checkpoint_of_the_model_alone_warns_of_the_learning_rate(tmp_path, ca
 def test_the_record_names_the_step_of_the_best_model_where_it_is_loaded(tmp_path):
     best = {"eval_dataset": make_rows(4), "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     trainer = trainer_for(tmp_path, metric_for_best_model="eval_loss", greater_is_better=True, **best)
-    trainer.train()
-    assert (record(trainer)["global_step"], trainer.state.global_step) == (2, 4)
-    assert read_defense_file(tmp_path / "checkpoint-4")["global_step"] == 4
+    for _ in range(2):  # a second training has nothing of the first one
+        trainer.train()
+        assert (record(trainer)["global_step"], trainer.state.global_step) == (2, 4)
+        assert read_defense_file(tmp_path / "checkpoint-4")["global_step"] == 4
 
 
 def test_resume_from_a_folder_that_is_missing(tmp_path):
@@ -496,6 +497,22 @@ def test_a_push_has_the_record_of_its_weights(tmp_path, monkeypatch, defense, st
         assert push.weights == (folder / "adapter_model.safetensors").read_bytes()
 
 
+def test_a_push_that_is_left_out_leaves_the_record_of_the_weights(tmp_path, monkeypatch):
+    """Trainer copies no weights while the last push still runs, so the record must stay too."""
+    hub, found = Hub(is_slow=True), []
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+
+    class Finish(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            found.append(read_defense_file(tmp_path)["global_step"])
+            hub.finish()
+
+    trainer = trainer_for(tmp_path, defense="kl", push_to_hub=True)
+    trainer.add_callback(Finish())
+    trainer.train()
+    assert found == [hub.pushed[0].record["global_step"]] == [2]
+
+
 def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
     trainer_for(tmp_path, save_only_model=True).train()
     assert newest_whole_checkpoint(tmp_path) == (4, {})
@@ -521,6 +538,9 @@ def test_a_saved_model_has_no_card_of_an_earlier_run(tmp_path, tuning, ending):
     assert "not defended" not in text
     assert f"Model Card for {tmp_path.name}" in text
     assert text.count("kl_coef=") == 1
+    trainer.create_model_card(dataset_name="org/rows")
+    trainer.save_model()
+    assert "org/rows" in card.read_text()
 
 
 @pytest.mark.parametrize("defense", ["none", "kl", "kl,ldifs"])

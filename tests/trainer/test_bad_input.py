@@ -388,6 +388,7 @@ def test_a_model_that_transformers_has_sharded(tmp_path, monkeypatch, defense):
     """A model of `from_pretrained(distributed_config=…)` is refused by the defenses that read weights themselves."""
     model = make_model()
     monkeypatch.setattr(type(model), "is_distributed_loading_by_transformers", True)
+    monkeypatch.setattr(type(model), "_fsdp_size", 2)
     options = {**run_options(defense, tmp_path), "save_strategy": "no"}
     if defense == "steering":
         make_trainer(tmp_path, model, **options)

@@ -165,6 +165,7 @@ FORMATS = {
     "prompt_completion": [{"prompt": "q", "completion": "a" * (i + 1)} for i in range(8)],
     "conversational": make_rows(8).to_list(),
     "tokenised": [{"input_ids": [5, 6, 7, 8][: i % 3 + 2]} for i in range(8)],
+    "tokenised_with_text": [{"input_ids": [5, 6, 7], "prompt": [{"role": "user", "content": "q"}]} for _ in range(8)],
 }
 
 

@@ -44,9 +44,14 @@ def read_marks(defenses: Sequence[Defense], batch: dict[str, Any]) -> Marks:
 def with_marks(defenses: Sequence[Defense], batch: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a micro-batch that holds its marks, for the functions below and for [`read_marks`].
 
+    If no defense has marks, the batch itself is returned. It then holds only inputs of the model, as a subclass of the
+    trainer may expect.
+
     Raises:
         ValueError: as in [`read_marks`].
     """
+    if all(type(defense).read_batch is Defense.read_batch for defense in defenses):
+        return batch
     batch = copy.copy(batch)
     batch[MARKS] = read_marks(defenses, batch)
     return batch
@@ -92,11 +97,11 @@ def count_positions(batches: Sequence[Mapping[str, Any]], scopes: Sequence[str])
     """Return the number of positions in each scope, summed over all batches, `(len(scopes),)`.
 
     Args:
-        batches: collated batches of `(B, T)` tensors that hold their marks ([`with_marks`]).
+        batches: collated batches of `(B, T)` tensors that hold their marks ([`with_marks`]), if there are any.
         scopes: names of the scopes.
     """
     counts = [
-        torch.stack([positions_in_scope(batch, scope, batch[MARKS].scopes).sum() for scope in scopes])
+        torch.stack([positions_in_scope(batch, scope, batch.get(MARKS, Marks()).scopes).sum() for scope in scopes])
         for batch in batches
     ]
     return torch.stack(counts).sum(0)

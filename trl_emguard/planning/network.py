@@ -25,7 +25,8 @@ def network_per_step(weights: Weights, run: Run, engine: Engine) -> dict[str, in
         volume["weights, forward"] = volume["weights, backward"] = weights.bytes * m
         if run.checkpointing and engine.is_deepspeed:
             # DeepSpeed gathers weights once more for the recomputed forward pass, and FSDP2 does not. The number is an
-            # upper bound, because DeepSpeed keeps weights that it needs again within `stage3_max_reuse_distance`.
+            # upper bound, because DeepSpeed keeps weights that it needs again within `stage3_max_reuse_distance`, and
+            # with `every_n_layers` only every n-th block is recomputed.
             volume["weights, recomputed"] = weights.bytes * m
         if run.reference == "adapters off" and not run.cached:
             volume["weights, reference"] = weights.bytes * m
