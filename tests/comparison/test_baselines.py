@@ -346,7 +346,7 @@ def test_weights_of_another_step_for_each_run_are_refused(config, capsys, baseli
     recipe.write_text(recipe.read_text().replace('save_strategy: "no"\n', best))
     config.write_text(config.read_text().replace("ema", baselines))
     assert commands.main(["compare", "--config", str(config), "--output_dir", str(config.parent / "out")]) == 1
-    assert "the run 'none': load_best_model_at_end=True keeps another step's weights" in capsys.readouterr().err
+    assert "the run 'none': load_best_model_at_end=True lets each run choose its last step" in capsys.readouterr().err
     assert not (config.parent / "out").exists()
 
 
