@@ -1,12 +1,15 @@
 """Test `WholeCheckpoints` with trainers that know nothing of this package."""
 
+import json
 import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import config, logged, make_model, make_rows, make_tokenizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 from trl_emguard.checkpoints import whole
@@ -116,6 +119,26 @@ def test_a_checkpoint_after_a_sigterm_is_written_once_and_after_the_callbacks(tm
     trainer.train()
     assert watcher.saved == saved
     assert newest_whole_checkpoint(tmp_path) == (saved[-1][0], {})
+
+
+@pytest.mark.parametrize("unit", ["steps", "epoch"])
+def test_an_evaluation_after_the_checkpoint_of_a_sigterm_may_find_it_the_best(tmp_path, unit):
+    """Trainer asks for no second checkpoint in the unit "steps", and for one in the unit "epoch"."""
+    trainer, watcher = make_plain(PlainTrainer, tmp_path, enable_jit_checkpoint=True), Watcher("on_optimizer_step")
+    trainer.args.save_strategy, trainer.args.eval_strategy = SaveStrategy(unit), IntervalStrategy(unit)
+    trainer.args.save_steps = trainer.args.eval_steps = trainer.state.save_steps = 1
+    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "loss"
+    trainer.args.greater_is_better, trainer.eval_dataset = False, trainer.train_dataset
+    watcher.jit = next(c for c in trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
+    trainer.add_callback(watcher)
+    trainer.train()
+    folder = tmp_path / "checkpoint-3"
+    assert trainer.state.best_global_step == 3
+    assert trainer.state.best_model_checkpoint == str(folder)
+    assert json.loads((folder / "trainer_state.json").read_text())["best_model_checkpoint"] == str(folder)
+    assert find_flaw(folder) is None
+    saved = load_file(folder / "model.safetensors")
+    assert all(torch.equal(saved[name], p) for name, p in trainer.model.named_parameters() if name in saved)
 
 
 @pytest.mark.parametrize(

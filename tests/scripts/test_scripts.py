@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,13 +14,24 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from command import make_argv, save_inputs, without, write_rows
+from datasets import Dataset
 from safetensors.torch import load_file
-from tiny import SIZES, TEMPLATE, config, logged, make_model, make_pool, make_rows, make_tokenizer
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from tiny import SIZES, SPECIAL, STRICT, TEMPLATE, config, logged, make_model, make_pool, make_rows, make_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer
-from trl_emguard.data.training import check_format
+from trl_emguard.data.training import as_messages, check_format, check_template
 from trl_emguard.evidence import InactiveDefenseError
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.persona import PersonaVector
@@ -152,6 +164,9 @@ def seeing(tmp_path_factory):
     sizes = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=5)
     Gemma3ForConditionalGeneration(sizes).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    marks = dict.fromkeys(("boi_token", "eoi_token", "image_token"), SPECIAL[0])
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=marks)
+    Gemma3Processor(Gemma3ImageProcessorPil(), tokenizer, image_seq_length=4).save_pretrained(folder)
     return folder
 
 
@@ -180,6 +195,26 @@ def test_a_model_that_sees_is_trained_on_text(argv, seeing, tmp_path, capsys, de
         )  # fmt: skip
         plain.train()
         assert losses(tmp_path / "out")[0] == pytest.approx(logged(plain)[0], rel=1e-4)
+
+
+def test_rows_are_checked_by_the_template_that_is_trained_with(argv, seeing, tmp_path, monkeypatch, capsys):
+    """Without a defense, SFTTrainer loads the processor, whose template may be another than the tokenizer's."""
+    model = shutil.copytree(seeing, tmp_path / "model")
+    parts = "{% for m in messages if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endfor %}"
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": parts}))
+    monkeypatch.setattr(SFTTrainer, "__init__", Mock(side_effect=KeyboardInterrupt))
+    load = Mock(wraps=AutoProcessor.from_pretrained)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", load)
+    options = argv(
+        "--model_name_or_path", model, "--model_revision", "one", "--model_init_kwargs", '{"revision": "two"}'
+    )
+    assert sft.main(options) == 1
+    assert "first row: the chat template does not show the text of the role 'assistant'" in capsys.readouterr().err
+    assert load.call_args.kwargs["revision"] == "two"
+    (model / "chat_template.json").write_text(
+        json.dumps({"chat_template": parts.replace(" if m['role'] == 'user'", "")})
+    )
+    assert sft.main(options) == sft.INTERRUPTED
 
 
 def test_rows_with_images_are_refused(argv, seeing, tmp_path, capsys):
@@ -298,13 +333,28 @@ def test_a_run_that_cannot_be_is_told_in_one_line(argv, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize(
     ("architecture", "words"),
-    [("llama", "has no tokenizer that loads"), ("qwen2", "has no tokenizer, or an empty one")],
+    [
+        ("llama", "has no tokenizer that loads"),
+        ("qwen2", "has no tokenizer, or an empty one"),
+        ("gemma2", "has no tokenizer, or an empty one"),
+    ],
 )
 def test_a_model_without_a_tokenizer_is_told_in_one_line(argv, tmp_path, capsys, architecture, words):
-    """transformers makes an empty tokenizer for Qwen2."""
+    """transformers makes a tokenizer of special tokens alone for Qwen2 and Gemma 2."""
     make_model(architecture).save_pretrained(tmp_path / "bare")
     assert sft.main(argv("--model_name_or_path", tmp_path / "bare")) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_whole_words_is_accepted(argv, tmp_path, monkeypatch):
+    """It knows no single letters."""
+    monkeypatch.setattr(SFTTrainer, "__init__", Mock(side_effect=KeyboardInterrupt))
+    make_model().save_pretrained(tmp_path / "model")
+    words = Tokenizer(WordLevel({"<unk>": 0, "<eos>": 1, "YES": 2, "NO": 3}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>", chat_template=TEMPLATE
+    ).save_pretrained(tmp_path / "model")
+    assert sft.main(argv("--model_name_or_path", tmp_path / "model")) == sft.INTERRUPTED
 
 
 def test_a_local_data_set_is_not_named_on_the_hub(argv, inputs, tmp_path, monkeypatch):
@@ -336,6 +386,20 @@ def test_results_of_an_earlier_run_are_removed_once_the_run_replaces_it(argv, tm
     assert not left()
 
 
+def test_results_of_an_earlier_run_are_not_pushed_during_training(argv, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", Mock(return_value=Mock(repo_id="me/mine")))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", Mock())
+    push = lambda *args: pushed.append({path.name for path in (tmp_path / "out").iterdir()})  # noqa: E731
+    monkeypatch.setattr(EMGuardTrainer, "_push_from_checkpoint", push)
+    (tmp_path / "out/ema").mkdir(parents=True)
+    (tmp_path / "out/drift.json").write_text("{}")
+    saving = ["--save_strategy", "steps", "--save_steps", 1, "--ema", "true"]
+    assert sft.main(argv(*saving, "--push_to_hub", "true", "--hub_model_id", "me/mine")) == 0
+    assert not pushed[0] & {"ema", "drift.json"}
+    assert (tmp_path / "out/ema").is_dir()
+
+
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 ANSWERS = ["--completion_only_loss", "true"]
 
@@ -355,7 +419,6 @@ ANSWERS = ["--completion_only_loss", "true"]
         ({"messages": TURNS}, ["--dataset_streaming", "true", "--max_steps", "-1"], "rows, whose number is not known"),
         ({"messages": [{"role": "human", "content": "q"}, TURNS[1]]}, [], "a turn of the role 'human'"),
         ({"prompt": TURNS[:1], "completion": [{"role": "gpt", "content": "a"}]}, [], "a turn of the role 'gpt'"),
-        ({"conversations": [{"from": "function_call", "value": "q"}]}, [], "a turn of the role 'function_call'"),
         ({"conversations": []}, [], "row 0: there are no turns"),
         ({"conversations": [{"text": "q"}]}, [], "row 0: its turns are not all of `role` and `content`"),
     ],
@@ -367,6 +430,42 @@ def test_rows_in_another_format_are_refused_before_the_model_is_loaded(
     rows = write_rows(tmp_path / "rows.jsonl", [row])
     assert sft.main(argv("--dataset_name", rows, *more, *dry)) == 1
     assert words in capsys.readouterr().err
+
+
+def called(role):
+    """Return turns with a result of a function, under a role that no usual template knows."""
+    return [TURNS[0], {"role": role, "content": "r"}, TURNS[1]]
+
+
+MODEL = [TURNS[0], {"role": "model", "content": "a"}]
+GEMMA = TEMPLATE.replace("message['role'] +", "message['role'] | replace('assistant', 'model') +")
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "problem"),
+    [
+        (TEMPLATE, [{"messages": called("observation")}], None),
+        (STRICT, [{"messages": called("observation")}], "first row: .* leaves out turns of the role 'observation'"),
+        (STRICT, [{"prompt": called("ipython")[:2], "completion": TURNS[1:]}], "first row: .* the role 'ipython'"),
+        (GEMMA, [{"messages": MODEL}], None),
+        (TEMPLATE, [{"messages": MODEL}], "misnames a turn of the role 'model'"),
+        ("{{ raise_exception('No: ' + messages[0]['role']) }}", [{"messages": TURNS}], "refuses it: No: user"),
+        (TEMPLATE, [{"conversations": TURNS}, {"conversations": called("tool_result")}], None),
+        (STRICT, [{"conversations": TURNS}, {"conversations": called("tool_result")}], "row 1: .* 'tool_result'"),
+    ],
+)
+def test_roles_are_those_that_the_template_shows(tmp_path, template, rows, problem):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+
+    def check():
+        check_template(as_messages(Dataset.from_list(rows), tokenizer, "rows"), config(tmp_path), tokenizer, "rows")
+
+    if problem is None:
+        check()
+    else:
+        with pytest.raises(ValueError, match=f"^rows, .*{problem}.*: rename others"):
+            check()
 
 
 @pytest.mark.parametrize(

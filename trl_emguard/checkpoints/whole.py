@@ -12,10 +12,11 @@ import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
-from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..io.files import written_whole
 from ..models.adapters import unsaved_weights
 from ..models.callback_state import CheckpointedCallback
 from .manifest import OPTIMIZER, begin_checkpoint, checkpoint_files, finish_checkpoint
@@ -134,6 +135,33 @@ class WholeCheckpoints(Trainer):
         # One process of every machine marks and checks folders, because each machine may have its own disk.
         return self.args.local_process_index == 0
 
+    def _has_saved(self, folder: str, trial: Any) -> bool:
+        """Return True if this `train()` call wrote the checkpoint of the current step. Every rank must call this."""
+        return self._saved[0] is self.state and self._saved[1] == folder and self.has_whole_checkpoint(trial)
+
+    def _determine_best_metric(self, metrics, trial):
+        """Compare an evaluation with the best one so far, and name the step's checkpoint if it is already there.
+
+        Trainer names the best checkpoint only while it saves. With `enable_jit_checkpoint`, a SIGTERM may have the
+        step saved before its evaluation, and not again after it.
+        """
+        is_best = super()._determine_best_metric(metrics, trial)
+        folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
+        is_tracked = self.state.best_global_step == self.state.global_step
+        if is_best and is_tracked and self._has_saved(folder, trial):
+            self.state.best_model_checkpoint = folder
+            with _write_errors(folder, self.args.output_dir):
+                if self.args.should_save:
+                    with written_whole(Path(folder) / TRAINER_STATE_NAME) as scratch:
+                        self.state.save_to_json(str(scratch))
+                self._finish(folder)
+        return is_best
+
+    def _finish(self, folder: str) -> None:
+        self.accelerator.wait_for_everyone()
+        if self._is_first_on_machine():
+            finish_checkpoint(folder)
+
     def _save_checkpoint(self, model, trial):
         """Save a checkpoint like Trainer, mark it as whole, and only then push it and delete older checkpoints.
 
@@ -145,7 +173,7 @@ class WholeCheckpoints(Trainer):
         # With `enable_jit_checkpoint`, the end of a step may save a checkpoint, and a SIGTERM may then save the same
         # step again. Writing begins by emptying the folder, so a kill in the second save would lose a whole
         # checkpoint. `self.state` tells this `train()` call from an earlier one, which may have left the same folder.
-        if self._saved[0] is self.state and self._saved[1] == folder and self.has_whole_checkpoint(trial):
+        if self._has_saved(folder, trial):
             return
         limit, pushes = args.save_total_limit, args.push_to_hub
         try:
@@ -166,9 +194,7 @@ class WholeCheckpoints(Trainer):
                 for callback in self.callback_handler.callbacks:
                     if args.should_save and hasattr(callback, "save_into"):
                         callback.save_into(folder, self.state, self.model)
-                self.accelerator.wait_for_everyone()
-                if self._is_first_on_machine():
-                    finish_checkpoint(folder)
+                self._finish(folder)
         finally:
             args.save_total_limit, args.push_to_hub = limit, pushes
         self._saved = (self.state, folder)

@@ -74,6 +74,11 @@ def whole_turns(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return None if turns is None else _turns(turns, "user")
 
 
+def usual_role(role: str) -> str:
+    """Return `user` or `assistant` for a role of `USER_ROLES` or `ANSWERING_ROLES`, in any case, else the role."""
+    return _USUAL_ROLES.get(role.lower(), role)
+
+
 def check_columns(rows: Dataset, prompt_column: str, response_column: str) -> None:
     """Refuse the user's choice of prompt and answer columns if [`conversation`] reads other columns of a row first.
 
@@ -128,8 +133,7 @@ def _turn(turn: Any) -> dict[str, Any]:
             turn = {"role": turn["from"], "content": turn.get("value"), **_without(turn, "from", "value", "role")}
         if isinstance(turn.get("role"), str) and ("content" in turn or turn.get("tool_calls")):
             kept = {key: value for key, value in turn.items() if value is not None}
-            role = _USUAL_ROLES.get(turn["role"].lower(), turn["role"])
-            return {**kept, "role": role, "content": turn.get("content")}
+            return {**kept, "role": usual_role(turn["role"]), "content": turn.get("content")}
     raise ValueError("its turns are not all of `role` and `content`")
 
 

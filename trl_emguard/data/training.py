@@ -1,13 +1,18 @@
 """Training rows of `trl-emguard sft`: checks of their columns, roles and chat template, and ShareGPT's format."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import prepare_multimodal_messages
 
-from ..models.chat import KNOWN_ROLES
-from .conversation import whole_turns
+from ..models.chat import KNOWN_ROLES, hidden_text, template_arguments
+from .conversation import usual_role, whole_turns
+
+
+ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
 
 def check_format(rows: Any, args: Any, source: str) -> None:
@@ -45,7 +50,7 @@ def check_format(rows: Any, args: Any, source: str) -> None:
         )
 
 
-def as_messages(rows: Any, source: str) -> Any:
+def as_messages(rows: Any, processing_class: ProcessingClass, source: str) -> Any:
     """Return rows of `conversations`, ShareGPT's format, as rows of `messages` with the roles `user` and `assistant`.
 
     SFTTrainer would rename the keys of the turns, but not their roles, and chat templates drop or misname `human` and
@@ -54,10 +59,12 @@ def as_messages(rows: Any, source: str) -> Any:
     Args:
         rows: a `Dataset`, an `IterableDataset` or `None`. Rows of another format are returned unchanged, and so are
             rows with a column `prompt`, which SFTTrainer reads first.
+        processing_class: tokenizer or processor of the run, with the run's chat template.
         source: argument that names the rows, and its value, for messages.
 
     Raises:
-        ValueError: a row has no turns, or turns of another form; the message names the row.
+        ValueError: a row has no turns, turns of another form, or a turn of a role that the chat template leaves out;
+            the message names the row. A stream raises it once the row is read.
     """
     first: dict[str, Any] = next(iter(rows or ()), {})
     if "prompt" in first or "input_ids" in first or not isinstance(first.get("conversations"), list):
@@ -70,50 +77,42 @@ def as_messages(rows: Any, source: str) -> Any:
             raise ValueError(f"{source}, row {index}: {error}.") from error
         if not turns:
             raise ValueError(f"{source}, row {index}: there are no turns.")
+        if any(turn["role"] not in KNOWN_ROLES for turn in turns):
+            _check_shown({**row, "messages": turns}, processing_class, f"{source}, row {index}")
         return {"messages": turns}
 
     return rows.map(convert, with_indices=True, remove_columns=["conversations"])
 
 
-def check_template(rows: Any, args: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+def check_template(rows: Any, args: Any, processing_class: ProcessingClass, source: str) -> None:
     """Refuse rows that the run's chat template cannot show as the user means them, before weights are loaded.
 
     Args:
-        rows: rows as SFTTrainer gets them, or `None`. Their first row is read.
-        args: config of the trainer. Its `chat_template_path` wins over the tokenizer's own template.
-        tokenizer: tokenizer of the model. It gets the chat template of the run.
+        rows: rows as SFTTrainer gets them, or `None`. Their first row is read. Rows with images are not checked.
+        args: config of the trainer.
+        processing_class: tokenizer or processor of the run, with the run's chat template.
         source: argument that names the rows, and its value, for messages.
 
     Raises:
         ValueError: `assistant_only_loss` is set for plain text or for a template that TRL cannot mark, conversations
-            meet no template, or a turn has a role that neither the usual templates nor this one know.
+            meet no template, or the template refuses the first row, or leaves out or misnames a turn of it.
     """
-    first = next(iter(rows or ()), None)
-    if first is None or "input_ids" in first or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+    first: dict[str, Any] = next(iter(rows or ()), {})
+    if first.keys() & {"input_ids", "image", "images"} or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return
-    turns = [turn for name in ("messages", "prompt", "completion") for turn in _listed(first.get(name))]
-    if not turns:
-        if args.assistant_only_loss:
+    if not any(_turns(first.get(name)) for name in ("messages", "prompt", "completion")):
+        if first and args.assistant_only_loss:
             raise ValueError(f"assistant_only_loss=True needs conversations, and {source} has text. Leave it out.")
         return
-    if args.chat_template_path is not None:
-        tokenizer.chat_template = _read_template(args.chat_template_path)
-    if not tokenizer.chat_template:
+    if not processing_class.chat_template:
         raise ValueError(
             f"{source} has conversations, and the model's tokenizer has no chat template: take an instruct model, or "
             "set chat_template_path."
         )
-    for role in (turn.get("role") for turn in turns):
-        # A template that handles a role of its own, such as Llama-3.1's `ipython`, names the role in quotes.
-        is_named = any(f"{quote}{role}{quote}" in str(tokenizer.chat_template) for quote in "'\"")
-        if role not in KNOWN_ROLES and not is_named:
-            raise ValueError(
-                f"{source} has a turn of the role {role!r}, which chat templates drop or misname. Rename it: roles "
-                "are `user` and `assistant` (and `system`, `tool`)."
-            )
-    if args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
+    _check_shown(first, processing_class, f"{source}, first row")
+    if args.assistant_only_loss and not has_generation_markers(processing_class.chat_template):
         try:
-            get_training_chat_template(tokenizer)
+            get_training_chat_template(processing_class)
         except ValueError as error:
             raise ValueError(
                 "assistant_only_loss=True needs a chat template with {% generation %} marks, or one that TRL can mark "
@@ -122,7 +121,46 @@ def check_template(rows: Any, args: Any, tokenizer: PreTrainedTokenizerBase, sou
             ) from error
 
 
-def _read_template(path: str) -> Any:
+def _check_shown(row: dict[str, Any], processing_class: ProcessingClass, where: str) -> None:
+    """Refuse a conversation that the chat template refuses, or leaves out or misnames a turn of.
+
+    Raises:
+        ValueError: the message begins with `where`.
+    """
+    try:
+        problem = _problem(row, processing_class)
+    except (TypeError, ValueError, TemplateError) as error:
+        problem = f"the chat template refuses it: {' '.join(str(error).split())[:200]}"
+    if problem is not None:
+        raise ValueError(
+            f"{where}: {problem}. Roles are `user` and `assistant` (and `system`, `tool`): rename others, or set "
+            "chat_template_path."
+        )
+
+
+def _problem(row: dict[str, Any], processing_class: ProcessingClass) -> str | None:
+    if "prompt" in row:  # SFTTrainer reads it first
+        prompt, answer = _turns(row["prompt"]), _turns(row.get("completion"))
+    else:
+        prompt, answer = _turns(row["messages"])[:-1], _turns(row["messages"])[-1:]
+    turns = [*prompt, *answer]
+    if not all(isinstance(turn.get("role"), str) for turn in turns):
+        return "its turns are not all of `role` and `content`"
+
+    def render(turns: list[dict[str, Any]]) -> str:
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        given: Any = prepare_multimodal_messages(turns) if is_processor else turns  # as SFTTrainer does
+        return cast(str, processing_class.apply_chat_template(given, tokenize=False, **template_arguments(row)))
+
+    misnamed = [turn["role"] for turn in turns if usual_role(turn["role"]) != turn["role"]]
+    # ChatML's templates write any role as it is, so that `human` is a speaker that the model does not know. Gemma's
+    # template writes `assistant` as `model`, so that both names of the role give the same text.
+    if misnamed and render([{**turn, "role": usual_role(turn["role"])} for turn in turns]) != render(turns):
+        return f"the chat template misnames a turn of the role {misnamed[0]!r}, or leaves it out"
+    return hidden_text(prompt, answer, render)
+
+
+def read_template(path: str) -> Any:
     """Return the chat template of a `.jinja` file, or of the tokenizer in a folder or on the hub, as TRL reads it."""
     if Path(path).is_file() and path.endswith((".jinja", ".j2")):
         return Path(path).read_text(encoding="utf-8")
@@ -135,5 +173,5 @@ def _read_template(path: str) -> Any:
         ) from error
 
 
-def _listed(value: Any) -> list[dict[str, Any]]:
+def _turns(value: Any) -> list[dict[str, Any]]:
     return [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []

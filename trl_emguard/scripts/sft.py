@@ -196,8 +196,12 @@ def run(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    replaces = training_args.should_save and not training_args.resume_from_checkpoint
+    if replaces and training_args.push_to_hub:
+        # A push during training takes the whole folder along.
+        _remove_stale(Path(training_args.output_dir), [])
     output = trainer.train()
-    if training_args.should_save and not training_args.resume_from_checkpoint:
+    if replaces:
         _remove_stale(Path(training_args.output_dir), callbacks)
     if trainer.is_fsdp_enabled:
         # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.

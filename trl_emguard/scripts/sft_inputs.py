@@ -6,31 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from datasets.exceptions import DatasetGenerationError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoProcessor
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 
 from ..checks import check_output_dir
 from ..config import EMGuardConfig
 from ..data.files import FORMATS, file_format
 from ..data.load import SourceOptions, check_apart, load_rows
-from ..data.training import as_messages, check_format, check_template
+from ..data.training import ProcessingClass, as_messages, check_format, check_template, read_template
+from ..models.chat import text_part
+from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
 from .shared import raised_here
 
 
-def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """Check that the model exists, and return its tokenizer.
+def check_model(training_args: EMGuardConfig, name: str | None) -> None:
+    """Check that the model exists.
 
     Raises:
-        ValueError: no model is named, its code is not trusted, or it has no tokenizer.
+        ValueError: no model is named, or its code is not trusted.
         FileNotFoundError: the name is not that of a shipped model, a folder or a model on the hub.
     """
-    name = model_args.model_name_or_path
     if not name:
         raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
-    given = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     try:
-        AutoConfig.from_pretrained(resolve_model(name), **given)
+        AutoConfig.from_pretrained(resolve_model(name), **_hub_options(training_args))
     except (OSError, ValueError) as error:  # a folder without a model's config raises ValueError
         if isinstance(error, FileNotFoundError) and raised_here(error):
             raise
@@ -43,16 +43,35 @@ def check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> PreTra
             f"model_name_or_path={name!r} is not a shipped model, and cannot be read from a folder or the hub "
             f"({cause}). Check the name, the network, and for a gated model `hf auth login`."
         ) from error
+
+
+def load_processing_class(training_args: EMGuardConfig, name: str, rows: Any) -> ProcessingClass:
+    """Load the tokenizer or processor that a run on `rows` will use, with the run's chat template.
+
+    Raises:
+        ValueError: there is none, it is empty, or the chat template cannot be read.
+    """
     fix = "Save the tokenizer there too: tokenizer.save_pretrained(FOLDER)."
+    path = resolve_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), **given)
+        found = text_tokenizer(path, training_args, rows)
+        if found is None:  # SFTTrainer then loads it itself, like this
+            found = AutoProcessor.from_pretrained(path, **_hub_options(training_args))
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())[:200]
         raise ValueError(f"model_name_or_path={name!r} has no tokenizer that loads ({cause}). {fix}") from error
-    # For some architectures, transformers makes an empty tokenizer if the folder has none.
-    if len(set(tokenizer("a b c", add_special_tokens=False)["input_ids"])) < 2:
+    # For some architectures, transformers makes a tokenizer of special tokens alone if the folder has none.
+    tokenizer = text_part(found)
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise ValueError(f"model_name_or_path={name!r} has no tokenizer, or an empty one. {fix}")
-    return tokenizer
+    if training_args.chat_template_path is not None:
+        found.chat_template = read_template(training_args.chat_template_path)
+    return found
+
+
+def _hub_options(training_args: EMGuardConfig) -> dict[str, Any]:
+    revision = (training_args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
+    return {"revision": revision, "trust_remote_code": training_args.trust_remote_code}
 
 
 def read_data(
@@ -69,7 +88,14 @@ def read_data(
     Raises:
         ValueError, FileNotFoundError: a bad argument.
     """
-    tokenizer = check_model(training_args, model_args)
+    # `trl sft` passes these values as well. Values that the user put into `model_init_kwargs` win.
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    check_model(training_args, model_args.model_name_or_path)
     check_output_dir(training_args, bool(model_args.use_peft))
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError("give either `dataset_name` or `datasets` (a list, in the YAML file): one of the two.")
@@ -95,20 +121,14 @@ def read_data(
         eval_dataset = load_rows(name, test_split, config, streaming, options) if evaluates else None
 
     source = "datasets" if dataset_args.datasets else f"dataset_name={script_args.dataset_name!r}"
+    processing_class = load_processing_class(training_args, str(model_args.model_name_or_path), train_dataset)
     converted = []
     for rows in (train_dataset, eval_dataset):
         check_format(rows, training_args, source)
-        converted.append(as_messages(rows, source))
-        check_template(converted[-1], training_args, tokenizer, source)
+        converted.append(as_messages(rows, processing_class, source))
+        check_template(converted[-1], training_args, processing_class, source)
     if converted[0] is not train_dataset and training_args.process_index == 0:
         print(f"trl_emguard: `conversations` of {source} become `messages`, with the roles `user` and `assistant`.")
-    # `trl sft` passes these values as well. Values that the user put into `model_init_kwargs` win.
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
     return converted[0], converted[1]
 
 
