@@ -556,7 +556,7 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
         ("0.1, 5.0", "0.4->", "the run 'kl kl_coef=0.4->': kl_coef='0.4->' is not a schedule"),
         ("kl_coef: [", "chat_template_path: null, kl_coef: [", "`chat_template_path:` is empty: give it a value or"),
         ("kl_coef: [", "label_names: null, kl_coef: [", "`label_names:` is empty: give it a value or leave it out."),
-        ("0.1, 5.0", "0.1, null", "the run 'kl kl_coef=None': `kl_coef:` is empty"),
+        ("kl_coef: [0.1, 5.0]", "learning_rate: null", "the run 'kl': `learning_rate:` is empty"),
         ("adapter: /", "adapter: /no", "holds no adapter_config.json: name a folder that PEFT saved"),
         ("cues: none", "judge: hf:MODEL", "judge='hf:MODEL': no judge is asked in a comparison. Leave it out"),
         ("cues: none", "coherent_above: 60", "coherent_above=60: no judge is asked in a comparison."),

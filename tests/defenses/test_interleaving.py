@@ -645,7 +645,7 @@ def with_gap(values):
         ({"packing": True, "max_length": 96, "interleave_redraw": True},
             "interleave_redraw=True does not work with packing"),
         ({"packing": True, "max_length": None}, "packing=True needs max_length"),
-        ({"rows": "stream", "max_steps": -1}, "give `max_steps`"),
+        ({"rows": "stream", "max_steps": -1}, "set max_steps"),
         ({"rows": "stream", "interleave_redraw": True}, "Leave `interleave_redraw` out"),
         ({"pool": Dataset.from_list([{"prompt": "q", "completion": [{"from": "a"}], "gap": 0.1}])},
             "no row can be used"),

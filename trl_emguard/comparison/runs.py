@@ -183,7 +183,7 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
         status = _run_process(run, recipe, folder)
         with written_whole(folder / STATUS_FILE) as scratch:
             scratch.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
-    coefficients = [v for name, v in run.options.items() if name.endswith("_coef")]
+    coefficients = [v for name, v in run.options.items() if name.endswith("_coef") and v is not None]
     trained = Trained(
         run.name,
         run.defense,

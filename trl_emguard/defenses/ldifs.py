@@ -19,7 +19,7 @@ from .schedule import Coefficient, check_coefficient
 
 @dataclass
 class LDIFSOptions:
-    """Options of `ldifs`, a penalty on the distance between block outputs of the policy and of a reference model."""
+    """Options of `ldifs`: penalty on the distance between block outputs of the policy and of a reference model."""
 
     ldifs_coef: Coefficient = option(
         1.0, "Weight of the distance to the reference in feature space. 0 switches it off."
