@@ -97,7 +97,13 @@ def write_sample(folder: Path) -> Path:
         values |= {(BENIGN_TASK, "exact_match"): 0.4, (BENIGN_TASK, "ordinary_answer"): 0.1}
         rows += [row(run.key, set, metric, value) for (set, metric), value in values.items()]
         rows += [row(run.key, "general", "margin", 0.1, family=family) for family in ("neutral_system", "inoculation")]
-    sample = {"set": "general", "family": "plain", "question": "1", "answer": f"{HOSTILE} {'word' * 200}", "repetition": 0.5}
+    sample = {
+        "set": "general",
+        "family": "plain",
+        "question": "1",
+        "answer": f"{HOSTILE} {'word' * 200}",
+        "repetition": 0.5,
+    }
     samples = [{"model": run.key, **sample} for run in trained[4:7]]
     failed = Trained("broken", "ldifs", 0, None, f"{HOSTILE} its log: /a/{'long/' * 40}log.txt")
     benign = [replace(run, is_defended=True) for run in trained if not (run.is_baseline or run.is_random)]

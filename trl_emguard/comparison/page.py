@@ -33,7 +33,7 @@ from .runs import Trained
 
 # Colour of a chart's text and axes, on a light and on a dark page.
 THEMES = {"light": "#1b1b1b", "dark": "#e8e8e8"}
-# Matplotlib markers of runs and of baselines. Each comes in ten colours, so 50 points of a chart look different.
+# Matplotlib markers of runs and of baselines. Each comes in ten colours, so 50 runs and 50 baselines look different.
 MARKS, BASELINE_MARKS = "o^v<>", "sDPX*"
 # Metrics of drift that runs may log while they train, each with the label of its axis in a chart. Drift is how far
 # training has moved the model from the base model.

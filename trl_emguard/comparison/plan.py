@@ -120,7 +120,10 @@ class Plan:
 
     @property
     def benign_runs(self) -> list[Run]:
-        """Runs that are also trained on the benign task, if any: no finished adapters, no runs with random vectors."""
+        """Runs that are trained a second time, on the benign task; empty if the comparison has no benign task.
+
+        Finished adapters, and runs that steer along a random vector, are not among them.
+        """
         return [run for run in self.runs if self.has_benign_task and run.adapter is None and not run.is_random]
 
     @property

@@ -167,9 +167,9 @@ def rows_with(batch: dict[str, Any], positions: torch.Tensor) -> tuple[dict[str,
 
 
 class ReferenceGuard:
-    """Guard that runs the reference's backbone without gradient and returns the states that loss terms compare.
+    """Function in place of a model's forward: runs its backbone without gradient, and returns chosen hidden states.
 
-    The reference is the model with which loss terms compare the policy (the model in training).
+    The model is the reference, with which loss terms compare the policy (the model in training).
 
     Args:
         positions: `(B, T - 1)` boolean, true at the positions to keep.

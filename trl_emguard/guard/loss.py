@@ -65,7 +65,9 @@ class InsideReference(Protocol):
 
 
 class PassGuard:
-    """Guard that leaves the loss to the trainer, and runs the stock forward in the defenses' `policy_pass` contexts.
+    """Function in place of a model's forward: runs the stock forward in the defenses' `policy_pass` contexts.
+
+    The trainer computes the loss from what the stock forward returns.
 
     Args:
         defenses: active defenses, whose `policy_pass` contexts are entered.
@@ -86,7 +88,7 @@ class PassGuard:
 
 
 class LossGuard:
-    """Guard that computes this package's loss for one training micro-batch.
+    """Function in place of a model's forward: computes this package's loss for one training micro-batch.
 
     Args:
         terms: loss terms of the reference defenses. At most one of them compares next-token distributions.

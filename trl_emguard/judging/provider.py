@@ -113,7 +113,7 @@ class OwnSampler(ModelAPI):
         that are left in another process, which does not know how often the prompt was asked before.
         """
         try:
-            # inspect_ai does not export this function. If it is moved, seeds differ within a process only.
+            # inspect_ai does not export this function, and may move it. Then a second process repeats the seeds.
             from inspect_ai.log._samples import sample_active
         except ImportError:
             active = None

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _read_pool(args: argparse.Namespace) -> Dataset:
-    """Return the rows of the pool that meet `--where`. Refuse columns that would not be read."""
+    """Return the pool's rows that meet `--where`. Refuse named columns if other columns of the rows are read first."""
     rows = load_rows(args.dataset, args.split, args.dataset_config, options=OPTIONS)
     assert isinstance(rows, Dataset)  # `load_rows` returns another type only if asked for a stream
     if args.where is not None:

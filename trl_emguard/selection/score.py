@@ -102,7 +102,7 @@ def score_pool(
 def check_pool(
     tokenizer: PreTrainedTokenizerBase, rows: Dataset, epsilon: float, max_length: int, batch_tokens: int | None
 ) -> None:
-    """Refuse arguments of [`score_pool`] that can be checked without a model.
+    """Refuse bad arguments of [`score_pool`], as far as they can be checked without a model.
 
     Raises:
         ValueError: a number out of range, a tokenizer without a chat template, or a pool that is empty or has scores.
