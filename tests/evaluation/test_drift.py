@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from trl_emguard import DriftCallback, EMACallback, EMGuardTrainer
 from trl_emguard.evaluation import EvaluationOptions, Question, QuestionSet, evaluate, from_adapters
 from trl_emguard.evaluation.candidates import Candidate
-from trl_emguard.evaluation.drift import DriftProbe
+from trl_emguard.evaluation.drift_probe import DriftProbe
 from trl_emguard.persona.shift import PersonaShiftCallback
 from trl_emguard.persona.vectors import PersonaVector
 
