@@ -64,6 +64,7 @@ class DefendedTrainer(WholeCheckpoints):
     _is_over = False  # true once training has ended: then `Defense.verdict` is called with `final=True`
     _has_begun = False  # true from the first `train()` on
     _has_card = False  # true once this trainer has written a model card
+    _chosen_step: int | None = None  # step whose weights a callback has put back at the end of training, if one has
 
     defenses: list[Defense]  # active defenses
 
@@ -135,7 +136,7 @@ class DefendedTrainer(WholeCheckpoints):
         return lines + [f"{name} was given and is not used." for name in self._unused]
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        self._begin_with, self._is_over = {}, False
+        self._begin_with, self._is_over, self._chosen_step = {}, False, None
         trial = kwargs.get("trial", args[0] if args else None)
         of_config = None if self._has_begun or trial is not None else self.args.resume_from_checkpoint
         # `False` and an empty string start the run anew. A shell variable that is not set gives an empty string.
@@ -170,6 +171,13 @@ class DefendedTrainer(WholeCheckpoints):
         unsaved = self.why_unsaved()
         if unsaved is not None:
             logger.warning(unsaved)
+
+    def _finalize_training(self, *args, **kwargs):
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "choose_weights"):  # true for `DriftCallback`, which may put back earlier weights
+                step = callback.choose_weights(self.args, self.state, self.model)
+                self._chosen_step = self._chosen_step if step is None else step
+        return super()._finalize_training(*args, **kwargs)
 
     def _conclude(self, trial: Any) -> None:
         """Check the finished run. If it was not defended, save the model and raise [`InactiveDefenseError`]."""
@@ -353,7 +361,7 @@ class DefendedTrainer(WholeCheckpoints):
             "defenses": {d.name: as_read(d, "options", d.options()) for d in self.defenses},
             "reference": None,
             "run": self._identity,
-            "global_step": step_of_weights(self.args, self.state, self._is_over),
+            "global_step": step_of_weights(self.args, self.state, self._is_over, self._chosen_step),
             "moved": self._has_moved,
             "evidence": {d.name: as_read(d, "evidence", d.evidence()) for d in self.defenses},
         }

@@ -75,12 +75,15 @@ def _bytes(column: pyarrow.Array) -> Iterator[bytes]:
         yield repr(column.to_pylist()).encode()
 
 
-def step_of_weights(args: TrainingArguments, state: TrainerState, is_over: bool) -> int:
+def step_of_weights(args: TrainingArguments, state: TrainerState, is_over: bool, chosen: int | None = None) -> int:
     """Return the step of the trainer's weights: the last one, or that of the best model if it is loaded at the end.
 
     Args:
         is_over: True once training has ended. Trainer then has loaded the best model, if `load_best_model_at_end`.
+        chosen: step whose weights a callback has put back at the end of training; `None` if none has.
     """
+    if chosen is not None:
+        return chosen
     has_best = is_over and args.load_best_model_at_end and state.best_model_checkpoint is not None
     return state.best_global_step if has_best else state.global_step
 

@@ -16,6 +16,7 @@ from trl_emguard import DriftCallback, EMACallback, EMGuardTrainer
 from trl_emguard.evaluation import EvaluationOptions, Question, QuestionSet, evaluate, from_adapters
 from trl_emguard.evaluation.candidates import Candidate
 from trl_emguard.evaluation.drift_probe import DriftProbe
+from trl_emguard.evidence import read_defense_file
 from trl_emguard.persona.shift import PersonaShiftCallback
 from trl_emguard.persona.vectors import PersonaVector
 
@@ -52,6 +53,13 @@ class Weights(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.steps.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+
+
+class Upload(TrainerCallback):
+    """Keeps the weights that a tracker would upload at the end of training."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
 def train(folder, *callbacks, resume=None, peft=True, **options):
@@ -190,14 +198,18 @@ def test_training_stops_and_keeps_the_last_weights_within_the_budget(tmp_path, r
     budget = (max(kl[:2]) + kl[3]) / 2
     stop = next(step for step, value in enumerate(kl, start=1) if value > budget)
     assert stop > 2  # else there is no step within the budget
-    trainer = train(tmp_path / "out", drift(budget=budget), peft=peft)
+    upload = Upload()
+    trainer = train(tmp_path / "out", upload, drift(budget=budget), peft=peft, save_strategy="steps", save_steps=stop)
     assert logged(trainer, "drift_kl") == kl[:stop]
     for name, weight in trainer.model.named_parameters():
         assert torch.equal(weight, weights[stop - 1][name])
+        assert torch.equal(upload.weights[name], weights[stop - 1][name])
     found = json.loads((tmp_path / "out" / "drift.json").read_text())
     assert found == {"stop_on_drift": budget, "step": stop - 1, "drift_kl": kl[stop - 2], "trained_to": stop}
     assert f"at step {stop}. The model is now that of step {stop - 1}," in capsys.readouterr().out
     trainer.save_model(str(tmp_path / "saved"))
+    assert read_defense_file(tmp_path / "saved")["global_step"] == stop - 1
+    assert read_defense_file(tmp_path / "out" / f"checkpoint-{stop}")["global_step"] == stop
     name = "adapter_model" if peft else "model"
     with safe_open(tmp_path / "saved" / f"{name}.safetensors", "pt") as file:
         saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

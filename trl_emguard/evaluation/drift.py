@@ -166,9 +166,17 @@ class DriftCallback(CheckpointedCallback):
         save_state(Path(folder) / STATE_FILE, model, {**self.probe.base, **kept}, facts)
 
     @torch.no_grad()
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def choose_weights(self, args: Any, state: Any, model: PreTrainedModel | PeftModel) -> int | None:
+        """If there is a budget, give the model the weights of the last measurement within it, and write `drift.json`.
+
+        `DefendedTrainer` calls this after the last step, before any callback's `on_train_end`: some callbacks upload
+        the model there.
+
+        Returns:
+            The step of the weights; `None` without a budget, which leaves the model as it is.
+        """
         if self.budget is None:
-            return
+            return None
         # The last step may not have been measured yet: early stopping, for example, ends a run after `on_step_end`.
         if self.measured_step != state.global_step:
             drift = as_main_process(self.probe.measure)["drift_kl"]
@@ -189,6 +197,7 @@ class DriftCallback(CheckpointedCallback):
                 f"{state.global_step}. The model is now that of step {self.kept_step}, the last one that was measured "
                 f"within it (drift_kl {self.kept_drift:.3g}){advice}."
             )
+        return self.kept_step
 
     def _check(self, args: Any, model: PreTrainedModel | PeftModel | None) -> None:
         if model is not None:
