@@ -138,6 +138,29 @@ def test_a_processor_is_asked_by_its_tokenizer(tmp_path):
     assert tokenizer.chat_template is None
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_line_beside_that_of_an_epoch_shows_the_shift_of_its_own_step(tmp_path, is_first):
+    """The last step of an epoch has a line already, so its second measurement is not logged."""
+
+    def shifts(folder, *before, **options):
+        trainer = make_trainer(tmp_path / folder, peft=lora(), max_steps=-1, num_train_epochs=2, **options)
+        shift = PersonaShiftCallback(trainer, vector(), ["Why?"])
+        for callback in (shift, *before) if is_first else (*before, shift):
+            trainer.add_callback(callback)
+        trainer.train()
+        return {
+            entry["step"]: entry["persona_shift"]
+            for entry in trainer.state.log_history
+            if "loss" in entry and "persona_shift" in entry
+        }, trainer.state.max_steps
+
+    steps, last = shifts("steps", logging_steps=1)
+    assert len(steps) == last
+    found, _ = shifts("epoch", drift(every=last // 4), logging_strategy="epoch")
+    assert found == {step: steps[step] for step in found}
+    assert bool(found) != is_first  # before the other callback asks for a line, the shift does not know of it
+
+
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (9, [6])])
 def test_steps_of_measurement(tmp_path, every, steps):
     trainer = train(tmp_path, drift(every=every), logging_steps=5)

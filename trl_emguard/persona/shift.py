@@ -129,9 +129,12 @@ class PersonaShiftCallback(TrainerCallback):
             return prompt_projections(self.trainer.model, self.tokenizer, self.vector, self.questions)[self.layer]
 
     def on_step_end(self, args, state, control, **kwargs):
+        # TRL's trainers keep the metrics of their next log line in this field. An earlier value is still there if
+        # Trainer wrote no line for it: the end of an epoch gets none if the last step of the epoch has one already.
+        metrics = self.trainer._metrics["train"]
+        metrics.pop("persona_shift", None)
         if control.should_log:
-            # TRL's trainers keep the metrics of their next log line in this field.
-            self.trainer._metrics["train"]["persona_shift"].append(self._project() - self.start)
+            metrics["persona_shift"] = [self._project() - self.start]
 
     # With logging_strategy="epoch", Trainer sets `should_log` at the end of an epoch, after the epoch's last call of
     # `on_step_end`. So `on_epoch_end` must measure the shift as well.
