@@ -196,13 +196,13 @@ def run(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    replaces = training_args.should_save and not training_args.resume_from_checkpoint
-    if replaces and training_args.push_to_hub:
+    folder, resumes = Path(training_args.output_dir), bool(training_args.resume_from_checkpoint)
+    if training_args.should_save and training_args.push_to_hub:
         # A push during training takes the whole folder along.
-        _remove_stale(Path(training_args.output_dir), [])
+        _remove_stale(folder, [], resumes)
     output = trainer.train()
-    if replaces:
-        _remove_stale(Path(training_args.output_dir), callbacks)
+    if training_args.should_save:
+        _remove_stale(folder, callbacks, resumes)
     if trainer.is_fsdp_enabled:
         # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -217,9 +217,14 @@ def run(
     trainer.end()
 
 
-def _remove_stale(folder: Path, callbacks: list[TrainerCallback]) -> None:
-    """Remove from a folder the average and the record of drift of an earlier run that this run has not replaced."""
-    if not any(isinstance(callback, EMACallback) for callback in callbacks) and (folder / EMA_FOLDER).is_dir():
+def _remove_stale(folder: Path, callbacks: list[TrainerCallback], resumes: bool) -> None:
+    """Remove from a folder the average and the record of drift of an earlier run that this run has not replaced.
+
+    A run that resumes keeps the average, which is of its own first part. It does not keep the record, which would name
+    the step of weights that the run has replaced.
+    """
+    has_average = any(isinstance(callback, EMACallback) for callback in callbacks)
+    if not (has_average or resumes) and (folder / EMA_FOLDER).is_dir():
         shutil.rmtree(folder / EMA_FOLDER)
         print(f"trl_emguard: removed {folder / EMA_FOLDER}, the average of an earlier run's weights.")
     if not any(isinstance(callback, DriftCallback) and callback.budget is not None for callback in callbacks):
