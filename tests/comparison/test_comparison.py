@@ -34,7 +34,7 @@ from trl_emguard.io.files import locked
 from trl_emguard.models.identity import weights_digest
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
-from trl_emguard.scripts.compare import check_questions, unfinished
+from trl_emguard.scripts.compare import check_questions, show_plan, unfinished
 
 
 def test_sweeps_and_seeds(tmp_path):
@@ -753,6 +753,17 @@ def test_finished_runs_are_not_left_to_train(tmp_path):
         (tmp_path / "runs" / run.folder).mkdir(parents=True)
         (tmp_path / "runs" / run.folder / "run.json").write_text('{"error": null}')
     assert unfinished(found, tmp_path) == []
+
+
+def test_the_hours_left_count_the_steps_that_a_budget_of_drift_discards(tmp_path):
+    found = plan(tmp_path, "recipe: RECIPE\nruns: [{defense: kl}]\n")
+    folder = tmp_path / "runs" / found.runs[0].folder
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"error": null, "step": 4, "seconds_per_step": 900}')
+    (folder / "drift.json").write_text('{"step": 4, "trained_to": 8}')
+    console = Console(record=True)
+    show_plan(found, tmp_path, console)
+    assert "1 runs to train, about 2.0 hours as the finished ones" in console.export_text()
 
 
 def kill_at(pattern, inputs):

@@ -212,8 +212,6 @@ def _state(folder: Path) -> str:
 
 def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     """Train a run in a process of its own, and return its error, step, seconds per step and peak host memory."""
-    from ..evaluation.drift import RESULT_FILE
-
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "trl_emguard.scripts.sft", *sft_arguments(run, recipe, folder)]
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
@@ -230,9 +228,7 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         return {"error": _reason(folder / LOG_FILE, code), "step": None}
     metrics = parse_json((folder / "train_results.json").read_text(encoding="utf-8"))
     step = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    # With `stop_on_drift`, the saved weights may be those of an earlier step than the last, as `drift.json` says.
-    drift = folder / RESULT_FILE
-    kept = parse_json(drift.read_text(encoding="utf-8"))["step"] if drift.is_file() else step
+    kept = _step_of_drift(folder, "step", step)
     if not kept:
         return {"error": "no measured step was within stop_on_drift: raise it, or lower drift_every.", "step": None}
     return {
@@ -241,6 +237,25 @@ def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
         "seconds_per_step": metrics["train_runtime"] / step,
         "peak_memory": in_bytes(usage.ru_maxrss),
     }
+
+
+def training_seconds(folder: Path, status: dict[str, Any]) -> float:
+    """Return the seconds that a finished run trained, from its folder and its `run.json`.
+
+    They include the steps after the kept one, if `stop_on_drift` has ended the run.
+    """
+    return _step_of_drift(folder, "trained_to", status["step"]) * status["seconds_per_step"]
+
+
+def _step_of_drift(folder: Path, entry: str, otherwise: int) -> int:
+    """Return a step from a run's `drift.json`: `step` of the saved weights or `trained_to`, the last step made.
+
+    Only a run with `stop_on_drift` has this file. For other runs, `otherwise` is returned.
+    """
+    from ..evaluation.drift import RESULT_FILE
+
+    path = folder / RESULT_FILE
+    return parse_json(path.read_text(encoding="utf-8"))[entry] if path.is_file() else otherwise
 
 
 def in_bytes(maxrss: int) -> int:

@@ -365,7 +365,7 @@ def show_plan(plan: Plan, folder: Path, console: Console) -> None:
 
     The hours left are estimated from the finished runs, if there are any.
     """
-    from ..comparison.runs import BENIGN, RUNS, read_status
+    from ..comparison.runs import BENIGN, RUNS, read_status, training_seconds
 
     left, known = 0, []
     for number, one in enumerate(plan.runs, start=1):
@@ -375,7 +375,7 @@ def show_plan(plan: Plan, folder: Path, console: Console) -> None:
             text = f"taken from {one.adapter}"
         elif status is not None:
             text = f"finished, {status['step']} steps"
-            known.append(status["step"] * status["seconds_per_step"])
+            known.append(training_seconds(folder / RUNS / one.folder, status))
         else:
             left += 1
             text = f"to train, {steps} steps" if steps else "to train"
