@@ -155,6 +155,8 @@ def test_accelerate_understands_every_shipped_file(name):
         (["--accelerate_config", "cpu", "--config_file", "x"], ["'--config_file'"]),
         (["--accelerate_config", "cpu", "--defense", "kll"], ["'kll'", "'kl'"]),
         (["--accelerate_config", "cpu", "--kl_coeff", "1"], ["'--kl_coeff'", "'--kl_coef'"]),
+        (["--accelerate_config", "fsdp2", "--drift_every", "2"], ["DriftCallback does not work under FSDP"]),
+        (["--accelerate_config", "zero3", "--ema", "true"], ["EMACallback does not work under DeepSpeed ZeRO-3"]),
         (["--num_processes", "2"], ["--num_processes", "--accelerate_config"]),
         (["--multi_gpu"], ["--multi_gpu", "--accelerate_config"]),
     ],

@@ -181,6 +181,16 @@ def simulated_ranks(ranks: int) -> Iterator[None]:
         GradientState._reset_state()
 
 
+def check_callbacks(callbacks: Sequence[TrainerCallback], engine: Engine) -> None:
+    """Refuse callbacks, which need whole weights on every rank, under an engine that shards the weights.
+
+    Raises:
+        ValueError: there is a callback, and the engine is ZeRO-3 or FSDP.
+    """
+    for callback in callbacks if engine.shards_weights else ():
+        refuse_sharded(callback, "DeepSpeed ZeRO-3" if engine.is_deepspeed else "FSDP")
+
+
 def check_settings(args: TrainingArguments, callbacks: Sequence[TrainerCallback], launch: Launch) -> None:
     """Refuse training arguments and callbacks that do not work with the launch's engine.
 
@@ -188,7 +198,7 @@ def check_settings(args: TrainingArguments, callbacks: Sequence[TrainerCallback]
 
     Args:
         args: training arguments.
-        callbacks: callbacks of the run; all of them need whole weights on every rank.
+        callbacks: callbacks of the run, for [`check_callbacks`].
         launch: facts about the launch.
 
     Raises:
@@ -202,8 +212,7 @@ def check_settings(args: TrainingArguments, callbacks: Sequence[TrainerCallback]
         )
     if fsdp and launch.on_cpu:
         refuse_unsharded_fsdp("use_cpu: true in the accelerate file")
-    for callback in callbacks if engine.shards_weights else ():
-        refuse_sharded(callback, "DeepSpeed ZeRO-3" if engine.is_deepspeed else "FSDP")
+    check_callbacks(callbacks, engine)
     if args.save_only_model and args.load_best_model_at_end and (engine.is_deepspeed or fsdp):
         raise ValueError(f"save_only_model=True does not work with load_best_model_at_end=True under {engine.name}.")
     if args.auto_find_batch_size and engine.name == "zero3":

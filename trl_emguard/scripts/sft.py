@@ -18,6 +18,7 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -71,11 +72,11 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
         _check_launched(parser, argv, launch_args)
     else:
         arguments = _launch_arguments(parser, argv, launch_args)
-        if arguments is not None and not launch_args.dry_run:
-            _check_launch(parser, arguments)
-            return launch(arguments)
     try:
         callbacks = make_callbacks(launch_args)
+        if arguments is not None and not launch_args.dry_run:
+            _check_launch(parser, arguments, callbacks)
+            return launch(arguments)
         if launch_args.dry_run:
             dry_run(script_args, training_args, model_args, dataset_args, callbacks, arguments)
         else:
@@ -125,12 +126,13 @@ def _launch_arguments(
         parser.error(str(error))
 
 
-def _check_launch(parser: LaunchParser, arguments: argparse.Namespace) -> None:
-    """Refuse a launch that accelerate would refuse with a traceback, and print notes on its settings."""
-    from ..planning.engine import read_launch
+def _check_launch(parser: LaunchParser, arguments: argparse.Namespace, callbacks: Sequence[TrainerCallback]) -> None:
+    """Refuse a launch that accelerate or a callback would refuse later, and print notes on its settings."""
+    from ..planning.engine import check_callbacks, read_launch
 
     try:
         found = read_launch(arguments)
+        check_callbacks(callbacks, found.engine)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     if found.engine.is_deepspeed and not is_deepspeed_available():
