@@ -2,14 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from tiny import make_rows, save_model
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from trl_emguard.io.recipes import recipes_dir
-from trl_emguard.scripts import sft
+from trl_emguard.scripts import launch, sft
 from trl_emguard.scripts.launch import find_accelerate_config, launch_arguments
 
 
@@ -225,6 +227,15 @@ def test_a_launched_process_launches_nothing(refused, more):
 def command(tmp_path):
     save_model(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()), encoding="utf-8")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_several_ranks_gives_the_exit_code_of_a_shell(monkeypatch, number):
+    def launch_command(arguments):
+        raise SignalException("got a signal", number)
+
+    monkeypatch.setattr(launch, "launch_command", launch_command)
+    assert sft.main([*FREE, "--accelerate_config", "cpu"]) == 128 + number
+
+
     options = {
         "model_name_or_path": tmp_path / "model",
         "dataset_name": tmp_path / "rows.jsonl",
