@@ -209,6 +209,13 @@ def test_a_launch_without_its_package_is_refused(refused, monkeypatch):
     assert "not installed: pip install 'trl_emguard[deepspeed]'" in refused("--accelerate_config", "zero3")
 
 
+def test_a_launch_without_the_package_of_its_optimizer_is_refused(refused, monkeypatch):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    line = refused("--accelerate_config", "cpu", "--optim", "adamw_8bit")
+    assert "optim=adamw_8bit: You need to install `bitsandbytes`" in line
+    assert "pip install" in line
+
+
 def test_a_launch_of_one_process_instead_of_several_is_told(launched, capsys):
     assert sft.main([*FREE, "--accelerate_config", "cpu", "--num_processes", "2"]) == 0
     assert "warning: num_processes=2 starts one process. On GPUs" in capsys.readouterr().err
@@ -220,13 +227,6 @@ def test_a_launched_process_launches_nothing(refused, more):
     assert "--config_file" in refused(*more, launched=True)
 
 
-# ---- real processes ----
-
-
-@pytest.fixture
-def command(tmp_path):
-    save_model(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()), encoding="utf-8")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_several_ranks_gives_the_exit_code_of_a_shell(monkeypatch, number):
     def launch_command(arguments):
@@ -236,6 +236,13 @@ def test_a_signal_to_several_ranks_gives_the_exit_code_of_a_shell(monkeypatch, n
     assert sft.main([*FREE, "--accelerate_config", "cpu"]) == 128 + number
 
 
+# ---- real processes ----
+
+
+@pytest.fixture
+def command(tmp_path):
+    save_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()), encoding="utf-8")
     options = {
         "model_name_or_path": tmp_path / "model",
         "dataset_name": tmp_path / "rows.jsonl",

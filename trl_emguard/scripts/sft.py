@@ -46,7 +46,7 @@ from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 from .options import help_page
-from .sft_inputs import read_data
+from .sft_inputs import check_packages, read_data
 from .shared import raised_here
 
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
     else:
         arguments = _launch_arguments(parser, argv, launch_args)
         if arguments is not None and not launch_args.dry_run:
-            _check_launch(parser, arguments)
+            _check_launch(parser, arguments, training_args, model_args)
             return launch(arguments)
     try:
         callbacks = make_callbacks(launch_args)
@@ -125,11 +125,14 @@ def _launch_arguments(
         parser.error(str(error))
 
 
-def _check_launch(parser: LaunchParser, arguments: argparse.Namespace) -> None:
-    """Refuse a launch that accelerate would refuse with a traceback, and print notes on its settings."""
+def _check_launch(
+    parser: LaunchParser, arguments: argparse.Namespace, training_args: EMGuardConfig, model_args: ModelConfig
+) -> None:
+    """Refuse a launch that accelerate or each rank would refuse with a traceback, and print notes on its settings."""
     from ..planning.engine import read_launch
 
     try:
+        check_packages(training_args, model_args)
         found = read_launch(arguments)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
