@@ -1,10 +1,19 @@
 # `make demo` and `make test` are all that a newcomer needs: both begin with `make setup`.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
+# Prints one line and fails on a Python that is too old, which would otherwise be found only after large downloads.
+CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d is too old: install 3.11 to 3.13, or name \
+	one by make PYTHON=/path/to/python3.11" % sys.version_info[:2])
 BIN := .venv/bin
 # Nothing here needs a model hub: a run that asks one is a fault, not a delay.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # glibc hands large blocks back to the system after every use, and touching fresh ones costs a third of a step on CPU.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
+
+# Makes an environment, unless it is there with a Python that works. One of an older Python, or half made, is replaced.
+define venv
+@$(PYTHON) -c '$(CHECK)'
+@$(1)/bin/python -c 'import pip; $(CHECK)' 2> /dev/null || $(PYTHON) -m venv --clear $(1)
+endef
 
 .PHONY: setup demo test test-latest test-long test-faults test-distributed soak report-check lint docs bench bench-gpu clean
 
@@ -13,7 +22,7 @@ setup: .venv/.ready
 # CPU torch first: a bare `torch` brings several GB of CUDA packages. Where the CPU index is out of reach, PyPI's own build
 # of the same version is taken.
 .venv/.ready: setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	$(call venv,.venv)
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --retries 1 \
 		--extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
@@ -30,7 +39,7 @@ test: setup
 # The tests on the newest of everything that installs, in an environment of its own. Where the CPU index is out of reach,
 # torch brings several GB of CUDA packages.
 test-latest:
-	$(PYTHON) -m venv .venv-latest
+	$(call venv,.venv-latest)
 	.venv-latest/bin/pip install --quiet --upgrade pip
 	.venv-latest/bin/pip install --quiet --upgrade --retries 1 \
 		--extra-index-url https://download.pytorch.org/whl/cpu torch

@@ -54,6 +54,25 @@ def test_the_console_command_is_main():
     assert command.load() is commands.main
 
 
+# ---- make ----
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_an_old_python_is_refused_before_an_environment_is_made(tmp_path):
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 9, 2); $2"\n')
+    python.chmod(0o755)
+    for target in ("setup", "test-latest"):
+        done = subprocess.run(
+            ["make", target, f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert "Python 3.9 is too old: install 3.11 to 3.13, or name one by make PYTHON=" in done.stderr
+        assert not list(tmp_path.glob(".venv*"))
+
+
 # ---- a plain install ----
 
 

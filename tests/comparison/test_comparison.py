@@ -622,6 +622,16 @@ def test_a_model_that_the_evaluation_would_not_load_is_refused(inputs, capsys, o
     assert f": {message}" in error
 
 
+def test_a_run_without_the_package_of_its_optimizer_is_refused(inputs, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    path = inputs / "compare.yaml"
+    path.write_text(path.read_text().replace("defense: kl", "defense: kl, optim: adamw_8bit"))
+    assert commands.main([*line(inputs, "out"), "--dry_run"]) == 1
+    error = capsys.readouterr().err
+    assert "the run 'kl" in error
+    assert "optim=adamw_8bit: You need to install `bitsandbytes`" in error
+
+
 def test_a_recipe_without_rows_is_refused_and_questions_without_the_narrow_task_are_noted(inputs, capsys):
     path = inputs / "compare.yaml"
     path.write_text(re.sub(r"in_domain: [^,]+, ", "", path.read_text()))

@@ -93,8 +93,10 @@ def test_an_interrupted_conversion_leaves_nothing(cache, weights, monkeypatch, i
         raise interruption
 
     monkeypatch.setattr(weights.tokenizer, "save_pretrained", interrupt)
-    with pytest.raises(type(interruption)):
+    with pytest.raises(type(interruption)) as error:
         resolve_model(SMOLLM2)
+    if isinstance(interruption, OSError):
+        assert f"TRL_EMGUARD_CACHE={str(cache)!r}" in str(error.value)
     assert "model.safetensors" in seen
     assert os.listdir(cache) == []
 

@@ -2,14 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from tiny import make_rows, save_model
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from trl_emguard.io.recipes import recipes_dir
-from trl_emguard.scripts import sft
+from trl_emguard.scripts import launch, sft
 from trl_emguard.scripts.launch import find_accelerate_config, launch_arguments
 
 
@@ -209,6 +211,13 @@ def test_a_launch_without_its_package_is_refused(refused, monkeypatch):
     assert "not installed: pip install 'trl_emguard[deepspeed]'" in refused("--accelerate_config", "zero3")
 
 
+def test_a_launch_without_the_package_of_its_optimizer_is_refused(refused, monkeypatch):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    line = refused("--accelerate_config", "cpu", "--optim", "adamw_8bit")
+    assert "optim=adamw_8bit: You need to install `bitsandbytes`" in line
+    assert "pip install" in line
+
+
 def test_a_launch_of_one_process_instead_of_several_is_told(launched, capsys):
     assert sft.main([*FREE, "--accelerate_config", "cpu", "--num_processes", "2"]) == 0
     assert "warning: num_processes=2 starts one process. On GPUs" in capsys.readouterr().err
@@ -218,6 +227,15 @@ def test_a_launch_of_one_process_instead_of_several_is_told(launched, capsys):
 @pytest.mark.parametrize("more", [["--accelerate_config", "cpu"], ["--num_processes=2"], ["--accelerate-config=cpu"]])
 def test_a_launched_process_launches_nothing(refused, more):
     assert "--config_file" in refused(*more, launched=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_several_ranks_gives_the_exit_code_of_a_shell(monkeypatch, number):
+    def launch_command(arguments):
+        raise SignalException("got a signal", number)
+
+    monkeypatch.setattr(launch, "launch_command", launch_command)
+    assert sft.main([*FREE, "--accelerate_config", "cpu"]) == 128 + number
 
 
 # ---- real processes ----

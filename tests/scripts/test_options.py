@@ -15,9 +15,11 @@ import pytest
 from trl_emguard import EMGuardConfig
 from trl_emguard.config import ReferenceOptions
 from trl_emguard.defenses import DEFENSES, DefenseArguments
+from trl_emguard.scripts import compare, demo, evaluate, persona, project, score, select
 from trl_emguard.scripts.options import COMMAND, COMMON, methods, own_fields, title
 from trl_emguard.scripts.recipes import recipes_dir
 from trl_emguard.scripts.sft import make_parser
+from trl_emguard.scripts.shared import name_adapters
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -54,6 +56,35 @@ def groups(text):
         elif match := re.match(r"  --(\w+)", line):
             options.append(match[1])
     return found
+
+
+@pytest.mark.parametrize(
+    ("module", "run", "words", "names"),
+    [
+        (compare, "run", "--config c --output_dir=~/a", ["output_dir"]),
+        (demo, "run", "--output_dir=~/a", []),
+        (evaluate, "run", "--rejudge=~/b --output_dir=~/a", ["output_dir", "rejudge"]),
+        (persona, "run_extract", "extract --model m --trait evil --output=~/a", ["output"]),
+        (persona, "run_inspect", "inspect v --picture=~/a", ["picture"]),
+        (persona, "run_random", "random --like v --output=~/a", ["output"]),
+        (project, "run", "--adapter=~/b --base m --aligned m --output=~/a", ["output", "adapter"]),
+        (score, "run", "--model m --misaligned b --dataset d --output=~/a", ["output"]),
+        (select, "run", "--scores=~/b --by gap --count 1 --output=~/a", ["output", "scores"]),
+    ],
+)
+def test_the_home_folder_in_a_path(monkeypatch, tmp_path, module, run, words, names):
+    """A shell does not expand the `~` of `--output_dir=~/a`."""
+    given = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(module, run, lambda args, *more: given.append(args))
+    assert module.main(words.split()) == 0
+    found = [getattr(given[0], name) for name in names] or given
+    assert found == [tmp_path / name for name in "ab"[: len(found)]]
+
+
+def test_the_home_folder_in_an_adapter(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert name_adapters(["~/a", "other=~/b"], "--adapter") == {"a": f"{tmp_path}/a", "other": f"{tmp_path}/b"}
 
 
 @pytest.mark.parametrize("page_name", TABLES)

@@ -34,6 +34,7 @@ from trl_emguard import EMGuardTrainer
 from trl_emguard.data.training import as_messages, check_format, check_template
 from trl_emguard.evidence import InactiveDefenseError
 from trl_emguard.io.recipes import recipes_dir
+from trl_emguard.models.shipped import SMOLLM2
 from trl_emguard.persona import PersonaVector
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts import sft
@@ -116,6 +117,27 @@ def test_a_folder_that_is_no_model_is_told_in_one_line(argv, tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     assert sft.main(argv("--model_name_or_path", tmp_path / "adapter")) == 1
     assert "cannot be read from a folder or the hub" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_not_taken_for_an_unknown_model(argv, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRL_EMGUARD_CACHE", str(tmp_path / "file/cache"))
+    assert sft.main(argv("--model_name_or_path", SMOLLM2)) == 1
+    line = capsys.readouterr().err
+    assert "TRL_EMGUARD_CACHE=" in line
+    assert "cannot be written to (Not a directory)" in line
+    assert "not a shipped model" not in line
+
+
+@pytest.mark.parametrize("option", [["--optim", "adamw_8bit"], ["--load_in_4bit", "true"], ["--load_in_8bit", "true"]])
+@pytest.mark.parametrize("more", [[], ["--dry_run", "true"]])
+def test_a_missing_package_is_told_before_anything_is_read(argv, monkeypatch, capsys, option, more):
+    for place in ("transformers.trainer_optimizer", "trl_emguard.scripts.sft_inputs"):
+        monkeypatch.setattr(f"{place}.is_bitsandbytes_available", lambda: False)
+    assert sft.main(argv(*option, *more, "--model_name_or_path", "./missing")) == 1
+    line = capsys.readouterr().err
+    assert f"{option[0][2:]}=" in line
+    assert "pip install -U bitsandbytes" in line
 
 
 def test_a_coefficient_of_zero_is_said(argv, tmp_path, capsys):

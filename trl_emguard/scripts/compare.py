@@ -26,7 +26,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,8 @@ from ..models.chat import shared_template_kwargs
 from . import evaluate as evaluation
 from .sft import make_callbacks
 from .sft import make_parser as make_sft_parser
-from .shared import RESUMES, check_charts, run_command
+from .sft_inputs import check_packages
+from .shared import RESUMES, check_charts, refuse, run_command, to_path
 
 
 # Options of `evaluate` that a comparison's YAML file cannot set. The comparison chooses the models and the folder
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         "trl-emguard compare", description=__doc__, formatter_class=raw, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="YAML file of the comparison")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for runs and report")
+    parser.add_argument("--output_dir", required=True, type=to_path, help="folder for runs and report")
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and train nothing")
     args = parser.parse_args(argv)
     return run_command("compare", lambda: run(args, argv, Console(width=100)), RESUMES)
@@ -232,9 +233,9 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
         The config of the first run, the undefended one.
 
     Raises:
-        ValueError: an option is unknown, empty, one of `REFUSED`, or does not accept its value, no option names
-            training rows, the run trains the whole model, its `adapter` is no folder with an adapter, or the
-            evaluation would load another model than the training. The message names the run.
+        ValueError: an option is unknown, empty, one of `REFUSED`, does not accept its value, or needs a package that
+            is missing, no option names training rows, the run trains the whole model, its `adapter` is no folder with
+            an adapter, or the evaluation would load another model than the training. The message names the run.
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
@@ -266,13 +267,14 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
         if plan.option(one, "dataset_name") is None and not plan.option(one, "datasets"):
             raise ValueError(f"the run {name!r} has no training rows: add dataset_name to {plan.recipe}.")
         parser = make_sft_parser()
-        parser.error = _raise  # type: ignore[method-assign]
+        parser.error = refuse  # type: ignore[method-assign]
         try:
             _check_empty(one.options, parser)
             # With `--dry_run true`, the parser accepts bf16 on a machine without an accelerator. A dry run of a
             # comparison trains nothing, so it accepts bf16 there too.
             words = [*sft_arguments(one, plan.recipe, Path("unused")), "--dry_run", str(is_dry).lower()]
             _, training_args, model_args, _, launch_args = parser.parse(words)
+            check_packages(training_args, model_args)
             _check_model(training_args, model_args)
             configs.append(training_args)
             make_callbacks(launch_args)  # result unused: the call refuses bad options of callbacks
@@ -326,10 +328,6 @@ def _takes_none(action: argparse.Action) -> bool:
         return False
 
 
-def _raise(message: str) -> NoReturn:
-    raise ValueError(" ".join(message.split()))
-
-
 def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Namespace:
     """Return the arguments of `trl-emguard evaluate`, parsed from `evaluate` in the comparison's YAML file.
 
@@ -353,7 +351,7 @@ def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Nam
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *(json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in values)]
 
-    parser.error = _raise  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]
     try:
         return parser.parse_args(words)
     except ValueError as error:

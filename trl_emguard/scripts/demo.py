@@ -29,7 +29,7 @@ from ..io.files import check_writable
 from ..models.rescale import rescale_adapter
 from ..models.shipped import SMOLLM2, resolve_model
 from ..testbeds import Testbed, get_testbed
-from .shared import check_charts, run_command
+from .shared import check_charts, run_command, to_path
 
 
 STEPS, ROWS, SEED = 32, 8, 42
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="trl-emguard demo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/demo"), help="folder for runs, table, picture and report"
+        "--output_dir", type=to_path, default=Path("outputs/demo"), help="folder for runs, table, picture and report"
     )
     args = parser.parse_args(argv)
     return run_command("demo", lambda: run(args.output_dir, argv, Console(width=100)))

@@ -25,7 +25,7 @@ from ..data.conversation import SYSTEM_ROLES, Conversation, conversation, turn_t
 from ..data.load import SourceOptions, load_rows
 from ..io.files import check_writable
 from ..io.terminal import printable
-from .shared import RESUMES, json_mapping, name_adapters, run_command
+from .shared import RESUMES, json_mapping, name_adapters, run_command, to_path
 
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     measured.add_argument("--persona_vector", metavar="V", help="persona vector: its file or shipped name")
     measured.add_argument("--batch_tokens", type=int, help="tokens of a forward pass (8192 on a GPU, 1024 on a CPU)")
     add_judge_arguments(parser)
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for results and finished work")
+    parser.add_argument("--output_dir", required=True, type=to_path, help="folder for results and finished work")
     return parser
 
 
@@ -117,7 +117,7 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     judged.add_argument(
         "--rejudge",
         metavar="DIR",
-        type=Path,
+        type=to_path,
         help="judge the answers of an earlier --output_dir, without --model",
     )
     judged.add_argument("--max_connections", type=int, default=10, help="requests at a time; default: %(default)s")

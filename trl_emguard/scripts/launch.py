@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..defenses.options import option
@@ -173,4 +174,7 @@ def launch(arguments: argparse.Namespace) -> int:
         return max(error.get_first_failure()[1].exitcode, 1)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SignalException as error:
+        # With several ranks, torch stops them on Ctrl-C or SIGTERM and then raises this. The code is a shell's.
+        return 128 + error.sigval
     return 0

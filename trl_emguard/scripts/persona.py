@@ -24,7 +24,7 @@ from ..persona.extract import check_extraction, extract_vector
 from ..persona.shift import check_layer, persona_shift
 from ..persona.traits import SHIPPED_TRAITS, load_trait
 from ..persona.vectors import SHIPPED_VECTORS, PersonaVector, load_vector, random_like
-from .shared import RESUMES, name_adapters, run_command
+from .shared import RESUMES, name_adapters, run_command, to_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     extract = command("extract", run_extract, "make the persona vector of a trait with your model")
     extract.add_argument("--model", required=True, help="model folder, hub id or shipped name")
     extract.add_argument("--trait", required=True, help=f"{', '.join(SHIPPED_TRAITS)}, or a YAML file")
-    extract.add_argument("--output", required=True, type=Path, help="the .safetensors file to write")
+    extract.add_argument("--output", required=True, type=to_path, help="the .safetensors file to write")
     extract.add_argument("--max_new_tokens", type=int, default=64, help="length of an answer (default: %(default)s)")
     extract.add_argument("--batch_size", type=int, default=40, help="answers generated at once (default: %(default)s)")
     extract.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
@@ -61,11 +61,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     inspect = command("inspect", run_inspect, "print a vector's norms and separation per layer, and draw them")
     inspect.add_argument("vector", help=f"a file, or a shipped vector: {', '.join(SHIPPED_VECTORS)}")
-    inspect.add_argument("--picture", type=Path, help="where the picture goes (default: beside the file, as .png)")
+    inspect.add_argument("--picture", type=to_path, help="where the picture goes (default: beside the file, as .png)")
 
     random = command("random", run_random, "make a random vector with the same norms: the control of any claim")
     random.add_argument("--like", required=True, help="the vector whose norms are taken")
-    random.add_argument("--output", required=True, type=Path, help="the .safetensors file to write")
+    random.add_argument("--output", required=True, type=to_path, help="the .safetensors file to write")
     random.add_argument("--seed", type=int, default=0, help="seed of the random rotation (default: %(default)s)")
 
     project = command("project", run_project, "measure how far an adapter moves a model along a vector")

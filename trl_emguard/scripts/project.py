@@ -10,14 +10,13 @@ this machine, in a folder or in the hub's cache.
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from ..io.terminal import visible
 from ..models.safelora import RECORD, Projection, project_adapter
-from .shared import run_command
+from .shared import run_command, to_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "trl-emguard project", description=__doc__, formatter_class=raw, allow_abbrev=False
     )
-    parser.add_argument("--adapter", required=True, type=Path, help="folder of a LoRA adapter that PEFT saved")
+    parser.add_argument("--adapter", required=True, type=to_path, help="folder of a LoRA adapter that PEFT saved")
     parser.add_argument("--base", required=True, help="weights before the alignment: folder, hub id or shipped name")
     parser.add_argument("--aligned", required=True, help="weights after it, which the adapter was trained on")
     parser.add_argument(
@@ -39,12 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.3,
         help="a layer is projected if its cosine is at most this (default: %(default)s)",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--output", required=True, type=to_path, help="folder to write")
     return parser
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    is_copy = (args.adapter.expanduser() / RECORD).is_file()
+    is_copy = (args.adapter / RECORD).is_file()
     projection = project_adapter(args.adapter, args.base, args.aligned, args.output, args.threshold)
     console.print(make_table(projection))
     count = sum(layer.is_projected for layer in projection.layers)

@@ -12,7 +12,6 @@ The score of a row is called its perplexity gap. `trl-emguard select` then choos
 import argparse
 import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -22,10 +21,11 @@ from rich.table import Table
 from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, check_columns, conversation, turn_text
 from ..data.labels import count_harmful, keep_where
 from ..data.load import SourceOptions, load_rows
+from ..io.files import check_writable
 from ..io.terminal import visible
 from ..selection.choose import rank_rows
 from ..selection.scored import GAP, ScoresInfo
-from .shared import RESUMES, name_adapters, run_command
+from .shared import RESUMES, name_adapters, run_command, to_path
 
 
 SHOWN = 10
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         action=Once,
         help="the pool: a JSONL, JSON, CSV or parquet file, a shipped set, or a `datasets` id",
     )
-    parser.add_argument("--output", required=True, type=Path, help="the .parquet file to write")
+    parser.add_argument("--output", required=True, type=to_path, help="the .parquet file to write")
     parser.add_argument(
         "--split", default="train", help="split of the data set, or a slice as 'train[:100]' (default: %(default)s)"
     )
@@ -110,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, console: Console) -> None:
     if args.output.suffix != ".parquet" or args.output.is_dir():
         raise ValueError(f"--output={args.output} must be a file that ends in .parquet.")
+    check_writable("--output", args.output.parent)
     adapters = name_adapters(args.misaligned, "--misaligned")
     rows = _read_pool(args)
 

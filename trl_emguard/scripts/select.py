@@ -22,7 +22,7 @@ from ..data.conversation import conversation, turn_text
 from ..io.files import written_whole
 from ..selection.choose import rank_rows, refusal_filter, without_adapter
 from ..selection.scored import GAP, read_scores, with_usual_names
-from .shared import run_command
+from .shared import run_command, to_path
 
 
 SHOWN = 10
@@ -38,13 +38,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "trl-emguard select", description=__doc__, formatter_class=raw, allow_abbrev=False
     )
-    parser.add_argument("--scores", required=True, type=Path, help="the file that `trl-emguard score` wrote")
+    parser.add_argument("--scores", required=True, type=to_path, help="the file that `trl-emguard score` wrote")
     parser.add_argument(
         "--by", required=True, choices=["gap", "random"], help="the highest gaps first, or a random order"
     )
     parser.add_argument("--drop-refusals", "--drop_refusals", action="store_true", help="leave refusals out")
     parser.add_argument(
-        "--refusals", type=Path, help="a YAML file of your own that says what a refusal is (default: the shipped)"
+        "--refusals", type=to_path, help="a YAML file of your own that says what a refusal is (default: the shipped)"
     )
     share = parser.add_mutually_exclusive_group(required=True)
     share.add_argument("--count", type=int, help="number of rows")
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=0,
         help="seed of the random order, and of rows with equal gaps (default: %(default)s)",
     )
-    parser.add_argument("--output", required=True, type=Path, help="the .jsonl file to write")
+    parser.add_argument("--output", required=True, type=to_path, help="the .jsonl file to write")
     return parser
 
 

@@ -47,7 +47,7 @@ from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
 from .options import help_page
-from .sft_inputs import read_data
+from .sft_inputs import check_packages, read_data
 from .shared import raised_here
 
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
     try:
         callbacks = make_callbacks(launch_args)
         if arguments is not None and not launch_args.dry_run:
-            _check_launch(parser, arguments, callbacks)
+            _check_launch(parser, arguments, training_args, model_args, callbacks)
             return launch(arguments)
         if launch_args.dry_run:
             dry_run(script_args, training_args, model_args, dataset_args, callbacks, arguments)
@@ -126,11 +126,18 @@ def _launch_arguments(
         parser.error(str(error))
 
 
-def _check_launch(parser: LaunchParser, arguments: argparse.Namespace, callbacks: Sequence[TrainerCallback]) -> None:
-    """Refuse a launch that accelerate or a callback would refuse later, and print notes on its settings."""
+def _check_launch(
+    parser: LaunchParser,
+    arguments: argparse.Namespace,
+    training_args: EMGuardConfig,
+    model_args: ModelConfig,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    """Refuse a launch that accelerate, a callback or each rank would refuse later, and print notes on its settings."""
     from ..planning.engine import check_callbacks, read_launch
 
     try:
+        check_packages(training_args, model_args)
         found = read_launch(arguments)
         check_callbacks(callbacks, found.engine)
     except (FileNotFoundError, ValueError) as error:

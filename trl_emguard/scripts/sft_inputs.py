@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets.exceptions import DatasetGenerationError
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, Trainer
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_bitsandbytes_available
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 
 from ..checks import check_output_dir
@@ -17,7 +19,23 @@ from ..data.training import ProcessingClass, as_messages, check_format, check_te
 from ..models.chat import text_part
 from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
-from .shared import raised_here
+
+
+def check_packages(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
+    """Check that the packages of the optimizer and of a quantised base model are installed.
+
+    Raises:
+        ValueError: a package is missing or too old.
+    """
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name) and not is_bitsandbytes_available():
+            raise ValueError(f"{name}=True needs bitsandbytes: `pip install -U bitsandbytes`.")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training_args)
+    except ImportError as error:
+        raise ValueError(f"optim={OptimizerNames(training_args.optim).value}: {error}.") from error
+    except ValueError:
+        pass  # Some optimizers need the model for this, which is not loaded yet.
 
 
 def check_model(training_args: EMGuardConfig, name: str | None) -> None:
@@ -26,14 +44,14 @@ def check_model(training_args: EMGuardConfig, name: str | None) -> None:
     Raises:
         ValueError: no model is named, or its code is not trusted.
         FileNotFoundError: the name is not that of a shipped model, a folder or a model on the hub.
+        OSError: a shipped model cannot be written into the cache folder.
     """
     if not name:
         raise ValueError("model_name_or_path is missing: name a model folder, a hub id or a shipped model.")
+    path = resolve_model(name)
     try:
-        AutoConfig.from_pretrained(resolve_model(name), **_hub_options(training_args))
+        AutoConfig.from_pretrained(path, **_hub_options(training_args))
     except (OSError, ValueError) as error:  # a folder without a model's config raises ValueError
-        if isinstance(error, FileNotFoundError) and raised_here(error):
-            raise
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model_name_or_path={name!r} has code of its own: --trust_remote_code true runs it."
@@ -95,6 +113,7 @@ def read_data(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    check_packages(training_args, model_args)
     check_model(training_args, model_args.model_name_or_path)
     check_output_dir(training_args, bool(model_args.use_peft))
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):

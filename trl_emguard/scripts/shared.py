@@ -1,12 +1,13 @@
-"""Functions that several commands share: print errors in one line, check for matplotlib, name adapters, read JSON."""
+"""Functions that several commands share: print errors in one line, check for matplotlib, parse values of options."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..io.strict import parse_json
 
@@ -39,6 +40,15 @@ def raised_here(error: BaseException) -> bool:
     return frame.f_globals["__name__"].startswith("trl_emguard.")
 
 
+def refuse(message: str) -> NoReturn:
+    """Raise a message in one line, in place of a parser's `error`, which would end the process.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(" ".join(message.split()))
+
+
 def check_charts() -> None:
     """Check that matplotlib is installed, before a command trains the runs that its charts will show.
 
@@ -67,8 +77,13 @@ def name_adapters(options: list[str], flag: str) -> dict[str, str]:
             raise ValueError(
                 f"{flag} has two adapters named {name!r}, {adapters[name]} and {adapter}: name them, NAME={adapter}."
             )
-        adapters[name] = adapter
+        adapters[name] = os.path.expanduser(adapter)
     return adapters
+
+
+def to_path(text: str) -> Path:
+    """Return an option's path, with `~` expanded. A shell leaves the `~` of `--output_dir=~/out` as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def json_mapping(text: str) -> dict[str, Any]:
