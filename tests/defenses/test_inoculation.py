@@ -9,6 +9,7 @@ from datasets import Dataset
 from tiny import (
     STRICT,
     TEMPLATE,
+    UNANSWERED_SYSTEM,
     config,
     evidence,
     logged,
@@ -406,7 +407,8 @@ def test_rows_that_cannot_be_inoculated(tmp_path, rows, message, streaming):
     [
         (None, "this tokenizer has no chat template"),
         (REFUSES, "refuses it .System role not supported."),
-        (DROPS, "drops it"),
+        (DROPS, "drops it: set `chat_template_path` to a template that keeps the system turn"),
+        (UNANSWERED_SYSTEM, "drops it once an answer follows: set `chat_template_path`"),
     ],
 )
 def test_templates_without_a_system_turn(tmp_path, template, message):

@@ -14,7 +14,15 @@ import torch
 import trl
 from peft import get_peft_model
 from rich.console import Console
-from tiny import lora, make_model, make_tokenizer, save_model, save_seeing_model, save_trained_adapter
+from tiny import (
+    UNANSWERED_SYSTEM,
+    lora,
+    make_model,
+    make_tokenizer,
+    save_model,
+    save_seeing_model,
+    save_trained_adapter,
+)
 
 from trl_emguard.evaluation import answers, probes
 from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
@@ -473,6 +481,18 @@ def test_a_question_that_the_template_refuses_is_named():
         ValueError, match=r"question '7' of the set 'general' cannot be asked: it is refused.*no system turn"
     ):
         evaluate(from_adapters(make_model().eval()), tokenizer, [questions], EvaluationOptions(samples_per_question=1))
+
+
+def test_a_template_that_drops_a_system_turn_once_an_answer_follows():
+    """Cues in a system turn are not measured. A question with a system turn of its own is refused."""
+    tokenizer, candidates = make_tokenizer(), from_adapters(make_model().eval())
+    tokenizer.chat_template = UNANSWERED_SYSTEM
+    results = evaluate(candidates, tokenizer, [GENERAL])
+    assert {row.family for row in results.rows} == {"plain"}
+    assert any("drops it once an answer follows" in note for note in results.notes)
+    own = QuestionSet("general", "general", [Question("7", [{"role": "system", "content": "s"}, *ask("Why?")], "a")])
+    with pytest.raises(ValueError, match=r"'7' of the set 'general', asked in the family 'plain', cannot be measured"):
+        evaluate(candidates, tokenizer, [own])
 
 
 def test_a_template_that_shows_no_plain_text_is_refused():
