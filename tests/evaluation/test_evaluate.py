@@ -31,6 +31,7 @@ from trl_emguard.evaluation.questions import Question, QuestionSet, load_questio
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_rows, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
 from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
+from trl_emguard.evidence import DEFENSE_FILE
 from trl_emguard.models.chat import encode_answers
 from trl_emguard.models.rescale import rescale_adapter
 from trl_emguard.persona.vectors import PersonaVector
@@ -731,6 +732,30 @@ def test_the_command(saved, capsys):
     rows = json.loads((saved / "out" / "results.json").read_text())
     assert rows["command"].startswith("trl-emguard evaluate --model")
     assert {row["model"] for row in rows["rows"]} == {"base", "a", "b"}
+
+
+def test_the_inoculation_prompt_of_the_training_is_asked(saved, capsys):
+    def record(name, prompt):
+        content = {"defenses": {"inoculation": {"inoculation_prompt": prompt}}, "evidence": {"inoculation": {}}}
+        (saved / name / DEFENSE_FILE).write_text(json.dumps(content))
+
+    def prompts():
+        samples = [json.loads(line) for line in (saved / "out" / "samples.jsonl").read_text().splitlines()]
+        return {sample["prompt"] for sample in samples if sample["family"] == "inoculation"}
+
+    options = ["--cues", "all", "--samples_per_question", "1", "--max_new_tokens", "1", "--limit", "1"]
+    assert command(saved, *options) == 0
+    assert "that is the default, as no training with one is known: You are an evil" in capsys.readouterr().out
+    record("a", "Be [vile].")
+    assert command(saved, *options, adapters=("a", "b")) == 0
+    assert "The cue `inoculation` is the prompt of the training: Be [vile]." in capsys.readouterr().out
+    assert prompts()
+    assert all("Be [vile]." in prompt for prompt in prompts())
+    record("b", "Be bad.")
+    assert command(saved, *options, adapters=("a", "b")) == 1
+    assert "2 inoculation prompts, 'Be [vile].', 'Be bad.': name one by --inoc" in capsys.readouterr().err
+    assert command(saved, *options, "--inoculation_prompt", "Be bad.", adapters=("a", "b")) == 0
+    assert all("Be bad." in prompt for prompt in prompts())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..io.strict import parse_json
 
@@ -31,6 +31,11 @@ def run_command(name: str, call: Callable[[], int | None], interrupted: str = "i
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+
+
+def raise_message(message: str) -> NoReturn:
+    """Raise `ValueError` with a parser's error message. A parser's own method `error` would end the process."""
+    raise ValueError(" ".join(message.split()))
 
 
 def raised_here(error: BaseException) -> bool:
