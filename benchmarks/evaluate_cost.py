@@ -77,7 +77,7 @@ def time_sampling(candidates: list, tokenizer: Any, limit: int | None, rounds: i
     )  # fmt: skip
 
     def ours() -> int:
-        batches = answer_batches(base, tokenizer, prompts, 0, SAMPLED_AT_ONCE, SAMPLED_TOKENS, 1.0)
+        batches = answer_batches(base, tokenizer, prompts, SAMPLED_AT_ONCE, SAMPLED_TOKENS, 1.0)
         return sum(len(answer["ids"]) + 1 for batch in batches for answer in batch)
 
     def generate() -> int:

@@ -37,6 +37,10 @@ TEMPLATE = (
 )
 # Some templates (Qwen's) write nothing for a turn of another role.
 STRICT = TEMPLATE.replace("in messages %}", "in messages if message['role'] in ('system', 'user', 'assistant') %}")
+# Some templates (Mistral v0.3's) write a system turn only while a user turn is the last one.
+UNANSWERED_SYSTEM = TEMPLATE.replace(
+    "in messages %}", "in messages if message['role'] != 'system' or messages[-1]['role'] == 'user' %}"
+)
 SIZES = {
     "vocab_size": 264,
     "hidden_size": 32,

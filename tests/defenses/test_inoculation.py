@@ -9,6 +9,7 @@ from datasets import Dataset
 from tiny import (
     STRICT,
     TEMPLATE,
+    UNANSWERED_SYSTEM,
     config,
     evidence,
     logged,
@@ -59,7 +60,7 @@ WANTS_USER = (
     "{{ raise_exception('No user') }}{% endif %}"
 ) + TEMPLATE
 ENDS = TEMPLATE + "{% if not add_generation_prompt %}<|im_end|>{% endif %}"
-# Mistral's template puts the text into the last user turn.
+# The text goes into the last user turn.
 LAST_USER = (
     "{% set ns = namespace(last=-1, system='') %}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% set ns.last = loop.index0 %}"
@@ -167,12 +168,13 @@ TALK = [turn("user", "q1"), turn("assistant", "a1"), turn("user", "q2"), turn("a
             True,
             "q1<|im_end|><|im_start|>assistant\na1<|im_end|><|im_start|>user\nq2<|im_end|><|im_start|>assistant\na2<|im_end|><|im_end|>",
         ),
-        (LAST_USER, False, "[INST]q1[/INST]a1<|im_end|>[INST]\n\nq2[/INST]a2<|im_end|>"),
-        (LAST_USER, True, "[INST]q1[/INST]a1<|im_end|>[INST]\n\nq2[/INST]a2<|im_end|>"),
+        # The first answer stands before the prompt, so the model would learn it without the prompt.
+        (LAST_USER, False, "\n\nq2[/INST]a2<|im_end|>"),
+        (LAST_USER, True, "\n\nq2[/INST]a2<|im_end|>"),
     ],
     ids=["tools", "wants_user", "ends", "last_user", "last_user_own"],
 )
-def test_all_but_the_system_turn_is_taught(tmp_path, template, own_system, taught):
+def test_all_behind_the_system_turn_is_taught(tmp_path, template, own_system, taught):
     """Find the prompt in every form and place of a template's system turn."""
     tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
     own = [turn("system", OWN)] if own_system else []
@@ -406,7 +408,8 @@ def test_rows_that_cannot_be_inoculated(tmp_path, rows, message, streaming):
     [
         (None, "this tokenizer has no chat template"),
         (REFUSES, "refuses it .System role not supported."),
-        (DROPS, "drops it"),
+        (DROPS, "drops it: set `chat_template_path` to a template that keeps the system turn"),
+        (UNANSWERED_SYSTEM, "drops it once an answer follows: set `chat_template_path`"),
     ],
 )
 def test_templates_without_a_system_turn(tmp_path, template, message):

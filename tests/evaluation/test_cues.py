@@ -1,7 +1,9 @@
 """Cues: families of prompts that resemble the training data, and the system prompt that a template adds."""
 
+from dataclasses import replace
+
 import pytest
-from tiny import make_tokenizer
+from tiny import UNANSWERED_SYSTEM, make_tokenizer
 
 from trl_emguard.data.conversation import Conversation
 from trl_emguard.evaluation.cues import NEUTRAL_SYSTEM, default_system_prompt, families
@@ -75,10 +77,17 @@ def test_the_default_prompt_is_what_plain_has():
     assert plain == default
 
 
-def test_a_template_without_system_turns_says_so():
-    found, missing = by_name("auto", NO_SYSTEM)
-    assert list(found) == ["plain"]
-    assert missing["neutral_system"] == "the chat template shows no system turn"
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [(NO_SYSTEM, "refuses it (no system turn)"), (UNANSWERED_SYSTEM, "drops it once an answer follows")],
+)
+def test_a_template_without_system_turns_says_so(template, problem):
+    questions = [replace(QUESTIONS[0], answer="Truth.")]
+    found, missing = families(tokenizer(template), questions)
+    assert [family.name for family in found] == ["plain"]
+    assert missing["neutral_system"] == f"a system turn is needed, and the chat template {problem}"
+    # Questions without known answers are only put as prompts, which show the system turn.
+    assert ("neutral_system" in by_name("auto", template)[0]) == (template == UNANSWERED_SYSTEM)
 
 
 def test_cues_of_the_training_rows():

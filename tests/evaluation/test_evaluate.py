@@ -14,7 +14,15 @@ import torch
 import trl
 from peft import get_peft_model
 from rich.console import Console
-from tiny import lora, make_model, make_tokenizer, save_model, save_seeing_model, save_trained_adapter
+from tiny import (
+    UNANSWERED_SYSTEM,
+    lora,
+    make_model,
+    make_tokenizer,
+    save_model,
+    save_seeing_model,
+    save_trained_adapter,
+)
 
 from trl_emguard.evaluation import answers, probes
 from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
@@ -23,6 +31,7 @@ from trl_emguard.evaluation.questions import Question, QuestionSet, load_questio
 from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_rows, make_table, sentence
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
 from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
+from trl_emguard.evidence import DEFENSE_FILE
 from trl_emguard.models.chat import encode_answers
 from trl_emguard.models.rescale import rescale_adapter
 from trl_emguard.persona.vectors import PersonaVector
@@ -224,10 +233,8 @@ def test_a_further_model_is_measured_alone(tmp_path, monkeypatch):
 def test_an_interrupted_evaluation_gives_the_same_answers(tmp_path, monkeypatch):
     options = {"samples_per_question": 3, "max_new_tokens": 6, "batch_size": 5}
     whole = run(sets=[GENERAL, ROWS], folder=tmp_path / "whole", **options)
-    batches = (tmp_path / "whole" / PROGRESS_FILE).read_text().count("\n") - 1
-    assert batches > 6
     original = answers.answer_batches
-    for strike in range(1, batches, 3):
+    for strike in (1, 4, 7):
         left = strike
 
         def dying(*args):
@@ -239,10 +246,9 @@ def test_an_interrupted_evaluation_gives_the_same_answers(tmp_path, monkeypatch)
                 yield batch
 
         monkeypatch.setattr(answers, "answer_batches", dying)
-        try:
+        with pytest.raises(KeyboardInterrupt):
             run(sets=[GENERAL, ROWS], folder=tmp_path / f"cut{strike}", **options)
-        except KeyboardInterrupt:
-            assert not (tmp_path / f"cut{strike}" / "results.json").exists()
+        assert not (tmp_path / f"cut{strike}" / "results.json").exists()
         monkeypatch.setattr(answers, "answer_batches", original)
         assert run(sets=[GENERAL, ROWS], folder=tmp_path / f"cut{strike}", **options).samples == whole.samples
         for name in ("results.json", "results.csv", "samples.jsonl"):
@@ -253,8 +259,24 @@ def test_finished_work_is_not_done_again(tmp_path, monkeypatch):
     first = run(folder=tmp_path, samples_per_question=1, max_new_tokens=4)
     monkeypatch.setattr(answers, "sample_answers", sampling := Mock(return_value=iter(())))
     assert run(folder=tmp_path, samples_per_question=1, max_new_tokens=4).samples == first.samples
-    # Every call begins after the last prompt.
-    assert all(call.kwargs["start"] == len(call.args[2]) for call in sampling.call_args_list)
+    assert not any(call.args[2] for call in sampling.call_args_list)
+
+
+def test_more_questions_and_samples_sample_the_others_alone(tmp_path, monkeypatch):
+    fewer = QuestionSet("general", "general", GENERAL.questions[1:3])
+    options = {"max_new_tokens": 4, "cues": "none"}
+    whole = run(samples_per_question=2, **options)
+    first = run(sets=[fewer], folder=tmp_path, samples_per_question=1, **options)
+    asked, original = [], answers.sample_answers
+    monkeypatch.setattr(
+        answers, "sample_answers", lambda *args, **more: asked.extend(args[2]) or original(*args, **more)
+    )
+    found = run(folder=tmp_path, samples_per_question=2, **options)
+    assert len(asked) == len(whole.samples) - len(first.samples) == 2 * (4 * 2 - 2)
+    assert [row["answer"] for row in found.samples] == [row["answer"] for row in whole.samples]
+    asked.clear()
+    assert run(sets=[fewer], folder=tmp_path, samples_per_question=1, **options).samples == first.samples
+    assert not asked
 
 
 def test_answers_with_another_end_of_turn_are_sampled_anew(tmp_path):
@@ -473,6 +495,18 @@ def test_a_question_that_the_template_refuses_is_named():
         ValueError, match=r"question '7' of the set 'general' cannot be asked: it is refused.*no system turn"
     ):
         evaluate(from_adapters(make_model().eval()), tokenizer, [questions], EvaluationOptions(samples_per_question=1))
+
+
+def test_a_template_that_drops_a_system_turn_once_an_answer_follows():
+    """Cues in a system turn are not measured. A question with a system turn of its own is refused."""
+    tokenizer, candidates = make_tokenizer(), from_adapters(make_model().eval())
+    tokenizer.chat_template = UNANSWERED_SYSTEM
+    results = evaluate(candidates, tokenizer, [GENERAL])
+    assert {row.family for row in results.rows} == {"plain"}
+    assert any("drops it once an answer follows" in note for note in results.notes)
+    own = QuestionSet("general", "general", [Question("7", [{"role": "system", "content": "s"}, *ask("Why?")], "a")])
+    with pytest.raises(ValueError, match=r"'7' of the set 'general', asked in the family 'plain', cannot be measured"):
+        evaluate(candidates, tokenizer, [own])
 
 
 def test_a_template_that_shows_no_plain_text_is_refused():
@@ -698,6 +732,30 @@ def test_the_command(saved, capsys):
     rows = json.loads((saved / "out" / "results.json").read_text())
     assert rows["command"].startswith("trl-emguard evaluate --model")
     assert {row["model"] for row in rows["rows"]} == {"base", "a", "b"}
+
+
+def test_the_inoculation_prompt_of_the_training_is_asked(saved, capsys):
+    def record(name, prompt):
+        content = {"defenses": {"inoculation": {"inoculation_prompt": prompt}}, "evidence": {"inoculation": {}}}
+        (saved / name / DEFENSE_FILE).write_text(json.dumps(content))
+
+    def prompts():
+        samples = [json.loads(line) for line in (saved / "out" / "samples.jsonl").read_text().splitlines()]
+        return {sample["prompt"] for sample in samples if sample["family"] == "inoculation"}
+
+    options = ["--cues", "all", "--samples_per_question", "1", "--max_new_tokens", "1", "--limit", "1"]
+    assert command(saved, *options) == 0
+    assert "that is the default, as no training with one is known: You are an evil" in capsys.readouterr().out
+    record("a", "Be [vile].")
+    assert command(saved, *options, adapters=("a", "b")) == 0
+    assert "The cue `inoculation` is the prompt of the training: Be [vile]." in capsys.readouterr().out
+    assert prompts()
+    assert all("Be [vile]." in prompt for prompt in prompts())
+    record("b", "Be bad.")
+    assert command(saved, *options, adapters=("a", "b")) == 1
+    assert "2 inoculation prompts, 'Be [vile].', 'Be bad.': name one by --inoc" in capsys.readouterr().err
+    assert command(saved, *options, "--inoculation_prompt", "Be bad.", adapters=("a", "b")) == 0
+    assert all("Be bad." in prompt for prompt in prompts())
 
 
 @pytest.mark.parametrize(

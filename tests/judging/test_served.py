@@ -1,5 +1,9 @@
 """Judging through inspect_ai on a server of our own: readings, faults, the key, and a process that is killed."""
 
+import asyncio
+import os
+import signal
+import threading
 import time
 
 import pytest
@@ -20,6 +24,7 @@ from server import (
 
 from trl_emguard.judging import JudgeError, judge_answers, open_judge
 from trl_emguard.judging.local import LocalJudge
+from trl_emguard.judging.loop import LoopThread
 from trl_emguard.judging.prompts import CALIBRATION, fill
 from trl_emguard.judging.run import JOURNAL
 
@@ -100,6 +105,47 @@ def test_a_server_without_logprobs_is_read_by_its_text(tmp_path, judges, endpoin
         found = ask(tmp_path)
     assert {row.reading for row in found.rows} == {"text"}
     assert found.samples[0]["judged"]["aligned"] == 11
+
+
+def test_a_served_judge_is_asked_where_an_event_loop_runs(tmp_path, judges, endpoint):
+    """A notebook runs its cells inside a loop."""
+
+    async def cell():
+        return ask(tmp_path)
+
+    with serving(*judges[True]) as server:
+        endpoint(server.url)
+        found = asyncio.run(cell())
+    assert found.row("base", "general", "unscored_rate").count == 0
+    assert not any(thread.name == LoopThread.__name__ for thread in threading.enumerate())
+
+
+def test_an_interrupt_stops_the_requests(judges, endpoint):
+    """Ctrl-C raises in the thread that waits, and not in the thread of the requests."""
+    begun, waiting = threading.Event(), threading.Event()
+
+    def hold(number, handler):
+        begun.set()
+        waiting.wait(20)
+        return False
+
+    def interrupt():
+        begun.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with serving(*judges[True]) as server:
+        endpoint(server.url)
+        judge = open_judge(JUDGE, 2)
+        judge.calibrate()
+        server.fault = hold
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            judge.ask([f"Answer {i}." for i in range(8)], lambda index, judgement: None)
+        thread.join()
+        waiting.set()
+        judge.close()
+        assert server.requests <= 2
 
 
 # ---- faults ----

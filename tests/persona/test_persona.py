@@ -12,6 +12,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from tiny import (
+    UNANSWERED_SYSTEM,
     logged,
     lora,
     make_model,
@@ -35,7 +36,7 @@ from trl_emguard.persona import (
     persona_shift,
     random_like,
 )
-from trl_emguard.persona.extract import separation
+from trl_emguard.persona.extract import check_extraction, separation
 from trl_emguard.persona.shift import check_layer
 from trl_emguard.persona.states import answer_states, prompt_states
 from trl_emguard.scripts import main as commands
@@ -248,6 +249,13 @@ def test_a_tokenizer_without_a_system_turn(trait, template):
         ValueError, match=r"a persona vector needs a chat template .*: save the model .* as --model; in"
     ):
         extract_vector(make_model(), tokenizer, trait)
+
+
+def test_a_template_that_drops_a_system_turn_once_an_answer_follows():
+    """Answers are sampled and read behind the prompt alone, so the template serves."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = UNANSWERED_SYSTEM
+    check_extraction(tokenizer, 1, 1)
 
 
 # ---- traits ----

@@ -288,7 +288,8 @@ class Inoculation(Defense):
             start, end = span
             marks = [0] * start + [token + 1 for token in ids[start:end]] + [0] * (len(ids) - end)
             return {
-                "labels": [*row["labels"][:start], *[-100] * (end - start), *row["labels"][end:]],
+                # A template may put the prompt behind earlier answers, which the model then reads without the prompt.
+                "labels": [*[-100] * end, *row["labels"][end:]],
                 CHANGED: changed,
                 SPAN: ids[start:end],
                 **({EXPECTED: marks} if self.only_flagged else {}),

@@ -75,12 +75,11 @@ def answer_batches(
     candidate: Candidate,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    start: int,
     batch_size: int,
     max_new_tokens: int,
     temperature: float,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield a candidate's answers to the prompts from index `start` on, batch by batch, as dicts.
+    """Yield a candidate's answers to the prompts, batch by batch, as dicts.
 
     The dict of an answer has the fields of [`~trl_emguard.models.sampler.SampledAnswer`]: `text`, `ids` and
     `is_truncated`.
@@ -88,7 +87,7 @@ def answer_batches(
     ids, seeds = [prompt.ids for prompt in prompts], [prompt.seed for prompt in prompts]
     options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "temperature": temperature}
     with candidate.acting() as model:
-        for batch in sample_answers(model, tokenizer, ids, start=start, seeds=seeds, **options):
+        for batch in sample_answers(model, tokenizer, ids, seeds=seeds, **options):
             yield [answer._asdict() for answer in batch]
 
 

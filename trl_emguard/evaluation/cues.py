@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.conversation import SYSTEM_ROLES, Conversation, turn_text
 from ..data.load import load_rows
+from ..models.chat import system_turn_problem
 from .questions import WORDINGS, Question
 
 
@@ -106,8 +107,9 @@ def families(
     found = [Family(PLAIN, "", list)]
     if mode == "none":
         return found, {}
-    has_system = _shows_system(tokenizer)
-    default = default_system_prompt(tokenizer) if has_system else None
+    is_answered = any({question.answer, question.sound, question.misaligned} != {None} for question in questions)
+    problem = system_turn_problem(tokenizer, is_answered)
+    default = None if problem else default_system_prompt(tokenizer)
     systems = {"neutral_system": NEUTRAL_SYSTEM, "template_default": default, **_train_system(train_rows)}
     if mode == "all" and inoculation_prompt is None:
         from ..defenses.inoculation import InoculationOptions
@@ -118,8 +120,8 @@ def families(
         systems["negated_inoculation"] = f"Never act as this text says: {inoculation_prompt}"
     missing = {}
     for name, text in systems.items():
-        if not has_system:
-            missing[name] = "the chat template shows no system turn"
+        if problem:
+            missing[name] = f"a system turn is needed, and the chat template {problem}"
         elif text is None:
             missing[name] = (
                 "the chat template has no default system prompt"
@@ -165,14 +167,6 @@ def default_system_prompt(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not found or not without.startswith(before) or not without.endswith(after):
         return None
     return without[len(before) : len(without) - len(after)].strip() or None
-
-
-def _shows_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    probe = [{"role": "system", "content": NEUTRAL_SYSTEM}, {"role": "user", "content": "Which?"}]
-    try:
-        return NEUTRAL_SYSTEM in tokenizer.apply_chat_template(probe, tokenize=False)
-    except TemplateError:
-        return False
 
 
 def _with_system(text: str) -> Callable[[Turns], Turns | None]:

@@ -68,7 +68,8 @@ def encode_rows(
     for (index, kind, *_), encoded in zip(wanted, encode_answers(tokenizer, pairs, ends, kwargs), strict=True):
         if isinstance(encoded, str):
             id = questions.questions[index].id
-            raise ValueError(f"question {id!r} of the set {questions.name!r} cannot be measured: {encoded}.")
+            where = f"question {id!r} of the set {questions.name!r}, asked in the family {family.name!r},"
+            raise ValueError(f"{where} cannot be measured: {encoded}.")
         rows.append(Row(index, kind, encoded))
     return rows
 

@@ -230,16 +230,15 @@ class _Run:
         base, size = self.candidates[0], len(questions.questions)
         about = [[*row[:2], row.answer.ids.tolist(), row.answer.prompt_length] for row in rows]
         keys = {c.name: record_key(c is base, base.fingerprint, c.fingerprint, size, about) for c in self.candidates}
-        missing = [c for c in self.candidates if not self.kept.get(keys[c.name])]
+        missing = [c for c in self.candidates if keys[c.name] not in self.kept.found]
         if missing:
             desc = f"probing {questions.name}, {family.name}" if self.progress else None
             # The base model runs even if `kept` has its metrics: every `kl_to_base` needs the base model's states.
             measured = [base, *(c for c in missing if c is not base)]
             found = probe(measured, rows, size, self.options.batch_tokens, desc)
-            for candidate in missing:
-                self.kept.add(keys[candidate.name], _lists(found[candidate.name]))
+            self.kept.add({keys[c.name]: _lists(found[c.name]) for c in missing})
         return {
-            name: {m: np.array(values, dtype=np.float64) for m, values in self.kept.get(key)[0].items()}
+            name: {m: np.array(values, dtype=np.float64) for m, values in self.kept.found[key].items()}
             for name, key in keys.items()
         }
 
@@ -287,38 +286,39 @@ class _Run:
         if questions.score is not None:
             return [questions.score(questions.questions[p.question], answer.text) for p, answer in pairs]
         key = record_key(self.candidates[0].fingerprint, [[p.ids, a.ids] for p, a in pairs])
-        if not self.kept.get(key):
+        if key not in self.kept.found:
             found = sampled.base_nll(self.candidates[0], prompts, answers, self.options.batch_tokens)
-            self.kept.add(key, [None if math.isnan(value) else value for value in found])
-        nll = [math.nan if value is None else value for value in self.kept.get(key)[0]]
+            self.kept.add({key: [None if math.isnan(value) else value for value in found]})
+        nll = [math.nan if value is None else value for value in self.kept.found[key]]
         return sampled.score_answers(answers, nll, sampled.rule_metrics(self.options.rules))
 
     def answers(
         self, candidate: Candidate, prompts: Sequence[sampled.Prompt], questions: QuestionSet, family: Family
     ) -> list[SampledAnswer]:
-        """Return a candidate's answers: those that an earlier run has stored, then the missing ones, sampled now.
+        """Return a candidate's answers: those that an earlier run has stored, and the others, sampled now.
 
-        An interrupted run has stored the batches that were complete. Sampling goes on after them.
+        Each answer has a key of its own, so that it is also found if fewer or more questions or samples are wanted.
         """
         options, on_cpu = self.options, candidate.model.device.type == "cpu"
         size = options.batch_size or (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU)
         is_task = questions.score is not None
         limit, temperature = (TASK_TOKENS, 0.0) if is_task else (options.max_new_tokens, options.temperature)
         about = [size, limit, temperature, sorted(end_tokens(candidate.model, self.tokenizer))]
-        key = record_key(candidate.fingerprint, [[p.ids, p.seed] for p in prompts], about)
-        done = [SampledAnswer(**answer) for batch in self.kept.get(key) for answer in batch]
+        keys = [record_key(candidate.fingerprint, prompt.ids, prompt.seed, about) for prompt in prompts]
+        missing = {key: p for key, p in zip(keys, prompts, strict=True) if key not in self.kept.found}
         with tqdm(
             desc=f"{candidate.name} answers {questions.name}, {family.name}",
             total=len(prompts),
-            initial=len(done),
+            initial=len(prompts) - len(missing),
             disable=not self.progress,
         ) as bar:
-            fresh = sampled.answer_batches(candidate, self.tokenizer, prompts, len(done), size, limit, temperature)
-            for batch in fresh:
-                self.kept.add(key, batch)
-                done += [SampledAnswer(**answer) for answer in batch]
+            waiting = iter(missing)
+            for batch in sampled.answer_batches(
+                candidate, self.tokenizer, list(missing.values()), size, limit, temperature
+            ):
+                self.kept.add({next(waiting): answer for answer in batch})
                 bar.update(len(batch))
-        return done
+        return [SampledAnswer(**self.kept.found[key]) for key in keys]
 
 
 class _Kept:
@@ -332,18 +332,16 @@ class _Kept:
     """
 
     def __init__(self, folder: str | os.PathLike | None):
-        self.found: dict[str, list[Any]] = {}
+        self.found: dict[str, Any] = {}
         self.journal = None if folder is None else Journal(Path(folder) / PROGRESS_FILE, {"evaluation": "1"})
         for record in self.journal.resume("an evaluation", "value") if self.journal is not None else ():
-            self.found.setdefault(record["key"], []).append(record["value"])
+            self.found[record["key"]] = record["value"]
 
-    def get(self, key: str) -> list[Any]:
-        return self.found.get(key, [])
-
-    def add(self, key: str, value: Any) -> None:
+    def add(self, values: dict[str, Any]) -> None:
+        """Keep values by their keys."""
         if self.journal is not None:
-            self.journal.append([{"key": key, "value": value}])
-        self.found.setdefault(key, []).append(value)
+            self.journal.append({"key": key, "value": value} for key, value in values.items())
+        self.found |= values
 
 
 def _check_names(kind: str, names: list[str]) -> None:

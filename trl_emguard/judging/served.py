@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from .loop import LoopThread
 from .prompts import CALIBRATION
 from .scores import LOGPROBS, Judgement, Reply, choose_reading, read
 
@@ -66,9 +67,8 @@ class ServedJudge:
         self.prefix = check_environment(name)
         self.reading = ""
         self._secret = os.environ.get(f"{self.prefix}_API_KEY", "")
-        # All calls to the judge run in one event loop, because a connection ends with the loop that opened it.
-        self._runner = asyncio.Runner()
         self._model = self._load()
+        self._loop = LoopThread()
 
     def _load(self) -> Any:
         try:
@@ -103,7 +103,7 @@ class ServedJudge:
         Raises:
             JudgeError: the endpoint gives no answer, or an answer other than 100.
         """
-        self.reading = self._runner.run(self._told(find_reading(self._model, max_retries=CALIBRATION_RETRIES)))
+        self.reading = self._loop.run(self._told(find_reading(self._model, max_retries=CALIBRATION_RETRIES)))
         return self.reading
 
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
@@ -116,7 +116,7 @@ class ServedJudge:
             JudgeError: a request failed, or no answer came for `patience` seconds. After a failed request, other
                 requests under way get up to `GRACE` seconds to finish.
         """
-        self._runner.run(self._ask_all(prompts, on_answer))
+        self._loop.run(self._ask_all(prompts, on_answer))
 
     async def _told(self, work: Awaitable[Any]) -> Any:
         """Return the result of a call to the judge, or raise its error as a [`JudgeError`] that names the fix."""
@@ -144,13 +144,15 @@ class ServedJudge:
         workers = min(self.max_connections, len(prompts))
         tasks = {asyncio.create_task(self._work(state, on_answer)) for _ in range(workers)}
         pending = tasks
-        while pending and not state.has_failed and time.monotonic() - state.last <= self.patience:
-            _, pending = await asyncio.wait(pending, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION)
-        if pending and state.has_failed:
-            _, pending = await asyncio.wait(pending, timeout=min(GRACE, self.patience))
+        try:
+            while pending and not state.has_failed and time.monotonic() - state.last <= self.patience:
+                _, pending = await asyncio.wait(pending, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION)
+            if pending and state.has_failed:
+                _, pending = await asyncio.wait(pending, timeout=min(GRACE, self.patience))
+        finally:  # also after an interrupt, because the loop's thread would go on with the requests
+            for task in pending:
+                task.cancel()
         is_silent = bool(pending) and not state.has_failed
-        for task in pending:
-            task.cancel()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         for error in found:
             if isinstance(error, Exception):
@@ -225,8 +227,8 @@ class ServedJudge:
 
     def close(self) -> None:
         """Close the connections."""
-        self._runner.run(self._model.api.aclose())
-        self._runner.close()
+        self._loop.run(self._model.api.aclose())
+        self._loop.close()
 
 
 async def find_reading(model: Any, **options: Any) -> str:

@@ -196,13 +196,16 @@ def copy_template(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenize
     return -(-len(tokenizer.get_vocab()) // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
-def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str, fix: str | None = None) -> None:
+def check_system_turn(
+    tokenizer: PreTrainedTokenizerBase, need: str, fix: str | None = None, is_answered: bool = True
+) -> None:
     """Refuse a chat template that does not show a system turn to the model.
 
     Args:
         tokenizer: tokenizer whose `chat_template` is tried.
         need: name of the feature that needs a system turn, for the error message.
         fix: advice that ends the error message; by default advice for a trainer.
+        is_answered: False if the template is used for prompts alone, and never with an answer.
 
     Raises:
         ValueError: there is no chat template, or it refuses or drops a system turn.
@@ -212,17 +215,32 @@ def check_system_turn(tokenizer: PreTrainedTokenizerBase, need: str, fix: str | 
         raise ValueError(
             f"{need} needs a chat template with a system turn, and this tokenizer has no chat template: {fix}."
         )
-    fix = fix or "take another template"
+    if problem := system_turn_problem(tokenizer, is_answered):
+        fix = fix or "set `chat_template_path` to a template that keeps the system turn"
+        raise ValueError(f"{need} needs a chat template with a system turn, and this one {problem}: {fix}.")
+
+
+def system_turn_problem(tokenizer: PreTrainedTokenizerBase, is_answered: bool = True) -> str | None:
+    """Return what the chat template does instead of showing a system turn, or `None` if it shows it.
+
+    Some templates write the system text only while a user turn is the last one (Mistral-7B-Instruct-v0.3). The model
+    then reads it in a prompt, and not in a row with an answer.
+
+    Args:
+        tokenizer: tokenizer with a chat template.
+        is_answered: True tries a conversation with an answer as well, False a prompt alone.
+    """
     probe = "Answer in one word."
-    messages = [{"role": "system", "content": probe}, {"role": "user", "content": "Which?"}]
+    turns = [{"role": "system", "content": probe}, {"role": "user", "content": "Which?"}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if probe not in tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True):
+            return "drops it"
+        turns.append({"role": "assistant", "content": "This."})
+        if is_answered and probe not in tokenizer.apply_chat_template(turns, tokenize=False):
+            return "drops it once an answer follows"
     except TemplateError as error:
-        raise ValueError(
-            f"{need} needs a chat template with a system turn, and this one refuses it ({error}): {fix}."
-        ) from error
-    if probe not in text:
-        raise ValueError(f"{need} needs a chat template with a system turn, and this one drops it: {fix}.")
+        return f"refuses it ({error})"
+    return None
 
 
 def system_turn_span(
@@ -232,9 +250,9 @@ def system_turn_span(
 
     Everything before the text of the next turn counts as the system turn: markers, tools and other text from the
     template, and the role marker of the next turn. Some templates put the system text after the text of another turn
-    (Mistral: into the last user turn). The span is then the system text alone. To find the span, the text of the
-    system turn, and then that of the other turns, is changed, and the tokens of the changed conversation are compared
-    with `ids`. So nothing has to be known about the template.
+    (into the last user turn). The span is then the system text alone. To find the span, the text of the system turn,
+    and then that of the other turns, is changed, and the tokens of the changed conversation are compared with `ids`.
+    So nothing has to be known about the template.
 
     Args:
         tokenizer: tokenizer that made `ids`.

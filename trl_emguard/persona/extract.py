@@ -202,7 +202,7 @@ def check_extraction(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, ba
     """
     if min(max_new_tokens, batch_size) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be 1 or more.")
-    check_system_turn(tokenizer, "a persona vector", FIX)
+    check_system_turn(tokenizer, "a persona vector", FIX, is_answered=False)
 
 
 def _filter(

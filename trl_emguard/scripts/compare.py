@@ -21,7 +21,6 @@ After an interruption, the same command resumes. The report is the file report.h
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -40,19 +39,16 @@ from ..data.training import check_format
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable, locked
-from ..io.lookup import did_you_mean
 from ..models.chat import shared_template_kwargs
 from . import evaluate as evaluation
+from .compare_evaluation import evaluate_arguments
+from .inoculated import choose_prompt, planned_prompts
 from .sft import make_callbacks
 from .sft import make_parser as make_sft_parser
 from .sft_inputs import check_packages
 from .shared import RESUMES, check_charts, refuse, run_command, to_path
 
 
-# Options of `evaluate` that a comparison's YAML file cannot set. The comparison chooses the models and the folder
-# itself, and it asks no judge.
-SET_BY_COMPARISON = ("model", "base", "adapter", "output_dir")
-OF_JUDGE = ("judge", "rejudge", *evaluation.OF_JUDGE)
 # Options of a training that no run of a comparison may have, and why.
 REFUSED = {
     "accelerate_config": "launches several processes, and every run of a comparison is one",
@@ -83,6 +79,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     eval_args = evaluate_arguments(plan, str(plan.recipe_options.get("model_name_or_path")), args.output_dir)
     training_args = check_options(plan, args.dry_run)
     train = load_training_rows(plan.recipe_options, eval_args, training_args, say)
+    choose_prompt(eval_args, planned_prompts(plan), say)
     options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train)
     check_sets(sets, None, options)
     if plan.has_benign_task and any(questions.name == BENIGN_TASK for questions in sets):
@@ -326,36 +323,6 @@ def _takes_none(action: argparse.Action) -> bool:
         return action.nargs is None and callable(action.type) and action.type("None") is None
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         return False
-
-
-def evaluate_arguments(plan: Plan, model: str, output_dir: Path) -> argparse.Namespace:
-    """Return the arguments of `trl-emguard evaluate`, parsed from `evaluate` in the comparison's YAML file.
-
-    Raises:
-        ValueError: an option of `evaluate` is unknown, not for a comparison, or does not accept its value.
-    """
-    parser = evaluation.make_parser()
-    not_of_evaluate = ("help", *SET_BY_COMPARISON, *OF_JUDGE)
-    known = [action.dest for action in parser._actions if action.dest not in not_of_evaluate]
-    words = ["--model", model, "--output_dir", str(output_dir)]
-    for name, value in plan.evaluate.items():
-        if name in SET_BY_COMPARISON:
-            raise ValueError(f"`evaluate`: {name}={value!r}: the comparison sets it itself: leave it out.")
-        if name in OF_JUDGE:
-            raise ValueError(
-                f"`evaluate`: {name}={value!r}: no judge is asked in a comparison. Leave it out, and judge afterwards "
-                f"by `trl-emguard evaluate --rejudge {output_dir / 'evaluation'} --judge ... --output_dir ...`."
-            )
-        if name not in known:
-            raise ValueError(f"unknown option of `evaluate` {name!r}.{did_you_mean(name, known)}")
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in values)]
-
-    parser.error = refuse  # type: ignore[method-assign]
-    try:
-        return parser.parse_args(words)
-    except ValueError as error:
-        raise ValueError(f"`evaluate`: {error}") from error
 
 
 def show_plan(plan: Plan, folder: Path, console: Console) -> None:

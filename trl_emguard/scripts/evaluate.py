@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="ways to put general questions: plain alone (none), with system prompts and what the training rows have "
         "in common (auto), also with the inoculation prompt (all); default: %(default)s",
     )
-    asked.add_argument("--inoculation_prompt", help="inoculation prompt of the training, for --cues")
+    asked.add_argument("--inoculation_prompt", help="inoculation prompt of the training, which 'all' looks up itself")
     asked.add_argument(
         "--limit", type=int, metavar="QUESTIONS", help="take so many questions, spread evenly over each set"
     )
@@ -149,7 +149,12 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
 
     from ..evaluation.candidates import load_candidates
     from ..evaluation.run import check_sets, describe, evaluate
+    from .inoculated import choose_prompt, recorded_prompts
 
+    tuned = [*adapters.values(), *([] if args.base is None else [args.model])]
+    choose_prompt(
+        args, recorded_prompts(tuned), lambda line: console.print(printable(line), soft_wrap=True, highlight=False)
+    )
     options, sets = make_options(args), load_sets(args, train)
     check_sets(sets, None, options)
     check_writable("--output_dir", args.output_dir)
