@@ -11,8 +11,8 @@ KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 
 # Makes an environment, unless it is there with a Python that works. One of an older Python, or half made, is replaced.
 define venv
-@$(PYTHON) -c '$(CHECK)'
-@$(1)/bin/python -c 'import pip; $(CHECK)' 2> /dev/null || $(PYTHON) -m venv --clear $(1)
+@{ $(1)/bin/python -c '$(CHECK)' && $(1)/bin/python -m ensurepip; } > /dev/null 2>&1 \
+	|| { $(PYTHON) -c '$(CHECK)' && $(PYTHON) -m venv --clear $(1); }
 endef
 
 .PHONY: setup demo test test-latest test-long test-faults test-distributed soak report-check lint docs bench bench-gpu clean

@@ -23,10 +23,13 @@ from .trainer import EMGuardTrainer
 # Private methods of SFTTrainer (most inherited from transformers' Trainer) that the package overrides or calls. If TRL
 # or transformers renamed a method that the package overrides, the override would silently never be called.
 PRIVATE = (
+    "_determine_best_metric",
+    "_finalize_training",
     "_get_dataloader",
     "_get_grad_norm",
     "_get_output_dir",
     "_get_train_sampler",
+    "_load_optimizer_and_scheduler",
     "_prepare_dataset",
     "_push_from_checkpoint",
     "_remove_unused_columns",

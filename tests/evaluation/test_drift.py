@@ -158,7 +158,7 @@ def test_a_line_beside_that_of_an_epoch_shows_the_shift_of_its_own_step(tmp_path
     assert len(steps) == last
     found, _ = shifts("epoch", drift(every=last // 4), logging_strategy="epoch")
     assert found == {step: steps[step] for step in found}
-    assert bool(found) != is_first  # before the other callback asks for a line, the shift does not know of it
+    assert found or is_first  # before the other callback asks for a line, the shift does not know of it
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (9, [6])])

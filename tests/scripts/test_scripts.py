@@ -428,7 +428,9 @@ def test_results_of_an_earlier_run_are_not_pushed_during_training(argv, tmp_path
     (tmp_path / "out/drift.json").write_text("{}")
     pushed.clear()
     assert sft.main([*options, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
-    assert [names & {"ema", "drift.json"} for names in pushed] == [{"ema"}]
+    # A resume that is refused must lose nothing, so the record of drift goes after the training.
+    assert [names & {"ema", "drift.json"} for names in pushed] == [{"ema", "drift.json"}]
+    assert not (tmp_path / "out/drift.json").exists()
 
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

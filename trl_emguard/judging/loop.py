@@ -25,7 +25,11 @@ class LoopThread:
             runner.get_loop().run_forever()
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine, wait for it, and return its result. An interrupt (Ctrl-C) cancels it."""
+        """Run a coroutine, wait for it, and return its result.
+
+        Functions that the coroutine calls run in this loop's thread. An interrupt (Ctrl-C) asks the coroutine to stop,
+        and [`close`] waits until it has.
+        """
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

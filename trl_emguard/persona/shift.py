@@ -73,7 +73,8 @@ class PersonaShiftCallback(TrainerCallback):
 
     The shift is 0 when the callback is made, and has the unit of the hidden states. For comparison, ‖v(l)‖ is
     the distance between the mean states of answers that show the trait and of answers that show its opposite. The
-    `steering` defense changes no states during the measurement. All measurements use the precision of training.
+    `steering` defense changes no states during the measurement. All measurements use the precision of training. Add
+    this callback after a `DriftCallback`, so that it sees which log lines that one asks for.
 
     ```python
     >>> trainer.add_callback(PersonaShiftCallback(trainer, load_vector("evil.safetensors")))

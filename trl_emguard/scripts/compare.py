@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     eval_args = evaluate_arguments(plan, str(plan.recipe_options.get("model_name_or_path")), args.output_dir)
     training_args = check_options(plan, args.dry_run)
     train = load_training_rows(plan.recipe_options, eval_args, training_args, say)
-    choose_prompt(eval_args, planned_prompts(plan), say)
+    choose_prompt(eval_args, lambda: planned_prompts(plan), say)
     options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train)
     check_sets(sets, None, options)
     if plan.has_benign_task and any(questions.name == BENIGN_TASK for questions in sets):

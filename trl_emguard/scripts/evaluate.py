@@ -153,7 +153,9 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
 
     tuned = [*adapters.values(), *([] if args.base is None else [args.model])]
     choose_prompt(
-        args, recorded_prompts(tuned), lambda line: console.print(printable(line), soft_wrap=True, highlight=False)
+        args,
+        lambda: recorded_prompts(tuned),
+        lambda line: console.print(printable(line), soft_wrap=True, highlight=False),
     )
     options, sets = make_options(args), load_sets(args, train)
     check_sets(sets, None, options)

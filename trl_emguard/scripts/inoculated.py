@@ -1,7 +1,8 @@
 """The inoculation prompt that `--cues all` asks with: the one that the models were trained with."""
 
 import argparse
-from collections.abc import Callable, Iterable, Set
+import os
+from collections.abc import Callable, Iterable
 
 from ..comparison.plan import Plan
 from ..defenses.inoculation import Inoculation, InoculationOptions
@@ -9,12 +10,13 @@ from ..defenses.registry import parse_defense
 from ..evidence import read_defense_file
 
 
-def choose_prompt(args: argparse.Namespace, prompts: Set[str], say: Callable[[str], None]) -> None:
+def choose_prompt(args: argparse.Namespace, find: Callable[[], set[str]], say: Callable[[str], None]) -> None:
     """Set `args.inoculation_prompt` if `--cues all` needs it and it is not given, and say which prompt it is.
 
     Args:
         args: parsed options of `evaluate`.
-        prompts: the prompts that the models were trained with. If there are none, the default prompt is taken.
+        find: function that returns the prompts that the models were trained with. It is called only if the prompt is
+            needed. If there are none, the default prompt is taken.
         say: function that shows a line to the user.
 
     Raises:
@@ -22,10 +24,12 @@ def choose_prompt(args: argparse.Namespace, prompts: Set[str], say: Callable[[st
     """
     if args.cues != "all" or args.inoculation_prompt is not None:
         return
+    prompts = find()
     if len(prompts) > 1:
         raise ValueError(
-            f"--cues=all: the models were trained with {len(prompts)} inoculation prompts, "
-            f"{', '.join(map(repr, sorted(prompts)))}: name one by --inoculation_prompt."
+            f"cues=all: the models were trained with {len(prompts)} inoculation prompts, "
+            f"{', '.join(map(repr, sorted(prompts)))}: give one as `inoculation_prompt`, an option of `evaluate` "
+            "(in a comparison, of its section `evaluate`)."
         )
     default = InoculationOptions().inoculation_prompt
     source = "of the training" if prompts else "that is the default, as no training with one is known"
@@ -39,9 +43,9 @@ def recorded_prompts(folders: Iterable[str]) -> set[str]:
     Raises:
         ValueError: a `defense.json` is damaged.
     """
-    records = [read_defense_file(folder) for folder in folders]
+    records = [read_defense_file(os.path.expanduser(folder)) for folder in folders]
     options = [record["defenses"].get(Inoculation.name) for record in records if record is not None]
-    return {own["inoculation_prompt"] for own in options if own is not None}
+    return {own["inoculation_prompt"] for own in options if own and own.get("inoculation_prompt")}
 
 
 def planned_prompts(plan: Plan) -> set[str]:

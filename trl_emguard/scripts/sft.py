@@ -206,8 +206,8 @@ def run(
         peft_config=get_peft_config(model_args),
     )
     folder, resumes = Path(training_args.output_dir), bool(training_args.resume_from_checkpoint)
-    if training_args.should_save and training_args.push_to_hub:
-        # A push during training takes the whole folder along.
+    if training_args.should_save and training_args.push_to_hub and not resumes:
+        # A push during training takes the whole folder along. A resume may still be refused, and then keeps its files.
         _remove_stale(folder, [], resumes)
     output = trainer.train()
     if training_args.should_save:
