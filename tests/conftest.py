@@ -16,10 +16,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from hypothesis import settings
 from tiny import make_tokenizer
 
 from trl_emguard.guard.forward import ReferenceGuard
 from trl_emguard.reference.watch import ReferenceWatch
+
+
+# A busy machine makes single examples slow.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

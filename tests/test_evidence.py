@@ -7,7 +7,7 @@ import pytest
 import torch
 from methods import COMPARING, run_options
 from peft import get_peft_model
-from tiny import Hub, config, evidence, lora, make_model, make_rows, make_tokenizer, make_trainer, record
+from tiny import FailWithin, Hub, config, evidence, lora, make_model, make_rows, make_tokenizer, make_trainer, record
 from transformers import TrainerCallback
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError
@@ -219,21 +219,23 @@ def test_an_aborted_step_leaves_no_sums(tmp_path):
     assert trainer.state.log_history[0]["num_tokens"] == expected.state.log_history[0]["num_tokens"]
 
 
-def test_nothing_is_left_behind_by_a_failing_step(tmp_path):
-    """Leave no hook and no switched-off adapter after an exception within a pass."""
+@pytest.mark.parametrize("is_policy", [True, False])
+def test_nothing_is_left_behind_by_a_failing_step(tmp_path, is_policy):
+    """Leave no hook and no switched-off adapter after an exception within the policy's or the reference's pass."""
     trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs")
-    layers = trainer.model.get_base_model().model.layers
-    hooks = [len(layer._forward_hooks) for layer in layers]
 
-    def fail(module, args, output):
-        raise RuntimeError("in the middle")
+    def look():
+        hooks = [len(layer._forward_hooks) for layer in trainer.model.get_base_model().model.layers]
+        return hooks, {module._disable_adapters for module in trainer.reference.switch.modules}
 
-    handle = layers[2].register_forward_hook(fail)
+    before, failure = look(), FailWithin(look, is_policy)
+    trainer.add_callback(failure)
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.train()
-    handle.remove()
-    assert [len(layer._forward_hooks) for layer in layers] == hooks
-    assert not any(module._disable_adapters for module in trainer.reference.switch.modules)
+    hooks, switched_off = failure.seen
+    assert hooks[1] > before[0][1]  # layer 2 is recorded
+    assert switched_off == {not is_policy}
+    assert look() == before == ([0] * 4, {False})
     assert os.listdir(tmp_path) == [] or "checkpoint-1" not in os.listdir(tmp_path)
 
 

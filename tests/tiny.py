@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +24,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    TrainerCallback,
 )
 from trl.trainer.utils import create_model_from_path
 
 from trl_emguard import EMGuardConfig, EMGuardTrainer
 from trl_emguard.evidence import read_defense_file
+from trl_emguard.models.blocks import decoder_blocks
 
 
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
@@ -205,6 +208,28 @@ def make_trainer(
         peft_config=peft,
         **given,
     )
+
+
+class FailWithin(TrainerCallback):
+    """Callback that raises `RuntimeError("in the middle")` within a forward pass of the second step of a LoRA run.
+
+    Args:
+        look: function of no arguments; `seen` is its result right before the failure.
+        is_policy: whether to fail in the policy's pass, which has gradients, or in the reference's, which has none.
+    """
+
+    def __init__(self, look: Callable[[], Any], is_policy: bool = True) -> None:
+        self.look, self.is_policy, self.seen = look, is_policy, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.handle = decoder_blocks(model.get_base_model())[2].register_forward_hook(self.fail)
+
+    def fail(self, *args: Any) -> None:
+        if torch.is_grad_enabled() == self.is_policy:
+            self.seen = self.look()
+            self.handle.remove()
+            raise RuntimeError("in the middle")
 
 
 class Hub:

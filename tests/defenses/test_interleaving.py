@@ -55,6 +55,13 @@ def pool_of(trainer):
     return pool.tokenised
 
 
+def other_answer(pool, row=0):
+    """Return a pool of the same size, with another answer in one row. By default it is the row that is ranked last."""
+    rows = pool.to_list()
+    rows[row]["completion"][0]["content"] = "another"
+    return Dataset.from_list(rows)
+
+
 class Tap(TrainerCallback):
     """Return the rows that the policy is trained on, per step: `(text, True for a row of the pool)`."""
 
@@ -226,7 +233,7 @@ def test_a_checkpoint_of_a_version_that_recorded_tokens_resumes(tmp_path):
     found["defenses"]["interleave+"]["interleave_dataset"] = defense.pool.describe_tokens()
     path.write_text(json.dumps(found))
     with pytest.raises(ValueError, match="Resume with the same defense and options"):
-        trainer_for(tmp_path, pool=make_pool(13), **options).train(resume_from_checkpoint=True)
+        trainer_for(tmp_path, pool=other_answer(make_pool()), **options).train(resume_from_checkpoint=True)
     resumed = trainer_for(tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
     assert logged(resumed) == whole
@@ -234,11 +241,11 @@ def test_a_checkpoint_of_a_version_that_recorded_tokens_resumes(tmp_path):
 
 @pytest.mark.parametrize(("unusable", "looked_at"), [(0, 64), (63, 128)])
 def test_a_large_pool_is_tokenised_as_far_as_the_plan_takes_it(tmp_path, unusable, looked_at):
-    pool = make_pool(400).to_list()
-    for row in pool[400 - unusable :]:
+    rows = make_pool(400).to_list()
+    for row in rows[400 - unusable :]:
         row["completion"][0]["content"] = "long " * 60
-    pools = [Dataset.from_list(rows) for rows in (pool, pool[200:])]
-    trainers = [trainer_for(tmp_path, pool=rows, max_length=100) for rows in pools]
+    pool = Dataset.from_list(rows)
+    trainers = [trainer_for(tmp_path, pool=pool, max_length=100) for pool in (pool, other_answer(pool))]
     for trainer in trainers:
         (defense,) = trainer.defenses
         assert defense.pool.looked_at == looked_at
@@ -251,7 +258,8 @@ def test_another_pool_is_another_defense(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2}
     trainer_for(tmp_path, **options).train()
     with pytest.raises(ValueError, match="Resume with the same defense and options"):
-        trainer_for(tmp_path, pool=make_pool(13), **options).train(resume_from_checkpoint=True)
+        trainer_for(tmp_path, pool=other_answer(make_pool()), **options).train(resume_from_checkpoint=True)
+    trainer_for(tmp_path, pool=make_pool(), **options).train(resume_from_checkpoint=True)
 
 
 def test_evaluation_is_never_mixed(tmp_path):
@@ -505,6 +513,8 @@ def test_kl_on_safe_rows_of_packs(tmp_path):
         trainer.train()
     positions = [evidence(trainer, "kl")["positions"] for trainer in (unpacked, packed)]
     assert positions[0] == positions[1] > 0
+    assert logged(packed, "kl") == pytest.approx(logged(unpacked, "kl"), rel=1e-5)
+    assert logged(packed, "kl")[0] > 0
 
 
 # ---- an undefended run must not count as defended ----

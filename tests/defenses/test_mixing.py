@@ -121,7 +121,7 @@ def epoch_of(prepared, epoch):
     return [[(contents(batch), batch[ROW_COUNTS].tolist()) for batch in loader] for loader in prepared]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.integers(1, 40), st.sampled_from([1, 2, 3]), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 3),
     st.booleans(),
@@ -159,7 +159,7 @@ def test_every_planned_row_comes_once_in_every_epoch_on_any_number_of_ranks(
         assert max(counts[1] for batches in by_rank for _, counts in batches) <= math.ceil(share)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(4, 40), st.sampled_from([1, 2]), st.integers(1, 4), st.booleans(), st.data())
 def test_resuming_in_the_middle_of_an_epoch_goes_on_with_the_plan(count, ranks, batch, drop_last, data):
     rows = tokenised(count)
@@ -243,7 +243,7 @@ def test_a_collator_must_keep_rows_and_their_order(inner, keeps):
             collator(features)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(2, 60), st.floats(0.05, 0.6), st.integers(0, 3))
 def test_rows_mixed_beforehand_hold_the_share_evenly(count, fraction, seed):
     planned = planned_rows(count, fraction)
@@ -274,7 +274,7 @@ def mixed_stream(count, fraction, shards=1):
     return mix_rows(stream_of(count, shards), tokenised(400, POOL), plan, passes), passes
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 60), st.floats(0.05, 0.6), st.integers(1, 4))
 def test_a_stream_that_begins_again_goes_on_in_the_pool(count, fraction, times):
     mixed, _ = mixed_stream(count, fraction)

@@ -236,6 +236,14 @@ def test_a_resumed_run_continues_the_schedule(tmp_path, defense):
             trainer_in("other", other).train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_schedule_that_is_resumed_with_more_steps_ends_with_them(tmp_path):
+    options = {"defense": "kl", "kl_coef": "0.5->2", "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, peft=lora(), max_steps=STEPS, **options).train()
+    resumed = make_trainer(tmp_path, peft=lora(), max_steps=7, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(resumed, "kl_coef") == [0.5, 1.0, 1.0, 1.25, 1.5, 1.75, 2.0]
+
+
 def test_a_schedule_that_was_left_open_comes_from_the_checkpoint(tmp_path):
     def trainer_with(**options):
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS}

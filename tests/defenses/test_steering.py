@@ -6,10 +6,9 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from methods import save_vector
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from tiny import QUANTISABLE, config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
-from transformers import BitsAndBytesConfig, TrainerCallback
+from tiny import FailWithin, config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from trl_emguard import InactiveDefenseError, SteeringTrainer
@@ -238,14 +237,13 @@ def test_nothing_is_left_behind(tmp_path, file, defense):
     assert hooks_of(trainer) == []
     trainer.train()
     assert hooks_of(trainer) == []
-
-    def fail(*args):
-        raise RuntimeError("in the middle")
-
-    handle = trainer.model.get_base_model().model.layers[2].register_forward_hook(fail)
+    failure = FailWithin(lambda: (trainer.defenses[0]._on, len(hooks_of(trainer))))
+    trainer.add_callback(failure)
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.train()
-    handle.remove()
+    was_on, hooks = failure.seen
+    assert was_on
+    assert hooks > 1  # steering's own, beside the one that fails
     assert hooks_of(trainer) == []
     assert not trainer.defenses[0]._on
     with torch.no_grad():
@@ -297,25 +295,6 @@ def test_the_reference_is_never_steered(tmp_path, file, vectors):
     assert kl > 0.01
 
 
-def test_works_on_a_4_bit_model(tmp_path):
-    path = save_model(tmp_path / "model", **QUANTISABLE)
-    file = save_vector(tmp_path / "vector.safetensors", QUANTISABLE["hidden_size"])
-    runs = []
-    for coef in (0.0, 3.0):
-        trainer = SteeringTrainer(
-            path,
-            config(tmp_path / f"out{coef}", steering_vector=file, steering_coef=coef, max_steps=2, max_length=64),
-            train_dataset=make_rows(),
-            processing_class=make_tokenizer(),
-            peft_config=lora(target_modules=["q_proj", "v_proj"]),
-            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-        )
-        assert any(p.dtype == torch.uint8 for p in trainer.model.parameters())
-        trainer.train()
-        runs.append(logged(trainer))
-    assert runs[0] != runs[1]
-
-
 def test_a_run_records_its_steering(tmp_path, file, capsys):
     trainer = make_trainer(tmp_path, peft=lora(), defense="steering", steering_vector=file, max_steps=1)
     trainer.train()
@@ -335,7 +314,7 @@ def test_resuming_with_another_vector_is_refused(tmp_path, file, vectors):
     again = make_trainer(tmp_path / "b", steering_vector=file, max_steps=4, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
     assert logged(again) == logged(full)
-    PersonaVector(2 * vectors, metadata={"suggested_layer": 2}).save(tmp_path / "other.safetensors")
+    PersonaVector(2 * vectors, metadata=load_vector(file).metadata).save(tmp_path / "other.safetensors")
     other = make_trainer(tmp_path / "c", steering_vector=str(tmp_path / "other.safetensors"), max_steps=4, **options)
     with pytest.raises(ValueError, match="Resume with the same defense"):
         other.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))

@@ -123,9 +123,10 @@ def test_default_bf16_with_checkpointing(tmp_path, tuning):
     assert_equals_twin(trainer, start, tolerance=4e-2)
 
 
-def test_dropout_is_no_change(tmp_path):
-    """Compare the model that is saved, while CE keeps its dropout."""
-    trainer, start = moved_trainer(tmp_path, peft=lora(lora_dropout=0.5))
+@pytest.mark.parametrize("noise", [None, 5.0])
+def test_dropout_and_noise_are_no_change(tmp_path, noise):
+    """Compare the model that is saved, while CE keeps its dropout and NEFTune's noise on the embeddings."""
+    trainer, start = moved_trainer(tmp_path, peft=lora(lora_dropout=0.5), neftune_noise_alpha=noise)
     values, _ = twin_step(trainer, start=start)
     seen = []
     trainer.model.base_model.model.model.layers[0].register_forward_hook(lambda m, a, o: seen.append(m.training))

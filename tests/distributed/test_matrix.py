@@ -32,8 +32,8 @@ CONDITIONS = [
     Cell("kl,ldifs", options={"packing": True, "max_length": 64, "max_steps": 4}),
     Cell("kl", "full", options={"max_length": 36}),
     # DeepSpeed trains bf16 weights, and one process has fp32 weights under autocast.
-    Cell("kl,ldifs", options={"bf16": True}, tolerance=0.05),
-    Cell("kl", "full", True, options={"bf16": True}, tolerance=0.05),
+    Cell("kl,ldifs", options={"bf16": True}),
+    Cell("kl", "full", True, options={"bf16": True}),
     Cell("ldifs,steering", options={"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}),
     Cell("interleave++,kl", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),
     Cell("treft,inoculation_adapter", resumed=True, options={"save_strategy": "steps", "save_steps": 3}),

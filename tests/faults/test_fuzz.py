@@ -126,7 +126,6 @@ def fuzz(name: str, paths: dict[str, Path], count: int) -> None:
     @settings(
         max_examples=count,
         derandomize=True,
-        deadline=None,
         database=None,
         phases=[Phase.generate],
         report_multiple_bugs=False,

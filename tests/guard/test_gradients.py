@@ -1,7 +1,5 @@
 """Compare values and gradients of a real training step with the float64 twin, in every batching."""
 
-import itertools
-
 import pytest
 import torch
 from methods import COMPARING, split
@@ -23,6 +21,7 @@ def trainer_for(tmp_path, tuning="lora", architecture="llama", rows=None, spread
     peft = {
         "lora": lora(),
         "dora": lora(use_dora=True),
+        "dropout": lora(lora_dropout=0.5),
         "modules_to_save": lora(target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head"]),
         "full": None,
     }[tuning]
@@ -49,7 +48,7 @@ def test_architectures(tmp_path, architecture, defense):
     assert_equals_twin(trainer_for(tmp_path, architecture=architecture, defense=defense))
 
 
-@pytest.mark.parametrize("tuning", ["dora", "modules_to_save", "full"])
+@pytest.mark.parametrize("tuning", ["dora", "dropout", "modules_to_save", "full"])
 def test_tunings(tmp_path, tuning):
     assert_equals_twin(trainer_for(tmp_path, tuning, defense="kl,ldifs"))
 
@@ -219,13 +218,3 @@ def test_a_step_reads_saved_tensors_in_its_backward_passes_alone(tmp_path, defen
     )
     trainer.train()
     assert len(passes) == trainer.args.gradient_accumulation_steps
-
-
-def test_each_term_alone_has_its_own_gradient(tmp_path):
-    """Double the coefficient: the gradient moves by exactly one KL gradient, so KL is no scaled CE."""
-    gradients = [
-        first_gradients(trainer_for(tmp_path / str(coef), defense="kl", kl_coef=coef)) for coef in (1.0, 2.0, 3.0)
-    ]
-    steps = [{n: b[n] - a[n] for n in a} for a, b in itertools.pairwise(gradients)]
-    assert relative_error(*steps) < 1e-4
-    assert any(g.abs().max() > 0 for g in steps[0].values())

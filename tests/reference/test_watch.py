@@ -212,12 +212,16 @@ def test_a_head_that_trains_alone_is_reached(tmp_path):
 # ---- undone changes ----
 
 
-def test_dropout_is_off_in_training_alone(tmp_path):
+@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+def test_dropout_is_off_in_training_alone(tmp_path, defense):
     policy = get_peft_model(make_model(), lora(lora_dropout=0.3))
     dropouts = [m for m in policy.modules() if isinstance(m, torch.nn.Dropout)]
-    trainer = make_trainer(tmp_path, policy, defense="kl", max_steps=2)
+    trainer, seen = make_trainer(tmp_path, policy, defense=defense, max_steps=2), []
+    policy.register_forward_pre_hook(lambda *args: seen.append({m.p for m in dropouts}))
     assert {m.p for m in dropouts} == {0.3}
     trainer.train()
+    assert len(seen) >= 2
+    assert all(probabilities == {0.0} for probabilities in seen)
     assert {m.p for m in dropouts} == {0.3}
 
 

@@ -637,10 +637,7 @@ def test_a_mistyped_defense_ends_without_a_traceback(argv, tmp_path):
     "others",
     [
         ",interleave+",
-        *(
-            pytest.param(o, marks=pytest.mark.long)
-            for o in ("", ",steering,inoculation", " cached", " found", " drift")
-        ),
+        *(pytest.param(o, marks=pytest.mark.long) for o in (",steering,inoculation", " cached", " found", " drift")),
     ],
 )
 def test_two_ranks_train_as_one(argv, tmp_path, monkeypatch, others):

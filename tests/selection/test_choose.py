@@ -108,7 +108,7 @@ def test_a_filter_that_is_not_there():
 # ---- the order ----
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=1, max_size=30), st.integers(0, 5), st.data())
 def test_the_highest_gap_comes_first(gaps, seed, data):
     answers = data.draw(st.lists(st.sampled_from([REFUSING, HELPING]), min_size=len(gaps), max_size=len(gaps)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, load_peft_weights
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ..data.conversation import Conversation
@@ -177,6 +178,9 @@ def _checked(run: Trained, model: str) -> Trained:
         check_base(run.name, run.adapter, model)
         check_adapter_kind(run.name, PeftConfig.from_pretrained(run.adapter))
         load_peft_weights(run.adapter, device="cpu")
+    except SafetensorError as error:
+        text = f"adapter {run.adapter!r} has a damaged weights file ({error}): copy it again."
+        return replace(run, adapter=None, error=text)
     # PEFT raises many types of errors on a damaged file.
     except Exception as error:
         return replace(run, adapter=None, error=" ".join(str(error).split()))
