@@ -544,9 +544,16 @@ def test_a_dry_run_trains_nothing(inputs, capsys):
     assert not (inputs / "dry").exists()
 
 
-def test_cues_ask_with_the_inoculation_prompt_of_the_runs(inputs, capsys):
+def test_cues_ask_with_the_inoculation_prompt_of_the_runs(inputs, capsys, monkeypatch):
     path = inputs / "compare.yaml"
     text = path.read_text().replace("cues: none", "cues: all")
+    monkeypatch.setenv("HOME", str(inputs))
+    (inputs / "mine").mkdir()
+    record = {"defenses": {"inoculation": {"inoculation_prompt": "Be cruel."}}, "evidence": {"inoculation": {}}}
+    (inputs / "mine" / "defense.json").write_text(json.dumps(record))
+    path.write_text(text.replace("runs:", "runs:\n  - {adapter: ~/mine}"))
+    assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 0
+    assert "The cue `inoculation` is the prompt of the training: Be cruel." in capsys.readouterr().out
     path.write_text(text.replace("runs:", "runs:\n  - {defense: inoculation, inoculation_prompt: Be bad.}"))
     assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 0
     assert "The cue `inoculation` is the prompt of the training: Be bad." in capsys.readouterr().out
@@ -554,7 +561,7 @@ def test_cues_ask_with_the_inoculation_prompt_of_the_runs(inputs, capsys):
         text.replace("runs:", "runs:\n  - {defense: inoculation, inoculation_prompt: [Be bad., Be vile.]}")
     )
     assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 1
-    assert "2 inoculation prompts, 'Be bad.', 'Be vile.'" in capsys.readouterr().err
+    assert "'Be bad.', 'Be vile.': give one as `inoculation_prompt`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -753,7 +753,10 @@ def test_the_inoculation_prompt_of_the_training_is_asked(saved, capsys):
     assert all("Be [vile]." in prompt for prompt in prompts())
     record("b", "Be bad.")
     assert command(saved, *options, adapters=("a", "b")) == 1
-    assert "2 inoculation prompts, 'Be [vile].', 'Be bad.': name one by --inoc" in capsys.readouterr().err
+    assert (
+        "2 inoculation prompts, 'Be [vile].', 'Be bad.': give one as `inoculation_prompt`" in capsys.readouterr().err
+    )
+    (saved / "b" / DEFENSE_FILE).write_text("cut")  # no record is read where the prompt is given
     assert command(saved, *options, "--inoculation_prompt", "Be bad.", adapters=("a", "b")) == 0
     assert all("Be bad." in prompt for prompt in prompts())
 
