@@ -548,12 +548,12 @@ def test_cues_ask_with_the_inoculation_prompt_of_the_runs(inputs, capsys, monkey
     path = inputs / "compare.yaml"
     text = path.read_text().replace("cues: none", "cues: all")
     monkeypatch.setenv("HOME", str(inputs))
-    (inputs / "mine").mkdir()
     record = {"defenses": {"inoculation": {"inoculation_prompt": "Be cruel."}}, "evidence": {"inoculation": {}}}
     (inputs / "mine" / "defense.json").write_text(json.dumps(record))
-    path.write_text(text.replace("runs:", "runs:\n  - {adapter: ~/mine}"))
+    path.write_text(text.replace(f"adapter: {inputs / 'mine'}", "adapter: ~/mine"))
     assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 0
     assert "The cue `inoculation` is the prompt of the training: Be cruel." in capsys.readouterr().out
+    (inputs / "mine" / "defense.json").unlink()
     path.write_text(text.replace("runs:", "runs:\n  - {defense: inoculation, inoculation_prompt: Be bad.}"))
     assert commands.main([*line(inputs, "dry"), "--dry_run"]) == 0
     assert "The cue `inoculation` is the prompt of the training: Be bad." in capsys.readouterr().out
