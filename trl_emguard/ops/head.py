@@ -159,7 +159,7 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 
 
 def _forward(hidden, weight, bias, per_token, reference, of_head, direction, logits, matmul):
-    """Return the head's output, and the gradient of its loss with respect to `hidden`.
+    """Return loss and statistics of the output head, and the gradient of this loss with respect to `hidden`.
 
     The gradients with respect to weight and bias are added to the tensors in `of_head`.
     """

@@ -287,7 +287,7 @@ def peak(items: dict[str, int], run: Run) -> int:
     begins = items["activations"] + items["compared states"] + max(items["head"], backward) + trained_head
     if run.micro_batches > 1:
         begins += gradients
-    # At block 1, the last in the backward pass, the embedding's gradient (about `trained_head`) does not exist yet.
+    # At block 1, the last in the backward pass, the embedding's gradient (near `trained_head` in size) is not there.
     # At the embedding every gradient exists, and a tied weight has two, until the second is added to the first.
     ends = trained_head + max(gradients - trained_head + backward, gradients + items["tied embedding"])
     return always + max(begins, ends, gradients + items["update"])

@@ -168,7 +168,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _read_pool(args: argparse.Namespace) -> Dataset:
-    """Return the pool's rows that meet `--where`. Refuse named columns if other columns of the rows are read first."""
+    """Return the pool's rows that meet `--where`. Refuse `--prompt_column` and the like if without effect."""
     rows = load_rows(args.dataset, args.split, args.dataset_config, options=OPTIONS)
     assert isinstance(rows, Dataset)  # `load_rows` returns another type only if asked for a stream
     if args.where is not None:
