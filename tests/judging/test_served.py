@@ -139,12 +139,16 @@ def test_an_interrupt_stops_the_requests(judges, endpoint):
         judge.calibrate()
         server.fault = hold
         thread = threading.Thread(target=interrupt)
-        thread.start()
-        with pytest.raises(KeyboardInterrupt):
-            judge.ask([f"Answer {i}." for i in range(8)], lambda index, judgement: None)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore the signal
+        try:
+            thread.start()
+            with pytest.raises(KeyboardInterrupt):
+                judge.ask([f"Answer {i}." for i in range(8)], lambda index, judgement: None)
+        finally:
+            signal.signal(signal.SIGINT, before)
         thread.join()
+        judge.close()  # waits until the requests have stopped
         waiting.set()
-        judge.close()
         assert server.requests <= 2
 
 
