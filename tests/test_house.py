@@ -142,3 +142,17 @@ def test_docstrings_and_comments_begin_with_their_subject():
         total += len(firsts)
         vague += [f"{path.relative_to(PACKAGE)}: {first[:70]}" for first in firsts if VAGUE.match(first)]
     assert len(vague) <= 0.03 * total, f"{len(vague)} of {total}: " + "\n".join(vague)
+
+
+def test_tests_use_few_private_names():
+    """Count uses of the package's private names, as `x._name` where x is neither `self` nor `cls`."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    own = set(re.findall(r"def (_[a-z]\w*)|self\.(_[a-z]\w*)\s*[:=,]", source))
+    own = {name for pair in own for name in pair if name}
+    found = []
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_own = isinstance(node, ast.Attribute) and node.attr in own
+            if is_own and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                found.append(f"{path.name}:{node.lineno} {node.attr}")
+    assert len(found) < 20, "\n".join(found)

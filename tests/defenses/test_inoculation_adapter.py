@@ -230,13 +230,16 @@ def test_nothing_is_left_behind(tmp_path):
         hooks = sum(len(module._forward_hooks) for module in blocks.modules())
         return hooks, [vars(block).get("_gradient_checkpointing_func") for block in blocks]
 
+    def acts():
+        return trainer.defenses[0]._is_on
+
     class Fail(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             self.before = [vars(block)["_gradient_checkpointing_func"] for block in blocks]
             self.handle = blocks[2].register_forward_hook(self.fail)
 
         def fail(self, module, args, output):
-            if trainer.defenses[0]._is_on:
+            if acts():
                 raise RuntimeError("in the middle")
 
     callback = Fail()
@@ -246,7 +249,7 @@ def test_nothing_is_left_behind(tmp_path):
     callback.handle.remove()
     trainer.remove_callback(callback)
     assert state() == (0, callback.before)
-    assert not trainer.defenses[0]._is_on
+    assert not acts()
     trainer.train()
     assert state()[0] == 0
     assert evidence(trainer, "inoculation_adapter")["acted"]

@@ -116,13 +116,18 @@ def test_layer_l_is_what_block_l_hands_on(file, vectors, architecture):
     assert not torch.allclose(raw[3], plain[3])
 
 
+def acting_hook(steering, layer):
+    """Return the hook that steers a block's output, as it acts in the policy's pass."""
+    steering._on = True
+    return steering._hook(layer)
+
+
 def test_a_block_that_returns_a_tuple(file):
     model = make_model()
     steering = make_steering(file, model, steering_layers="2")
     block = torch.nn.Identity()
-    block.register_forward_hook(steering._hook(2))
+    block.register_forward_hook(acting_hook(steering, 2))
     states = torch.zeros(1, 3, 32)
-    steering._on = True
     assert torch.equal(block((states, "cache"))[0], block(states))
     assert block((states, "cache"))[1] == "cache"
 
@@ -237,15 +242,15 @@ def test_nothing_is_left_behind(tmp_path, file, defense):
     assert hooks_of(trainer) == []
     trainer.train()
     assert hooks_of(trainer) == []
-    failure = FailWithin(lambda: (trainer.defenses[0]._on, len(hooks_of(trainer))))
+    state = lambda: (trainer.defenses[0]._on, len(hooks_of(trainer)))  # noqa: E731
+    failure = FailWithin(state)
     trainer.add_callback(failure)
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.train()
     was_on, hooks = failure.seen
     assert was_on
     assert hooks > 1  # steering's own, beside the one that fails
-    assert hooks_of(trainer) == []
-    assert not trainer.defenses[0]._on
+    assert state() == (False, 0)
     with torch.no_grad():
         fresh = trainer.model.eval()(**INPUTS).logits
         assert torch.isfinite(fresh).all()
@@ -525,8 +530,7 @@ def test_ablation_in_bf16_leaves_no_more_than_rounding(file, vectors):
     steering = make_steering(file, model, steering_mode="ablate")
     unit = vectors[2].double() / vectors[2].double().norm()
     states = (torch.randn(1, 500, 32, generator=torch.Generator().manual_seed(0)) + 30 * unit).bfloat16()
-    steering._on = True
-    steered = steering._hook(2)(None, (), states)
+    steered = acting_hook(steering, 2)(None, (), states)
     rounding = (states.double() - (states.double() @ unit)[..., None] * unit).bfloat16().double() @ unit
     assert steered.dtype == torch.bfloat16
     assert (steered.double() @ unit).abs().mean() < 1.1 * rounding.abs().mean()

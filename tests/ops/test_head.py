@@ -339,16 +339,17 @@ def test_cuda_without_a_compiler_takes_torchs_own_calls(monkeypatch, starts):
             return SimpleNamespace()
 
     monkeypatch.setattr(driver, "_active", Driver())
-    head._triton_starts.cache_clear()
+    forget, chosen = head._triton_starts.cache_clear, head._tile_pass
+    forget()
     with FakeTensorMode():
         hidden = torch.empty(2, H, device="cuda")
     if starts:
-        assert head._tile_pass(hidden, torch.float32) is not head.torch_tile_pass
+        assert chosen(hidden, torch.float32) is not head.torch_tile_pass
     else:
         with pytest.warns(UserWarning, match="C compiler"):
-            assert head._tile_pass(hidden, torch.float32) is head.torch_tile_pass
-    assert head._tile_pass(hidden, torch.float64) is head.torch_tile_pass
-    head._triton_starts.cache_clear()
+            assert chosen(hidden, torch.float32) is head.torch_tile_pass
+    assert chosen(hidden, torch.float64) is head.torch_tile_pass
+    forget()
 
 
 def test_torchs_own_calls_take_many_rows_at_once_on_a_gpu(monkeypatch):
