@@ -57,7 +57,6 @@ def test_the_console_command_is_main():
 # ---- make ----
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_an_old_python_is_refused_before_an_environment_is_made(tmp_path):
     for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)

@@ -57,9 +57,9 @@ def test_answers_are_the_samplers(tmp_path):
 
 
 def test_samples_that_are_asked_again_later_get_seeds_of_their_own(tmp_path):
-    """In another process, as `inspect eval-retry` asks them, no answer is a copy of an earlier one.
+    """Ask the second half of the samples in another process, as `inspect eval-retry` does: no answer is a copy.
 
-    Here another size of the batches makes inspect_ai load the model anew.
+    Another size of the batches makes inspect_ai load the model anew, as another process does.
     """
     model = save_model(tmp_path / "model")
     halves = [
