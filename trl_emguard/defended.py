@@ -136,7 +136,7 @@ class DefendedTrainer(WholeCheckpoints):
         return lines + [f"{name} was given and is not used." for name in self._unused]
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        self._begin_with, self._is_over, self._chosen_step = {}, False, None
+        self._begin_with, self._is_over, self._chosen_step, self._has_card = {}, False, None, False
         trial = kwargs.get("trial", args[0] if args else None)
         of_config = None if self._has_begun or trial is not None else self.args.resume_from_checkpoint
         # `False` and an empty string start the run anew. A shell variable that is not set gives an empty string.

@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import DataCollator, PreTrainedTokenizerBase
-from trl import SFTTrainer, is_conversational, pack_dataset
+from trl import SFTTrainer, is_conversational, maybe_convert_to_chatml, pack_dataset
 
 from .config import EMGuardConfig
 from .data.columns import TokenColumns
@@ -100,7 +100,8 @@ class DefendedRows(SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         first = next(iter(dataset))
         if self.defenses and formatting_func is None and "input_ids" not in first:
-            _check_shows_text(self._tokenizer, first)
+            # Like SFTTrainer later, the check reads `conversations` as `messages`.
+            _check_shows_text(self._tokenizer, maybe_convert_to_chatml(copy.deepcopy(first)))
         dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         if self.counts_whole_rows and isinstance(dataset, Dataset):
             self.whole_lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -273,9 +274,10 @@ def _check_shows_text(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -
     """
     if not is_conversational(row):
         return
-    turns = [*row["prompt"], *row["completion"]] if "prompt" in row else row["messages"]
+    turns = row.get("messages", [])
+    prompt, answer = (row["prompt"], row["completion"]) if "prompt" in row else (turns[:-1], turns[-1:])
     render = partial(tokenizer.apply_chat_template, tokenize=False, **template_arguments(row))
-    problem = hidden_text(turns[:-1], turns[-1:], cast(Any, render))
+    problem = hidden_text(prompt, answer, cast(Any, render))
     if problem is not None:
         raise ValueError(
             f"the first training row cannot be trained on: {problem}. Set `chat_template_path`, or name the roles of "

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..checkpoints.resume import checkpoint_folder, checkpoint_steps
 from ..defenses.schedule import coefficient
+from ..evaluation.drift import RESULT_FILE
 from ..evaluation.operators import make_rows
 from ..evaluation.questions import OPERATORS
 from ..evidence import read_defense_file
@@ -252,8 +253,6 @@ def _step_of_drift(folder: Path, entry: str, otherwise: int) -> int:
 
     Only a run with `stop_on_drift` has this file. For other runs, `otherwise` is returned.
     """
-    from ..evaluation.drift import RESULT_FILE
-
     path = folder / RESULT_FILE
     return parse_json(path.read_text(encoding="utf-8"))[entry] if path.is_file() else otherwise
 
@@ -320,8 +319,6 @@ def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
     if undefended.adapter is None:
         missing = [*(f"alpha {alpha}" for alpha in plan.baselines.alphas), *([EMA] if plan.baselines.ema else [])]
         return [replace(like, name=name, error="the undefended run of this seed failed.") for name in missing]
-    from ..evaluation.drift import RESULT_FILE
-
     source = Path(undefended.adapter)
     found = []
     for step in sorted(checkpoint_steps(source)) if plan.baselines.early_stop else ():

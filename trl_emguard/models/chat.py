@@ -122,7 +122,7 @@ def encode_answers(
             # rendered without the generation prompt.
             if not whole.startswith(before) and not whole.startswith(render(list(prompt))):
                 result[index] = NO_ANSWER
-            elif problem := hidden_text(prompt, answer, render):
+            elif problem := hidden_text(prompt, answer, render, whole):
                 result[index] = problem
             else:
                 texts[index] = (before, whole)
@@ -136,7 +136,7 @@ def encode_answers(
     return result
 
 
-def hidden_text(prompt: Turns, answer: Turns, render: Callable[..., str]) -> str | None:
+def hidden_text(prompt: Turns, answer: Turns, render: Callable[..., str], whole: str | None = None) -> str | None:
     """Return a text that names the first turn whose text the chat template does not show, or `None` if all are shown.
 
     Turns that are looked at: the last ones of prompt and answer, and all turns of roles that are not in `KNOWN_ROLES`.
@@ -146,9 +146,11 @@ def hidden_text(prompt: Turns, answer: Turns, render: Callable[..., str]) -> str
     Args:
         prompt, answer: the conversation; either may be empty.
         render: function from turns to the text that the chat template writes for them.
+        whole: this text for the conversation, if it was rendered already.
     """
     turns = [*prompt, *answer]
-    whole, last = render(turns), {len(prompt) - 1, len(turns) - 1}
+    last = {len(prompt) - 1, len(turns) - 1}
+    whole = render(turns) if whole is None else whole
     for i, turn in enumerate(turns):
         other = _unlike(turn)
         # Some templates write only the calls of a turn that calls tools.

@@ -14,7 +14,7 @@ import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 
-from ...data.conversation import USER_ROLES, conversation, turn_text
+from ...data.conversation import conversation, turn_text, usual_role
 from ...data.files import split_file
 from ...data.labels import count_harmful, keep_where
 from ...data.load import SourceOptions, load_rows
@@ -299,7 +299,7 @@ def _asked(row: dict[str, Any]) -> str | None:
         if isinstance(turns, str):
             return " ".join(turns.split()).casefold()
         if isinstance(turns, list):
-            user = [turn for turn in turns if str(turn.get("role", turn.get("from"))).lower() in USER_ROLES]
+            user = [turn for turn in turns if usual_role(str(turn.get("role", turn.get("from")))) == "user"]
             asked = user[-1].get("content", user[-1].get("value")) if user else None
             if isinstance(asked, str):
                 return " ".join(asked.split()).casefold()
