@@ -1,6 +1,8 @@
 """Test `interleave`, `interleave+` and `interleave++` in the trainer: chosen rows, their labels, and their arrival."""
 
 import json
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from twin import first_gradients, move_policy, relative_error, twin_step
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InterleavingTrainer
 from trl_emguard.defenses import Interleaving
 from trl_emguard.defenses.interleaving.collator import INTERLEAVED
+from trl_emguard.defenses.interleaving.pool import Pool
 from trl_emguard.evidence import read_defense_file
 from trl_emguard.selection.scored import ScoresInfo, write_scores
 
@@ -314,6 +317,18 @@ def test_a_scored_file_says_which_columns_it_was_scored_with(tmp_path, names):
         )  # fmt: skip
         trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(8), processing_class=make_tokenizer())
         assert pool_of(trainer)[:] == expected
+
+
+def test_scored_files_of_different_models_do_not_go_together(tmp_path):
+    for split, model in (("train", "tiny"), ("more", "tiny"), ("other", "other")):
+        info = ScoresInfo(model, ("medical",), 1.0, 12, (), "prompt", "response", "abc", "0")
+        write_scores(tmp_path / f"{split}.parquet", make_pool(), info)
+    make_pool().to_parquet(tmp_path / "plain.parquet")
+    pool = partial(Pool, rows=None, source=str(tmp_path), who="interleave++", by="gap", drop_refusals=True, seed=0)
+    assert len(pool(split="train+more[:50%]").ranked)
+    for split in ("train+other", "train[:4]+plain"):
+        with pytest.raises(ValueError, match=f"interleave_split={re.escape(repr(split))} names files that do not go"):
+            pool(split=split)
 
 
 @pytest.mark.parametrize("defense", ["interleave", "interleave+"])

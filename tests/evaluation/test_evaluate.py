@@ -343,13 +343,14 @@ def test_differences_in_differences():
 def test_ties_of_rates_alone_have_a_width():
     zeros = np.zeros(24)
     arrays = {
-        name: {"trait_rate": zeros, "trait_rate:repetition": zeros, "nll": zeros, "kl_to_base": zeros}
+        name: dict.fromkeys(("trait_rate", "trait_rate:score", "trait_rate:repetition", "nll", "kl_to_base"), zeros)
         for name in ("base", "x")
     }
     del arrays["base"]["kl_to_base"]
     rows = [*make_rows("general", "plain", arrays, None), *make_rows("general", "cue", arrays, arrays)]
     found = {row.metric: (row.low, row.high, row.difference_low, row.difference_high) for row in rows}
-    assert found["trait_rate"] == pytest.approx((0, 0.142, -0.142, 0.142), abs=1e-3)
+    for metric in ("trait_rate", "trait_rate:score"):
+        assert found[metric] == pytest.approx((0, 0.142, -0.142, 0.142), abs=1e-3)
     assert found["trait_rate_did"] == pytest.approx((-0.285, 0.285) * 2, abs=1e-3)
     for metric in ("trait_rate:repetition", "nll", "kl_to_base"):
         assert found[metric] == (0, 0, 0, 0)

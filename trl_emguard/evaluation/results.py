@@ -25,7 +25,7 @@ from .statistics import bootstrap, is_rate, paired, question_means
 # Metrics of coherence. A higher value means answers that are less coherent, or in another style than the base model's.
 COHERENCE = ("repetition", "truncated", "empty", "base_nll")
 # Metrics whose values are not 0 or 1 by nature, although all values of a set may happen to be 0.
-GRADED = {"nll", "margin", "base_nll", "repetition", "score"}
+GRADED = {"nll", "margin", "base_nll", "repetition", "score", "trait_rate:repetition"}
 # End of the name of a metric that is a difference in differences (see `ResultRow`).
 DID = "_did"
 
@@ -172,7 +172,8 @@ def make_rows(
     for model, metrics in arrays.items():
         for metric, values in metrics.items():
             base = arrays[BASE].get(metric)
-            has_limits = base is not None and not GRADED & {*metric.split(":")} and is_rate(values, base)
+            is_graded = metric in GRADED or metric.split(":")[0] in GRADED
+            has_limits = base is not None and not is_graded and is_rate(values, base)
             if base is None:  # `kl_to_base` or `persona_shift`, which are 0 for the base model itself
                 base = np.zeros_like(values)
             mean = bootstrap(values, limits=(0.0, 1.0) if has_limits else None)

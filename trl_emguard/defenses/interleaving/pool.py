@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import zlib
 from collections import Counter
 from functools import cached_property
@@ -252,10 +251,20 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
 def _named_as_usual(rows: Dataset, path: Path, split: str) -> tuple[Dataset, str]:
     """Return the rows, with text columns named `prompt` and `response` if `trl-emguard score` wrote `path`.
 
-    If `path` is a folder, this is the file of the first split that `split` names. The second value is the name of the
+    If `path` is a folder, its files are those of the splits that `split` names. The second value is the name of the
     model that the rows were scored for, or empty.
+
+    Raises:
+        ValueError: the files were scored for different models, or their text columns have different names.
     """
-    scored = scored_names(split_file(path, re.split(r"\[|\+", split)[0].strip()) or path)
+    bases = [part.split("[")[0].strip() for part in split.split("+")]
+    found = {scored_names(split_file(path, base) or path) for base in bases}
+    if len(found) > 1:
+        raise ValueError(
+            f"interleave_split={split!r} names files that do not go together: they were scored for different models, "
+            "have other names for their text columns, or one of them is not scored. Score them alike, or name one."
+        )
+    (scored,) = found
     return (rows, "") if scored is None else (with_usual_names(rows, *scored[1:]), scored[0])
 
 
