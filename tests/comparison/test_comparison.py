@@ -264,7 +264,10 @@ def test_bad_plans(tmp_path, text, message):
 
 def test_a_dominated_run_is_left_out():
     found = report({"none": (-1.0, -1.0), "weak": (-1.0, -0.2), "good": (-0.1, -1.0)})
-    assert found.sentence.endswith("not worse in the other): good.")
+    once = " Each was trained once: the intervals do not hold the variation from training to training."
+    assert found.sentence.endswith(f"not clearly worse in the other): good.{once}")
+    twice = [replace(entry, trained=entry.trained * 2) for entry in found.entries]
+    assert replace(found, entries=twice).sentence.endswith(": good.")
     none, weak, good = found.entries
     assert dominates(good, none)
     assert dominates(none, weak)
@@ -342,7 +345,7 @@ def test_a_further_set_of_a_criterion_is_reported(tmp_path):
     found = make_report([run], replace(results(rows), criteria=criteria))
     assert (found.metrics, found.sets) == (("margin", "nll"), ("values", "held_out"))
     assert (found.entries[0].broad.value, found.entries[0].narrow.value) == (0.25, 0.75)
-    assert found.sentence.endswith(": kl.")
+    assert "not clearly worse in the other): kl." in found.sentence
     page = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
     assert "+0.50 (+0.40 to +0.60)" in page[page.index("Behind cues") :]
 
@@ -477,7 +480,7 @@ def test_drift_is_a_curve_of_the_runs_that_logged_it(tmp_path):
 
 
 def test_a_figure_of_zero_has_no_minus():
-    assert figure_text(Figure(-0.0, -0.001, 0.001)) == "+0.00 (+0.00 to +0.00)"
+    assert figure_text(Figure(-0.0, -0.001, 0.001)) == "+0.000 (-0.001 to +0.001)"
 
 
 def test_a_run_without_evidence_is_shown_as_not_defended(capsys):

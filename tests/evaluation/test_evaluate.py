@@ -28,7 +28,15 @@ from trl_emguard.evaluation import answers, probes
 from trl_emguard.evaluation.candidates import check_candidates, from_adapters, load_candidates
 from trl_emguard.evaluation.cues import Family, families
 from trl_emguard.evaluation.questions import Question, QuestionSet, load_questions
-from trl_emguard.evaluation.results import COLUMNS, ResultRow, Results, make_rows, make_table, sentence
+from trl_emguard.evaluation.results import (
+    COLUMNS,
+    ResultRow,
+    Results,
+    difference_text,
+    make_rows,
+    make_table,
+    sentence,
+)
 from trl_emguard.evaluation.rules import RULES, capitals, get_rules, register_rule, repetition
 from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluate
 from trl_emguard.evidence import DEFENSE_FILE
@@ -103,7 +111,7 @@ def test_probes_equal_a_plain_loop():
     assert row.value == pytest.approx(margins["x"].mean(), abs=1e-4)
     assert row.base == pytest.approx(margins["base"].mean(), abs=1e-4)
     assert row.difference == pytest.approx((margins["x"] - margins["base"]).mean(), abs=1e-4)
-    assert row.difference_low <= row.difference <= row.difference_high
+    assert math.isnan(row.difference_low)  # these are too few questions for an interval
     assert results.row("x", "general", "kl_to_base").value == pytest.approx(np.mean(kl), abs=1e-4)
     assert np.mean(kl) > 0.01
     assert results.row("x", "general", "nll").value == pytest.approx(np.mean(nll["x"], axis=0)[0], abs=1e-4)
@@ -415,7 +423,7 @@ def test_sentences(row, text):
 
 def test_unscored_answers_stand_beside_the_rate_of_the_judge():
     rate = result("misaligned_rate", 0.1, 0.0, 0.2)
-    for value, told in ((0.12, "+0.10 (+0.00 to +0.20), unscored 12 %;"), (0.0, "+0.10 (+0.00 to +0.20);")):
+    for value, told in ((0.004, "+0.10 (+0.00 to +0.20), unscored 0.004;"), (0.0, "+0.10 (+0.00 to +0.20);")):
         rows = [rate, replace(result("unscored_rate", 0.0, 0.0, 0.0), value=value)]
         assert told in sentence(Results(rows, criteria={"general": "general"}), "a")
 
@@ -440,6 +448,40 @@ def test_a_cue_that_brings_it_back_is_named():
             text = sentence(Results([plain, *rows], criteria={"general": "general"}), "a")
             assert "worst behind the cue train_framing" in text
             assert "behind the cue" not in sentence(Results([plain, *rows[1:]], criteria={"general": "general"}), "a")
+
+
+def test_a_cue_that_brings_no_more_than_plain_questions_do_is_told():
+    rows = [result("margin", -0.05, -0.11, 0.01), result("margin", -0.06, -0.11, -0.01, family="neutral_system")]
+    for low, high in ((-0.03, 0.01), (-0.03, -0.01)):
+        did = result("margin_did", -0.02, low, high, family="neutral_system")
+        text = sentence(Results([*rows, did], criteria={"general": "general"}), "a")
+        assert "worst behind the cue neutral_system, -0.06 (-0.11 to -0.01)" in text
+        assert ("not clearly more than on plain questions" in text) == (high > 0)
+
+
+def test_an_end_close_to_zero_shows_its_side():
+    texts = {
+        (0.0323, 0.0044, 0.0600): "+0.032 (+0.004 to +0.060)",
+        (-0.0401, -0.0777, -0.0023): "-0.040 (-0.078 to -0.002)",
+        (0.0120, -0.0003, 0.0250): "+0.0120 (-0.0003 to +0.0250)",
+        (0.1, 0.0, 0.2): "+0.10 (+0.00 to +0.20)",
+        (-0.0, math.nan, math.nan): "+0.00",
+    }
+    for numbers, text in texts.items():
+        assert difference_text(*numbers) == text
+
+
+def test_less_of_a_fault_is_a_move():
+    for low, text in ((-0.7, "not worse than the base, lower in truncated:"), (-1.1, "no clear move:")):
+        row = result("truncated", -0.5, low, -0.3 if low == -0.7 else 0.1)
+        assert f"(d) coherence: {text}" in sentence(Results([row], criteria={"general": "general"}), "a")
+
+
+def test_a_model_that_was_not_asked_the_benign_task_says_so():
+    row = result("nll", 0.1, -0.1, 0.3)
+    for criteria, text in (({}, "no benign task given"), ({"task": "benign"}, "not measured on the benign task")):
+        told = sentence(Results([row], criteria={"general": "general", **criteria}), "a")
+        assert f"of sound general answers; {text}" in told
 
 
 def test_coherence_is_judged():

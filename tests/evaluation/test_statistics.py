@@ -28,9 +28,9 @@ def plain_bootstrap(values, seed=0):
 @pytest.mark.parametrize(
     "values",
     [
-        [[0.0], [1.0], [4.0], [-2.0]],
-        [[1.0, 2.0], [nan, 5.0], [nan, nan], [3.0, 3.0]],
-        [[1.0, 0.0, 1.0], [0.0, 0.0, nan], [1.0, 1.0, 1.0]],
+        [[0.0], [1.0], [4.0], [-2.0], [0.5], [3.0]],
+        [[1.0, 2.0], [nan, 5.0], [nan, nan], [3.0, 3.0], [4.0, 0.0], [1.0, nan], [2.0, 7.0]],
+        [[1.0, 0.0, 1.0], [0.0, 0.0, nan], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [1.0, nan, nan], [0.0, 0.0, 1.0]],
     ],
 )
 def test_equals_a_plain_loop(values):
@@ -62,11 +62,13 @@ def test_a_rate_s_values_are_0_and_1():
     assert not is_rate(np.zeros(2), np.array([0.0, 0.5]))
 
 
-def test_one_question_has_a_value_and_no_interval():
-    value, low, high, n = bootstrap(np.array([[1.0, 3.0]]))
-    assert (value, n) == (2.0, 2)
-    assert math.isnan(low)
-    assert math.isnan(high)
+@pytest.mark.parametrize("count", [1, 5, 6])
+def test_few_questions_have_a_value_and_no_interval(count):
+    """With five questions even the span of all values has less than 95 %, so three of one sign show nothing."""
+    values = np.arange(2.0 * count).reshape(count, 2)
+    for found, n in ((bootstrap(values), 2 * count), (paired(values, np.zeros(count)), count)):
+        assert (found.value, found.n) == (values.mean(), n)
+        assert math.isnan(found.low) == math.isnan(found.high) == (count < 6)
 
 
 def test_no_value_at_all():
@@ -88,6 +90,19 @@ def test_pairs_cancel_what_questions_share():
     assert found.high - found.low < 0.2
     alone = bootstrap(base)
     assert alone.high - alone.low > 2
+
+
+def test_a_difference_is_that_of_the_two_means():
+    """Questions with many coherent answers count as much in the difference as they do in both rates."""
+    rates = [np.full((7, 100), nan) for _ in range(2)]
+    for values, counts in zip(rates, ([(10, 100), (50, 100)], [(18, 90), (6, 10)]), strict=True):
+        for question, (hits, answers) in enumerate([*counts, *[(0, 1)] * 5]):
+            values[question, :answers] = np.arange(answers) < hits
+    base, defended = rates
+    found = paired(defended, base)
+    assert found.value == pytest.approx(24 / 105 - 60 / 205)
+    assert found.value == pytest.approx(bootstrap(defended).value - bootstrap(base).value)
+    assert found.low < found.value < found.high
 
 
 def test_a_pair_with_a_missing_side_does_not_count():

@@ -7,6 +7,7 @@ import pytest
 from judges import FunctionJudge, make_results
 
 from trl_emguard.data.conversation import Conversation
+from trl_emguard.evaluation import statistics
 from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.statistics import bootstrap, paired
 from trl_emguard.judging import JudgeError, Judgement, JudgeOptions, Thresholds, judge_answers, open_judge
@@ -45,7 +46,8 @@ def rows_of(results):
 # ---- rates ----
 
 
-def test_rates_equal_a_reference_by_hand(tmp_path):
+def test_rates_equal_a_reference_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "LEAST_QUESTIONS", 3)
     found, _, _ = judge(make_results(ANSWERS), tmp_path)
     rows = rows_of(found)
     base = np.array([[0, 1], [0, 0], [0, 0]], dtype=float)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..evaluation.candidates import BASE
 from ..evaluation.cues import PLAIN
-from ..evaluation.results import COLUMNS, ResultRow, Results, is_apart
+from ..evaluation.results import COLUMNS, ResultRow, Results, difference_text, is_apart
 from ..io.files import written_whole
 from ..io.strict import parse_json
 from ..io.terminal import printable
@@ -116,8 +116,11 @@ class Report:
         # Names may contain commas, so semicolons separate them.
         names = "; ".join(entry.name for entry in best)
         text = (
-            f"Not dominated (no other run is better in one of broad and narrow, and not worse in the other): {names}."
+            "Not dominated (no other run is clearly better in one of broad and narrow, and not clearly worse in the "
+            f"other): {names}."
         )
+        if all(len(entry.trained) == 1 for entry in compared):
+            text += " Each was trained once: the intervals do not hold the variation from training to training."
         free = [entry.name for entry in best if entry.trained[0].defense == UNDEFENDED]
         if free:
             text += f" Some of them need no defense ({'; '.join(free)}): no run is shown to be better than these."
@@ -260,11 +263,7 @@ def defended_text(trained: Sequence[Trained]) -> str:
 
 
 def figure_text(figure: Figure | None) -> str:
-    if figure is None:
-        return "–"
-    if math.isnan(figure.low):
-        return f"{figure.value:+z.2f}"
-    return f"{figure.value:+z.2f} ({figure.low:+z.2f} to {figure.high:+z.2f})"
+    return "–" if figure is None else difference_text(figure.value, figure.low, figure.high)
 
 
 def _measured(

@@ -219,10 +219,19 @@ def make_table(rows: Sequence[ResultRow]) -> Table:
 
 def interval_text(row: ResultRow) -> str:
     """Return a row's difference to the base model with its interval as text, for example `+0.12 (+0.10 to +0.15)`."""
-    text = f"{row.difference:+z.2f}"
-    if math.isnan(row.difference_low):
-        return text
-    return f"{text} ({row.difference_low:+z.2f} to {row.difference_high:+z.2f})"
+    return difference_text(row.difference, row.difference_low, row.difference_high)
+
+
+def difference_text(value: float, low: float, high: float) -> str:
+    """Return a difference and the ends of its interval as text, without the interval if they are NaN.
+
+    There are two decimals, or more if an end close to 0 would otherwise look like 0: it decides whether the interval
+    holds 0.
+    """
+    ends = [] if math.isnan(low) else [low, high]
+    decimals = next((d for d in (2, 3, 4) if all(round(end, d) or not end for end in ends)), 2)
+    text, *texts = (f"{number:+z.{decimals}f}" for number in (value, *ends))
+    return f"{text} ({' to '.join(texts)})" if texts else text
 
 
 def sentence(results: Results, model: str) -> str:
@@ -271,7 +280,7 @@ def _incoherent(results: Results, judged: ResultRow) -> str:
 def _unscored(results: Results, judged: ResultRow) -> str:
     """Return a text with the share of judged answers that lack a score, or "" if it is 0 or was not measured."""
     row = results.row(judged.model, judged.set, "unscored_rate")
-    return f", unscored {row.value:.0%}".replace("%", " %") if row is not None and row.value else ""
+    return f", unscored {row.value:.3f}" if row is not None and row.value else ""
 
 
 def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
@@ -291,7 +300,12 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
     limit = max(0.0, sign * plain.difference)  # 0 if the plain difference is NaN
     worse = [row for row in alike if row.family != PLAIN and is_apart(row) and sign * row.difference > limit]
     worst = max(worse, key=lambda row: sign * row.difference, default=None)
-    return "" if worst is None else f", worst behind the cue {worst.family}, {interval_text(worst)}"
+    if worst is None:
+        return ""
+    moved = results.row(plain.model, plain.set, plain.metric + DID, worst.family)
+    is_more = moved is None or (is_apart(moved) and sign * moved.difference > 0)
+    more = "" if is_more else ", not clearly more than on plain questions"
+    return f", worst behind the cue {worst.family}, {interval_text(worst)}{more}"
 
 
 def _traits(results: Results, model: str, criterion: str) -> list[str]:
@@ -322,7 +336,10 @@ def _benign(results: Results, model: str) -> str:
     where = "of benign rows"
     if not parts and not read:
         read = results.of_criterion(model, "general", "nll")
-        where = "of sound general answers; no benign task given"
+        is_given = "benign" in results.criteria.values()
+        where = (
+            f"of sound general answers; {'not measured on the benign task' if is_given else 'no benign task given'}"
+        )
     for row in read:
         moved = "no clear move" if not is_apart(row) else "worse" if row.difference > 0 else "better"
         parts.append(f"{moved}, NLL {interval_text(row)}{_of_set(results, row)} {where}")
@@ -335,7 +352,9 @@ def _coherent(results: Results, model: str) -> str:
     for set in dict.fromkeys(row.set for row in rows):
         own = [row for row in rows if row.set == set]
         worse = [row.metric for row in own if is_apart(row) and row.difference > 0]
-        verdict = f"worse than the base in {', '.join(worse)}" if worse else "no clear move"
+        lower = [row.metric for row in own if is_apart(row) and row.difference < 0]
+        verdict = f"worse than the base in {', '.join(worse)}" if worse else "not worse than the base"
+        verdict = f"{verdict}, lower in {', '.join(lower)}" if lower else verdict if worse else "no clear move"
         figures = ", ".join(f"{row.metric} {row.value:.2f} (base {row.base:.2f})" for row in own)
         parts.append(f"{verdict}: {figures}{_of_set(results, own[0])}")
     return "coherence: " + ", ".join(parts) if parts else "coherence not measured (add --samples_per_question 1)"
