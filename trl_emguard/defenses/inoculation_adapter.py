@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..evidence import InactiveDefenseError
 from ..models.blocks import decoder_blocks
+from ..models.identity import weights_fingerprint
 from ..models.load import without_weights
-from ..models.lora_files import Factors, lora_updates, read_lora, weights_fingerprint
+from ..models.lora_files import Factors, lora_updates, read_lora
 from ..models.shipped import last_name
 from .base import Defense, Paper
 from .options import check_number, option

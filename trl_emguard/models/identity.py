@@ -1,12 +1,13 @@
 """Identity of a model, from a sample of every weight: one hash over all weights, or one checksum per weight.
 
-Both formats are stored in files (`defense.json`, persona vectors), so their algorithms must not change.
+For the few weights of an adapter there is also a hash of all numbers. All formats are stored in files (`defense.json`,
+persona vectors, projections), so their algorithms must not change.
 """
 
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -141,6 +142,15 @@ def weights_digest(model: nn.Module) -> str:
     """Return one hash of all [`weight_checksums`], or an empty text if the model has none."""
     checksums = weight_checksums(model)
     return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest() if checksums else ""
+
+
+def weights_fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return a hash of weights: of their names, dtypes, shapes and all their numbers, wherever the weights are."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
+        digest.update(weight.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _samples(

@@ -1,6 +1,5 @@
 """Files of a saved LoRA adapter, read and written. Adapters whose updates are not plain products B·A are refused."""
 
-import hashlib
 import math
 import re
 import shutil
@@ -116,15 +115,6 @@ def lora_updates(adapter: Path, config: LoraConfig, weights: Mapping[str, torch.
         scaling = alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))
         updates[layer] = a.float(), scaling * b.float()
     return updates
-
-
-def weights_fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    """Return a hash of weights: of their names, dtypes, shapes and all their numbers."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
-        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def write_lora(adapter: Path, weights: dict[str, torch.Tensor], output: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 
 from ..io.files import check_writable, written_whole
 from ..io.strict import parse_json
-from .lora_files import Factors, factor_key, lora_factors, read_lora, weights_fingerprint, write_lora
+from .identity import weights_fingerprint
+from .lora_files import Factors, factor_key, lora_factors, read_lora, write_lora
 from .shipped import last_name, public_name, resolve_model
 from .weight_files import WeightFiles
 

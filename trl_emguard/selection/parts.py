@@ -10,12 +10,11 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from ..io.journal import Journal
 from ..models.chat import EncodedAnswer
-from ..models.identity import weight_checksums
+from ..models.identity import weight_checksums, weights_fingerprint
 from ..version import __version__
 from .scored import ALIGNED, misaligned_column, read_scores
 
@@ -37,9 +36,7 @@ def scores_key(model: PeftModel, adapters: Sequence[str], encoded: Mapping[int, 
     )
     for name in adapters:
         weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        for weight_name, weight in sorted(weights.items()):
-            raw = weight.detach().reshape(-1).contiguous().cpu().view(torch.uint8)
-            digest.update(weight_name.encode() + raw.numpy().tobytes())
+        digest.update(weights_fingerprint(weights).encode())
     for index, row in encoded.items():
         digest.update(np.array([index, row.prompt_length]).tobytes() + row.ids.tobytes())
     return digest.hexdigest()
