@@ -66,7 +66,7 @@ def test_other_ways_to_write_kl_train_alike(tiny, tmp_path):
 
     def train():
         # Adam would hide the coefficient's small share in a step.
-        trainers["kl"]._terms[0].coef = steps.KL_COEF
+        trainers["kl"].defenses[0].coef = steps.KL_COEF
         for name, trainer in trainers.items():
             for _ in range(3):
                 steps.make_step(trainer)

@@ -26,7 +26,7 @@ from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
 from trl_emguard.comparison.plan import Baselines, Run, read_plan
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
-from trl_emguard.comparison.runs import UNKNOWN, Trained, _run_process, in_bytes, with_record
+from trl_emguard.comparison.runs import UNKNOWN, Trained, in_bytes, run_process, with_record
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.results import make_rows as result_rows
 from trl_emguard.evaluation.run import EvaluationOptions
@@ -908,7 +908,7 @@ def test_a_failed_run_says_why(tmp_path, monkeypatch, script, reason):
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     run = Run("none", {"defense": "none"})
-    status = _run_process(run, tmp_path / "sft.yaml", tmp_path / "out")
+    status = run_process(run, tmp_path / "sft.yaml", tmp_path / "out")
     assert status == {"error": f"{reason} Its log: {tmp_path / 'out' / 'log.txt'}", "step": None}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from methods import run_options, save_adapter
 from peft import PeftModel, get_peft_model
+from private import hooks_of
 from safetensors.torch import load_file, save_file
 from test_defended import make_dpo
 from tiny import (
@@ -227,7 +228,7 @@ def test_nothing_is_left_behind(tmp_path):
     blocks = trainer.model.get_base_model().model.layers
 
     def state():
-        hooks = sum(len(module._forward_hooks) for module in blocks.modules())
+        hooks = len(hooks_of(*blocks.modules()))
         return hooks, [vars(block).get("_gradient_checkpointing_func") for block in blocks]
 
     def acts():

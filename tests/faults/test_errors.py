@@ -18,6 +18,7 @@ import transformers.modeling_utils
 from forks import Group
 from methods import COVERING, run_options, tunings
 from peft.tuners.tuners_utils import BaseTunerLayer
+from private import hooks_of
 from tiny import logged, lora, make_model, make_trainer
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
@@ -52,10 +53,7 @@ def state_of(trainer):
     model = trainer.model
     modules = dict(model.named_modules())
     return {
-        "hooks": {
-            name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for name, m in modules.items()
-        },
+        "hooks": {name: len(hooks_of(m)) for name, m in modules.items()},
         "forward": {name: "forward" in vars(m) for name, m in modules.items()},
         "adapters": {
             name: (list(m.active_adapters), m.disable_adapters, list(m.merged_adapters))
