@@ -416,6 +416,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
+@pytest.mark.filterwarnings("error:Glyph")
 def test_the_page_is_self_contained_and_hostile_text_stays_text(tmp_path):
     sample = {"model": HOSTILE, "set": "general", "family": "plain", "question": "1", "prompt": "", "answer": HOSTILE}
     found = report({HOSTILE: (-1.0, -1.0), "kl a": (-0.5, -0.5)}, [sample | {"repetition": 0.5}])
@@ -510,7 +511,8 @@ def inputs(tmp_path):
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(tmp_path / "mine")
     model.peft_config["default"].base_model_name_or_path = "org/other"
-    model.save_pretrained(tmp_path / "foreign")
+    # PEFT would look for the base model's vocabulary.
+    model.save_pretrained(tmp_path / "foreign", save_embedding_layers=False)
     (tmp_path / "sft.yaml").write_text(RECIPE.format(base=base, rows=tmp_path / "rows.jsonl"))
     (tmp_path / "compare.yaml").write_text(
         COMPARE.format(

@@ -414,6 +414,8 @@ def test_the_control_of_a_foreign_vector_is_foreign(tmp_path, vectors, layers):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "dora", "pissa", "modules_to_save", "full"])
+# PEFT warns of a tied head in the adapter.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 def test_a_vector_of_another_model_is_refused(tmp_path, file, tuning):
     peft = {
         "lora": lora,
