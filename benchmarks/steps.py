@@ -25,7 +25,7 @@ import datasets
 import torch
 from datasets import Dataset
 from harness import environment, parse_args, peak_memory, statistics, time_in_turn, write_csv
-from methods import KINDS, merged
+from methods import KINDS, METHODS, merged, reads
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import kl_div, normalize
 from transformers import (
@@ -114,18 +114,19 @@ class TwoKernels(SFTTrainer):
         return loss + KL_COEF * divergence
 
 
-STOCK, REFERENCE, FROZEN = "stock", "reference forward", "inoculation_adapter"
+STOCK, REFERENCE = "stock", "reference forward"
 BASELINES = {STOCK: SFTTrainer, "paper kl": PaperKL, "paper ldifs": PaperLDIFS, "two kernels": TwoKernels}
 DEFENDED: dict[str, dict[str, Any]] = {
     **{n: {"defense": n, **merged(n, "shipped")} for n in KINDS if n != "none"},
     "kl+ldifs": {"defense": "kl,ldifs"},
     "kl cached": {"defense": "kl", "cache_reference": True},
 }
-GUARDS = ("treft", "steering", "inoculation", FROZEN, "interleave++")
+COMPARED = tuple(name for name in KINDS if METHODS[name].is_compared)
+GUARDS = tuple(name for name in KINDS if name not in ("none", *COMPARED))
 # A defense is compared with its lower bound, and a baseline with the defense that it computes.
 RATIO_TO = {
     **dict.fromkeys((STOCK, REFERENCE, "kl cached", *GUARDS), (STOCK,)),
-    **dict.fromkeys(("kl", "ldifs", "kl+ldifs"), (STOCK, REFERENCE)),
+    **dict.fromkeys((*COMPARED, "kl+ldifs"), (STOCK, REFERENCE)),
     **dict.fromkeys(("paper kl", "two kernels"), ("kl",)),
     "paper ldifs": ("ldifs",),
 }
@@ -181,7 +182,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-MAIN = (STOCK, REFERENCE, "kl", "ldifs", "kl+ldifs", "kl cached")
+MAIN = (STOCK, REFERENCE, *COMPARED, "kl+ldifs", "kl cached")
+# The first point on CPU measures every kind of defense, the others only those that compare with a reference.
 POINTS = {
     "cpu": [
         Point(SMOLLM2, "lora", 8, 124, (*MAIN, *GUARDS, "paper kl", "two kernels")),
@@ -257,11 +259,16 @@ def make_rows(point: Point, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 # ---- a variant's step ----
 
 
+def has_input(name: str, what: str) -> bool:
+    """Return whether a variant reads a `"pool"` or an `"adapter"`."""
+    return name in DEFENDED and reads(DEFENDED[name]["defense"], what)
+
+
 def why_not(name: str) -> str:
     """Return the reason why a variant cannot be measured here, or an empty text."""
     if name == "kl cached" and "cache_reference" not in {field.name for field in fields(EMGuardConfig)}:
         return "EMGuardConfig has no cache_reference"
-    if name == "interleave++" and not (DATA_DIR / "general_instruct_scored").is_dir():
+    if has_input(name, "pool") and not (DATA_DIR / "general_instruct_scored").is_dir():
         return "the pool general_instruct_scored is not shipped"
     return ""
 
@@ -284,9 +291,9 @@ def make_trainer(
         "report_to": [],
         "disable_tqdm": True,
     }
-    if name == "interleave++":
+    if has_input(name, "pool"):
         options |= {"interleave_fraction": 1 / (point.batch + 1), "max_length": point.length}
-    if name == FROZEN:
+    if has_input(name, "adapter"):
         options |= {"inoculation_adapter": frozen_adapter(base, f"{folder}/frozen")}
     torch.manual_seed(0)  # the adapters of all variants begin with the same weights
     if name in DEFENDED:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from methods import KINDS
 from peft import get_peft_model
 from tiny import lora, make_model
 
@@ -33,6 +34,13 @@ def tiny():
     }
     yield steps.Point("tiny", "lora", 2, 12, (*steps.MAIN, "paper kl", "paper ldifs", "two kernels"))
     del steps.SHAPES["tiny"]
+
+
+def test_every_kind_of_defense_is_measured():
+    assert {*KINDS} - {"none"} <= {*steps.POINTS["cpu"][0].variants}
+    assert {name for points in steps.POINTS.values() for point in points for name in point.variants} <= {
+        *steps.RATIO_TO
+    }
 
 
 def test_memory_is_counted():
@@ -66,7 +74,7 @@ def test_other_ways_to_write_kl_train_alike(tiny, tmp_path):
 
     def train():
         # Adam would hide the coefficient's small share in a step.
-        trainers["kl"]._terms[0].coef = steps.KL_COEF
+        trainers["kl"].defenses[0].coef = steps.KL_COEF
         for name, trainer in trainers.items():
             for _ in range(3):
                 steps.make_step(trainer)

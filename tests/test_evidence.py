@@ -7,11 +7,13 @@ import pytest
 import torch
 from methods import COMPARING, run_options
 from peft import get_peft_model
+from private import hooks_of
 from tiny import FailWithin, Hub, config, evidence, lora, make_model, make_rows, make_tokenizer, make_trainer, record
 from transformers import TrainerCallback
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError
 from trl_emguard.evidence import PATIENCE, Evidence, moves
+from trl_emguard.ops.head import HeadOutput
 
 
 def detach_term(monkeypatch, defense):
@@ -28,7 +30,7 @@ def detach_term(monkeypatch, defense):
 
         def detached(*args):
             output = original(*args)
-            return output._replace(divergence_evidence=torch.zeros_like(output.divergence_evidence))
+            return HeadOutput(*output[:-1], divergence_evidence=torch.zeros_like(output.divergence_evidence))
 
         monkeypatch.setattr(guarded_forward, "ce_divergence_head", detached)
 
@@ -225,8 +227,8 @@ def test_nothing_is_left_behind_by_a_failing_step(tmp_path, is_policy):
     trainer = make_trainer(tmp_path, peft=lora(), defense="kl,ldifs")
 
     def look():
-        hooks = [len(layer._forward_hooks) for layer in trainer.model.get_base_model().model.layers]
-        return hooks, {module._disable_adapters for module in trainer.reference.switch.modules}
+        hooks = [len(hooks_of(layer)) for layer in trainer.model.get_base_model().model.layers]
+        return hooks, {module.disable_adapters for module in trainer.reference.switch.modules}
 
     before, failure = look(), FailWithin(look, is_policy)
     trainer.add_callback(failure)

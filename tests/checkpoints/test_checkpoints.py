@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import COVERING, EVERYTHING, METHODS, run_options, split
+from methods import COMPARING, COVERING, EVERYTHING, METHODS, run_options, split
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import Hub, logged, lora, make_model, make_rows, make_trainer, record
@@ -94,7 +94,7 @@ def test_a_run_that_was_at_its_end_makes_no_step_more(tmp_path, defense):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("defense", ["none", "kl", "kl,ldifs"])
+@pytest.mark.parametrize("defense", ["none", *COMPARING])
 def test_defense_file(tmp_path, defense):
     trainer = trainer_for(tmp_path, defense=defense, kl_coef=0.25)
     trainer.train()
@@ -543,7 +543,7 @@ def test_a_saved_model_has_no_card_of_an_earlier_run(tmp_path, tuning, ending):
     assert "org/rows" in card.read_text()
 
 
-@pytest.mark.parametrize("defense", ["none", "kl", "kl,ldifs"])
+@pytest.mark.parametrize("defense", ["none", *COMPARING])
 def test_model_card_names_defense_coefficient_and_paper(tmp_path, defense):
     trainer = trainer_for(tmp_path, defense=defense, kl_coef=0.25)
     trainer.train()
@@ -551,7 +551,7 @@ def test_model_card_names_defense_coefficient_and_paper(tmp_path, defense):
     assert card.count("## Defense against emergent misalignment") == 1
     if defense == "none":
         assert "\n\nNone.\n" in card
-    else:
+    if "kl" in defense:
         assert "`kl`: `kl_coef=0.25`" in card
         assert "https://arxiv.org/abs/2508.06249" in card
     assert ("https://arxiv.org/abs/2308.13320" in card) == ("ldifs" in defense)

@@ -61,7 +61,7 @@ def comparison(tmp_path, vector, monkeypatch):
         folder.mkdir(parents=True)
         return {"error": None, "step": 3, "seconds_per_step": 0.5, "peak_memory": 1}
 
-    monkeypatch.setattr(training, "_run_process", run)
+    monkeypatch.setattr(training, "run_process", run)
     return made, calls, tmp_path / "out"
 
 
@@ -86,7 +86,7 @@ def test_baselines_of_a_failed_undefended_run_have_failed(tmp_path, monkeypatch)
     text = (
         "recipe: RECIPE\nruns: [{adapter: mine}]\nseeds: [0, 7]\nbaselines: [ema, early_stop, {alpha: [0.3, 0.5]}]\n"
     )
-    monkeypatch.setattr(training, "_run_process", lambda *_: {"error": "it broke", "step": None})
+    monkeypatch.setattr(training, "run_process", lambda *_: {"error": "it broke", "step": None})
     found = [run for run in train_all(plan(tmp_path, text), tmp_path / "out", silent) if run.is_baseline]
     names = ("alpha 0.3", "alpha 0.5", "ema")
     assert [(run.name, run.seed) for run in found] == [(name, seed) for seed in (0, 7) for name in names]

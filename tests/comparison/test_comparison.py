@@ -26,7 +26,7 @@ from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import write_page
 from trl_emguard.comparison.plan import Baselines, Run, read_plan
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
-from trl_emguard.comparison.runs import UNKNOWN, Trained, _run_process, in_bytes, with_record
+from trl_emguard.comparison.runs import UNKNOWN, Trained, in_bytes, run_process, with_record
 from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.evaluation.results import make_rows as result_rows
 from trl_emguard.evaluation.run import EvaluationOptions
@@ -419,6 +419,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
+@pytest.mark.filterwarnings("error:Glyph")
 def test_the_page_is_self_contained_and_hostile_text_stays_text(tmp_path):
     sample = {"model": HOSTILE, "set": "general", "family": "plain", "question": "1", "prompt": "", "answer": HOSTILE}
     found = report({HOSTILE: (-1.0, -1.0), "kl a": (-0.5, -0.5)}, [sample | {"repetition": 0.5}])
@@ -513,7 +514,8 @@ def inputs(tmp_path):
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(tmp_path / "mine")
     model.peft_config["default"].base_model_name_or_path = "org/other"
-    model.save_pretrained(tmp_path / "foreign")
+    # PEFT would look for the base model's vocabulary.
+    model.save_pretrained(tmp_path / "foreign", save_embedding_layers=False)
     (tmp_path / "sft.yaml").write_text(RECIPE.format(base=base, rows=tmp_path / "rows.jsonl"))
     (tmp_path / "compare.yaml").write_text(
         COMPARE.format(
@@ -911,7 +913,7 @@ def test_a_failed_run_says_why(tmp_path, monkeypatch, script, reason):
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     run = Run("none", {"defense": "none"})
-    status = _run_process(run, tmp_path / "sft.yaml", tmp_path / "out")
+    status = run_process(run, tmp_path / "sft.yaml", tmp_path / "out")
     assert status == {"error": f"{reason} Its log: {tmp_path / 'out' / 'log.txt'}", "step": None}
 
 

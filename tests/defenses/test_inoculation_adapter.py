@@ -8,6 +8,7 @@ import pytest
 import torch
 from methods import run_options, save_adapter
 from peft import PeftModel, get_peft_model
+from private import hooks_of
 from safetensors.torch import load_file, save_file
 from test_defended import make_dpo
 from tiny import (
@@ -104,6 +105,7 @@ def fresh(architecture):
     ],
 )
 @pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT sets it for GPT-2
 def test_the_pass_is_that_of_the_model_with_the_adapter(tmp_path, architecture, options, scale):
     """Compare with PEFT's own forward, on the model itself and on one that trains an adapter of its own."""
     save_adapter(tmp_path / "trait", fresh(architecture), **options)
@@ -227,7 +229,7 @@ def test_nothing_is_left_behind(tmp_path):
     blocks = trainer.model.get_base_model().model.layers
 
     def state():
-        hooks = sum(len(module._forward_hooks) for module in blocks.modules())
+        hooks = len(hooks_of(*blocks.modules()))
         return hooks, [vars(block).get("_gradient_checkpointing_func") for block in blocks]
 
     def acts():
@@ -425,6 +427,7 @@ def test_bad_adapters_are_refused_before_weights_are_loaded(tmp_path, damage, me
         ({}, {"target_modules": ["q_proj", "embed_tokens"]}, "is no plain LoRA of linear layers.*lora_embedding"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")  # two cases adapt them
 def test_adapters_of_other_layers_are_refused_before_weights_are_loaded(tmp_path, sizes, options, message):
     untied = {"tie_word_embeddings": False}
     adapter = save_adapter(tmp_path / "adapter", make_model(**sizes, **untied), **options)

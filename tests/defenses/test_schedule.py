@@ -149,18 +149,18 @@ def test_a_step_equals_a_run_with_that_coefficient(tmp_path, defense, checkpoint
 
 @pytest.mark.long
 def test_a_compiled_model_is_not_compiled_again_for_a_step(tmp_path):
-    losses, graphs = {}, {}
+    losses, graphs, counters = {}, {}, torch._dynamo.utils.counters
     for text in ("2->2", "3->1"):
         for compiled in (False, True):
-            torch._dynamo.reset()
-            torch._dynamo.utils.counters.clear()
+            torch.compiler.reset()
+            counters.clear()
             options = {**run_options("kl,treft,steering", tmp_path), **scheduled("kl,treft,steering", text)}
             options |= {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
             rows = {"rows": make_rows(8), "per_device_train_batch_size": 8, "max_steps": 5}
             trainer = make_trainer(tmp_path / text, peft=lora(), **options, **rows)
             trainer.train()
             losses[text, compiled] = logged(trainer)
-            graphs[text, compiled] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            graphs[text, compiled] = counters["stats"]["unique_graphs"]
     assert losses["3->1", True] == pytest.approx(losses["3->1", False], rel=1e-4)
     assert graphs["3->1", True] == graphs["2->2", True] > 0
 

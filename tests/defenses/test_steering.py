@@ -2,11 +2,13 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from private import hooks_of
 from tiny import FailWithin, config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
 from transformers import TrainerCallback
 from trl import SFTTrainer
@@ -116,20 +118,23 @@ def test_layer_l_is_what_block_l_hands_on(file, vectors, architecture):
     assert not torch.allclose(raw[3], plain[3])
 
 
-def acting_hook(steering, layer):
-    """Return the hook that steers a block's output, as it acts in the policy's pass."""
-    steering._on = True
-    return steering._hook(layer)
+@contextmanager
+def steered_block(steering, model):
+    """Yield block 2 as the policy's pass has it: it hands on its input, and is steered."""
+    block = decoder_blocks(model)[1]
+    block.forward = lambda states: states
+    with steering.training(model), steering.policy_pass(model, INPUTS):
+        yield block
 
 
 def test_a_block_that_returns_a_tuple(file):
     model = make_model()
     steering = make_steering(file, model, steering_layers="2")
-    block = torch.nn.Identity()
-    block.register_forward_hook(acting_hook(steering, 2))
     states = torch.zeros(1, 3, 32)
-    assert torch.equal(block((states, "cache"))[0], block(states))
-    assert block((states, "cache"))[1] == "cache"
+    with steered_block(steering, model) as block:
+        assert block(states).any()
+        assert torch.equal(block((states, "cache"))[0], block(states))
+        assert block((states, "cache"))[1] == "cache"
 
 
 # ---- in training ----
@@ -194,7 +199,7 @@ def test_compiled_equals_eager(tmp_path, file, defense):
     options = {"defense": defense, "steering_vector": file, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
     runs = []
     for compiled in (False, True):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         more = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
         trainer = make_trainer(tmp_path / str(compiled), peft=lora(), eval_dataset=make_rows(4), **options, **more)
         trainer.train()
@@ -230,19 +235,13 @@ def test_is_off_outside_of_training_steps(tmp_path, file):
     assert torch.equal(trainer.model.generate(prompt, **how), saved.generate(prompt, **how))
 
 
-def hooks_of(trainer):
-    return [
-        hook for module in trainer.model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)
-    ]
-
-
 @pytest.mark.parametrize("defense", ["steering", "steering,kl,ldifs"])
 def test_nothing_is_left_behind(tmp_path, file, defense):
     trainer = make_trainer(tmp_path, peft=lora(), defense=defense, steering_vector=file)
-    assert hooks_of(trainer) == []
+    assert hooks_of(*trainer.model.modules()) == []
     trainer.train()
-    assert hooks_of(trainer) == []
-    state = lambda: (trainer.defenses[0]._on, len(hooks_of(trainer)))  # noqa: E731
+    assert hooks_of(*trainer.model.modules()) == []
+    state = lambda: (trainer.defenses[0]._on, len(hooks_of(*trainer.model.modules())))  # noqa: E731
     failure = FailWithin(state)
     trainer.add_callback(failure)
     with pytest.raises(RuntimeError, match="in the middle"):
@@ -415,6 +414,8 @@ def test_the_control_of_a_foreign_vector_is_foreign(tmp_path, vectors, layers):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "dora", "pissa", "modules_to_save", "full"])
+# PEFT warns of a tied head in the adapter.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 def test_a_vector_of_another_model_is_refused(tmp_path, file, tuning):
     peft = {
         "lora": lora,
@@ -510,7 +511,7 @@ def test_the_change_is_measured(file, vectors, mode, tokens):
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("coef", [1e-12, 1.0])
 def test_states_that_do_not_change_stop_the_run(tmp_path, file, other, compiled, coef):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
     options |= {"defense": f"steering{other}", "steering_vector": file, "steering_coef": coef, "max_steps": 1}
     trainer = make_trainer(tmp_path, peft=lora(), rows=make_rows(4), **options)
@@ -530,7 +531,8 @@ def test_ablation_in_bf16_leaves_no_more_than_rounding(file, vectors):
     steering = make_steering(file, model, steering_mode="ablate")
     unit = vectors[2].double() / vectors[2].double().norm()
     states = (torch.randn(1, 500, 32, generator=torch.Generator().manual_seed(0)) + 30 * unit).bfloat16()
-    steered = acting_hook(steering, 2)(None, (), states)
+    with steered_block(steering, model) as block:
+        steered = block(states)
     rounding = (states.double() - (states.double() @ unit)[..., None] * unit).bfloat16().double() @ unit
     assert steered.dtype == torch.bfloat16
     assert (steered.double() @ unit).abs().mean() < 1.1 * rounding.abs().mean()

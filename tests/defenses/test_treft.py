@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from methods import run_options
 from peft import get_peft_model
+from private import hooks_of
 from tiny import (
     SIZES,
     TEMPLATE,
@@ -106,7 +107,7 @@ def test_checkpointing_does_not_matter(tmp_path, tuning, checkpointing):
     ids=lambda setting: next(iter(setting)),
 )
 def test_how_a_batch_is_laid_out_or_run_does_not_matter(tmp_path, setting):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     trainer, start = moved_trainer(tmp_path / "twin")
     values, expected = twin_step(trainer, start=start)
     trainer, _ = moved_trainer(tmp_path, **setting)
@@ -436,5 +437,5 @@ def test_an_interrupted_pass_leaves_no_hook(tmp_path):
     trainer.add_callback(Begin())
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.train()
-    assert not any(layer.self_attn.k_proj._forward_hooks for layer in layers)
+    assert not hooks_of(*(layer.self_attn.k_proj for layer in layers))
     assert trainer.model.training

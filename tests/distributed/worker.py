@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from functools import cache
 from pathlib import Path
 
 
@@ -18,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from methods import merged, reads
+from private import forget_accelerate
 from tiny import config, lora, make_pool, make_rows, make_tokenizer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -90,7 +92,7 @@ def train(cell: dict, job: dict) -> dict:
     seen = watch(trainer, job["engine"])
     trainer.train()
     if cell["resumed"]:
-        forget_the_engine()
+        forget_accelerate(with_ranks=False)
         trainer = make_trainer(cell, job, folder)
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS // 2}"))
     trainer.save_model(str(folder))
@@ -112,11 +114,6 @@ def engine_of(trainer: EMGuardTrainer) -> str:
     return f"zero{model.zero_optimization_stage()}" if hasattr(model, "zero_optimization_stage") else "one"
 
 
-def forget_the_engine() -> None:
-    AcceleratorState._reset_state(reset_partial_state=False)
-    GradientState._reset_state()
-
-
 def watch(trainer, engine: str):
     """Watch a trainer while it trains.
 
@@ -127,15 +124,8 @@ def watch(trainer, engine: str):
     held = {"policy": 0.0, "reference": 0.0}
     invalidated = []
     if engine == "zero3":
-        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
-
-        throw_away = Coordinator.__dict__.get("_counted") or Coordinator._invalidate_trace
-
-        def counted(coordinator):
-            invalidated.append(coordinator)
-            throw_away(coordinator)
-
-        Coordinator._counted, Coordinator._invalidate_trace = throw_away, counted
+        invalidated = invalidations()
+        invalidated.clear()
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -145,6 +135,21 @@ def watch(trainer, engine: str):
 
     trainer.add_callback(Look())
     return lambda: {"held": held, "invalidated": len(invalidated)}
+
+
+@cache
+def invalidations() -> list:
+    """Return a list that gets an entry whenever DeepSpeed discards a prefetch trace."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    found, throw_away = [], Coordinator._invalidate_trace
+
+    def counted(coordinator):
+        found.append(coordinator)
+        throw_away(coordinator)
+
+    Coordinator._invalidate_trace = counted
+    return found
 
 
 def share_held(model: torch.nn.Module) -> float:
@@ -164,7 +169,7 @@ def shard_on_the_cpu() -> None:
     def init_sharded(self, *args, fsdp_plugin=None, **kwargs):
         init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = init_sharded
@@ -183,7 +188,7 @@ def main() -> None:
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     rank = int(os.environ.get("RANK", "0"))
     for cell in job["cells"]:
-        forget_the_engine()
+        forget_accelerate(with_ranks=False)
         try:
             result = train(cell, job)
         except Exception:

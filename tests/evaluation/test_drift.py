@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from private import hooks_of
 from safetensors import safe_open
 from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer
 from transformers import ProcessorMixin, TrainerCallback
@@ -193,7 +194,7 @@ def test_a_measurement_leaves_the_model_as_it_was(peft):
     model.get_input_embeddings().eval()
 
     def look():
-        modules = [(module.training, len(module._forward_hooks)) for module in model.modules()]
+        modules = [(module.training, len(hooks_of(module))) for module in model.modules()]
         return modules, [weight.requires_grad for weight in model.parameters()]
 
     probe = DriftProbe(model, make_tokenizer(), GENERAL, vector())

@@ -179,7 +179,7 @@ def test_answers_have_one_start_of_text(tmp_path):
 
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "<|im_start|>" + tokenizer.chat_template
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 0)]
     )
     assert tokenizer("x")["input_ids"][0] == 0

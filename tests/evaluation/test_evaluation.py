@@ -92,6 +92,8 @@ def test_a_model_without_preference_has_the_log_of_its_vocabulary(tokenizer):
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
 @pytest.mark.parametrize("options", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+# PEFT warns of Gemma's tied head in the adapter.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 def test_a_head_with_an_adapter(architecture, options, tokenizer):
     """Switch a low-rank update on the head, and a head of the adapter's own, on and off."""
     from peft import get_peft_model

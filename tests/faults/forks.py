@@ -17,7 +17,7 @@ import peft.peft_model
 import torch
 import transformers.modeling_utils
 import transformers.trainer_utils
-from accelerate.state import AcceleratorState, GradientState
+from private import forget_accelerate
 from transformers import TrainerState
 
 
@@ -56,8 +56,7 @@ class Group:
             os.dup2(output, 2)
             sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w") for _ in range(2))
             logging.basicConfig(force=True, stream=sys.stderr)  # pytest would capture the log
-            AcceleratorState._reset_state(True)
-            GradientState._reset_state()
+            forget_accelerate(with_ranks=True)
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -31,6 +31,7 @@ from pathlib import Path
 import psutil
 import torch
 from methods import EVERYTHING, run_options
+from private import hooks_of
 from rich.console import Console
 from rich.table import Table
 from tiny import lora, make_rows, make_trainer
@@ -48,11 +49,6 @@ ALLOWED = 0.02
 FLAT = ("descriptors", "mapped", "threads", "children", "hooks", "tensors")
 
 
-def count_hooks(model: torch.nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-
-
 def measure(model: torch.nn.Module) -> dict[str, float]:
     """Count the memory, handles and objects that the process holds right now."""
     gc.collect()
@@ -67,7 +63,7 @@ def measure(model: torch.nn.Module) -> dict[str, float]:
         "mapped": len(process.memory_maps()),
         "threads": process.num_threads(),
         "children": len(process.children(recursive=True)),
-        "hooks": count_hooks(model),
+        "hooks": len(hooks_of(*model.modules())),
         "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in objects),
         "objects": len(objects),
     }
@@ -120,7 +116,7 @@ def soak(title: str, folder: Path, steps: int, **options) -> list[str]:
     print(f"memory after the warm-up: {growth:+.2%} ({ALLOWED:.0%} are allowed)", flush=True)
     faults = [f"{title}: memory grew by {growth:.2%}"] if growth >= ALLOWED else []
     faults += [f"{title}: {key} grew from {warm[key]} to {end[key]}" for key in FLAT if end[key] > warm[key]]
-    left = sum(map(count_hooks, decoder_blocks(trainer.model.get_base_model())))
+    left = len(hooks_of(*decoder_blocks(trainer.model.get_base_model()).modules()))
     if left:
         faults.append(f"{title}: {left} hooks are left on the decoder blocks")
     if len(list(folder.glob("checkpoint-*"))) != 2:

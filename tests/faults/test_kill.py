@@ -281,7 +281,7 @@ def kill_work(folder, work, rng, longest):
 def test_scores(tmp_path, monkeypatch, seed):
     torch.manual_seed(10)
     get_peft_model(make_model(), lora(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
-    batch_nll, passes = score._batch_nll, tmp_path / "passes"
+    batch_nll, passes = score.batch_nll, tmp_path / "passes"
 
     def slow(*args):
         with passes.open("a") as file:
@@ -290,7 +290,7 @@ def test_scores(tmp_path, monkeypatch, seed):
         time.sleep(0.03)
         return batch_nll(*args)
 
-    monkeypatch.setattr(score, "_batch_nll", slow)
+    monkeypatch.setattr(score, "batch_nll", slow)
 
     def work(output):
         model = score.load_misaligned(make_model(), {"bad": str(tmp_path / "adapter")})

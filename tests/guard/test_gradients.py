@@ -96,7 +96,7 @@ def test_accumulation_and_batch_size_do_not_matter(tmp_path, batch, accumulation
     ids=lambda setting: next(iter(setting)),
 )
 def test_how_a_batch_is_laid_out_or_run_does_not_matter(tmp_path, setting):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     values, expected = twin_step(trainer_for(tmp_path, defense="kl,ldifs"))
     trainer = trainer_for(tmp_path, defense="kl,ldifs", **setting)
     if "packing" in setting:

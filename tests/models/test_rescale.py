@@ -27,6 +27,7 @@ def merged(folder):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0, -1.0])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": False, "target_modules": ["q_proj", "embed_tokens"]}])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")  # one case adapts them
 def test_the_update_is_scaled(tmp_path, alpha, options):
     base, whole = make_model("qwen2").state_dict(), merged(save(tmp_path / "whole", **options))
     scaled = merged(rescale_adapter(tmp_path / "whole", alpha, tmp_path / "scaled"))

@@ -279,7 +279,7 @@ class CudaProducts(TorchDispatchMode):
 @pytest.mark.parametrize("train_head", [False, True])
 @pytest.mark.parametrize("reference", [None, "other_head"])
 def test_products_of_low_precision_as_on_cuda(monkeypatch, reference, train_head):
-    monkeypatch.setattr(head, "_matmul_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(head, "matmul_dtype", lambda hidden: hidden.dtype)
     monkeypatch.setattr(head, "TILE_BYTES", 5 * 2 * 4 * V)
     with CudaProducts() as cuda:
         compare(
@@ -303,7 +303,7 @@ def test_products_of_low_precision_as_on_cuda(monkeypatch, reference, train_head
 
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_budget_holds_the_gradient_in_the_products_dtype(monkeypatch, with_reference):
-    monkeypatch.setattr(head, "_matmul_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(head, "matmul_dtype", lambda hidden: hidden.dtype)
     # torch's own calls need scratch memory, which CUDA does not use: keep it small.
     monkeypatch.setattr(tiles, "BLOCK_BYTES", 1)
     monkeypatch.setattr(head, "TILE_BYTES", 8 * 4 * V * (2 if with_reference else 1))
@@ -323,7 +323,7 @@ def test_autocast_leaves_fp64_alone(monkeypatch):
         (torch.float16, torch.bfloat16),
     ]:
         with FakeTensorMode():
-            assert head._matmul_dtype(torch.empty(2, H, dtype=dtype, device="cuda")) == expected
+            assert head.matmul_dtype(torch.empty(2, H, dtype=dtype, device="cuda")) == expected
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason=NO_TRITON)
@@ -339,7 +339,7 @@ def test_cuda_without_a_compiler_takes_torchs_own_calls(monkeypatch, starts):
             return SimpleNamespace()
 
     monkeypatch.setattr(driver, "_active", Driver())
-    forget, chosen = head._triton_starts.cache_clear, head._tile_pass
+    forget, chosen = head.triton_starts.cache_clear, head.choose_tile_pass
     forget()
     with FakeTensorMode():
         hidden = torch.empty(2, H, device="cuda")
@@ -355,13 +355,13 @@ def test_cuda_without_a_compiler_takes_torchs_own_calls(monkeypatch, starts):
 def test_torchs_own_calls_take_many_rows_at_once_on_a_gpu(monkeypatch):
     """Bound the number of blocks: each costs about twenty launches on a GPU."""
     blocks = []
-    original = tiles._distribution_
+    original = tiles.to_logits_
 
     def spy(z, *args):
         blocks.append(len(z))
         return original(z, *args)
 
-    monkeypatch.setattr(tiles, "_distribution_", spy)
+    monkeypatch.setattr(tiles, "to_logits_", spy)
     for device, rows in [("cpu", 1), ("meta", 8)]:
         products, weights = torch.empty(8, 300_000, device=device), torch.empty(8, device=device)
         target = torch.zeros(8, dtype=torch.long, device=device)

@@ -22,7 +22,7 @@ def kernels(monkeypatch):
         calls.append(len(args[0]))
         return tiles_triton.tile_pass(*args)
 
-    monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: spy)
+    monkeypatch.setattr(head, "choose_tile_pass", lambda hidden, accumulate: spy)
     monkeypatch.setattr(tiles_triton, "BLOCK", 32)
     monkeypatch.setattr(plain, "DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     yield calls
@@ -86,7 +86,7 @@ def test_divergence_of_equal_states_is_exactly_zero(direction):
 def test_top1_and_evidence_are_those_of_torchs_calls(monkeypatch):
     hidden, weight, b, labels, ce_weight, divergence_weight, ref = plain.make_inputs(torch.float32, bias=True)
     ours = ce_divergence_head(hidden, weight, b, labels, ce_weight.float(), divergence_weight.float(), ref)
-    monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: head.torch_tile_pass)
+    monkeypatch.setattr(head, "choose_tile_pass", lambda hidden, accumulate: head.torch_tile_pass)
     theirs = ce_divergence_head(hidden, weight, b, labels, ce_weight.float(), divergence_weight.float(), ref)
     assert torch.equal(ours.is_top1, theirs.is_top1)
     torch.testing.assert_close(ours.divergence_evidence, theirs.divergence_evidence)
@@ -109,7 +109,7 @@ def test_strided_arguments(monkeypatch):
     same = hidden.new_tensor(0.1).expand(plain.N)
     arguments = (hidden.requires_grad_(), weight, b, labels, same, same, (hidden.detach() + 0.1, weight, b))
     ours = ce_divergence_head(*arguments)
-    monkeypatch.setattr(head, "_tile_pass", lambda hidden, accumulate: head.torch_tile_pass)
+    monkeypatch.setattr(head, "choose_tile_pass", lambda hidden, accumulate: head.torch_tile_pass)
     theirs = ce_divergence_head(*arguments)
     torch.testing.assert_close(ours.divergence, theirs.divergence)
     torch.testing.assert_close(*(torch.autograd.grad(output.loss, hidden)[0] for output in (ours, theirs)))

@@ -63,6 +63,8 @@ ZERO = {
     ("name", "dtype"),
     [*((name, torch.float32) for name in ZERO), *((name, torch.bfloat16) for name in ZERO if name != "dora")],
 )
+# PEFT warns of tied embeddings in the adapter.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 def test_fresh_adapter_is_held_to_the_base_model(tmp_path, name, dtype):
     options = ZERO[name]
     tied = not {"modules_to_save", "trainable_token_indices"} & options.keys()

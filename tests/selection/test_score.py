@@ -277,12 +277,12 @@ def test_broken_numbers_are_no_scores(model, monkeypatch):
     def broken(base, switch, adapters, batch):
         return [[float("nan") if len(row.ids) > 45 else 1.0, 2.0, 4.0] for row in batch]
 
-    monkeypatch.setattr(score, "_batch_nll", broken)
+    monkeypatch.setattr(score, "batch_nll", broken)
     scored, info = score_tiny(model)
     assert 0 < len(info.unscored) == 16 - len(scored) < 16
     assert {reason for _, reason in info.unscored} == {"its score is no finite number"}
     assert scored["gap"][:] == [1.0] * len(scored)
-    monkeypatch.setattr(score, "_batch_nll", lambda base, switch, adapters, batch: [[float("inf")] * 3 for _ in batch])
+    monkeypatch.setattr(score, "batch_nll", lambda base, switch, adapters, batch: [[float("inf")] * 3 for _ in batch])
     with pytest.raises(ValueError, match="no row has a finite score"):
         score_tiny(model)
 
@@ -293,7 +293,7 @@ def test_broken_numbers_are_no_scores(model, monkeypatch):
 @pytest.fixture
 def count_rows(monkeypatch):
     """Count the rows that are scored, and stop before a batch."""
-    seen, batch_nll = [], score._batch_nll
+    seen, batch_nll = [], score.batch_nll
 
     def counting(base, switch, adapters, batch):
         if counting.stop_before == 0:
@@ -303,7 +303,7 @@ def count_rows(monkeypatch):
         return batch_nll(base, switch, adapters, batch)
 
     counting.stop_before = -1
-    monkeypatch.setattr(score, "_batch_nll", counting)
+    monkeypatch.setattr(score, "batch_nll", counting)
     return counting, seen
 
 

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -292,7 +293,11 @@ def _svg(figure: Any) -> Markup:
 
     buffer = io.StringIO()
     # A fixed salt makes the ids inside the SVG the same every time, so equal charts give equal files.
-    with matplotlib.rc_context({"svg.hashsalt": "trl_emguard", "svg.fonttype": "path"}):
+    settings = {"svg.hashsalt": "trl_emguard", "svg.fonttype": "path"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A character that matplotlib's font lacks becomes a box in the chart. The page's table shows it. matplotlib
+        # would warn several times for each.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )

@@ -181,7 +181,7 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
     """Return a run's result. Train the run first, unless its folder has the result of a training without an error."""
     status = read_status(folder)
     if status is None:
-        status = _run_process(run, recipe, folder)
+        status = run_process(run, recipe, folder)
         with written_whole(folder / STATUS_FILE) as scratch:
             scratch.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
     coefficients = [v for name, v in run.options.items() if name.endswith("_coef") and v is not None]
@@ -211,7 +211,7 @@ def _state(folder: Path) -> str:
     return "" if read_status(folder) is None else " (trained already)"
 
 
-def _run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
+def run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     """Train a run in a process of its own, and return its error, step, seconds per step and peak host memory."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "trl_emguard.scripts.sft", *sft_arguments(run, recipe, folder)]

@@ -82,7 +82,7 @@ def ce_divergence_head(
         compared: `(N,)` boolean, the R positions that have a reference; all by default. The other positions cost no
             product with the reference's head.
     """
-    matmul = _matmul_dtype(hidden)
+    matmul = matmul_dtype(hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         per_token, options = (labels, ce_weight, divergence_weight), (direction, (softcap, logit_scale), matmul)
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
@@ -124,7 +124,7 @@ def token_nll(
     """
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        matmul = _matmul_dtype(hidden)
+        matmul = matmul_dtype(hidden)
         head = weight.to(matmul).t()
         vocab, tokens = len(weight), len(hidden)
         nll = hidden.new_empty(tokens, dtype=accumulate)
@@ -177,7 +177,7 @@ def _forward(hidden, weight, bias, per_token, reference, of_head, direction, log
     ce, divergence, entropy, is_top1 = (hidden.new_zeros(tokens, dtype=accumulate) for _ in range(4))
     evidence = hidden.new_zeros((), dtype=accumulate)
 
-    tile_pass = _tile_pass(hidden, accumulate)
+    tile_pass = choose_tile_pass(hidden, accumulate)
     tiles = _new_tiles(hidden, len(weight), 1 if reference is None else 2, accumulate, matmul)
     chunk = tiles.size(1)
     for start in range(0, tokens, chunk) if tokens else ():
@@ -238,7 +238,7 @@ def _new_tiles(
     return hidden.new_empty((count, chunk, vocab), dtype=accumulate)
 
 
-def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
+def matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
     """Return the dtype to which both factors of a matrix product in the head are cast.
 
     CUDA can multiply matrices of low precision with a result in fp32. So on CUDA the dtype is autocast's, or
@@ -263,12 +263,12 @@ def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., TileStatistics]:
+def choose_tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., TileStatistics]:
     """Return the function that computes a tile's statistics and gradient, by Triton kernels or by torch's operations.
 
     Triton computes fp32 tiles on CUDA if it is installed and can run.
     """
-    if hidden.is_cuda and accumulate == torch.float32 and find_spec("triton") is not None and _triton_starts():
+    if hidden.is_cuda and accumulate == torch.float32 and find_spec("triton") is not None and triton_starts():
         from .tiles_triton import tile_pass
 
         return tile_pass
@@ -276,7 +276,7 @@ def _tile_pass(hidden: torch.Tensor, accumulate: torch.dtype) -> Callable[..., T
 
 
 @functools.cache
-def _triton_starts() -> bool:
+def triton_starts() -> bool:
     """Return whether Triton can run: it needs a C compiler and Python's headers, which small Docker images lack."""
     from triton.runtime import driver
 

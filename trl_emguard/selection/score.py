@@ -237,7 +237,7 @@ def _score_share(
             round_ = batches[start : start + state.num_processes]
             if state.process_index < len(round_):
                 batch = round_[state.process_index]
-                means = _batch_nll(model, switch, adapters, [encoded[i] for i in batch])
+                means = batch_nll(model, switch, adapters, [encoded[i] for i in batch])
                 own |= dict(zip(batch, means, strict=True))
                 if journal is not None:
                     journal.append([index, own[index]] for index in batch)
@@ -246,7 +246,7 @@ def _score_share(
 
 
 @torch.inference_mode()
-def _batch_nll(
+def batch_nll(
     model: PeftModel, switch: AdapterSwitch, adapters: Sequence[str], batch: Sequence[EncodedAnswer]
 ) -> list[list[float]]:
     """Return the mean NLL of each row, under the base model and under each adapter."""
