@@ -193,7 +193,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def _before_training(self) -> None:
         super()._before_training()
-        is_whole = self._engine_facts().sharding is None
+        is_whole = self.engine_facts().sharding is None
         if self.reference is not None:
             self.reference.check_frozen(self.model)
         # With these options Trainer moves the model to its device only inside its own `train`, after the passes below.
@@ -319,7 +319,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             # Until each term had a gradient, the reference runs whole batches: smaller ones could fake it by rounding.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
             # With DeepSpeed, FSDP or tensor parallelism, the reference's pass may need all ranks: no rank may skip it.
-            if self._engine_facts().sharding is None and not bool(positions.any()):
+            if self.engine_facts().sharding is None and not bool(positions.any()):
                 reference = None
             else:
                 states = reference.before(inputs, positions, wanted_layers(self._terms, self._bare_model()))
