@@ -82,6 +82,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     # Defense that a subclass such as `KLTrainer` uses even if `args.defense` is "none". Other defenses are refused.
     _defense: ClassVar[str | None] = None
 
+    has_agreed = False  # True once policy and reference were found to start equal, or after a resume
+    _wrapped: Any = None  # policy as last given to `compute_loss`, wrapped by DDP, DeepSpeed or FSDP2 if used
+    _watch: ReferenceWatch | None = None
     _moved_reference: str | None = None  # error message once `_check_reference` has found that the reference changed
 
     def __init__(
@@ -116,10 +119,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._own_loss = any(defense.own_loss for defense in self.defenses)
         if not self._terms:
             self._unused += ["cache_reference"] * args.cache_reference + ["ref_model"] * (ref_model is not None)
-        if self.defenses:
-            check_before_loading(
-                self.defenses, args, model, processing_class, train_dataset, ref_model, peft_config, compute_loss_func
-            )
+        check_before_loading(
+            self.defenses, args, model, processing_class, train_dataset, ref_model, peft_config, compute_loss_func
+        )
         train_dataset = self._prepare_rows(train_dataset)
 
         super().__init__(
@@ -141,9 +143,6 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         )
 
         self._check_rows_came_by()
-        self._watch: ReferenceWatch | None = None
-        self._wrapped: Any = None  # policy as last given to `compute_loss`, wrapped by DDP, DeepSpeed or FSDP2 if used
-        self.has_agreed = False  # True once policy and reference were found to start equal, or after a resume
         self._counts: dict[str, torch.Tensor] = {}  # scope (named set of positions) → size in the current step
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
