@@ -1,6 +1,7 @@
 """Test defenses from outside of the package that use every hook: they train, log, resume and describe themselves."""
 
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from twin import first_gradients, relative_error
 from trl_emguard import EMGuardConfig, EMGuardTrainer, InactiveDefenseError, ReferenceDefense, register
 from trl_emguard.defenses import DEFENSES, Defense, Marks, ModelDefense
 from trl_emguard.defenses.options import option
+from trl_emguard.planning.engine import read_launch
+from trl_emguard.planning.plan import Plan
+from trl_emguard.planning.report import describe
 
 
 HOOKS: list[str] = []
@@ -261,6 +265,14 @@ def make(folder, **options):
     )
 
 
+def planned(trainer):
+    """Return the lines of a dry run's report, as {subject: [text, …]}."""
+    found = {}
+    for about, text in describe(Plan.of(trainer, read_launch(None)), "tiny"):
+        found.setdefault(about, []).append(text)
+    return found
+
+
 def test_every_hook_is_called_in_the_order_of_a_run(tmp_path):
     trainer = make(tmp_path, defense="kl,anchor", kl_coef=0.1)
     trainer.train()
@@ -286,6 +298,15 @@ def test_it_logs_its_own_metrics_and_proves_itself(tmp_path):
     assert saved["defenses"] == {"anchor": {"anchor_coef": 0.5, "anchor_rows": 2, "anchor_word": "anchor"}}
     assert saved["evidence"]["anchor"]["acted"] is True
     assert saved["evidence"]["anchor"]["rows"] == 8
+
+
+def test_the_plan_says_where_it_acts(tmp_path):
+    trainer = make(tmp_path, defense="anchor")
+    about = planned(trainer)
+    (term,) = about["anchor"]
+    place = r"at positions that predict a label marked 'anchored', about \d+ a step"
+    assert re.fullmatch(f"weight 0.5 on the outputs of blocks 4, {place}", term)
+    assert "2 anchors in every batch." in about["defense"]
 
 
 def test_it_resumes(tmp_path):
