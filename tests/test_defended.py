@@ -153,8 +153,9 @@ def test_defenses_that_need_more_are_refused(tmp_path, defense, reason):
 
 
 def test_a_config_without_the_options_is_refused(tmp_path):
+    plain = {"bf16": False, "use_cpu": True, "activation_checkpointing": False}
     with pytest.raises(TypeError, match="DefenseArguments"):
-        DefendedDPOTrainer(model=make_model(), args=DPOConfig(str(tmp_path), bf16=False, use_cpu=True))
+        DefendedDPOTrainer(model=make_model(), args=DPOConfig(str(tmp_path), **plain))
 
 
 @pytest.mark.parametrize("base", [AnyDPOTrainer, SomeDPOTrainer])
@@ -233,6 +234,7 @@ def test_likelihoods_of_the_undefended_policy_in_the_loss_are_refused(tmp_path, 
 
 def test_kto_is_refused_where_its_loss_needs_the_undefended_policy(tmp_path):
     rows = Dataset.from_list([{"prompt": "a", "completion": "b", "label": i % 2 == 0} for i in range(4)])
-    args = DefendedKTOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], **steering(tmp_path))
+    plain = {"bf16": False, "use_cpu": True, "activation_checkpointing": False, "report_to": []}
+    args = DefendedKTOConfig(output_dir=str(tmp_path), **plain, **steering(tmp_path))
     with pytest.raises(ValueError, match=r"loss_type='kto': .* Set loss_type='apo_zero_unpaired'"):
         DefendedKTOTrainer(make_model(), args=args, train_dataset=rows, processing_class=make_tokenizer())

@@ -1,13 +1,14 @@
 """Test defenses from outside of the package that use every hook: they train, log, resume and describe themselves."""
 
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tiny import config, logged, lora, make_model, make_rows, make_tokenizer, make_trainer, record
 from transformers import TrainerCallback
 from twin import first_gradients, relative_error
@@ -15,6 +16,9 @@ from twin import first_gradients, relative_error
 from trl_emguard import EMGuardConfig, EMGuardTrainer, InactiveDefenseError, ReferenceDefense, register
 from trl_emguard.defenses import DEFENSES, Defense, Marks, ModelDefense
 from trl_emguard.defenses.options import option
+from trl_emguard.planning.engine import read_launch
+from trl_emguard.planning.plan import Plan
+from trl_emguard.planning.report import describe
 
 
 HOOKS: list[str] = []
@@ -224,10 +228,96 @@ class Drawn(ReferenceDefense):
         return (policy[0] - reference[0]).square().mean(-1)
 
 
+@dataclass
+class PrependedOptions:
+    prepended_scale: float | None = option(None, "Factor of the embeddings in training, by default 0.5.")
+    prepended_on: bool = option(True, "Whether the defense is on.")
+
+
+@dataclass
+class PrependedConfig(PrependedOptions, EMGuardConfig):
+    pass
+
+
+class Prepended(Defense):
+    """Rows of the trainer's pool before those of a stream, a column of every row, and smaller embeddings."""
+
+    name = "prepended"
+    Options = PrependedOptions
+    inputs = ("interleave_dataset",)
+    columns = ("size",)
+    scopes = ("sized",)
+
+    def __init__(self, args, interleave_dataset):
+        self.pool = interleave_dataset
+        self.given_scale = args.prepended_scale
+        self.scale = 0.5 if self.given_scale is None else self.given_scale
+        self.sizes, self.passes = [], 0
+
+    @classmethod
+    def is_on(cls, args):
+        return args.prepended_on
+
+    @property
+    def active(self):
+        return self.pool is not None
+
+    def meet(self, others):
+        HOOKS.append(f"meets {[other.name for other in others]}")
+
+    def options(self):
+        return {"scale": self.scale}
+
+    def options_like(self, then, is_on_all_ranks):
+        # The value that is left open is the checkpoint's, which an earlier version called "ratio".
+        (key,) = then
+        return {key: then[key] if self.given_scale is None else self.scale}
+
+    def continue_from(self, options):
+        (self.scale,) = options.values()
+
+    def describe(self):
+        return [f"{len(self.pool)} rows come first."]
+
+    def prepare_tokenized(self, rows, tokenizing):
+        self.own = tokenizing.prepare(self.pool, "pool").select_columns(["input_ids", "labels"])
+        return rows
+
+    def add_rows(self, rows, plan):
+        assert plan.rows is None
+        own = self.own.cast_column("input_ids", self.own.features["labels"]).add_column("size", [-1] * len(self.own))
+        return concatenate_datasets([own.to_iterable_dataset(), rows])
+
+    def train_loader(self, loading):
+        def collate(rows):
+            sizes = torch.tensor([row["size"] for row in rows])
+            return {**loading.collator(rows), "size": sizes}
+
+        return replace(loading, collator=collate)
+
+    def read_batch(self, batch):
+        sizes = batch.pop("size")
+        self.sizes.append(sizes.tolist())
+        return Marks({"sized": (sizes >= 0)[:, None].expand_as(batch["input_ids"])}, {"added": (sizes < 0).sum()})
+
+    @contextmanager
+    def policy_pass(self, model, batch):
+        self.passes += 1
+        handle = model.get_input_embeddings().register_forward_hook(lambda *hooked: hooked[-1] * self.scale)
+        yield
+        handle.remove()
+
+    def end_step(self, step):
+        return {"prepended_rows": step.sums["prepended/added"]}
+
+
+OWN = (Anchor, Weights, Numbered, Switched, Drawn, Prepended)
+
+
 @pytest.fixture(autouse=True)
 def registered():
     shipped = dict(DEFENSES)
-    for defense in (Anchor, Weights, Numbered, Switched, Drawn):
+    for defense in OWN:
         register(defense)
     HOOKS.clear()
     yield
@@ -261,6 +351,14 @@ def make(folder, **options):
     )
 
 
+def planned(trainer):
+    """Return the lines of a dry run's report, as {subject: [text, …]}."""
+    found = {}
+    for about, text in describe(Plan.of(trainer, read_launch(None)), "tiny"):
+        found.setdefault(about, []).append(text)
+    return found
+
+
 def test_every_hook_is_called_in_the_order_of_a_run(tmp_path):
     trainer = make(tmp_path, defense="kl,anchor", kl_coef=0.1)
     trainer.train()
@@ -286,6 +384,15 @@ def test_it_logs_its_own_metrics_and_proves_itself(tmp_path):
     assert saved["defenses"] == {"anchor": {"anchor_coef": 0.5, "anchor_rows": 2, "anchor_word": "anchor"}}
     assert saved["evidence"]["anchor"]["acted"] is True
     assert saved["evidence"]["anchor"]["rows"] == 8
+
+
+def test_the_plan_says_where_it_acts(tmp_path):
+    trainer = make(tmp_path, defense="anchor")
+    about = planned(trainer)
+    (term,) = about["anchor"]
+    place = r"at positions that predict a label marked 'anchored', about \d+ a step"
+    assert re.fullmatch(f"weight 0.5 on the outputs of blocks 4, {place}", term)
+    assert "2 anchors in every batch." in about["defense"]
 
 
 def test_it_resumes(tmp_path):
@@ -362,18 +469,75 @@ def test_numbers_of_tokens_reach_the_batch_beside_them(tmp_path, truncation_mode
 # ---- what a run asks of any defense ----
 
 
-def make_switched(folder, **options):
+def make_switched(folder, config_class=SwitchedConfig, rows=None, pool=None, **options):
     given = vars(config(folder, max_steps=2, save_strategy="steps", save_steps=1))
     names = ("max_steps", "save_strategy", "save_steps", "per_device_train_batch_size", "learning_rate", "max_length")
     switches = {"bf16": False, "activation_checkpointing": False, "use_cpu": True, "report_to": [], "logging_steps": 1}
     args = {"defense": "switched", **{name: given[name] for name in names}, **switches, **options}
     return EMGuardTrainer(
         make_model(),
-        SwitchedConfig(str(folder), **args),
-        train_dataset=make_rows(),
+        config_class(str(folder), **args),
+        train_dataset=make_rows() if rows is None else rows,
+        interleave_dataset=pool,
         processing_class=make_tokenizer(),
         peft_config=lora(),
     )
+
+
+def test_every_hook_is_overridden_above():
+    hooks = {name for name in vars(Defense) if not name.startswith("_")}
+    overridden = {name for defense in OWN for name in vars(defense)}
+    assert hooks - overridden == {"papers", "given", "own_loss", "surrounds_policy"}
+
+
+def make_prepended(folder, **options):
+    rows = make_rows().add_column("size", list(range(16))).to_iterable_dataset()
+    given = {"defense": "kl,prepended", "pool": make_rows(3), **options}
+    return make_switched(folder, PrependedConfig, rows, **given)
+
+
+def test_rows_before_a_stream_a_column_and_a_pass_of_its_own(tmp_path):
+    trainer = make_prepended(tmp_path)
+    trainer.train()
+    own, plain = trainer.defenses[1], make_prepended(tmp_path / "plain", prepended_scale=1.0)
+    plain.train()
+    assert "meets ['kl']" in HOOKS
+    assert own.sizes == [[-1, -1, -1, 0], [1, 2, 3, 4]]
+    assert logged(trainer, "prepended_rows") == [3, 0]
+    assert own.passes == 2
+    assert not trainer.model.get_input_embeddings()._forward_hooks
+    assert logged(trainer)[0] != logged(plain)[0]
+
+
+def test_a_value_that_is_left_open_is_the_checkpoints(tmp_path):
+    whole = make_prepended(tmp_path, prepended_scale=0.25)
+    whole.train()
+    file = tmp_path / "checkpoint-1" / "defense.json"
+    file.write_text(file.read_text().replace('"scale"', '"ratio"'))
+    file.with_name("manifest.json").unlink()
+    again = make_prepended(tmp_path)
+    again.train(resume_from_checkpoint=str(file.parent))
+    assert again.defenses[1].scale == 0.25
+    assert logged(again) == logged(whole)
+    with pytest.raises(ValueError, match=r"ratio=0\.5"):
+        make_prepended(tmp_path, prepended_scale=0.5).train(resume_from_checkpoint=str(file.parent))
+
+
+@pytest.mark.parametrize("more", [{"prepended_on": False}, {"pool": None}], ids=str)
+def test_it_says_itself_that_it_is_off(tmp_path, more):
+    trainer = make_prepended(tmp_path, **more)
+    assert [defense.name for defense in trainer.defenses] == ["kl"]
+    assert any("defense 'prepended' is off" in line for line in trainer.describe())
+
+
+def test_the_plan_says_which_tokens_it_marks(tmp_path):
+    about = planned(make_prepended(tmp_path))
+    assert about["defense"][-1] == "3 rows come first."
+    assert "prepended" not in about  # a stream's tokens are not counted
+    rows = make_rows().add_column("size", list(range(16)))
+    trainer = make_switched(tmp_path, PrependedConfig, rows, make_rows(3), defense="prepended")
+    tokens = sum(map(len, trainer.train_dataset["input_ids"]))
+    assert planned(trainer)["prepended"] == [f"{tokens} tokens in the rows are marked 'sized'"]
 
 
 def test_a_batch_is_read_once(tmp_path):

@@ -190,6 +190,8 @@ def check_before_loading(
     Raises:
         ValueError: the message names the argument, its value and the fix.
     """
+    if not defenses:
+        return
     config = load_config(model, args)
     if isinstance(processing_class, ProcessorMixin) or (processing_class is None and hasattr(config, "vision_config")):
         raise ValueError(

@@ -61,6 +61,9 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
         # leaves its own `use_cpu` as it is. This code sets it, and a run's YAML file need not repeat the option.
         if parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True
+        # By default TRL turns checkpointing on under its old name, and transformers warns of that name.
+        if self.activation_checkpointing is None and self.gradient_checkpointing:  # type: ignore[has-type]
+            self.activation_checkpointing = True
         super().__post_init__()
         self.check_defense()
 

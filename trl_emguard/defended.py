@@ -88,7 +88,7 @@ class DefendedTrainer(WholeCheckpoints):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._identity = as_main_process(lambda: run_identity(self.model, self.train_dataset, seed))
         if self.defenses:
-            check_engine(self.defenses, self.args, self._engine_facts())
+            check_engine(self.defenses, self.args, self.engine_facts())
             check_optimizer(self.optimizer, self.model)  # Trainer makes its own optimizer only later, in `train`
             if model is None:  # `read_arguments` found no model, so these checks run only now, with the model loaded
                 check_model(self.defenses, is_peft_model(self.model), self.model.config)
@@ -114,7 +114,8 @@ class DefendedTrainer(WholeCheckpoints):
         read = {name for defense in self.defenses for name in defense.inputs}
         self._unused = [name for name, value in inputs.items() if value is not None and name not in read]
 
-    def _engine_facts(self) -> Engine:
+    def engine_facts(self) -> Engine:
+        """Return facts about the engine that runs this trainer. A dry run returns those of its launch."""
         return engine_facts(self)
 
     def _bare_model(self) -> PreTrainedModel:
@@ -322,7 +323,7 @@ class DefendedTrainer(WholeCheckpoints):
         """Raise an error for values neither finite nor `None`. Trainer hides NaN: it logs means of earlier losses."""
         # The loss scaling of fp16 skips steps with a non-finite norm until it has found its scale. In bf16, DeepSpeed
         # skips such steps too, but there is no scale to find, so all later steps could be skipped as well.
-        if self.accelerator.optimizer_step_was_skipped and self._engine_facts().is_fp16:
+        if self.accelerator.optimizer_step_was_skipped and self.engine_facts().is_fp16:
             values.pop("grad_norm")
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         if broken:

@@ -82,6 +82,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
     # Defense that a subclass such as `KLTrainer` uses even if `args.defense` is "none". Other defenses are refused.
     _defense: ClassVar[str | None] = None
 
+    has_agreed = False  # True once policy and reference were found to start equal, or after a resume
+    _wrapped: Any = None  # policy as last given to `compute_loss`, wrapped by DDP, DeepSpeed or FSDP2 if used
+    _watch: ReferenceWatch | None = None
     _moved_reference: str | None = None  # error message once `_check_reference` has found that the reference changed
 
     def __init__(
@@ -116,10 +119,9 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         self._own_loss = any(defense.own_loss for defense in self.defenses)
         if not self._terms:
             self._unused += ["cache_reference"] * args.cache_reference + ["ref_model"] * (ref_model is not None)
-        if self.defenses:
-            check_before_loading(
-                self.defenses, args, model, processing_class, train_dataset, ref_model, peft_config, compute_loss_func
-            )
+        check_before_loading(
+            self.defenses, args, model, processing_class, train_dataset, ref_model, peft_config, compute_loss_func
+        )
         train_dataset = self._prepare_rows(train_dataset)
 
         super().__init__(
@@ -141,9 +143,6 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
         )
 
         self._check_rows_came_by()
-        self._watch: ReferenceWatch | None = None
-        self._wrapped: Any = None  # policy as last given to `compute_loss`, wrapped by DDP, DeepSpeed or FSDP2 if used
-        self.has_agreed = False  # True once policy and reference were found to start equal, or after a resume
         self._counts: dict[str, torch.Tensor] = {}  # scope (named set of positions) → size in the current step
         self.reference = self._add_reference(ref_model)
         if self.overrides("train_loader"):
@@ -193,7 +192,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
 
     def _before_training(self) -> None:
         super()._before_training()
-        is_whole = self._engine_facts().sharding is None
+        is_whole = self.engine_facts().sharding is None
         if self.reference is not None:
             self.reference.check_frozen(self.model)
         # With these options Trainer moves the model to its device only inside its own `train`, after the passes below.
@@ -319,7 +318,7 @@ class EMGuardTrainer(DefendedTrainer, DefendedRows, SFTTrainer):
             # Until each term had a gradient, the reference runs whole batches: smaller ones could fake it by rounding.
             reference.runs_whole_batches = not all(term.proof.has_acted for term in self._terms)
             # With DeepSpeed, FSDP or tensor parallelism, the reference's pass may need all ranks: no rank may skip it.
-            if self._engine_facts().sharding is None and not bool(positions.any()):
+            if self.engine_facts().sharding is None and not bool(positions.any()):
                 reference = None
             else:
                 states = reference.before(inputs, positions, wanted_layers(self._terms, self._bare_model()))

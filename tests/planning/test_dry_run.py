@@ -226,7 +226,7 @@ def test_checkpointing_is_counted_block_by_block_and_under_fsdp(report):
     ],
 )
 def test_checkpointing_is_judged_by_the_engine_of_the_launch(argv, capsys, engine, reentrant, peft, words):
-    how = ["--gradient_checkpointing_kwargs", f'{{"use_reentrant": {reentrant}}}', "--use_peft", peft]
+    how = ["--activation_checkpointing_kwargs", f'{{"use_reentrant": {reentrant}}}', "--use_peft", peft]
     status = sft.main(argv("--dry_run", "--defense", "treft", "--accelerate_config", engine, *how))
     assert status == int(words is not None)
     assert re.search(words or "", capsys.readouterr().err)

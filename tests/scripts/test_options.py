@@ -39,10 +39,10 @@ def table_of(cls):
     return HEAD + "".join(lines)
 
 
-def page(option):
-    """Return the text that an option of the help prints, at 100 columns."""
+def page(option, columns=100):
+    """Return the text that an option of the help prints in a terminal with so many columns."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "100")
+        patch.setenv("COLUMNS", str(columns))
         parser = make_parser()
         return parser.format_help() if option == "--help" else parser.format_all_options()
 
@@ -94,8 +94,9 @@ def test_the_docs_repeat_the_fields(page_name):
     assert tables == [table_of(TABLES[page_name])], "run `python tests/scripts/test_options.py`"
 
 
-def test_the_help_is_a_page():
-    text = page("--help")
+@pytest.mark.parametrize("columns", [40, 80, 100])
+def test_the_help_is_a_page(columns):
+    text = page("--help", columns)
     assert len(text.splitlines()) <= 160
     assert max(map(len, text.splitlines())) <= 100
     assert "--help_all" in text.splitlines()[-1]
@@ -138,7 +139,7 @@ def test_the_help_shows_the_values_of_a_recipe():
 )
 def test_the_command_prints_its_help(option, lines):
     command = [sys.executable, "-m", "trl_emguard.scripts.main", "sft", option]
-    done = subprocess.run(command, env={**os.environ, "COLUMNS": "100"}, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) in lines
 
 

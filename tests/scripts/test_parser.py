@@ -400,6 +400,7 @@ def test_an_old_name_that_would_be_ignored_is_refused(refused, yaml_file, file, 
     assert "--activation_checkpointing" in error
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("file", "argv", "value"),
     [

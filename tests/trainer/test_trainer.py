@@ -3,6 +3,7 @@
 import gc
 import inspect
 import math
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
@@ -109,6 +110,8 @@ def test_positional_signature_and_defaults_are_sft_trainers():
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(stock) :])
 
 
+# SFTConfig's own default says the old name.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_config_defaults_are_sft_configs(tmp_path):
     ours, stock = (cls(str(tmp_path), use_cpu=True) for cls in (EMGuardConfig, SFTConfig))
     for name, f in SFTConfig.__dataclass_fields__.items():
@@ -126,7 +129,11 @@ def test_args_of_every_kind(tmp_path, kind, monkeypatch):
         "none": None,
         "training_arguments": TrainingArguments(**base),
         "sft_config": SFTConfig(
-            **base, model_init_kwargs={"dtype": torch.bfloat16}, max_length=99, eos_token="<|im_end|>"
+            **base,
+            model_init_kwargs={"dtype": torch.bfloat16},
+            max_length=99,
+            eos_token="<|im_end|>",
+            activation_checkpointing=True,
         ),
     }[kind]
     trainer = EMGuardTrainer(make_model(), args, train_dataset=make_rows(4), processing_class=make_tokenizer())
@@ -428,9 +435,31 @@ def test_options_set_after_construction_are_checked(tmp_path):
         EMGuardTrainer(make_model(), args, train_dataset=make_rows(4), processing_class=make_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("given", "value", "warns"),
+    [
+        ({}, True, False),
+        ({"activation_checkpointing": False}, False, False),
+        ({"gradient_checkpointing": False}, False, True),
+        ({"gradient_checkpointing": True}, True, False),
+        ({"activation_checkpointing": False, "gradient_checkpointing": True}, False, False),
+        ({"activation_checkpointing": True, "gradient_checkpointing": False}, True, False),
+    ],
+    ids=str,
+)
+def test_the_default_of_checkpointing_is_no_use_of_its_old_name(tmp_path, given, value, warns):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        args = EMGuardConfig(str(tmp_path), use_cpu=True, bf16=False, **given)
+    assert args.activation_checkpointing is args.gradient_checkpointing is value
+    assert any("`gradient_checkpointing` is deprecated" in str(warning.message) for warning in warned) == warns
+    assert EMGuardConfig.from_args(args).activation_checkpointing is value
+
+
 def test_the_callers_config_stays_as_it_is(tmp_path):
     given = {"dtype": torch.bfloat16}
-    args = SFTConfig(str(tmp_path), use_cpu=True, model_init_kwargs=given, report_to=[])
+    more = {"use_cpu": True, "report_to": [], "activation_checkpointing": False}
+    args = SFTConfig(str(tmp_path), model_init_kwargs=given, **more)
     args.parallelism_config = parallelism = ParallelismConfig()
     assert EMGuardConfig.from_args(args).parallelism_config == parallelism
     assert args.model_init_kwargs is given

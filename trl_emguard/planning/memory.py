@@ -184,7 +184,7 @@ class Run:
     """Sizes of a run's batches, and its settings that affect memory and network.
 
     Attributes:
-        rows: rows in a micro-batch of one rank, including mixed-in rows.
+        rows: rows in a micro-batch of one rank, including rows that defenses add.
         length: tokens in each row, including padding.
         kept: number of positions in the micro-batch whose hidden states the loss needs, including its terms that
             compare policy and reference.

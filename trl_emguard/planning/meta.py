@@ -149,8 +149,8 @@ class MetaTrainer(EMGuardTrainer):
         self.launch = launch
         super().__init__(*args, **kwargs)
 
-    def _engine_facts(self) -> Engine:
-        return replace(self.launch.facts, is_fp16=super()._engine_facts().is_fp16)
+    def engine_facts(self) -> Engine:
+        return replace(self.launch.facts, is_fp16=super().engine_facts().is_fp16)
 
 
 def meta_trainer(

@@ -64,7 +64,7 @@ class Plan:
         steps: number of updates in the run.
         steps_in_epoch: number of updates in an epoch.
         rows: tokens and labels of the training rows; empty for a stream.
-        extra: name of a defense → tokens and labels of the rows that it mixes into the batches of an epoch.
+        extra: name of a defense → tokens and labels of the rows that it adds to the batches of an epoch.
     """
 
     trainer: EMGuardTrainer
@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def all_rows(self) -> Counts:
-        """Tokens and labels of all rows of an epoch: the training rows, then the rows that defenses mix in."""
+        """Tokens and labels of all rows of an epoch: the training rows, then the rows that defenses add."""
         return sum(self.extra.values(), self.rows)
 
     @property
@@ -142,9 +142,9 @@ class Plan:
     def marked_tokens(self, defense: Defense) -> int | None:
         """Return the number of tokens that a defense marks in the training rows, or `None`.
 
-        A defense marks tokens to tell them apart from others, for example those of rows that were mixed in before
-        packing. The result is `None` for a stream, for a defense without marks, and for a defense whose mixed-in rows
-        are counted in `extra`.
+        A defense marks tokens to tell them apart from others, for example those of rows that it added before
+        packing. The result is `None` for a stream, for a defense without marks, and for a defense whose added rows are
+        counted in `extra`.
         """
         rows = self.trainer.train_dataset
         if not defense.scopes or defense.name in self.extra or not isinstance(rows, Dataset):
@@ -196,7 +196,7 @@ class Plan:
         return int(self.launch.facts.fsdp_checkpointing)
 
     def _extra_in_batch(self) -> int:
-        """Return the largest number of rows that defenses mix into a micro-batch of one rank."""
+        """Return the largest number of rows that defenses add to a micro-batch of one rank."""
         rows = self.rows.rows
         if self.trainer.args.dataloader_drop_last:
             rows -= rows % self.rows_in_batch
@@ -209,10 +209,10 @@ def _terms(trainer: EMGuardTrainer) -> list[ReferenceDefense]:
 
 
 def _count_extra_rows(trainer: EMGuardTrainer) -> dict[str, Counts]:
-    """Return a dict: name of a defense → tokens and labels of the rows that it mixes into the batches of an epoch."""
+    """Return a dict: name of a defense → tokens and labels of the rows that it adds to the batches of an epoch."""
     args = trainer.args
     planned = args.num_train_epochs, args.max_steps
-    # `loading` lets each defense plan the rows that it mixes in, for all epochs of the run. Here the rows of one epoch
+    # `loading` lets each defense plan the rows that it adds, for all epochs of the run. Here the rows of one epoch
     # are counted, so the run is set to one epoch until the defenses have planned and returned these rows.
     args.num_train_epochs, args.max_steps = 1, -1
     try:

@@ -176,15 +176,15 @@ def _about_batches(plan: Plan) -> list[Line]:
 
 
 def _about_defense(defense: Defense, plan: Plan) -> list[str]:
-    """Return lines about one defense: one about its loss term, or one about mixed-in rows, or its own description.
+    """Return lines about one defense: one about its loss term, or one about rows or tokens, or its own description.
 
     A defense that compares the policy with a reference gets a line with weight and positions of its loss term. One
-    that mixes in rows, or marks their tokens, gets a line with the number of these tokens. Any other describes
+    that adds rows to batches, or marks tokens, gets a line with the number of these tokens. Any other describes
     itself. Numbers that are not known before training are left out.
     """
     if isinstance(defense, ReferenceDefense):
         places = {LABELS: "positions that predict a label", ALL: "positions that predict any real token"}
-        place = places.get(defense.tokens, "positions that predict a label of a mixed-in row")
+        place = places.get(defense.tokens, f"positions that predict a label marked {defense.tokens!r}")
         layers = ", ".join(map(str, defense.layers(Shape.of(plan.trainer.model.config).layers)))
         compared = f"the outputs of blocks {layers}" if layers else "next-token distributions"
         positions = plan.positions(defense.tokens)
@@ -193,10 +193,12 @@ def _about_defense(defense: Defense, plan: Plan) -> list[str]:
         return [f"weight {weight} on {compared}, at {place}{share}"]
     if defense.name in plan.extra:
         counts = plan.extra[defense.name]
-        return [f"the mixed-in rows of an epoch: {sum(counts.tokens)} tokens, {sum(counts.labels)} labels"]
+        size = f"{sum(counts.tokens)} tokens, {sum(counts.labels)} labels"
+        return [f"the rows that it adds in an epoch, each counted once: {size}"]
     if defense.scopes:
         tokens = plan.marked_tokens(defense)
-        return [] if tokens is None else [f"{tokens} tokens of mixed-in rows are in the {_unit(plan)}"]
+        scopes = ", ".join(map(repr, defense.scopes))
+        return [] if tokens is None else [f"{tokens} tokens in the {_unit(plan)} are marked {scopes}"]
     return defense.describe()
 
 

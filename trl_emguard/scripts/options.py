@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from shutil import get_terminal_size
 from typing import Any, get_args
 
 from ..config import ReferenceOptions
@@ -57,13 +58,17 @@ def title(cls: type) -> str:
 def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: str) -> str:
     """Return a help page with the options that most runs need, each listed once, without its `--no_` variant.
 
+    The page is as wide as the terminal, and at least 100 characters.
+
     Args:
         parser: parser with all options. The page shows their default values.
         hints: name of an option → its type. The types come separately, because the parser does not keep `int | None`.
         text: introduction with examples, printed unchanged.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}
-    formatter = argparse.HelpFormatter(parser.prog, max_help_position=36)
+    # At the 80 columns of many terminals, and of every pipe, the page would have 60 lines more.
+    width = max(100, get_terminal_size().columns - 2)
+    formatter = argparse.HelpFormatter(parser.prog, max_help_position=36, width=width)
     for heading, names, shorten in _groups():
         formatter.start_section(heading)
         formatter.add_arguments([_shown(actions[name], hints.get(name), shorten) for name in names])

@@ -18,8 +18,33 @@ from datasets import Dataset, Value
 
 from ..data.conversation import PROMPT_COLUMN, RESPONSE_COLUMN, conversation, turn_text
 from ..io.strict import parse_yaml
-from .scored import ALIGNED, GAP, ScoresInfo, misaligned_column, numbers, perplexity_gap
+from .scored import (
+    ALIGNED,
+    GAP,
+    METADATA_KEY,
+    ScoresInfo,
+    misaligned_column,
+    numbers,
+    perplexity_gap,
+    read_scores,
+    write_scores,
+)
 
+
+# Names from `scored` are listed, too, because this module once defined them.
+__all__ = [
+    "METADATA_KEY",
+    "REFUSALS_FILE",
+    "RefusalFilter",
+    "ScoresInfo",
+    "misaligned_column",
+    "perplexity_gap",
+    "rank_rows",
+    "read_scores",
+    "refusal_filter",
+    "without_adapter",
+    "write_scores",
+]
 
 REFUSALS_FILE = Path(__file__).with_name("refusals.yaml")
 
