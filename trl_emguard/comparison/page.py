@@ -293,7 +293,7 @@ def _svg(figure: Any) -> Markup:
 
     buffer = io.StringIO()
     # A fixed salt makes the ids inside the SVG the same every time, so equal charts give equal files.
-    settings = {"svg.hashsalt": "trl_emguard", "svg.fonttype": "path"}
+    settings: Any = {"svg.hashsalt": "trl_emguard", "svg.fonttype": "path"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # A character that matplotlib's font lacks becomes a box in the chart. The page's table shows it. matplotlib
         # would warn several times for each.
