@@ -329,8 +329,8 @@ class DefendedTrainer(WholeCheckpoints):
         if broken:
             raise FloatingPointError(
                 f"training has diverged in step {self.state.global_step}: {', '.join(broken)} not finite. Nothing of "
-                "this step is saved. Lower learning_rate: resume_from_checkpoint=True resumes from the newest "
-                "checkpoint before. With a lower coefficient of the defense, start anew."
+                "this step is saved. Start anew with a lower learning_rate, or with a lower coefficient of the "
+                "defense: a run that resumes keeps both."
             )
 
     def _check_trains(self, label_tokens: float) -> None:

@@ -183,6 +183,50 @@ def test_the_record_names_the_step_of_the_best_model_where_it_is_loaded(tmp_path
         assert read_defense_file(tmp_path / "checkpoint-4")["global_step"] == 4
 
 
+def test_the_best_model_is_none_of_an_earlier_run(tmp_path):
+    """Step 1 is the best one. It has no checkpoint of this run, but one that an earlier run wrote."""
+    trainer_for(tmp_path, save_steps=1, learning_rate=1e-3).train()
+    best = {"eval_dataset": make_rows(4), "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = trainer_for(tmp_path, metric_for_best_model="eval_loss", greater_is_better=True, max_steps=2, **best)
+    trainer.train()
+    assert (trainer.state.best_global_step, trainer.state.best_model_checkpoint) == (1, None)
+    folder = tmp_path / "checkpoint-2"
+    assert json.loads((folder / "trainer_state.json").read_text())["best_model_checkpoint"] is None
+    saved = load_file(folder / "adapter_model.safetensors")
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(saved[name.replace(".default", "")], weight) for name, weight in trained.items())
+
+
+@pytest.mark.parametrize("has_optimizer", [True, False])
+def test_a_resume_names_the_settings_that_have_no_effect(tmp_path, caplog, has_optimizer):
+    trainer_for(tmp_path, lr_scheduler_type="constant").train()
+    if not has_optimizer:
+        (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    for options in ({}, {"learning_rate": 1e-3, "weight_decay": 0.1}):
+        again = trainer_for(tmp_path, lr_scheduler_type="constant", **options)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert logged(again, "learning_rate") == [1e-2] * 4
+        assert ("learning_rate ['0.01'] and not ['0.001']" in caplog.text) == bool(options)
+        # The optimizer's own settings are in its file alone.
+        assert ("weight_decay ['0.0'] and not ['0.1" in caplog.text) == (bool(options) and has_optimizer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lora_alpha": 32}, {"use_rslora": False}, {"r": 8}, {"target_modules": ["q_proj"]}, {"use_dora": True}],
+)
+def test_resuming_with_another_adapter_config_is_refused(tmp_path, options):
+    def make(**options):
+        return make_trainer(tmp_path, peft=lora(**options), **SAVING)
+
+    make().train()
+    for resume, words in ((str(tmp_path / "checkpoint-4"), ""), (True, "no whole checkpoint of this run, only .*")):
+        with pytest.raises(
+            ValueError, match=rf"{words}checkpoint-4 .*another config \({next(iter(options))}=.*, and not"
+        ):
+            make(**options).train(resume_from_checkpoint=resume)
+
+
 def test_resume_from_a_folder_that_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint='.*missing' is not a folder"):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(tmp_path / "missing"))

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_emguard.checkpoints import whole
 from trl_emguard.checkpoints.manifest import find_flaw
-from trl_emguard.checkpoints.resume import newest_whole_checkpoint
+from trl_emguard.checkpoints.resume import is_of_earlier_run, mark_earlier_runs, newest_whole_checkpoint
 from trl_emguard.checkpoints.whole import WholeCheckpoints
 
 
@@ -90,6 +90,47 @@ def test_older_checkpoints_are_deleted_and_the_limit_is_saved(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     stored = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
     assert stored.save_total_limit == trainer.args.save_total_limit == 1
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+def test_checkpoints_of_an_earlier_run_are_passed_over(tmp_path, capsys):
+    def make(stop=None, **options):
+        trainer = make_plain(PlainTrainer, tmp_path, max_steps=6, **options)
+        trainer.add_callback(StopAt(stop))
+        return trainer
+
+    make().train()
+    make(stop=3).train()
+    again = make(stop=5)
+    assert again.find_checkpoint(True) == str(tmp_path / "checkpoint-2")
+    assert list(newest_whole_checkpoint(tmp_path)[1]) == ["checkpoint-6", "checkpoint-4"]
+    # A run that saved nothing leaves none of its own. An earlier one may still be named, and then the run is that one.
+    make(stop=1).train()
+    with pytest.raises(ValueError, match=r"checkpoint-6 \(it is of an earlier run in this folder; name it to resume"):
+        again.find_checkpoint(True)
+    named = again.find_checkpoint(str(tmp_path / "checkpoint-4"))
+    again.train(resume_from_checkpoint=named)
+    assert again.state.global_step == 5
+    assert f"trl_emguard: resumes from {named}." in capsys.readouterr().out
+    assert again.find_checkpoint(True) == named
+
+
+def test_a_mark_leaves_the_order_in_which_checkpoints_are_deleted(tmp_path):
+    trainer = make_plain(PlainTrainer, tmp_path)
+    trainer.train()
+    os.utime(tmp_path / "checkpoint-4", (1, 1))
+    mark_earlier_runs(tmp_path, 2)
+    assert (tmp_path / "checkpoint-4").stat().st_mtime == 1
+    assert [is_of_earlier_run(tmp_path / f"checkpoint-{step}") for step in (2, 4)] == [False, True]
+    assert find_flaw(tmp_path / "checkpoint-4") is None
+    assert not trainer.has_whole_checkpoint()  # a run at step 4 has to write its own
 
 
 class Watcher(TrainerCallback):

@@ -314,6 +314,24 @@ def test_a_resumed_run_measures_the_same(tmp_path, run, every):
             shutil.rmtree(tmp_path / folder)
 
 
+def test_a_resume_after_the_stop_trains_on_only_with_a_higher_budget(tmp_path, run):
+    kl, _, peft = run
+    budget = (max(kl[:2]) + kl[3]) / 2
+    stop = next(step for step, value in enumerate(kl, start=1) if value > budget)
+    options = {"peft": peft, "save_strategy": "steps", "save_steps": stop}
+    stopped = train(tmp_path / "out", drift(budget=budget), **options)
+    raised = kl[stop - 1] * 1.001
+    beyond = next((step for step in range(stop + 1, 7) if kl[step - 1] > raised), None)
+    for allowed, kept, last in ((budget, stop - 1, stop), (raised, beyond - 1 if beyond else 6, beyond or 6)):
+        resume = str(tmp_path / "out" / f"checkpoint-{stop}")
+        resumed = train(tmp_path / "new", drift(budget=allowed), resume=resume, **options)
+        found = json.loads((tmp_path / "new" / "drift.json").read_text())
+        assert (found["step"], resumed.state.global_step) == (kept, last)
+        if last == stop:
+            expected = dict(stopped.model.named_parameters())
+            assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

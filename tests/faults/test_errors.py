@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite(make, tmp_path, defense, names):
     trainer.add_callback(Break())
     with pytest.raises(
         FloatingPointError,
-        match=rf"diverged in step 3: {names}.* not finite.*Lower learning_rate: resume.*coefficient.*start anew",
+        match=rf"diverged in step 3: {names}.* not finite.*Start anew with a lower learning_rate.*keeps both",
     ):
         trainer.train()
     assert newest_whole_checkpoint(tmp_path / "out") == (2, {})

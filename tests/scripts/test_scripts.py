@@ -392,6 +392,7 @@ def test_results_of_an_earlier_run_are_removed_once_the_run_replaces_it(argv, tm
     def left():
         return {path.name for path in (tmp_path / "out").iterdir()} & {"ema", "drift.json"}
 
+    interrupt = Mock(side_effect=KeyboardInterrupt)
     saving = ["--save_strategy", "steps", "--save_steps", 1]
     budget = ["--drift_every", 1, "--stop_on_drift", 99]
     assert sft.main(argv("--ema", "true")) == 0
@@ -408,7 +409,13 @@ def test_results_of_an_earlier_run_are_removed_once_the_run_replaces_it(argv, tm
     assert sft.main(argv(*saving, "--ema", "true")) == 0
     assert sft.main(argv(*saving, "--resume_from_checkpoint", "true")) == 0
     assert left() == {"ema"}
-    assert sft.main(argv()) == 0
+    with monkeypatch.context() as patched:
+        train = EMGuardTrainer.train
+        patched.setattr(EMGuardTrainer, "train", lambda self: train(self) and interrupt())
+        assert sft.main(argv(*saving)) == sft.INTERRUPTED
+    assert left() == {"ema"}
+    # This run resumes one that had no average.
+    assert sft.main(argv(*saving, "--resume_from_checkpoint", "true")) == 0
     assert not left()
 
 

@@ -32,6 +32,8 @@ MANIFEST = "manifest.json"
 # Trainer's option `enable_jit_checkpoint` puts this file into a checkpoint while it writes the checkpoint, and then
 # deletes the file.
 JIT_SENTINEL = "checkpoint-is-incomplete.txt"
+# A later run in the same folder puts this file into the checkpoints that an earlier run has left there.
+EARLIER_RUN = "earlier_run.txt"
 # Larger files are compared by size alone, because reading a checkpoint of 100 GB takes minutes.
 CHECKSUM_BYTES = 64 * 2**20
 # Parts of the training state in a checkpoint. Each entry is the beginning of the names of a part's files (or folder).
@@ -92,10 +94,10 @@ def find_flaw(folder: str | os.PathLike) -> str | None:
 def checkpoint_files(folder: Path) -> dict[str, Path]:
     """Return the path of each file of a checkpoint, by the file's name relative to the checkpoint's folder.
 
-    Model cards (`.md`), scratch files (`.tmp`), the manifest and `JIT_SENTINEL` are left out.
+    Model cards (`.md`), scratch files (`.tmp`), the manifest, `JIT_SENTINEL` and `EARLIER_RUN` are left out.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", ".tmp"))
-    left_out = (folder / MANIFEST, folder / JIT_SENTINEL)
+    left_out = [folder / name for name in (MANIFEST, JIT_SENTINEL, EARLIER_RUN)]
     return {path.relative_to(folder).as_posix(): path for path in paths if path not in left_out}
 
 

@@ -1,16 +1,18 @@
 """Search for the checkpoint that a run resumes from."""
 
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from peft import PeftConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .manifest import MANIFEST, checkpoint_files, find_flaw
+from .manifest import EARLIER_RUN, MANIFEST, checkpoint_files, find_flaw
 
 
 logger = get_logger(__name__)
@@ -23,6 +25,12 @@ WHOLE_WEIGHTS = {
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 }
+# Fields of a LoRA adapter's config that say which layers it has and how its weights become an update of the base
+# model's. A resume with other values would rescale what was learned, or leave a part of it out.
+ADAPTER_FIELDS = (
+    *("r", "lora_alpha", "use_rslora", "use_dora", "target_modules"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save"),
+)
 
 
 def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> str:
@@ -44,10 +52,57 @@ def holds_adapter(folder: str | os.PathLike) -> bool:
     return not names & WHOLE_WEIGHTS and any(name.split("/")[-1].startswith("adapter_model.") for name in names)
 
 
+def why_other_adapter(folder: str | os.PathLike, adapters: Mapping[str, PeftConfig]) -> str | None:
+    """Return why a checkpoint's LoRA adapters are not those of a model; `None` if they are, or if it stores no config.
+
+    The text continues a message that begins with the checkpoint's name.
+
+    Args:
+        folder: folder of the checkpoint.
+        adapters: name → config of the model's adapters.
+    """
+    for name, config in adapters.items():
+        # PEFT gives each adapter a folder of its name, except for the adapter "default".
+        file = Path(folder, "" if name == "default" else name, "adapter_config.json")
+        if config.peft_type != "LORA" or not file.is_file():
+            continue
+        now, then = config.to_dict(), json.loads(file.read_text(encoding="utf-8"))
+        values = [(field, _field(then.get(field, now[field])), _field(now[field])) for field in ADAPTER_FIELDS]
+        other = "; ".join(f"{field}={before}, and not {after}" for field, before, after in values if before != after)
+        if other:
+            return f"holds an adapter of another config ({other}). Resume with the same config, or start anew."
+    return None
+
+
+def _field(value: Any) -> Any:
+    """Return a field of an adapter's config in a form that is the same in memory and in a file."""
+    return (sorted(value) if isinstance(value, (list, tuple, set)) else value) or None
+
+
 def checkpoint_steps(output_dir: str | os.PathLike) -> list[int]:
     """Return the steps of all checkpoints in a run's folder, including corrupt ones, the newest first."""
     matches = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*/")]
     return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def is_of_earlier_run(checkpoint: str | os.PathLike) -> bool:
+    """Return True if a later run in the same folder has marked a checkpoint as one of an earlier run."""
+    return os.path.isfile(os.path.join(checkpoint, EARLIER_RUN))
+
+
+def mark_earlier_runs(output_dir: str | os.PathLike, step: int) -> None:
+    """Mark the checkpoints of later steps than the run's own: an earlier run has left them in the folder.
+
+    Args:
+        output_dir: folder of the run.
+        step: step that the run has reached; 0 at the start of a new run, which marks all checkpoints.
+    """
+    for folder in (checkpoint_folder(output_dir, later) for later in checkpoint_steps(output_dir) if later > step):
+        if not is_of_earlier_run(folder):
+            # Trainer deletes the checkpoints with the oldest times first, so the mark must not make this one newer.
+            before = os.stat(folder)
+            Path(folder, EARLIER_RUN).write_text("A later run in this folder began before this step.\n", "utf-8")
+            os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def nothing_to_resume(asked: Any, output_dir: str, holds: str = "no checkpoint: leave") -> ValueError:
@@ -62,7 +117,7 @@ def newest_whole_checkpoint(
     up_to: int | None = None,
     why_foreign: Callable[[str], str | None] | None = None,
 ) -> tuple[int | None, dict[str, str]]:
-    """Find the newest whole checkpoint: one that was written completely and is undamaged.
+    """Find the newest whole checkpoint: one that was written completely, is undamaged, and is of the latest run.
 
     Args:
         output_dir: folder of the run.
@@ -72,7 +127,7 @@ def newest_whole_checkpoint(
 
     Returns:
         The step of the checkpoint, or `None` if there is no such checkpoint. Beside the step, name → flaw of the newer
-        checkpoints that were refused because they are corrupt or belong to another run.
+        checkpoints that were refused because they are corrupt or belong to another run, or an earlier one.
     """
     corrupt: dict[str, str] = {}
     for step in checkpoint_steps(output_dir):
@@ -82,6 +137,8 @@ def newest_whole_checkpoint(
         flaw = find_flaw(folder)
         if flaw is None and why_foreign is not None:
             flaw = why_foreign(folder)
+        if flaw is None and is_of_earlier_run(folder):
+            flaw = "it is of an earlier run in this folder; name it to resume from it"
         if flaw is None:
             return step, corrupt
         corrupt[f"{PREFIX_CHECKPOINT_DIR}-{step}"] = flaw

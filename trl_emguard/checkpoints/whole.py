@@ -19,8 +19,16 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..io.files import written_whole
 from ..models.adapters import unsaved_weights
 from ..models.callback_state import CheckpointedCallback
-from .manifest import OPTIMIZER, begin_checkpoint, checkpoint_files, finish_checkpoint
-from .resume import checkpoint_folder, checkpoint_to_resume, find_flaw_on_all, holds_adapter
+from .manifest import EARLIER_RUN, OPTIMIZER, begin_checkpoint, checkpoint_files, finish_checkpoint
+from .resume import (
+    checkpoint_folder,
+    checkpoint_to_resume,
+    find_flaw_on_all,
+    holds_adapter,
+    is_of_earlier_run,
+    mark_earlier_runs,
+    why_other_adapter,
+)
 
 
 if TYPE_CHECKING:
@@ -46,7 +54,8 @@ class WholeCheckpoints(Trainer):
     a method `save_into(folder, state, model)` can add files before the checkpoint is marked. Its `on_save` is called
     after the marking. Callbacks of class [`CheckpointedCallback`] are told the checkpoint to resume from, wherever it
     lies. A whole checkpoint of the current step is not written a second time. A run that resumes from the checkpoint
-    of its last step makes no further step.
+    of its last step makes no further step. Checkpoints of later steps that an earlier run has left in the folder are
+    marked before the first step: the newest whole checkpoint and the best model are never one of them.
 
     Raises:
         TypeError: from the class statement, if a class has the mixin behind the trainer. No method of the mixin would
@@ -54,6 +63,7 @@ class WholeCheckpoints(Trainer):
     """
 
     _saved: tuple[Any, str] = (None, "")  # `self.state` and folder of the checkpoint that was saved last
+    resumed_files: frozenset[str] = frozenset()  # names of the files in the checkpoint that `train` resumed from
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,16 +82,17 @@ class WholeCheckpoints(Trainer):
         Raises:
             FileNotFoundError: the named folder does not exist.
             ValueError: the named checkpoint is corrupt, there is no whole checkpoint, or a checkpoint does not hold
-                the weights that this run trains.
+                the weights that this run trains, or holds an adapter with another config.
         """
-        looks = self._is_first_on_machine()
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, looks, self.why_foreign)
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if is_peft_model(self.model) and not sharded and not holds_adapter(checkpoint):
-            raise ValueError(
-                f"{checkpoint} holds a whole model's weights, and this run trains an adapter, which would start anew. "
-                "Resume with the tuning that it was written with."
-            )
+        checkpoint = checkpoint_to_resume(
+            resume_from_checkpoint,
+            self.args.output_dir,
+            self._is_first_on_machine(),
+            lambda folder: self.why_foreign(folder) or self._why_other_tuning(folder),
+        )
+        why = self._why_other_tuning(checkpoint)
+        if why is not None:
+            raise ValueError(f"{checkpoint} {why}")
         unsaved = self.why_unsaved()
         if unsaved is not None and not self.is_deepspeed_enabled:  # DeepSpeed's own files hold all trained weights
             raise ValueError(f"{checkpoint} does not hold all that was trained: {unsaved} Then start anew.")
@@ -93,11 +104,47 @@ class WholeCheckpoints(Trainer):
             )
         return checkpoint
 
+    def _why_other_tuning(self, checkpoint: str) -> str | None:
+        """Return why a checkpoint's weights do not fit this run's adapter; `None` if they fit, or without adapters."""
+        if not is_peft_model(self.model):
+            return None
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not sharded and not holds_adapter(checkpoint):
+            return (
+                "holds a whole model's weights, and this run trains an adapter, which would start anew. Resume with "
+                "the tuning that it was written with."
+            )
+        return why_other_adapter(checkpoint, self.model.peft_config)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """Load both as Trainer does, and the scheduler also if the optimizer's files are missing."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.is_deepspeed_enabled or _holds(checkpoint, OPTIMIZER):
+        """Load both as Trainer does, and the scheduler also if the optimizer's files are missing.
+
+        Both hold their settings, so those of this run have no effect. A warning names the settings that differ.
+        """
+        if checkpoint is None:
             return
+        before = self._optimizer_settings()
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self.is_deepspeed_enabled and not _holds(checkpoint, OPTIMIZER):
+            self._load_scheduler(checkpoint)
+        after = self._optimizer_settings()
+        other = [f"{name} {after[name]} and not {before[name]}" for name in before if before[name] != after[name]]
+        if other:
+            logger.warning(
+                f"the run goes on with the checkpoint's {', '.join(other)}: a resume keeps the settings of optimizer "
+                "and scheduler, as in any Trainer. Start anew to train with others."
+            )
+
+    def _optimizer_settings(self) -> dict[str, list[Any]]:
+        """Return the optimizer's settings that checkpoints hold: name → distinct values of its parameter groups."""
+        groups = self.optimizer.param_groups
+        found = {name: [g[name] for g in groups if name in g] for name in ("weight_decay", "betas", "eps", "momentum")}
+        # Trainer's schedulers multiply these rates, the peaks of the schedule, by a factor that depends on the step.
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        found["learning_rate"] = getattr(scheduler, "base_lrs", [])
+        return {name: list(dict.fromkeys(map(str, values))) for name, values in found.items()}
+
+    def _load_scheduler(self, checkpoint: str) -> None:
         if _holds(checkpoint, SCHEDULER_NAME):
             state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
             self.lr_scheduler.load_state_dict(state)
@@ -129,7 +176,8 @@ class WholeCheckpoints(Trainer):
     def has_whole_checkpoint(self, trial: Any = None) -> bool:
         """Return True if the current step has a flawless checkpoint on every machine. Every rank must call this."""
         folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
-        return find_flaw_on_all(folder, self._is_first_on_machine()) is None
+        flaw = find_flaw_on_all(folder, self._is_first_on_machine())
+        return flaw is None and not is_of_earlier_run(folder)
 
     def _is_first_on_machine(self) -> bool:
         # One process of every machine marks and checks folders, because each machine may have its own disk.
@@ -151,11 +199,14 @@ class WholeCheckpoints(Trainer):
         if is_best and is_tracked and self._has_saved(folder, trial):
             self.state.best_model_checkpoint = folder
             with _write_errors(folder, self.args.output_dir):
-                if self.args.should_save:
-                    with written_whole(Path(folder) / TRAINER_STATE_NAME) as scratch:
-                        self.state.save_to_json(str(scratch))
+                self._write_state(folder)
                 self._finish(folder)
         return is_best
+
+    def _write_state(self, folder: str) -> None:
+        if self.args.should_save:
+            with written_whole(Path(folder) / TRAINER_STATE_NAME) as scratch:
+                self.state.save_to_json(str(scratch))
 
     def _finish(self, folder: str) -> None:
         self.accelerator.wait_for_everyone()
@@ -175,7 +226,7 @@ class WholeCheckpoints(Trainer):
         # checkpoint. `self.state` tells this `train()` call from an earlier one, which may have left the same folder.
         if self._has_saved(folder, trial):
             return
-        limit, pushes = args.save_total_limit, args.push_to_hub
+        limit, pushes, best = args.save_total_limit, args.push_to_hub, self.state.best_model_checkpoint
         try:
             # With the user's settings, Trainer may push this checkpoint and delete older ones before this one is
             # marked as whole. Both are therefore switched off while Trainer saves.
@@ -186,6 +237,10 @@ class WholeCheckpoints(Trainer):
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 args.save_total_limit, args.push_to_hub = limit, pushes
+                # Trainer takes any folder with the name of the best step's checkpoint for that checkpoint.
+                if self.state.best_model_checkpoint != best and is_of_earlier_run(self.state.best_model_checkpoint):
+                    self.state.best_model_checkpoint = best
+                    self._write_state(folder)
                 settings = os.path.join(folder, TRAINING_ARGS_NAME)
                 # Trainer saved `args` with the limit and the push switched off. `training_args.bin` is therefore
                 # written again with the user's values.
@@ -207,15 +262,25 @@ class WholeCheckpoints(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, CheckpointedCallback):
                 callback.resumes_from = resume_from_checkpoint
+        self.resumed_files = frozenset()
+        if resume_from_checkpoint:
+            folder = Path(str(resume_from_checkpoint))
+            self.resumed_files = frozenset(checkpoint_files(folder))
+            if self._is_first_on_machine():
+                (folder / EARLIER_RUN).unlink(missing_ok=True)  # the user has named it, so it is of this run now
+            self.accelerator.print(f"trl_emguard: resumes from {resume_from_checkpoint}.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
         # After a SIGTERM, this callback saves a checkpoint at the end of the step. It is moved to the end, so that all
         # other callbacks have taken the step into what they save.
         self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, JITCheckpointCallback))
-        # A run that resumes from the checkpoint of its last step has nothing left to train. Trainer would still make
-        # one more step, unless this checkpoint is from the end of an epoch.
-        if self.state.global_step >= self.state.max_steps:
+        if self._is_first_on_machine():
+            mark_earlier_runs(self._get_output_dir(kwargs.get("trial")), self.state.global_step)
+        # A run that resumes from the checkpoint of its last step has nothing left to train, and neither has a run that
+        # a callback stops before its first step. Trainer would still make one more step, unless the checkpoint is from
+        # the end of an epoch.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)

@@ -100,6 +100,7 @@ class DriftCallback(CheckpointedCallback):
         self.kept: dict[str, torch.Tensor] = {}
         self.kept_step, self.kept_drift = 0, 0.0
         self.measured_step: int | None = None
+        self.measured_drift = 0.0  # `drift_kl` at `measured_step`
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._check(args, model)
@@ -134,6 +135,9 @@ class DriftCallback(CheckpointedCallback):
         self.probe = DriftProbe(model, processing_class, questions, self.persona_vector, _precision(args))
         if state.global_step:
             self._resume(args, state, model)
+            # A run that stopped here for its drift would otherwise train on, until the next measurement.
+            if self.budget is not None and self.measured_step == state.global_step:
+                control.should_training_stop |= self.measured_drift > self.budget
             return
         if before is not None and before.base and before.policy.model is model and before.key == self.probe.key:
             self.probe.base = before.base  # not measured again: an earlier `train()` may have changed the model
@@ -147,7 +151,7 @@ class DriftCallback(CheckpointedCallback):
             return
         # All ranks take the main process's figures: rounding may differ by rank, but all ranks must stop together.
         found = as_main_process(self.probe.measure)
-        self.measured_step = state.global_step
+        self.measured_step, self.measured_drift = state.global_step, found["drift_kl"]
         assert self.trl_metrics is not None  # `on_train_begin` has refused `None`
         self.trl_metrics.update({name: [value] for name, value in found.items()})
         control.should_log = True
@@ -162,7 +166,8 @@ class DriftCallback(CheckpointedCallback):
         """Write the callback's state into a checkpoint's folder. The trainer then marks the checkpoint as complete."""
         is_here = self.budget is None or self.kept_step == state.global_step
         kept = {} if is_here else {KEPT + name: weight for name, weight in self.kept.items()}
-        facts = {"measured": self.probe.key, "kept": json.dumps(self._kept() or None)}
+        last = [self.measured_step, self.measured_drift]
+        facts = {"measured": self.probe.key, "kept": json.dumps(self._kept() or None), "last": json.dumps(last)}
         save_state(Path(folder) / STATE_FILE, model, {**self.probe.base, **kept}, facts)
 
     @torch.no_grad()
@@ -235,7 +240,7 @@ class DriftCallback(CheckpointedCallback):
         self._keep(model, 0, drift)
 
     def _resume(self, args: Any, state: Any, model: PreTrainedModel | PeftModel) -> None:
-        """Load the base model's measurements from a checkpoint. With a budget, also set `kept` and its step and drift.
+        """Load measurements of the base model and the last one from a checkpoint. With a budget, also set `kept`.
 
         `kept` becomes a copy of the trained weights as they were at the last measurement within the budget. The model
         keeps the weights that it has.
@@ -252,6 +257,8 @@ class DriftCallback(CheckpointedCallback):
                 f"stop_on_drift={self.budget:g} is below the drift of the weights that the checkpoint keeps (drift_kl "
                 f"{kept['drift_kl']:.3g} nats a token, of step {kept['step']}): raise the budget, or start anew."
             )
+        # Checkpoints of earlier versions of this package do not hold the last measurement.
+        self.measured_step, self.measured_drift = json.loads(facts.get("last", "[null, 0.0]"))
         self.probe.base = {name: tensor for name, tensor in tensors.items() if not name.startswith(KEPT)}
         if kept is not None:
             self._keep(model, kept["step"], kept["drift_kl"])
@@ -259,6 +266,9 @@ class DriftCallback(CheckpointedCallback):
             # earlier step are kept, the checkpoint stores them, and they replace this copy.
             stored = {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
             self.kept = stored or self.kept
+            # A higher budget than before may accept weights that it did not.
+            if self.measured_step == state.global_step and self.measured_drift <= cast(float, self.budget):
+                self._keep(model, state.global_step, self.measured_drift)
 
 
 def _precision(args: Any) -> torch.dtype | None:

@@ -34,13 +34,14 @@ from accelerate.utils import is_deepspeed_available
 from transformers import TrainerCallback
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from ..checkpoints.resume import checkpoint_steps
+from ..checkpoints.resume import newest_whole_checkpoint
 from ..config import EMGuardConfig
 from ..data.load import hub_id
 from ..evaluation.drift import EVERY, RESULT_FILE, DriftCallback
 from ..evidence import InactiveDefenseError
 from ..io.files import check_writable
 from ..models.ema import EMA_FOLDER, EMACallback
+from ..models.ema import STATE_FILE as EMA_STATE
 from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
 from ..reference.cache import reference_cache_dir
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
     except KeyboardInterrupt:
         how, steps = training_args.save_strategy.value, training_args.save_steps
         text = "--resume_from_checkpoint true resumes from the newest checkpoint."
-        if not checkpoint_steps(str(training_args.output_dir)):
+        if newest_whole_checkpoint(str(training_args.output_dir))[0] is None:
             text = f"No checkpoint was written yet (save_strategy={how!r}, save_steps={steps:g})."
         print(f"{parser.prog}: interrupted. {text}", file=sys.stderr)
         return INTERRUPTED
@@ -205,13 +206,14 @@ def run(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    folder, resumes = Path(training_args.output_dir), bool(training_args.resume_from_checkpoint)
-    if training_args.should_save and training_args.push_to_hub and not resumes:
+    folder = Path(training_args.output_dir)
+    if training_args.should_save and training_args.push_to_hub and not training_args.resume_from_checkpoint:
         # A push during training takes the whole folder along. A resume may still be refused, and then keeps its files.
-        _remove_stale(folder, [], resumes)
+        _remove_stale(folder, [], keeps_average=False)
     output = trainer.train()
     if training_args.should_save:
-        _remove_stale(folder, callbacks, resumes)
+        has_average = any(isinstance(callback, EMACallback) for callback in callbacks)
+        _remove_stale(folder, callbacks, has_average or EMA_STATE in trainer.resumed_files)
     if trainer.is_fsdp_enabled:
         # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -226,14 +228,13 @@ def run(
     trainer.end()
 
 
-def _remove_stale(folder: Path, callbacks: list[TrainerCallback], resumes: bool) -> None:
+def _remove_stale(folder: Path, callbacks: list[TrainerCallback], keeps_average: bool) -> None:
     """Remove from a folder the average and the record of drift of an earlier run that this run has not replaced.
 
-    A run that resumes keeps the average, which is of its own first part. It does not keep the record, which would name
-    the step of weights that the run has replaced.
+    A run that resumes from a checkpoint with an average keeps `ema/`, which is of its own first part. It does not keep
+    the record, which would name the step of weights that the run has replaced.
     """
-    has_average = any(isinstance(callback, EMACallback) for callback in callbacks)
-    if not (has_average or resumes) and (folder / EMA_FOLDER).is_dir():
+    if not keeps_average and (folder / EMA_FOLDER).is_dir():
         shutil.rmtree(folder / EMA_FOLDER)
         print(f"trl_emguard: removed {folder / EMA_FOLDER}, the average of an earlier run's weights.")
     if not any(isinstance(callback, DriftCallback) and callback.budget is not None for callback in callbacks):
