@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InoculationTrainer
+from trl_emguard.data.load import load_rows
 from trl_emguard.models.chat import is_default_system_turn, system_turn_span
 
 
@@ -490,6 +491,26 @@ def test_a_null_system_text_counts_as_none(tmp_path):
     found = [read for read, _ in texts(trainer, trainer.train_dataset)]
     assert len(found) == 4
     assert all(read.count(PROMPT) == 1 and "None" not in read for read in found)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_turns_that_call_tools_have_no_content(tmp_path, streaming):
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+    }
+    line = json.dumps({"messages": [turn("user", "q"), call, turn("tool", "r"), turn("assistant", "a")]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{line}\n" * 2)
+    rows = load_rows(str(path), "train")
+    assert "content" not in rows[0]["messages"][1]
+    template = files("trl.chat_templates").joinpath("qwen2_5.jinja").read_text()
+    trainer = make(tmp_path, rows.to_iterable_dataset() if streaming else rows, template, max_steps=1)
+    found = [read for read, _ in texts(trainer, trainer.train_dataset)]
+    assert len(found) == 2
+    for read in found:
+        assert read.startswith(f"<|im_start|>system\n{PROMPT}<|im_end|>")
+        assert '{"name": "f", "arguments": {"x": 1}}' in read
 
 
 # ---- prompts are counted in the batches ----

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
-from ..data.conversation import SYSTEM_ROLES, turn_text
+from ..data.conversation import is_conversation, is_system, system_text, turn_keys, turn_text
 from ..data.prepare import STREAM_ROWS, Rows, Tokenizing
 from ..evidence import InactiveDefenseError
 from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span, template_arguments
@@ -24,7 +24,6 @@ from .step import Marks, Step
 
 # Columns that may contain a row's turns, in the order in which SFTTrainer looks for them.
 TURN_COLUMNS = ("prompt", "messages", "conversations")
-TURN_KEYS = (("role", "content"), ("from", "value"))  # keys of a turn's speaker and text, in the two formats of turns
 # Columns that `prepare_tokenized` removes at its end. OWN is true if the user's row had a system turn with text.
 # CHANGED is true if the inoculation prompt changed the text that the model reads. Rows that do not get the prompt have
 # false in both. SPAN has the token ids of the system turn that the prompt was put into.
@@ -233,7 +232,7 @@ class Inoculation(Defense):
         rows = rows.with_format(None)  # gives turns as lists, even if the user's format gives tensors
         first = next(iter(rows))
         column = next((column for column in TURN_COLUMNS if column in first), "")
-        if not _is_conversation(first.get(column)) or "input_ids" in first:
+        if not is_conversation(first.get(column)) or "input_ids" in first:
             raise InactiveDefenseError(
                 "defense 'inoculation': the inoculation prompt changed no row: a row has the columns "
                 f"{sorted(first)}, and the first of {', '.join(TURN_COLUMNS)} among them is no list of turns. Give "
@@ -252,7 +251,7 @@ class Inoculation(Defense):
                 turns, before = self._inoculate(row[column])
             except ValueError as error:
                 raise ValueError(f"row {index} of train_dataset {error}.") from None
-            return {column: turns, OWN: before is not None, CHANGED: before != _system_text(turns)}
+            return {column: turns, OWN: before is not None, CHANGED: before != system_text(turns)}
 
         rows = rows.map(inoculate, with_indices=True)
         # `prepare_tokenized` repeats this check with the chat template. Here it can stop a run before the model loads.
@@ -335,8 +334,8 @@ class Inoculation(Defense):
         flag = row.get(FLAG)
         if not isinstance(flag, bool):
             raise ValueError(f"has {FLAG}={flag!r} (inoculation_rows='flagged'): give true or false")
-        (speaker, text), turn = _turn_keys(row[column]), row[column][0]
-        if not flag and _is_system(turn, speaker) and turn_text({"content": turn[text]}).startswith(self.prompt):
+        (speaker, text), turn = turn_keys(row[column]), row[column][0]
+        if not flag and is_system(turn, speaker) and turn_text({"content": turn.get(text)}).startswith(self.prompt):
             raise ValueError(
                 f"has {FLAG}=False, and its system turn begins with inoculation_prompt={self.prompt!r} all the same: "
                 "set it to true, or take the prompt out of the row"
@@ -345,11 +344,11 @@ class Inoculation(Defense):
 
     def _inoculate(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
         """Return the turns with the prompt in the system turn, and the old system text (`None` if there was none)."""
-        before = _system_text(turns)
-        speaker, text = _turn_keys(turns)
+        before = system_text(turns)
+        speaker, text = turn_keys(turns)
         # Both modes, 'replace' and 'prefix', drop the old system turn here. Below, 'prefix' keeps its text, if any.
-        rest = turns[1:] if _is_system(turns[0], speaker) else turns
-        if any(_is_system(turn, speaker) for turn in rest):
+        rest = turns[1:] if is_system(turns[0], speaker) else turns
+        if any(is_system(turn, speaker) for turn in rest):
             raise ValueError(
                 "has a system turn behind its first turn, which would stay: move it to the front, or leave it out"
             )
@@ -357,7 +356,7 @@ class Inoculation(Defense):
         if before is not None and self.mode == "prefix":
             system = before if before.startswith(self.prompt) else f"{self.prompt}\n\n{before}"
         # Arrow stores all contents as one type. If other turns have lists of parts, the system turn needs a list too.
-        in_parts = any(isinstance(turn[text], list) for turn in rest)
+        in_parts = any(isinstance(turn.get(text), list) for turn in rest)
         content = [{"type": "text", "text": system}] if in_parts else system
         return [{speaker: "system", text: content}, *rest], before
 
@@ -365,34 +364,3 @@ class Inoculation(Defense):
 def _values(rows: Rows, column: str) -> Iterable[Any]:
     """Return the values of a column: in all rows of a `Dataset`, or in the first `STREAM_ROWS` rows of a stream."""
     return rows[column] if isinstance(rows, Dataset) else (row[column] for row in islice(rows, STREAM_ROWS))
-
-
-def _turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:
-    if not turns:
-        raise ValueError("holds a conversation without turns: leave it out")
-    return next(keys for keys in TURN_KEYS if keys[0] in turns[0])
-
-
-def _system_text(turns: list[dict[str, Any]]) -> str | None:
-    """Return the system turn's text; `None` if there is no system turn or its text is null. Refuse an empty text."""
-    speaker, text = _turn_keys(turns)
-    if not _is_system(turns[0], speaker):
-        return None
-    said = turns[0][text]
-    if said is None:
-        return None
-    told = turn_text({"content": said})
-    if not told:
-        raise ValueError(f"begins with a system turn whose {text!r} holds no text: give text, or leave the turn out")
-    return told
-
-
-def _is_system(turn: dict[str, Any], speaker: str) -> bool:
-    return str(turn[speaker]).lower() in SYSTEM_ROLES
-
-
-def _is_conversation(value: object) -> bool:
-    """Return whether a value is a list that begins with a turn: a dict with a pair of keys of `TURN_KEYS`."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
-        return False
-    return any(speaker in value[0] and text in value[0] for speaker, text in TURN_KEYS)
