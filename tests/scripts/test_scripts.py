@@ -547,6 +547,16 @@ def test_rows_of_sharegpt_are_trained_as_messages(argv, tmp_path, monkeypatch, c
     assert len(prepared[0]) == 8
 
 
+def test_a_key_that_comes_late_in_turns_of_sharegpt():
+    """Rows are written in batches of 1000. A parquet file gives every turn the keys of all, with null as value."""
+    turns = [{"from": "human", "value": "q", "weight": None}, {"from": "gpt", "value": "a", "weight": None}]
+    late = [turns[0], {**turns[1], "weight": 1.0}]
+    rows = Dataset.from_dict({"conversations": [turns] * 1000 + [late], "number": range(1001)})
+    found = as_messages(rows, make_tokenizer(), "rows")
+    assert found.column_names == ["number", "messages"]
+    assert (found[0]["messages"], found[1000]["messages"]) == (TURNS, [TURNS[0], {**TURNS[1], "weight": 1.0}])
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])
 @pytest.mark.parametrize(("left", "peft"), [("adapter_config.json", "false"), ("model.safetensors", "true")])
 def test_a_model_of_the_other_tuning_in_the_output_folder_is_refused(argv, tmp_path, capsys, left, peft, dry):
