@@ -243,7 +243,7 @@ def test_rows_with_images_are_refused(argv, seeing, tmp_path, capsys):
     rows = [{**row, "images": []} for row in make_rows(8)]
     options = argv("--model_name_or_path", seeing, "--dataset_name", write_rows(tmp_path / "rows.jsonl", rows))
     assert sft.main([*options, "--defense", "kl"]) == 1
-    assert "does not support vision-language models" in capsys.readouterr().err
+    assert "train_dataset has a column 'images', and defense='kl' does not work with images" in capsys.readouterr().err
 
 
 def test_a_mixture_of_data_sets(mixture, tmp_path):
