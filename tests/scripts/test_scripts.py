@@ -342,6 +342,9 @@ def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):
         (["--stop_on_drift", "1", "--ema", "true"], "stop_on_drift=1 (budget) does not work with ema=True"),
         (["--stop_on_drift", "0"], "stop_on_drift=0.0 (budget) must be above 0"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint: leave it out to start anew"),
+        (["--eos_token", "<eos>"], "eos_token='<eos>' is not in the vocabulary of the model's tokenizer"),
+        (["--pad_token", "<pad>"], "pad_token='<pad>' is not in the vocabulary of the model's tokenizer"),
+        (["--padding_free", "true"], "padding_free=True without packing does not enforce max_length=1024"),
     ],
 )
 def test_a_run_that_cannot_be_is_told_in_one_line(argv, tmp_path, monkeypatch, capsys, more, words):
