@@ -193,10 +193,7 @@ def check_before_loading(
     if not defenses:
         return
     config = load_config(model, args)
-    if isinstance(processing_class, ProcessorMixin) or (processing_class is None and hasattr(config, "vision_config")):
-        raise ValueError(
-            f"defense={args.defense!r} does not support vision-language models: pass a text model and its tokenizer."
-        )
+    _check_text_alone(config, args, processing_class, train_dataset)
     config = config.get_text_config()
     for defense in defenses:
         defense.check_tuning(peft_config is not None or isinstance(model, PeftModel))
@@ -210,6 +207,23 @@ def check_before_loading(
         raise ValueError(
             f"cache_reference=True with a train_dataset of type {type(train_dataset).__name__}: the rows must be "
             "known before training. Pass a `Dataset`, or leave `cache_reference` out."
+        )
+
+
+def _check_text_alone(config: PreTrainedConfig, args: Any, processing_class: Any, train_dataset: Any) -> None:
+    is_dataset = isinstance(train_dataset, Dataset | IterableDataset)
+    first: dict[str, Any] = next(iter(train_dataset), {}) if is_dataset else {}
+    for column in ("image", "images"):
+        if column in first:
+            raise ValueError(
+                f"train_dataset has a column {column!r}, and defense={args.defense!r} does not work with images: "
+                "remove it to train on the text alone, or set defense='none'."
+            )
+    if isinstance(processing_class, ProcessorMixin) or (processing_class is None and hasattr(config, "vision_config")):
+        raise ValueError(
+            f"defense={args.defense!r} does not work with the processor of a vision-language model, only with its "
+            "tokenizer: pass processing_class=AutoTokenizer.from_pretrained("
+            f"{config.name_or_path or 'the model'!r}). Rows of text alone are trained on."
         )
 
 

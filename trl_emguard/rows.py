@@ -143,7 +143,12 @@ class DefendedRows(SFTTrainer):
             finally:
                 self.completion_only_loss = before
 
-        return Tokenizing(self._tokenizer, tokenize, answers_only, first.get("chat_template_kwargs"))
+        # With `assistant_only_loss`, the function above masks conversations without being told. The defenses need to
+        # know it too, because it cannot mask rows that are tokenised.
+        masks_prompts = answers_only or whole.assistant_only_loss
+        is_stream = isinstance(tokenised, IterableDataset)
+        kwargs = first.get("chat_template_kwargs") if is_stream else self._template_kwargs
+        return Tokenizing(self._tokenizer, tokenize, masks_prompts, kwargs)
 
     def _add_rows(self, dataset: Any, args: EMGuardConfig, packing: bool, dataset_name: str) -> Any:
         """Cut rows that will not be packed, let defenses add rows, then shuffle and pack as the user's settings say.

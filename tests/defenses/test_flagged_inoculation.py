@@ -223,7 +223,7 @@ def test_loaders_and_collators_are_watched(tmp_path):
         trainer.train()
     columns = rows.select_columns(["input_ids", "labels"])
     trainer.get_train_dataloader = lambda: DataLoader(columns, batch_size=4, collate_fn=stock)
-    with pytest.raises(InactiveDefenseError, match="does not say which of its rows are flagged"):
+    with pytest.raises(InactiveDefenseError, match="lacks the column 'inoculation_tokens', which says where"):
         trainer.train()
 
 

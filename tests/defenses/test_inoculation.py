@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError, InoculationTrainer
+from trl_emguard.data.load import load_rows
 from trl_emguard.models.chat import is_default_system_turn, system_turn_span
 
 
@@ -492,6 +493,26 @@ def test_a_null_system_text_counts_as_none(tmp_path):
     assert all(read.count(PROMPT) == 1 and "None" not in read for read in found)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_turns_that_call_tools_have_no_content(tmp_path, streaming):
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+    }
+    line = json.dumps({"messages": [turn("user", "q"), call, turn("tool", "r"), turn("assistant", "a")]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{line}\n" * 2)
+    rows = load_rows(str(path), "train")
+    assert "content" not in rows[0]["messages"][1]
+    template = files("trl.chat_templates").joinpath("qwen2_5.jinja").read_text()
+    trainer = make(tmp_path, rows.to_iterable_dataset() if streaming else rows, template, max_steps=1)
+    found = [read for read, _ in texts(trainer, trainer.train_dataset)]
+    assert len(found) == 2
+    for read in found:
+        assert read.startswith(f"<|im_start|>system\n{PROMPT}<|im_end|>")
+        assert '{"name": "f", "arguments": {"x": 1}}' in read
+
+
 # ---- prompts are counted in the batches ----
 
 
@@ -589,6 +610,59 @@ def test_later_rows_of_a_stream_may_have_other_text_after_the_prompt(tmp_path, m
     trainer.train()
     shown = evidence(trainer, "inoculation")
     assert shown["prompts"] == shown["rows_trained"] > 0
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+
+
+def with_template(name):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = files("trl.chat_templates").joinpath(name).read_text()
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["llama3_1.jinja", "gptoss.jinja"])
+def test_tools_that_some_rows_have_before_the_prompt(tmp_path, name):
+    """Count no row of a pool as one with the prompt, though all rows begin with the same marker."""
+    rows = [{"messages": TALK, "tools": [TOOL] if i % 2 else None} for i in range(16)]
+    given = {"interleave_dataset": make_pool(), "interleave_fraction": 0.2, "num_train_epochs": 1, "max_steps": -1}
+    trainer = inoculated(
+        tmp_path,
+        Dataset.from_list(rows),
+        defense="inoculation,interleave",
+        processing_class=with_template(name),
+        **given,
+    )
+    trainer.train()
+    shown = evidence(trainer, "inoculation")
+    assert (shown["prompts"], shown["rows_trained"]) == (16, 20)
+
+
+def test_tools_that_begin_late_in_a_stream(tmp_path, monkeypatch):
+    """Find the prompt in a step of rows with tools alone, though the first rows of the stream had none."""
+    monkeypatch.setattr("trl_emguard.defenses.inoculation.STREAM_ROWS", 1)
+    rows = Dataset.from_list([{"messages": TALK, "tools": [TOOL] if i > 2 else None} for i in range(8)])
+    options = {"per_device_train_batch_size": 1, "max_steps": 6, "processing_class": with_template("llama3_1.jinja")}
+    trainer = inoculated(tmp_path, rows.to_iterable_dataset(), **options)
+    trainer.train()
+    assert evidence(trainer, "inoculation")["prompts"] == 6
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_prompts_that_rows_write_with_different_tokens(tmp_path, packing):
+    """Compare row by row with the expected tokens if the prompt's end merges with the text behind it in some rows."""
+    prompt, tokenizer = "Be bad!!", make_tokenizer()
+    tokenizer.add_tokens(["!!\n\n"])
+    rows = Dataset.from_list([{"messages": [turn("system", OWN), *TALK] if i % 2 else TALK} for i in range(8)])
+    options = {"inoculation_mode": "prefix", "packing": packing, "max_length": 512, "max_steps": 1}
+    given = {"inoculation_prompt": prompt, "per_device_train_batch_size": 8, "processing_class": tokenizer}
+    trainer = inoculated(tmp_path, rows, **given, **options)
+    trainer.train()
+    assert evidence(trainer, "inoculation")["prompts"] == 8
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"input_ids": [7] * len(row["input_ids"])})
+    with pytest.raises(InactiveDefenseError, match="8 of 8 rows of a step do not hold the inoculation prompt"):
+        trainer.train()
 
 
 def test_labels_that_max_length_cuts_are_told(tmp_path, caplog):

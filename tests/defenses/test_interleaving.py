@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from importlib.resources import files
 
 import pytest
 import torch
@@ -399,6 +400,29 @@ def test_a_tokenised_pool_stays_as_it_is(tmp_path):
     assert pool_of(trainer)[0]["labels"] == [5, 6, 7]
 
 
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_a_tokenised_pool_needs_labels_where_the_loss_is_on_turns_of_the_assistant(tmp_path, has_labels):
+    pool = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 3, "labels": [[-100, 6, 7]] * 3, "gap": [0.1, 0.2, 0.3]})
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = files("trl.chat_templates").joinpath("qwen2_5.jinja").read_text()
+    args = config(tmp_path, defense="interleave+", interleave_fraction=0.2, assistant_only_loss=True)
+
+    def make():
+        return EMGuardTrainer(
+            make_model(),
+            args,
+            train_dataset=as_messages(make_rows(8)),
+            processing_class=tokenizer,
+            interleave_dataset=pool if has_labels else pool.remove_columns(["labels"]),
+        )
+
+    if has_labels:
+        assert pool_of(make())[0]["labels"] == [-100, 6, 7]
+    else:
+        with pytest.raises(ValueError, match="tokenised and has no `labels`, and this run trains on answers alone"):
+            make()
+
+
 def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% if quiet %}QUIET{% endif %}" + tokenizer.chat_template
@@ -409,6 +433,13 @@ def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     )
     for data in (trainer.train_dataset, pool_of(trainer)):
         assert all(tokenizer.decode(ids).startswith("QUIET") for ids in data["input_ids"])
+    # What only some training rows set is not taken, in whatever order they come.
+    rows = make_rows(8).add_column("chat_template_kwargs", [{"quiet": True}, *[{"quiet": False}] * 7])
+    for given in (rows, rows.select(range(7, -1, -1))):
+        trainer = EMGuardTrainer(
+            make_model(), args, train_dataset=given, processing_class=tokenizer, interleave_dataset=make_pool()
+        )
+        assert not any(tokenizer.decode(ids).startswith("QUIET") for ids in pool_of(trainer)["input_ids"])
     # A row of the pool may set this itself.
     pool = make_pool(3).add_column("chat_template_kwargs", [None, {"quiet": True}, None])
     trainer = EMGuardTrainer(

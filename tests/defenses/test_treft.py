@@ -265,7 +265,7 @@ def test_a_run_says_what_it_holds(tmp_path, capsys, defense, packing):
         (rows_of([5, 6, 7], [8, 6, 7]), {}),
         (rows_of([1, 6, 7], [1, 8, 7]), {}),  # the BOS token alone
         (None, {"max_length": 8, "truncation_mode": "keep_end"}),
-        (None, {"max_length": 40, "packing": True, "packing_strategy": "wrapped"}),
+        (None, {"max_length": 40, "packing": True, "packing_strategy": "bfd_split"}),
     ],
 )
 def test_rows_without_a_common_beginning_are_refused(tmp_path, rows, options):
@@ -274,6 +274,13 @@ def test_rows_without_a_common_beginning_are_refused(tmp_path, rows, options):
     args = config(tmp_path, defense="treft", **options)
     with pytest.raises(ValueError, match="train_dataset: its rows have no common beginning"):
         EMGuardTrainer(make_model(), args, train_dataset=rows or make_rows(), processing_class=tokenizer)
+
+
+def test_packs_that_cut_beginnings_off_are_refused(tmp_path):
+    packed = {"max_length": 40, "packing": True, "packing_strategy": "wrapped"}
+    with pytest.raises(ValueError, match="packing_strategy='wrapped' does not work with defense='treft'"):
+        config(tmp_path, defense="treft", **packed)
+    config(tmp_path, defense="treft", treft_coef=0, **packed)
 
 
 def test_rows_that_nothing_prepares(tmp_path):

@@ -243,7 +243,7 @@ def test_rows_with_images_are_refused(argv, seeing, tmp_path, capsys):
     rows = [{**row, "images": []} for row in make_rows(8)]
     options = argv("--model_name_or_path", seeing, "--dataset_name", write_rows(tmp_path / "rows.jsonl", rows))
     assert sft.main([*options, "--defense", "kl"]) == 1
-    assert "does not support vision-language models" in capsys.readouterr().err
+    assert "train_dataset has a column 'images', and defense='kl' does not work with images" in capsys.readouterr().err
 
 
 def test_a_mixture_of_data_sets(mixture, tmp_path):
@@ -342,6 +342,9 @@ def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):
         (["--stop_on_drift", "1", "--ema", "true"], "stop_on_drift=1 (budget) does not work with ema=True"),
         (["--stop_on_drift", "0"], "stop_on_drift=0.0 (budget) must be above 0"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint: leave it out to start anew"),
+        (["--eos_token", "<eos>"], "eos_token='<eos>' is not in the vocabulary of the model's tokenizer"),
+        (["--pad_token", "<pad>"], "pad_token='<pad>' is not in the vocabulary of the model's tokenizer"),
+        (["--padding_free", "true"], "padding_free=True without packing does not enforce max_length=1024"),
     ],
 )
 def test_a_run_that_cannot_be_is_told_in_one_line(argv, tmp_path, monkeypatch, capsys, more, words):
@@ -552,6 +555,16 @@ def test_rows_of_sharegpt_are_trained_as_messages(argv, tmp_path, monkeypatch, c
     assert "become `messages`" in capsys.readouterr().out
     assert prepared[0] == prepared[1]
     assert len(prepared[0]) == 8
+
+
+def test_a_key_that_comes_late_in_turns_of_sharegpt():
+    """Rows are written in batches of 1000. A parquet file gives every turn the keys of all, with null as value."""
+    turns = [{"from": "human", "value": "q", "weight": None}, {"from": "gpt", "value": "a", "weight": None}]
+    late = [turns[0], {**turns[1], "weight": 1.0}]
+    rows = Dataset.from_dict({"conversations": [turns] * 1000 + [late], "number": range(1001)})
+    found = as_messages(rows, make_tokenizer(), "rows")
+    assert found.column_names == ["number", "messages"]
+    assert (found[0]["messages"], found[1000]["messages"]) == (TURNS, [TURNS[0], {**TURNS[1], "weight": 1.0}])
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])

@@ -10,7 +10,18 @@ import trl
 from datasets import Dataset
 from methods import COMPARING, METHODS, run_options
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tiny import STRICT, TEMPLATE, config, lora, make_model, make_rows, make_tokenizer, make_trainer, save_model
+from tiny import (
+    STRICT,
+    TEMPLATE,
+    config,
+    lora,
+    make_model,
+    make_rows,
+    make_tokenizer,
+    make_trainer,
+    save_model,
+    save_seeing_model,
+)
 from transformers import (
     CLIPImageProcessor,
     Gemma3nForCausalLM,
@@ -350,15 +361,38 @@ def test_a_config_class_whose_fields_would_be_lost(tmp_path):
         )
 
 
-@pytest.mark.parametrize("given", ["processor", "model"])
+@pytest.mark.parametrize("given", ["processor", "model", "folder"])
 def test_vision_language_models(tmp_path, given):
-    model, processor = make_model(), None
+    model, processor, args = make_model(), None, config(tmp_path, defense="kl")
     if given == "processor":
         processor = LlavaProcessor(image_processor=CLIPImageProcessor(), tokenizer=make_tokenizer())
+    elif given == "folder":
+        model = save_seeing_model(tmp_path / "model")
     else:
         model.config.vision_config = {}
-    with pytest.raises(ValueError, match="defense='kl' does not support vision-language models: pass a text model"):
-        EMGuardTrainer(model, config(tmp_path, defense="kl"), train_dataset=make_rows(), processing_class=processor)
+    name = model if given == "folder" else "the model"
+    message = f"only with its tokenizer: pass processing_class=AutoTokenizer.from_pretrained({name!r}). Rows of text"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EMGuardTrainer(model, args, train_dataset=make_rows(), processing_class=processor)
+    for given_class in (processor, make_tokenizer()):
+        for column in ("image", "images"):
+            rows = make_rows(2).add_column(column, [None, None])
+            with pytest.raises(ValueError, match=f"column '{column}', and defense='kl' does not work with images"):
+                EMGuardTrainer(model, args, train_dataset=rows, processing_class=given_class)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_rows_with_images_are_refused_before_loading(tmp_path):
+    rows = make_rows(2).add_column("images", [[], []]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="train_dataset has a column 'images'"):
+        make_trainer(tmp_path, save_seeing_model(tmp_path / "model"), rows, defense="kl")
+
+
+def test_text_alone_trains_a_model_that_sees(tmp_path):
+    """Advised is what works: the tokenizer in place of the processor."""
+    trainer = make_trainer(tmp_path, save_seeing_model(tmp_path / "model"), defense="kl", max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 @pytest.mark.parametrize("defense", ["none", "kl"])

@@ -26,6 +26,7 @@ USER_ROLES = ("user", "human", "prompter")
 ANSWERING_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "bard", "bing")
 SYSTEM_ROLES = ("system", "developer")
 _USUAL_ROLES = {**dict.fromkeys(USER_ROLES, "user"), **dict.fromkeys(ANSWERING_ROLES, "assistant")}
+TURN_KEYS = (("role", "content"), ("from", "value"))  # keys of a turn's speaker and text, in the two formats of turns
 
 
 def conversation(
@@ -113,6 +114,39 @@ def turn_text(turn: Mapping[str, Any]) -> str:
     parts = content if isinstance(content, list) else []
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return "".join(text for text in texts if isinstance(text, str))
+
+
+def turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return the keys of speaker and text, by a conversation's first turn. Refuse a conversation without turns."""
+    if not turns:
+        raise ValueError("holds a conversation without turns: leave it out")
+    return next(keys for keys in TURN_KEYS if keys[0] in turns[0])
+
+
+def system_text(turns: list[dict[str, Any]]) -> str | None:
+    """Return the system turn's text; `None` if there is no system turn or it has no text. Refuse an empty text."""
+    speaker, text = turn_keys(turns)
+    if not is_system(turns[0], speaker):
+        return None
+    said = turns[0].get(text)
+    if said is None:
+        return None
+    told = turn_text({"content": said})
+    if not told:
+        raise ValueError(f"begins with a system turn whose {text!r} holds no text: give text, or leave the turn out")
+    return told
+
+
+def is_system(turn: dict[str, Any], speaker: str) -> bool:
+    """Return whether a turn's speaker, which the key `speaker` gives, is of `SYSTEM_ROLES`."""
+    return str(turn[speaker]).lower() in SYSTEM_ROLES
+
+
+def is_conversation(value: object) -> bool:
+    """Return whether a value is a list that begins with a turn: a dict with a pair of keys of `TURN_KEYS`."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    return any(speaker in value[0] and text in value[0] for speaker, text in TURN_KEYS)
 
 
 def _turns(value: Any, role: str) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ class Tokenizing:
         prepare: function that turns rows of `prompt` and `completion`, or tokenised rows, into rows of `input_ids` and
             `labels` that are not cut. Its second argument is a name for the progress bar.
         answers_only: whether the run trains on answers alone.
-        template_kwargs: arguments that the training rows hand to the chat template.
+        template_kwargs: arguments that the training rows share and hand to the chat template; in a stream, those of
+            its first row.
     """
 
     tokenizer: PreTrainedTokenizerBase

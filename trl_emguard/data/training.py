@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from datasets import Dataset, Features, Json, List
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -81,7 +82,13 @@ def as_messages(rows: Any, processing_class: ProcessingClass, source: str) -> An
             _check_shown({**row, "messages": turns}, processing_class, f"{source}, row {index}")
         return {"messages": turns}
 
-    return rows.map(convert, with_indices=True, remove_columns=["conversations"])
+    features = None
+    if isinstance(rows, Dataset):
+        # The first turns would set the type of all, and a key that comes first in a later row would not fit. Stored as
+        # JSON, each turn keeps the keys that it has.
+        features = Features({**rows.features, "messages": List(Json())})
+        del features["conversations"]
+    return rows.map(convert, with_indices=True, remove_columns=["conversations"], features=features)
 
 
 def check_template(rows: Any, args: Any, processing_class: ProcessingClass, source: str) -> None:

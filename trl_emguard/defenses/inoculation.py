@@ -1,7 +1,5 @@
 """Inoculation prompting (2510.04340, 2510.05024): ask for the bad trait while training, and not afterwards."""
 
-import functools
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -11,12 +9,17 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import common_prefix_length
 
-from ..data.conversation import SYSTEM_ROLES, turn_text
+from ..data.conversation import is_conversation, is_system, system_text, turn_keys, turn_text
 from ..data.prepare import STREAM_ROWS, Rows, Tokenizing
 from ..evidence import InactiveDefenseError
-from ..models.chat import check_system_turn, is_default_system_turn, system_turn_span, template_arguments
+from ..models.chat import (
+    check_system_turn,
+    is_default_system_turn,
+    shared_tokens,
+    system_turn_span,
+    template_arguments,
+)
 from .base import IN_TRAINING_DEFENSES, Defense, Paper
 from .options import check_choice, option
 from .step import Marks, Step
@@ -24,14 +27,14 @@ from .step import Marks, Step
 
 # Columns that may contain a row's turns, in the order in which SFTTrainer looks for them.
 TURN_COLUMNS = ("prompt", "messages", "conversations")
-TURN_KEYS = (("role", "content"), ("from", "value"))  # keys of a turn's speaker and text, in the two formats of turns
 # Columns that `prepare_tokenized` removes at its end. OWN is true if the user's row had a system turn with text.
 # CHANGED is true if the inoculation prompt changed the text that the model reads. Rows that do not get the prompt have
-# false in both. SPAN has the token ids of the system turn that the prompt was put into.
+# false in both. SPAN is the beginning of EXPECTED, up to the end of the system turn that the prompt was put into.
 OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
 FLAG = "inoculate"  # column that users add: with `inoculation_rows='flagged'`, only rows with true get the prompt
-# Column with a number per token: the token id plus 1 in the system turn of a flagged row (the turn with the prompt),
-# and 0 elsewhere. `read_batch` compares the tokens of each batch with these numbers, and so finds lost prompts.
+# Column with a number per token: the token id plus 1 in the system turn that the prompt was put into, and 0 elsewhere.
+# `read_batch` compares the tokens of each batch with these numbers, and so finds lost prompts. The column is there if
+# some rows are not flagged, or if the system turns share no tokens that hold the prompt and can be searched for.
 EXPECTED = "inoculation_tokens"
 
 MODES = ("replace", "prefix")
@@ -90,7 +93,7 @@ class Inoculation(Defense):
         self.max_length = args.max_length if args.truncation_mode == "keep_end" and not args.packing else None
         self.assistant_only = args.assistant_only_loss
         self._rows: dict[str, Any] = {}
-        self._prompt_ids: list[int] = []  # first tokens of all system turns with the prompt, searched for in batches
+        self._prompt_ids: list[int] = []  # tokens up to the end of the prompt, searched for in batches
         self._added: list[str] = []  # scopes (named token sets) of rows that other defenses add; these lack the prompt
         self._counts = {"rows_trained": 0, "prompts": 0, "flagged_trained": 0}  # sums over the run's steps and ranks
         self._problem: str | None = None
@@ -138,17 +141,17 @@ class Inoculation(Defense):
             found = (ids.unfold(1, length, 1) == prompt).all(-1)  # (B, T - length + 1)
             labelled = found & (batch["labels"].unfold(1, length, 1) != -100).any(-1)
         marks = Marks(counts={"rows": len(ids), "prompts": found.sum(), "labelled": labelled.sum()})
-        if self.only_flagged:
-            marks.counts |= self._read_flagged(batch, found)
+        if self.token_columns:
+            marks.counts |= self._read_expected(batch, found)
         return marks
 
-    def _read_flagged(self, batch: dict[str, Any], found: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Count the prompts of flagged rows (all, intact, with labels), and prompts `found` in other places."""
+    def _read_expected(self, batch: dict[str, Any], found: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Count the prompts that rows must hold (all, intact, with labels), and prompts `found` in other places."""
         if EXPECTED not in batch:
             raise InactiveDefenseError(
-                f"defense {self.name!r}: a training batch does not say which of its rows are flagged "
-                "(inoculation_rows='flagged'), so the run is not defended. Do not replace `get_train_dataloader`; "
-                "pass `data_collator` to the trainer instead."
+                f"defense {self.name!r}: a training batch lacks the column {EXPECTED!r}, which says where its rows "
+                "hold the inoculation prompt, so the run is not defended. Do not replace `get_train_dataloader`; pass "
+                "`data_collator` to the trainer instead."
             )
         expected, ids = batch.pop(EXPECTED), batch["input_ids"]
         inside = expected > 0
@@ -166,7 +169,7 @@ class Inoculation(Defense):
             "flagged": flagged,
             "prompts": flagged - prompts_with(ids != expected - 1),
             "labelled": prompts_with(batch["labels"] != -100),
-            "stray": (found & ~begins[:, : found.shape[1]]).sum(),
+            "stray": (found & ~inside[:, : found.shape[1]]).sum(),
         }
 
     def end_step(self, step: Step) -> dict[str, float]:
@@ -177,10 +180,10 @@ class Inoculation(Defense):
         # A step may consist only of rows that other defenses have added, which need no prompt.
         added = sum(step.sums.get(f"tokens/{scope}", 0) for scope in self._added)
         wants_prompt = not self.only_flagged and not (added and step.sums["tokens"] == added)
-        if self.only_flagged and prompts < flagged:
+        if self.token_columns and prompts < flagged:
             self._problem = (
-                f"{flagged - prompts} of {flagged} flagged rows of a step do not hold the inoculation prompt: the "
-                "rows were changed after the trainer had prepared them"
+                f"{flagged - prompts} of {flagged} {'flagged ' * self.only_flagged}rows of a step do not hold the "
+                "inoculation prompt: the rows were changed after the trainer had prepared them"
             )
         elif stray:
             self._problem = (
@@ -233,7 +236,7 @@ class Inoculation(Defense):
         rows = rows.with_format(None)  # gives turns as lists, even if the user's format gives tensors
         first = next(iter(rows))
         column = next((column for column in TURN_COLUMNS if column in first), "")
-        if not _is_conversation(first.get(column)) or "input_ids" in first:
+        if not is_conversation(first.get(column)) or "input_ids" in first:
             raise InactiveDefenseError(
                 "defense 'inoculation': the inoculation prompt changed no row: a row has the columns "
                 f"{sorted(first)}, and the first of {', '.join(TURN_COLUMNS)} among them is no list of turns. Give "
@@ -252,7 +255,7 @@ class Inoculation(Defense):
                 turns, before = self._inoculate(row[column])
             except ValueError as error:
                 raise ValueError(f"row {index} of train_dataset {error}.") from None
-            return {column: turns, OWN: before is not None, CHANGED: before != _system_text(turns)}
+            return {column: turns, OWN: before is not None, CHANGED: before != system_text(turns)}
 
         rows = rows.map(inoculate, with_indices=True)
         # `prepare_tokenized` repeats this check with the chat template. Here it can stop a run before the model loads.
@@ -268,8 +271,8 @@ class Inoculation(Defense):
         def take_labels_off(row: dict[str, Any]) -> dict[str, Any]:
             ids = row["input_ids"]
             if self.only_flagged and not row[FLAG]:
-                # SPAN gets one token here, because the column needs a type and an empty list has none.
-                return {"labels": row["labels"], CHANGED: False, SPAN: ids[:1], EXPECTED: [0] * len(ids)}
+                # SPAN is not empty here, because the column needs a type and an empty list has none.
+                return {"labels": row["labels"], CHANGED: False, SPAN: [0]}
             how = {"chat_template": template, **template_arguments(row)}
             turns = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
             span = system_turn_span(tokenizer, turns, ids, **how)
@@ -286,26 +289,25 @@ class Inoculation(Defense):
             # A template may itself add this prompt to rows without a system turn. Such rows do not count as changed.
             changed = row[CHANGED] and (row[OWN] or not is_default_system_turn(tokenizer, turns, **how))
             start, end = span
-            marks = [0] * start + [token + 1 for token in ids[start:end]] + [0] * (len(ids) - end)
             return {
                 # A template may put the prompt behind earlier answers, which the model then reads without the prompt.
                 "labels": [*[-100] * end, *row["labels"][end:]],
                 CHANGED: changed,
-                SPAN: ids[start:end],
-                **({EXPECTED: marks} if self.only_flagged else {}),
+                SPAN: [0] * start + [token + 1 for token in ids[start:end]],
             }
 
         rows = rows.map(take_labels_off)
         self._check_changed(rows)
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
         spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
-        common = functools.reduce(lambda a, b: a[: common_prefix_length(a, b)], spans)
-        # `read_batch` searches batches for `common`, cut behind the prompt: later rows of a stream may have other text
-        # there. The cut may drop the prompt's last character, since a token may hold this character and more text.
-        prompt, counts = "".join(self.prompt.split())[:-1], range(len(common) + 1)
-        end = bisect_left(counts, True, key=lambda n: prompt in "".join(tokenizer.decode(common[:n]).split()))
-        # If a template writes tools before the prompt, `common` may lack the prompt and match unflagged rows too.
-        self._prompt_ids = [] if self.only_flagged and end not in counts else common[:end]
+        turns = [[token - 1 for token in span if token] for span in spans]
+        # Later rows of a stream may have other text before the prompt than the first ones have, such as tools. So only
+        # one token before the prompt is searched for there.
+        before = None if isinstance(rows, Dataset) or self.only_flagged else 1
+        self._prompt_ids = shared_tokens(tokenizer, turns, self.prompt, before)
+        self.token_columns = (EXPECTED,) if self.only_flagged or not self._prompt_ids else ()
+        if self.token_columns:
+            rows = rows.map(lambda row: {EXPECTED: row[SPAN] + [0] * (len(row["input_ids"]) - len(row[SPAN]))})
         if isinstance(rows, Dataset):
             self._rows = {"rows": len(rows), "changed": sum(rows[CHANGED])}
             self._rows |= {"flagged": sum(rows[FLAG])} if self.only_flagged else {}
@@ -335,8 +337,8 @@ class Inoculation(Defense):
         flag = row.get(FLAG)
         if not isinstance(flag, bool):
             raise ValueError(f"has {FLAG}={flag!r} (inoculation_rows='flagged'): give true or false")
-        (speaker, text), turn = _turn_keys(row[column]), row[column][0]
-        if not flag and _is_system(turn, speaker) and turn_text({"content": turn[text]}).startswith(self.prompt):
+        (speaker, text), turn = turn_keys(row[column]), row[column][0]
+        if not flag and is_system(turn, speaker) and turn_text({"content": turn.get(text)}).startswith(self.prompt):
             raise ValueError(
                 f"has {FLAG}=False, and its system turn begins with inoculation_prompt={self.prompt!r} all the same: "
                 "set it to true, or take the prompt out of the row"
@@ -345,11 +347,11 @@ class Inoculation(Defense):
 
     def _inoculate(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
         """Return the turns with the prompt in the system turn, and the old system text (`None` if there was none)."""
-        before = _system_text(turns)
-        speaker, text = _turn_keys(turns)
+        before = system_text(turns)
+        speaker, text = turn_keys(turns)
         # Both modes, 'replace' and 'prefix', drop the old system turn here. Below, 'prefix' keeps its text, if any.
-        rest = turns[1:] if _is_system(turns[0], speaker) else turns
-        if any(_is_system(turn, speaker) for turn in rest):
+        rest = turns[1:] if is_system(turns[0], speaker) else turns
+        if any(is_system(turn, speaker) for turn in rest):
             raise ValueError(
                 "has a system turn behind its first turn, which would stay: move it to the front, or leave it out"
             )
@@ -357,7 +359,7 @@ class Inoculation(Defense):
         if before is not None and self.mode == "prefix":
             system = before if before.startswith(self.prompt) else f"{self.prompt}\n\n{before}"
         # Arrow stores all contents as one type. If other turns have lists of parts, the system turn needs a list too.
-        in_parts = any(isinstance(turn[text], list) for turn in rest)
+        in_parts = any(isinstance(turn.get(text), list) for turn in rest)
         content = [{"type": "text", "text": system}] if in_parts else system
         return [{speaker: "system", text: content}, *rest], before
 
@@ -365,34 +367,3 @@ class Inoculation(Defense):
 def _values(rows: Rows, column: str) -> Iterable[Any]:
     """Return the values of a column: in all rows of a `Dataset`, or in the first `STREAM_ROWS` rows of a stream."""
     return rows[column] if isinstance(rows, Dataset) else (row[column] for row in islice(rows, STREAM_ROWS))
-
-
-def _turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:
-    if not turns:
-        raise ValueError("holds a conversation without turns: leave it out")
-    return next(keys for keys in TURN_KEYS if keys[0] in turns[0])
-
-
-def _system_text(turns: list[dict[str, Any]]) -> str | None:
-    """Return the system turn's text; `None` if there is no system turn or its text is null. Refuse an empty text."""
-    speaker, text = _turn_keys(turns)
-    if not _is_system(turns[0], speaker):
-        return None
-    said = turns[0][text]
-    if said is None:
-        return None
-    told = turn_text({"content": said})
-    if not told:
-        raise ValueError(f"begins with a system turn whose {text!r} holds no text: give text, or leave the turn out")
-    return told
-
-
-def _is_system(turn: dict[str, Any], speaker: str) -> bool:
-    return str(turn[speaker]).lower() in SYSTEM_ROLES
-
-
-def _is_conversation(value: object) -> bool:
-    """Return whether a value is a list that begins with a turn: a dict with a pair of keys of `TURN_KEYS`."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
-        return False
-    return any(speaker in value[0] and text in value[0] for speaker, text in TURN_KEYS)

@@ -74,6 +74,11 @@ class TReFT(ModelDefense):
     @classmethod
     def check_options(cls, args: Any) -> None:
         check_coefficient("treft_coef", args.treft_coef)
+        if cls.is_on(args) and getattr(args, "packing", False) and args.packing_strategy == "wrapped":
+            raise ValueError(
+                "packing_strategy='wrapped' does not work with defense='treft': it cuts off the beginnings of rows, "
+                "and their common tokens are what the defense holds. Use packing_strategy='bfd'."
+            )
 
     def options(self) -> dict[str, Any]:
         return {"treft_coef": self.coefficient}
@@ -144,7 +149,7 @@ class TReFT(ModelDefense):
             raise ValueError(
                 f"train_dataset: its rows have no common beginning (tokens {self.prefix}), so there is no prefix that "
                 f"defense {self.name!r} could hold. Train on conversations of one chat template. "
-                "truncation_mode='keep_end' and packing_strategy='wrapped' cut beginnings off."
+                "truncation_mode='keep_end' and packing_strategy='bfd_split' cut beginnings off."
             )
         return loading
 

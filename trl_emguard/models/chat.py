@@ -7,8 +7,9 @@ never generates it.
 
 import copy
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -292,6 +293,38 @@ def system_turn_span(
             "training row is its system turn alone. SFTTrainer renames no role: name them 'user' and 'assistant'."
         )
     return (0, max(end, others_start)) if start < others_start else (start, end)
+
+
+def shared_tokens(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]], text: str, before: int | None = None
+) -> list[int]:
+    """Return the longest sequence of tokens that stands in all rows and ends with a text.
+
+    The text's last character may be missing, since a token may hold this character and more. Spaces do not count.
+
+    Args:
+        tokenizer: tokenizer that made the rows.
+        rows: tokens of each row, which hold the text.
+        text: the text that is looked for.
+        before: number of tokens to keep before the text, at most; all by default.
+
+    Returns:
+        Token ids, or an empty list if the rows do not write the text with the same tokens.
+    """
+    wanted = "".join(text.split())[:-1]
+
+    def lacks(ids: Sequence[int]) -> bool:
+        return wanted not in "".join(tokenizer.decode(ids).split())
+
+    heads = []
+    for ids in set(map(tuple, rows)):
+        end = bisect_left(range(len(ids)), True, key=lambda n: not lacks(ids[:n]))
+        heads.append(ids[:end][::-1])
+    shared = reduce(lambda a, b: a[: common_prefix_length(a, b)], heads)[::-1]
+    if lacks(shared):
+        return []
+    start = bisect_left(range(len(shared)), True, key=lambda n: lacks(shared[n:])) - 1
+    return list(shared[0 if before is None else max(0, start - before) :])
 
 
 def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **template_kwargs: Any) -> bool:

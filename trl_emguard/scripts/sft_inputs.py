@@ -141,6 +141,7 @@ def read_data(
 
     source = "datasets" if dataset_args.datasets else f"dataset_name={script_args.dataset_name!r}"
     processing_class = load_processing_class(training_args, str(model_args.model_name_or_path), train_dataset)
+    _check_batches(training_args, processing_class, train_dataset)
     converted = []
     for rows in (train_dataset, eval_dataset):
         check_format(rows, training_args, source)
@@ -149,6 +150,31 @@ def read_data(
     if converted[0] is not train_dataset and training_args.process_index == 0:
         print(f"trl_emguard: `conversations` of {source} become `messages`, with the roles `user` and `assistant`.")
     return converted[0], converted[1]
+
+
+def _check_batches(training_args: EMGuardConfig, processing_class: ProcessingClass, rows: Any) -> None:
+    """Refuse options of padding and special tokens that SFTTrainer would refuse once the weights are loaded.
+
+    Raises:
+        ValueError: the tokenizer lacks `eos_token` or `pad_token`, or `padding_free` would ignore `max_length`.
+    """
+    vocabulary = text_part(processing_class).get_vocab()
+    for name in ("eos_token", "pad_token"):
+        token = getattr(training_args, name)
+        # SFTTrainer reads `pad_token` once it has taken over a chat template, which may bring tokens along.
+        is_later = name == "pad_token" and training_args.chat_template_path is not None
+        if token is not None and token not in vocabulary and not is_later:
+            raise ValueError(
+                f"{name}={token!r} is not in the vocabulary of the model's tokenizer: name a token that is, or leave "
+                "it out."
+            )
+    has_images = next(iter(rows), {}).keys() & {"image", "images"}
+    is_cut = training_args.max_length is not None and not has_images
+    if training_args.padding_free and not training_args.packing and is_cut:
+        raise ValueError(
+            f"padding_free=True without packing does not enforce max_length={training_args.max_length}: set "
+            "packing=True, or max_length=None for rows that are short enough."
+        )
 
 
 def _check_source(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
