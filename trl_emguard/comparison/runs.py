@@ -106,7 +106,7 @@ def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trai
             trained = _take(run)
         else:
             ready = _with_random_vector(run, plan, folder) if run.is_random else run
-            trained = _train(ready, plan.recipe, folder / RUNS / run.folder)
+            trained = _train(ready, plan, folder / RUNS / run.folder)
         if trained.error is not None:
             say(f"  failed: {trained.error}")
         found.append(trained)
@@ -141,7 +141,7 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
         say(f"benign task {number} of {len(plan.benign_runs)}: {run.name}, seed {run.seed}{state}")
         own = Trained(run.name, run.defense, run.seed, None, "the run itself failed, so the task was not trained.")
         if steps[own.key] is not None:
-            own = _train(on_benign_rows(run, rows, steps[own.key]), plan.recipe, folder / BENIGN / run.folder)
+            own = _train(on_benign_rows(run, rows, steps[own.key]), plan, folder / BENIGN / run.folder)
         if own.error is not None:
             say(f"  failed: {own.error}")
         found.append(own)
@@ -177,11 +177,19 @@ def _take(run: Run) -> Trained:
     return with_record(Trained(run.name, UNKNOWN, run.seed, str(folder)), folder)
 
 
-def _train(run: Run, recipe: Path, folder: Path) -> Trained:
-    """Return a run's result. Train the run first, unless its folder has the result of a training without an error."""
+def _train(run: Run, plan: Plan, folder: Path) -> Trained:
+    """Return a run's result. Train the run first, unless its folder has the result of a training without an error.
+
+    Raises:
+        ValueError: the run's inputs have changed since the plan was read. No result is written then.
+    """
     status = read_status(folder)
     if status is None:
-        status = _run_process(run, recipe, folder)
+        plan.check_inputs(run.key)
+        # The folder may have the status of a training whose adapter was lost. It says nothing about the new adapter.
+        (folder / STATUS_FILE).unlink(missing_ok=True)
+        status = _run_process(run, plan.recipe, folder)
+        plan.check_inputs(run.key)
         with written_whole(folder / STATUS_FILE) as scratch:
             scratch.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
     coefficients = [v for name, v in run.options.items() if name.endswith("_coef") and v is not None]
