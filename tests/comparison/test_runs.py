@@ -1,10 +1,17 @@
 """Training of a comparison's runs: what makes it begin anew, go on or stop. The trainings are not made."""
 
+import os
+import re
+import sys
+from pathlib import Path
+
 import pytest
-from figures import plan
+from figures import plan, save_weights
+from rich.console import Console
 
 from trl_emguard.comparison import runs as training
 from trl_emguard.comparison.runs import train_all
+from trl_emguard.scripts.compare import show_plan
 
 
 TEXT = "recipe: RECIPE\nruns: [{defense: kl}, {defense: ldifs}]\n"
@@ -22,7 +29,7 @@ def trained(monkeypatch):
 
     def run(run, recipe, folder):
         names.append(run.name)
-        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(folder)
         for call in calls:
             call()
         return STATUS
@@ -49,3 +56,34 @@ def test_inputs_that_change_while_a_comparison_runs_end_it(tmp_path, trained, na
     calls.clear()
     train_all(made, tmp_path / "out", silent)
     assert names == ["none", "none", "kl", "ldifs"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut off", "average"])
+def test_a_run_whose_adapter_is_lost_is_trained_again(tmp_path, trained, damage):
+    names, _ = trained
+    made, out = plan(tmp_path, TEXT), tmp_path / "out"
+    train_all(made, out, silent)
+    train_all(made, out, silent)
+    assert names == ["none", "kl", "ldifs"]
+    folder = out / "runs" / made.runs[1].folder
+    if damage == "average":
+        (folder / "ema").mkdir()
+    elif damage == "gone":
+        (folder / "adapter_model.safetensors").unlink()
+    else:
+        os.truncate(folder / "adapter_model.safetensors", 0 if damage == "empty" else 40)
+    console = Console(record=True)
+    show_plan(made, out, console)
+    assert re.search(r"kl, seed 0: to train\b", console.export_text())
+    train_all(made, out, silent)
+    assert names[3:] == ["kl"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_status_reaches_the_disk_last(tmp_path, trained, monkeypatch):
+    """A status without its adapter would be left by a power loss."""
+    made, synced = plan(tmp_path, TEXT), []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").resolve().name))
+    train_all(made, tmp_path / "out", silent)
+    weights, status = synced[:2]
+    assert (weights, status[:10]) == ("adapter_model.safetensors", ".run.json.")

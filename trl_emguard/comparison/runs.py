@@ -16,15 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..checkpoints.resume import checkpoint_folder, checkpoint_steps
 from ..defenses.schedule import coefficient
 from ..evaluation.drift import RESULT_FILE
 from ..evaluation.operators import make_rows
 from ..evaluation.questions import OPERATORS
 from ..evidence import read_defense_file
-from ..io.files import written_whole
+from ..io.files import to_disk, written_whole
 from ..io.strict import parse_json
 from ..models.ema import EMA_FOLDER
+from ..models.lora_files import WEIGHTS
 from ..models.rescale import rescale_adapter
 from ..persona.vectors import load_vector, random_like
 from .plan import EMA, UNDEFENDED, Plan, Run
@@ -190,6 +193,9 @@ def _train(run: Run, plan: Plan, folder: Path) -> Trained:
         (folder / STATUS_FILE).unlink(missing_ok=True)
         status = _run_process(run, plan.recipe, folder)
         plan.check_inputs(run.key)
+        # The status says that the adapter is there, so it must not reach the disk before the adapter does.
+        for path in filter(Path.is_file, folder.rglob("*")):
+            to_disk(path)
         with written_whole(folder / STATUS_FILE) as scratch:
             scratch.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
     coefficients = [v for name, v in run.options.items() if name.endswith("_coef") and v is not None]
@@ -206,13 +212,24 @@ def _train(run: Run, plan: Plan, folder: Path) -> Trained:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """Return the content of `run.json` in a run's folder, or `None` if the file is missing or records an error.
+    """Return the content of `run.json` in a run's folder, or `None` if the run is still to be trained.
 
-    `None` means that the run is still to be trained.
+    A run is still to be trained if the file is missing or records an error, or if the adapter or its average is lost.
     """
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return status if status and status["error"] is None else None
+    averaged = [file / WEIGHTS for file in folder.glob(EMA_FOLDER)]
+    is_whole = status and status["error"] is None and all(map(_opens, [folder / WEIGHTS, *averaged]))
+    return status if is_whole else None
+
+
+def _opens(weights: Path) -> bool:
+    """Return True if a safetensors file is complete by its header. The numbers in it are not read."""
+    try:
+        with safe_open(weights, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _state(folder: Path) -> str:
@@ -338,11 +355,9 @@ def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
         output = folder / "baselines" / f"{source.name}-alpha{alpha}"
         error = None
         try:
-            # Older versions of this package saved no tokenizer here, so a folder without it is made anew.
-            names = ("adapter_config.json", *(path.name for path in source.glob("tokenizer_config.json")))
-            if not all((output / name).is_file() for name in names):
-                shutil.rmtree(output, ignore_errors=True)
-                rescale_adapter(source, alpha, output)
+            # It is always made anew, since the run may have been trained again in the same folder.
+            shutil.rmtree(output, ignore_errors=True)
+            rescale_adapter(source, alpha, output)
         except ValueError as cause:
             error = str(cause)
         adapter = str(output) if error is None else None
