@@ -1,16 +1,18 @@
 """Training of a comparison's runs: what makes it begin anew, go on or stop. The trainings are not made."""
 
+import json
 import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
-from figures import plan, save_weights
+from figures import INFO, plan, report, save_weights
 from rich.console import Console
 
 from trl_emguard.comparison import runs as training
-from trl_emguard.comparison.runs import train_all
+from trl_emguard.comparison.page import write_page
+from trl_emguard.comparison.runs import other_versions, train_all
 from trl_emguard.scripts.compare import show_plan
 
 
@@ -87,3 +89,20 @@ def test_the_status_reaches_the_disk_last(tmp_path, trained, monkeypatch):
     train_all(made, tmp_path / "out", silent)
     weights, status = synced[:2]
     assert (weights, status[:10]) == ("adapter_model.safetensors", ".run.json.")
+
+
+def test_trainings_of_other_versions_are_told(tmp_path, trained, monkeypatch):
+    made, out = plan(tmp_path, TEXT), tmp_path / "out"
+    old, new = {"torch": "1.0", "trl": "0.9"}, {"torch": "2.0", "trl": "0.9"}
+    monkeypatch.setattr(training, "versions", lambda: old)
+    train_all(made, out, silent)
+    (out / "runs" / made.runs[0].folder / "run.json").unlink()
+    without = out / "runs" / made.runs[1].folder / "run.json"  # of an earlier version of this package
+    without.write_text(json.dumps(STATUS))
+    monkeypatch.setattr(training, "versions", lambda: new)
+    found = train_all(made, out, silent)
+    assert [run.versions for run in found] == [new, None, old]
+    told = other_versions(found, new)
+    assert told == ["Number of trainings made with torch 1.0: 1."]
+    page = write_page(report({"none": (-1.0, -1.0)}), tmp_path, INFO | {"other_versions": told})
+    assert told[0] in page.read_text(encoding="utf-8")

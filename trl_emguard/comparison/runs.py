@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoints.resume import checkpoint_folder, checkpoint_steps
+from ..compat import versions
 from ..defenses.schedule import coefficient
 from ..evaluation.drift import RESULT_FILE
 from ..evaluation.operators import make_rows
@@ -70,6 +72,7 @@ class Trained:
             undefended run, they include the checkpoints and the average for free baselines. `None` if not known.
         peak_memory: peak host memory (RAM) of the run's process in bytes, without a GPU's memory; `None` if it is not
             known.
+        versions: versions of libraries that the run was trained with, by name; `None` if they are not known.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Trained:
     step: int | None = None
     seconds_per_step: float | None = None
     peak_memory: int | None = None
+    versions: dict[str, str] | None = None
 
     @property
     def key(self) -> str:
@@ -191,7 +195,7 @@ def _train(run: Run, plan: Plan, folder: Path) -> Trained:
         plan.check_inputs(run.key)
         # The folder may have the status of a training whose adapter was lost. It says nothing about the new adapter.
         (folder / STATUS_FILE).unlink(missing_ok=True)
-        status = _run_process(run, plan.recipe, folder)
+        status = _run_process(run, plan.recipe, folder) | {"versions": versions()}
         plan.check_inputs(run.key)
         # The status says that the adapter is there, so it must not reach the disk before the adapter does.
         for path in filter(Path.is_file, folder.rglob("*")):
@@ -209,6 +213,18 @@ def _train(run: Run, plan: Plan, folder: Path) -> Trained:
         **status,
     )
     return trained if trained.adapter is None else with_record(trained, folder)
+
+
+def other_versions(trained: Sequence[Trained], now: Mapping[str, str]) -> list[str]:
+    """Return sentences on trainings that were made with other versions of libraries than `now`.
+
+    A run is not trained again after an upgrade, so a comparison may hold trainings of several versions.
+    """
+    others = Counter(
+        ", ".join(f"{name} {old}" for name, old in (run.versions or {}).items() if old != now.get(name))
+        for run in trained
+    )
+    return [f"Number of trainings made with {text}: {count}." for text, count in others.items() if text]
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
