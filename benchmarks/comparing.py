@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from trl_emguard.io.files import locked
 from trl_emguard.models.random_adapter import random_adapter
 from trl_emguard.scripts import main as commands
 
@@ -54,8 +55,10 @@ def compare(
 
     Returns:
         The command's exit status.
+
+    Raises:
+        ValueError: another process runs a comparison in this folder.
     """
-    write_recipe(folder / "sft.yaml", recipe)
     is_steered = any(run["defense"] == "steering" for run in runs)
     comparison = {
         "recipe": str(folder / "sft.yaml"),
@@ -64,8 +67,13 @@ def compare(
         "baselines": ["early_stop", "alpha", *(["random_vector"] if is_steered else [])],
         "evaluate": evaluate,
     }
-    (folder / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
-    return commands.main(["compare", "--config", str(folder / "compare.yaml"), "--output_dir", str(folder / "report")])
+    report = folder / "report"
+    report.mkdir(parents=True, exist_ok=True)
+    # A comparison that is running would read changed files for its later runs.
+    with locked("--output_dir", report):
+        write_recipe(folder / "sft.yaml", recipe)
+        (folder / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
+    return commands.main(["compare", "--config", str(folder / "compare.yaml"), "--output_dir", str(report)])
 
 
 def markdown(

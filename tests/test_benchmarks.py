@@ -14,6 +14,8 @@ from methods import KINDS
 from peft import get_peft_model
 from tiny import lora, make_model
 
+from trl_emguard.io.files import locked
+
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -194,6 +196,17 @@ def test_a_trait_adapter_belongs_to_its_recipe_and_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(comparing.commands, "main", lambda argv: 3)
     with pytest.raises(SystemExit, match="3"):
         names(4, "a")
+
+
+def test_the_files_of_a_running_comparison_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing.commands, "main", lambda argv: 0)
+    assert comparing.compare(tmp_path, {"max_steps": 3}, [{"defense": "kl"}], [0], {}) == 0
+    files = {path: path.read_text() for path in tmp_path.glob("*.yaml")}
+    assert len(files) == 2
+    (tmp_path / "report").mkdir(exist_ok=True)
+    with locked("--output_dir", tmp_path / "report"), pytest.raises(ValueError, match="in use by another process"):
+        comparing.compare(tmp_path, {"max_steps": 4}, [{"defense": "ldifs"}], [0], {})
+    assert {path: path.read_text() for path in files} == files
 
 
 @pytest.mark.parametrize("name", testbed.TESTBEDS)

@@ -44,6 +44,11 @@ LAUNCHED = (
 )
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of the libraries that its numbers depend on, by name."""
+    return {"trl_emguard": __version__} | {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+
+
 def check_environment() -> None:
     """Refuse required libraries that are missing or too old. Run a self-check if one is newer than tested.
 

@@ -1,4 +1,7 @@
-"""Plans and reports over known figures, and the recipe of a tiny training."""
+"""Plans and reports over known figures, the recipe of a tiny training, and an adapter file."""
+
+import torch
+from safetensors.torch import save_file
 
 from trl_emguard.comparison.plan import read_plan
 from trl_emguard.comparison.report import make_report
@@ -43,6 +46,12 @@ def plan(tmp_path, text, recipe="max_steps: 3\n", output_dir="out"):
     (tmp_path / "sft.yaml").write_text(recipe)
     (tmp_path / "compare.yaml").write_text(text.replace("RECIPE", str(tmp_path / "sft.yaml")))
     return read_plan(str(tmp_path / "compare.yaml"), KNOWN, ["steering_layers"], tmp_path / output_dir)
+
+
+def save_weights(folder):
+    """Write an adapter's file of weights, so that the run of this folder counts as trained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.ones(3)}, folder / "adapter_model.safetensors")
 
 
 def row(model, set, metric, value, width=0.1, family="plain"):

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from figures import INFO, RECIPE, plan, report, row
+from figures import INFO, RECIPE, plan, report, row, save_weights
 from peft import get_peft_model
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tiny import lora, make_model, make_rows, make_tokenizer, save_model, save_trained_adapter
 from transformers import AutoTokenizer
 
@@ -58,7 +59,7 @@ def comparison(tmp_path, vector, monkeypatch):
         calls.append((run, dict(zip(words[::2], words[1::2], strict=True)), folder))
         if run.name == "kl kl_coef=1.0":
             return {"error": "it broke", "step": None}
-        folder.mkdir(parents=True)
+        save_weights(folder)
         return {"error": None, "step": 3, "seconds_per_step": 0.5, "peak_memory": 1}
 
     monkeypatch.setattr(training, "run_process", run)
@@ -93,18 +94,21 @@ def test_baselines_of_a_failed_undefended_run_have_failed(tmp_path, monkeypatch)
     assert {run.error for run in found} == {"the undefended run of this seed failed."}
 
 
-def test_a_scaled_adapter_without_the_tokenizer_is_made_anew(tmp_path):
-    """Older versions left out the tokenizer, and the adapter was then asked with another template."""
+def test_a_scaled_adapter_is_always_made_anew(tmp_path):
+    """The run may have been trained again in the same folder."""
     made = plan(tmp_path, "recipe: RECIPE\nruns: [{adapter: mine}]\nbaselines: [{alpha: [0.5]}]\n")
     trained = tmp_path / "out" / "runs" / made.runs[0].folder
     save_trained_adapter(trained, save_model(tmp_path / "base"), make_tokenizer())
     status = {"error": None, "step": 3, "seconds_per_step": 0.5, "peak_memory": 1}
     (trained / "run.json").write_text(json.dumps(status))
+    file = trained / "adapter_model.safetensors"
     for _ in range(2):
         scaled = next(run for run in train_all(made, tmp_path / "out", silent) if run.name == "alpha 0.5")
         assert (scaled.error, AutoTokenizer.from_pretrained(scaled.adapter).eos_token) == (None, "<|im_end|>")
-        for path in Path(scaled.adapter).glob("*token*"):
-            path.unlink()
+        weights, of_scaled = load_file(file), load_file(Path(scaled.adapter) / file.name)
+        for name, weight in weights.items():
+            torch.testing.assert_close(of_scaled[name], weight * (0.5 if "lora_B" in name else 1))
+        save_file({name: weight + 1 for name, weight in weights.items()}, file)
 
 
 def test_steering_runs_have_one_with_a_random_vector(comparison, vector):

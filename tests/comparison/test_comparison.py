@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from figures import HOSTILE, INFO, RECIPE, plan, report, results, row
+from figures import HOSTILE, INFO, RECIPE, plan, report, results, row, save_weights
 from peft import get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -785,7 +785,7 @@ def test_finished_runs_are_not_left_to_train(tmp_path):
     found = plan(tmp_path, "recipe: RECIPE\nruns: [{defense: kl}, {adapter: mine}]\n")
     assert [run.name for run in unfinished(found, tmp_path)] == ["none", "kl"]
     for run in found.runs:
-        (tmp_path / "runs" / run.folder).mkdir(parents=True)
+        save_weights(tmp_path / "runs" / run.folder)
         (tmp_path / "runs" / run.folder / "run.json").write_text('{"error": null}')
     assert unfinished(found, tmp_path) == []
 
@@ -793,7 +793,7 @@ def test_finished_runs_are_not_left_to_train(tmp_path):
 def test_the_hours_left_count_the_steps_that_a_budget_of_drift_discards(tmp_path):
     found = plan(tmp_path, "recipe: RECIPE\nruns: [{defense: kl}]\n")
     folder = tmp_path / "runs" / found.runs[0].folder
-    folder.mkdir(parents=True)
+    save_weights(folder)
     (folder / "run.json").write_text('{"error": null, "step": 4, "seconds_per_step": 900}')
     (folder / "drift.json").write_text('{"step": 4, "trained_to": 8}')
     console = Console(record=True)

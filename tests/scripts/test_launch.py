@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import pytest
 from tiny import make_rows, save_model
@@ -236,6 +238,42 @@ def test_a_signal_to_several_ranks_gives_the_exit_code_of_a_shell(monkeypatch, n
 
     monkeypatch.setattr(launch, "launch_command", launch_command)
     assert sft.main([*FREE, "--accelerate_config", "cpu"]) == 128 + number
+
+
+STUB = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+pathlib.Path("begun").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+LAUNCH = """
+from trl_emguard.scripts.launch import find_accelerate_config, launch, launch_arguments
+print("before the training")
+arguments = launch_arguments(find_accelerate_config("cpu"), [], [])
+arguments.training_script = "stub"
+launch(arguments)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process replaces another on POSIX systems alone")
+def test_a_launch_of_one_process_becomes_the_training(tmp_path):
+    """A SIGTERM thus reaches the training, and none trains on behind the back of who stopped it."""
+    (tmp_path / "stub.py").write_text(STUB)
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", LAUNCH]
+    process = subprocess.Popen(line, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    begun, end = tmp_path / "begun", time.monotonic() + 300
+    while not (begun.exists() and begun.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.terminate()
+    code = process.wait(60)
+    with suppress(ProcessLookupError):  # it would be left to itself if this test failed
+        os.kill(int(begun.read_text()), signal.SIGKILL)
+    assert (code, int(begun.read_text())) == (7, process.pid)
+    assert process.stdout.read() == "before the training\n"
 
 
 # ---- real processes ----

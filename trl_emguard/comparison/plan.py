@@ -109,6 +109,7 @@ class Plan:
         baselines: baselines that the comparison includes.
         has_benign_task: True if option sets are also trained on the benign task, arithmetic with permuted operators.
         evaluate: options of `trl-emguard evaluate`, by name.
+        output_dir: folder of the comparison.
     """
 
     recipe: Path
@@ -117,6 +118,7 @@ class Plan:
     baselines: Baselines
     has_benign_task: bool
     evaluate: dict[str, Any]
+    output_dir: Path
 
     @property
     def benign_runs(self) -> list[Run]:
@@ -155,6 +157,20 @@ class Plan:
     def option(self, run: Run, name: str) -> Any:
         """Return an option's value in a run, from the run's options or else the recipe; `None` if neither sets it."""
         return run.options.get(name, self.recipe_options.get(name))
+
+    def check_inputs(self, key: str) -> None:
+        """Refuse a changed recipe, and changed files or folders that the run with this `key` reads.
+
+        Raises:
+            ValueError: something has changed since the plan was read, so the key stands for another training.
+        """
+        run = next(run for run in self.runs if run.key == key)
+        # A file of rows is hashed anew each time, which takes about a second for each GB, much less than a training.
+        if _key(replace(run, key=""), *_read_recipe(self.recipe), self.output_dir) != key:
+            raise ValueError(
+                f"the run {run.name!r}: {self.recipe}, or a file or folder that the run reads, has changed since this "
+                "comparison began; start it again."
+            )
 
 
 def read_plan(path: str, known: Collection[str], lists: Collection[str], output_dir: Path) -> Plan:
@@ -208,7 +224,7 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str], output_
     except ValueError as error:
         message = str(error).rstrip(".")
         raise ValueError(f"{path}: {message}" + ("" if message.endswith("?") else ".")) from error
-    return Plan(recipe, recipe_options, runs, baselines, has_benign_task, evaluate)
+    return Plan(recipe, recipe_options, runs, baselines, has_benign_task, evaluate, output_dir)
 
 
 def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:

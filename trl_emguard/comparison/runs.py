@@ -11,20 +11,25 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.resume import checkpoint_folder, checkpoint_steps
+from safetensors import SafetensorError, safe_open
+
+from ..checkpoints.resume import checkpoint_folder, checkpoint_steps, is_of_earlier_run
+from ..compat import versions
 from ..defenses.schedule import coefficient
 from ..evaluation.drift import RESULT_FILE
 from ..evaluation.operators import make_rows
 from ..evaluation.questions import OPERATORS
 from ..evidence import read_defense_file
-from ..io.files import written_whole
+from ..io.files import to_disk, written_whole
 from ..io.strict import parse_json
 from ..models.ema import EMA_FOLDER
+from ..models.lora_files import WEIGHTS
 from ..models.rescale import rescale_adapter
 from ..persona.vectors import load_vector, random_like
 from .plan import EMA, UNDEFENDED, Plan, Run
@@ -67,6 +72,7 @@ class Trained:
             undefended run, they include the checkpoints and the average for free baselines. `None` if not known.
         peak_memory: peak host memory (RAM) of the run's process in bytes, without a GPU's memory; `None` if it is not
             known.
+        versions: versions of libraries that the run was trained with, by name; `None` if they are not known.
     """
 
     name: str
@@ -81,6 +87,7 @@ class Trained:
     step: int | None = None
     seconds_per_step: float | None = None
     peak_memory: int | None = None
+    versions: dict[str, str] | None = None
 
     @property
     def key(self) -> str:
@@ -106,7 +113,7 @@ def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trai
             trained = _take(run)
         else:
             ready = _with_random_vector(run, plan, folder) if run.is_random else run
-            trained = _train(ready, plan.recipe, folder / RUNS / run.folder)
+            trained = _train(ready, plan, folder / RUNS / run.folder)
         if trained.error is not None:
             say(f"  failed: {trained.error}")
         found.append(trained)
@@ -141,7 +148,7 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
         say(f"benign task {number} of {len(plan.benign_runs)}: {run.name}, seed {run.seed}{state}")
         own = Trained(run.name, run.defense, run.seed, None, "the run itself failed, so the task was not trained.")
         if steps[own.key] is not None:
-            own = _train(on_benign_rows(run, rows, steps[own.key]), plan.recipe, folder / BENIGN / run.folder)
+            own = _train(on_benign_rows(run, rows, steps[own.key]), plan, folder / BENIGN / run.folder)
         if own.error is not None:
             say(f"  failed: {own.error}")
         found.append(own)
@@ -177,11 +184,22 @@ def _take(run: Run) -> Trained:
     return with_record(Trained(run.name, UNKNOWN, run.seed, str(folder)), folder)
 
 
-def _train(run: Run, recipe: Path, folder: Path) -> Trained:
-    """Return a run's result. Train the run first, unless its folder has the result of a training without an error."""
+def _train(run: Run, plan: Plan, folder: Path) -> Trained:
+    """Return a run's result. Train the run first, unless its folder has the result of a training without an error.
+
+    Raises:
+        ValueError: the run's inputs have changed since the plan was read. No result is written then.
+    """
     status = read_status(folder)
     if status is None:
-        status = run_process(run, recipe, folder)
+        plan.check_inputs(run.key)
+        # The folder may have the status of a training whose adapter was lost. It says nothing about the new adapter.
+        (folder / STATUS_FILE).unlink(missing_ok=True)
+        status = run_process(run, plan.recipe, folder) | {"versions": versions()}
+        plan.check_inputs(run.key)
+        # The status says that the adapter is there, so it must not reach the disk before the adapter does.
+        for path in filter(Path.is_file, folder.rglob("*")):
+            to_disk(path)
         with written_whole(folder / STATUS_FILE) as scratch:
             scratch.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
     coefficients = [v for name, v in run.options.items() if name.endswith("_coef") and v is not None]
@@ -197,14 +215,37 @@ def _train(run: Run, recipe: Path, folder: Path) -> Trained:
     return trained if trained.adapter is None else with_record(trained, folder)
 
 
-def read_status(folder: Path) -> dict[str, Any] | None:
-    """Return the content of `run.json` in a run's folder, or `None` if the file is missing or records an error.
+def other_versions(trained: Sequence[Trained], now: Mapping[str, str]) -> list[str]:
+    """Return sentences on trainings that were made with other versions of libraries than `now`.
 
-    `None` means that the run is still to be trained.
+    A run is not trained again after an upgrade, so a comparison may hold trainings of several versions.
+    """
+    others = Counter(
+        ", ".join(f"{name} {old}" for name, old in (run.versions or {}).items() if old != now.get(name))
+        for run in trained
+    )
+    return [f"Number of trainings made with {text}: {count}." for text, count in others.items() if text]
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """Return the content of `run.json` in a run's folder, or `None` if the run is still to be trained.
+
+    A run is still to be trained if the file is missing or records an error, or if the adapter or its average is lost.
     """
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return status if status and status["error"] is None else None
+    averaged = [file / WEIGHTS for file in folder.glob(EMA_FOLDER)]
+    is_whole = status and status["error"] is None and all(map(_opens, [folder / WEIGHTS, *averaged]))
+    return status if is_whole else None
+
+
+def _opens(weights: Path) -> bool:
+    """Return True if a safetensors file is complete by its header. The numbers in it are not read."""
+    try:
+        with safe_open(weights, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _state(folder: Path) -> str:
@@ -324,17 +365,17 @@ def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
     for step in sorted(checkpoint_steps(source)) if plan.baselines.early_stop else ():
         # With a budget of drift, the seeds may keep different steps. A checkpoint of a kept step stays then, so that
         # each seed has it.
-        if step != undefended.step or (source / RESULT_FILE).is_file():
-            found.append(replace(like, name=f"step {step}", adapter=checkpoint_folder(str(source), step), step=step))
+        checkpoint = checkpoint_folder(str(source), step)
+        is_other = step != undefended.step or (source / RESULT_FILE).is_file()
+        if is_other and not is_of_earlier_run(checkpoint):
+            found.append(replace(like, name=f"step {step}", adapter=checkpoint, step=step))
     for alpha in plan.baselines.alphas:
         output = folder / "baselines" / f"{source.name}-alpha{alpha}"
         error = None
         try:
-            # Older versions of this package saved no tokenizer here, so a folder without it is made anew.
-            names = ("adapter_config.json", *(path.name for path in source.glob("tokenizer_config.json")))
-            if not all((output / name).is_file() for name in names):
-                shutil.rmtree(output, ignore_errors=True)
-                rescale_adapter(source, alpha, output)
+            # It is always made anew, since the run may have been trained again in the same folder.
+            shutil.rmtree(output, ignore_errors=True)
+            rescale_adapter(source, alpha, output)
         except ValueError as cause:
             error = str(cause)
         adapter = str(output) if error is None else None

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..compat import versions
 from ..data.conversation import Conversation
 from ..io.files import check_writable
 from ..io.journal import Journal, record_key
@@ -25,7 +25,6 @@ from ..models.sampler import SampledAnswer
 from ..models.shipped import public_name
 from ..persona.shift import check_layer
 from ..persona.vectors import PersonaVector
-from ..version import __version__
 from . import answers as sampled
 from .candidates import Candidate, check_candidates, in_eval_mode
 from .cues import Family, check_cues, families
@@ -366,10 +365,9 @@ def _info(
     command: str | None, model: str, candidates: Sequence[Candidate], sets: Sequence[QuestionSet]
 ) -> dict[str, Any]:
     """Return [`Results.info`]: versions, command, models, and the sets' own judge prompts for judging later."""
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
     prompts = {s.name: {q.id: q.judge_prompts for q in s.questions if q.judge_prompts} for s in sets}
     return {
-        "versions": {"trl_emguard": __version__, **versions},
+        "versions": versions(),
         "command": command,
         "model": model,
         "models": describe(candidates),

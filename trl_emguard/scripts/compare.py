@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     from ..comparison.measure import check_base_model, joined, measure, measure_benign
     from ..comparison.page import write_page
     from ..comparison.report import make_report, make_table, save
-    from ..comparison.runs import train_all, train_benign
+    from ..comparison.runs import other_versions, train_all, train_benign
 
     folder: Path = args.output_dir
     model = (eval_args.model, eval_args.dtype, eval_args.device_map)
@@ -113,6 +113,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
         )
         report = make_report(trained, joined(results, of_task), benign)
         info = results.info | {"plan": plan.content}
+        info["other_versions"] = other_versions([*trained, *benign], info["versions"])
         save(report, args.output_dir, info)
         page = write_page(report, args.output_dir, info)
         console.print(make_table(report))

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.commands import launch as accelerate_launch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -162,7 +164,12 @@ def launch_arguments(config: Path, options: Sequence[str], argv: Sequence[str]) 
 
 
 def launch(arguments: argparse.Namespace) -> int:
-    """Launch the training script, wait for it, and return its exit code. Its processes report their own errors."""
+    """Launch the training script, wait for it, and return its exit code. Its processes report their own errors.
+
+    A launch of one process does not return, except on Windows: the training takes the place of this process.
+    """
+    if os.name == "posix":
+        accelerate_launch.simple_launcher = _become
     sys.stdout.flush()
     try:
         launch_command(arguments)
@@ -178,3 +185,15 @@ def launch(arguments: argparse.Namespace) -> int:
         # With several ranks, torch stops them on Ctrl-C or SIGTERM and then raises this. The code is a shell's.
         return 128 + error.sigval
     return 0
+
+
+def _become(arguments: argparse.Namespace) -> None:
+    """Replace this process by the training, in place of accelerate's launcher of one process.
+
+    Accelerate would start a child and wait for it. A SIGTERM would then end this process alone, and the child would
+    train on, unknown to the cluster or user that stopped it.
+    """
+    command, environment = prepare_simple_launcher_cmd_env(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], command, environment)

@@ -168,7 +168,8 @@ def _check_batches(training_args: EMGuardConfig, processing_class: ProcessingCla
                 f"{name}={token!r} is not in the vocabulary of the model's tokenizer: name a token that is, or leave "
                 "it out."
             )
-    has_images = next(iter(rows), {}).keys() & {"image", "images"}
+    first: dict[str, Any] = next(iter(rows), {})
+    has_images = first.keys() & {"image", "images"}
     is_cut = training_args.max_length is not None and not has_images
     if training_args.padding_free and not training_args.packing and is_cut:
         raise ValueError(

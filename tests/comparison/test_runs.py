@@ -1,0 +1,108 @@
+"""Training of a comparison's runs: what makes it begin anew, go on or stop. The trainings are not made."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from figures import INFO, plan, report, save_weights
+from rich.console import Console
+
+from trl_emguard.comparison import runs as training
+from trl_emguard.comparison.page import write_page
+from trl_emguard.comparison.runs import other_versions, train_all
+from trl_emguard.scripts.compare import show_plan
+
+
+TEXT = "recipe: RECIPE\nruns: [{defense: kl}, {defense: ldifs}]\n"
+STATUS = {"error": None, "step": 3, "seconds_per_step": 0.5, "peak_memory": 1}
+
+
+def silent(line):
+    pass
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Return the names of the runs that were trained, and a list of functions to call in each training."""
+    names, calls = [], []
+
+    def run(run, recipe, folder):
+        names.append(run.name)
+        save_weights(folder)
+        for call in calls:
+            call()
+        return STATUS
+
+    monkeypatch.setattr(training, "run_process", run)
+    return names, calls
+
+
+@pytest.mark.parametrize("name", ["sft.yaml", "rows.jsonl"])
+def test_inputs_that_change_while_a_comparison_runs_end_it(tmp_path, trained, name):
+    """The other runs would be trained on the new ones, under the keys of the old ones."""
+    names, calls = trained
+    (tmp_path / "rows.jsonl").write_text("a")
+    made = plan(tmp_path, TEXT, f"dataset_name: {tmp_path / 'rows.jsonl'}\n")
+    path = tmp_path / name
+    before = path.read_text()
+    calls.append(lambda: path.write_text(f"{before}\n# another"))
+    for _ in range(2):  # a second start, with the new content from the beginning, trains nothing
+        with pytest.raises(ValueError, match="has changed since this comparison began; start it again"):
+            train_all(made, tmp_path / "out", silent)
+        assert names == ["none"]
+        assert not list((tmp_path / "out").rglob("run.json"))
+    path.write_text(before)
+    calls.clear()
+    train_all(made, tmp_path / "out", silent)
+    assert names == ["none", "none", "kl", "ldifs"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut off", "average"])
+def test_a_run_whose_adapter_is_lost_is_trained_again(tmp_path, trained, damage):
+    names, _ = trained
+    made, out = plan(tmp_path, TEXT), tmp_path / "out"
+    train_all(made, out, silent)
+    train_all(made, out, silent)
+    assert names == ["none", "kl", "ldifs"]
+    folder = out / "runs" / made.runs[1].folder
+    if damage == "average":
+        (folder / "ema").mkdir()
+    elif damage == "gone":
+        (folder / "adapter_model.safetensors").unlink()
+    else:
+        os.truncate(folder / "adapter_model.safetensors", 0 if damage == "empty" else 40)
+    console = Console(record=True)
+    show_plan(made, out, console)
+    assert re.search(r"kl, seed 0: to train\b", console.export_text())
+    train_all(made, out, silent)
+    assert names[3:] == ["kl"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_status_reaches_the_disk_last(tmp_path, trained, monkeypatch):
+    """A status without its adapter would be left by a power loss."""
+    made, synced = plan(tmp_path, TEXT), []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").resolve().name))
+    train_all(made, tmp_path / "out", silent)
+    weights, status = synced[:2]
+    assert (weights, status[:10]) == ("adapter_model.safetensors", ".run.json.")
+
+
+def test_trainings_of_other_versions_are_told(tmp_path, trained, monkeypatch):
+    made, out = plan(tmp_path, TEXT), tmp_path / "out"
+    old, new = {"torch": "1.0", "trl": "0.9"}, {"torch": "2.0", "trl": "0.9"}
+    monkeypatch.setattr(training, "versions", lambda: old)
+    train_all(made, out, silent)
+    (out / "runs" / made.runs[0].folder / "run.json").unlink()
+    without = out / "runs" / made.runs[1].folder / "run.json"  # of an earlier version of this package
+    without.write_text(json.dumps(STATUS))
+    monkeypatch.setattr(training, "versions", lambda: new)
+    found = train_all(made, out, silent)
+    assert [run.versions for run in found] == [new, None, old]
+    told = other_versions(found, new)
+    assert told == ["Number of trainings made with torch 1.0: 1."]
+    page = write_page(report({"none": (-1.0, -1.0)}), tmp_path, INFO | {"other_versions": told})
+    assert told[0] in page.read_text(encoding="utf-8")
