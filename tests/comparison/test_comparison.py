@@ -316,7 +316,10 @@ def test_a_baseline_of_fewer_seeds_than_the_undefended_run_is_left_out():
 @pytest.mark.parametrize("fields", [{"is_defended": False}, {"error": "it broke"}])
 def test_a_run_without_proof_is_not_preferred(fields):
     found = report({"kl": (0.0, -1.0)}, **fields)
-    left_out = " Left out, since a seed failed, is missing, was not measured, or gave no evidence of its defense: kl."
+    left_out = (
+        " Left out, since a seed failed, is missing, was not measured, was asked too few questions for an interval, "
+        "or gave no evidence of its defense: kl."
+    )
     assert found.sentence == f"Every run is left out, so no run can be preferred.{left_out}"
     whole = report({"none": (0.0, -1.0)})
     assert replace(whole, entries=[*whole.entries, *found.entries]).sentence.endswith(left_out)

@@ -330,6 +330,7 @@ def test_scored_files_of_different_models_do_not_go_together(tmp_path):
     for split in ("train+other", "train[:4]+plain"):
         with pytest.raises(ValueError, match=f"interleave_split={re.escape(repr(split))} names files that do not go"):
             pool(split=split)
+    assert pool(split="train+other", by="random").ranked  # random order reads no score
 
 
 @pytest.mark.parametrize("defense", ["interleave", "interleave+"])

@@ -457,6 +457,12 @@ def test_a_cue_that_brings_no_more_than_plain_questions_do_is_told():
         text = sentence(Results([*rows, did], criteria={"general": "general"}), "a")
         assert "worst behind the cue neutral_system, -0.06 (-0.11 to -0.01)" in text
         assert ("not clearly more than on plain questions" in text) == (high > 0)
+        other = [
+            result("margin", -0.055, -0.1, -0.01, family="x"),
+            result("margin_did", -0.02, -0.03, -0.01, family="x"),
+        ]
+        told = sentence(Results([*rows, did, *other], criteria={"general": "general"}), "a")
+        assert f"worst behind the cue {'x' if high > 0 else 'neutral_system'}, " in told
 
 
 def test_an_end_close_to_zero_shows_its_side():
@@ -465,14 +471,15 @@ def test_an_end_close_to_zero_shows_its_side():
         (-0.0401, -0.0777, -0.0023): "-0.040 (-0.078 to -0.002)",
         (0.0120, -0.0003, 0.0250): "+0.0120 (-0.0003 to +0.0250)",
         (0.1, 0.0, 0.2): "+0.10 (+0.00 to +0.20)",
-        (-0.0, math.nan, math.nan): "+0.00",
+        (-0.04, -0.08, -0.00003): "-4.0e-02 (-8.0e-02 to -3.0e-05)",
+        (-0.0, math.nan, math.nan): "+0.00 (no interval)",
     }
     for numbers, text in texts.items():
         assert difference_text(*numbers) == text
 
 
 def test_less_of_a_fault_is_a_move():
-    for low, text in ((-0.7, "not worse than the base, lower in truncated:"), (-1.1, "no clear move:")):
+    for low, text in ((-0.7, "not clearly worse than the base, lower in truncated:"), (-1.1, "no clear move:")):
         row = result("truncated", -0.5, low, -0.3 if low == -0.7 else 0.1)
         assert f"(d) coherence: {text}" in sentence(Results([row], criteria={"general": "general"}), "a")
 

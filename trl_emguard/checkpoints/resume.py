@@ -28,8 +28,9 @@ WHOLE_WEIGHTS = {
 # Fields of a LoRA adapter's config that say which layers it has and how its weights become an update of the base
 # model's. A resume with other values would rescale what was learned, or leave a part of it out.
 ADAPTER_FIELDS = (
-    *("r", "lora_alpha", "use_rslora", "use_dora", "target_modules"),
-    *("rank_pattern", "alpha_pattern", "modules_to_save"),
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication"),
+    *("target_parameters", "trainable_token_indices", "modules_to_save"),
 )
 
 
@@ -67,7 +68,7 @@ def why_other_adapter(folder: str | os.PathLike, adapters: Mapping[str, PeftConf
         if config.peft_type != "LORA" or not file.is_file():
             continue
         now, then = config.to_dict(), json.loads(file.read_text(encoding="utf-8"))
-        values = [(field, _field(then.get(field, now[field])), _field(now[field])) for field in ADAPTER_FIELDS]
+        values = [(field, _field(then.get(field, now.get(field))), _field(now.get(field))) for field in ADAPTER_FIELDS]
         other = "; ".join(f"{field}={before}, and not {after}" for field, before, after in values if before != after)
         if other:
             return f"holds an adapter of another config ({other}). Resume with the same config, or start anew."
@@ -76,7 +77,8 @@ def why_other_adapter(folder: str | os.PathLike, adapters: Mapping[str, PeftConf
 
 def _field(value: Any) -> Any:
     """Return a field of an adapter's config in a form that is the same in memory and in a file."""
-    return (sorted(value) if isinstance(value, (list, tuple, set)) else value) or None
+    value = json.loads(json.dumps(value, default=list))  # makes lists of sets and tuples
+    return (sorted(value, key=json.dumps) if isinstance(value, list) else value) or None
 
 
 def checkpoint_steps(output_dir: str | os.PathLike) -> list[int]:
@@ -202,7 +204,7 @@ def _newest_on_all(
         if corrupt:
             logger.warning(
                 f"{output_dir} holds checkpoints that are corrupt or of another run, which are not resumed from: "
-                f"{corrupt}. (If you changed one on purpose, delete its {MANIFEST}.)"
+                f"{corrupt}. (If a corrupt one is one that you changed on purpose, delete its {MANIFEST}.)"
             )
         up_to = min(steps)
         if len(steps) == 1:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.table import Table
 
 from ..evaluation.candidates import BASE
@@ -77,9 +78,10 @@ class Entry:
 
     @property
     def is_comparable(self) -> bool:
-        """True if `broad` and `narrow` were measured, and no seed is missing, failed or has `is_defended` False."""
+        """True if `broad` and `narrow` have intervals, and no seed is missing, failed or has `is_defended` False."""
         is_whole = all(run.error is None and run.is_defended is not False for run in self.trained)
-        return is_whole and not self.lacks_seeds and self.broad is not None and self.narrow is not None
+        has_intervals = all(figure is not None and not math.isnan(figure.low) for figure in (self.broad, self.narrow))
+        return is_whole and not self.lacks_seeds and has_intervals
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,10 @@ class Report:
         compared = [entry for entry in self.entries if entry.is_comparable]
         left_out = [entry.name for entry in self.entries if not entry.is_comparable]
         names = "; ".join(left_out)
-        reason = " Left out, since a seed failed, is missing, was not measured, or gave no evidence of its defense"
+        reason = (
+            " Left out, since a seed failed, is missing, was not measured, was asked too few questions for an "
+            "interval, or gave no evidence of its defense"
+        )
         reason += f": {names}."
         if not compared:
             return f"Every run is left out, so no run can be preferred.{reason}"
@@ -293,10 +298,11 @@ def _figure(
     if not found:
         return None
     figures = [turned(row, signs) for row in found]
+    # A seed without an interval leaves the figure without one: its ends are NaN, which `min` of numpy keeps.
     return Figure(
         sum(figure.value for figure in figures) / len(figures),
-        min(figure.low for figure in figures),
-        max(figure.high for figure in figures),
+        float(np.min([figure.low for figure in figures])),
+        float(np.max([figure.high for figure in figures])),
     )
 
 

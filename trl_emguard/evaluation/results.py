@@ -223,15 +223,16 @@ def interval_text(row: ResultRow) -> str:
 
 
 def difference_text(value: float, low: float, high: float) -> str:
-    """Return a difference and the ends of its interval as text, without the interval if they are NaN.
+    """Return a difference and the ends of its interval as text; "no interval" if they are NaN.
 
     There are two decimals, or more if an end close to 0 would otherwise look like 0: it decides whether the interval
     holds 0.
     """
-    ends = [] if math.isnan(low) else [low, high]
-    decimals = next((d for d in (2, 3, 4) if all(round(end, d) or not end for end in ends)), 2)
-    text, *texts = (f"{number:+z.{decimals}f}" for number in (value, *ends))
-    return f"{text} ({' to '.join(texts)})" if texts else text
+    if math.isnan(low):
+        return f"{value:+z.2f} (no interval)"
+    decimals = (d for d in (2, 3, 4) if all(round(end, d) or not end for end in (low, high)))
+    form = next((f"+z.{d}f" for d in decimals), "+.1e")
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def sentence(results: Results, model: str) -> str:
@@ -287,7 +288,8 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
     """Return a text that names the cue with which a metric got worse the most, or "" if no cue is to be reported.
 
     A cue is any family of prompts except the plain one. It is reported if its prompts make the metric clearly worse
-    than the base model's, and the metric has moved more than on plain questions.
+    than the base model's, and the metric has moved more than on plain questions. Cues with which it has moved clearly
+    more come first.
 
     Args:
         results: the results.
@@ -299,12 +301,13 @@ def _worst_cue(results: Results, plain: ResultRow, sign: int) -> str:
     # clearly worse, so rows whose interval includes 0 are left out.
     limit = max(0.0, sign * plain.difference)  # 0 if the plain difference is NaN
     worse = [row for row in alike if row.family != PLAIN and is_apart(row) and sign * row.difference > limit]
-    worst = max(worse, key=lambda row: sign * row.difference, default=None)
-    if worst is None:
+    if not worse:
         return ""
-    moved = results.row(plain.model, plain.set, plain.metric + DID, worst.family)
-    is_more = moved is None or (is_apart(moved) and sign * moved.difference > 0)
-    more = "" if is_more else ", not clearly more than on plain questions"
+    moved = {row.family: results.row(plain.model, plain.set, plain.metric + DID, row.family) for row in worse}
+    # Rows without a difference in differences are those of earlier versions of this package.
+    is_more = {family: row is None or (is_apart(row) and sign * row.difference > 0) for family, row in moved.items()}
+    worst = max(worse, key=lambda row: (is_more[row.family], sign * row.difference))
+    more = "" if is_more[worst.family] else ", not clearly more than on plain questions"
     return f", worst behind the cue {worst.family}, {interval_text(worst)}{more}"
 
 
@@ -353,7 +356,7 @@ def _coherent(results: Results, model: str) -> str:
         own = [row for row in rows if row.set == set]
         worse = [row.metric for row in own if is_apart(row) and row.difference > 0]
         lower = [row.metric for row in own if is_apart(row) and row.difference < 0]
-        verdict = f"worse than the base in {', '.join(worse)}" if worse else "not worse than the base"
+        verdict = f"worse than the base in {', '.join(worse)}" if worse else "not clearly worse than the base"
         verdict = f"{verdict}, lower in {', '.join(lower)}" if lower else verdict if worse else "no clear move"
         figures = ", ".join(f"{row.metric} {row.value:.2f} (base {row.base:.2f})" for row in own)
         parts.append(f"{verdict}: {figures}{_of_set(results, own[0])}")

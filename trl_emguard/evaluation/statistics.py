@@ -8,8 +8,8 @@ import numpy as np
 
 DRAWS = 10_000
 LEVEL = 0.95
-# Least number of questions for an interval. With five, even the span of all values misses their true median in 6 % of
-# cases, so no interval from fewer than six has 95 %.
+# Least number of questions for an interval that comes from draws. With five, even the span of all values misses their
+# true median in 6 % of cases.
 LEAST_QUESTIONS = 6
 # Number of draws that are computed at once. The limit keeps memory from growing with the number of all draws.
 _CHUNK = 500
@@ -20,7 +20,8 @@ class Interval(NamedTuple):
 
     Attributes:
         value: the mean over all samples that have a value.
-        low, high: ends of the 95 % interval; NaN if fewer than `LEAST_QUESTIONS` have values.
+        low, high: ends of the 95 % interval; NaN if fewer than `LEAST_QUESTIONS` have values. For a rate that is the
+            same for all questions, two are enough.
         n: number of samples with a value.
     """
 
@@ -46,61 +47,39 @@ def bootstrap(values: np.ndarray, seed: int = 0, limits: tuple[float, float] | N
         seed: seed of the draws. The draws depend only on the seed and on the number of questions that have values.
         limits: the least and the greatest possible value, for a rate or a difference of rates; `None` for others.
     """
-    counted = _by_question(values)
-    samples = int(counted[1].sum())
-    return Interval(*_mean_and_ends([counted], seed, limits), samples)
-
-
-def paired(values: np.ndarray, base: np.ndarray, seed: int = 0, limits: tuple[float, float] | None = None) -> Interval:
-    """Return the mean of `values` minus that of `base` over the questions that have values in both, with its interval.
-
-    Both means are over all samples of these questions, as in [`bootstrap`]. A draw takes the same questions in both.
-
-    Args:
-        values, base: `(Q, S)` and `(Q, S')` for the same questions, or `(Q,)`.
-        seed, limits: as for [`bootstrap`]. The limits are those of the difference.
-
-    Returns:
-        The interval; its `n` counts questions.
-    """
-    pair = [_by_question(values), _by_question(base)]
-    questions = int(((pair[0][1] > 0) & (pair[1][1] > 0)).sum())
-    return Interval(*_mean_and_ends(pair, seed, limits), questions)
-
-
-def _mean_and_ends(
-    arrays: list[tuple[np.ndarray, np.ndarray]], seed: int, limits: tuple[float, float] | None
-) -> tuple[float, float, float]:
-    """Return the mean of one array, or the first array's minus the second's, and the ends of its interval.
-
-    Args:
-        arrays: for each array the sums and the numbers of each question's values, `(Q,)` each.
-        seed, limits: as for [`bootstrap`].
-    """
-    kept = np.logical_and.reduce([counts > 0 for _, counts in arrays])
-    arrays = [(sums[kept], counts[kept]) for sums, counts in arrays]
-    questions = int(kept.sum())
+    sums, counts = _by_question(values)
+    has_values = counts > 0
+    sums, counts = sums[has_values], counts[has_values]
+    questions, samples = len(sums), int(counts.sum())
     if not questions:
-        return math.nan, math.nan, math.nan
-    value = float(_difference([sums.sum() / counts.sum() for sums, counts in arrays]))
-    by_question = _difference([sums / counts for sums, counts in arrays])
-    if limits is not None and questions > 1 and np.ptp(by_question) < 1e-9:  # equal, but for rounding
+        return Interval(math.nan, math.nan, math.nan, 0)
+    value = float(sums.sum() / samples)
+    if limits is not None and questions > 1 and np.ptp(sums / counts) < 1e-9:  # equal, but for rounding
         reach = 1 - ((1 - LEVEL) / 2) ** (1 / questions)
         low, high = (value + reach * (limit - value) for limit in limits)
-        return value, low, high
+        return Interval(value, low, high, samples)
     if questions < LEAST_QUESTIONS:
-        return value, math.nan, math.nan
+        return Interval(value, math.nan, math.nan, samples)
     random = np.random.default_rng(seed)
     means = []
     for start in range(0, DRAWS, _CHUNK):
         drawn = random.integers(questions, size=(min(_CHUNK, DRAWS - start), questions))
-        means.append(_difference([sums[drawn].sum(1) / counts[drawn].sum(1) for sums, counts in arrays]))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return value, float(low), float(high)
+    return Interval(value, float(low), float(high), samples)
 
 
-def _difference(means: list[np.ndarray]) -> np.ndarray:
-    return means[0] if len(means) == 1 else means[0] - means[1]
+def paired(values: np.ndarray, base: np.ndarray, seed: int = 0, limits: tuple[float, float] | None = None) -> Interval:
+    """Return the mean over questions of `values` minus `base`, with its interval.
+
+    Samples of a question are averaged first, so that each question counts alike, however many samples have a value.
+    Only questions that have values in both arrays count.
+
+    Args:
+        values, base: `(Q, S)` and `(Q, S')` for the same questions, or `(Q,)`.
+        seed, limits: as for [`bootstrap`]. The limits are those of the difference.
+    """
+    return bootstrap(question_means(values) - question_means(base), seed, limits)
 
 
 def is_rate(*arrays: np.ndarray) -> bool:

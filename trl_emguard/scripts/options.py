@@ -4,6 +4,7 @@ import argparse
 import copy
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from shutil import get_terminal_size
@@ -58,7 +59,7 @@ def title(cls: type) -> str:
 def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: str) -> str:
     """Return a help page with the options that most runs need, each listed once, without its `--no_` variant.
 
-    The page is as wide as the terminal, and at least 100 characters.
+    The page is as wide as the terminal. In a pipe or file it has at least 100 characters a line.
 
     Args:
         parser: parser with all options. The page shows their default values.
@@ -66,8 +67,9 @@ def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: s
         text: introduction with examples, printed unchanged.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}
-    # At the 80 columns of many terminals, and of every pipe, the page would have 60 lines more.
-    width = max(100, get_terminal_size().columns - 2)
+    width = get_terminal_size().columns - 2
+    if not sys.stdout.isatty():
+        width = max(100, width)  # the 80 characters that stand for no terminal would make 60 lines more
     formatter = argparse.HelpFormatter(parser.prog, max_help_position=36, width=width)
     for heading, names, shorten in _groups():
         formatter.start_section(heading)

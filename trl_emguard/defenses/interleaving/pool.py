@@ -94,9 +94,8 @@ class Pool:
         rows = _without_harm(rows, where)
         model = ""
         if source is not None:
-            rows, model = _named_as_usual(rows, Path(os.path.expanduser(source)), split)
-        # Name of the model for which the pool's gaps were computed; empty if it is unknown, or if the order is random.
-        self._model = model if by == "gap" else ""
+            rows, model = _named_as_usual(rows, Path(os.path.expanduser(source)), split, by)
+        self._model = model
         is_tokenised = "input_ids" in rows.column_names
         if is_tokenised and drop_refusals:
             raise ValueError(
@@ -248,24 +247,28 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
     return rows
 
 
-def _named_as_usual(rows: Dataset, path: Path, split: str) -> tuple[Dataset, str]:
+def _named_as_usual(rows: Dataset, path: Path, split: str, by: str) -> tuple[Dataset, str]:
     """Return the rows, with text columns named `prompt` and `response` if `trl-emguard score` wrote `path`.
 
     If `path` is a folder, its files are those of the splits that `split` names. The second value is the name of the
-    model that the rows were scored for, or empty.
+    model whose gaps the rows are ranked by; empty if it is unknown, or if `by` is not `"gap"`.
 
     Raises:
-        ValueError: the files were scored for different models, or their text columns have different names.
+        ValueError: the files' text columns have different names, or their gaps are of different models.
     """
     bases = [part.split("[")[0].strip() for part in split.split("+")]
-    found = {scored_names(split_file(path, base) or path) for base in bases}
-    if len(found) > 1:
+    found = [scored_names(split_file(path, base) or path) for base in bases]
+    columns = {("prompt", "response") if names is None else names[1:] for names in found}
+    models = {"" if names is None else names[0] for names in found} if by == "gap" else {""}
+    if len(columns) > 1 or len(models) > 1:
         raise ValueError(
-            f"interleave_split={split!r} names files that do not go together: they were scored for different models, "
-            "have other names for their text columns, or one of them is not scored. Score them alike, or name one."
+            f"interleave_split={split!r} names files that do not go together: "
+            + ("their text columns have different names. " if len(columns) > 1 else "")
+            + (f"their gaps are of different models ({', '.join(map(repr, sorted(models)))}). " * (len(models) > 1))
+            + "Score them alike, or name one."
         )
-    (scored,) = found
-    return (rows, "") if scored is None else (with_usual_names(rows, *scored[1:]), scored[0])
+    (names,), (model,) = columns, models
+    return with_usual_names(rows, *names), model
 
 
 def _usable(rows: Dataset) -> tuple[Dataset, Counter[str]]:
