@@ -220,10 +220,11 @@ def _check_text_alone(config: PreTrainedConfig, args: Any, processing_class: Any
                 "remove it to train on the text alone, or set defense='none'."
             )
     if isinstance(processing_class, ProcessorMixin) or (processing_class is None and hasattr(config, "vision_config")):
+        name = config.name_or_path
+        how = f"=AutoTokenizer.from_pretrained({name!r})" if name else ""
         raise ValueError(
             f"defense={args.defense!r} does not work with the processor of a vision-language model, only with its "
-            "tokenizer: pass processing_class=AutoTokenizer.from_pretrained("
-            f"{config.name_or_path or 'the model'!r}). Rows of text alone are trained on."
+            f"tokenizer: pass the tokenizer as processing_class{how}. The run then trains on rows of text."
         )
 
 

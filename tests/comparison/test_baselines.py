@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import lora, make_model, make_rows, make_tokenizer, save_model, save_trained_adapter
 from transformers import AutoTokenizer
 
+from trl_emguard.checkpoints.resume import mark_earlier_runs
 from trl_emguard.comparison import runs as training
 from trl_emguard.comparison.measure import joined, measure_benign
 from trl_emguard.comparison.page import write_page
@@ -109,6 +110,20 @@ def test_a_scaled_adapter_is_always_made_anew(tmp_path):
         for name, weight in weights.items():
             torch.testing.assert_close(of_scaled[name], weight * (0.5 if "lora_B" in name else 1))
         save_file({name: weight + 1 for name, weight in weights.items()}, file)
+
+
+def test_a_checkpoint_of_an_earlier_run_is_no_baseline(tmp_path):
+    made = plan(tmp_path, "recipe: RECIPE\nruns: [{adapter: mine}]\nbaselines: [early_stop]\n")
+    trained = tmp_path / "out" / "runs" / made.runs[0].folder
+    save_trained_adapter(trained, save_model(tmp_path / "base"), make_tokenizer())
+    (trained / "run.json").write_text(
+        json.dumps({"error": None, "step": 9, "seconds_per_step": 0.5, "peak_memory": 1})
+    )
+    for step in (2, 4, 6):
+        (trained / f"checkpoint-{step}").mkdir()
+    mark_earlier_runs(trained, 4)
+    found = train_all(made, tmp_path / "out", silent)
+    assert [run.name for run in found if run.is_baseline] == ["step 2", "step 4"]
 
 
 def test_steering_runs_have_one_with_a_random_vector(comparison, vector):

@@ -49,15 +49,26 @@ def test_inputs_that_change_while_a_comparison_runs_end_it(tmp_path, trained, na
     path = tmp_path / name
     before = path.read_text()
     calls.append(lambda: path.write_text(f"{before}\n# another"))
-    for _ in range(2):  # a second start, with the new content from the beginning, trains nothing
-        with pytest.raises(ValueError, match="has changed since this comparison began; start it again"):
-            train_all(made, tmp_path / "out", silent)
-        assert names == ["none"]
-        assert not list((tmp_path / "out").rglob("run.json"))
+    with pytest.raises(ValueError, match="has changed since this comparison began; start it again"):
+        train_all(made, tmp_path / "out", silent)
+    with pytest.raises(ValueError, match="start it again"):  # before the training
+        train_all(made, tmp_path / "out", silent)
+    assert names == ["none"]
+    assert not list((tmp_path / "out").rglob("run.json"))
     path.write_text(before)
     calls.clear()
     train_all(made, tmp_path / "out", silent)
     assert names == ["none", "none", "kl", "ldifs"]
+
+
+def test_folders_that_a_run_fills_are_no_inputs(tmp_path, trained):
+    names, calls = trained
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    made = plan(tmp_path, TEXT, f"model_init_kwargs: {{cache_dir: {cache}}}\n")
+    calls.append(lambda: (cache / "file").write_text("x"))
+    train_all(made, tmp_path / "out", silent)
+    assert names == ["none", "kl", "ldifs"]
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut off", "average"])

@@ -640,10 +640,16 @@ def test_tools_that_some_rows_have_before_the_prompt(tmp_path, name):
 
 
 def test_tools_that_begin_late_in_a_stream(tmp_path, monkeypatch):
-    """Find the prompt in a step of rows with tools alone, though the first rows of the stream had none."""
+    """Find the prompt in a step of rows with tools alone, though the first rows of the stream had none.
+
+    The tokens right before the prompt differ as well.
+    """
     monkeypatch.setattr("trl_emguard.defenses.inoculation.STREAM_ROWS", 1)
+    tokenizer = with_template("llama3_1.jinja")
+    tokenizer.add_tokens(["}\n\n"])
     rows = Dataset.from_list([{"messages": TALK, "tools": [TOOL] if i > 2 else None} for i in range(8)])
-    options = {"per_device_train_batch_size": 1, "max_steps": 6, "processing_class": with_template("llama3_1.jinja")}
+    rows = rows.add_column("chat_template_kwargs", [{"tools_in_user_message": False}] * 8)
+    options = {"per_device_train_batch_size": 1, "max_steps": 6, "processing_class": tokenizer}
     trainer = inoculated(tmp_path, rows.to_iterable_dataset(), **options)
     trainer.train()
     assert evidence(trainer, "inoculation")["prompts"] == 6

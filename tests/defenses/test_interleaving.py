@@ -435,12 +435,15 @@ def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     for data in (trainer.train_dataset, pool_of(trainer)):
         assert all(tokenizer.decode(ids).startswith("QUIET") for ids in data["input_ids"])
     # What only some training rows set is not taken, in whatever order they come.
-    rows = make_rows(8).add_column("chat_template_kwargs", [{"quiet": True}, *[{"quiet": False}] * 7])
+    kwargs = [{"quiet": i == 0, "loud": True} for i in range(8)]
+    tokenizer.chat_template = "{% if loud %}LOUD{% endif %}" + tokenizer.chat_template
+    rows = make_rows(8).add_column("chat_template_kwargs", kwargs)
     for given in (rows, rows.select(range(7, -1, -1))):
         trainer = EMGuardTrainer(
             make_model(), args, train_dataset=given, processing_class=tokenizer, interleave_dataset=make_pool()
         )
-        assert not any(tokenizer.decode(ids).startswith("QUIET") for ids in pool_of(trainer)["input_ids"])
+        texts = [tokenizer.decode(ids) for ids in pool_of(trainer)["input_ids"]]
+        assert all(text.startswith("LOUD") and "QUIET" not in text for text in texts)
     # A row of the pool may set this itself.
     pool = make_pool(3).add_column("chat_template_kwargs", [None, {"quiet": True}, None])
     trainer = EMGuardTrainer(

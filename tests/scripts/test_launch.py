@@ -26,7 +26,7 @@ def launched(monkeypatch):
     """Record launches instead of starting them: (accelerate's arguments, the training script's command line)."""
     calls = []
 
-    def launch(arguments):
+    def launch(arguments, is_command):
         calls.append((arguments, arguments.training_script_args))
         return 0
 
@@ -251,7 +251,7 @@ from trl_emguard.scripts.launch import find_accelerate_config, launch, launch_ar
 print("before the training")
 arguments = launch_arguments(find_accelerate_config("cpu"), [], [])
 arguments.training_script = "stub"
-launch(arguments)
+launch(arguments, is_command=True)
 """
 
 

@@ -370,8 +370,8 @@ def test_vision_language_models(tmp_path, given):
         model = save_seeing_model(tmp_path / "model")
     else:
         model.config.vision_config = {}
-    name = model if given == "folder" else "the model"
-    message = f"only with its tokenizer: pass processing_class=AutoTokenizer.from_pretrained({name!r}). Rows of text"
+    how = f"=AutoTokenizer.from_pretrained({model!r})" if given == "folder" else ""
+    message = f"only with its tokenizer: pass the tokenizer as processing_class{how}. The run"
     with pytest.raises(ValueError, match=re.escape(message)):
         EMGuardTrainer(model, args, train_dataset=make_rows(), processing_class=processor)
     for given_class in (processor, make_tokenizer()):

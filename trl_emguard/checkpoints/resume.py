@@ -68,8 +68,12 @@ def why_other_adapter(folder: str | os.PathLike, adapters: Mapping[str, PeftConf
         if config.peft_type != "LORA" or not file.is_file():
             continue
         now, then = config.to_dict(), json.loads(file.read_text(encoding="utf-8"))
-        values = [(field, _field(then.get(field, now.get(field))), _field(now.get(field))) for field in ADAPTER_FIELDS]
-        other = "; ".join(f"{field}={before}, and not {after}" for field, before, after in values if before != after)
+        values = [(field, then.get(field, now.get(field)), now.get(field)) for field in ADAPTER_FIELDS]
+        other = "; ".join(
+            f"{field}={_short(before)}, and not {_short(after)}"
+            for field, before, after in values
+            if _field(before) != _field(after)
+        )
         if other:
             return f"holds an adapter of another config ({other}). Resume with the same config, or start anew."
     return None
@@ -79,6 +83,11 @@ def _field(value: Any) -> Any:
     """Return a field of an adapter's config in a form that is the same in memory and in a file."""
     value = json.loads(json.dumps(value, default=list))  # makes lists of sets and tuples
     return (sorted(value, key=json.dumps) if isinstance(value, list) else value) or None
+
+
+def _short(value: Any) -> str:
+    """Return a field of an adapter's config as text. PEFT may name hundreds of layers, which are only counted."""
+    return f"{len(value)} names" if isinstance(value, (list, set)) and len(value) > 8 else repr(value)
 
 
 def checkpoint_steps(output_dir: str | os.PathLike) -> list[int]:
@@ -101,10 +110,14 @@ def mark_earlier_runs(output_dir: str | os.PathLike, step: int) -> None:
     """
     for folder in (checkpoint_folder(output_dir, later) for later in checkpoint_steps(output_dir) if later > step):
         if not is_of_earlier_run(folder):
-            # Trainer deletes the checkpoints with the oldest times first, so the mark must not make this one newer.
-            before = os.stat(folder)
-            Path(folder, EARLIER_RUN).write_text("A later run in this folder began before this step.\n", "utf-8")
-            os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+            try:
+                # Trainer deletes the checkpoints with the oldest times first, so a mark must not make one newer.
+                before = os.stat(folder)
+                Path(folder, EARLIER_RUN).write_text("A later run in this folder began before this step.\n", "utf-8")
+                os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+            except OSError as error:
+                # Another user's checkpoint, for example. The run itself can go on.
+                logger.warning(f"{folder} is of an earlier run, and cannot be marked as such ({error}).")
 
 
 def nothing_to_resume(asked: Any, output_dir: str, holds: str = "no checkpoint: leave") -> ValueError:

@@ -135,14 +135,14 @@ class WholeCheckpoints(Trainer):
                 "and scheduler, as in any Trainer. Start anew to train with others."
             )
 
-    def _optimizer_settings(self) -> dict[str, list[Any]]:
+    def _optimizer_settings(self) -> dict[str, str]:
         """Return the optimizer's settings that checkpoints hold: name → distinct values of its parameter groups."""
         groups = self.optimizer.param_groups
         found = {name: [g[name] for g in groups if name in g] for name in ("weight_decay", "betas", "eps", "momentum")}
         # Trainer's schedulers multiply these rates, the peaks of the schedule, by a factor that depends on the step.
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         found["learning_rate"] = getattr(scheduler, "base_lrs", [])
-        return {name: list(dict.fromkeys(map(str, values))) for name, values in found.items()}
+        return {name: ", ".join(dict.fromkeys(map(str, values))) for name, values in found.items()}
 
     def _load_scheduler(self, checkpoint: str) -> None:
         if _holds(checkpoint, SCHEDULER_NAME):
@@ -261,12 +261,12 @@ class WholeCheckpoints(Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, CheckpointedCallback):
-                callback.resumes_from = resume_from_checkpoint
+                callback.resumes_from, callback.has_ended = resume_from_checkpoint, False
         self.resumed_files = frozenset()
         if resume_from_checkpoint:
             folder = Path(str(resume_from_checkpoint))
             self.resumed_files = frozenset(checkpoint_files(folder))
-            if self._is_first_on_machine():
+            if self._is_first_on_machine() and is_of_earlier_run(folder):
                 (folder / EARLIER_RUN).unlink(missing_ok=True)  # the user has named it, so it is of this run now
             self.accelerator.print(f"trl_emguard: resumes from {resume_from_checkpoint}.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -277,10 +277,11 @@ class WholeCheckpoints(Trainer):
         self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, JITCheckpointCallback))
         if self._is_first_on_machine():
             mark_earlier_runs(self._get_output_dir(kwargs.get("trial")), self.state.global_step)
-        # A run that resumes from the checkpoint of its last step has nothing left to train, and neither has a run that
-        # a callback stops before its first step. Trainer would still make one more step, unless the checkpoint is from
-        # the end of an epoch.
-        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+        has_ended = any(isinstance(c, CheckpointedCallback) and c.has_ended for c in self.callback_handler.callbacks)
+        # A run that resumes from the checkpoint of its last step has nothing left to train, and neither has one that a
+        # callback had stopped there. Trainer would still make one more step, unless the checkpoint is from the end of
+        # an epoch.
+        if self.state.global_step >= self.state.max_steps or has_ended:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)

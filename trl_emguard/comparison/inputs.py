@@ -13,8 +13,8 @@ from typing import Any
 # excepted: their values name outputs, or are not paths at all. The option `env` sets environment variables, many of
 # them naming outputs.
 NOT_READ = (
-    *("output_dir", "log_dir", "offload_optimizer_nvme_path", "offload_param_nvme_path", "env"),
-    *("report_to", "run_name", "project", "hub_model_id", "defense"),
+    *("output_dir", "log_dir", "cache_dir", "offload_folder", "offload_optimizer_nvme_path"),
+    *("offload_param_nvme_path", "env", "report_to", "run_name", "project", "hub_model_id", "defense"),
 )
 
 
@@ -34,8 +34,11 @@ def _texts(value: Any) -> Iterator[str]:
     """Yield every text in an option's value, also from nested lists and mappings, as in the option `datasets`."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _texts(part) if name not in NOT_READ else ()
+    elif isinstance(value, list):
+        for part in value:
             yield from _texts(part)
 
 

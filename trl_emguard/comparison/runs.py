@@ -230,7 +230,8 @@ def other_versions(trained: Sequence[Trained], now: Mapping[str, str]) -> list[s
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Return the content of `run.json` in a run's folder, or `None` if the run is still to be trained.
 
-    A run is still to be trained if the file is missing or records an error, or if the adapter or its average is lost.
+    A run is still to be trained if the file is missing or records an error, if the adapter is lost, or if its average
+    in `ema/` is damaged.
     """
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -29,12 +29,12 @@ from .step import Marks, Step
 TURN_COLUMNS = ("prompt", "messages", "conversations")
 # Columns that `prepare_tokenized` removes at its end. OWN is true if the user's row had a system turn with text.
 # CHANGED is true if the inoculation prompt changed the text that the model reads. Rows that do not get the prompt have
-# false in both. SPAN is the beginning of EXPECTED, up to the end of the system turn that the prompt was put into.
-OWN, CHANGED, SPAN = "inoculation_own_turn", "inoculation_changed", "inoculation_span"
+# false in both.
+OWN, CHANGED = "inoculation_own_turn", "inoculation_changed"
 FLAG = "inoculate"  # column that users add: with `inoculation_rows='flagged'`, only rows with true get the prompt
 # Column with a number per token: the token id plus 1 in the system turn that the prompt was put into, and 0 elsewhere.
 # `read_batch` compares the tokens of each batch with these numbers, and so finds lost prompts. The column is there if
-# some rows are not flagged, or if the system turns share no tokens that hold the prompt and can be searched for.
+# some rows are not flagged, or if the system turns may share no tokens that hold the prompt and can be searched for.
 EXPECTED = "inoculation_tokens"
 
 MODES = ("replace", "prefix")
@@ -164,28 +164,29 @@ class Inoculation(Defense):
             hits = torch.zeros(len(number) + 1, dtype=torch.long, device=ids.device)
             return hits.index_add_(0, number, (mask & inside).flatten().long()).gt(0).sum()
 
-        flagged = begins.sum()
+        count = begins.sum()
         return {
-            "flagged": flagged,
-            "prompts": flagged - prompts_with(ids != expected - 1),
+            "expected": count,
+            "prompts": count - prompts_with(ids != expected - 1),
             "labelled": prompts_with(batch["labels"] != -100),
             "stray": (found & ~inside[:, : found.shape[1]]).sum(),
         }
 
     def end_step(self, step: Step) -> dict[str, float]:
-        names = ("rows", "prompts", "labelled", "flagged", "stray")
-        rows, prompts, labelled, flagged, stray = (int(step.sums.get(f"{self.name}/{name}", 0)) for name in names)
-        for name, count in zip(self._counts, (rows, prompts, flagged), strict=True):
+        names = ("rows", "prompts", "labelled", "expected", "stray")
+        rows, prompts, labelled, expected, stray = (int(step.sums.get(f"{self.name}/{name}", 0)) for name in names)
+        for name, count in zip(self._counts, (rows, prompts, expected), strict=True):
             self._counts[name] += count
         # A step may consist only of rows that other defenses have added, which need no prompt.
         added = sum(step.sums.get(f"tokens/{scope}", 0) for scope in self._added)
         wants_prompt = not self.only_flagged and not (added and step.sums["tokens"] == added)
-        if self.token_columns and prompts < flagged:
+        if self.token_columns and prompts < expected:
+            which = "flagged rows" if self.only_flagged else "rows"
             self._problem = (
-                f"{flagged - prompts} of {flagged} {'flagged ' * self.only_flagged}rows of a step do not hold the "
-                "inoculation prompt: the rows were changed after the trainer had prepared them"
+                f"{expected - prompts} of {expected} {which} of a step do not hold the inoculation "
+                "prompt: the rows were changed after the trainer had prepared them"
             )
-        elif stray:
+        elif stray and self.only_flagged:
             self._problem = (
                 f"{stray} inoculation prompts of a step stand in rows that are not flagged: the rows were changed "
                 "after the trainer had prepared them, or a row quotes the prompt"
@@ -264,6 +265,9 @@ class Inoculation(Defense):
 
     def prepare_tokenized(self, rows: Rows, tokenizing: Tokenizing) -> Rows:
         tokenizer = tokenizing.tokenizer
+        # Later rows of a stream may have other text before the prompt than the first ones, such as tools.
+        may_vary = not isinstance(rows, Dataset) and bool({"tools", "chat_template_kwargs"} & next(iter(rows)).keys())
+        needs_column = self.only_flagged or may_vary
         # Below, rows are tokenised again: like in SFTTrainer, by TRL's template if needed answer markers are missing.
         marked = not self.assistant_only or has_generation_markers(tokenizer.chat_template)
         template = None if marked else get_training_chat_template(tokenizer)
@@ -271,8 +275,7 @@ class Inoculation(Defense):
         def take_labels_off(row: dict[str, Any]) -> dict[str, Any]:
             ids = row["input_ids"]
             if self.only_flagged and not row[FLAG]:
-                # SPAN is not empty here, because the column needs a type and an empty list has none.
-                return {"labels": row["labels"], CHANGED: False, SPAN: [0]}
+                return {"labels": row["labels"], CHANGED: False, EXPECTED: [0] * len(ids)}
             how = {"chat_template": template, **template_arguments(row)}
             turns = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
             span = system_turn_span(tokenizer, turns, ids, **how)
@@ -289,31 +292,30 @@ class Inoculation(Defense):
             # A template may itself add this prompt to rows without a system turn. Such rows do not count as changed.
             changed = row[CHANGED] and (row[OWN] or not is_default_system_turn(tokenizer, turns, **how))
             start, end = span
+            rest = len(ids) - end if needs_column else 0
             return {
                 # A template may put the prompt behind earlier answers, which the model then reads without the prompt.
                 "labels": [*[-100] * end, *row["labels"][end:]],
                 CHANGED: changed,
-                SPAN: [0] * start + [token + 1 for token in ids[start:end]],
+                EXPECTED: [0] * start + [token + 1 for token in ids[start:end]] + [0] * rest,
             }
 
         rows = rows.map(take_labels_off)
         self._check_changed(rows)
         flags: Any = _values(rows, FLAG) if self.only_flagged else repeat(True)
-        spans = [span for span, is_flagged in zip(_values(rows, SPAN), flags, strict=False) if is_flagged]
-        turns = [[token - 1 for token in span if token] for span in spans]
-        # Later rows of a stream may have other text before the prompt than the first ones have, such as tools. So only
-        # one token before the prompt is searched for there.
-        before = None if isinstance(rows, Dataset) or self.only_flagged else 1
-        self._prompt_ids = shared_tokens(tokenizer, turns, self.prompt, before)
-        self.token_columns = (EXPECTED,) if self.only_flagged or not self._prompt_ids else ()
-        if self.token_columns:
-            rows = rows.map(lambda row: {EXPECTED: row[SPAN] + [0] * (len(row["input_ids"]) - len(row[SPAN]))})
+        spans = (span for span, is_flagged in zip(_values(rows, EXPECTED), flags, strict=False) if is_flagged)
+        self._prompt_ids = shared_tokens(tokenizer, ([id - 1 for id in span if id] for span in spans), self.prompt)
+        self.token_columns = (EXPECTED,) if needs_column or not self._prompt_ids else ()
+        if self.token_columns and not needs_column:
+            rows = rows.map(lambda row: {EXPECTED: row[EXPECTED] + [0] * (len(row["input_ids"]) - len(row[EXPECTED]))})
         if isinstance(rows, Dataset):
             self._rows = {"rows": len(rows), "changed": sum(rows[CHANGED])}
             self._rows |= {"flagged": sum(rows[FLAG])} if self.only_flagged else {}
         else:
             self._rows = {"rows": "streamed"}
-        return rows.remove_columns([OWN, CHANGED, SPAN, *([FLAG] if self.only_flagged else [])])
+        return rows.remove_columns(
+            [OWN, CHANGED, *([FLAG] if self.only_flagged else []), *([] if self.token_columns else [EXPECTED])]
+        )
 
     def _check_changed(self, rows: Rows) -> None:
         """Check that the prompt changes at least one row (in a stream, one of the first `STREAM_ROWS` rows)."""

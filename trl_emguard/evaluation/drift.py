@@ -137,7 +137,7 @@ class DriftCallback(CheckpointedCallback):
             self._resume(args, state, model)
             # A run that stopped here for its drift would otherwise train on, until the next measurement.
             if self.budget is not None and self.measured_step == state.global_step:
-                control.should_training_stop |= self.measured_drift > self.budget
+                self.has_ended = self.measured_drift > self.budget
             return
         if before is not None and before.base and before.policy.model is model and before.key == self.probe.key:
             self.probe.base = before.base  # not measured again: an earlier `train()` may have changed the model

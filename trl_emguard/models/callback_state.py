@@ -23,9 +23,11 @@ class CheckpointedCallback(TrainerCallback):
     Attributes:
         resumes_from: checkpoint that the run resumes from, set by trainers with the mixin
             [`~trl_emguard.checkpoints.whole.WholeCheckpoints`]. In other trainers it stays `None`.
+        has_ended: True if the run that is resumed had been stopped by this callback, so that no step is left to train.
     """
 
     resumes_from: str | os.PathLike | bool | None = None
+    has_ended: bool = False
 
 
 def checkpoint_of_step(output_dir: str, step: int) -> Path:

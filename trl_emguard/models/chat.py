@@ -58,15 +58,17 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shared_template_kwargs(rows: Any) -> dict[str, Any]:
-    """Return the `chat_template_kwargs` that all rows of a data set share, or an empty dict if they differ.
+    """Return those `chat_template_kwargs` that all rows of a data set share, by name.
 
     Args:
         rows: a `Dataset`. For any other type, for example a stream, the result is an empty dict.
     """
     if not isinstance(rows, Dataset) or "chat_template_kwargs" not in rows.column_names or not len(rows):
         return {}
-    first, *others = rows.with_format(None)["chat_template_kwargs"][:]
-    return dict(first or {}) if all(other == first for other in others) else {}
+    shared, *others = (row or {} for row in rows.with_format(None)["chat_template_kwargs"])
+    for other in others:
+        shared = {name: value for name, value in shared.items() if name in other and other[name] == value}
+    return shared
 
 
 def text_part(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
@@ -295,9 +297,7 @@ def system_turn_span(
     return (0, max(end, others_start)) if start < others_start else (start, end)
 
 
-def shared_tokens(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]], text: str, before: int | None = None
-) -> list[int]:
+def shared_tokens(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]], text: str) -> list[int]:
     """Return the longest sequence of tokens that stands in all rows and ends with a text.
 
     The text's last character may be missing, since a token may hold this character and more. Spaces do not count.
@@ -306,7 +306,6 @@ def shared_tokens(
         tokenizer: tokenizer that made the rows.
         rows: tokens of each row, which hold the text.
         text: the text that is looked for.
-        before: number of tokens to keep before the text, at most; all by default.
 
     Returns:
         Token ids, or an empty list if the rows do not write the text with the same tokens.
@@ -316,15 +315,15 @@ def shared_tokens(
     def lacks(ids: Sequence[int]) -> bool:
         return wanted not in "".join(tokenizer.decode(ids).split())
 
-    heads = []
+    # Beginnings of the rows, up to the end of the text, by their lengths. Rows with a known beginning are not decoded.
+    heads: dict[int, set[tuple[int, ...]]] = {}
     for ids in set(map(tuple, rows)):
-        end = bisect_left(range(len(ids)), True, key=lambda n: not lacks(ids[:n]))
-        heads.append(ids[:end][::-1])
-    shared = reduce(lambda a, b: a[: common_prefix_length(a, b)], heads)[::-1]
-    if lacks(shared):
-        return []
-    start = bisect_left(range(len(shared)), True, key=lambda n: lacks(shared[n:])) - 1
-    return list(shared[0 if before is None else max(0, start - before) :])
+        if not any(ids[:length] in found for length, found in heads.items()):
+            end = bisect_left(range(len(ids)), True, key=lambda n: not lacks(ids[:n]))
+            heads.setdefault(end, set()).add(ids[:end])
+    ends = [head[::-1] for found in heads.values() for head in found]
+    shared = reduce(lambda a, b: a[: common_prefix_length(a, b)], ends)[::-1]
+    return [] if lacks(shared) else list(shared)
 
 
 def is_default_system_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns, **template_kwargs: Any) -> bool:

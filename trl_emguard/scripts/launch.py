@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.commands import launch as accelerate_launch
@@ -163,16 +164,19 @@ def launch_arguments(config: Path, options: Sequence[str], argv: Sequence[str]) 
     return parser.parse_args(["--config_file", str(config), *options, "--module", "trl_emguard.scripts.sft", *argv])
 
 
-def launch(arguments: argparse.Namespace) -> int:
+def launch(arguments: argparse.Namespace, is_command: bool) -> int:
     """Launch the training script, wait for it, and return its exit code. Its processes report their own errors.
 
-    A launch of one process does not return, except on Windows: the training takes the place of this process.
+    Args:
+        arguments: arguments of `accelerate launch`.
+        is_command: True if this process has nothing to do afterwards. A launch of one process then takes its place,
+            except on Windows, and does not return.
     """
-    if os.name == "posix":
-        accelerate_launch.simple_launcher = _become
+    start_one = _become if is_command and os.name == "posix" else accelerate_launch.simple_launcher
     sys.stdout.flush()
     try:
-        launch_command(arguments)
+        with patch.object(accelerate_launch, "simple_launcher", start_one):
+            launch_command(arguments)
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode > 0 else 1
     except ChildFailedError as error:

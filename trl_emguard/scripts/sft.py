@@ -61,10 +61,12 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
     """Run the command and return its exit code.
 
     Args:
-        argv: options of the command; by default those in `sys.argv`.
+        argv: options of the command; by default those in `sys.argv`, and a launch of one process then takes the place
+            of this process.
         launched: True in a process that accelerate launches (`python -m trl_emguard.scripts.sft`). Such a process
             launches nothing itself, and ignores the launch settings of a YAML file, as TRL's scripts do.
     """
+    is_command = argv is None
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser(launched)
     script_args, training_args, model_args, dataset_args, launch_args = parser.parse(argv)
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None, launched: bool = False) -> int:
         callbacks = make_callbacks(launch_args)
         if arguments is not None and not launch_args.dry_run:
             _check_launch(parser, arguments, training_args, model_args, callbacks)
-            return launch(arguments)
+            return launch(arguments, is_command)
         if launch_args.dry_run:
             dry_run(script_args, training_args, model_args, dataset_args, callbacks, arguments)
         else:
