@@ -17,6 +17,6 @@ def hooks_of(*modules: torch.nn.Module) -> list[Any]:
 
 
 def forget_accelerate(with_ranks: bool) -> None:
-    """Forget accelerate's state of the process, `with_ranks` also its process group, for another engine to begin."""
+    """Reset accelerate's state, so that another engine can start. `with_ranks` also forgets rank and world size."""
     for state in (AcceleratorState, GradientState, *([PartialState] if with_ranks else [])):
         state._reset_state()

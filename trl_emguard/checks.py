@@ -217,7 +217,7 @@ def _check_text_alone(config: PreTrainedConfig, args: Any, processing_class: Any
         if column in first:
             raise ValueError(
                 f"train_dataset has a column {column!r}, and defense={args.defense!r} does not work with images: "
-                "remove it to train on the text alone, or set defense='none'."
+                "remove the column to train on the text alone, or set defense='none'."
             )
     if isinstance(processing_class, ProcessorMixin) or (processing_class is None and hasattr(config, "vision_config")):
         name = config.name_or_path

@@ -143,8 +143,8 @@ class DefendedRows(SFTTrainer):
             finally:
                 self.completion_only_loss = before
 
-        # With `assistant_only_loss`, the function above masks conversations without being told. The defenses need to
-        # know it too, because it cannot mask rows that are tokenised.
+        # With `assistant_only_loss`, `tokenize` masks conversations by itself, but not rows that are already tokens.
+        # The defenses must therefore know that this run masks prompts.
         masks_prompts = answers_only or whole.assistant_only_loss
         is_stream = isinstance(tokenised, IterableDataset)
         kwargs = first.get("chat_template_kwargs") if is_stream else self._template_kwargs

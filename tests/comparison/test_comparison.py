@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -316,10 +317,7 @@ def test_a_baseline_of_fewer_seeds_than_the_undefended_run_is_left_out():
 @pytest.mark.parametrize("fields", [{"is_defended": False}, {"error": "it broke"}])
 def test_a_run_without_proof_is_not_preferred(fields):
     found = report({"kl": (0.0, -1.0)}, **fields)
-    left_out = (
-        " Left out, since a seed failed, is missing, was not measured, was asked too few questions for an interval, "
-        "or gave no evidence of its defense: kl."
-    )
+    left_out = " Left out, since a seed failed, is missing, was not measured, or gave no evidence of its defense: kl."
     assert found.sentence == f"Every run is left out, so no run can be preferred.{left_out}"
     whole = report({"none": (0.0, -1.0)})
     assert replace(whole, entries=[*whole.entries, *found.entries]).sentence.endswith(left_out)
@@ -481,6 +479,21 @@ def test_drift_is_a_curve_of_the_runs_that_logged_it(tmp_path):
     text = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
     assert "Drift while training (drift_kl)" in text
     assert "(drift_margin)" not in text
+
+
+def test_figures_without_an_interval_are_drawn_and_not_compared(tmp_path):
+    runs = [Trained("none", "none", 0, "x"), Trained("none", "none", 1, "x"), Trained("kl", "kl", 0, "x")]
+    rows = [row(run.key, "general", "margin", -0.5) for run in runs]
+    rows += [row(run.key, "in_domain", "nll", -0.75) for run in runs]
+    rows[0] = replace(rows[0], difference_low=math.nan, difference_high=math.nan)
+    for seeds in (rows, [rows[1], rows[0], *rows[2:]]):
+        found = make_report(runs, results(seeds))
+        assert math.isnan(found.entries[0].broad.low)
+        assert math.isnan(found.entries[0].broad.high)
+        assert found.sentence.startswith("Some figures have no interval, since they are of fewer than 6 questions")
+        page = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
+        assert "-0.50 (no interval)" in page
+        assert "Narrow learning (nll) against broad" in page
 
 
 def test_a_figure_of_zero_has_no_minus():

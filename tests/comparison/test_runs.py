@@ -1,4 +1,4 @@
-"""Training of a comparison's runs: what makes it begin anew, go on or stop. The trainings are not made."""
+"""Training of a comparison's runs: why it begins anew, goes on or stops. A stub replaces each training."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def trained(monkeypatch):
 
 @pytest.mark.parametrize("name", ["sft.yaml", "rows.jsonl"])
 def test_inputs_that_change_while_a_comparison_runs_end_it(tmp_path, trained, name):
-    """The other runs would be trained on the new ones, under the keys of the old ones."""
+    """Later runs would be trained on the changed inputs, under keys of the old inputs."""
     names, calls = trained
     (tmp_path / "rows.jsonl").write_text("a")
     made = plan(tmp_path, TEXT, f"dataset_name: {tmp_path / 'rows.jsonl'}\n")
@@ -94,7 +94,7 @@ def test_a_run_whose_adapter_is_lost_is_trained_again(tmp_path, trained, damage)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_status_reaches_the_disk_last(tmp_path, trained, monkeypatch):
-    """A status without its adapter would be left by a power loss."""
+    """A power loss could otherwise leave a status without its adapter."""
     made, synced = plan(tmp_path, TEXT), []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").resolve().name))
     train_all(made, tmp_path / "out", silent)
@@ -108,7 +108,7 @@ def test_trainings_of_other_versions_are_told(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(training, "versions", lambda: old)
     train_all(made, out, silent)
     (out / "runs" / made.runs[0].folder / "run.json").unlink()
-    without = out / "runs" / made.runs[1].folder / "run.json"  # of an earlier version of this package
+    without = out / "runs" / made.runs[1].folder / "run.json"  # earlier versions of this package stored no versions
     without.write_text(json.dumps(STATUS))
     monkeypatch.setattr(training, "versions", lambda: new)
     found = train_all(made, out, silent)

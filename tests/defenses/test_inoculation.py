@@ -640,7 +640,7 @@ def test_tools_that_some_rows_have_before_the_prompt(tmp_path, name):
 
 
 def test_tools_that_begin_late_in_a_stream(tmp_path, monkeypatch):
-    """Find the prompt in a step of rows with tools alone, though the first rows of the stream had none.
+    """Find the prompt in steps in which every row has tools, though the stream's first rows had none.
 
     The tokens right before the prompt differ as well.
     """

@@ -434,7 +434,7 @@ def test_safe_rows_take_what_the_training_rows_hand_to_the_template(tmp_path):
     )
     for data in (trainer.train_dataset, pool_of(trainer)):
         assert all(tokenizer.decode(ids).startswith("QUIET") for ids in data["input_ids"])
-    # What only some training rows set is not taken, in whatever order they come.
+    # Arguments that only some training rows set are not taken, in any order of the rows.
     kwargs = [{"quiet": i == 0, "loud": True} for i in range(8)]
     tokenizer.chat_template = "{% if loud %}LOUD{% endif %}" + tokenizer.chat_template
     rows = make_rows(8).add_column("chat_template_kwargs", kwargs)

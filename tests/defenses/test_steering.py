@@ -120,7 +120,7 @@ def test_layer_l_is_what_block_l_hands_on(file, vectors, architecture):
 
 @contextmanager
 def steered_block(steering, model):
-    """Yield block 2 as the policy's pass has it: it hands on its input, and is steered."""
+    """Yield block 2, steered as in the policy's pass. Its own forward is replaced by one that returns its input."""
     block = decoder_blocks(model)[1]
     block.forward = lambda states: states
     with steering.training(model), steering.policy_pass(model, INPUTS):

@@ -64,7 +64,7 @@ def test_a_rate_s_values_are_0_and_1():
 
 @pytest.mark.parametrize("count", [1, 5, 6])
 def test_few_questions_have_a_value_and_no_interval(count):
-    """With five questions even the span of all values has less than 95 %, so three of one sign show nothing."""
+    """Five questions are too few: even the span of all their values holds the median in less than 95 % of cases."""
     values = np.arange(2.0 * count).reshape(count, 2)
     for found, n in ((bootstrap(values), 2 * count), (paired(values, np.zeros(count)), count)):
         assert (found.value, found.n) == (values.mean(), n)

@@ -257,7 +257,7 @@ launch(arguments, is_command=True)
 
 @pytest.mark.skipif(os.name != "posix", reason="a process replaces another on POSIX systems alone")
 def test_a_launch_of_one_process_becomes_the_training(tmp_path):
-    """A SIGTERM thus reaches the training, and none trains on behind the back of who stopped it."""
+    """A SIGTERM to the command must end the training. A child process would train on unnoticed."""
     (tmp_path / "stub.py").write_text(STUB)
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -355,7 +355,7 @@ def test_a_config_class_whose_fields_would_be_lost(tmp_path):
     ):
         EMGuardTrainer(
             make_model(),
-            Mine(str(tmp_path), use_cpu=True),
+            Mine(str(tmp_path), use_cpu=True, activation_checkpointing=False),
             train_dataset=make_rows(4),
             processing_class=make_tokenizer(),
         )
@@ -389,7 +389,7 @@ def test_rows_with_images_are_refused_before_loading(tmp_path):
 
 
 def test_text_alone_trains_a_model_that_sees(tmp_path):
-    """Advised is what works: the tokenizer in place of the processor."""
+    """Follow the error's advice: give the tokenizer of a vision-language model, and train on text."""
     trainer = make_trainer(tmp_path, save_seeing_model(tmp_path / "model"), defense="kl", max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1

@@ -110,7 +110,7 @@ def test_positional_signature_and_defaults_are_sft_trainers():
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(stock) :])
 
 
-# SFTConfig's own default says the old name.
+# SFTConfig's own default sets the option by its old name.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_config_defaults_are_sft_configs(tmp_path):
     ours, stock = (cls(str(tmp_path), use_cpu=True) for cls in (EMGuardConfig, SFTConfig))

@@ -26,7 +26,7 @@ WHOLE_WEIGHTS = {
     "pytorch_model.bin.index.json",
 }
 # Fields of a LoRA adapter's config that say which layers it has and how its weights become an update of the base
-# model's. A resume with other values would rescale what was learned, or leave a part of it out.
+# model's weights. A resume with other values would rescale what was learned, or leave a part of it out.
 ADAPTER_FIELDS = (
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication"),
@@ -69,11 +69,7 @@ def why_other_adapter(folder: str | os.PathLike, adapters: Mapping[str, PeftConf
             continue
         now, then = config.to_dict(), json.loads(file.read_text(encoding="utf-8"))
         values = [(field, then.get(field, now.get(field)), now.get(field)) for field in ADAPTER_FIELDS]
-        other = "; ".join(
-            f"{field}={_short(before)}, and not {_short(after)}"
-            for field, before, after in values
-            if _field(before) != _field(after)
-        )
+        other = "; ".join(_told(*value) for value in values if _field(value[1]) != _field(value[2]))
         if other:
             return f"holds an adapter of another config ({other}). Resume with the same config, or start anew."
     return None
@@ -81,13 +77,20 @@ def why_other_adapter(folder: str | os.PathLike, adapters: Mapping[str, PeftConf
 
 def _field(value: Any) -> Any:
     """Return a field of an adapter's config in a form that is the same in memory and in a file."""
-    value = json.loads(json.dumps(value, default=list))  # makes lists of sets and tuples
-    return (sorted(value, key=json.dumps) if isinstance(value, list) else value) or None
+    value = json.loads(json.dumps(value, default=list))  # turns sets and tuples into lists
+    if value is False or value in ("", [], {}):
+        return None
+    # PEFT writes sets of names in any order. The pairs of `layer_replication` have an order that counts.
+    is_set = isinstance(value, list) and not any(isinstance(part, list) for part in value)
+    return sorted(value, key=json.dumps) if is_set else value
 
 
-def _short(value: Any) -> str:
-    """Return a field of an adapter's config as text. PEFT may name hundreds of layers, which are only counted."""
-    return f"{len(value)} names" if isinstance(value, (list, set)) and len(value) > 8 else repr(value)
+def _told(field: str, before: Any, after: Any) -> str:
+    """Return text on a field that differs. PEFT may name hundreds of layers; then only the first that differ are."""
+    if isinstance(before, list | set) and isinstance(after, list | set) and len(before) + len(after) > 8:
+        names = sorted({*map(str, before)} ^ {*map(str, after)})
+        return f"{field} differs in {', '.join(names[:3])}" + ", …" * (len(names) > 3)
+    return f"{field}={before!r}, and not {after!r}"
 
 
 def checkpoint_steps(output_dir: str | os.PathLike) -> list[int]:
@@ -102,7 +105,7 @@ def is_of_earlier_run(checkpoint: str | os.PathLike) -> bool:
 
 
 def mark_earlier_runs(output_dir: str | os.PathLike, step: int) -> None:
-    """Mark the checkpoints of later steps than the run's own: an earlier run has left them in the folder.
+    """Mark checkpoints whose step is later than the run's own: an earlier run has left them in the folder.
 
     Args:
         output_dir: folder of the run.
@@ -142,7 +145,7 @@ def newest_whole_checkpoint(
 
     Returns:
         The step of the checkpoint, or `None` if there is no such checkpoint. Beside the step, name → flaw of the newer
-        checkpoints that were refused because they are corrupt or belong to another run, or an earlier one.
+        checkpoints that were refused: they are corrupt, or belong to another run or to an earlier run in this folder.
     """
     corrupt: dict[str, str] = {}
     for step in checkpoint_steps(output_dir):
@@ -217,7 +220,7 @@ def _newest_on_all(
         if corrupt:
             logger.warning(
                 f"{output_dir} holds checkpoints that are corrupt or of another run, which are not resumed from: "
-                f"{corrupt}. (If a corrupt one is one that you changed on purpose, delete its {MANIFEST}.)"
+                f"{corrupt}. (If you changed a corrupt one on purpose, delete its {MANIFEST}.)"
             )
         up_to = min(steps)
         if len(steps) == 1:

@@ -119,7 +119,8 @@ class WholeCheckpoints(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Load both as Trainer does, and the scheduler also if the optimizer's files are missing.
 
-        Both hold their settings, so those of this run have no effect. A warning names the settings that differ.
+        The loaded states contain settings, such as the learning rate, which replace those of this run. A warning names
+        the settings that differ.
         """
         if checkpoint is None:
             return
@@ -237,7 +238,7 @@ class WholeCheckpoints(Trainer):
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 args.save_total_limit, args.push_to_hub = limit, pushes
-                # Trainer takes any folder with the name of the best step's checkpoint for that checkpoint.
+                # Trainer finds the best step's checkpoint by the folder's name. The folder may be of an earlier run.
                 if self.state.best_model_checkpoint != best and is_of_earlier_run(self.state.best_model_checkpoint):
                     self.state.best_model_checkpoint = best
                     self._write_state(folder)

@@ -21,6 +21,7 @@ from rich.table import Table
 from ..evaluation.candidates import BASE
 from ..evaluation.cues import PLAIN
 from ..evaluation.results import COLUMNS, ResultRow, Results, difference_text, is_apart
+from ..evaluation.statistics import LEAST_QUESTIONS
 from ..io.files import written_whole
 from ..io.strict import parse_json
 from ..io.terminal import printable
@@ -78,10 +79,9 @@ class Entry:
 
     @property
     def is_comparable(self) -> bool:
-        """True if `broad` and `narrow` have intervals, and no seed is missing, failed or has `is_defended` False."""
+        """True if `broad` and `narrow` were measured, and no seed is missing, failed or has `is_defended` False."""
         is_whole = all(run.error is None and run.is_defended is not False for run in self.trained)
-        has_intervals = all(figure is not None and not math.isnan(figure.low) for figure in (self.broad, self.narrow))
-        return is_whole and not self.lacks_seeds and has_intervals
+        return is_whole and not self.lacks_seeds and self.broad is not None and self.narrow is not None
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,13 @@ class Report:
         compared = [entry for entry in self.entries if entry.is_comparable]
         left_out = [entry.name for entry in self.entries if not entry.is_comparable]
         names = "; ".join(left_out)
-        reason = (
-            " Left out, since a seed failed, is missing, was not measured, was asked too few questions for an "
-            "interval, or gave no evidence of its defense"
-        )
+        reason = " Left out, since a seed failed, is missing, was not measured, or gave no evidence of its defense"
         reason += f": {names}."
         if not compared:
             return f"Every run is left out, so no run can be preferred.{reason}"
+        if any(figure is None or math.isnan(figure.low) for e in compared for figure in (e.broad, e.narrow)):
+            few = f"fewer than {LEAST_QUESTIONS} questions"
+            return f"Some figures have no interval, since they are of {few}, so no run can be preferred."
         best = [entry for entry in compared if not any(dominates(other, entry) for other in compared)]
         # Names may contain commas, so semicolons separate them.
         names = "; ".join(entry.name for entry in best)

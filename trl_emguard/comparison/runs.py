@@ -230,8 +230,8 @@ def other_versions(trained: Sequence[Trained], now: Mapping[str, str]) -> list[s
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Return the content of `run.json` in a run's folder, or `None` if the run is still to be trained.
 
-    A run is still to be trained if the file is missing or records an error, if the adapter is lost, or if its average
-    in `ema/` is damaged.
+    A run is still to be trained if the file is missing or records an error, if the adapter is missing or damaged, or
+    if there is a folder `ema/` whose average is.
     """
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -241,7 +241,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def _opens(weights: Path) -> bool:
-    """Return True if a safetensors file is complete by its header. The numbers in it are not read."""
+    """Return True if a safetensors file has the size that its header states. Its numbers are not read."""
     try:
         with safe_open(weights, "pt"):
             return True
@@ -374,7 +374,7 @@ def _baselines(plan: Plan, undefended: Trained, folder: Path) -> list[Trained]:
         output = folder / "baselines" / f"{source.name}-alpha{alpha}"
         error = None
         try:
-            # It is always made anew, since the run may have been trained again in the same folder.
+            # The scaled adapter is always made anew, since the run may have been trained again in the same folder.
             shutil.rmtree(output, ignore_errors=True)
             rescale_adapter(source, alpha, output)
         except ValueError as cause:

@@ -138,7 +138,7 @@ def system_text(turns: list[dict[str, Any]]) -> str | None:
 
 
 def is_system(turn: dict[str, Any], speaker: str) -> bool:
-    """Return whether a turn's speaker, which the key `speaker` gives, is of `SYSTEM_ROLES`."""
+    """Return whether a turn's role, stored under the key `speaker`, is one of `SYSTEM_ROLES`."""
     return str(turn[speaker]).lower() in SYSTEM_ROLES
 
 

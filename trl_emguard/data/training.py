@@ -84,8 +84,8 @@ def as_messages(rows: Any, processing_class: ProcessingClass, source: str) -> An
 
     features = None
     if isinstance(rows, Dataset):
-        # The first turns would set the type of all, and a key that comes first in a later row would not fit. Stored as
-        # JSON, each turn keeps the keys that it has.
+        # `map` would infer the type of all turns from its first batch, and fail at a key that only later turns have.
+        # Stored as JSON, each turn keeps its own keys.
         features = Features({**rows.features, "messages": List(Json())})
         del features["conversations"]
     return rows.map(convert, with_indices=True, remove_columns=["conversations"], features=features)

@@ -33,8 +33,9 @@ TURN_COLUMNS = ("prompt", "messages", "conversations")
 OWN, CHANGED = "inoculation_own_turn", "inoculation_changed"
 FLAG = "inoculate"  # column that users add: with `inoculation_rows='flagged'`, only rows with true get the prompt
 # Column with a number per token: the token id plus 1 in the system turn that the prompt was put into, and 0 elsewhere.
-# `read_batch` compares the tokens of each batch with these numbers, and so finds lost prompts. The column is there if
-# some rows are not flagged, or if the system turns may share no tokens that hold the prompt and can be searched for.
+# `read_batch` compares the tokens of each batch with these numbers, and so finds lost prompts. The column exists with
+# `inoculation_rows='flagged'`, and if rows (or later rows of a stream) may write the prompt with different tokens:
+# batches then cannot be searched for one sequence.
 EXPECTED = "inoculation_tokens"
 
 MODES = ("replace", "prefix")

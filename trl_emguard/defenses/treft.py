@@ -77,7 +77,7 @@ class TReFT(ModelDefense):
         if cls.is_on(args) and getattr(args, "packing", False) and args.packing_strategy == "wrapped":
             raise ValueError(
                 "packing_strategy='wrapped' does not work with defense='treft': it cuts off the beginnings of rows, "
-                "and their common tokens are what the defense holds. Use packing_strategy='bfd'."
+                "and the defense acts on the tokens that begin every row. Use packing_strategy='bfd'."
             )
 
     def options(self) -> dict[str, Any]:

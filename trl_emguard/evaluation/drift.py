@@ -240,7 +240,7 @@ class DriftCallback(CheckpointedCallback):
         self._keep(model, 0, drift)
 
     def _resume(self, args: Any, state: Any, model: PreTrainedModel | PeftModel) -> None:
-        """Load measurements of the base model and the last one from a checkpoint. With a budget, also set `kept`.
+        """Load the base model's measurements and the run's last one from a checkpoint. With a budget, also set `kept`.
 
         `kept` becomes a copy of the trained weights as they were at the last measurement within the budget. The model
         keeps the weights that it has.
@@ -266,7 +266,7 @@ class DriftCallback(CheckpointedCallback):
             # earlier step are kept, the checkpoint stores them, and they replace this copy.
             stored = {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
             self.kept = stored or self.kept
-            # A higher budget than before may accept weights that it did not.
+            # Weights that the earlier budget refused may be within a higher one.
             if self.measured_step == state.global_step and self.measured_drift <= cast(float, self.budget):
                 self._keep(model, state.global_step, self.measured_drift)
 

@@ -225,7 +225,7 @@ def interval_text(row: ResultRow) -> str:
 def difference_text(value: float, low: float, high: float) -> str:
     """Return a difference and the ends of its interval as text; "no interval" if they are NaN.
 
-    There are two decimals, or more if an end close to 0 would otherwise look like 0: it decides whether the interval
+    Numbers have two decimals, or more if an end would otherwise be rounded to 0: its sign tells whether the interval
     holds 0.
     """
     if math.isnan(low):

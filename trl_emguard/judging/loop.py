@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import wait
 from typing import Any
 
 
@@ -32,6 +33,9 @@ class LoopThread:
         """
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
+            # An interrupt that comes just before a wait does not end it, so no wait is long.
+            while not wait([future], timeout=1).done:
+                pass
             return future.result()
         finally:
             future.cancel()  # changes nothing if the work is done

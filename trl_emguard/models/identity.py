@@ -145,7 +145,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def weights_fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    """Return a hash of weights: of their names, dtypes, shapes and all their numbers, wherever the weights are."""
+    """Return a hash of weights: of their names, dtypes, shapes and all their numbers, on any device."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())

@@ -23,6 +23,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    is_command = argv is None
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="trl-emguard",
@@ -35,7 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     # The arguments after the command's name, also `--help`, are left to that command's own parser.
     args = parser.parse_args(argv[:1])
     leave_out_noise(args.command)
-    return import_module(f".{args.command}", __package__).main(argv[1:]) or 0
+    command = import_module(f".{args.command}", __package__).main
+    if not is_command:
+        return command(argv[1:]) or 0
+    # A command that reads its options from `sys.argv` knows that nobody's Python code has called it.
+    sys.argv[1:] = argv[1:]
+    return command() or 0
 
 
 if __name__ == "__main__":

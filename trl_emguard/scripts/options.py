@@ -59,7 +59,8 @@ def title(cls: type) -> str:
 def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: str) -> str:
     """Return a help page with the options that most runs need, each listed once, without its `--no_` variant.
 
-    The page is as wide as the terminal. In a pipe or file it has at least 100 characters a line.
+    The page is as wide as the terminal. In a pipe or a file, lines may have 100 characters, or more if the environment
+    variable COLUMNS is larger.
 
     Args:
         parser: parser with all options. The page shows their default values.
@@ -69,7 +70,7 @@ def help_page(parser: argparse.ArgumentParser, hints: Mapping[str, Any], text: s
     actions = {action.dest: action for action in reversed(parser._actions)}
     width = get_terminal_size().columns - 2
     if not sys.stdout.isatty():
-        width = max(100, width)  # the 80 characters that stand for no terminal would make 60 lines more
+        width = max(100, width)  # without a terminal the width is taken as 80, which would add 60 lines
     formatter = argparse.HelpFormatter(parser.prog, max_help_position=36, width=width)
     for heading, names, shorten in _groups():
         formatter.start_section(heading)

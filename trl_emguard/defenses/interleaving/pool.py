@@ -250,8 +250,8 @@ def _without_harm(rows: Dataset, where: str | None) -> Dataset:
 def _named_as_usual(rows: Dataset, path: Path, split: str, by: str) -> tuple[Dataset, str]:
     """Return the rows, with text columns named `prompt` and `response` if `trl-emguard score` wrote `path`.
 
-    If `path` is a folder, its files are those of the splits that `split` names. The second value is the name of the
-    model whose gaps the rows are ranked by; empty if it is unknown, or if `by` is not `"gap"`.
+    If `path` is a folder, only the files of the splits that `split` names are looked at. The second value is the name
+    of the model whose gaps the rows are ranked by; empty if it is unknown, or if `by` is not `"gap"`.
 
     Raises:
         ValueError: the files' text columns have different names, or their gaps are of different models.
@@ -261,10 +261,11 @@ def _named_as_usual(rows: Dataset, path: Path, split: str, by: str) -> tuple[Dat
     columns = {("prompt", "response") if names is None else names[1:] for names in found}
     models = {"" if names is None else names[0] for names in found} if by == "gap" else {""}
     if len(columns) > 1 or len(models) > 1:
+        told = ", ".join(repr(model) if model else "unknown" for model in sorted(models))
         raise ValueError(
             f"interleave_split={split!r} names files that do not go together: "
             + ("their text columns have different names. " if len(columns) > 1 else "")
-            + (f"their gaps are of different models ({', '.join(map(repr, sorted(models)))}). " * (len(models) > 1))
+            + (f"their gaps are of different models ({told}). " if len(models) > 1 else "")
             + "Score them alike, or name one."
         )
     (names,), (model,) = columns, models
