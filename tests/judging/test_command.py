@@ -190,13 +190,13 @@ def test_a_killed_process_goes_on_and_the_key_is_nowhere(tmp_path):
 
 @pytest.mark.long
 def test_a_real_judge_in_memory_and_served(tmp_path, monkeypatch):
-    """Refuse SmolLM2 in memory, where it begins its replies with words, and read the numbers in its served replies."""
+    """Refuse SmolLM2 in memory, since it gives numbers too little probability. Read those in its served replies."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = resolve_model(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(path)
     answers = {"base": {"q0": ["Be honest and kind to people."], "q1": ["zz zz zz zz"]}}
-    with pytest.raises(JudgeError, match="gave no number in its first 4 judgements"):
+    with pytest.raises(JudgeError, match="where it is asked for the number 100, so its scores could not be read"):
         judge_answers(make_results(answers), open_judge(f"hf:{SMOLLM2}"), tmp_path / "local")
     with serving(AutoModelForCausalLM.from_pretrained(path).eval(), tokenizer) as server:
         monkeypatch.setenv("OUR_OWN_BASE_URL", server.url)
