@@ -196,7 +196,7 @@ def test_a_real_judge_in_memory_and_served(tmp_path, monkeypatch):
     path = resolve_model(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(path)
     answers = {"base": {"q0": ["Be honest and kind to people."], "q1": ["zz zz zz zz"]}}
-    with pytest.raises(JudgeError, match="where it is asked for the number 100, so its scores could not be read"):
+    with pytest.raises(JudgeError, match=r"gives all numbers together a probability of .* .at least 0.25 is needed"):
         judge_answers(make_results(answers), open_judge(f"hf:{SMOLLM2}"), tmp_path / "local")
     with serving(AutoModelForCausalLM.from_pretrained(path).eval(), tokenizer) as server:
         monkeypatch.setenv("OUR_OWN_BASE_URL", server.url)

@@ -103,7 +103,7 @@ def test_a_judge_that_fails_is_found_before_answers_are_sampled(tmp_path):
 def test_a_judge_that_thinks_is_refused_before_answers_are_sampled(tmp_path):
     tokenizer = number_tokenizer(False)
     judge = LocalJudge(number_model(tokenizer, {CALIBRATION: "<"}, 40.0), tokenizer, "tiny")
-    with pytest.raises(JudgeError, match=r"'tiny' answers '<' .* without a thinking mode"):
+    with pytest.raises(JudgeError, match=r"'tiny' begins with '<' and gives all numbers .* without a thinking mode"):
         prepare_judge(judge, tmp_path, {})
 
 

@@ -12,7 +12,7 @@ from ..models.identity import fingerprint, weights_digest
 from ..models.load import load_base
 from ..models.shipped import public_name, resolve_model
 from .prompts import CALIBRATION
-from .scores import TRIE, Judgement, weighted_score
+from .scores import LEAST_MASS, TRIE, Judgement, weighted_score
 from .served import unreadable
 
 
@@ -59,7 +59,8 @@ class LocalJudge:
         """
         found = self.judge(CALIBRATION)
         if found.score is None:
-            raise unreadable(self.name, found.said)
+            likely = f"gives all numbers together a probability of {found.mass:.2f} (at least {LEAST_MASS} is needed)"
+            raise unreadable(self.name, f"begins with {found.said!r} and {likely}")
         self.reading = TRIE
         return self.reading
 

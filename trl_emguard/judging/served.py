@@ -251,15 +251,20 @@ async def find_reading(model: Any, **options: Any) -> str:
         reply = await complete(model, CALIBRATION, TEXT_TOKENS, False, **options)
     reading = choose_reading(reply)
     if reading is None:
-        raise unreadable(str(model), reply.text)
+        raise unreadable(str(model), f"answers {reply.text[:60]!r}")
     return reading
 
 
-def unreadable(name: str, said: str) -> JudgeError:
-    """Return the error for a judge that said something else than a number to the calibration prompt."""
+def unreadable(name: str, does: str) -> JudgeError:
+    """Return the error for a judge that answered the calibration prompt with something else than a number.
+
+    Args:
+        name: name of the judge.
+        does: what it did, as a verb with its object.
+    """
     return JudgeError(
-        f"judge {name!r} answers {said[:60]!r} where it is asked for the number 100, so its scores could not be read: "
-        "take an instruct model that follows such a request, without a thinking mode."
+        f"judge {name!r} {does} where it is asked for the number 100, so its scores could not be read: take an "
+        "instruct model that follows such a request, without a thinking mode."
     )
 
 
