@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from methods import COMPARING, COVERING, EVERYTHING, METHODS, run_options, split
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import Hub, logged, lora, make_model, make_rows, make_trainer, record
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -23,7 +23,7 @@ from trl_emguard.checkpoints.manifest import (
     find_flaw,
     finish_checkpoint,
 )
-from trl_emguard.checkpoints.resume import newest_whole_checkpoint
+from trl_emguard.checkpoints.resume import newest_whole_checkpoint, why_other_adapter
 from trl_emguard.evidence import read_defense_file
 
 
@@ -225,6 +225,30 @@ def test_resuming_with_another_adapter_config_is_refused(tmp_path, options):
             ValueError, match=rf"{words}checkpoint-4 .*another config \({next(iter(options))}=.*, and not"
         ):
             make(**options).train(resume_from_checkpoint=resume)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({"lora_alpha": 8}, {"lora_alpha": 9}, "lora_alpha=8, and not 9"),
+        ({"target_modules": ["b", "a"]}, {"target_modules": ["a", "b"]}, None),
+        ({"target_modules": ["a"]}, {"target_modules": ["b"]}, "target_modules="),
+        (
+            {"target_modules": [f"layer_{i}" for i in range(9)]},
+            {"target_modules": ["layer_0", "other"]},
+            "target_modules: layer_1, layer_2, layer_3, … only in the checkpoint; other only in this run",
+        ),
+        ({"trainable_token_indices": [7, 5]}, {"trainable_token_indices": [5, 7]}, "trainable_token_indices="),
+        ({"layers_to_transform": [0]}, {"layers_to_transform": None}, "layers_to_transform="),
+        ({"layers_to_transform": 0}, {"layers_to_transform": None}, "layers_to_transform=0, and not None"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, {"layer_replication": [(0, 2), (1, 3)]}, None),
+        ({"use_dora": False, "exclude_modules": []}, {}, None),
+    ],
+)
+def test_configs_of_adapters_are_compared(tmp_path, before, after, told):
+    LoraConfig(**before).save_pretrained(tmp_path)
+    why = why_other_adapter(tmp_path, {"default": LoraConfig(**after)})
+    assert why is None if told is None else told in why
 
 
 def test_resume_from_a_folder_that_is_missing(tmp_path):

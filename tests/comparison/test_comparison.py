@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tiny import lora, make_model, make_rows, make_tokenizer, save_model
 
 from trl_emguard.comparison.measure import measure
-from trl_emguard.comparison.page import write_page
+from trl_emguard.comparison.page import whiskers, write_page
 from trl_emguard.comparison.plan import Baselines, Run, read_plan
 from trl_emguard.comparison.report import Figure, dominates, drift_curves, figure_text, make_report, make_table, save
 from trl_emguard.comparison.runs import UNKNOWN, Trained, in_bytes, run_process, with_record
@@ -494,6 +494,9 @@ def test_figures_without_an_interval_are_drawn_and_not_compared(tmp_path):
         page = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")
         assert "-0.50 (no interval)" in page
         assert "Narrow learning (nll) against broad" in page
+    assert np.isnan(whiskers(found.entries[0].broad)).all()
+    failed = Trained("ldifs", "ldifs", 0, None, "it broke")
+    assert make_report([*runs, failed], results(rows)).sentence.endswith("no evidence of its defense: ldifs.")
 
 
 def test_a_figure_of_zero_has_no_minus():

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.scripts import launch, sft
+from trl_emguard.scripts import main as commands
 from trl_emguard.scripts.launch import find_accelerate_config, launch_arguments
 
 
@@ -27,6 +28,7 @@ def launched(monkeypatch):
     calls = []
 
     def launch(arguments, is_command):
+        arguments.is_command = is_command
         calls.append((arguments, arguments.training_script_args))
         return 0
 
@@ -110,6 +112,17 @@ def test_a_yaml_file_may_say_how_to_launch(launched, tmp_path):
     (first, script), (second, again) = launched
     assert (first.num_processes, first.multi_gpu, first.same_network, script) == (3, True, False, argv)
     assert (second.num_processes, second.config_file.endswith("multi_gpu.yaml"), again) == (2, True, argv)
+
+
+@pytest.mark.parametrize("is_command", [True, False])
+def test_only_the_command_may_become_the_training(launched, tmp_path, monkeypatch, is_command):
+    """Python code that calls the command goes on after the training."""
+    options = [*FREE, "--dataset_name", "plants_careless", "--output_dir", str(tmp_path), "--accelerate_config", "cpu"]
+    line = ["trl-emguard", "sft", *options]
+    monkeypatch.setattr(sys, "argv", line)
+    assert commands.main(*([] if is_command else [line[1:]])) == 0
+    ((arguments, script),) = launched
+    assert (arguments.is_command, script, sys.argv) == (is_command, options[:-2], line)
 
 
 def test_a_launched_process_ignores_the_launch_options(tmp_path, monkeypatch):
@@ -255,7 +268,7 @@ launch(arguments, is_command=True)
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a process replaces another on POSIX systems alone")
+@pytest.mark.skipif(os.name != "posix", reason="Windows cannot replace a process: a child trains there")
 def test_a_launch_of_one_process_becomes_the_training(tmp_path):
     """A SIGTERM to the command must end the training. A child process would train on unnoticed."""
     (tmp_path / "stub.py").write_text(STUB)

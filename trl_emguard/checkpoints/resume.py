@@ -80,17 +80,25 @@ def _field(value: Any) -> Any:
     value = json.loads(json.dumps(value, default=list))  # turns sets and tuples into lists
     if value is False or value in ("", [], {}):
         return None
-    # PEFT writes sets of names in any order. The pairs of `layer_replication` have an order that counts.
-    is_set = isinstance(value, list) and not any(isinstance(part, list) for part in value)
-    return sorted(value, key=json.dumps) if is_set else value
+    # PEFT writes sets of names in any order. The order of other lists counts: token i has row i of the weights.
+    return sorted(value) if _are_names(value) else value
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | set | tuple) and all(isinstance(name, str) for name in value)
 
 
 def _told(field: str, before: Any, after: Any) -> str:
-    """Return text on a field that differs. PEFT may name hundreds of layers; then only the first that differ are."""
-    if isinstance(before, list | set) and isinstance(after, list | set) and len(before) + len(after) > 8:
-        names = sorted({*map(str, before)} ^ {*map(str, after)})
-        return f"{field} differs in {', '.join(names[:3])}" + ", …" * (len(names) > 3)
-    return f"{field}={before!r}, and not {after!r}"
+    """Return text on a field that differs. PEFT may name hundreds of layers, of which a few are told."""
+    if not (_are_names(before) and _are_names(after) and max(len(before), len(after)) > 8):
+        return f"{field}={before!r}, and not {after!r}"
+    sides = {"the checkpoint": {*before} - {*after}, "this run": {*after} - {*before}}
+    texts = [
+        f"{', '.join(sorted(names)[:3])}{', …' * (len(names) > 3)} only in {side}"
+        for side, names in sides.items()
+        if names
+    ]
+    return f"{field}: {'; '.join(texts)}"
 
 
 def checkpoint_steps(output_dir: str | os.PathLike) -> list[int]:

@@ -212,8 +212,8 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
         axis.errorbar(
             broad.value,
             narrow.value,
-            xerr=_whiskers(broad),
-            yerr=_whiskers(narrow),
+            xerr=whiskers(broad),
+            yerr=whiskers(narrow),
             fmt=(BASELINE_MARKS if entry.is_baseline or entry.is_random else MARKS)[index // 10 % len(MARKS)],
             color=f"C{index % 10}",
             capsize=2,
@@ -227,9 +227,13 @@ def _pareto(entries: Sequence[Entry], theme: str) -> Markup:
     return _svg(figure)
 
 
-def _whiskers(figure: Figure) -> list[list[float]]:
-    """Return how far the interval reaches below and above the value; 0 if rounding put the value outside of it."""
-    return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]
+def whiskers(figure: Figure) -> list[list[float]]:
+    """Return how far the interval reaches below and above the value, `(2, 1)`; NaN without an interval.
+
+    Where rounding put the value outside of the interval, the reach is 0.
+    """
+    # `max` keeps a NaN that comes first, and matplotlib draws no whisker for it.
+    return [[max(figure.value - figure.low, 0.0)], [max(figure.high - figure.value, 0.0)]]
 
 
 def _curves(sweeps: dict[str, list[Entry]], theme: str) -> Markup:

@@ -116,7 +116,8 @@ class Report:
             return f"Every run is left out, so no run can be preferred.{reason}"
         if any(figure is None or math.isnan(figure.low) for e in compared for figure in (e.broad, e.narrow)):
             few = f"fewer than {LEAST_QUESTIONS} questions"
-            return f"Some figures have no interval, since they are of {few}, so no run can be preferred."
+            text = f"Some figures have no interval, since they are of {few}, so no run can be preferred."
+            return text + reason if left_out else text
         best = [entry for entry in compared if not any(dominates(other, entry) for other in compared)]
         # Names may contain commas, so semicolons separate them.
         names = "; ".join(entry.name for entry in best)

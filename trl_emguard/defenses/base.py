@@ -199,8 +199,8 @@ class Defense:
 
     def extra_rows(self) -> Dataset | None:
         """Return the tokenised rows, each listed once, that the defense's collator adds to batches; `None` if none."""
-        # `cache_reference=True` stores the reference model's states of these rows. A dry run counts their tokens
-        # as if each row came once in an epoch.
+        # `cache_reference=True` stores the reference model's states of these rows. A dry run takes each row to come
+        # once in an epoch.
         return None
 
     # ---- model ----

@@ -314,7 +314,7 @@ def load_sets(args: argparse.Namespace, train: TrainRows) -> "list[QuestionSet]"
 
     An option's first set is named after the option, further sets after their files. If `--in_domain` is not given and
     `--train_data` names shipped rows, shipped questions of the same domain are added, if there are any. Questions
-    without `chat_template_kwargs` get those of the training rows, if all of these share them. The arguments of
+    without `chat_template_kwargs` get each argument that all training rows share. The arguments of
     `--chat_template_kwargs` replace those of the same name.
 
     Raises:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from importlib import import_module
+from unittest.mock import patch
 
 from .quiet import leave_out_noise
 
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     if not is_command:
         return command(argv[1:]) or 0
     # A command that reads its options from `sys.argv` knows that nobody's Python code has called it.
-    sys.argv[1:] = argv[1:]
-    return command() or 0
+    with patch.object(sys, "argv", [sys.argv[0], *argv[1:]]):
+        return command() or 0
 
 
 if __name__ == "__main__":
