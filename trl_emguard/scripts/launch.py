@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate.commands import launch as accelerate_launch
@@ -172,11 +171,11 @@ def launch(arguments: argparse.Namespace, is_command: bool) -> int:
         is_command: True if this process has nothing to do afterwards. A launch of one process then takes its place,
             except on Windows, and does not return.
     """
-    start_one = _become if is_command and os.name == "posix" else accelerate_launch.simple_launcher
+    if is_command and os.name == "posix":
+        accelerate_launch.simple_launcher = _become
     sys.stdout.flush()
     try:
-        with patch.object(accelerate_launch, "simple_launcher", start_one):
-            launch_command(arguments)
+        launch_command(arguments)
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode > 0 else 1
     except ChildFailedError as error:

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from importlib import import_module
-from unittest.mock import patch
 
 from .quiet import leave_out_noise
 
@@ -37,12 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     # The arguments after the command's name, also `--help`, are left to that command's own parser.
     args = parser.parse_args(argv[:1])
     leave_out_noise(args.command)
-    command = import_module(f".{args.command}", __package__).main
-    if not is_command:
-        return command(argv[1:]) or 0
-    # A command that reads its options from `sys.argv` knows that nobody's Python code has called it.
-    with patch.object(sys, "argv", [sys.argv[0], *argv[1:]]):
-        return command() or 0
+    # A training may take the place of this process, unless Python code has called this function and then goes on.
+    more = {"is_command": is_command} if args.command == "sft" else {}
+    return import_module(f".{args.command}", __package__).main(argv[1:], **more) or 0
 
 
 if __name__ == "__main__":

@@ -57,16 +57,16 @@ def make_parser(launched: bool = False) -> LaunchParser:
     return LaunchParser(types, "trl-emguard sft", lambda parser: help_page(parser, parser.hints, __doc__), launched)
 
 
-def main(argv: list[str] | None = None, launched: bool = False) -> int:
+def main(argv: list[str] | None = None, launched: bool = False, is_command: bool = False) -> int:
     """Run the command and return its exit code.
 
     Args:
-        argv: options of the command; by default those in `sys.argv`, and a launch of one process then takes the place
-            of this process.
+        argv: options of the command; by default those in `sys.argv`.
         launched: True in a process that accelerate launches (`python -m trl_emguard.scripts.sft`). Such a process
             launches nothing itself, and ignores the launch settings of a YAML file, as TRL's scripts do.
+        is_command: True if this process has nothing to do afterwards, so that a launch of one process may take its
+            place.
     """
-    is_command = argv is None
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser(launched)
     script_args, training_args, model_args, dataset_args, launch_args = parser.parse(argv)
