@@ -42,16 +42,17 @@ def test_the_coefficient_follows_the_rule_and_acts(tmp_path, size):
     assert record["defenses"]["kl"] | {"kl_coef": 0.5, "kl_target": size * typical} == record["defenses"]["kl"]
 
 
-def test_the_coefficient_stays_above_a_hundredth(tmp_path):
+@pytest.mark.parametrize(("target", "limit"), [(1e6, 0.005), (1e-9, 50.0)])
+def test_the_coefficient_stays_between_a_hundredth_and_a_hundredfold(tmp_path, target, limit):
     class NearTheLimit(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                trainer.defenses[0].set_coefficient(0.005 * 1.001)
+                trainer.defenses[0].set_coefficient(limit * (1.001 if target > 1 else 0.999))
 
-    trainer = make_trainer(tmp_path, peft=lora(), defense="kl", kl_coef=0.5, kl_target=1e6, max_steps=STEPS)
+    trainer = make_trainer(tmp_path, peft=lora(), defense="kl", kl_coef=0.5, kl_target=target, max_steps=STEPS)
     trainer.add_callback(NearTheLimit())
     trainer.train()
-    assert logged(trainer, "kl_coef")[3:] == pytest.approx([0.005] * (STEPS - 3))
+    assert logged(trainer, "kl_coef")[3:] == pytest.approx([limit] * (STEPS - 3))
 
 
 def test_a_step_without_mixed_in_rows_leaves_the_coefficient(tmp_path):

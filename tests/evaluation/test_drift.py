@@ -206,6 +206,17 @@ def test_a_measurement_leaves_the_model_as_it_was(peft):
     assert all(weight.grad is None for weight in model.parameters())
 
 
+@pytest.mark.parametrize("asked", ["bf16", None])
+def test_a_measurement_has_the_precision_of_training(tmp_path, monkeypatch, asked):
+    """`accelerate launch --mixed_precision bf16` sets the precision by this variable alone."""
+    if asked:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    callback = drift()
+    trainer = train(tmp_path, callback, bf16=False, max_steps=1)
+    assert trainer.accelerator.mixed_precision == (asked or "no")
+    assert callback.probe.precision == (torch.bfloat16 if asked else None)
+
+
 # ---- the budget ----
 
 
@@ -240,6 +251,18 @@ def test_training_stops_and_keeps_the_last_weights_within_the_budget(tmp_path, r
     kept = {key.replace(".default", ""): value for key, value in weights[stop - 1].items()}
     assert saved
     assert all(torch.equal(value, kept[key]) for key, value in saved.items())
+
+
+def test_kept_weights_are_copied_into_the_same_memory(tmp_path):
+    class Places(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found.append({name: weight.data_ptr() for name, weight in callback.kept.items()})
+
+    found = []
+    callback = drift(budget=1e9)
+    train(tmp_path, callback, Places())
+    assert found == [found[0]] * 6
+    assert found[0]
 
 
 def test_a_run_within_its_budget_is_left_as_it_is(tmp_path, run, capsys):

@@ -19,9 +19,10 @@ COEFFICIENTS = {LOSS: 0.1, ALL: 0.1, INTERLEAVED: 0.4}
 # Adaptation to `kl_target` (Ziegler et al., 1909.08593, section 2.2): each step multiplies `kl_coef` by
 # 1 + GAIN · error. The error is KL / kl_target - 1, clipped to ±LARGEST_ERROR. KL is the step's mean over `kl_tokens`.
 GAIN, LARGEST_ERROR = 0.1, 0.2
-# Smallest value that `kl_target` gives `kl_coef`, as a fraction of its start value. Without this limit, a KL that
-# stays below `kl_target` would make `kl_coef` ever smaller, and the term's gradient too small for fp32.
-LEAST = 0.01
+# Smallest and largest value that `kl_target` gives `kl_coef`, as a multiple of its start value. Without these limits,
+# a KL that stays below `kl_target` would make `kl_coef` ever smaller, and the term's gradient too small for fp32. A KL
+# that cannot fall to `kl_target` would make `kl_coef` ever larger, until training diverges.
+LEAST, MOST = 0.01, 100.0
 
 
 @dataclass
@@ -67,7 +68,7 @@ class KL(ReferenceDefense):
 
     With `kl_target`, the coefficient β (`kl_coef`) adapts from step to step (Ziegler et al., 1909.08593, section 2.2):
     β_{t+1} = β_t (1 + 0.1 · clip(KL_t / target − 1, −0.2, 0.2)). Here KL_t is the mean over `kl_tokens` in step t. β
-    never falls below a hundredth of its start.
+    stays between a hundredth and a hundred times its start.
     """
 
     name = "kl"
@@ -124,7 +125,8 @@ class KL(ReferenceDefense):
         used = {"kl_coef": self.coef}
         if self.name in metrics:  # a step without positions of `kl_tokens` has no KL, so the coefficient stays
             error = min(max(metrics[self.name] / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
-            self.set_coefficient(max(self.coef * (1 + GAIN * error), self._start * LEAST))
+            coef = self.coef * (1 + GAIN * error)
+            self.set_coefficient(min(max(coef, self._start * LEAST), self._start * MOST))
         return metrics | used
 
     def begin(self, evidence: dict[str, Any]) -> None:

@@ -220,7 +220,7 @@ class DriftCallback(CheckpointedCallback):
         """If there is a budget, copy the trained weights to restore them later, and record their step and drift."""
         if self.budget is not None:
             self.kept_step, self.kept_drift = step, drift
-            self.kept = trained_weights(model)
+            self.kept = trained_weights(model, self.kept)
 
     def _start(self, model: PreTrainedModel | PeftModel) -> None:
         """If there is a budget, measure the model before training and copy its weights.
@@ -273,4 +273,5 @@ class DriftCallback(CheckpointedCallback):
 
 def _precision(args: Any) -> torch.dtype | None:
     """Return the dtype of training's autocast, or `None` if training uses no autocast."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    # Without `bf16` and `fp16`, Trainer takes the precision that `accelerate launch --mixed_precision` asks for.
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)

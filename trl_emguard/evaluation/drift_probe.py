@@ -1,7 +1,8 @@
 """Repeated measurement of a model in training, compared with its base model, on known answers to questions."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -152,7 +153,17 @@ class DriftProbe:
         return {name: torch.from_numpy(values) for name, values in found.items()}
 
 
-def trained_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies, on the CPU, of a module's weights that require grad."""
-    trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-    return {name: weight.detach().to("cpu", copy=True) for name, weight in trained.items()}
+def trained_weights(
+    module: nn.Module, earlier: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> dict[str, torch.Tensor]:
+    """Return copies, on the CPU, of a module's weights that require grad.
+
+    Args:
+        module: the module.
+        earlier: copies that are no longer needed. They are written over, so that no second copy takes memory.
+    """
+    trained = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad}
+    return {
+        name: earlier[name].copy_(weight) if name in earlier else weight.to("cpu", copy=True)
+        for name, weight in trained.items()
+    }

@@ -357,7 +357,7 @@ class Interleaving(Defense):
         return (
             f"defense {self.name!r} has mixed in {interleaved} rows where {due:.1f} were due after {finetune} "
             "training rows, so the run is not defended as planned. Likely cause: a data collator or sampler that "
-            "loses rows or their labels, or a packed run that ended early."
+            "loses rows or their labels, or a run that ended early (packed, or by stop_on_drift)."
         )
 
 
