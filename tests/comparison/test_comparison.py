@@ -468,12 +468,15 @@ def test_a_sweep_is_a_curve(tmp_path, monkeypatch):
 
 
 def test_drift_is_a_curve_of_the_runs_that_logged_it(tmp_path):
-    trained = [Trained(name, "kl", seed, str(tmp_path / f"{name}{seed}")) for name in ("a", "b") for seed in (0, 1)]
+    runs = [(name, seed) for name in ("a", "b") for seed in (0, 1)]
+    trained = [Trained(name, "kl", seed, "x", folder=str(tmp_path / f"{name}{seed}")) for name, seed in runs]
     drifts = [[{"step": 2, "drift_kl": 0.1}, {"step": 4, "loss": 1.0}, {"step": 4, "drift_kl": 0.3}], [{"loss": 1.0}]]
     for run, history in zip(trained, [drifts[0], drifts[0], drifts[1]], strict=False):
         (tmp_path / f"{run.name}{run.seed}").mkdir()
         (tmp_path / f"{run.name}{run.seed}" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    trained += [replace(trained[0], name="step 2", is_baseline=True), Trained("failed", "kl", 0, None)]
+    # The curve of a run that stopped before it kept anything shows which budget it needs.
+    trained[1] = replace(trained[1], adapter=None, error="it kept nothing")
+    trained += [Trained("step 2", "kl", 0, "x", is_baseline=True), Trained("failed", "kl", 0, None)]
     found = make_report(trained, results([]))
     assert drift_curves(found, "drift_kl") == {key: [(2, 0.1), (4, 0.3)] for key in ("a seed0", "a seed1")}
     text = write_page(found, tmp_path, INFO).read_text(encoding="utf-8")

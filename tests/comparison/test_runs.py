@@ -10,7 +10,7 @@ from rich.console import Console
 
 from trl_emguard.comparison import runs as training
 from trl_emguard.comparison.page import write_page
-from trl_emguard.comparison.runs import other_versions, train_all
+from trl_emguard.comparison.runs import KEPT_NOTHING, other_versions, train_all
 from trl_emguard.scripts.compare import show_plan
 
 
@@ -88,6 +88,24 @@ def test_a_run_whose_adapter_is_lost_is_trained_again(tmp_path, trained, damage)
     assert re.search(r"kl, seed 0: to train\b", console.export_text())
     train_all(made, out, silent)
     assert names[3:] == ["kl"]
+
+
+def test_a_run_that_kept_nothing_is_not_trained_again(tmp_path, trained, monkeypatch):
+    """It would end in the same way: its first measured drift is above its budget."""
+    made, said = plan(tmp_path, TEXT), []
+    train = training.run_process
+
+    def keep_nothing(run, *args):
+        status = train(run, *args)
+        return {"error": KEPT_NOTHING, "step": None} if run.name == "kl" else status
+
+    monkeypatch.setattr(training, "run_process", keep_nothing)
+    for _ in range(2):
+        kl = train_all(made, tmp_path / "out", said.append)[1]
+        assert (kl.error, kl.adapter) == (KEPT_NOTHING, None)
+        assert kl.folder == str(tmp_path / "out" / "runs" / made.runs[1].folder)
+    assert trained[0] == ["none", "kl", "ldifs"]
+    assert said.count(f"  failed: {KEPT_NOTHING}") == 2
 
 
 def test_the_status_reaches_the_disk_last(tmp_path, trained, monkeypatch):

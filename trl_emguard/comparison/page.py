@@ -41,6 +41,7 @@ MARKS, BASELINE_MARKS = "o^v<>", "sDPX*"
 DRIFT = {
     "drift_kl": "KL to the base, nats a token",
     "drift_margin": "move of the margin (up is better)",
+    "drift_persona": "move along the persona vector",
 }
 SAMPLES_PER_RUN = 3
 # The page shows at most this number of characters of a sampled answer. The evaluation's file samples.jsonl has the

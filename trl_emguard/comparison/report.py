@@ -246,8 +246,8 @@ def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float
     """
     found = {}
     for run in report.trained:
-        path = Path(run.adapter or "") / "trainer_state.json"
-        if run.adapter is not None and not run.is_baseline and path.is_file():
+        path = Path(run.folder or "") / "trainer_state.json"
+        if run.folder is not None and path.is_file():
             # An adapter from elsewhere may have a file of this name with other content. Such a run gets no curve.
             with suppress(ValueError, KeyError, TypeError):
                 history = parse_json(path.read_text(encoding="utf-8"))["log_history"]

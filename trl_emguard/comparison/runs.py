@@ -39,6 +39,9 @@ from .plan import EMA, UNDEFENDED, Plan, Run
 PR_SET_PDEATHSIG = 1
 STATUS_FILE = "run.json"
 LOG_FILE = "log.txt"
+# Error of a run that was trained to its end, but whose first measured drift was above its budget already. Another
+# training of the same run would end in the same way.
+KEPT_NOTHING = "no measured step was within stop_on_drift: raise it, or lower drift_every."
 # Start of the line with which `trl-emguard sft` reports an error.
 ERROR = "trl-emguard sft: error: "
 # `Trained.defense` of an adapter that was trained elsewhere and has no `defense.json`, so its defense is not known.
@@ -60,6 +63,7 @@ class Trained:
         seed: seed of the training.
         adapter: folder of the run's adapter, or `None` for a failed run.
         error: reason why the run failed, such as an error in its log; `None` if it did not fail.
+        folder: folder of the run's training, which may have failed; `None` for a free baseline.
         is_baseline: True for a free baseline, which needs no training of its own.
         is_random: True for a steering run with a random vector, a baseline that is trained.
         is_defended: True if the record `defense.json` shows that the defense acted, False if this file does not show
@@ -80,6 +84,7 @@ class Trained:
     seed: int
     adapter: str | None
     error: str | None = None
+    folder: str | None = None
     is_baseline: bool = False
     is_random: bool = False
     is_defended: bool | None = None
@@ -181,7 +186,7 @@ def _take(run: Run) -> Trained:
     folder = Path(run.adapter or "").expanduser()
     if not (folder / "adapter_config.json").is_file():
         return Trained(run.name, UNKNOWN, run.seed, None, f"{folder} holds no adapter that PEFT saved.")
-    return with_record(Trained(run.name, UNKNOWN, run.seed, str(folder)), folder)
+    return with_record(Trained(run.name, UNKNOWN, run.seed, str(folder), folder=str(folder)), folder)
 
 
 def _train(run: Run, plan: Plan, folder: Path) -> Trained:
@@ -208,6 +213,7 @@ def _train(run: Run, plan: Plan, folder: Path) -> Trained:
         run.defense,
         run.seed,
         str(folder) if status["error"] is None else None,
+        folder=str(folder),
         is_random=run.is_random,
         coefficient=coefficient(str(coefficients[0])) if len(coefficients) == 1 else None,
         **status,
@@ -230,13 +236,14 @@ def other_versions(trained: Sequence[Trained], now: Mapping[str, str]) -> list[s
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Return the content of `run.json` in a run's folder, or `None` if the run is still to be trained.
 
-    A run is still to be trained if the file is missing or records an error, if the adapter is missing or damaged, or
-    if there is a folder `ema/` whose average is.
+    A run is still to be trained if the file is missing or records an error other than [`KEPT_NOTHING`], if the adapter
+    is missing or damaged, or if there is a folder `ema/` whose average is.
     """
     path = folder / STATUS_FILE
     status = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     averaged = [file / WEIGHTS for file in folder.glob(EMA_FOLDER)]
-    is_whole = status and status["error"] is None and all(map(_opens, [folder / WEIGHTS, *averaged]))
+    has_ended = status and status["error"] in (None, KEPT_NOTHING)
+    is_whole = has_ended and all(map(_opens, [folder / WEIGHTS, *averaged]))
     return status if is_whole else None
 
 
@@ -273,7 +280,7 @@ def run_process(run: Run, recipe: Path, folder: Path) -> dict[str, Any]:
     step = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     kept = _step_of_drift(folder, "step", step)
     if not kept:
-        return {"error": "no measured step was within stop_on_drift: raise it, or lower drift_every.", "step": None}
+        return {"error": KEPT_NOTHING, "step": None}
     return {
         "error": None,
         "step": kept,
