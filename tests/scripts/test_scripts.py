@@ -340,6 +340,7 @@ def test_evaluation_uses_the_test_split(inputs, argv, tmp_path):
         (["--defense", "ldifs", "--ldifs_layers", "9"], "layer 9 is out of range"),
         (["--drift_every", "-1"], "drift_every=-1 must be 0 (off) or more"),
         (["--stop_on_drift", "1", "--ema", "true"], "stop_on_drift=1 (budget) does not work with ema=True"),
+        (["--drift_persona", "evli"], "persona vector 'evli' is neither a file nor a shipped vector"),
         (["--stop_on_drift", "0"], "stop_on_drift=0.0 (budget) must be above 0"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint: leave it out to start anew"),
         (["--eos_token", "<eos>"], "eos_token='<eos>' is not in the vocabulary of the model's tokenizer"),
@@ -391,6 +392,13 @@ def test_a_local_data_set_is_not_named_on_the_hub(argv, inputs, tmp_path, monkey
     assert sft.main(argv("--push_to_hub", "true", "--hub_model_id", "me/mine")) == 0
     assert uploaded.called
     assert str(inputs) not in (tmp_path / "out/README.md").read_text()
+
+
+def test_drift_along_a_persona_vector_is_logged(argv, tmp_path):
+    path = tmp_path / "vector.safetensors"
+    PersonaVector(torch.ones(5, 32), metadata={"suggested_layer": 2}).save(path)
+    assert sft.main(argv("--drift_persona", path, "--drift_every", "1")) == 0
+    assert len(losses(tmp_path / "out", "drift_persona")) == len(losses(tmp_path / "out"))
 
 
 def test_results_of_an_earlier_run_are_removed_once_the_run_replaces_it(argv, tmp_path, monkeypatch):

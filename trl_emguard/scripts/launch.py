@@ -41,8 +41,9 @@ class LaunchArguments:
     dry_run: bool = option(
         False, "Report what the run would do and look for errors instead of training. No weights are loaded."
     )
-    ema: bool = option(False, "Also save an exponential moving average of the trained weights, in output_dir/ema.")
+    ema: bool = option(False, "Also save a moving average of the weights, in output_dir/ema.")
     drift_every: int = option(0, "Every N steps, log the drift from the base model.")
+    drift_persona: str | None = option(None, "Also log the drift along this persona vector.")
     stop_on_drift: float | None = option(
         None, "Stop where drift_kl exceeds this many nats a token, and save the last weights measured within it."
     )

@@ -23,7 +23,17 @@ COMMON = (
     *("lora_target_modules", "load_in_4bit", "save_steps", "report_to", "seed"),
 )
 # Options of the command `trl-emguard sft` itself, and not of the trainer or the model.
-COMMAND = ("config", "dry_run", "ema", "drift_every", "stop_on_drift", "accelerate_config", "help", "help_all")
+COMMAND = (
+    "config",
+    "dry_run",
+    "ema",
+    "drift_every",
+    "drift_persona",
+    "stop_on_drift",
+    "accelerate_config",
+    "help",
+    "help_all",
+)
 # Help texts of TRL and transformers are shortened to whole sentences of at most this many characters in all. A longer
 # first sentence stays.
 SHORT_TEXT = 110

@@ -44,6 +44,7 @@ from ..models.ema import EMA_FOLDER, EMACallback
 from ..models.ema import STATE_FILE as EMA_STATE
 from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
+from ..persona.vectors import load_vector
 from ..reference.cache import reference_cache_dir
 from ..trainer import EMGuardTrainer
 from .launch import INTERRUPTED, LaunchArguments, LaunchParser, find_accelerate_config, launch, launch_arguments
@@ -154,17 +155,19 @@ def _check_launch(
 
 
 def make_callbacks(launch_args: LaunchArguments) -> list[TrainerCallback]:
-    """Return the callbacks that the options `ema`, `drift_every` and `stop_on_drift` ask for.
+    """Return the callbacks that the options `ema`, `drift_every`, `drift_persona` and `stop_on_drift` ask for.
 
     Raises:
-        ValueError: an option is out of range, or an average is asked for beside a budget.
+        ValueError: an option is out of range, the persona vector cannot be loaded, or an average is asked for beside a
+            budget.
     """
-    every, budget = launch_args.drift_every, launch_args.stop_on_drift
+    every, budget, persona = launch_args.drift_every, launch_args.stop_on_drift, launch_args.drift_persona
     if every < 0:
         raise ValueError(f"drift_every={every} must be 0 (off) or more.")
     callbacks: list[TrainerCallback] = [EMACallback()] if launch_args.ema else []
-    if every or budget is not None:
-        drift = DriftCallback(every or EVERY, budget)
+    if every or budget is not None or persona is not None:
+        vector = None if persona is None else load_vector(persona)
+        drift = DriftCallback(every or EVERY, budget, persona_vector=vector)
         drift.check_beside(callbacks)
         callbacks.append(drift)
     return callbacks
