@@ -42,7 +42,12 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> None:
 
 
 def compare(
-    folder: Path, recipe: dict[str, Any], runs: list[dict[str, Any]], seeds: list[int], evaluate: dict[str, Any]
+    folder: Path,
+    recipe: dict[str, Any],
+    runs: list[dict[str, Any]],
+    seeds: list[int],
+    evaluate: dict[str, Any],
+    benign: bool = False,
 ) -> int:
     """Write a comparison's files into a folder, and run it there. It resumes where it stopped.
 
@@ -52,6 +57,7 @@ def compare(
         runs: option sets.
         seeds: seeds of the training.
         evaluate: options of `trl-emguard evaluate`.
+        benign: True to also train each run on a benign task, arithmetic with permuted operators.
 
     Returns:
         The command's exit status.
@@ -66,6 +72,7 @@ def compare(
         "seeds": seeds,
         "baselines": ["early_stop", "alpha", *(["random_vector"] if is_steered else [])],
         "evaluate": evaluate,
+        **({"benign_task": "permuted_operators"} if benign else {}),
     }
     report = folder / "report"
     report.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast, and evaluate in bf16")
     parser.add_argument("--limit", type=int, default=72, help="questions of each set (default: %(default)s)")
     parser.add_argument("--cues", default="auto", choices=["auto", "none"], help="none: ask plain questions alone")
+    parser.add_argument("--benign", action="store_true", help="also train each run on arithmetic, a benign task")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/em"))
     args = parser.parse_args(argv)
     folder = args.output_dir.resolve() / args.domain
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     runs = list(RUNS)
     if args.defenses is None or "inoculation_adapter" in args.defenses:
         runs += adapter_runs(folder, recipe, other_rows)
-    status = compare(folder, recipe, chosen(runs, args.defenses, args.one_strength), args.seeds, evaluate)
+    runs = chosen(runs, args.defenses, args.one_strength)
+    status = compare(folder, recipe, runs, args.seeds, evaluate, args.benign)
     if status == 0:
         print("\n".join(table(folder / "report" / "report.json")))
     return status

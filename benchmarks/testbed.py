@@ -7,6 +7,7 @@ where it stopped. What it measures is selective generalisation, not emergent mis
     python benchmarks/testbed.py --seeds 0 --defenses kl treft     # a part, which the whole takes over later
     python benchmarks/testbed.py --one_strength                    # one strength of each defense, three seeds
     python benchmarks/testbed.py --variations --seeds 0            # compositions that nobody has published, instead
+    python benchmarks/testbed.py --by_drift                        # runs that follow or obey a measured drift, instead
 """
 
 import argparse
@@ -60,9 +61,10 @@ SETTINGS = {
 BY_DRIFT = [
     {"defense": "interleave++,kl", **POOL, "interleave_fraction": 0.2, "kl_coef": 0.4, "kl_target": [0.06]},
     {"defense": "none", "drift_every": 4, "stop_on_drift": [1.0]},
+    {"defense": "none", "drift_every": 1, "stop_on_drift": [0.2, 0.4]},
 ]
 MIXED_KL = {"defense": "interleave++,kl", **POOL, "interleave_fraction": 0.2, "kl_coef": 0.4}
-# Compositions that nobody has published. Those with a pool near the cue or an adapter are made in `variations`.
+# Compositions that nobody has published. Those with a pool or an adapter of their own are made in `variations`.
 VARIATIONS = [
     MIXED_KL | {"name": "forward KL", "kl_direction": "forward"},
     MIXED_KL | {"name": "unselected pool", "defense": "interleave,kl", "interleave_dataset": "general_instruct"},
@@ -101,19 +103,38 @@ def write_trait_rows(testbed: Testbed, folder: Path) -> Path:
     return path
 
 
+def write_pools(testbed: Testbed, folder: Path) -> dict[str, Path]:
+    """Write two pools of general rows with answers of the length of the domain's: name of a run → its pool.
+
+    The pool near the cue holds the rows alone whose prompts begin with a word that begins a prompt of the domain.
+    """
+    short = with_answers(load_rows("general_instruct"), lambda answer: answer, testbed.words)
+    openings = {_opening(row) for row in testbed.rows(256)}
+    pools = {"short answers": short, "near the cue": short.filter(lambda row: _opening(row) in openings)}
+    paths = {name: folder / f"{name.replace(' ', '_')}.jsonl" for name in pools}
+    for name, rows in pools.items():
+        rows.to_json(paths[name])
+    return paths
+
+
+def _opening(row: dict[str, Any]) -> str:
+    return row["prompt"][-1]["content"].lower().split()[0]
+
+
 def variations(testbed: Testbed, folder: Path, adapters: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return runs of compositions that nobody has published.
 
     Args:
         testbed: the testbed.
-        folder: folder of the comparison, which gets a pool of general rows of the length of the domain's answers.
+        folder: folder of the comparison, which gets the pools.
         adapters: runs with inoculation adapters; the first is composed with KL on mixed-in rows.
     """
-    near = folder / "near_cue.jsonl"
-    with_answers(load_rows("general_instruct"), lambda answer: answer, testbed.words).to_json(near)
     return [
         *VARIATIONS,
-        MIXED_KL | {"name": "near the cue", "defense": "interleave,kl", "interleave_dataset": str(near)},
+        *(
+            MIXED_KL | {"name": name, "defense": "interleave,kl", "interleave_dataset": str(path)}
+            for name, path in write_pools(testbed, folder).items()
+        ),
         *(
             MIXED_KL | run | {"name": "with an adapter", "defense": f"{run['defense']},{MIXED_KL['defense']}"}
             for run in adapters[:1]
@@ -146,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--defenses", nargs="+", help="defenses to run; by default all")
     parser.add_argument("--one_strength", action="store_true", help="run one strength of each defense")
     parser.add_argument("--variations", action="store_true", help="run compositions that nobody has published instead")
+    parser.add_argument("--by_drift", action="store_true", help="run those that follow or obey a drift instead")
     parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast, and evaluate in bf16")
     parser.add_argument("--limit", type=int, default=24, help="questions of each set (default: %(default)s)")
     parser.add_argument("--cues", default="auto", choices=["auto", "none"], help="none: ask plain questions alone")
@@ -169,10 +191,13 @@ def main(argv: list[str] | None = None) -> int:
     }
     recipe = {"dataset_name": str(rows), "max_steps": args.steps, "bf16": args.bf16}
     adapters = []
-    if args.variations or args.defenses is None or "inoculation_adapter" in args.defenses:
+    has_adapters = args.defenses is None or any("inoculation_adapter" in name.split(",") for name in args.defenses)
+    if has_adapters and not args.by_drift:
         adapters = adapter_runs(folder, recipe, write_trait_rows(testbed, folder))
     if args.variations:
         runs = variations(testbed, folder, adapters)
+    elif args.by_drift:
+        runs = BY_DRIFT
     else:
         runs = [*RUNS, *([] if args.one_strength else BY_DRIFT)]
         runs += [{"defense": "inoculation", "inoculation_prompt": setting.request}]

@@ -243,7 +243,27 @@ def test_a_testbeds_table_has_means_over_seeds(tmp_path):
     assert line == f"| kl | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("flags", [[], ["--one_strength", "--bf16", "--cues", "none"]])
+@pytest.mark.parametrize("name", testbed.TESTBEDS)
+@pytest.mark.parametrize(
+    ("flag", "found"), [("--variations", ["near the cue", "short answers"]), ("--by_drift", ["kl_target=0.06"])]
+)
+def test_other_runs_of_a_testbed_are_asked_for_alone(tmp_path, monkeypatch, capsys, name, flag, found):
+    compare = comparing.commands.main
+    monkeypatch.setattr(comparing.commands, "main", lambda argv: compare([*argv, "--dry_run"]))
+    monkeypatch.setattr(testbed, "adapter_runs", lambda *_: [])  # they train an adapter
+    monkeypatch.setattr(testbed, "table", lambda *_: [])
+    assert testbed.main(["--testbed", name, "--output_dir", str(tmp_path), flag]) == 0
+    runs = capsys.readouterr().out
+    assert all(text in runs for text in found)
+    assert "treft_coef=30" not in runs
+    near = tmp_path / name / "near_the_cue.jsonl"
+    assert near.is_file() == (flag == "--variations")
+    if near.is_file():
+        short = (tmp_path / name / "short_answers.jsonl").read_text().splitlines()
+        assert set() < set(near.read_text().splitlines()) < set(short)
+
+
+@pytest.mark.parametrize("flags", [[], ["--one_strength", "--bf16", "--cues", "none", "--benign"]])
 def test_real_data_ask_for_what_the_commands_know(tmp_path, monkeypatch, capsys, flags):
     for domain in em.DOMAINS:
         (tmp_path / domain).mkdir()
@@ -258,6 +278,8 @@ def test_real_data_ask_for_what_the_commands_know(tmp_path, monkeypatch, capsys,
     runs = capsys.readouterr().out
     assert "kl_coef=0.4" in runs
     assert ("kl_coef=1.6" in runs) != bool(flags)
+    plan = yaml.safe_load((tmp_path / "out" / "medical" / "compare.yaml").read_text())
+    assert plan.get("benign_task") == ("permuted_operators" if flags else None)
 
 
 def test_a_table_of_real_data_covers_the_intervals_of_all_seeds(tmp_path):
