@@ -90,6 +90,7 @@ bench bench-gpu: setup
 	$(OFFLINE) $(KEEP_MEMORY) $(BIN)/python benchmarks/head.py --device $(DEVICE)
 	$(OFFLINE) $(KEEP_MEMORY) $(BIN)/python benchmarks/steps.py --device $(DEVICE)
 	$(OFFLINE) $(KEEP_MEMORY) $(BIN)/python benchmarks/mixed_kl.py --device $(DEVICE)
+	$(OFFLINE) $(KEEP_MEMORY) $(BIN)/python benchmarks/drift_cost.py --device $(DEVICE)
 	$(OFFLINE) $(KEEP_MEMORY) $(BIN)/python benchmarks/evaluate_cost.py --device $(DEVICE)
 	$(BIN)/python benchmarks/report.py
 

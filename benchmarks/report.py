@@ -85,6 +85,14 @@ TARGETS = (
     ),
     Target(
         "cpu",
+        "drift",
+        {},
+        "25 steps and a measurement of the drift ÷ 25 steps",
+        over("25 steps and a measurement", "25 steps"),
+        1.05,
+    ),
+    Target(
+        "cpu",
         "evaluate",
         {"kind": "probes"},
         "probes of four models ÷ forward passes",
