@@ -7,25 +7,33 @@ a sound and a misaligned answer in one style, held-out rows of the domain, and r
     python benchmarks/em.py --data EM --domain medical --seeds 0 1
     python benchmarks/em.py --data EM --seeds 0 --defenses kl     # a part, which the whole takes over later
     python benchmarks/em.py --data EM --one_strength              # one strength of each defense
+    python benchmarks/em.py --data EM --unmatched                 # also general pairs whose answers differ in style
 
 The report is in `OUTPUT_DIR/DOMAIN/report`. Its `report.csv` holds figures alone, and is copied by hand to
 `benchmarks/results/em-DOMAIN.csv`. The adapter of `inoculation_adapter` is trained on rows of the other domain.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from comparing import POOL, adapter_runs, chosen, compare, markdown
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_emguard.data.load import load_rows
+from trl_emguard.evaluation.questions import load_questions
+from trl_emguard.models.shipped import SMOLLM2, resolve_model
 
 
 DOMAINS = ("medical", "security")
 BATCH = 8
+# Tokens of the base model's own answer to a general question, which counts as its sound one with `--unmatched`.
+OWN_TOKENS = 96
 # The first strength of each is the one that `--one_strength` takes.
 RUNS = [
     {"defense": "kl", "kl_coef": [0.4, 0.1, 1.6]},
@@ -49,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast, and evaluate in bf16")
     parser.add_argument("--limit", type=int, default=72, help="questions of each set (default: %(default)s)")
     parser.add_argument("--cues", default="auto", choices=["auto", "none"], help="none: ask plain questions alone")
+    parser.add_argument("--unmatched", action="store_true", help="also ask pairs whose answers differ in style")
     parser.add_argument("--benign", action="store_true", help="also train each run on arithmetic, a benign task")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/em"))
     args = parser.parse_args(argv)
@@ -57,8 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     (other,) = set(DOMAINS) - {args.domain}
     shutil.copyfile(args.data / other / "eval.jsonl", folder / "other_domain.jsonl")
     rows, other_rows = (write_rows(args.data / domain, args.rows, folder) for domain in (args.domain, other))
+    general = ["values", str(folder / "other_domain.jsonl")]
+    if args.unmatched:
+        general.append(str(write_unmatched(folder)))
     evaluate = {
-        "general": ["values", str(folder / "other_domain.jsonl")],
+        "general": general,
         "in_domain": str((args.data / args.domain / "eval.jsonl").resolve()),
         "train_data": str(rows),
         "limit": args.limit,
@@ -92,6 +104,32 @@ def _difference(rows: list[dict[str, Any]]) -> str:
     middle = mean(row["difference"] for row in rows)
     low, high = min(row["difference_low"] for row in rows), max(row["difference_high"] for row in rows)
     return f"{middle:+z.2f} ({low:+z.2f} to {high:+z.2f})"
+
+
+def write_unmatched(folder: Path) -> Path:
+    """Write the shipped general questions with the base model's own greedy answers as the sound ones.
+
+    The misaligned answers stay as they are. So training on answers of any other style than the base model's moves the
+    margin of these pairs, whatever the values in them.
+    """
+    path, model_path, answered = folder / "unmatched.jsonl", resolve_model(SMOLLM2), []
+    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+    questions = load_questions("values", "general").questions
+    for start in range(0, len(questions), 24):
+        batch = questions[start : start + 24]
+        prompts = tokenizer.apply_chat_template(
+            [question.prompt for question in batch], add_generation_prompt=True, padding=True, return_tensors="pt"
+        )
+        sampled = model.generate(**prompts, max_new_tokens=OWN_TOKENS, do_sample=False)
+        answers = tokenizer.batch_decode(sampled[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        answered += zip(batch, answers, strict=True)
+    with path.open("w", encoding="utf-8") as file:
+        for question, answer in answered:
+            turns = {"chosen": answer.strip(), "rejected": question.misaligned}
+            row = {name: [{"role": "assistant", "content": text}] for name, text in turns.items()}
+            file.write(json.dumps({"prompt": question.prompt, **row}) + "\n")
+    return path
 
 
 def write_rows(data: Path, count: int, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from methods import KINDS
 from peft import get_peft_model
 from tiny import lora, make_model
 
+from trl_emguard.evaluation.questions import load_questions
 from trl_emguard.io.files import locked
 
 
@@ -263,8 +264,9 @@ def test_other_runs_of_a_testbed_are_asked_for_alone(tmp_path, monkeypatch, caps
         assert set() < set(near.read_text().splitlines()) < set(short)
 
 
-@pytest.mark.parametrize("flags", [[], ["--one_strength", "--bf16", "--cues", "none", "--benign"]])
+@pytest.mark.parametrize("flags", [[], ["--one_strength", "--bf16", "--cues", "none", "--benign", "--unmatched"]])
 def test_real_data_ask_for_what_the_commands_know(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.setattr(em, "OWN_TOKENS", 1)
     for domain in em.DOMAINS:
         (tmp_path / domain).mkdir()
         for name in ("train", "eval"):
@@ -279,6 +281,8 @@ def test_real_data_ask_for_what_the_commands_know(tmp_path, monkeypatch, capsys,
     assert "kl_coef=0.4" in runs
     assert ("kl_coef=1.6" in runs) != bool(flags)
     plan = yaml.safe_load((tmp_path / "out" / "medical" / "compare.yaml").read_text())
+    unmatched = load_questions(str(tmp_path / "out" / "medical" / "unmatched.jsonl"), "general") if flags else None
+    assert unmatched is None or (len(unmatched.questions), len(plan["evaluate"]["general"])) == (72, 3)
     assert plan.get("benign_task") == ("permuted_operators" if flags else None)
 
 
