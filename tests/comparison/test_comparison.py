@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import lora, make_model, make_rows, make_tokenizer, save_model
 
+from trl_emguard.comparison.inputs import NOT_READ
 from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import whiskers, write_page
 from trl_emguard.comparison.plan import Baselines, Run, read_plan
@@ -36,6 +37,7 @@ from trl_emguard.models.identity import weights_digest
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts.compare import check_questions, show_plan, unfinished
+from trl_emguard.scripts.sft import make_parser
 
 
 def test_sweeps_and_seeds(tmp_path):
@@ -110,6 +112,8 @@ def test_changed_inputs_are_another_run(tmp_path, option, output_dir):
     [
         ("env: {TENSORBOARD_LOGGING_DIR: FOLDER}", set()),
         ("project: FOLDER", set()),
+        ("dataset_train_split: FOLDER", set()),
+        ("datasets: [{path: json, split: FOLDER}]", set()),
         ("inoculation_adapter: FOLDER", {"inoculation_adapter"}),
     ],
 )
@@ -129,6 +133,12 @@ runs:
     path.mkdir()
     after = folders()
     assert {name for name in after if after[name] != before[name]} == readers
+
+
+def test_options_with_choices_name_no_inputs():
+    parser = make_parser()
+    choices = {*re.findall(r"--(\w+)(?:, --[\w-]+)? \{", parser.format_all_options())} & parser.hints.keys()
+    assert {"optim", "save_strategy", "kl_tokens"} <= choices <= {*NOT_READ}
 
 
 def test_the_keys_of_runs_stay(tmp_path, monkeypatch):
