@@ -273,6 +273,13 @@ def test_bad_plans(tmp_path, text, message):
         plan(tmp_path, text)
 
 
+def test_a_plan_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "compare.yaml"
+    path.write_bytes("recipe: für.yaml".encode("latin-1"))
+    with pytest.raises(ValueError, match=re.escape(f"--config={str(path)!r} is not UTF-8 text")):
+        read_plan(str(path), (), (), tmp_path / "out")
+
+
 def test_a_dominated_run_is_left_out():
     found = report({"none": (-1.0, -1.0), "weak": (-1.0, -0.2), "good": (-0.1, -1.0)})
     once = " Each was trained once: the intervals do not hold the variation from training to training."

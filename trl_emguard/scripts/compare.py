@@ -35,7 +35,7 @@ from ..comparison.plan import BENIGN_TASK, EMA, Plan, Run, read_plan
 from ..config import EMGuardConfig
 from ..data.conversation import conversation
 from ..data.load import load_rows
-from ..data.training import check_format
+from ..data.training import check_format, read_template
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable, locked
@@ -198,7 +198,7 @@ def check_questions(
     if end is not None:
         tokenizer.eos_token = end
     if path is not None and Path(path).is_file() and path.endswith((".jinja", ".j2")):
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(path)
     elif path is not None:
         rows = copy_template(tokenizer, AutoTokenizer.from_pretrained(path))
     check_template(tokenizer)
