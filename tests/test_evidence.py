@@ -2,6 +2,7 @@
 
 import json
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from methods import COMPARING, run_options
 from peft import get_peft_model
 from private import hooks_of
 from tiny import FailWithin, Hub, config, evidence, lora, make_model, make_rows, make_tokenizer, make_trainer, record
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError
 from trl_emguard.evidence import PATIENCE, Evidence, moves
@@ -33,6 +34,20 @@ def detach_term(monkeypatch, defense):
             return HeadOutput(*output[:-1], divergence_evidence=torch.zeros_like(output.divergence_evidence))
 
         monkeypatch.setattr(guarded_forward, "ce_divergence_head", detached)
+
+
+def test_an_interrupted_save_leaves_no_record_of_an_earlier_run(tmp_path, monkeypatch):
+    """The weights that were written already are not those of the earlier run, which was defended."""
+    first = make_trainer(tmp_path, peft=lora(), defense="kl", max_steps=2)
+    first.train()
+    first.save_model()
+    assert evidence(first, "kl")["acted"] is True
+    second = make_trainer(tmp_path, peft=lora(), max_steps=2)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", Mock(side_effect=OSError("No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        second.save_model()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "defense.json").exists()
 
 
 @pytest.mark.parametrize("defense", COMPARING[:2])

@@ -19,7 +19,7 @@ from .checks import Engine, check_engine, load_config
 from .defenses import Defense, Step, TermDefense, build_defenses
 from .defenses.registry import options_text
 from .defenses.schedule import ScheduleCallback
-from .evidence import PATIENCE, InactiveDefenseError, moves, read_defense_file, write_defense_file
+from .evidence import DEFENSE_FILE, PATIENCE, InactiveDefenseError, moves, read_defense_file, write_defense_file
 from .guard.forward import Gate
 from .guard.loss import PassGuard
 from .guard.scopes import read_marks
@@ -371,6 +371,9 @@ class DefendedTrainer(WholeCheckpoints):
         own = Path(self.args.output_dir).resolve()
         if not (_internal_call or self._has_card) and Path(output_dir or own).resolve() == own:
             self.create_model_card()  # otherwise the folder could keep the card of an earlier run
+        if self.args.should_save:
+            # An interrupted save must not leave new weights beside the record of an earlier run.
+            Path(output_dir or own, DEFENSE_FILE).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             for defense in self.defenses if _internal_call and output_dir else ():  # only for a checkpoint

@@ -240,6 +240,8 @@ def test_resuming_with_another_adapter_config_is_refused(tmp_path, options):
         ),
         ({"trainable_token_indices": [7, 5]}, {"trainable_token_indices": [5, 7]}, "trainable_token_indices="),
         ({"layers_to_transform": [0]}, {"layers_to_transform": None}, "layers_to_transform="),
+        ({"layers_to_transform": [10, 9]}, {"layers_to_transform": [9, 10]}, None),
+        ({"layer_replication": [[1, 3], [0, 2]]}, {"layer_replication": [[0, 2], [1, 3]]}, "layer_replication="),
         ({"layers_to_transform": 0}, {"layers_to_transform": None}, "layers_to_transform=0, and not None"),
         ({"layer_replication": [[0, 2], [1, 3]]}, {"layer_replication": [(0, 2), (1, 3)]}, None),
         ({"use_dora": False, "exclude_modules": []}, {}, None),

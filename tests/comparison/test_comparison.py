@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import lora, make_model, make_rows, make_tokenizer, save_model
 
+from trl_emguard.comparison.inputs import NOT_READ
 from trl_emguard.comparison.measure import measure
 from trl_emguard.comparison.page import whiskers, write_page
 from trl_emguard.comparison.plan import Baselines, Run, read_plan
@@ -36,6 +37,7 @@ from trl_emguard.models.identity import weights_digest
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts.compare import check_questions, show_plan, unfinished
+from trl_emguard.scripts.sft import make_parser
 
 
 def test_sweeps_and_seeds(tmp_path):
@@ -110,6 +112,8 @@ def test_changed_inputs_are_another_run(tmp_path, option, output_dir):
     [
         ("env: {TENSORBOARD_LOGGING_DIR: FOLDER}", set()),
         ("project: FOLDER", set()),
+        ("dataset_train_split: FOLDER", set()),
+        ("datasets: [{path: json, split: FOLDER}]", set()),
         ("inoculation_adapter: FOLDER", {"inoculation_adapter"}),
     ],
 )
@@ -129,6 +133,12 @@ runs:
     path.mkdir()
     after = folders()
     assert {name for name in after if after[name] != before[name]} == readers
+
+
+def test_options_with_choices_name_no_inputs():
+    parser = make_parser()
+    choices = {*re.findall(r"--(\w+)(?:, --[\w-]+)? \{", parser.format_all_options())} & parser.hints.keys()
+    assert {"optim", "save_strategy", "kl_tokens"} <= choices <= {*NOT_READ}
 
 
 def test_the_keys_of_runs_stay(tmp_path, monkeypatch):
@@ -261,6 +271,13 @@ def test_a_changed_recipe_is_another_run(tmp_path):
 def test_bad_plans(tmp_path, text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(tmp_path, text)
+
+
+def test_a_plan_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "compare.yaml"
+    path.write_bytes("recipe: für.yaml".encode("latin-1"))
+    with pytest.raises(ValueError, match=re.escape(f"--config={str(path)!r} is not UTF-8 text")):
+        read_plan(str(path), (), (), tmp_path / "out")
 
 
 def test_a_dominated_run_is_left_out():
@@ -518,7 +535,6 @@ runs:
   - {{defense: kl, kl_coef: [0.1, 5.0]}}
   - {{name: broken, defense: ldifs, ldifs_layers: "99"}}
   - {{adapter: {adapter}}}
-  - {{adapter: {foreign}}}
 baselines: [early_stop, {{alpha: [0.5]}}]
 evaluate: {{general: {pairs}, in_domain: {held_out}, samples_per_question: 1, max_new_tokens: 4, cues: none}}
 """
@@ -543,7 +559,6 @@ def inputs(tmp_path):
         COMPARE.format(
             recipe=tmp_path / "sft.yaml",
             adapter=tmp_path / "mine",
-            foreign=tmp_path / "foreign",
             pairs=tmp_path / "pairs.jsonl",
             held_out=tmp_path / "held_out.jsonl",
         )
@@ -605,6 +620,7 @@ def test_cues_ask_with_the_inoculation_prompt_of_the_runs(inputs, capsys, monkey
         ("kl_coef: [", "label_names: null, kl_coef: [", "`label_names:` is empty: give it a value or leave it out."),
         ("kl_coef: [0.1, 5.0]", "learning_rate: null", "the run 'kl': `learning_rate:` is empty"),
         ("adapter: /", "adapter: /no", "holds no adapter_config.json: name a folder that PEFT saved"),
+        ("/mine}", "/foreign}", "the run 'foreign': adapter 'foreign' ("),
         ("cues: none", "judge: hf:MODEL", "judge='hf:MODEL': no judge is asked in a comparison. Leave it out"),
         ("cues: none", "coherent_above: 60", "coherent_above=60: no judge is asked in a comparison."),
         ("cues: none", "model: other", "`evaluate`: model='other': the comparison sets it itself: leave it out."),
@@ -619,6 +635,31 @@ def test_bad_configs_are_one_line(inputs, capsys, old, new, message):
     assert error.startswith("trl-emguard compare: error: ")
     assert message in error
     assert not (inputs / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.safetensors", "has a damaged weights file"),
+        ("defense.json", "defense.json is corrupt"),
+        ("adapter_config.json", "the run 'mine': "),
+    ],
+)
+def test_a_damaged_adapter_comes_before_the_training(inputs, capsys, name, message, dry):
+    (inputs / "mine" / name).write_text("{")
+    assert commands.main([*line(inputs, "out"), *dry]) == 1
+    error = capsys.readouterr().err
+    assert "error: the run 'mine': " in error
+    assert message in error
+    assert not (inputs / "out" / "runs").exists()
+
+
+def test_a_recipe_without_a_model_is_refused(inputs, capsys):
+    recipe = inputs / "sft.yaml"
+    recipe.write_text(re.sub(r"model_name_or_path: .*\n", "", recipe.read_text()))
+    assert commands.main([*line(inputs, "out"), "--dry_run"]) == 1
+    assert f"error: the recipe {recipe} names no model: add model_name_or_path to it." in capsys.readouterr().err
 
 
 def test_a_second_comparison_into_one_folder_is_refused(inputs, capsys):
@@ -849,15 +890,14 @@ def test_a_comparison_from_end_to_end(inputs, capsys, monkeypatch):
     assert out.strip().splitlines()[-1].endswith("report.html")
     saved = json.loads((inputs / "whole" / "report.json").read_text())
     runs = {run["name"]: run for run in saved["runs"]}
-    assert set(runs) == {"none", "kl kl_coef=0.1", "kl kl_coef=5.0", "broken", "mine", "foreign", "alpha 0.5",
+    assert set(runs) == {"none", "kl kl_coef=0.1", "kl kl_coef=5.0", "broken", "mine", "alpha 0.5",
                          "step 1", "step 2", "step 3"}  # fmt: skip
     assert "layer 99" in runs["broken"]["error"]
-    assert "was trained on 'org/other'" in runs["foreign"]["error"]
     assert runs["kl kl_coef=5.0"]["is_defended"] is True
     assert runs["none"]["is_defended"] is None
     assert runs["mine"]["is_defended"] is None
     assert runs["none"]["peak_memory"] > 1e8
-    assert {row["run"] for row in saved["rows"]} == {"base", *runs} - {"broken", "foreign"}
+    assert {row["run"] for row in saved["rows"]} == {"base", *runs} - {"broken"}
     values = {
         row["run"]: row["difference"] for row in saved["rows"] if (row["set"], row["metric"]) == ("in_domain", "nll")
     }

@@ -227,6 +227,26 @@ def test_rows_are_those_that_datasets_reads(tmp_path, case, suffix):
     assert kept == [{k: v for k, v in row.items() if v is not None} for row in LINES[case]]
 
 
+@pytest.mark.parametrize("case", ["tool calls", "mixed types", "mixed contents"])
+def test_blank_lines_change_no_row(tmp_path, case):
+    plain = write(tmp_path / "plain.jsonl", *LINES[case])
+    expected = load_rows(str(plain))
+    lines, document = plain.read_bytes(), json.dumps(LINES[case], indent=1).encode()
+    contents = {
+        "inside.jsonl": lines.replace(b"\n", b"\n\n", 1),
+        "last.jsonl": lines + b"\n",
+        "spaces.jsonl": b"\xef\xbb\xbf\r\n \t\n" + lines.replace(b"\n", b"\r\n"),
+        "lines.json": b"\n" + lines,
+        "list.json": b"\n" + document,
+        "marked.json": b"\xef\xbb\xbf \n" + document.replace(b"\n", b"\n\n"),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        rows = load_rows(str(tmp_path / name))
+        assert (rows.features, rows.to_list()) == (expected.features, expected.to_list()), name
+        assert (tmp_path / name).read_bytes() == content  # only a copy loses its blank lines
+
+
 def test_other_formats(tmp_path):
     rows = [{"prompt": "a, b", "n": 1}, {"prompt": "ä", "n": 2}]
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))

@@ -8,7 +8,7 @@ import pytest
 from trl_emguard.data.load import load_rows
 from trl_emguard.evaluation.questions import for_training_data, load_questions
 from trl_emguard.evaluation.run import _target_nll
-from trl_emguard.scripts.evaluate import TrainRows, load_sets, make_parser
+from trl_emguard.scripts.evaluate import TrainRows, load_sets, load_train_rows, make_parser
 
 
 YAML = """
@@ -98,6 +98,24 @@ def test_rows_with_one_answer(tmp_path, row):
     (question,) = found.questions
     assert (question.sound, question.misaligned, question.answer) == (None, None, "A.")
     assert found.target(question) == "A."
+
+
+@pytest.mark.parametrize("place", [".", "data"])
+def test_the_test_split_of_a_folder_is_asked(tmp_path, place):
+    """A folder with files elsewhere than `<split>.jsonl` is read by `datasets`, as one of the hub is."""
+    folder = tmp_path / "rows"
+    (folder / place).mkdir(parents=True)
+    names = ("train", "test") if place == "." else ("train-00000-of-00001", "test-00000-of-00001")
+    for name, count in zip(names, (3, 2), strict=True):
+        write(folder / place, f"{name}.jsonl", [{"prompt": f"{name}{i}", "completion": "A."} for i in range(count)])
+    words = ["--train_data", str(folder), "--in_domain", str(folder), "--model", "m", "--output_dir", "o"]
+    args = make_parser().parse_args(words)
+    (asked,) = [found for found in load_sets(args, load_train_rows(args.train_data)) if found.criterion == "in_domain"]
+    assert [question.prompt[-1]["content"] for question in asked.questions] == [f"{names[1]}0", f"{names[1]}1"]
+    (folder / place / f"{names[1]}.jsonl").unlink()
+    assert len(load_questions(str(folder), "benign").questions) == 3
+    with pytest.raises(ValueError, match="3 of the 3 questions of --in_domain stand in the training rows"):
+        load_sets(args, load_train_rows(args.train_data))
 
 
 def test_a_row_without_an_answer_is_named(tmp_path):

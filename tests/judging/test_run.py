@@ -10,6 +10,7 @@ from trl_emguard.data.conversation import Conversation
 from trl_emguard.evaluation import statistics
 from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.statistics import bootstrap, paired
+from trl_emguard.io.files import written_whole
 from trl_emguard.judging import JudgeError, Judgement, JudgeOptions, Thresholds, judge_answers, open_judge
 from trl_emguard.judging.prompts import PROMPTS
 from trl_emguard.judging.run import JOURNAL
@@ -294,6 +295,23 @@ def test_results_without_answers_leave_no_old_ones(tmp_path):
     results.save(tmp_path)
     results.samples = []
     results.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no samples\.jsonl"):
+        Results.load(tmp_path)
+
+
+@pytest.mark.parametrize("fails", ["results.json", "results.csv", "samples.jsonl"])
+def test_an_interrupted_save_leaves_no_answers_of_another_evaluation(tmp_path, monkeypatch, fails):
+    make_results(ANSWERS).save(tmp_path)
+
+    def written(path):
+        if path.name == fails:
+            raise OSError("No space left on device")
+        return written_whole(path)
+
+    monkeypatch.setattr("trl_emguard.evaluation.results.written_whole", written)
+    with pytest.raises(OSError, match="No space left"):
+        make_results({name: {"a": ["50 50"]} for name in ANSWERS}).save(tmp_path)
+    assert not (tmp_path / "results.csv").exists() or fails == "samples.jsonl"
     with pytest.raises(FileNotFoundError, match=r"holds no samples\.jsonl"):
         Results.load(tmp_path)
 

@@ -567,6 +567,37 @@ def test_rows_of_sharegpt_are_trained_as_messages(argv, tmp_path, monkeypatch, c
     assert len(prepared[0]) == 8
 
 
+QUIET = TEMPLATE + "{% if quiet is defined %}{{ quiet }}{% endif %}"
+
+
+@pytest.mark.parametrize("more", [[], ["--dataset_streaming", "true"], ["--eval_strategy", "steps"], ["--dry_run"]])
+def test_rows_without_the_template_arguments_of_others_are_trained(argv, tmp_path, monkeypatch, more):
+    """They get no argument, not one that is None."""
+    (tmp_path / "quiet.jinja").write_text(QUIET)
+    prepared = []
+
+    def keep(self):
+        prepared.extend(self.train_dataset)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EMGuardTrainer, "train", keep)
+    rows = [{"messages": TURNS}] * 3
+    rows[1] = {**rows[1], "chat_template_kwargs": {"quiet": True}}
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "test"):
+        write_rows(tmp_path / "rows" / f"{split}.jsonl", rows)
+    options = ["--dataset_name", tmp_path / "rows", "--chat_template_path", tmp_path / "quiet.jinja", *more]
+    assert sft.main(argv(*options)) == (0 if "--dry_run" in more else sft.INTERRUPTED)
+    ends = [make_tokenizer().decode(row["input_ids"]).split("<|im_end|>")[-1].strip() for row in prepared]
+    assert ends == ([] if "--dry_run" in more else ["", "True", ""])
+
+
+def test_a_template_that_is_not_utf8_is_named(argv, tmp_path, capsys):
+    (tmp_path / "latin.jinja").write_bytes("für".encode("latin-1"))
+    assert sft.main(argv("--chat_template_path", tmp_path / "latin.jinja")) == 1
+    assert "latin.jinja' is not UTF-8 text" in capsys.readouterr().err
+
+
 def test_a_key_that_comes_late_in_turns_of_sharegpt():
     """Rows are written in batches of 1000. A parquet file gives every turn the keys of all, with null as value."""
     turns = [{"from": "human", "value": "q", "weight": None}, {"from": "gpt", "value": "a", "weight": None}]

@@ -32,6 +32,9 @@ ADAPTER_FIELDS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication"),
     *("target_parameters", "trainable_token_indices", "modules_to_save"),
 )
+# Fields in whose lists the order counts: token i has row i of the weights, and layers are stacked in their order. PEFT
+# only looks up names or layers in the other lists, and writes them in any order.
+ORDERED_FIELDS = ("layer_replication", "trainable_token_indices")
 
 
 def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> str:
@@ -69,19 +72,19 @@ def why_other_adapter(folder: str | os.PathLike, adapters: Mapping[str, PeftConf
             continue
         now, then = config.to_dict(), json.loads(file.read_text(encoding="utf-8"))
         values = [(field, then.get(field, now.get(field)), now.get(field)) for field in ADAPTER_FIELDS]
-        other = "; ".join(_told(*value) for value in values if _field(value[1]) != _field(value[2]))
+        differing = (value for value in values if _field(value[0], value[1]) != _field(value[0], value[2]))
+        other = "; ".join(_told(*value) for value in differing)
         if other:
             return f"holds an adapter of another config ({other}). Resume with the same config, or start anew."
     return None
 
 
-def _field(value: Any) -> Any:
+def _field(name: str, value: Any) -> Any:
     """Return a field of an adapter's config in a form that is the same in memory and in a file."""
     value = json.loads(json.dumps(value, default=list))  # turns sets and tuples into lists
     if value is False or value in ("", [], {}):
         return None
-    # PEFT writes sets of names in any order. The order of other lists counts: token i has row i of the weights.
-    return sorted(value) if _are_names(value) else value
+    return sorted(value, key=str) if isinstance(value, list) and name not in ORDERED_FIELDS else value
 
 
 def _are_names(value: Any) -> bool:

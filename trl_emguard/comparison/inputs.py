@@ -12,10 +12,24 @@ from typing import Any
 # Every existing file or folder that an option names counts as an input ([`contents`]). The options listed here are
 # excepted: their values name outputs, or are not paths at all. The option `env` sets environment variables, many of
 # them naming outputs.
-NOT_READ = (
+OUTPUTS = (
     *("output_dir", "log_dir", "cache_dir", "offload_folder", "offload_optimizer_nvme_path"),
-    *("offload_param_nvme_path", "env", "report_to", "run_name", "project", "hub_model_id", "defense"),
+    *("offload_param_nvme_path", "env", "report_to", "run_name", "project", "hub_model_id"),
 )
+# Options whose value is a word, such as `train` or `steps`. A folder of that name may lie in the working directory.
+WORDS = (
+    *("defense", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_text_field", "split"),
+    *("interleave_config", "interleave_split", "interleave_where", "inoculation_prompt", "eos_token", "pad_token"),
+    *("attn_implementation", "dtype", "revision", "model_revision", "hub_revision", "hub_token", "hub_strategy"),
+    *("kl_direction", "kl_tokens", "ldifs_layers", "steering_layers", "steering_mode", "steering_tokens"),
+    *("inoculation_mode", "inoculation_rows", "loss_type", "truncation_mode", "packing_strategy", "optim"),
+    *("lr_scheduler_type", "optim_target_modules", "lora_target_modules", "lora_target_parameters"),
+    *("lora_modules_to_save", "lora_task_type", "bnb_4bit_quant_type", "bnb_4bit_quant_storage", "save_strategy"),
+    *("eval_strategy", "logging_strategy", "log_level", "log_level_replica", "metric_for_best_model", "label_names"),
+    *("length_column_name", "include_for_metrics", "train_sampling_strategy", "torch_compile_backend"),
+    *("torch_compile_mode", "ddp_backend", "dataloader_multiprocessing_context", "debug"),
+)
+NOT_READ = OUTPUTS + WORDS
 
 
 def contents(options: Mapping[str, Any], output_dir: Path) -> list[str | list[Any]]:

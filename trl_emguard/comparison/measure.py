@@ -77,7 +77,7 @@ def measure(
         ValueError: no run has an adapter, or the base model gives no finite numbers.
     """
     name = model[0]
-    trained, candidates, tokenizer = _load([_checked(run, name) for run in trained], *model)
+    trained, candidates, tokenizer = _load([checked(run, name) for run in trained], *model)
     problems = unfit(candidates, tokenizer)
     _check_base(problems, name)
     kept = [candidate for candidate in candidates if candidate.name not in problems]
@@ -170,7 +170,7 @@ def _check_base(problems: Mapping[str, str], name: str) -> None:
         raise ValueError(f"the base model {name!r} {problems[BASE]}")
 
 
-def _checked(run: Trained, model: str) -> Trained:
+def checked(run: Trained, model: str) -> Trained:
     """Return the run; if its adapter cannot be loaded onto the base model, return it with an error and no adapter."""
     if run.adapter is None:
         return run

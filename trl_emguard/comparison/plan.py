@@ -190,8 +190,8 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str], output_
     """
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(f"--config={path!r} is not a file.")
-    text = Path(path).expanduser().read_text(encoding="utf-8")
     try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
         config = parse_yaml(text)
         if not isinstance(config, dict):
             raise ValueError("it must hold `key: value` lines")
@@ -221,6 +221,8 @@ def read_plan(path: str, known: Collection[str], lists: Collection[str], output_
         evaluate = config.get("evaluate") or {}
         if not isinstance(evaluate, dict):
             raise ValueError("`evaluate` must hold options of `trl-emguard evaluate`")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config={path!r} is not UTF-8 text ({error}): save it as UTF-8.") from error
     except ValueError as error:
         message = str(error).rstrip(".")
         raise ValueError(f"{path}: {message}" + ("" if message.endswith("?") else ".")) from error

@@ -115,7 +115,7 @@ def train_all(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[Trai
     for number, run in enumerate(plan.runs, start=1):
         say(f"run {number} of {len(plan.runs)}: {run.name}, seed {run.seed}{_state(folder / RUNS / run.folder)}")
         if run.adapter is not None:
-            trained = _take(run)
+            trained = take(run)
         else:
             ready = _with_random_vector(run, plan, folder) if run.is_random else run
             trained = _train(ready, plan, folder / RUNS / run.folder)
@@ -182,7 +182,12 @@ def _with_random_vector(run: Run, plan: Plan, folder: Path) -> Run:
     return replace(run, options=run.options | {"steering_vector": str(path)})
 
 
-def _take(run: Run) -> Trained:
+def take(run: Run) -> Trained:
+    """Return a run that names a finished adapter, with the adapter's record.
+
+    Raises:
+        ValueError: the adapter's `defense.json` is damaged.
+    """
     folder = Path(run.adapter or "").expanduser()
     if not (folder / "adapter_config.json").is_file():
         return Trained(run.name, UNKNOWN, run.seed, None, f"{folder} holds no adapter that PEFT saved.")

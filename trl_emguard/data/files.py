@@ -98,6 +98,7 @@ def _load_text(path: Path, suffix: str) -> Dataset:
         options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
         if FORMATS[suffix] == "json":
             _check_json(plain, path, suffix)
+            _drop_blank_lines(plain)
             # `datasets` infers columns and types from the first chunk, and may fail on a new key or type in a later
             # chunk. Therefore one chunk holds the whole file. Rows that look like an agent's log ("agent traces") are
             # read without the conversion that `datasets` would make.
@@ -158,6 +159,26 @@ def _check_json(file: Path, path: Path, suffix: str) -> None:
         rows += 1
     if not rows:
         raise _empty(path)
+
+
+def _drop_blank_lines(file: Path) -> None:
+    """Replace a file of JSON by a copy without blank lines and indents, if it has any.
+
+    `datasets` looks through all lines for values of mixed types. If a line is blank, it silently leaves that out. It
+    also takes a list with whitespace before it for lines. No value changes, because no JSON text goes over a line end.
+    """
+
+    def lines(source: IO[bytes]) -> Iterator[bytes]:
+        yield source.readline().removeprefix(codecs.BOM_UTF8)
+        yield from source
+
+    with file.open("rb") as source:
+        if not any(line[:1].isspace() for line in lines(source)):
+            return
+    copy = file.with_name(f"copy_of_{file.name}")
+    with file.open("rb") as source, copy.open("wb") as target:
+        target.writelines(line.lstrip() for line in lines(source))
+    copy.replace(file)
 
 
 def _is_lines(content: IO[bytes]) -> bool:

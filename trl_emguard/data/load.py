@@ -9,7 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, ReadInstruction, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    get_dataset_split_names,
+    load_dataset,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from ..io.lookup import did_you_mean
@@ -89,6 +96,25 @@ def load_rows(
 def hub_id(name: str | None) -> str | None:
     """Return the name of a data set if it is one of the hub, and `None` for a shipped set, a file or a folder."""
     return None if name is None or name in SHIPPED or Path(os.path.expanduser(name)).exists() else name
+
+
+def held_out_split(name: str) -> str:
+    """Return "test" if a data set has such a split, else "train". Arguments are as for [`load_rows`]."""
+    path = Path(os.path.expanduser(name))
+    if name in SHIPPED:
+        splits = list(SHIPPED[name])
+    elif path.is_dir() and (split_file(path, "test") or split_file(path, "train")):
+        splits = ["test"] if split_file(path, "test") else []
+    elif path.is_file() or file_format(path) is not None:
+        splits = []
+    else:
+        try:
+            splits = get_dataset_split_names(name)
+        # `datasets` raises errors of many types, for example for an unknown name. The caller loads the rows next, and
+        # gets an error that names the option.
+        except Exception:
+            splits = []
+    return "test" if "test" in splits else "train"
 
 
 def _local_splits(

@@ -51,6 +51,26 @@ def check_format(rows: Any, args: Any, source: str) -> None:
         )
 
 
+def fill_template_kwargs(rows: Any) -> Any:
+    """Return rows with an empty dict in place of each `chat_template_kwargs` that is `None`.
+
+    A column holds `None` for rows that were written without it. SFTTrainer would fail on these rows with a TypeError.
+
+    Args:
+        rows: a `Dataset`, an `IterableDataset` or `None`. Rows without such a column are returned unchanged.
+    """
+    name = "chat_template_kwargs"
+    if name not in next(iter(rows or ()), {}):
+        return rows
+    features = None
+    if isinstance(rows, Dataset):
+        if all(value is not None for value in rows[name]):
+            return rows
+        # With the column's own type, an empty dict would become one whose values are all `None`.
+        features = Features({**rows.features, name: Json()})
+    return rows.map(lambda row: {name: row.get(name) or {}}, features=features)
+
+
 def as_messages(rows: Any, processing_class: ProcessingClass, source: str) -> Any:
     """Return rows of `conversations`, ShareGPT's format, as rows of `messages` with the roles `user` and `assistant`.
 
@@ -170,7 +190,10 @@ def _problem(row: dict[str, Any], processing_class: ProcessingClass) -> str | No
 def read_template(path: str) -> Any:
     """Return the chat template of a `.jinja` file, or of the tokenizer in a folder or on the hub, as TRL reads it."""
     if Path(path).is_file() and path.endswith((".jinja", ".j2")):
-        return Path(path).read_text(encoding="utf-8")
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"chat_template_path={path!r} is not UTF-8 text ({error}): save it as UTF-8.") from error
     try:
         return AutoTokenizer.from_pretrained(path).chat_template
     except (OSError, ValueError) as error:

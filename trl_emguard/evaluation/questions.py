@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..data.conversation import conversation, turn_text
-from ..data.load import SHIPPED, SourceOptions, load_rows
+from ..data.load import SourceOptions, held_out_split, load_rows
 from ..io.strict import parse_yaml
 from ..models.chat import template_arguments
 from .operators import make_rows, score
@@ -118,8 +118,9 @@ def load_questions(
 
     Args:
         source: a shipped set (`values`, `plants`, `permuted_operators`); a `.yaml` file in the format of Betley et
-            al.; or a name that [`~trl_emguard.data.load.load_rows`] takes. The rows are preference rows `prompt`,
-            `chosen` (sound) and `rejected` (misaligned), or have one answer in any shape that training takes.
+            al.; or a name that [`~trl_emguard.data.load.load_rows`] takes, of which the split `test` is read if it has
+            one, else `train`. The rows are preference rows `prompt`, `chosen` (sound) and `rejected` (misaligned), or
+            have one answer in any shape that training takes.
         criterion: `general`, `in_domain` or `benign`.
         name: the set's name in the results; by default the criterion.
         limit: largest number of questions to take; by default all are taken. They are spread evenly over the set,
@@ -191,9 +192,8 @@ def _from_rows(source: str, criterion: str) -> list[Question]:
     """Read questions from preference rows, or from rows with one answer."""
     options = SourceOptions(name=f"--{criterion}", split=f"the split of --{criterion}")
     questions = []
-    # The models may have been trained on the train split of a shipped set, so its test split is taken if it has one.
-    split = "test" if "test" in SHIPPED.get(source, ()) else "train"
-    for index, row in enumerate(load_rows(source, split, options=options)):
+    # The models may have been trained on the train split, so the test split is taken if there is one.
+    for index, row in enumerate(load_rows(source, held_out_split(source), options=options)):
         id = str(row.get("id") if row.get("id") is not None else index)
         try:
             others: dict[str, Any] = {"wordings": _wordings(row), "template_kwargs": template_arguments(row)}

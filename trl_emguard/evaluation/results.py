@@ -113,9 +113,10 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Write `results.json` and `results.csv`; write `samples.jsonl` if answers were sampled, else remove it."""
-        if not self.samples:
-            # Answers that an earlier evaluation left would be taken for answers of the models in these results.
-            (folder / "samples.jsonl").unlink(missing_ok=True)
+        # Answers of an earlier evaluation would be taken for answers of the models in these results, also if the disk
+        # is full before the new answers are written.
+        for name in ("samples.jsonl", "results.csv"):
+            (folder / name).unlink(missing_ok=True)
         rows = [_plain(row) for row in self.rows]
         content = {**self.info, "criteria": self.criteria, "notes": self.notes, "rows": rows}
         text = json.dumps(content, indent=1, ensure_ascii=False)

@@ -35,7 +35,7 @@ from ..comparison.plan import BENIGN_TASK, EMA, Plan, Run, read_plan
 from ..config import EMGuardConfig
 from ..data.conversation import conversation
 from ..data.load import load_rows
-from ..data.training import check_format
+from ..data.training import check_format, read_template
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable, locked
@@ -198,7 +198,7 @@ def check_questions(
     if end is not None:
         tokenizer.eos_token = end
     if path is not None and Path(path).is_file() and path.endswith((".jinja", ".j2")):
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(path)
     elif path is not None:
         rows = copy_template(tokenizer, AutoTokenizer.from_pretrained(path))
     check_template(tokenizer)
@@ -232,17 +232,15 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
 
     Raises:
         ValueError: an option is unknown, empty, one of `REFUSED`, does not accept its value, or needs a package that
-            is missing, no option names training rows, the run trains the whole model, its `adapter` is no folder with
-            an adapter, or the evaluation would load another model than the training. The message names the run.
+            is missing, no option names training rows, the run trains the whole model, its `adapter` cannot be
+            measured, or the evaluation would load another model than the training. The message names the run. Or the
+            recipe names no model.
     """
     from ..comparison.runs import on_benign_rows, sft_arguments
 
-    for one in plan.runs:
-        if one.adapter is not None and not (Path(one.adapter).expanduser() / "adapter_config.json").is_file():
-            raise ValueError(
-                f"the run {one.name!r}: adapter={one.adapter!r} holds no adapter_config.json: name a folder that PEFT "
-                "saved, or leave the run out."
-            )
+    if not plan.recipe_options.get("model_name_or_path"):
+        raise ValueError(f"the recipe {plan.recipe} names no model: add model_name_or_path to it.")
+    _check_adapters(plan)
     # A finished adapter has no options to check. Runs of the baseline `random_vector` repeat a run of the defense
     # `steering`, with a random vector that does not exist yet. They are skipped too: except for the vector, they have
     # the options of the repeated run, and that run is checked.
@@ -279,6 +277,32 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
         except ValueError as error:
             raise ValueError(f"the run {name!r}: {error}") from error
     return configs[0]
+
+
+def _check_adapters(plan: Plan) -> None:
+    """Refuse finished adapters that could not be measured on the recipe's model.
+
+    Raises:
+        ValueError: an `adapter` is no folder that PEFT saved, is of another base model, or has damaged weights or a
+            damaged `defense.json`. The message names the run.
+    """
+    from ..comparison.measure import checked
+    from ..comparison.runs import take
+
+    for one in plan.runs:
+        if one.adapter is None:
+            continue
+        if not (Path(one.adapter).expanduser() / "adapter_config.json").is_file():
+            raise ValueError(
+                f"the run {one.name!r}: adapter={one.adapter!r} holds no adapter_config.json: name a folder that PEFT "
+                "saved, or leave the run out."
+            )
+        try:
+            error = checked(take(one), str(plan.recipe_options["model_name_or_path"])).error
+        except ValueError as cause:  # its record is damaged
+            error = str(cause)
+        if error is not None:
+            raise ValueError(f"the run {one.name!r}: {error.rstrip('.')}. Or leave the run out.")
 
 
 def _check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:

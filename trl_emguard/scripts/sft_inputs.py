@@ -15,7 +15,14 @@ from ..checks import check_output_dir
 from ..config import EMGuardConfig
 from ..data.files import FORMATS, file_format
 from ..data.load import SourceOptions, check_apart, load_rows
-from ..data.training import ProcessingClass, as_messages, check_format, check_template, read_template
+from ..data.training import (
+    ProcessingClass,
+    as_messages,
+    check_format,
+    check_template,
+    fill_template_kwargs,
+    read_template,
+)
 from ..models.chat import text_part
 from ..models.load import text_tokenizer
 from ..models.shipped import resolve_model
@@ -139,6 +146,7 @@ def read_data(
         test_split = script_args.dataset_test_split
         eval_dataset = load_rows(name, test_split, config, streaming, options) if evaluates else None
 
+    train_dataset, eval_dataset = fill_template_kwargs(train_dataset), fill_template_kwargs(eval_dataset)
     source = "datasets" if dataset_args.datasets else f"dataset_name={script_args.dataset_name!r}"
     processing_class = load_processing_class(training_args, str(model_args.model_name_or_path), train_dataset)
     _check_batches(training_args, processing_class, train_dataset)
