@@ -178,6 +178,6 @@ def read_defense_file(folder: str | os.PathLike) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is corrupt ({type(error).__name__}: {error}), so nobody can say how this checkpoint was trained. "
-            "Resume from another checkpoint."
+            "Take another checkpoint, or copy it again."
         ) from error
     return record

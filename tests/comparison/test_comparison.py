@@ -620,7 +620,7 @@ def test_cues_ask_with_the_inoculation_prompt_of_the_runs(inputs, capsys, monkey
         ("kl_coef: [", "label_names: null, kl_coef: [", "`label_names:` is empty: give it a value or leave it out."),
         ("kl_coef: [0.1, 5.0]", "learning_rate: null", "the run 'kl': `learning_rate:` is empty"),
         ("adapter: /", "adapter: /no", "holds no adapter_config.json: name a folder that PEFT saved"),
-        ("/mine}", "/foreign}", "the run 'foreign': adapter 'foreign' ("),
+        ("/mine}", "/foreign}", "trained on 'org/other', and the recipe's model_name_or_path is"),
         ("cues: none", "judge: hf:MODEL", "judge='hf:MODEL': no judge is asked in a comparison. Leave it out"),
         ("cues: none", "coherent_above: 60", "coherent_above=60: no judge is asked in a comparison."),
         ("cues: none", "model: other", "`evaluate`: model='other': the comparison sets it itself: leave it out."),
@@ -652,6 +652,7 @@ def test_a_damaged_adapter_comes_before_the_training(inputs, capsys, name, messa
     error = capsys.readouterr().err
     assert "error: the run 'mine': " in error
     assert message in error
+    assert "esume" not in error
     assert not (inputs / "out" / "runs").exists()
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from trl_emguard.comparison import runs as training
 from trl_emguard.comparison.page import write_page
 from trl_emguard.comparison.runs import KEPT_NOTHING, other_versions, train_all
-from trl_emguard.scripts.compare import show_plan
+from trl_emguard.scripts.compare import show_plan, unfinished
 
 
 TEXT = "recipe: RECIPE\nruns: [{defense: kl}, {defense: ldifs}]\n"
@@ -92,7 +92,7 @@ def test_a_run_whose_adapter_is_lost_is_trained_again(tmp_path, trained, damage)
 
 def test_a_run_that_kept_nothing_is_not_trained_again(tmp_path, trained, monkeypatch):
     """It would end in the same way: its first measured drift is above its budget."""
-    made, said = plan(tmp_path, TEXT), []
+    made, said = plan(tmp_path, f"{TEXT}benign_task: permuted_operators\n"), []
     train = training.run_process
 
     def keep_nothing(run, *args):
@@ -106,6 +106,12 @@ def test_a_run_that_kept_nothing_is_not_trained_again(tmp_path, trained, monkeyp
         assert kl.folder == str(tmp_path / "out" / "runs" / made.runs[1].folder)
     assert trained[0] == ["none", "kl", "ldifs"]
     assert said.count(f"  failed: {KEPT_NOTHING}") == 2
+    console = Console(record=True, width=200)
+    show_plan(made, tmp_path / "out", console)
+    text = console.export_text()
+    assert f"kl, seed 0: failed: {KEPT_NOTHING}" in text
+    assert "0 runs to train, and 2 on the benign task" in text
+    assert [run.name for run in unfinished(made, tmp_path / "out")] == ["none", "ldifs"]
 
 
 def test_the_status_reaches_the_disk_last(tmp_path, trained, monkeypatch):

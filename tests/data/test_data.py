@@ -236,6 +236,7 @@ def test_blank_lines_change_no_row(tmp_path, case):
         "inside.jsonl": lines.replace(b"\n", b"\n\n", 1),
         "last.jsonl": lines + b"\n",
         "spaces.jsonl": b"\xef\xbb\xbf\r\n \t\n" + lines.replace(b"\n", b"\r\n"),
+        "returns.jsonl": lines.replace(b"\n", b"\r\r\n"),
         "lines.json": b"\n" + lines,
         "list.json": b"\n" + document,
         "marked.json": b"\xef\xbb\xbf \n" + document.replace(b"\n", b"\n\n"),

@@ -265,6 +265,19 @@ def test_kept_weights_are_copied_into_the_same_memory(tmp_path):
     assert found[0]
 
 
+def test_a_second_trainer_keeps_weights_of_its_own(tmp_path):
+    """Copies of the first trainer's weights have another shape and dtype."""
+    callback = drift(budget=1e9)
+    for rank, dtype in ((2, torch.bfloat16), (4, torch.float32)):
+        model = get_peft_model(make_model(), lora(r=rank)).to(dtype)
+        trainer = make_trainer(tmp_path / str(rank), model, max_steps=1)
+        trainer.add_callback(callback)
+        trainer.train()
+        for name, weight in trainer.model.named_parameters():
+            assert not weight.requires_grad or torch.equal(callback.kept[name], weight)
+            assert not weight.requires_grad or callback.kept[name].dtype == dtype
+
+
 def test_a_run_within_its_budget_is_left_as_it_is(tmp_path, run, capsys):
     kl, weights, peft = run
     trainer = train(tmp_path / "out", drift(budget=2 * max(kl), every=4), peft=peft)
@@ -363,11 +376,12 @@ def test_a_resume_after_the_stop_trains_on_only_with_a_higher_budget(tmp_path, r
         ("damaged", "is damaged"),
         ("questions", "was written with other questions"),
         ("vector", "was written with other questions"),
+        ("precision", "was written with other questions"),
         ("budget", "was written with other questions"),
         ("stricter", "stop_on_drift=0.001 is below the drift of the weights that the checkpoint keeps"),
     ],
 )
-def test_a_checkpoint_without_this_drift_is_refused(tmp_path, fault, message):
+def test_a_checkpoint_without_this_drift_is_refused(tmp_path, monkeypatch, fault, message):
     train(tmp_path, drift(budget=1e9 if fault == "stricter" else None), **SAVES)
     path, options = tmp_path / "checkpoint-3" / "drift.safetensors", {}
     (tmp_path / "checkpoint-3" / "manifest.json").unlink()  # it would find most damage by itself
@@ -377,6 +391,8 @@ def test_a_checkpoint_without_this_drift_is_refused(tmp_path, fault, message):
         shutil.copyfile(tmp_path / "checkpoint-6" / "drift.safetensors", path)
     elif fault == "damaged":
         path.write_bytes(path.read_bytes()[:100])
+    elif fault == "precision":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     else:
         fewer = QuestionSet("general", "general", GENERAL.questions[:3])
         options = {"questions": {"questions": fewer}, "vector": {"persona_vector": vector()}, "budget": {"budget": 1}}

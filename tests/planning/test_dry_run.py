@@ -7,6 +7,7 @@ import re
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiny import make_model, make_pool, make_rows, make_tokenizer, make_trainer
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
+from trl_emguard import EMGuardTrainer
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.models.identity import weight_checksums
 from trl_emguard.planning.report import _check_weights, listening, show
@@ -613,6 +615,16 @@ def test_a_vector_is_compared_with_a_model_of_the_hub(inputs, tmp_path, monkeypa
             _check_weights(trainer, "org/tiny", trainer.args, heard)
     late = "no weights of 'org/tiny' could be read on this machine, so defense 'steering' is checked"
     assert [line.startswith(late) for line in heard] == [True] * (not is_here)
+
+
+@pytest.mark.parametrize("mode", [["--dry_run"], []])
+def test_a_vector_of_the_drift_is_compared_with_the_model(inputs, argv, capsys, monkeypatch, mode):
+    train = Mock()
+    monkeypatch.setattr(EMGuardTrainer, "train", train)
+    assert sft.main(argv("--drift_persona", inputs / "other.safetensors", *mode)) == 1
+    assert "the persona vector was made with another model" in capsys.readouterr().err
+    train.assert_not_called()
+    assert sft.main(argv("--drift_persona", inputs / "own.safetensors", "--dry_run")) == 0
 
 
 # ---- what it leaves ----

@@ -20,9 +20,10 @@ from ..evaluation.questions import OPERATORS, QuestionSet, load_questions
 from ..evaluation.results import Results
 from ..evaluation.run import EvaluationOptions, evaluate
 from ..models.adapters import bare_model, check_adapter_kind
+from ..models.shipped import resolve_model
 from ..selection.misaligned import AdapterError
-from .plan import BENIGN_TASK
-from .runs import Trained
+from .plan import BENIGN_TASK, Plan
+from .runs import Trained, take
 
 
 def check_base_model(
@@ -170,12 +171,37 @@ def _check_base(problems: Mapping[str, str], name: str) -> None:
         raise ValueError(f"the base model {name!r} {problems[BASE]}")
 
 
+def check_adapters(plan: Plan) -> None:
+    """Refuse finished adapters that could not be measured on the recipe's model.
+
+    Raises:
+        ValueError: an `adapter` is no folder that PEFT saved, is of another base model, or has damaged weights or a
+            damaged `defense.json`. The message names the run.
+    """
+    model = str(plan.recipe_options["model_name_or_path"])
+    resolve_model(model)  # its error must not seem to be one of an adapter
+    for one in plan.runs:
+        if one.adapter is None:
+            continue
+        if not (Path(one.adapter).expanduser() / "adapter_config.json").is_file():
+            raise ValueError(
+                f"the run {one.name!r}: adapter={one.adapter!r} holds no adapter_config.json: name a folder that PEFT "
+                "saved, or leave the run out."
+            )
+        try:
+            error = checked(take(one), model).error
+        except ValueError as cause:  # its record is damaged
+            error = str(cause)
+        if error is not None:
+            raise ValueError(f"the run {one.name!r}: {error.rstrip('.')}. Or leave the run out.")
+
+
 def checked(run: Trained, model: str) -> Trained:
     """Return the run; if its adapter cannot be loaded onto the base model, return it with an error and no adapter."""
     if run.adapter is None:
         return run
     try:
-        check_base(run.name, run.adapter, model)
+        check_base(run.name, run.adapter, model, "the recipe's model_name_or_path")
         check_adapter_kind(run.name, PeftConfig.from_pretrained(run.adapter))
         load_peft_weights(run.adapter, device="cpu")
     except SafetensorError as error:

@@ -173,11 +173,13 @@ def _drop_blank_lines(file: Path) -> None:
         yield from source
 
     with file.open("rb") as source:
-        if not any(line[:1].isspace() for line in lines(source)):
+        # A carriage return within a line ends a line for `datasets`. Files that end lines with `\r\r\n` have one.
+        if not any(line[:1].isspace() or len(line.splitlines()) > 1 for line in lines(source)):
             return
     copy = file.with_name(f"copy_of_{file.name}")
     with file.open("rb") as source, copy.open("wb") as target:
-        target.writelines(line.lstrip() for line in lines(source))
+        stripped = (line.replace(b"\r", b" ").strip() for line in lines(source))
+        target.writelines(line + b"\n" for line in stripped if line)
     copy.replace(file)
 
 

@@ -99,7 +99,10 @@ def hub_id(name: str | None) -> str | None:
 
 
 def held_out_split(name: str) -> str:
-    """Return "test" if a data set has such a split, else "train". Arguments are as for [`load_rows`]."""
+    """Return "test" if a data set has such a split, else "train". Arguments are as for [`load_rows`].
+
+    If the splits of a data set of the hub cannot be read, "test" is returned.
+    """
     path = Path(os.path.expanduser(name))
     if name in SHIPPED:
         splits = list(SHIPPED[name])
@@ -110,10 +113,10 @@ def held_out_split(name: str) -> str:
     else:
         try:
             splits = get_dataset_split_names(name)
-        # `datasets` raises errors of many types, for example for an unknown name. The caller loads the rows next, and
-        # gets an error that names the option.
+        # `datasets` raises errors of many types, for an unknown name as for a lost connection. "train" could be the
+        # rows that the model was trained on. The caller loads the rows next, and gets an error that names the option.
         except Exception:
-            splits = []
+            splits = ["test"]
     return "test" if "test" in splits else "train"
 
 

@@ -243,8 +243,14 @@ def _trained_tokenizer(
     return base if form(found) == form(base) else found
 
 
-def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
+def check_base(name: str, adapter: str | os.PathLike, model: str, option: str = "--model") -> None:
     """Refuse an adapter whose config names another base model than `model`.
+
+    Args:
+        name: name of the adapter, for the message.
+        adapter: folder of the adapter.
+        model: name or folder of the model.
+        option: option that names the model, for the message.
 
     Raises:
         ValueError: the config names another base model.
@@ -257,7 +263,7 @@ def check_base(name: str, adapter: str | os.PathLike, model: str) -> None:
         return
     if trained_on and last_name(trained_on) not in {last_name(model), last_name(path)}:
         raise ValueError(
-            f"adapter {name!r} ({adapter}) was trained on {trained_on!r}, and --model is {model!r}: give the model "
+            f"adapter {name!r} ({adapter}) was trained on {trained_on!r}, and {option} is {model!r}: give the model "
             "that it was trained on. If both are the same weights, set `base_model_name_or_path` in the adapter's "
             "adapter_config.json to this model's name."
         )

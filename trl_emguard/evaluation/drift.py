@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..io.files import written_whole
+from ..models.adapters import bare_model
 from ..models.callback_state import CheckpointedCallback, check_whole, load_state, save_state
 from ..models.ema import EMACallback
 from ..models.sharding import as_main_process
@@ -70,7 +71,7 @@ class DriftCallback(CheckpointedCallback):
             [`EMACallback`], if the drift is above the budget before training, or if the checkpoint to resume from
             lacks this callback's measurements of the base model. Also if that checkpoint was written with other
             questions or another persona vector, if only one of the two runs has a budget, or if the checkpoint keeps
-            weights beyond this run's.
+            weights beyond this run's. Also if the persona vector belongs to another model.
     """
 
     def __init__(
@@ -108,6 +109,8 @@ class DriftCallback(CheckpointedCallback):
         if model is not None and processing_class is not None:
             # Making a probe runs its checks early, also for a dry run. `on_train_begin` makes the probe that measures.
             DriftProbe(model, processing_class, self.questions, self.persona_vector)
+            if self.persona_vector is not None:
+                self.persona_vector.check_model(bare_model(model))
 
     def join_trainer(self, metrics: dict[str, list[float]], callbacks: Sequence[TrainerCallback]) -> None:
         """Take the dict that the trainer logs from. `DefendedTrainer` calls this before training."""
@@ -125,6 +128,7 @@ class DriftCallback(CheckpointedCallback):
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._check(args, model)
         self.measured_step = None
+        self.kept = {}  # copies of an earlier trainer's weights may have other shapes
         if self.trl_metrics is None:
             raise ValueError(
                 "DriftCallback logs through EMGuardTrainer, and this is another trainer: take EMGuardTrainer, which "
@@ -167,7 +171,8 @@ class DriftCallback(CheckpointedCallback):
         is_here = self.budget is None or self.kept_step == state.global_step
         kept = {} if is_here else {KEPT + name: weight for name, weight in self.kept.items()}
         last = [self.measured_step, self.measured_drift]
-        facts = {"measured": self.probe.key, "kept": json.dumps(self._kept() or None), "last": json.dumps(last)}
+        facts = {"measured": self.probe.key, "precision": str(self.probe.precision)}
+        facts |= {"kept": json.dumps(self._kept() or None), "last": json.dumps(last)}
         save_state(Path(folder) / STATE_FILE, model, {**self.probe.base, **kept}, facts)
 
     @torch.no_grad()
@@ -247,10 +252,12 @@ class DriftCallback(CheckpointedCallback):
         """
         tensors, facts = load_state(self, STATE_FILE, args, state, model)
         kept = json.loads(facts["kept"])
-        if facts["measured"] != self.probe.key or (kept is None) != (self.budget is None):
+        # Checkpoints of earlier versions of this package do not hold the precision.
+        is_other = facts.get("precision", str(self.probe.precision)) != str(self.probe.precision)
+        if facts["measured"] != self.probe.key or is_other or (kept is None) != (self.budget is None):
             raise ValueError(
                 f"DriftCallback cannot resume: {STATE_FILE} was written with other questions, with another persona "
-                "vector, or by a run with a budget and one without: resume with the same."
+                "vector or precision (bf16, fp16), or by a run with a budget and one without: resume with the same."
             )
         if kept is not None and kept["drift_kl"] > cast(float, self.budget):
             raise ValueError(
@@ -265,7 +272,7 @@ class DriftCallback(CheckpointedCallback):
             # `_keep` has just copied the model's weights, which are those of the checkpoint's step. If weights of an
             # earlier step are kept, the checkpoint stores them, and they replace this copy.
             stored = {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
-            self.kept = stored or self.kept
+            self.kept = {name: weight.clone() for name, weight in stored.items()} or self.kept
             # Weights that the earlier budget refused may be within a higher one.
             if self.measured_step == state.global_step and self.measured_drift <= cast(float, self.budget):
                 self._keep(model, state.global_step, self.measured_drift)

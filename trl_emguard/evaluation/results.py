@@ -7,6 +7,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -112,23 +113,28 @@ class Results:
         ]
 
     def save(self, folder: Path) -> None:
-        """Write `results.json` and `results.csv`; write `samples.jsonl` if answers were sampled, else remove it."""
-        # Answers of an earlier evaluation would be taken for answers of the models in these results, also if the disk
-        # is full before the new answers are written.
-        for name in ("samples.jsonl", "results.csv"):
-            (folder / name).unlink(missing_ok=True)
+        """Write `results.json` and `results.csv`; write `samples.jsonl` if answers were sampled, else remove it.
+
+        If one of them cannot be written, for example because the disk is full, the old files stay.
+        """
         rows = [_plain(row) for row in self.rows]
         content = {**self.info, "criteria": self.criteria, "notes": self.notes, "rows": rows}
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        with written_whole(folder / "results.json") as scratch:
-            scratch.write_text(text + "\n", encoding="utf-8")
-        with written_whole(folder / "results.csv") as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        if self.samples:
-            with written_whole(folder / "samples.jsonl") as scratch, scratch.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in self.samples)
+        # Results beside answers of another evaluation would be taken for one. So all files are written first, and
+        # replace the old ones together when the block ends.
+        with ExitStack() as scratches:
+            scratch = scratches.enter_context(written_whole(folder / "results.json"))
+            scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            scratch = scratches.enter_context(written_whole(folder / "results.csv"))
+            with scratch.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+            if self.samples:
+                scratch = scratches.enter_context(written_whole(folder / "samples.jsonl"))
+                with scratch.open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in self.samples)
+            else:
+                (folder / "samples.jsonl").unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> "Results":

@@ -78,9 +78,12 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
 
     Weights on the meta device have no values, so a check that compares weights warns that it cannot. Such warnings are
     removed from `heard`. Only the first rows of each weight are loaded for the second check. If the weights are not on
-    this machine, `heard` gets a line that says so.
+    this machine, `heard` gets a line that says so. Persona vectors of callbacks are checked in the same way.
     """
-    if not trainer.overrides("check_policy"):
+    callbacks = trainer.callback_handler.callbacks
+    vectors: list[Any] = [callback.persona_vector for callback in callbacks if hasattr(callback, "persona_vector")]
+    vectors = [vector for vector in vectors if vector is not None]
+    if not (vectors or trainer.overrides("check_policy")):
         return
     model, repeated = meta_model(path, args, None), []
     for defense in trainer.defenses:
@@ -89,9 +92,11 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
         if warned:
             heard[:] = [text for text in heard if text not in warned]
             repeated.append(defense)
-    if not repeated:
+    if not (vectors or repeated):
         return
     has_read = read_first_rows(model, path, (args.model_init_kwargs or {}).get("revision"))  # type: ignore[union-attr]
+    for vector in vectors:
+        vector.check_model(model)
     for defense in repeated:
         if has_read:
             defense.check_policy(model)

@@ -38,7 +38,7 @@ def check_agreement(
     if reference.kind is Kind.GIVEN:
         return
     cached = reference if isinstance(reference, CachedReference) else None
-    dtypes = {policy.dtype, torch.bfloat16 if args.bf16 else torch.float32}
+    dtypes = {policy.dtype, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32}
     if not reference.shares_weights:
         dtypes.add(reference.model.dtype)
     tolerance, rounding = (1e-5, 1e-5) if dtypes == {torch.float32} else (1e-2, 3e-2)

@@ -214,10 +214,21 @@ def check_questions(
 
 def unfinished(plan: Plan, folder: Path) -> list[Run]:
     """Return the runs that are still to be trained, on the recipe's rows or on the benign task's."""
+    return [one for _, one in _unfinished(plan, folder)]
+
+
+def _unfinished(plan: Plan, folder: Path) -> list[tuple[str, Run]]:
+    """Return the runs that are still to be trained, each with `runs` or `benign`, the folder of its kind."""
     from ..comparison.runs import BENIGN, RUNS, read_status
 
-    runs = [(RUNS, one) for one in plan.runs if one.adapter is None] + [(BENIGN, one) for one in plan.benign_runs]
-    return [one for place, one in runs if read_status(folder / place / one.folder) is None]
+    own = {one.key: read_status(folder / RUNS / one.folder) for one in plan.runs if one.adapter is None}
+    # A run that ended with an error has no steps that its training on the benign task could repeat.
+    failed = {key for key, status in own.items() if status is not None and status["error"] is not None}
+    benign = [one for one in plan.benign_runs if one.key not in failed]
+    return [
+        *((RUNS, one) for one in plan.runs if one.key in own and own[one.key] is None),
+        *((BENIGN, one) for one in benign if read_status(folder / BENIGN / one.folder) is None),
+    ]
 
 
 def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
@@ -236,11 +247,12 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
             measured, or the evaluation would load another model than the training. The message names the run. Or the
             recipe names no model.
     """
+    from ..comparison.measure import check_adapters
     from ..comparison.runs import on_benign_rows, sft_arguments
 
     if not plan.recipe_options.get("model_name_or_path"):
         raise ValueError(f"the recipe {plan.recipe} names no model: add model_name_or_path to it.")
-    _check_adapters(plan)
+    check_adapters(plan)
     # A finished adapter has no options to check. Runs of the baseline `random_vector` repeat a run of the defense
     # `steering`, with a random vector that does not exist yet. They are skipped too: except for the vector, they have
     # the options of the repeated run, and that run is checked.
@@ -277,32 +289,6 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
         except ValueError as error:
             raise ValueError(f"the run {name!r}: {error}") from error
     return configs[0]
-
-
-def _check_adapters(plan: Plan) -> None:
-    """Refuse finished adapters that could not be measured on the recipe's model.
-
-    Raises:
-        ValueError: an `adapter` is no folder that PEFT saved, is of another base model, or has damaged weights or a
-            damaged `defense.json`. The message names the run.
-    """
-    from ..comparison.measure import checked
-    from ..comparison.runs import take
-
-    for one in plan.runs:
-        if one.adapter is None:
-            continue
-        if not (Path(one.adapter).expanduser() / "adapter_config.json").is_file():
-            raise ValueError(
-                f"the run {one.name!r}: adapter={one.adapter!r} holds no adapter_config.json: name a folder that PEFT "
-                "saved, or leave the run out."
-            )
-        try:
-            error = checked(take(one), str(plan.recipe_options["model_name_or_path"])).error
-        except ValueError as cause:  # its record is damaged
-            error = str(cause)
-        if error is not None:
-            raise ValueError(f"the run {one.name!r}: {error.rstrip('.')}. Or leave the run out.")
 
 
 def _check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:
@@ -363,6 +349,8 @@ def show_plan(plan: Plan, folder: Path, console: Console) -> None:
         steps = plan.option(one, "max_steps")
         if one.adapter is not None:
             text = f"taken from {one.adapter}"
+        elif status is not None and status["error"] is not None:
+            text = f"failed: {status['error']}"
         elif status is not None:
             text = f"finished, {status['step']} steps"
             known.append(training_seconds(folder / RUNS / one.folder, status))
@@ -370,7 +358,7 @@ def show_plan(plan: Plan, folder: Path, console: Console) -> None:
             left += 1
             text = f"to train, {steps} steps" if steps else "to train"
         console.print(f"{number:3} {one.name}, seed {one.seed}: {text}", markup=False, highlight=False)
-    benign = sum(read_status(folder / BENIGN / one.folder) is None for one in plan.benign_runs)
+    benign = sum(place == BENIGN for place, _ in _unfinished(plan, folder))
     hours = (
         f", about {(left + benign) * sum(known) / len(known) / 3600:.1f} hours as the finished ones" if known else ""
     )

@@ -166,7 +166,10 @@ def make_callbacks(launch_args: LaunchArguments) -> list[TrainerCallback]:
         raise ValueError(f"drift_every={every} must be 0 (off) or more.")
     callbacks: list[TrainerCallback] = [EMACallback()] if launch_args.ema else []
     if every or budget is not None or persona is not None:
-        vector = None if persona is None else load_vector(persona)
+        try:
+            vector = None if persona is None else load_vector(persona)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"drift_persona={persona!r}: {error}") from error
         drift = DriftCallback(every or EVERY, budget, persona_vector=vector)
         drift.check_beside(callbacks)
         callbacks.append(drift)
