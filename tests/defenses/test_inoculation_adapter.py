@@ -18,6 +18,7 @@ from tiny import (
     logged,
     lora,
     make_model,
+    make_pool,
     make_rows,
     make_tokenizer,
     make_trainer,
@@ -31,7 +32,8 @@ from trl import SFTTrainer
 from twin import first_gradients, move_policy, relative_error, twin_step
 
 from trl_emguard import EMGuardTrainer, InactiveDefenseError
-from trl_emguard.defenses import InoculationAdapter
+from trl_emguard.defenses import Defense, InoculationAdapter
+from trl_emguard.defenses.step import MARKS, Marks
 from trl_emguard.models.load import load_base
 from trl_emguard.models.lora_files import CONFIG, WEIGHTS, factor_key, lora_updates, read_lora
 from trl_emguard.models.random_adapter import random_adapter
@@ -121,6 +123,65 @@ def test_the_pass_is_that_of_the_model_with_the_adapter(tmp_path, architecture, 
         with torch.no_grad():
             assert torch.equal(bare(IDS).logits, plain)
     assert (expected - plain).abs().max() > 1e-2
+
+
+class Mixing(Defense):
+    """Defense that marks rows as mixed in."""
+
+    name = "mixing"
+    scopes = ("mixed",)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rows_that_are_mixed_in_are_without_it(tmp_path, checkpointing):
+    """Compare logits and gradients with those of the model with the adapter, and of the plain model for these rows."""
+    save_adapter(tmp_path / "trait", make_model())
+    model, plain = make_model().train(), make_model().train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    adapted = PeftModel.from_pretrained(make_model(), tmp_path / "trait").train().requires_grad_(True)
+    defense = make_defense(tmp_path / "trait", model)
+    defense.meet([Mixing(None)])
+    ids, mixed = torch.cat([IDS, IDS + 1, IDS + 2]), torch.tensor([False, True, False])
+    with defense.training(model):
+        with defense.policy_pass(model, {MARKS: Marks({"mixed": mixed[:, None].expand_as(ids)})}):
+            logits = model(ids).logits
+        logits[:, -1].logsumexp(-1).sum().backward()
+    rows = [(plain if is_mixed else adapted)(ids[i : i + 1]).logits for i, is_mixed in enumerate(mixed)]
+    expected = torch.cat(rows)
+    expected[:, -1].logsumexp(-1).sum().backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    norms = [m.model.layers[0].input_layernorm.weight.grad for m in (model, plain, adapted.get_base_model())]
+    torch.testing.assert_close(norms[0], norms[1] + norms[2], rtol=1e-3, atol=1e-5)
+    assert defense.evidence()["acted"]
+
+
+def test_a_batch_of_mixed_in_rows_alone_is_not_judged(tmp_path):
+    save_adapter(tmp_path / "trait", make_model())
+    model = make_model()
+    defense = make_defense(tmp_path / "trait", model)
+    defense.meet([Mixing(None)])
+    for is_mixed in (True, False):
+        batch = {MARKS: Marks({"mixed": torch.full_like(IDS, is_mixed, dtype=torch.bool)})}
+        with torch.no_grad(), defense.training(model), defense.policy_pass(model, batch):
+            model(IDS)
+        assert defense.evidence()["acted"] != is_mixed
+
+
+def test_a_run_that_mixes_rows_in_tells_which_they_are(tmp_path, monkeypatch):
+    marked, policy_pass = [], InoculationAdapter.policy_pass
+
+    def look(self, model, batch):
+        marked.append(batch[MARKS].scopes["interleaved"].any(1))
+        return policy_pass(self, model, batch)
+
+    monkeypatch.setattr(InoculationAdapter, "policy_pass", look)
+    options = {"interleave_dataset": make_pool(), "interleave_fraction": 0.4, "max_steps": 4}
+    trainer = trainer_for(tmp_path, defense="inoculation_adapter,interleave,kl", **options)
+    trainer.train()
+    rows, found = torch.cat(marked), evidence(trainer, "interleave")
+    assert rows.sum() == found["rows_interleaved"] > 0
+    assert len(rows) == found["rows_interleaved"] + found["rows_finetune"]
 
 
 def trainer_for(folder, **options):

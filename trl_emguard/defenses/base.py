@@ -230,7 +230,8 @@ class Defense:
 
         Args:
             model: causal language model without wrappers.
-            batch: collated micro-batch, `(B, T)` tensors, labels included.
+            batch: collated micro-batch, `(B, T)` tensors, labels included. In SFT, the key
+                [`~trl_emguard.defenses.step.MARKS`] holds the masks that defenses have read from it, as [`Marks`].
         """
         del model, batch
         return nullcontext()

@@ -1,6 +1,6 @@
 """Inoculation adapter: a frozen adapter with the unwanted trait runs beside the adapter that trains (2606.30252)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..models.lora_files import Factors, lora_updates, read_lora
 from ..models.shipped import last_name
 from .base import Defense, Paper
 from .options import check_number, option
+from .step import MARKS, Marks
 
 
 # Name of the attribute in which transformers stores a module's gradient-checkpointing function. This function runs a
@@ -90,6 +91,9 @@ class InoculationAdapter(Defense):
     The frozen adapter is not a part of the model. Its factors A and B are plain tensors outside of the model, which
     every rank has in full, and forward hooks add its output. So the training engine (DDP, DeepSpeed, FSDP), the
     optimizer, the references of other defenses and checkpoints do not see it.
+
+    On rows that another defense mixes in, the frozen adapter does not act. These rows lack the trait, so the new
+    adapter would learn to undo the frozen one there.
     """
 
     name = "inoculation_adapter"
@@ -111,6 +115,10 @@ class InoculationAdapter(Defense):
         self.factors: Factors = {}
         self._description: str | None = None
         self._is_on = False
+        # `_added`: scopes (named token sets) of rows that other defenses mix in. `_where`, `(B, T, 1)`: 1 for the
+        # tokens of a micro-batch on which the frozen adapter acts, else 0; `None` if it acts on all of them.
+        self._added: list[str] = []
+        self._where: torch.Tensor | None = None
         self._fired: set[str] = set()
         # Modules of the policy that may run again in the backward pass (gradient checkpointing), where the frozen
         # adapter must act too. The method `training` lists them.
@@ -135,6 +143,9 @@ class InoculationAdapter(Defense):
     @classmethod
     def check_options(cls, args: Any) -> None:
         read_options(args)
+
+    def meet(self, others: Sequence[Defense]) -> None:
+        self._added = [scope for other in others for scope in other.scopes]
 
     def options(self) -> dict[str, Any]:
         return {"inoculation_adapter": self._description, "inoculation_adapter_scale": self.scale}
@@ -199,7 +210,8 @@ class InoculationAdapter(Defense):
     @contextmanager
     def policy_pass(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Iterator[None]:
         self._fired.clear()
-        with self._acting(), ExitStack() as restored:
+        where = self._own_tokens(batch)
+        with self._acting(where), ExitStack() as restored:
             # Gradient checkpointing runs blocks again in the backward pass, when this context is over and the hooks
             # inside of the blocks are off. So each checkpointing function is replaced, for this forward pass alone, by
             # a function that switches the hooks on for these later runs. Other forward passes use the original ones.
@@ -222,23 +234,33 @@ class InoculationAdapter(Defense):
                 f"defense {self.name!r}: the hook on {missing[0]!r} did not fire in the policy's forward pass, so the "
                 f"run is not defended. {type(model).__name__} does not call this layer as a module."
             )
-        if self._change is None:
+        # If all rows of this micro-batch are mixed in, a later one is judged.
+        if self._change is None and (where is None or bool(where.any())):
             self._judge()
 
+    def _own_tokens(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return a mask of the tokens on which the frozen adapter acts, `(B, T, 1)`; `None` if it acts on all."""
+        marks = batch.get(MARKS, Marks()).scopes
+        masks = [marks[scope] for scope in self._added if scope in marks]
+        return ~torch.stack(masks).any(0)[..., None] if masks else None
+
     @contextmanager
-    def _acting(self) -> Iterator[None]:
-        before, self._is_on = self._is_on, True
+    def _acting(self, where: torch.Tensor | None) -> Iterator[None]:
+        before = self._is_on, self._where
+        self._is_on, self._where = True, where
         try:
             yield
         finally:
-            self._is_on = before
+            self._is_on, self._where = before
 
     def _with_adapter(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a checkpointing function, so that the adapter also acts when the backward pass recomputes a block."""
 
+        where = self._where
+
         def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             def run(*args: Any, **kwargs: Any) -> Any:
-                with self._acting():
+                with self._acting(where):
                     return function(*args, **kwargs)
 
             return checkpoint(run, *args, **kwargs)
@@ -253,7 +275,16 @@ class InoculationAdapter(Defense):
             x, (a, b) = args[0], self.factors[layer]
             if (a.device, a.dtype) != (x.device, x.dtype):
                 a, b = self.factors[layer] = a.to(x), b.to(x)
-            changed = (output + linear(linear(x, a), b)).to(output.dtype)
+            update = linear(linear(x, a), b)
+            if self._where is not None:
+                if self._where.shape[:2] != x.shape[:2]:
+                    raise ValueError(
+                        f"defense {self.name!r} does not act on rows that are mixed in, and the layer {layer!r} "
+                        f"does not tell rows apart: it gets a tensor of shape {tuple(x.shape)}. Leave the mixed-in "
+                        "rows out, or train the frozen adapter on other layers."
+                    )
+                update = update * self._where.to(update)
+            changed = (output + update).to(output.dtype)
             if self._change is None:
                 self._measured[layer] = _relative_change(output, changed)
             return changed
@@ -271,7 +302,8 @@ class InoculationAdapter(Defense):
     def _judge(self) -> None:
         """Check that the adapter changed at least one layer's output, and store the mean relative change.
 
-        Called after the policy's first forward pass in a new run, which has put the changes into `_measured`.
+        Called after the first forward pass in a new run in which the frozen adapter acts on a row. This pass has put
+        the changes into `_measured`.
 
         Raises:
             InactiveDefenseError: no layer's output changed.

@@ -9,6 +9,9 @@ import torch
 # the positions that predict any real token (not padding). Defenses can define further scopes, as masks with a name.
 LABELS, ALL = "loss", "all"
 
+# Key of a batch that holds its marks, from the moment that they are read until the loss takes them.
+MARKS = "defense_marks"
+
 # Names of the four sums that each term of the loss adds to a step ([`Step.sums`]), after the name of its defense.
 TERM_SUMS = ("value", "positions", "evidence", "requires_grad")
 

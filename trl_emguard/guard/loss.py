@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ..defenses.base import Defense, ModelDefense
-from ..defenses.step import TERM_SUMS
+from ..defenses.step import MARKS, TERM_SUMS, Marks
 from ..models.sharding import gathered
 from ..ops import ce_divergence_head, logit_transform
 from .forward import States, run_backbone
@@ -155,7 +155,7 @@ class LossGuard:
         # The policy runs inside the `policy_pass` contexts, so that defenses such as steering change its forward pass.
         with ExitStack() as surroundings:
             for defense in self.defenses:
-                surroundings.enter_context(defense.policy_pass(model, batch))
+                surroundings.enter_context(defense.policy_pass(model, {**batch, MARKS: Marks(dict(self.marks))}))
             policy = run_backbone(model, inputs, kept, layers)
 
         # `_run_head` applies the output head in chunks of tokens. It computes CE, the divergence between next-token

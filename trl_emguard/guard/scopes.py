@@ -7,11 +7,7 @@ from typing import Any
 import torch
 
 from ..defenses.base import Defense, TermDefense
-from ..defenses.step import ALL, LABELS, TERM_SUMS, Marks
-
-
-# Key of a batch that holds its marks, from the moment that they are read until the loss takes them.
-MARKS = "defense_marks"
+from ..defenses.step import ALL, LABELS, MARKS, TERM_SUMS, Marks
 
 
 def read_marks(defenses: Sequence[Defense], batch: dict[str, Any]) -> Marks:
