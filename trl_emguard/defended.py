@@ -22,7 +22,7 @@ from .defenses.schedule import ScheduleCallback
 from .evidence import DEFENSE_FILE, PATIENCE, InactiveDefenseError, moves, read_defense_file, write_defense_file
 from .guard.forward import Gate
 from .guard.loss import PassGuard
-from .guard.scopes import read_marks
+from .guard.scopes import MARKS, read_marks
 from .guard.sums import Sums, stacked
 from .host import StepCallback, check_model, check_old_passes, check_optimizer, engine_facts, read_arguments
 from .io.files import check_writable
@@ -234,7 +234,7 @@ class DefendedTrainer(WholeCheckpoints):
         if not self.model.training or not self.defenses:
             return super().compute_loss(model, inputs, *args, **kwargs)
         marks = read_marks(self.defenses, inputs)
-        guard = PassGuard(self.defenses, inputs)
+        guard = PassGuard(self.defenses, {**inputs, MARKS: marks})
         with self._gate.armed(guard):
             output = super().compute_loss(model, inputs, *args, **kwargs)
         loss = output[0] if isinstance(output, tuple) else output

@@ -125,11 +125,21 @@ def test_the_pass_is_that_of_the_model_with_the_adapter(tmp_path, architecture, 
     assert (expected - plain).abs().max() > 1e-2
 
 
+class Marking(Defense):
+    """Defense that marks some of the run's own rows."""
+
+    name = "marking"
+    scopes = ("marked",)
+
+
 class Mixing(Defense):
-    """Defense that marks rows as mixed in."""
+    """Defense that mixes rows in and marks them."""
 
     name = "mixing"
     scopes = ("mixed",)
+
+    def extra_rows(self, *args, **kwargs):
+        return {}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -141,10 +151,11 @@ def test_rows_that_are_mixed_in_are_without_it(tmp_path, checkpointing):
         model.activation_checkpointing_enable({"use_reentrant": False})
     adapted = PeftModel.from_pretrained(make_model(), tmp_path / "trait").train().requires_grad_(True)
     defense = make_defense(tmp_path / "trait", model)
-    defense.meet([Mixing(None)])
+    defense.meet([Marking(None), Mixing(None)])
     ids, mixed = torch.cat([IDS, IDS + 1, IDS + 2]), torch.tensor([False, True, False])
+    marks = Marks({"mixed": mixed[:, None].expand_as(ids), "marked": torch.ones_like(ids).bool()})
     with defense.training(model):
-        with defense.policy_pass(model, {MARKS: Marks({"mixed": mixed[:, None].expand_as(ids)})}):
+        with defense.policy_pass(model, {MARKS: marks, "labels": ids}):
             logits = model(ids).logits
         logits[:, -1].logsumexp(-1).sum().backward()
     rows = [(plain if is_mixed else adapted)(ids[i : i + 1]).logits for i, is_mixed in enumerate(mixed)]
@@ -162,10 +173,31 @@ def test_a_batch_of_mixed_in_rows_alone_is_not_judged(tmp_path):
     defense = make_defense(tmp_path / "trait", model)
     defense.meet([Mixing(None)])
     for is_mixed in (True, False):
-        batch = {MARKS: Marks({"mixed": torch.full_like(IDS, is_mixed, dtype=torch.bool)})}
+        mixed = torch.full_like(IDS, is_mixed, dtype=torch.bool)
+        mixed[:, -1] = False  # padding is not marked
+        batch = {MARKS: Marks({"mixed": mixed}), "labels": torch.where(torch.arange(IDS.shape[1]) == 5, -100, IDS)}
         with torch.no_grad(), defense.training(model), defense.policy_pass(model, batch):
             model(IDS)
         assert defense.evidence()["acted"] != is_mixed
+
+
+def test_layers_that_get_all_rows_as_one_sequence(tmp_path, monkeypatch):
+    """Some models flatten rows before a layer, for example before the shared expert of a mixture."""
+    save_adapter(tmp_path / "trait", make_model())
+    model, flat = make_model(), make_model()
+    mlp = flat.model.layers[0].mlp
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: forward(x.flatten(0, 1)).view_as(x))
+    ids = torch.cat([IDS, IDS + 1])
+    mixed = torch.tensor([[True], [False]]).expand_as(ids)
+    found = []
+    for one in (model, flat):
+        defense = make_defense(tmp_path / "trait", one)
+        defense.meet([Mixing(None)])
+        batch = {MARKS: Marks({"mixed": mixed}), "labels": ids}
+        with torch.no_grad(), defense.training(one), defense.policy_pass(one, batch):
+            found.append(one(ids).logits)
+    torch.testing.assert_close(*found)
 
 
 def test_a_run_that_mixes_rows_in_tells_which_they_are(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Judging with a judge that answers by a function: rates, the journal, refusals, and answers judged again."""
 
 import json
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ from trl_emguard.data.conversation import Conversation
 from trl_emguard.evaluation import statistics
 from trl_emguard.evaluation.results import Results
 from trl_emguard.evaluation.statistics import bootstrap, paired
-from trl_emguard.io.files import written_whole
 from trl_emguard.judging import JudgeError, Judgement, JudgeOptions, Thresholds, judge_answers, open_judge
 from trl_emguard.judging.prompts import PROMPTS
 from trl_emguard.judging.run import JOURNAL
@@ -305,16 +306,35 @@ def test_an_interrupted_save_leaves_the_files_of_one_evaluation(tmp_path, monkey
     before.save(tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def written(path):
-        if path.name == fails:
+    def synced(path):
+        if f".{fails}." in path.name:
             raise OSError("No space left on device")
-        return written_whole(path)
 
-    monkeypatch.setattr("trl_emguard.evaluation.results.written_whole", written)
+    monkeypatch.setattr("trl_emguard.evaluation.results.to_disk", synced)
     with pytest.raises(OSError, match="No space left"):
         make_results({name: {"a": ["50 50"]} for name in ANSWERS}).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
     assert Results.load(tmp_path).samples == before.samples
+
+
+@pytest.mark.parametrize("has_answers", [True, False])
+@pytest.mark.parametrize("dies_at", ["results.json", "results.csv", "samples.jsonl"])
+def test_a_process_that_dies_while_it_saves_leaves_no_mixed_files(tmp_path, monkeypatch, dies_at, has_answers):
+    make_results(ANSWERS).save(tmp_path)
+    new = make_results({name: {"a": ["50 50"]} for name in ANSWERS})
+    replace = Path.replace
+
+    def die(path, target):
+        if target.name == dies_at:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", die)
+    new.samples = new.samples if has_answers else []
+    with suppress(KeyboardInterrupt):
+        new.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no samples\.jsonl"):
+        Results.load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["results.json", "samples.jsonl", "an earlier version"])

@@ -145,7 +145,8 @@ class InoculationAdapter(Defense):
         read_options(args)
 
     def meet(self, others: Sequence[Defense]) -> None:
-        self._added = [scope for other in others for scope in other.scopes]
+        adding = [other for other in others if type(other).extra_rows is not Defense.extra_rows]
+        self._added = [scope for other in adding for scope in other.scopes]
 
     def options(self) -> dict[str, Any]:
         return {"inoculation_adapter": self._description, "inoculation_adapter_scale": self.scale}
@@ -234,8 +235,8 @@ class InoculationAdapter(Defense):
                 f"defense {self.name!r}: the hook on {missing[0]!r} did not fire in the policy's forward pass, so the "
                 f"run is not defended. {type(model).__name__} does not call this layer as a module."
             )
-        # If all rows of this micro-batch are mixed in, a later one is judged.
-        if self._change is None and (where is None or bool(where.any())):
+        # If all rows of this micro-batch are mixed in, a later one is judged. Padding does not count.
+        if self._change is None and (where is None or bool((where[..., 0] & (batch["labels"] != -100)).any())):
             self._judge()
 
     def _own_tokens(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
@@ -277,13 +278,15 @@ class InoculationAdapter(Defense):
                 a, b = self.factors[layer] = a.to(x), b.to(x)
             update = linear(linear(x, a), b)
             if self._where is not None:
-                if self._where.shape[:2] != x.shape[:2]:
+                # Some layers get the tokens of all rows as one sequence, `(B · T, H)`.
+                where = self._where.reshape(-1, 1) if x.dim() == 2 else self._where
+                if where.shape[:-1] != x.shape[:-1]:
                     raise ValueError(
                         f"defense {self.name!r} does not act on rows that are mixed in, and the layer {layer!r} "
                         f"does not tell rows apart: it gets a tensor of shape {tuple(x.shape)}. Leave the mixed-in "
                         "rows out, or train the frozen adapter on other layers."
                     )
-                update = update * self._where.to(update)
+                update = update * where.to(update)
             changed = (output + update).to(output.dtype)
             if self._change is None:
                 self._measured[layer] = _relative_change(output, changed)

@@ -70,7 +70,7 @@ class DriftCallback(CheckpointedCallback):
             Also if the trainer is not this package's, if a budget is combined with `load_best_model_at_end` or an
             [`EMACallback`], if the drift is above the budget before training, or if the checkpoint to resume from
             lacks this callback's measurements of the base model. Also if that checkpoint was written with other
-            questions or another persona vector, if only one of the two runs has a budget, or if the checkpoint keeps
+            questions, another persona vector or precision, if only one of the two runs has a budget, or if it keeps
             weights beyond this run's. Also if the persona vector belongs to another model.
     """
 

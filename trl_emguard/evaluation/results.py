@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ..io.files import written_whole
+from ..io.files import to_disk, written_whole
 from ..io.strict import parse_json
 from ..io.terminal import printable
 from .candidates import BASE
@@ -119,22 +119,24 @@ class Results:
         """
         rows = [_plain(row) for row in self.rows]
         content = {**self.info, "criteria": self.criteria, "notes": self.notes, "rows": rows}
-        # Results beside answers of another evaluation would be taken for one. So all files are written first, and
-        # replace the old ones together when the block ends.
-        with ExitStack() as scratches:
-            scratch = scratches.enter_context(written_whole(folder / "results.json"))
-            scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            scratch = scratches.enter_context(written_whole(folder / "results.csv"))
-            with scratch.open("w", newline="", encoding="utf-8") as file:
+        names = [*(["samples.jsonl"] if self.samples else []), "results.csv", "results.json"]
+        with ExitStack() as stack:
+            scratches = {name: stack.enter_context(written_whole(folder / name)) for name in names}
+            if self.samples:
+                with scratches["samples.jsonl"].open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in self.samples)
+            with scratches["results.csv"].open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
                 writer.writerows(rows)
-            if self.samples:
-                scratch = scratches.enter_context(written_whole(folder / "samples.jsonl"))
-                with scratch.open("w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in self.samples)
-            else:
-                (folder / "samples.jsonl").unlink(missing_ok=True)
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            scratches["results.json"].write_text(text + "\n", encoding="utf-8")
+            # A full disk must be noticed before an old file goes. When the block ends, `results.json` is replaced
+            # first. A process that dies just then leaves results without answers, and no answers of other results.
+            for scratch in scratches.values():
+                to_disk(scratch)
+            for name in ("samples.jsonl", "results.csv"):
+                (folder / name).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> "Results":

@@ -96,7 +96,11 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
         return
     has_read = read_first_rows(model, path, (args.model_init_kwargs or {}).get("revision"))  # type: ignore[union-attr]
     for vector in vectors:
-        vector.check_model(model)
+        if not vector.check_model(model):
+            heard.append(
+                f"nothing shows on this machine that the persona vector of the drift was made with {path!r}: the "
+                "weights are not here, or the vector has no checksums. The run compares what it can when it starts."
+            )
     for defense in repeated:
         if has_read:
             defense.check_policy(model)
