@@ -1,6 +1,6 @@
-"""Price of measuring the drift every 25 steps, the default of `DriftCallback`: SmolLM2-135M, LoRA, steps of 8 rows.
+"""Price of measuring the drift every 50 steps, the default of `DriftCallback`: SmolLM2-135M, LoRA, steps of 8 rows.
 
-A step of SFTTrainer and a measurement are timed in turn. From both follows the price of 25 steps with a measurement.
+A step of SFTTrainer and a measurement are timed in turn. From both follows the price of 50 steps with a measurement.
 A run also measures the base model once, and the policy after its last step.
 """
 

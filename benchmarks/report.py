@@ -87,8 +87,8 @@ TARGETS = (
         "cpu",
         "drift",
         {},
-        "25 steps and a measurement of the drift ÷ 25 steps",
-        over("25 steps and a measurement", "25 steps"),
+        "50 steps and a measurement of the drift ÷ 50 steps",
+        over("50 steps and a measurement", "50 steps"),
         1.05,
     ),
     Target(

@@ -21,10 +21,11 @@ from .drift_probe import DriftProbe, trained_weights
 from .questions import GENERAL, QuestionSet, load_questions
 
 
-# By default, a measurement is made every 25 steps, on 16 questions. It reads a sound and a misaligned answer to each
-# one, about 2,600 tokens in all, and takes as long as training on 900 tokens. Even with steps of only 790 tokens, a
-# run trains on 19,750 tokens from one measurement to the next, so measuring takes less than 5 % of the run's time.
-EVERY, LIMIT = 25, 16
+# By default, a measurement is made every 50 steps, on 16 questions. It reads a sound and a misaligned answer to each
+# one, about 2,600 tokens in all. This takes as long as 1.1 to 1.3 steps of 8 short rows (`benchmarks/drift_cost.py`).
+# With the pass over the base model, measuring takes 4 % of the time of a run of 100 such steps, and less with larger
+# steps. Shorter runs pay more.
+EVERY, LIMIT = 50, 16
 STATE_FILE = "drift.safetensors"
 RESULT_FILE = "drift.json"
 # Prefix of tensors' names in the callback's file. It marks trained weights as they were at the last measurement within
