@@ -2,7 +2,7 @@
 
 import json
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from twin import first_gradients, relative_error
 from trl_emguard import EMGuardConfig, EMGuardTrainer, InactiveDefenseError, ReferenceDefense, register
 from trl_emguard.defenses import DEFENSES, Defense, Marks, ModelDefense
 from trl_emguard.defenses.options import option
+from trl_emguard.defenses.step import MARKS
 from trl_emguard.planning.engine import read_launch
 from trl_emguard.planning.plan import Plan
 from trl_emguard.planning.report import describe
@@ -311,7 +312,24 @@ class Prepended(Defense):
         return {"prepended_rows": step.sums["prepended/added"]}
 
 
-OWN = (Anchor, Weights, Numbered, Switched, Drawn, Prepended)
+class Watching(Defense):
+    """A defense without a term that marks tokens, and sees its marks in the policy's pass."""
+
+    name = "watching"
+    scopes = ("odd",)
+
+    def __init__(self, args):
+        self.seen = []
+
+    def read_batch(self, batch):
+        return Marks({"odd": batch["input_ids"] % 2 == 1})
+
+    def policy_pass(self, model, batch):
+        self.seen.append(torch.equal(batch[MARKS].scopes["odd"], batch["input_ids"] % 2 == 1))
+        return nullcontext()
+
+
+OWN = (Anchor, Weights, Numbered, Switched, Drawn, Prepended, Watching)
 
 
 @pytest.fixture(autouse=True)
@@ -604,3 +622,12 @@ def test_a_class_that_is_defined_again_takes_the_place_of_the_older_one():
     assert register(again) is DEFENSES["drawn"] is again
     with pytest.raises(ValueError, match="'drawn' is taken by Drawn"):
         register(type("Other", (Drawn,), {}))
+
+
+@pytest.mark.parametrize("others", ["", ",kl"])
+def test_the_policys_pass_is_told_the_marks(tmp_path, others):
+    """SFTTrainer computes the loss without a term, and this package with one."""
+    trainer = make(tmp_path, defense=f"watching{others}", save_strategy="no")
+    trainer.train()
+    (watching,) = [defense for defense in trainer.defenses if defense.name == "watching"]
+    assert watching.seen == [True] * 4

@@ -200,6 +200,18 @@ def test_layers_that_get_all_rows_as_one_sequence(tmp_path, monkeypatch):
     torch.testing.assert_close(*found)
 
 
+def test_a_layer_that_does_not_tell_rows_apart_is_refused(tmp_path):
+    save_adapter(tmp_path / "trait", make_model())
+    model = make_model()
+    defense = make_defense(tmp_path / "trait", model)
+    defense.meet([Mixing(None)])
+    batch = {MARKS: Marks({"mixed": torch.ones_like(IDS).bool()}), "labels": IDS}
+    with defense.training(model), defense.policy_pass(model, batch):
+        with pytest.raises(ValueError, match="does not tell rows apart: it gets a tensor of shape"):
+            model(IDS[:, 1:])
+        model(IDS)
+
+
 def test_a_run_that_mixes_rows_in_tells_which_they_are(tmp_path, monkeypatch):
     marked, policy_pass = [], InoculationAdapter.policy_pass
 

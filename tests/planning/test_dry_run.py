@@ -20,9 +20,10 @@ from tiny import make_model, make_pool, make_rows, make_tokenizer, make_trainer
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from trl_emguard import EMGuardTrainer
+from trl_emguard import DriftCallback, EMGuardTrainer
 from trl_emguard.io.recipes import recipes_dir
 from trl_emguard.models.identity import weight_checksums
+from trl_emguard.persona import load_vector
 from trl_emguard.planning.report import _check_weights, listening, show
 from trl_emguard.scripts import sft
 
@@ -615,6 +616,19 @@ def test_a_vector_is_compared_with_a_model_of_the_hub(inputs, tmp_path, monkeypa
             _check_weights(trainer, "org/tiny", trainer.args, heard)
     late = "no weights of 'org/tiny' could be read on this machine, so defense 'steering' is checked"
     assert [line.startswith(late) for line in heard] == [True] * (not is_here)
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_vector_of_the_drift_that_nothing_is_compared_with_is_told(inputs, tmp_path, monkeypatch, is_here):
+    monkeypatch.setattr("trl_emguard.planning.meta.snapshot_download", Mock(side_effect=LocalEntryNotFoundError("no")))
+    monkeypatch.setattr("trl_emguard.planning.meta.load_config", lambda *args: make_model().config)
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(DriftCallback(persona_vector=load_vector(inputs / "own.safetensors")))
+    trainer.args.model_init_kwargs = {}
+    heard = []
+    _check_weights(trainer, str(inputs / "model") if is_here else "org/tiny", trainer.args, heard)
+    told = "nothing shows on this machine that the persona vector of the drift was made with 'org/tiny'"
+    assert [line.startswith(told) for line in heard] == [True] * (not is_here)
 
 
 @pytest.mark.parametrize("mode", [["--dry_run"], []])

@@ -22,7 +22,7 @@ from .questions import GENERAL, QuestionSet, load_questions
 
 
 # By default, a measurement is made every 50 steps, on 16 questions. It reads a sound and a misaligned answer to each
-# one, about 2,600 tokens in all. This takes as long as 1.1 to 1.3 steps of 8 short rows (`benchmarks/drift_cost.py`).
+# one, about 2,600 tokens in all. This takes as long as 1.2 to 1.3 steps of 8 short rows (`benchmarks/drift_cost.py`).
 # With the pass over the base model, measuring takes 4 % of the time of a run of 100 such steps, and less with larger
 # steps. Shorter runs pay more.
 EVERY, LIMIT = 50, 16

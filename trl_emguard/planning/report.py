@@ -99,7 +99,8 @@ def _check_weights(trainer: EMGuardTrainer, path: str, args: EMGuardConfig, hear
         if not vector.check_model(model):
             heard.append(
                 f"nothing shows on this machine that the persona vector of the drift was made with {path!r}: the "
-                "weights are not here, or the vector has no checksums. The run compares what it can when it starts."
+                "weights are not here or cannot be compared (fp16, quantised), or the vector has no checksums. The "
+                "run compares what it can when it starts."
             )
     for defense in repeated:
         if has_read:
