@@ -20,14 +20,14 @@ WARM_UP = 2
 PLAIN, MEASURED = f"{EVERY} steps", f"{EVERY} steps and a measurement"
 
 
-def time_step_and_measurement(device: str, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of a plain step and of a measurement in each round."""
+def time_step_and_measurement(device: str, rounds: int, limit: int) -> dict[str, list[float]]:
+    """Return the seconds of a plain step and of a measurement on `limit` questions in each round."""
     point = steps.POINTS["cpu"][0]
     tokenizer = AutoTokenizer.from_pretrained(steps.smollm2())
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = steps.make_trainer("stock", point, steps.load_base(point, device), tokenizer, folder, device)
-        probe = DriftProbe(trainer.model, tokenizer, load_questions(GENERAL, "general", limit=LIMIT))
+        probe = DriftProbe(trainer.model, tokenizer, load_questions(GENERAL, "general", limit=limit))
         probe.read_base()
         calls = {"step": partial(steps.make_step, trainer), "measurement": probe.measure}
 
@@ -41,7 +41,7 @@ def time_step_and_measurement(device: str, rounds: int) -> dict[str, list[float]
 
 def main() -> None:
     args = parse_args(__doc__)
-    seconds = time_step_and_measurement(args.device, args.rounds)
+    seconds = time_step_and_measurement(args.device, args.rounds, 2 if args.quick else LIMIT)
     seconds[PLAIN] = [EVERY * step for step in seconds["step"]]
     pairs = zip(seconds[PLAIN], seconds["measurement"], strict=True)
     seconds[MEASURED] = [step + measurement for step, measurement in pairs]

@@ -847,7 +847,7 @@ def test_held_out_rows_are_compared_with_the_recipe_s(inputs, capsys, monkeypatc
 
 def test_finished_runs_are_not_left_to_train(tmp_path):
     found = plan(tmp_path, "recipe: RECIPE\nruns: [{defense: kl}, {adapter: mine}]\n")
-    assert [run.name for run in unfinished(found, tmp_path)] == ["none", "kl"]
+    assert [run.name for _, run in unfinished(found, tmp_path)] == ["none", "kl"]
     for run in found.runs:
         save_weights(tmp_path / "runs" / run.folder)
         (tmp_path / "runs" / run.folder / "run.json").write_text('{"error": null}')

@@ -111,7 +111,10 @@ def test_a_run_that_kept_nothing_is_not_trained_again(tmp_path, trained, monkeyp
     text = console.export_text()
     assert f"kl, seed 0: failed: {KEPT_NOTHING}" in text
     assert "0 runs to train, and 2 on the benign task" in text
-    assert [run.name for run in unfinished(made, tmp_path / "out")] == ["none", "ldifs"]
+    assert [(place, run.name) for place, run in unfinished(made, tmp_path / "out")] == [
+        ("benign", "none"),
+        ("benign", "ldifs"),
+    ]
 
 
 def test_the_status_reaches_the_disk_last(tmp_path, trained, monkeypatch):

@@ -289,6 +289,12 @@ class Defense:
         return cls.policy_pass is not Defense.policy_pass
 
 
+def added_scopes(others: Sequence[Defense]) -> list[str]:
+    """Return the scopes of rows that other defenses mix in. A defense that adds no rows may mark the user's own."""
+    adding = [other for other in others if type(other).extra_rows is not Defense.extra_rows]
+    return [scope for other in adding for scope in other.scopes]
+
+
 class TermDefense(Weighted, Defense):
     """A defense that adds a term to the loss, and collects evidence that this term has a gradient."""
 

@@ -20,7 +20,7 @@ from ..models.chat import (
     system_turn_span,
     template_arguments,
 )
-from .base import IN_TRAINING_DEFENSES, Defense, Paper
+from .base import IN_TRAINING_DEFENSES, Defense, Paper, added_scopes
 from .options import check_choice, option
 from .step import Marks, Step
 
@@ -124,8 +124,7 @@ class Inoculation(Defense):
         return {key: value for key, value in self.options().items() if key in then or value != ALL}
 
     def meet(self, others: Sequence[Defense]) -> None:
-        adding = [other for other in others if type(other).extra_rows is not Defense.extra_rows]
-        self._added = [scope for other in adding for scope in other.scopes]
+        self._added = added_scopes(others)
 
     def describe(self) -> list[str]:
         return [", ".join(f"{name} {value}" for name, value in self._rows.items())]

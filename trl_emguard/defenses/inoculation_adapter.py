@@ -18,7 +18,7 @@ from ..models.identity import weights_fingerprint
 from ..models.load import without_weights
 from ..models.lora_files import Factors, lora_updates, read_lora
 from ..models.shipped import last_name
-from .base import Defense, Paper
+from .base import Defense, Paper, added_scopes
 from .options import check_number, option
 from .step import MARKS, Marks
 
@@ -145,8 +145,7 @@ class InoculationAdapter(Defense):
         read_options(args)
 
     def meet(self, others: Sequence[Defense]) -> None:
-        adding = [other for other in others if type(other).extra_rows is not Defense.extra_rows]
-        self._added = [scope for other in adding for scope in other.scopes]
+        self._added = added_scopes(others)
 
     def options(self) -> dict[str, Any]:
         return {"inoculation_adapter": self._description, "inoculation_adapter_scale": self.scale}

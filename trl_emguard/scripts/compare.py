@@ -212,13 +212,11 @@ def check_questions(
     return tokenizer
 
 
-def unfinished(plan: Plan, folder: Path) -> list[Run]:
-    """Return the runs that are still to be trained, on the recipe's rows or on the benign task's."""
-    return [one for _, one in _unfinished(plan, folder)]
+def unfinished(plan: Plan, folder: Path) -> list[tuple[str, Run]]:
+    """Return the runs that are still to be trained, on the recipe's rows (`runs`) or the benign task's (`benign`).
 
-
-def _unfinished(plan: Plan, folder: Path) -> list[tuple[str, Run]]:
-    """Return the runs that are still to be trained, each with `runs` or `benign`, the folder of its kind."""
+    Each comes with one of these two words, the name of the folder of its kind.
+    """
     from ..comparison.runs import BENIGN, RUNS, read_status
 
     own = {one.key: read_status(folder / RUNS / one.folder) for one in plan.runs if one.adapter is None}
@@ -358,7 +356,7 @@ def show_plan(plan: Plan, folder: Path, console: Console) -> None:
             left += 1
             text = f"to train, {steps} steps" if steps else "to train"
         console.print(f"{number:3} {one.name}, seed {one.seed}: {text}", markup=False, highlight=False)
-    benign = sum(place == BENIGN for place, _ in _unfinished(plan, folder))
+    benign = sum(place == BENIGN for place, _ in unfinished(plan, folder))
     hours = (
         f", about {(left + benign) * sum(known) / len(known) / 3600:.1f} hours as the finished ones" if known else ""
     )
