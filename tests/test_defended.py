@@ -223,6 +223,7 @@ def test_grpo_is_steered_and_clips_nothing_in_its_first_pass(tmp_path):
         (DefendedRLOOTrainer, DefendedRLOOConfig, {}, "RLOOTrainer.*Take GRPOTrainer"),
         (DefendedGRPOTrainer, DefendedGRPOConfig, {"num_iterations": 2}, "num_iterations=2.*Set num_iterations=1"),
         (DefendedGRPOTrainer, DefendedGRPOConfig, {"steps_per_generation": 2}, "steps_per_generation=2"),
+        (DefendedGRPOTrainer, DefendedGRPOConfig, {"generation_batch_size": 8}, "leave .* generation_batch_size out"),
         (DefendedGRPOTrainer, DefendedGRPOConfig, {"beta": 0.1}, r"beta=0\.1: .*Set beta=0\.0"),
         (DefendedGRPOTrainer, DefendedGRPOConfig, {"use_vllm": True}, "vllm_importance_sampling_correction=False"),
     ],

@@ -57,6 +57,9 @@ class EMGuardConfig(ReferenceOptions, DefenseArguments, SFTConfig):
                 f"ddp_backend={self.ddp_backend!r} is for several processes, and this is one that nobody launched: "
                 "leave it out."
             )
+        # Text is true in Python, and a command line turns off by "false" what a YAML file turns on.
+        if str(self.resume_from_checkpoint).lower() == "false":
+            self.resume_from_checkpoint = None
         # `accelerate launch` passes `use_cpu` of accelerate's config file on as ACCELERATE_USE_CPU. TrainingArguments
         # leaves its own `use_cpu` as it is. This code sets it, and a run's YAML file need not repeat the option.
         if parse_flag_from_env("ACCELERATE_USE_CPU"):

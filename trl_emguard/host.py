@@ -98,7 +98,7 @@ def check_old_passes(trainer: type, args: Any) -> None:
             f"gradient_accumulation_steps={args.gradient_accumulation_steps}, which is no multiple of "
             f"steps_per_generation={args.steps_per_generation} times num_iterations={args.num_iterations}"
         )
-        fix = "Set num_iterations=1 and leave steps_per_generation out"
+        fix = "Set num_iterations=1 and leave steps_per_generation and generation_batch_size out"
     elif args.use_vllm and (args.vllm_importance_sampling_correction or args.off_policy_mask_threshold is not None):
         found = (
             f"use_vllm=True and vllm_importance_sampling_correction={args.vllm_importance_sampling_correction}, "

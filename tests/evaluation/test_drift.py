@@ -435,6 +435,12 @@ def test_bad_options(options, message):
         drift(**options)
 
 
+@pytest.mark.parametrize("every", [6, 50])
+def test_a_budget_that_only_the_last_step_meets_is_refused(tmp_path, every):
+    with pytest.raises(ValueError, match=f"every {every} steps, and the run has 6.*to less than 6"):
+        train(tmp_path, drift(every=every, budget=1.0))
+
+
 def test_another_trainer_is_refused(tmp_path):
     rows, tokenizer = make_rows(), make_tokenizer()
     trainer = SFTTrainer(make_model(), config(tmp_path), train_dataset=rows, processing_class=tokenizer)

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 from judges import make_results as results_of
@@ -22,11 +23,11 @@ from server import (
     unauthorised,
 )
 
-from trl_emguard.judging import JudgeError, judge_answers, open_judge
+from trl_emguard.judging import JudgeError, judge_answers, open_judge, served
 from trl_emguard.judging.local import LocalJudge
 from trl_emguard.judging.loop import LoopThread
 from trl_emguard.judging.prompts import CALIBRATION, fill
-from trl_emguard.judging.run import JOURNAL
+from trl_emguard.judging.run import JOURNAL, check_name
 
 
 JUDGE = "openai-api/our-own/tiny"
@@ -308,6 +309,14 @@ def test_a_missing_variable_is_named(endpoint, monkeypatch, missing):
     monkeypatch.delenv(missing)
     with pytest.raises(ValueError, match=f"needs {missing} in the environment"):
         open_judge(JUDGE)
+
+
+@pytest.mark.parametrize("package", ["inspect_ai", "openai"])
+def test_a_missing_package_is_named_before_any_model_is_loaded(endpoint, monkeypatch, package):
+    endpoint("http://127.0.0.1:1/v1")
+    monkeypatch.setattr(served, "find_spec", lambda name: None if name == package else Mock())
+    with pytest.raises(ValueError, match=rf"{package} is not installed: pip install 'trl_emguard\[eval\]'"):
+        check_name(JUDGE)
 
 
 @pytest.mark.parametrize("name", ["openai-api/", "openai-api/service", "openai-api//model"])

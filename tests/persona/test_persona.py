@@ -589,6 +589,8 @@ def test_the_whole_way_by_the_command(tmp_path, trait_file, capsys):
     assert (tmp_path / "odd.png").stat().st_size > 5000
     assert run("random", "--like", out, "--output", control) == 0
     assert load_vector(control).kind == "random"
+    assert run("random", "--like", out, "--output", out) == 1
+    assert load_vector(out).kind != "random"
     assert run("inspect", control) == 0
     said = capsys.readouterr().out
     assert "Suggested layer: " in said

@@ -97,6 +97,12 @@ def test_cache_reference_is_off_by_default(parse, argv, value):
     assert EMGuardConfig("unused", use_cpu=True, bf16=False).cache_reference is False
 
 
+def test_the_command_line_turns_resuming_off(parse, yaml_file):
+    config = yaml_file("resume_from_checkpoint: true")
+    assert parse("--config", config)["resume_from_checkpoint"] is True
+    assert parse("--config", config, "--resume_from_checkpoint", "false")["resume_from_checkpoint"] is None
+
+
 @pytest.mark.parametrize("name", ["kl_coef", "ldifs_coef", "treft_coef", "steering_coef"])
 def test_a_coefficient_is_a_number_or_a_schedule(parse, name):
     assert parse(f"--{name}", "0.4->0.05")[name] == "0.4->0.05"
@@ -221,6 +227,8 @@ def test_help_is_no_error(capsys):
         (["--ldifs_layer", "4"], ["--ldifs_layer", "--ldifs_layers"]),
         (["--confi", "x.yaml"], ["--confi", "--config"]),
         (["kl"], ["kl"]),
+        (["--defense", "kl", "ldifs"], ["'ldifs'", "--defense kl,ldifs"]),
+        (["run.yaml"], ["'run.yaml'", "--config run.yaml"]),
         (["--ldifs_layers", "4", "8"], ["8"]),
         (["--defense"], ["--defense"]),
         (["--defense", "kll"], ["kll", "'kl'", "none, kl, ldifs"]),

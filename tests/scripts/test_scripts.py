@@ -113,6 +113,17 @@ def test_an_interrupted_run_says_if_it_can_be_resumed(argv, monkeypatch, capsys,
     assert words in capsys.readouterr().err
 
 
+def test_an_interrupted_run_does_not_offer_the_checkpoint_of_an_earlier_one(argv, monkeypatch, capsys):
+    assert sft.main(argv("--save_strategy", "steps", "--save_steps", 1)) == 0
+    monkeypatch.setattr(sft, "read_data", Mock(side_effect=KeyboardInterrupt))
+    assert sft.main(argv("--save_strategy", "steps", "--save_steps", 1)) == sft.INTERRUPTED
+    assert "No checkpoint was written yet" in capsys.readouterr().err
+    assert sft.main(argv("--resume_from_checkpoint", "true")) == sft.INTERRUPTED
+    assert "--resume_from_checkpoint true resumes" in capsys.readouterr().err
+    assert sft.main(argv("--dry_run")) == sft.INTERRUPTED
+    assert capsys.readouterr().err.endswith("interrupted.\n")
+
+
 def test_a_folder_that_is_no_model_is_told_in_one_line(argv, tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     assert sft.main(argv("--model_name_or_path", tmp_path / "adapter")) == 1

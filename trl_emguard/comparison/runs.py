@@ -41,7 +41,7 @@ STATUS_FILE = "run.json"
 LOG_FILE = "log.txt"
 # Error of a run that was trained to its end, but whose first measured drift was above its budget already. Another
 # training of the same run would end in the same way.
-KEPT_NOTHING = "no measured step was within stop_on_drift: raise it, or lower drift_every."
+KEPT_NOTHING = "no measured step was within stop_on_drift: raise it, or measure more often (drift_every)."
 # Start of the line with which `trl-emguard sft` reports an error.
 ERROR = "trl-emguard sft: error: "
 # `Trained.defense` of an adapter that was trained elsewhere and has no `defense.json`, so its defense is not known.

@@ -135,6 +135,12 @@ class DriftCallback(CheckpointedCallback):
                 "DriftCallback logs through EMGuardTrainer, and this is another trainer: take EMGuardTrainer, which "
                 'with defense="none" trains as SFTTrainer does.'
             )
+        if self.budget is not None and not state.global_step and self.every >= max(2, state.max_steps):
+            raise ValueError(
+                f"stop_on_drift={self.budget:g} would be checked after the last step alone: the drift is measured "
+                f"every {self.every} steps, and the run has {state.max_steps}. If that step is beyond the budget, the "
+                f"whole run is lost: set drift_every (`every` of DriftCallback) to less than {state.max_steps}."
+            )
         before = self.probe
         questions = self.questions.with_template_kwargs(self.template_kwargs)
         self.probe = DriftProbe(model, processing_class, questions, self.persona_vector, _precision(args))

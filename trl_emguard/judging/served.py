@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -71,14 +72,8 @@ class ServedJudge:
         self._loop = LoopThread()
 
     def _load(self) -> Any:
-        try:
-            import openai  # noqa: F401
-            from inspect_ai.model import GenerateConfig, get_model
-        except ImportError as error:
-            raise ValueError(
-                f"the judge {self.name!r} is asked through inspect_ai, and {error.name} is not installed: "
-                "pip install 'trl_emguard[eval]'."
-            ) from error
+        from inspect_ai.model import GenerateConfig, get_model
+
         # inspect_ai repeats failed requests, so the OpenAI client must not repeat them too (`max_retries`). For vLLM,
         # inspect_ai hands the options not to this client, but to the vLLM server that it starts if `VLLM_BASE_URL` is
         # not set. So `max_retries` is left out for vLLM, and the client keeps its default. A server that inspect_ai
@@ -314,15 +309,24 @@ class _Progress:
 
 
 def check_environment(name: str) -> str:
-    """Return the prefix of a served judge's environment variables, and check that the required variables are set.
+    """Return the prefix of a served judge's environment variables, and check that it can be asked.
+
+    The packages through which it is asked must be installed, and the required variables set.
 
     The name `vllm/MODEL` has the prefix `VLLM` and requires no variable. The prefix of `openai-api/SERVICE/MODEL` is
     SERVICE in capitals, with `_` for each `-`. The variables with this prefix for address and key (`…_BASE_URL` and
     `…_API_KEY`) are required.
 
     Raises:
-        ValueError: `openai-api/SERVICE/MODEL` lacks service or model, or a required variable is not set.
+        ValueError: `openai-api/SERVICE/MODEL` lacks service or model, a required variable is not set, or inspect_ai
+            or openai is not installed.
     """
+    for package in ("inspect_ai", "openai"):
+        if find_spec(package) is None:
+            raise ValueError(
+                f"the judge {name!r} is asked through inspect_ai, and {package} is not installed: "
+                "pip install 'trl_emguard[eval]'."
+            )
     if name.startswith(VLLM):
         return "VLLM"
     service, _, model = name.removeprefix(OPENAI).partition("/")

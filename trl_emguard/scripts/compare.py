@@ -36,6 +36,7 @@ from ..config import EMGuardConfig
 from ..data.conversation import conversation
 from ..data.load import load_rows
 from ..data.training import check_format, read_template
+from ..defenses.registry import build_defenses
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable, locked
@@ -282,9 +283,10 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
             _, training_args, model_args, _, launch_args = parser.parse(words)
             check_packages(training_args, model_args)
             _check_model(training_args, model_args)
+            build_defenses(training_args)  # reads a pool, a vector or an adapter, which may be missing
             configs.append(training_args)
             make_callbacks(launch_args)  # result unused: the call refuses bad options of callbacks
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"the run {name!r}: {error}") from error
     return configs[0]
 

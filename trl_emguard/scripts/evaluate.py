@@ -141,6 +141,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
         from ..evaluation.results import Results
 
         loaded = Results.load(args.rejudge)
+        check_writable("--output_dir", args.output_dir)
         loaded.info["command"] = command
         run_judge(args, loaded, train_rows, judge_options, console)
         return

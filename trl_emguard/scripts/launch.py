@@ -42,7 +42,7 @@ class LaunchArguments:
         False, "Report what the run would do and look for errors instead of training. No weights are loaded."
     )
     ema: bool = option(False, "Also save a moving average of the weights, in output_dir/ema.")
-    drift_every: int = option(0, "Every N steps, log the drift from the base model.")
+    drift_every: int = option(0, "Log the drift every N steps; with a budget 50.")
     drift_persona: str | None = option(None, "Also log the drift along this persona vector.")
     stop_on_drift: float | None = option(
         None, "Stop where drift_kl exceeds this many nats a token, and save the last weights measured within it."

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from trl import TrlParser
 
+from ..defenses.registry import DEFENSES
 from ..defenses.schedule import Coefficient
 from ..io.lookup import did_you_mean
 from ..io.strict import parse_yaml
@@ -125,7 +126,7 @@ class StrictParser(TrlParser):
             self.set_defaults_with_config(**config)
         parsed, unknown = self.parse_known_args(argv)
         if unknown:
-            self.error(self._unknown(unknown[0], self._option_strings(), "option"))
+            self.error(self._unexpected(unknown[0]))
         self._check_old_names(vars(parsed), self._given(argv) | (config or {}).keys())
         times = [word.partition("=")[0] for word in argv].count("--defense")
         if times > 1:
@@ -254,6 +255,16 @@ class StrictParser(TrlParser):
 
     def _option_strings(self) -> list[str]:
         return [string for action in self._actions for string in action.option_strings]
+
+    def _unexpected(self, word: str) -> str:
+        """Return the message on a word of the command line that no option takes."""
+        if word.startswith("-"):
+            return self._unknown(word, self._option_strings(), "option")
+        if word in DEFENSES:
+            return f"unexpected word {word!r}: several defenses are one word, as --defense kl,{word}."
+        if word.endswith((".yaml", ".yml")):
+            return f"unexpected word {word!r}: give it by --config {word}."
+        return f"unexpected word {word!r}: it follows an option that takes one value, or it lacks its option."
 
     @staticmethod
     def _unknown(name: str, known: Iterable[str], kind: str) -> str:

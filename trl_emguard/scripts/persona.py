@@ -121,6 +121,8 @@ def run_inspect(args: argparse.Namespace, console: Console) -> None:
 
 def run_random(args: argparse.Namespace, console: Console) -> None:
     _check_output(args.output)
+    if args.output.resolve() == Path(args.like).expanduser().resolve():
+        raise ValueError(f"--output={args.output} is the vector of --like, which would be lost: name another file.")
     random_like(load_vector(args.like), args.seed).save(args.output)
     console.print(f"Saved: {args.output}", soft_wrap=True, highlight=False)
 

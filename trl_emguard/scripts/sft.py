@@ -18,6 +18,7 @@ import argparse
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from accelerate.utils import is_deepspeed_available
 from transformers import TrainerCallback
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from ..checkpoints.resume import newest_whole_checkpoint
+from ..checkpoints.resume import checkpoint_folder, newest_whole_checkpoint
 from ..config import EMGuardConfig
 from ..data.load import hub_id
 from ..evaluation.drift import EVERY, RESULT_FILE, DriftCallback
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None, launched: bool = False, is_command: bool
         is_command: True if this process has nothing to do afterwards, so that a launch of one process may take its
             place.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv, started = sys.argv[1:] if argv is None else list(argv), time.time()
     parser = make_parser(launched)
     script_args, training_args, model_args, dataset_args, launch_args = parser.parse(argv)
     arguments = None
@@ -92,13 +93,24 @@ def main(argv: list[str] | None = None, launched: bool = False, is_command: bool
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        how, steps = training_args.save_strategy.value, training_args.save_steps
-        text = "--resume_from_checkpoint true resumes from the newest checkpoint."
-        if newest_whole_checkpoint(str(training_args.output_dir))[0] is None:
-            text = f"No checkpoint was written yet (save_strategy={how!r}, save_steps={steps:g})."
-        print(f"{parser.prog}: interrupted. {text}", file=sys.stderr)
+        text = "" if launch_args.dry_run else f" {_how_to_go_on(training_args, started)}"
+        print(f"{parser.prog}: interrupted.{text}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _how_to_go_on(args: EMGuardConfig, started: float) -> str:
+    """Return text on how an interrupted run goes on, with `started` the time at which it began.
+
+    A checkpoint that was there before belongs to another run, unless this run resumed from one.
+    """
+    folder = str(args.output_dir)
+    step, _ = newest_whole_checkpoint(folder)
+    is_own = step is not None and Path(checkpoint_folder(folder, step)).stat().st_mtime >= started
+    if is_own or (step is not None and args.resume_from_checkpoint):
+        return "--resume_from_checkpoint true resumes from the newest checkpoint."
+    how, steps = args.save_strategy.value, args.save_steps
+    return f"No checkpoint was written yet (save_strategy={how!r}, save_steps={steps:g})."
 
 
 def _check_launched(parser: LaunchParser, argv: list[str], launch_args: LaunchArguments) -> None:
