@@ -283,7 +283,8 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
             _, training_args, model_args, _, launch_args = parser.parse(words)
             check_packages(training_args, model_args)
             _check_model(training_args, model_args)
-            build_defenses(training_args)  # reads a pool, a vector or an adapter, which may be missing
+            if one.seed == plan.runs[0].seed:
+                build_defenses(training_args)  # reads a pool, a vector or an adapter, which may be missing
             configs.append(training_args)
             make_callbacks(launch_args)  # result unused: the call refuses bad options of callbacks
         except (ValueError, FileNotFoundError) as error:
