@@ -622,6 +622,11 @@ def test_cues_ask_with_the_inoculation_prompt_of_the_runs(inputs, capsys, monkey
         ("adapter: /", "adapter: /no", "holds no adapter_config.json: name a folder that PEFT saved"),
         ("/mine}", "/foreign}", "trained on 'org/other', and the recipe's model_name_or_path is"),
         ("defense: kl", "defense: 'interleave,kl'", "interleave_dataset is missing"),
+        (
+            "kl_coef: [",
+            "dataset_train_split: 'train[:50%]', kl_coef: [",
+            "the comparison sets it itself, or the recipe",
+        ),
         ("defense: kl", "interleave_dataset: no.jsonl, defense: 'interleave,kl'", "'no.jsonl' does not exist"),
         ("defense: kl", "defense: 'steering,kl', steering_vector: evli", "'evli' is neither a file nor a shipped"),
         ("cues: none", "judge: hf:MODEL", "judge='hf:MODEL': no judge is asked in a comparison. Leave it out"),

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from trl_emguard.comparison import runs as training
 from trl_emguard.comparison.page import write_page
-from trl_emguard.comparison.runs import KEPT_NOTHING, other_versions, train_all
+from trl_emguard.comparison.runs import KEPT_NOTHING, RUNS, other_versions, train_all, train_benign
 from trl_emguard.scripts.compare import show_plan, unfinished
 
 
@@ -115,6 +115,22 @@ def test_a_run_that_kept_nothing_is_not_trained_again(tmp_path, trained, monkeyp
         ("benign", "none"),
         ("benign", "ldifs"),
     ]
+
+
+def test_the_benign_task_has_all_steps_of_a_run_that_kept_an_earlier_one(tmp_path, monkeypatch):
+    """A run that `stop_on_drift` ended would otherwise have too few steps there to be measured before the last."""
+    made, steps = plan(tmp_path, f"{TEXT}benign_task: permuted_operators\n"), {}
+
+    def run(run, recipe, folder):
+        steps[folder.parent.name, run.name] = run.options.get("max_steps")
+        save_weights(folder)
+        if run.name == "kl" and folder.parent.name == RUNS:
+            (folder / "drift.json").write_text(json.dumps({"step": 3, "trained_to": 6}))
+        return STATUS
+
+    monkeypatch.setattr(training, "run_process", run)
+    train_benign(made, train_all(made, tmp_path / "out", silent), tmp_path / "out", silent)
+    assert [steps["benign", name] for name in ("none", "kl", "ldifs")] == [3, 6, 3]
 
 
 def test_the_status_reaches_the_disk_last(tmp_path, trained, monkeypatch):

@@ -29,7 +29,7 @@ UNDEFENDED = "none"
 # `ldifs` switch dropout off. If other runs kept it, dropout would differ as well.
 OWN_OPTIONS = (
     *("output_dir", "config", "seed", "dry_run", "resume_from_checkpoint", "model_name_or_path", "lora_dropout"),
-    *("ema", "push_to_hub"),
+    *("ema", "push_to_hub", "dataset_name", "dataset_config", "dataset_train_split", "datasets"),
 )
 # Endings of the names of options that reports omit, because others may read a report. The option `env` sets
 # environment variables, which may hold API keys.

@@ -256,10 +256,14 @@ def drift_curves(report: Report, metric: str) -> dict[str, list[tuple[int, float
 
 
 def is_task_learned(report: Report) -> bool:
-    """Return True if an undefended run learned the benign task. If none did, the task says nothing about defenses."""
+    """Return False if the undefended runs did not learn the benign task, which then says nothing about defenses.
+
+    It is True if one learned the task, or if none could be measured, for example because they failed.
+    """
     runs = [run for entry in report.entries if entry.name == UNDEFENDED for run in entry.benign]
     rows = [report.results.row(run.key, BENIGN_TASK, "exact_match") for run in runs]
-    return any(row is not None and row.difference > 0 and is_apart(row) for row in rows)
+    found = [row for row in rows if row is not None]
+    return not found or any(row.difference > 0 and is_apart(row) for row in found)
 
 
 def defended_text(trained: Sequence[Trained]) -> str:

@@ -152,8 +152,9 @@ def train_benign(plan: Plan, trained: Sequence[Trained], folder: Path, say: Call
         state = _state(folder / BENIGN / run.folder)
         say(f"benign task {number} of {len(plan.benign_runs)}: {run.name}, seed {run.seed}{state}")
         own = Trained(run.name, run.defense, run.seed, None, "the run itself failed, so the task was not trained.")
-        if steps[own.key] is not None:
-            own = _train(on_benign_rows(run, rows, steps[own.key]), plan, folder / BENIGN / run.folder)
+        if (step := steps[own.key]) is not None:
+            step = _step_of_drift(folder / RUNS / run.folder, "trained_to", step)
+            own = _train(on_benign_rows(run, rows, step), plan, folder / BENIGN / run.folder)
         if own.error is not None:
             say(f"  failed: {own.error}")
         found.append(own)

@@ -47,9 +47,10 @@ from .inoculated import choose_prompt, planned_prompts
 from .sft import make_callbacks
 from .sft import make_parser as make_sft_parser
 from .sft_inputs import check_packages
-from .shared import RESUMES, check_charts, refuse, run_command, to_path
+from .shared import check_charts, refuse, run_command, to_path
 
 
+INTERRUPTED = "interrupted: the same command keeps finished runs, and begins the one that was interrupted anew."
 # Options of a training that no run of a comparison may have, and why.
 REFUSED = {
     "accelerate_config": "launches several processes, and every run of a comparison is one",
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", required=True, type=to_path, help="folder for runs and report")
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and train nothing")
     args = parser.parse_args(argv)
-    return run_command("compare", lambda: run(args, argv, Console(width=100)), RESUMES)
+    return run_command("compare", lambda: run(args, argv, Console(width=100)), INTERRUPTED)
 
 
 def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
