@@ -382,9 +382,9 @@ class DefendedTrainer(WholeCheckpoints):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer pushes `output_dir`, into which it copies the checkpoint's weights, but not the record beside them.
-        # It does neither while the last push still runs.
-        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        copies = self.args.hub_strategy != "end" and (self.args.hub_always_push or not is_busy)
+        # It does neither while the last push still runs. Trainer sets `push_in_progress` on the main process alone.
+        push = getattr(self, "push_in_progress", None)
+        copies = self.args.hub_strategy != "end" and (self.args.hub_always_push or push is None or push.is_done())
         record = read_defense_file(checkpoint_folder) if copies and self.is_world_process_zero() else None
         if record is not None:
             write_defense_file(self.args.output_dir, record)
