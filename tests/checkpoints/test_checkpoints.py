@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -547,6 +548,17 @@ def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
     trainer.args.push_to_hub = True
     trainer.train()
     assert pushed == [("checkpoint-2", None), ("checkpoint-4", None)]
+
+
+def test_a_rank_other_than_the_main_one_passes_a_push(tmp_path, monkeypatch):
+    """Trainer gives `push_in_progress` to the main process alone."""
+    monkeypatch.setattr("transformers.trainer.hf_api", Mock(side_effect=AssertionError("this rank pushed")))
+    trainer = trainer_for(tmp_path)
+    assert not hasattr(trainer, "push_in_progress")
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.train()
+    assert trainer.state.global_step == 4
 
 
 @pytest.mark.parametrize("defense", ["none", "kl"])

@@ -671,6 +671,18 @@ def test_a_recipe_without_a_model_is_refused(inputs, capsys):
     assert f"error: the recipe {recipe} names no model: add model_name_or_path to it." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+def test_a_budget_that_only_the_last_step_meets_comes_before_the_training(inputs, capsys, dry):
+    path = inputs / "compare.yaml"
+    path.write_text(path.read_text().replace("kl_coef: [", "stop_on_drift: 1.0, kl_coef: ["))
+    assert commands.main([*line(inputs, "out"), *dry]) == 1
+    assert (
+        "the run 'kl stop_on_drift=1.0 kl_coef=0.1': stop_on_drift=1 would be checked after the last"
+        in capsys.readouterr().err
+    )
+    assert not (inputs / "out" / "runs").exists()
+
+
 def test_a_second_comparison_into_one_folder_is_refused(inputs, capsys):
     (inputs / "out").mkdir()
     with locked("--output_dir", inputs / "out"):

@@ -441,6 +441,11 @@ def test_a_budget_that_only_the_last_step_meets_is_refused(tmp_path, every):
         train(tmp_path, drift(every=every, budget=1.0))
 
 
+def test_a_budget_in_a_run_of_one_step(tmp_path):
+    """Its only step cannot be measured earlier."""
+    assert train(tmp_path, drift(every=50, budget=1e9), max_steps=1).state.global_step == 1
+
+
 def test_another_trainer_is_refused(tmp_path):
     rows, tokenizer = make_rows(), make_tokenizer()
     trainer = SFTTrainer(make_model(), config(tmp_path), train_dataset=rows, processing_class=tokenizer)

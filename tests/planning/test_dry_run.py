@@ -287,6 +287,7 @@ def test_what_an_engine_refuses_is_found(argv, capsys):
             ],
             "stop_on_drift does not work with load_best_model_at_end=True",
         ),
+        (["--stop_on_drift", "1", "--max_steps", "4"], "checked after the last step alone"),
         (["--drift_every", "2", "--model_name_or_path", "model", "--dataset_name", "plain.jsonl"], "no chat template"),
     ],
 )

@@ -113,13 +113,16 @@ def test_an_interrupted_run_says_if_it_can_be_resumed(argv, monkeypatch, capsys,
     assert words in capsys.readouterr().err
 
 
-def test_an_interrupted_run_does_not_offer_the_checkpoint_of_an_earlier_one(argv, monkeypatch, capsys):
+def test_an_interrupted_run_does_not_offer_the_checkpoint_of_an_earlier_one(argv, tmp_path, monkeypatch, capsys):
     assert sft.main(argv("--save_strategy", "steps", "--save_steps", 1)) == 0
     monkeypatch.setattr(sft, "read_data", Mock(side_effect=KeyboardInterrupt))
     assert sft.main(argv("--save_strategy", "steps", "--save_steps", 1)) == sft.INTERRUPTED
     assert "No checkpoint was written yet" in capsys.readouterr().err
     assert sft.main(argv("--resume_from_checkpoint", "true")) == sft.INTERRUPTED
     assert "--resume_from_checkpoint true resumes" in capsys.readouterr().err
+    other = argv("--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1")
+    assert sft.main(other) == sft.INTERRUPTED
+    assert "The same command begins again at the checkpoint that it names" in capsys.readouterr().err
     assert sft.main(argv("--dry_run")) == sft.INTERRUPTED
     assert capsys.readouterr().err.endswith("interrupted.\n")
 

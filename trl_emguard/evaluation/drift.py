@@ -126,6 +126,15 @@ class DriftCallback(CheckpointedCallback):
                 "in steps beyond the budget, which the saved model loses. Leave one of them out."
             )
 
+    def check_steps(self, steps: int) -> None:
+        """Raise `ValueError` if a run of so many steps would meet the budget after its last step alone."""
+        if self.budget is not None and 1 < steps <= self.every:
+            raise ValueError(
+                f"stop_on_drift={self.budget:g} would be checked after the last step alone: the drift is measured "
+                f"every {self.every} steps, and the run has {steps}. If that step is beyond the budget, the whole run "
+                f"is lost: set drift_every (`every` of DriftCallback) to less than {steps}."
+            )
+
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._check(args, model)
         self.measured_step = None
@@ -135,12 +144,8 @@ class DriftCallback(CheckpointedCallback):
                 "DriftCallback logs through EMGuardTrainer, and this is another trainer: take EMGuardTrainer, which "
                 'with defense="none" trains as SFTTrainer does.'
             )
-        if self.budget is not None and not state.global_step and self.every >= max(2, state.max_steps):
-            raise ValueError(
-                f"stop_on_drift={self.budget:g} would be checked after the last step alone: the drift is measured "
-                f"every {self.every} steps, and the run has {state.max_steps}. If that step is beyond the budget, the "
-                f"whole run is lost: set drift_every (`every` of DriftCallback) to less than {state.max_steps}."
-            )
+        if not state.global_step:
+            self.check_steps(state.max_steps)
         before = self.probe
         questions = self.questions.with_template_kwargs(self.template_kwargs)
         self.probe = DriftProbe(model, processing_class, questions, self.persona_vector, _precision(args))

@@ -29,6 +29,9 @@ class CheckpointedCallback(TrainerCallback):
     resumes_from: str | os.PathLike | bool | None = None
     has_ended: bool = False
 
+    def check_steps(self, steps: int) -> None:
+        """Raise `ValueError` if the callback cannot do its work in a run of so many steps. By default it can."""
+
 
 def checkpoint_of_step(output_dir: str, step: int) -> Path:
     """Return the folder of a step's checkpoint."""

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from ..defenses import Defense, ReferenceDefense
 from ..guard.scopes import ALL, LABELS, positions_in_scope, read_marks
 from ..guard.terms import wanted_layers
+from ..models.callback_state import CheckpointedCallback
 from ..trainer import EMGuardTrainer
 from .engine import Launch
 from .memory import Run
@@ -87,6 +88,9 @@ class Plan:
         extra = _count_extra_rows(trainer)
         loader = trainer.get_train_dataloader()
         _, steps_in_epoch, *_, steps = trainer.set_initial_training_values(args, loader)
+        for callback in trainer.callback_handler.callbacks if not args.resume_from_checkpoint else ():
+            if isinstance(callback, CheckpointedCallback):
+                callback.check_steps(steps)
         trainer.create_optimizer_and_scheduler(steps)
         batch = next(iter(loader))
         marks = read_marks(trainer.defenses, batch).scopes

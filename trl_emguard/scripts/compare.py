@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig
 
 from ..comparison.plan import BENIGN_TASK, EMA, Plan, Run, read_plan
@@ -40,6 +40,7 @@ from ..defenses.registry import build_defenses
 from ..evaluation.questions import QuestionSet
 from ..evaluation.run import EvaluationOptions, check_sets
 from ..io.files import check_writable, locked
+from ..models.callback_state import CheckpointedCallback
 from ..models.chat import shared_template_kwargs
 from . import evaluate as evaluation
 from .compare_evaluation import evaluate_arguments
@@ -284,13 +285,21 @@ def check_options(plan: Plan, is_dry: bool) -> EMGuardConfig:
             _, training_args, model_args, _, launch_args = parser.parse(words)
             check_packages(training_args, model_args)
             _check_model(training_args, model_args)
-            if one.seed == plan.runs[0].seed:
-                build_defenses(training_args)  # reads a pool, a vector or an adapter, which may be missing
             configs.append(training_args)
-            make_callbacks(launch_args)  # result unused: the call refuses bad options of callbacks
+            # Other seeds and the benign task have the same defenses and callbacks, so these are checked once.
+            if one in plan.runs and one.seed == plan.runs[0].seed:
+                _check_start(training_args, make_callbacks(launch_args))
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"the run {name!r}: {error}") from error
     return configs[0]
+
+
+def _check_start(training_args: EMGuardConfig, callbacks: Sequence[TrainerCallback]) -> None:
+    """Refuse what a run itself finds when it starts: a missing pool, vector or adapter, and too few measured steps."""
+    build_defenses(training_args)
+    for callback in callbacks:
+        if isinstance(callback, CheckpointedCallback):
+            callback.check_steps(training_args.max_steps)
 
 
 def _check_model(training_args: EMGuardConfig, model_args: ModelConfig) -> None:

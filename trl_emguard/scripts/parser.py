@@ -126,7 +126,7 @@ class StrictParser(TrlParser):
             self.set_defaults_with_config(**config)
         parsed, unknown = self.parse_known_args(argv)
         if unknown:
-            self.error(self._unexpected(unknown[0]))
+            self.error(self._unexpected(unknown[0], str(parsed.defense)))
         self._check_old_names(vars(parsed), self._given(argv) | (config or {}).keys())
         times = [word.partition("=")[0] for word in argv].count("--defense")
         if times > 1:
@@ -256,15 +256,20 @@ class StrictParser(TrlParser):
     def _option_strings(self) -> list[str]:
         return [string for action in self._actions for string in action.option_strings]
 
-    def _unexpected(self, word: str) -> str:
-        """Return the message on a word of the command line that no option takes."""
+    def _unexpected(self, word: str, defense: str) -> str:
+        """Return the message on a word of the command line that no option takes, with the parsed value of `--defense`.
+
+        A word that is a defense must not lead to an option of the same beginning: the run would lack the defense.
+        """
         if word.startswith("-"):
             return self._unknown(word, self._option_strings(), "option")
         if word in DEFENSES:
-            return f"unexpected word {word!r}: several defenses are one word, as --defense kl,{word}."
+            given = [name for name in defense.split(",") if name in DEFENSES and name != word]
+            return f"unexpected word {word!r}: several defenses are one word: --defense {','.join([*given, word])}."
         if word.endswith((".yaml", ".yml")):
             return f"unexpected word {word!r}: give it by --config {word}."
-        return f"unexpected word {word!r}: it follows an option that takes one value, or it lacks its option."
+        near = did_you_mean(word.partition("=")[0], self._option_strings(), cutoff=0.7)
+        return f"unexpected word {word!r}: it follows an option that takes one value, or lacks its option.{near}"
 
     @staticmethod
     def _unknown(name: str, known: Iterable[str], kind: str) -> str:

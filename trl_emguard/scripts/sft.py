@@ -35,7 +35,7 @@ from accelerate.utils import is_deepspeed_available
 from transformers import TrainerCallback
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from ..checkpoints.resume import checkpoint_folder, newest_whole_checkpoint
+from ..checkpoints.resume import asks_for_newest, checkpoint_folder, newest_whole_checkpoint
 from ..config import EMGuardConfig
 from ..data.load import hub_id
 from ..evaluation.drift import EVERY, RESULT_FILE, DriftCallback
@@ -102,13 +102,15 @@ def main(argv: list[str] | None = None, launched: bool = False, is_command: bool
 def _how_to_go_on(args: EMGuardConfig, started: float) -> str:
     """Return text on how an interrupted run goes on, with `started` the time at which it began.
 
-    A checkpoint that was there before belongs to another run, unless this run resumed from one.
+    A checkpoint that was there before belongs to another run, unless this run resumed from it.
     """
     folder = str(args.output_dir)
     step, _ = newest_whole_checkpoint(folder)
-    is_own = step is not None and Path(checkpoint_folder(folder, step)).stat().st_mtime >= started
-    if is_own or (step is not None and args.resume_from_checkpoint):
+    newest = None if step is None else Path(checkpoint_folder(folder, step))
+    if newest and (asks_for_newest(args.resume_from_checkpoint or "") or newest.stat().st_mtime >= started):
         return "--resume_from_checkpoint true resumes from the newest checkpoint."
+    if args.resume_from_checkpoint:
+        return "The same command begins again at the checkpoint that it names."
     how, steps = args.save_strategy.value, args.save_steps
     return f"No checkpoint was written yet (save_strategy={how!r}, save_steps={steps:g})."
 
