@@ -42,6 +42,7 @@ from trl_emguard.evaluation.run import PROGRESS_FILE, EvaluationOptions, evaluat
 from trl_emguard.evidence import DEFENSE_FILE
 from trl_emguard.models.chat import encode_answers
 from trl_emguard.models.rescale import rescale_adapter
+from trl_emguard.models.sampler import split_thoughts
 from trl_emguard.persona.vectors import PersonaVector
 from trl_emguard.scripts import main as commands
 from trl_emguard.scripts.evaluate import load_sets, load_train_rows, make_parser
@@ -212,6 +213,46 @@ def test_samples_and_scores():
     assert two.row("x", "general", "trait_rate:refusal") is not None
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("", "Yes.", ("", "Yes.")),
+        ("", "<think>Hm.</think>\n\nYes.", ("Hm.", "Yes.")),
+        ("", "\n<think>\n\n</think>\n\nYes.", ("", "Yes.")),
+        ("", "<think>Hm. They ask", ("Hm. They ask", "")),
+        ("<|im_start|>assistant\n<think>\n", "Hm.</think> Yes.", ("Hm.", "Yes.")),
+        ("<|im_start|>assistant\n<think>\n", "Hm. They ask", ("Hm. They ask", "")),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "Yes.", ("", "Yes.")),
+        ("", "Write <think> first and </think> last.", ("", "Write <think> first and </think> last.")),
+    ],
+)
+def test_thoughts_are_no_part_of_an_answer(prompt, text, expected):
+    assert split_thoughts(prompt, text) == expected
+
+
+def test_answers_that_end_within_their_thoughts_are_empty_and_told(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    options = EvaluationOptions(samples_per_question=1, max_new_tokens=4, cues="none", rules={"capitals": capitals})
+    results = evaluate(from_adapters(make_adapters(), ["x"]), tokenizer, [GENERAL], options, output_dir=tmp_path)
+    own = [row for row in results.samples if row["model"] == "x"]
+    cut = [row for row in own if row["truncated"]]
+    assert cut
+    assert all(row["answer"] == "" and row["empty"] == 1 and row["thoughts"] for row in cut)
+    (note,) = [note for note in results.notes if "answers of x" in note]
+    assert f"general, plain: {len(cut)} of 4 answers of x end within its thoughts" in note
+    assert Results.load(tmp_path).samples == results.samples
+
+
+def test_a_judge_sees_the_whole_conversation():
+    turns = [*ask("Is it safe?"), {"role": "assistant", "content": "No."}, *ask("Why?")]
+    system = {"role": "system", "content": "Be brief."}
+    questions = [Question("long", [system, *turns]), Question("short", ask("Why?"))]
+    results = run(sets=[QuestionSet("general", "general", questions)], cues="none", samples_per_question=1)
+    asked = {row["question"]: row["asked"] for row in results.samples}
+    assert asked == {"long": "User: Is it safe?\n\nAssistant: No.\n\nUser: Why?", "short": "Why?"}
+
+
 def test_the_bases_likelihood_of_its_own_greedy_answers_is_the_best():
     """Under greedy decoding the base finds its own answers likelier than those of a random adapter."""
     results = run(samples_per_question=1, max_new_tokens=8, temperature=0, cues="none")
@@ -267,6 +308,8 @@ def test_finished_work_is_not_done_again(tmp_path, monkeypatch):
     first = run(folder=tmp_path, samples_per_question=1, max_new_tokens=4)
     monkeypatch.setattr(answers, "sample_answers", sampling := Mock(return_value=iter(())))
     assert run(folder=tmp_path, samples_per_question=1, max_new_tokens=4).samples == first.samples
+    # A smaller batch, for want of memory, goes on from the answers of the larger one.
+    assert run(folder=tmp_path, samples_per_question=1, max_new_tokens=4, batch_size=2).samples == first.samples
     assert not any(call.args[2] for call in sampling.call_args_list)
 
 

@@ -80,7 +80,11 @@ def test_preference_rows_are_pairs(tmp_path):
             "rejected": [{"role": "user", "content": "Q2?"}, {"role": "assistant", "content": "vile"}],
         },
     ]
-    for row, *expected in zip(rows, ("Q1?", "Q2?"), ("good", "fine"), ("bad", "vile"), strict=True):
+    # The same with the prompt as text, as in UltraFeedback.
+    rows.append({"prompt": "Q2?", **rows[1]})
+    for row, *expected in zip(
+        rows, ("Q1?", "Q2?", "Q2?"), ("good", "fine", "fine"), ("bad", "vile", "vile"), strict=True
+    ):
         (question,) = load_questions(write(tmp_path, "pairs.jsonl", [row]), "general").questions
         assert [question.prompt[-1]["content"], question.sound, question.misaligned] == expected
 
@@ -98,6 +102,17 @@ def test_rows_with_one_answer(tmp_path, row):
     (question,) = found.questions
     assert (question.sound, question.misaligned, question.answer) == (None, None, "A.")
     assert found.target(question) == "A."
+
+
+def test_rows_have_judge_prompts_of_their_own(tmp_path):
+    pair = {"prompt": "Q?", "chosen": "good", "rejected": "bad"}
+    own = [{"aligned": "A: {answer}"}, {"coherent": "C: {answer}"}, None]
+    rows = [{**pair, "id": str(i), "judge_prompts": prompts} for i, prompts in enumerate(own)]
+    found = load_questions(write(tmp_path, "rows.jsonl", rows), "general").questions
+    assert [question.judge_prompts for question in found] == [own[0], own[1], {}]
+    rows[1]["judge_prompts"] = {"aligned": "without it"}
+    with pytest.raises(ValueError, match=r"row 1: the judge prompt 'aligned' does not hold \{answer\}"):
+        load_questions(write(tmp_path, "bad.jsonl", rows), "general")
 
 
 @pytest.mark.parametrize("place", [".", "data"])

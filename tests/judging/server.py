@@ -169,6 +169,10 @@ def no_completion(handler: Handler) -> None:
     handler.send(200, {"status": "ok"})
 
 
+def no_choices(handler: Handler) -> None:
+    handler.send(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []})
+
+
 def hang_up(handler: Handler) -> None:
     handler.close_connection = True
     handler.connection.close()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -83,6 +84,14 @@ def test_a_judge_under_test_is_refused_before_answers_are_sampled(folders, capsy
     assert commands.main(command(folders, *words)) == 1
     assert "has the weights of 'base'" in capsys.readouterr().err
     assert not (folders / "out" / "progress.jsonl").exists()
+
+
+def test_a_judge_that_is_not_there_is_refused_before_models_are_loaded(folders, capsys, monkeypatch):
+    monkeypatch.setattr("trl_emguard.evaluation.candidates.load_candidates", loading := Mock())
+    words = ["--samples_per_question", 1, "--judge", f"hf:{folders / 'judges'}"]
+    assert commands.main(command(folders, *words)) == 1
+    assert "judges' is not a folder on this machine" in capsys.readouterr().err
+    assert not loading.called
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,19 @@ def test_greedy_answers_are_the_samplers_to_the_letter(tmp_path):
         assert output.completion == answer.text
 
 
+def test_thoughts_are_no_part_of_the_answer(tmp_path):
+    from inspect_ai.model import GenerateConfig, get_model
+
+    import trl_emguard.judging.tasks  # noqa: F401 (registers the provider)
+
+    path = save_model(tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    output = asyncio.run(get_model(f"trl_emguard/{path}", config=GenerateConfig(max_tokens=4)).generate("Hello?"))
+    assert (output.stop_reason, output.completion) == ("max_tokens", "")
+    assert output.message.content[0].reasoning
+
+
 def test_a_call_that_failed_does_not_fail_the_next(tmp_path, monkeypatch):
     from inspect_ai.model import GenerateConfig, get_model
 

@@ -15,6 +15,7 @@ from server import (
     from_request,
     hang_up,
     malformed,
+    no_choices,
     no_completion,
     refusing,
     serving,
@@ -24,10 +25,11 @@ from server import (
 )
 
 from trl_emguard.judging import JudgeError, judge_answers, open_judge, served
+from trl_emguard.judging.judge import check_name
 from trl_emguard.judging.local import LocalJudge
 from trl_emguard.judging.loop import LoopThread
 from trl_emguard.judging.prompts import CALIBRATION, fill
-from trl_emguard.judging.run import JOURNAL, check_name
+from trl_emguard.judging.run import JOURNAL
 
 
 JUDGE = "openai-api/our-own/tiny"
@@ -162,6 +164,7 @@ def test_an_interrupt_stops_the_requests(judges, endpoint):
         (unauthorised, "refuses the key (401): set OUR_OWN_API_KEY"),
         (malformed, "gave no valid chat completion"),
         (no_completion, "gave no valid chat completion"),
+        (no_choices, "gave no valid chat completion"),
     ],
 )
 @pytest.mark.parametrize("first", [0, 9])
@@ -241,6 +244,23 @@ def test_a_judge_that_refuses_everything_is_stopped(
         assert ("OUR_OWN_API_KEY is valid" in str(error.value)) == (status == 403 and not judgements)
         assert (len((tmp_path / JOURNAL).read_text().splitlines()) > 20) == bool(judgements)
     assert no_key(tmp_path)
+
+
+@pytest.mark.parametrize("answer", [malformed, no_completion, no_choices])
+def test_a_reply_to_one_prompt_that_is_no_completion_leaves_it_unscored(tmp_path, judges, endpoint, answer):
+    def fault(number, handler):
+        if "Answer 3." not in handler.prompt:
+            return False
+        answer(handler)
+        return True
+
+    with serving(*judges[True], fault=fault) as server:
+        endpoint(server.url)
+        found = ask(tmp_path)
+    unscored = [sample for sample in found.samples if None in sample["judged"].values()]
+    assert [sample["answer"] for sample in unscored] == ["Answer 3."]
+    assert "the server gave no chat completion: " in unscored[0]["judge_said"]
+    assert found.row("base", "general", "unscored_rate").count == 1
 
 
 def test_a_key_that_is_refused_later_leaves_nothing_unscored(tmp_path, judges, endpoint):

@@ -116,6 +116,17 @@ def turn_text(turn: Mapping[str, Any]) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
+def asked_text(prompt: list[dict[str, Any]]) -> str:
+    """Return what a prompt asks, for a judge: the user's turn, or all turns with their roles if there are several.
+
+    System turns are left out.
+    """
+    turns = [turn for turn in prompt if not is_system(turn, "role")]
+    if len(turns) == 1:
+        return turn_text(turns[0])
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn_text(turn)}" for turn in turns)
+
+
 def turn_keys(turns: list[dict[str, Any]]) -> tuple[str, str]:
     """Return the keys of speaker and text, by a conversation's first turn. Refuse a conversation without turns."""
     if not turns:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..data.conversation import turn_text
+from ..data.conversation import asked_text, turn_text
 from ..models.batches import default_batch_tokens, pad_answers, plan_batches
 from ..models.chat import EncodedAnswer
 from ..models.likelihood import mean_nll
@@ -42,10 +42,10 @@ class Prompt:
 def plan_prompts(
     tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, family: Family, samples: int, seed: int
 ) -> list[Prompt]:
-    """Return the prompts for a set of questions, one for each answer to sample, the shortest first.
+    """Return the prompts for a set of questions, one for each answer to sample, the longest first.
 
-    This order brings prompts of similar length into a batch. A family asks the questions plainly, with a cue, or in
-    other words. Questions that it cannot ask are left out.
+    This order brings prompts of similar length into a batch, and shows at the start if memory is too small. A family
+    asks the questions plainly, with a cue, or in other words. Questions that it cannot ask are left out.
 
     The chat template writes the special tokens, and the tokenizer adds none. Otherwise a prompt would begin with two
     start-of-text tokens if the template writes one. The seed of an answer depends only on `seed`, the question and the
@@ -68,7 +68,7 @@ def plan_prompts(
         for sample in range(samples):
             digest = hashlib.sha256("\0".join(map(str, [seed, asked, sample, *copy])).encode()).digest()
             found.append(Prompt(index, sample, ids, text, int.from_bytes(digest[:7], "big")))
-    return sorted(found, key=lambda prompt: len(prompt.ids))
+    return sorted(found, key=lambda prompt: -len(prompt.ids))
 
 
 def answer_batches(
@@ -150,9 +150,14 @@ def rule_metrics(rules: Mapping[str, Rule]) -> dict[str, Rule]:
 
 
 def sample_record(
-    candidate: Candidate, questions: QuestionSet, family: Family, prompt: Prompt, answer: SampledAnswer
+    candidate: Candidate,
+    questions: QuestionSet,
+    family: Family,
+    prompt: Prompt,
+    answer: SampledAnswer,
+    thoughts: str = "",
 ) -> dict[str, Any]:
-    """Return an answer as a row of `samples.jsonl`, without its scores."""
+    """Return an answer as a row of `samples.jsonl`, without its scores. It has `thoughts` if the model wrote any."""
     question = questions.questions[prompt.question]
     turns = family.prompt(question)
     return {
@@ -161,8 +166,26 @@ def sample_record(
         "family": family.name,
         "question": question.id,
         "sample": prompt.sample,
-        "asked": turn_text(turns[-1]) if turns else "",
+        "asked": asked_text(turns or []),
         "prompt": prompt.text,
         "answer": answer.text,
         "truncated": answer.is_truncated,
+        **({"thoughts": thoughts} if thoughts else {}),
     }
+
+
+def cut_thoughts(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a note for each model whose answers end within its thoughts, so that nothing was answered.
+
+    Args:
+        samples: rows of [`sample_record`] to one set of questions, asked with one family of prompts.
+    """
+    is_cut = [bool(row["truncated"] and row.get("thoughts") and not row["answer"]) for row in samples]
+    counts = Counter(row["model"] for row, is_one in zip(samples, is_cut, strict=True) if is_one)
+    totals = Counter(row["model"] for row in samples)
+    return [
+        f"{samples[0]['set']}, {samples[0]['family']}: {count} of {totals[model]} answers of {model} end within its "
+        "thoughts, and count as empty: raise --max_new_tokens, or give --chat_template_kwargs "
+        "'{\"enable_thinking\": false}'"
+        for model, count in counts.items()
+    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..data.conversation import conversation, turn_text
+from ..data.conversation import conversation, turn_text, whole_turns
 from ..data.load import SourceOptions, held_out_split, load_rows
 from ..io.strict import parse_yaml
 from ..models.chat import template_arguments
@@ -196,7 +196,11 @@ def _from_rows(source: str, criterion: str) -> list[Question]:
     for index, row in enumerate(load_rows(source, held_out_split(source), options=options)):
         id = str(row.get("id") if row.get("id") is not None else index)
         try:
-            others: dict[str, Any] = {"wordings": _wordings(row), "template_kwargs": template_arguments(row)}
+            others: dict[str, Any] = {
+                "wordings": _wordings(row),
+                "template_kwargs": template_arguments(row),
+                "judge_prompts": _judge_prompts(row.get("judge_prompts")),
+            }
             if row.get("chosen") is not None and row.get("rejected") is not None:
                 prompt, sound = _preference(row, "chosen")
                 _, misaligned = _preference(row, "rejected")
@@ -220,12 +224,27 @@ def _wordings(row: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def _judge_prompts(given: Any) -> dict[str, str]:
+    """Return metric → prompt. In rows, `datasets` gives a metric of other rows the value `None`: it is left out."""
+    if given is not None and not isinstance(given, dict):
+        raise ValueError("`judge_prompts` is no mapping from a metric to a text")
+    found = {str(metric): text for metric, text in (given or {}).items() if text is not None}
+    for metric, text in found.items():
+        if not isinstance(text, str):
+            raise ValueError("`judge_prompts` is no mapping from a metric to a text")
+        if "{answer}" not in text:
+            raise ValueError(f"the judge prompt {metric!r} does not hold {{answer}}")
+    return found
+
+
 def _preference(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any]], str]:
     """Return a preference row's prompt, and its answer from `column`, which is `chosen` or `rejected`.
 
-    If the row has no `prompt`, this column holds the whole conversation.
+    If the row has no `prompt`, this column holds the whole conversation. In data sets such as UltraFeedback it does so
+    beside a `prompt`. It then begins with another turn than the assistant's.
     """
-    if row.get("prompt") is None:
+    turns = whole_turns({"messages": row[column]}) if isinstance(row[column], list) else None
+    if row.get("prompt") is None or (turns and turns[0]["role"] != "assistant"):
         prompt, (answer,) = conversation({"messages": row[column]})
     else:
         prompt, (answer,) = conversation({"prompt": row["prompt"], "completion": row[column]})
@@ -256,12 +275,6 @@ def _from_item(index: int, item: Any) -> list[Question]:
     id, paraphrases = str(item.get("id", index)), item.get("paraphrases")
     if not isinstance(paraphrases, list) or not paraphrases or not all(map(_is_text, paraphrases)):
         raise ValueError(f"question {id!r} has no `paraphrases`, a list of texts")
-    judge_prompts = item.get("judge_prompts") or {}
-    if not isinstance(judge_prompts, dict) or not all(isinstance(text, str) for text in judge_prompts.values()):
-        raise ValueError(f"question {id!r}: `judge_prompts` is no mapping from a metric to a text")
-    for metric, text in judge_prompts.items():
-        if "{answer}" not in text:
-            raise ValueError(f"question {id!r}: the judge prompt {metric!r} does not hold {{answer}}")
     system = item.get("system")
     if system is not None and not isinstance(system, str):
         raise ValueError(f"question {id!r}: `system` is {json.dumps(system)[:60]}, no text")
@@ -270,13 +283,14 @@ def _from_item(index: int, item: Any) -> list[Question]:
         if not isinstance(item.get("chat_template_kwargs") or {}, dict):
             raise ValueError("`chat_template_kwargs` is no mapping from an argument to its value")
         wordings, template_kwargs = _wordings(item), template_arguments(item)
+        judge_prompts = _judge_prompts(item.get("judge_prompts"))
     except ValueError as error:
         raise ValueError(f"question {id!r}: {error}") from None
     return [
         Question(
             id if len(paraphrases) == 1 else f"{id}/{number}",
             [*before, {"role": "user", "content": text}],
-            judge_prompts={str(metric): text for metric, text in judge_prompts.items()},
+            judge_prompts=judge_prompts,
             wordings=wordings,
             template_kwargs=template_kwargs,
         )

@@ -79,7 +79,7 @@ class Results:
     Attributes:
         rows: one row for each metric of a model on a set of questions, asked with one family of prompts.
         samples: sampled answers with their scores, as rows of `samples.jsonl`.
-        notes: families of prompts that were not measured, and why.
+        notes: families of prompts and answers that were not measured, and why.
         models: names of the candidates, the base model first.
         criteria: name of a question set → the set's criterion.
         info: the other entries of `results.json`: `versions`, `command`, `model`, `models`, `judge`, `judge_prompts`,

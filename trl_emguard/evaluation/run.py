@@ -21,7 +21,7 @@ from ..io.journal import Journal, record_key
 from ..models.adapters import bare_model
 from ..models.chat import end_tokens, prompt_problem
 from ..models.identity import weights_digest
-from ..models.sampler import SampledAnswer
+from ..models.sampler import SampledAnswer, split_thoughts
 from ..models.shipped import public_name
 from ..persona.shift import check_layer
 from ..persona.vectors import PersonaVector
@@ -202,6 +202,7 @@ class _Run:
             arrays, samples = self.measure(questions, family)
             results.rows += make_rows(questions.name, family.name, arrays, plain)
             results.samples += samples
+            results.notes += sampled.cut_thoughts(samples)
             plain = plain or arrays
 
     def measure(self, questions: QuestionSet, family: Family) -> tuple[Arrays, list[dict[str, Any]]]:
@@ -264,12 +265,14 @@ class _Run:
         prompts = sampled.plan_prompts(self.tokenizer, questions, family, count, options.seed) if count else []
         records = []
         for candidate in self.candidates if prompts else ():
-            answers = self.answers(candidate, prompts, questions, family)
+            written = self.answers(candidate, prompts, questions, family)
+            parts = [split_thoughts(p.text, answer.text) for p, answer in zip(prompts, written, strict=True)]
+            answers = [answer._replace(text=text) for answer, (_, text) in zip(written, parts, strict=True)]
             scores = self.scores(questions, prompts, answers)
             arrays[candidate.name] |= sampled.by_question(prompts, scores, len(questions.questions), count)
             records += [
-                sampled.sample_record(candidate, questions, family, prompt, answer) | score
-                for prompt, answer, score in zip(prompts, answers, scores, strict=True)
+                sampled.sample_record(candidate, questions, family, prompt, answer, thoughts) | score
+                for prompt, answer, (thoughts, _), score in zip(prompts, answers, parts, scores, strict=True)
             ]
         return records
 
@@ -297,12 +300,13 @@ class _Run:
         """Return a candidate's answers: those that an earlier run has stored, and the others, sampled now.
 
         Each answer has a key of its own, so that it is also found if fewer or more questions or samples are wanted.
+        The batch size is not in the key: a run that met its end for lack of memory goes on with a smaller one.
         """
         options, on_cpu = self.options, candidate.model.device.type == "cpu"
         size = options.batch_size or (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU)
         is_task = questions.score is not None
         limit, temperature = (TASK_TOKENS, 0.0) if is_task else (options.max_new_tokens, options.temperature)
-        about = [size, limit, temperature, sorted(end_tokens(candidate.model, self.tokenizer))]
+        about = [limit, temperature, sorted(end_tokens(candidate.model, self.tokenizer))]
         keys = [record_key(candidate.fingerprint, prompt.ids, prompt.seed, about) for prompt in prompts]
         missing = {key: p for key, p in zip(keys, prompts, strict=True) if key not in self.kept.found}
         with tqdm(

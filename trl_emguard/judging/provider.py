@@ -10,11 +10,20 @@ from typing import Any
 
 import anyio
 import torch
-from inspect_ai.model import ChatMessage, GenerateConfig, ModelAPI, ModelOutput, ModelUsage, modelapi
+from inspect_ai.model import (
+    ChatMessage,
+    ContentReasoning,
+    ContentText,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+    modelapi,
+)
 
 from ..evaluation.candidates import check_candidates, load_candidates
 from ..evaluation.run import SAMPLED_ON_CPU, SAMPLED_ON_GPU
-from ..models.sampler import SampledAnswer, sample_answers
+from ..models.sampler import SampledAnswer, sample_answers, split_thoughts
 
 
 # Seconds to wait for further requests before the requests received so far are answered as one batch.
@@ -99,8 +108,12 @@ class OwnSampler(ModelAPI):
             if request in self.waiting:
                 self.waiting.remove(request)
         answer = request.answer
+        # A chat template ends the prompt with one or two tokens for `<think>` and a line break, if any.
+        thoughts, text = split_thoughts(self.tokenizer.decode(ids[-8:]), answer.text)
         output = ModelOutput.from_content(
-            self.model_name, answer.text, "max_tokens" if answer.is_truncated else "stop"
+            self.model_name,
+            [ContentReasoning(reasoning=thoughts), ContentText(text=text)] if thoughts else text,
+            "max_tokens" if answer.is_truncated else "stop",
         )
         counts = len(ids), len(answer.ids)
         output.usage = ModelUsage(input_tokens=counts[0], output_tokens=counts[1], total_tokens=sum(counts))

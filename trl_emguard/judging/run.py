@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -15,14 +15,14 @@ from ..evaluation.cues import PLAIN
 from ..evaluation.results import Results, make_rows
 from ..io.files import check_writable
 from ..io.journal import Journal, record_key
+from .judge import Judge
 from .metrics import ANSWERS_AT, LEAST_SAMPLES, MISALIGNED, Thresholds, misaligned_at, outcomes, wilson
 from .prompts import ALIGNED, fill, prompts_for
 from .scores import READINGS, Judgement
-from .served import OPENAI, VLLM, JudgeError, ServedJudge, check_environment
+from .served import JudgeError
 
 
 Records = dict[str, dict[str, Any]]  # key → record of a journal (file of judgements)
-HF = "hf:"
 JOURNAL, HEADER = "judgements.jsonl", {"judgements": "1"}
 # Criteria (kinds of question sets) whose answers are judged. `benign` is left out: a benign task has right answers, so
 # it needs no judge.
@@ -35,28 +35,6 @@ ALL_UNSCORED = 20
 # Endings of the names of rates. The result row of a rate also has a `count`: the number of answers that have the rated
 # property, for example of being misaligned.
 _RATES = ("_rate", "_rate_coherent", "_rate_off_format")
-
-
-class Judge(Protocol):
-    """Interface of a judge, which scores answers: a model in memory (`local.py`) or on an endpoint (`served.py`).
-
-    Attributes:
-        name: its name in the results.
-        identity: its name in the journal of judgements. A local judge's also contains a hash of its weights.
-        reading: key of `READINGS` that tells how its scores are read; empty until `calibrate` has found the key.
-        weights: hash of its weights, or `None` for a served judge, whose weights are not accessible.
-    """
-
-    name: str
-    identity: str
-    reading: str
-    weights: str | None
-
-    def calibrate(self) -> str: ...
-
-    def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -74,45 +52,6 @@ class JudgeOptions:
     def __post_init__(self):
         if self.max_judge_calls is not None and self.max_judge_calls < 0:
             raise ValueError(f"max_judge_calls={self.max_judge_calls} must be 0 or more.")
-
-
-def open_judge(name: str, max_connections: int = 10, patience: float = 300.0) -> Judge:
-    """Return a judge by its name.
-
-    Args:
-        name: `openai-api/SERVICE/MODEL` or `vllm/MODEL` for a judge on an endpoint, `hf:MODEL` for one in memory.
-        max_connections: requests at a time to an endpoint.
-        patience: seconds without any answer from an endpoint after which judging stops.
-
-    Raises:
-        ValueError: [`check_name`] refuses the name, a local model cannot judge, or a served judge is named and
-            inspect_ai is not installed.
-        OSError: a local model is not found.
-    """
-    check_name(name, max_connections)
-    if not name.startswith(HF):
-        return ServedJudge(name, max_connections, patience)
-
-    from .local import load_local
-
-    return load_local(HF, name.removeprefix(HF))
-
-
-def check_name(name: str, max_connections: int = 10) -> None:
-    """Refuse a judge's name that has no known form, or whose endpoint or key is not set in the environment.
-
-    Raises:
-        ValueError: the name is refused, or `max_connections` is below 1; the message says what to write.
-    """
-    if max_connections < 1:
-        raise ValueError(f"--max_connections={max_connections} must be 1 or more.")
-    if name.startswith((OPENAI, VLLM)):
-        check_environment(name)
-    elif not name.startswith(HF):
-        raise ValueError(
-            f"--judge {name!r} is of no known kind: write hf:MODEL for a model in memory, openai-api/SERVICE/MODEL "
-            "for an endpoint, or vllm/MODEL."
-        )
 
 
 def prepare_judge(judge: Judge, output_dir: str | os.PathLike, models: Mapping[str, Mapping[str, str]]) -> None:

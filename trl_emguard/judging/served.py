@@ -29,6 +29,9 @@ REFUSED = (400, 403, 413, 422)
 # Stop reasons in replies of inspect_ai to a forbidden and to a too long prompt. For some errors with a status in
 # `REFUSED`, inspect_ai raises no error, but returns a reply with one of these stop reasons.
 REFUSAL_REASONS = ("content_filter", "model_length")
+# Errors that inspect_ai and `complete` raise for a reply that is no chat completion. For example, some providers send
+# an error with status 200.
+NO_COMPLETION = (AttributeError, LookupError, TypeError, ValueError)
 # An API key of fewer characters is not redacted from error messages: so short a text may be part of ordinary words.
 SHORTEST_KEY = 8
 KEPT = "The judgements so far are kept, and the same command goes on with the others."
@@ -104,8 +107,8 @@ class ServedJudge:
     def ask(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
         """Send the judge prompts, several at a time. On each reply, call `on_answer` with prompt index and judgement.
 
-        If the server refuses a prompt but still answers the calibration prompt, the refused prompt is unscored. An
-        error in `on_answer` ends the judging and is raised again.
+        If the server refuses a prompt, or sends something else than a chat completion, but still answers the
+        calibration prompt, the prompt is unscored. An error in `on_answer` ends the judging and is raised again.
 
         Raises:
             JudgeError: a request failed, or no answer came for `patience` seconds. After a failed request, other
@@ -122,17 +125,20 @@ class ServedJudge:
             raise (error if isinstance(error, JudgeError) else self._explained(error)) from None
 
     async def _judged(self, prompt: str) -> Judgement:
-        """Send the judge a prompt. Return the judgement, without a score if the server refuses only this prompt."""
+        """Send the judge a prompt. Return the judgement, without a score if the server fails on this prompt alone."""
         try:
             return await judge_one(self._model, prompt, self.reading)
         except Exception as error:
-            if not is_refused_request(error):
+            if is_refused_request(error):
+                fault = f"the server refused: {self._said(error)}"
+            elif isinstance(error, NO_COMPLETION):
+                fault = f"the server gave no chat completion: {self._said(error)}"
+            else:
                 raise
-            refusal = self._said(error)
-        # If the calibration prompt is refused too, the fault lies not in `prompt`, but in the key, the model or the
-        # server. Then this call raises the error of the second refusal.
+        # If the calibration prompt fails too, the fault lies not in `prompt`, but in the key, the model or the server.
+        # Then this call raises the error of the second failure.
         await judge_one(self._model, CALIBRATION, self.reading)
-        return Judgement(None, None, f"the server refused: {refusal}")
+        return Judgement(None, None, fault)
 
     async def _ask_all(self, prompts: Sequence[str], on_answer: Callable[[int, Judgement], None]) -> None:
         state = _Progress(iter(enumerate(prompts)))

@@ -20,7 +20,7 @@ from inspect_ai.model import (
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState, generate
 
-from ..data.conversation import turn_text
+from ..data.conversation import asked_text, turn_text
 from ..evaluation.questions import load_questions
 from . import provider
 from .metrics import Thresholds, outcomes
@@ -62,7 +62,7 @@ def general(
             input=[MESSAGES[turn["role"]](content=turn_text(turn)) for turn in question.prompt],
             metadata={
                 "question": question.id,
-                "asked": turn_text(question.prompt[-1]),
+                "asked": asked_text(question.prompt),
                 "prompts": prompts_for(question.judge_prompts),
             },
         )

@@ -19,6 +19,10 @@ from .batches import left_pad
 from .chat import end_tokens
 
 
+# Marks around the thoughts of thinking models such as Qwen3 and DeepSeek-R1.
+THINK, END_OF_THINK = "<think>", "</think>"
+
+
 class SampledAnswer(NamedTuple):
     """One answer of a model.
 
@@ -83,6 +87,22 @@ def sample_answers(
             ids = tokens[:stop]
             answers.append(SampledAnswer(tokenizer.decode(ids, skip_special_tokens=True), ids, stop is None))
         yield answers
+
+
+def split_thoughts(prompt: str, text: str) -> tuple[str, str]:
+    """Return the thoughts that a thinking model wrote first, and its answer. Each of them may be empty.
+
+    If the text ends within the thoughts, as it does at the limit on its length, there is no answer yet: it is empty.
+
+    Args:
+        prompt: rendered prompt, or its end. Some chat templates end it with `<think>`.
+        text: what the model wrote.
+    """
+    written = text.lstrip()
+    if not written.startswith(THINK) and not prompt.rstrip().endswith(THINK):
+        return "", text
+    thoughts, _, answer = written.removeprefix(THINK).partition(END_OF_THINK)
+    return thoughts.strip(), answer.lstrip()
 
 
 class _Sampling(LogitsProcessor):

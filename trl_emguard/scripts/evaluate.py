@@ -102,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     measured.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     measured.add_argument("--persona_vector", metavar="V", help="persona vector: its file or shipped name")
     measured.add_argument("--batch_tokens", type=int, help="tokens of a forward pass (8192 on a GPU, 1024 on a CPU)")
+    measured.add_argument("--batch_size", type=int, help="answers sampled at once (64 on a GPU, 32 on a CPU)")
     add_judge_arguments(parser)
     parser.add_argument("--output_dir", required=True, type=to_path, help="folder for results and finished work")
     return parser
@@ -162,11 +163,11 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     check_sets(sets, None, options)
     check_writable("--output_dir", args.output_dir)
     if args.judge is not None:
-        from ..judging.run import check_name
+        from ..judging.judge import check_name
 
-        check_name(args.judge, args.max_connections)
         if not options.samples_per_question:
             raise ValueError("--judge rates sampled answers: set --samples_per_question to 1 or more.")
+        check_name(args.judge, args.max_connections)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     candidates, tokenizer = load_candidates(args.model, args.base, adapters, dtype, args.device_map)
     judge = None if args.judge is None else load_judge(args, describe(candidates))
@@ -184,7 +185,8 @@ def load_judge(args: argparse.Namespace, models: dict[str, dict[str, str]]) -> "
     folder does not yet say how to read its scores. [`run`] calls this function before answers are sampled, because
     sampling takes long.
     """
-    from ..judging.run import open_judge, prepare_judge
+    from ..judging.judge import open_judge
+    from ..judging.run import prepare_judge
 
     judge = open_judge(args.judge, args.max_connections)
     prepare_judge(judge, args.output_dir, models)
@@ -301,6 +303,7 @@ def make_options(args: argparse.Namespace) -> "EvaluationOptions":
         temperature=args.temperature,
         seed=args.seed,
         batch_tokens=args.batch_tokens,
+        batch_size=args.batch_size,
     )
 
 
