@@ -166,7 +166,7 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
     if len(seen) < RANKS or "error" in seen[0] or "error" in seen[1]:
         errors = [rank["error"] for rank in seen if "error" in rank]
         return [f"{cell.id}: {errors[0] if errors else 'was not reached'}"]
-    found = [*_of_ranks(engine, cell, seen), *_of_logs(cell, seen, alone), *_of_weights(cell, folder, one)]
+    found = [*_of_ranks(engine, cell, seen, alone), *_of_logs(cell, seen, alone), *_of_weights(cell, folder, one)]
     record, expected = (json.loads((run / cell.id / "defense.json").read_text()) for run in (folder, one))
     for term, evidence in expected["evidence"].items():
         if any(evidence.get(count) != record["evidence"][term].get(count) for count in COUNTS):
@@ -174,7 +174,7 @@ def differences(engine: str, cell: Cell, folder: Path, one: Path, seen: list[dic
     return found
 
 
-def _of_ranks(engine: str, cell: Cell, seen: list[dict]) -> list[str]:
+def _of_ranks(engine: str, cell: Cell, seen: list[dict], alone: dict) -> list[str]:
     found = []
     if [rank["ranks"] for rank in seen] != [RANKS] * RANKS:
         found.append(f"{cell.id}: ran on {seen[0]['ranks']} ranks")
@@ -182,6 +182,8 @@ def _of_ranks(engine: str, cell: Cell, seen: list[dict]) -> list[str]:
         found.append(f"{cell.id}: was trained by {seen[0]['engine']}")
     sharded = ENGINES[engine].get("zero_stage") == 3 or "fsdp_config" in ENGINES[engine]
     for rank in seen:
+        if rank["pushed"] != (alone["pushed"] if rank is seen[0] else []):
+            found.append(f"{cell.id}: a rank pushed the model of the steps {rank['pushed']}")
         for model, share in rank["held"].items():
             # A rank may hold half, and a little more if a weight cannot be halved.
             if sharded and share > 0.6:

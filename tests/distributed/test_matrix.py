@@ -52,6 +52,7 @@ SLICE = {
     "ddp": [
         Cell("ldifs", "full", True, options={"ldifs_coef": "1.0->0.1"}),
         Cell("interleave++,kl,inoculation_adapter", "lora", False),
+        Cell("kl", options={"push_to_hub": True, "save_strategy": "steps", "save_steps": 3}),
     ],
     "zero2": [
         Cell("kl", "full", False, options={"kl_target": 0.01}),

@@ -24,7 +24,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from methods import merged, reads
 from private import forget_accelerate
-from tiny import config, lora, make_pool, make_rows, make_tokenizer
+from tiny import Hub, config, lora, make_pool, make_rows, make_tokenizer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -86,7 +86,8 @@ def make_trainer(cell: dict, job: dict, folder: Path) -> EMGuardTrainer:
 
 
 def train(cell: dict, job: dict) -> dict:
-    folder = Path(job["output"]) / cell["id"]
+    folder, hub = Path(job["output"]) / cell["id"], Hub()
+    transformers.trainer.hf_api = lambda: hub
     trainer = make_trainer(cell, job, folder)
     assert not cell["unlabelled"] or len(trainer.train_dataset) == 48, "rows without labels were left out"
     seen = watch(trainer, job["engine"])
@@ -100,6 +101,7 @@ def train(cell: dict, job: dict) -> dict:
         "ranks": trainer.accelerator.num_processes,
         "engine": engine_of(trainer),
         "history": trainer.state.log_history,
+        "pushed": [push.record["global_step"] for push in hub.pushed],
         **seen(),
     }
 
