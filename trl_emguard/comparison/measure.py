@@ -104,7 +104,7 @@ def measure_benign(
     Args:
         model, folder, command: as for [`measure`].
         benign: the runs that were trained on the benign task.
-        options: options of the main evaluation, from which `batch_tokens` and `seed` are taken.
+        options: options of the main evaluation, from which the sizes of batches and `seed` are taken.
         limit: number of questions to ask; `None` for all.
         template_kwargs: arguments of the chat template for the questions.
 
@@ -117,8 +117,8 @@ def measure_benign(
     # The benign task has scores of its own, from one greedy answer to each question. The main evaluation's scoring
     # rules, its cues (changed prompts, which "none" switches off) and its number of sampled answers are thus not taken
     # over.
-    options = EvaluationOptions("none", batch_tokens=options.batch_tokens, seed=options.seed)
-    return measure(model, benign, [task], options, (), folder, command)
+    kept = {name: getattr(options, name) for name in ("batch_tokens", "batch_size", "seed")}
+    return measure(model, benign, [task], EvaluationOptions("none", **kept), (), folder, command)
 
 
 def joined(results: Results, benign: Results) -> Results:
