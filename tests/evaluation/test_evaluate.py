@@ -230,17 +230,17 @@ def test_thoughts_are_no_part_of_an_answer(prompt, text, expected):
     assert split_thoughts(prompt, text) == expected
 
 
-def test_answers_that_end_within_their_thoughts_are_empty_and_told(tmp_path):
+def test_answers_that_are_thoughts_alone_are_empty_and_told(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
     options = EvaluationOptions(samples_per_question=1, max_new_tokens=4, cues="none", rules={"capitals": capitals})
     results = evaluate(from_adapters(make_adapters(), ["x"]), tokenizer, [GENERAL], options, output_dir=tmp_path)
     own = [row for row in results.samples if row["model"] == "x"]
-    cut = [row for row in own if row["truncated"]]
-    assert cut
-    assert all(row["answer"] == "" and row["empty"] == 1 and row["thoughts"] for row in cut)
+    assert any(row["truncated"] for row in own)
+    assert all(row["answer"] == "" and row["empty"] == 1 for row in own)
+    cut = [row for row in own if row.get("thoughts")]
     (note,) = [note for note in results.notes if "answers of x" in note]
-    assert f"general, plain: {len(cut)} of 4 answers of x end within its thoughts" in note
+    assert f"general, plain: {len(cut)} of 4 answers of x are thoughts alone" in note
     assert Results.load(tmp_path).samples == results.samples
 
 

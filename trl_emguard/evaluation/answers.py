@@ -174,18 +174,17 @@ def sample_record(
     }
 
 
-def cut_thoughts(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a note for each model whose answers end within its thoughts, so that nothing was answered.
+def thoughts_alone(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a note for each model with answers that are thoughts alone, so that nothing was answered.
 
     Args:
         samples: rows of [`sample_record`] to one set of questions, asked with one family of prompts.
     """
-    is_cut = [bool(row["truncated"] and row.get("thoughts") and not row["answer"]) for row in samples]
-    counts = Counter(row["model"] for row, is_one in zip(samples, is_cut, strict=True) if is_one)
+    counts = Counter(row["model"] for row in samples if row.get("thoughts") and not row["answer"])
     totals = Counter(row["model"] for row in samples)
     return [
-        f"{samples[0]['set']}, {samples[0]['family']}: {count} of {totals[model]} answers of {model} end within its "
-        "thoughts, and count as empty: raise --max_new_tokens, or give --chat_template_kwargs "
+        f"{samples[0]['set']}, {samples[0]['family']}: {count} of {totals[model]} answers of {model} are thoughts "
+        "alone, and count as empty: raise --max_new_tokens, or give --chat_template_kwargs "
         "'{\"enable_thinking\": false}'"
         for model, count in counts.items()
     ]

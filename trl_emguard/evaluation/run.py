@@ -202,7 +202,7 @@ class _Run:
             arrays, samples = self.measure(questions, family)
             results.rows += make_rows(questions.name, family.name, arrays, plain)
             results.samples += samples
-            results.notes += sampled.cut_thoughts(samples)
+            results.notes += sampled.thoughts_alone(samples)
             plain = plain or arrays
 
     def measure(self, questions: QuestionSet, family: Family) -> tuple[Arrays, list[dict[str, Any]]]:
