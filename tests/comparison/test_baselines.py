@@ -357,6 +357,15 @@ def test_a_recipe_that_cannot_take_the_task_is_refused(config, capsys):
     assert not (config.parent / "out").exists()
 
 
+def test_flagged_rows_are_refused_beside_a_benign_task(config, capsys):
+    text = config.read_text().replace("runs: [", "runs: [{defense: inoculation, inoculation_rows: flagged}, ")
+    config.write_text(text)
+    assert commands.main(["compare", "--config", str(config), "--output_dir", str(config.parent / "out")]) == 1
+    told = "'inoculation': inoculation_rows='flagged' needs flags, and the rows of benign_task have none"
+    assert told in capsys.readouterr().err
+    assert not (config.parent / "out").exists()
+
+
 @pytest.mark.parametrize("baselines", ["ema", "early_stop"])
 def test_weights_of_another_step_for_each_run_are_refused(config, capsys, baselines):
     """The checkpoints for `early_stop` would bring an error that tells of other evaluation steps."""

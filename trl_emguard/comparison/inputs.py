@@ -72,7 +72,8 @@ def _content(path: Path, own: Path) -> str | list[Any]:
         own: folder of the comparison. If `path` is a folder that contains `own`, the files in `own` are left out.
     """
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     is_inside = path.resolve().is_relative_to(own)
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     return [

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ..data.conversation import Conversation
+from ..defenses.inoculation import FLAGGED
 from ..evaluation.candidates import BASE, Candidate, check_base, load_candidates, unfit
 from ..evaluation.cues import families
 from ..evaluation.probes import encode_rows
@@ -51,6 +52,22 @@ def check_base_model(
     _check_base(unfit(candidates, tokenizer), model[0])
     del candidates
     _free_memory()
+
+
+def check_benign(plan: Plan, sets: Sequence[QuestionSet]) -> None:
+    """Refuse runs that cannot be trained on the benign task, and a set of questions with the task's name.
+
+    Raises:
+        ValueError: a run takes flagged rows, or a set has the name.
+    """
+    for run in plan.benign_runs:
+        if plan.option(run, "inoculation_rows") == FLAGGED:
+            raise ValueError(
+                f"the run {run.name!r}: inoculation_rows='flagged' needs flags, and the rows of benign_task have "
+                "none: leave one of the two out."
+            )
+    if plan.has_benign_task and any(questions.name == BENIGN_TASK for questions in sets):
+        raise ValueError(f"`evaluate`: rename the set {BENIGN_TASK!r}: it would be mistaken for the comparison's own.")
 
 
 def measure(

@@ -105,7 +105,8 @@ class DriftProbe:
         [`DriftCallback`] defines these metrics. `drift_margin` needs pairs of a sound and a misaligned answer, and
         `drift_persona` needs a persona vector.
         """
-        device = self.policy.model.device
+        # The head of a model that is split over several GPUs lies on another device than its first weights.
+        device = next(active_head(bare_model(self.policy.model)).parameters()).device
         head = {name.removeprefix(HEAD): w.to(device) for name, w in self.base.items() if name.startswith(HEAD)}
         sizes = [len(self.rows[i].answer.ids) - self.rows[i].answer.prompt_length for i in self.compared]
         states = dict(zip(self.compared, self.base["states"].split(sizes), strict=True))

@@ -31,7 +31,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig
 
-from ..comparison.plan import BENIGN_TASK, EMA, Plan, Run, read_plan
+from ..comparison.plan import EMA, Plan, Run, read_plan
 from ..config import EMGuardConfig
 from ..data.conversation import conversation
 from ..data.load import load_rows
@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
+    from ..comparison.measure import check_base_model, check_benign, joined, measure, measure_benign
+
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -85,8 +87,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     choose_prompt(eval_args, lambda: planned_prompts(plan), say)
     options, sets = evaluation.make_options(eval_args), evaluation.load_sets(eval_args, train)
     check_sets(sets, None, options)
-    if plan.has_benign_task and any(questions.name == BENIGN_TASK for questions in sets):
-        raise ValueError(f"`evaluate`: rename the set {BENIGN_TASK!r}: it would be mistaken for the comparison's own.")
+    check_benign(plan, sets)
     if not any(questions.criterion == "in_domain" for questions in sets):
         say("Note: no set asks for the narrow task, so the report can prefer no run. Add `in_domain` to `evaluate`.")
     if args.dry_run:
@@ -96,7 +97,6 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     check_charts()
     tokenizer = check_questions(plan.recipe_options, eval_args.model, sets, options)
 
-    from ..comparison.measure import check_base_model, joined, measure, measure_benign
     from ..comparison.page import write_page
     from ..comparison.report import make_report, make_table, save
     from ..comparison.runs import other_versions, train_all, train_benign
