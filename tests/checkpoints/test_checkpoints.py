@@ -308,6 +308,24 @@ def test_weights_that_peft_saves_beside_an_adapter_are_resumed(tmp_path, caplog,
     assert "modules_to_save" not in caplog.text
 
 
+@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+def test_a_fresh_adapter_with_trained_biases_needs_no_seed_to_resume(tmp_path, defense):
+    """A PeftModel's matrices A are random, and the reference, a copy of the model, does not depend on them."""
+
+    def make(seed, **options):
+        model = make_model("qwen2")
+        torch.manual_seed(seed)
+        model = get_peft_model(model, lora(bias="all", **options))
+        return make_trainer(tmp_path, model, **run_options(defense, tmp_path), **SAVING)
+
+    make(2).train()
+    trainer = make(3)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+    with pytest.raises(ValueError, match="checkpoint-2 was held to another reference"):
+        make(2, init_lora_weights=False).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_coefficient_zero_resumes_a_plain_run(tmp_path):
     trainer_for(tmp_path, defense="none").train()
     trainer_for(tmp_path, defense="kl", kl_coef=0.0).train(resume_from_checkpoint=True)

@@ -55,7 +55,7 @@ class ReferenceCache:
         keeps_last: whether the states after the final norm are kept. A defense that compares next-token distributions
             needs them.
         accelerator: accelerator of the run, whose ranks share the work and the folder.
-        without: names of the model's adapters that are switched off in the reference's pass.
+        without: names of the model's adapters that do not act in the reference's pass.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ def describe_states(
         names: names of the states that are kept.
         device: type of the device that the pass runs on.
         autocast: mixed precision of the pass, as accelerate names it (`no`, `bf16`, …).
-        without: names of the model's adapters that are switched off in the pass.
+        without: names of the model's adapters that do not act in the pass.
     """
     # The precision of fp32 matrix products is read from this backend. `torch.get_float32_matmul_precision` would raise
     # after transformers' `tf32=True`, which sets the precision through PyTorch's newer interface (`fp32_precision`).

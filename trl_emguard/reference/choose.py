@@ -59,8 +59,13 @@ def reference_kind(
         )
     if outside:
         return Kind.MODEL_COPY
+    return Kind.ADAPTERS_OFF if _changes_nothing(policy) else Kind.ADAPTER_COPY
+
+
+def _changes_nothing(policy: PeftModel) -> bool:
+    """Return whether the policy's adapters leave its outputs unchanged. Every rank must call this function."""
     is_meta = next(policy.parameters()).is_meta
-    return Kind.ADAPTERS_OFF if is_meta or as_main_process(lambda: adapter_is_zero(policy)) else Kind.ADAPTER_COPY
+    return is_meta or as_main_process(lambda: adapter_is_zero(policy))
 
 
 def make_reference(
@@ -94,7 +99,8 @@ def make_reference(
     if kind is Kind.ADAPTER_COPY:
         return AdapterReference(policy, add_ref_adapter(policy))
     if kind is Kind.MODEL_COPY:
-        return ModelReference(frozen_copy(policy), accelerator, kind)
+        unused = policy.peft_config if is_peft_model(policy) and _changes_nothing(policy) else ()
+        return ModelReference(frozen_copy(policy), accelerator, kind, unused_adapters=unused)
     path = get_config_model_id(policy.config)
     if next(policy.parameters()).is_meta:
         # A model on the meta device means a dry run, which loads no weights. The policy is copied, not loaded again.

@@ -1,6 +1,6 @@
 """Base class of reference models, and the reference that is a separate model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -111,7 +111,7 @@ class Reference:
 
     # ---- passes before training, for a cache on disk ----
 
-    # Names of the adapters on `model` that are switched off in the reference's pass.
+    # Names of the adapters on `model` that do not act in the reference's pass.
     unused_adapters: frozenset[str] = frozenset()
 
     def run(
@@ -144,6 +144,8 @@ class ModelReference(Reference):
         accelerator: the run's accelerator.
         kind: origin of the model.
         source: path that the model was loaded from, for [`Kind.LOADED_AGAIN`].
+        unused_adapters: names of the model's adapters that leave its outputs unchanged. Their weights, which may be
+            random, do not identify the reference.
 
     Attributes:
         model: causal language model without wrappers.
@@ -151,10 +153,16 @@ class ModelReference(Reference):
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, accelerator: Accelerator, kind: Kind, source: str | None = None
+        self,
+        model: PreTrainedModel | PeftModel,
+        accelerator: Accelerator,
+        kind: Kind,
+        source: str | None = None,
+        unused_adapters: Iterable[str] = (),
     ):
         self.kind = kind
         self.source = source
+        self.unused_adapters = frozenset(unused_adapters)
         self._was = model.training, [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         model.eval()
@@ -217,7 +225,7 @@ class ModelReference(Reference):
 
     def fingerprint(self, policy: nn.Module) -> str:
         del policy
-        return fingerprint(self.model)
+        return fingerprint(self.model, self.unused_adapters)
 
     def run(
         self, inputs: dict[str, Any], positions: torch.Tensor, layers: Sequence[int], accelerator: Accelerator
