@@ -5,8 +5,10 @@ import os
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from tiny import config, logged, make_model, make_rows, make_tokenizer
+from torch.distributed.fsdp import StateDictType
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -64,6 +66,21 @@ def test_an_interrupted_run_resumes_from_the_newest_whole_checkpoint(tmp_path, t
     assert logged(again) == logged(first)
     for a, b in zip(again.model.parameters(), first.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@trainers
+def test_a_model_is_saved_whole_where_checkpoints_are_shards(tmp_path, monkeypatch, trainer_class):
+    """Show the trainer a plugin of FSDP2 alone: one process shards nothing, and Trainer asks only for the type."""
+    trainer = make_plain(trainer_class, tmp_path)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer.is_fsdp_enabled = True
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "checkpoint-0"), _internal_call=True)
+    saved, trained = load_file(tmp_path / "model.safetensors"), trainer.model.state_dict()
+    assert all(torch.equal(weight, trained[name]) for name, weight in saved.items())
+    assert not (tmp_path / "checkpoint-0" / "model.safetensors").exists()
+    assert plugin.state_dict_type is StateDictType.SHARDED_STATE_DICT
 
 
 @trainers

@@ -91,6 +91,15 @@ def test_a_slice_of_the_matrix(tmp_path, engine):
     check(engine, SLICE[engine], tmp_path, timeout=280)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_whole_model_is_saved_from_shards(tmp_path, monkeypatch):
+    """Save the model whole with accelerate's default for FSDP2, by which checkpoints hold a shard of each rank."""
+    monkeypatch.setitem(ENGINES["fsdp2"]["fsdp_config"], "fsdp_state_dict_type", "SHARDED_STATE_DICT")
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    check("fsdp2", [Cell("kl", "full", resumed=True, options=saving), Cell("kl")], tmp_path, timeout=280)
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ENGINES)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..io.files import written_whole
 from ..models.adapters import unsaved_weights
 from ..models.callback_state import CheckpointedCallback
+from ..models.sharding import saving_whole
 from .manifest import EARLIER_RUN, OPTIMIZER, begin_checkpoint, checkpoint_files, finish_checkpoint
 from .resume import (
     checkpoint_folder,
@@ -55,7 +56,8 @@ class WholeCheckpoints(Trainer):
     after the marking. Callbacks of class [`CheckpointedCallback`] are told the checkpoint to resume from, wherever it
     lies. A whole checkpoint of the current step is not written a second time. A run that resumes from the checkpoint
     of its last step makes no further step. Checkpoints of later steps that an earlier run has left in the folder are
-    marked before the first step: the newest whole checkpoint and the best model are never one of them.
+    marked before the first step: the newest whole checkpoint and the best model are never one of them. `save_model`
+    writes the whole model under FSDP, also where checkpoints hold a shard of each rank.
 
     Raises:
         TypeError: from the class statement, if a class has the mixin behind the trainer. No method of the mixin would
@@ -258,6 +260,13 @@ class WholeCheckpoints(Trainer):
             self._push_from_checkpoint(folder)
         if args.should_save:
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # With accelerate's default for FSDP2, SHARDED_STATE_DICT, Trainer saves only the shards of checkpoints, which
+        # it calls this method for as well, and no model.
+        is_checkpoint = _internal_call and output_dir
+        with nullcontext() if is_checkpoint else saving_whole(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         for callback in self.callback_handler.callbacks:

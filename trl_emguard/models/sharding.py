@@ -1,13 +1,14 @@
 """Weights that are spread over ranks, gathered for code that reads them outside their module's forward."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -51,6 +52,21 @@ def release(engine: Any) -> None:
     # Only DeepSpeed's engine has `empty_partition_cache`, which frees the weights that ZeRO-3 keeps gathered.
     if hasattr(engine, "empty_partition_cache"):
         engine.empty_partition_cache()
+
+
+@contextmanager
+def saving_whole(accelerator: Accelerator) -> Iterator[None]:
+    """Let Trainer save whole weights under FSDP inside the `with` block, whatever the type of its checkpoints."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    kept = plugin.state_dict_type
+    try:
+        plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+        yield
+    finally:
+        plugin.state_dict_type = kept
 
 
 def as_main_process(look: Callable[[], T]) -> T:

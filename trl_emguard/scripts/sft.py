@@ -236,9 +236,6 @@ def run(
     if training_args.should_save:
         has_average = any(isinstance(callback, EMACallback) for callback in callbacks)
         _remove_stale(folder, callbacks, has_average or EMA_STATE in trainer.resumed_files)
-    if trainer.is_fsdp_enabled:
-        # Trainer saves no model with accelerate's default for FSDP2, SHARDED_STATE_DICT, which is for checkpoints.
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(training_args.output_dir)
     trainer.save_metrics("train", output.metrics)
     trainer.save_state()
