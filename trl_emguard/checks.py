@@ -354,6 +354,17 @@ def check_engine(defenses: Sequence[Defense], args: Any, engine: Engine) -> None
         )
 
 
+def is_reentrant(args: Any) -> bool:
+    """Return whether activation checkpointing is on and reentrant."""
+    # If `use_reentrant` is given, it decides. Without it, checkpointing is non-reentrant in two cases. First, no
+    # arguments but `every_n_layers` and `offload` are given: transformers takes these out, and sets its own default
+    # if none is left. Second, `selective` is set: TRL then makes checkpointing non-reentrant. Otherwise the default in
+    # torch applies, which is reentrant.
+    given = args.activation_checkpointing_kwargs or {}
+    how = {name: value for name, value in given.items() if name not in ("every_n_layers", "offload")}
+    return bool(args.activation_checkpointing and how and how.get("use_reentrant", not how.get("selective")))
+
+
 def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
     """Refuse tensor parallelism and reentrant checkpointing for defenses that make a forward pass of their own.
 
@@ -365,15 +376,8 @@ def _check_own_passes(names: Sequence[str], args: Any, engine: Engine) -> None:
             f"defense={','.join(names)!r} does not work with tensor parallelism, which splits over ranks what it "
             "compares: set tp_size to 1."
         )
-    # If `use_reentrant` is given, it decides. Without it, checkpointing is non-reentrant in two cases. First, no
-    # arguments but `every_n_layers` and `offload` are given: transformers takes these out, and sets its own default
-    # if none is left. Second, `selective` is set: TRL then makes checkpointing non-reentrant. Otherwise the default in
-    # torch applies, which is reentrant.
-    given = args.activation_checkpointing_kwargs or {}
-    how = {name: value for name, value in given.items() if name not in ("every_n_layers", "offload")}
-    is_reentrant = args.activation_checkpointing and how and how.get("use_reentrant", not how.get("selective"))
     takes_one = engine.sharding == "DeepSpeed" or (engine.sharding is None and args.world_size > 1)
-    if names and is_reentrant and takes_one:
+    if names and is_reentrant(args) and takes_one:
         raise ValueError(
             f"activation_checkpointing_kwargs={args.activation_checkpointing_kwargs} does not work with "
             f"defense={','.join(names)!r} under {engine.sharding or 'DDP'}: its own pass and the reentrant backward "

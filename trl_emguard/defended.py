@@ -24,7 +24,7 @@ from .guard.forward import Gate
 from .guard.loss import PassGuard
 from .guard.scopes import MARKS, read_marks
 from .guard.sums import Sums, stacked
-from .host import StepCallback, check_model, check_old_passes, check_optimizer, engine_facts, read_arguments
+from .host import StepCallback, check_model, check_old_passes, check_optimizer, engine_facts, fit_ddp, read_arguments
 from .io.files import check_writable
 from .models.adapters import bare_model
 from .models.sharding import as_main_process
@@ -74,6 +74,8 @@ class DefendedTrainer(WholeCheckpoints):
             self._choose_defenses(config)
             if model is not None:
                 check_model(self.defenses, has_adapter, load_config(model, config))
+        if self.defenses and model is not None:
+            fit_ddp(config, load_config(model, config))
         super().__init__(*args, **kwargs)
         self._has_moved = False  # True once [`moves`] judged an update large enough to change the policy visibly
         self._policy_passes = 0
@@ -126,11 +128,10 @@ class DefendedTrainer(WholeCheckpoints):
 
     def describe(self) -> list[str]:
         """Return lines to print before training: defenses (on or off, options), their own lines, unused arguments."""
-        lines = []
-        for d in self._named:
-            lines.append(
-                f"defense {d.name!r} {'acts' if d in self.defenses else 'is off'} ({options_text(d.options())})."
-            )
+        lines = [
+            f"defense {d.name!r} {'acts' if d in self.defenses else 'is off'} ({options_text(d.options())})."
+            for d in self._named
+        ]
         if not self.defenses:
             lines.append(f"no defense acts (defense={self.args.defense!r}): this is plain {self._name or 'training'}.")
         lines += [line for defense in self.defenses for line in defense.describe()]
@@ -183,8 +184,7 @@ class DefendedTrainer(WholeCheckpoints):
     def _conclude(self, trial: Any) -> None:
         """Check the finished run. If it was not defended, save the model and raise [`InactiveDefenseError`]."""
         self._is_over = True
-        verdict = self._verdict()
-        if verdict is not None:
+        if (verdict := self._verdict()) is not None:
             folder = checkpoint_folder(self._get_output_dir(trial), self.state.global_step)
             self.create_model_card()  # states the verdict
             if not self.has_whole_checkpoint(trial):

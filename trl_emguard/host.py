@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
-from .checks import AT_LOAD, Engine
+from .checks import AT_LOAD, Engine, is_reentrant
 from .defenses import Defense, DefenseArguments
 
 
@@ -48,6 +48,17 @@ def check_model(defenses: Sequence[Defense], has_adapter: bool, config: PreTrain
     for defense in defenses:
         defense.check_tuning(has_adapter)
         defense.check_model(config.get_text_config())
+
+
+def fit_ddp(args: Any, config: PreTrainedConfig) -> None:
+    """Let DDP look for unused weights of a vision-language model, unless the user has chosen.
+
+    A defended run trains such a model on text alone, which leaves its vision tower without a gradient. DDP fails then,
+    unless it looks for unused weights. TRL lets it look only if the trainer has the model's processor, and a defended
+    run has the tokenizer. With reentrant checkpointing DDP fails if it looks, so the option stays as it is.
+    """
+    if hasattr(config, "vision_config") and args.ddp_find_unused_parameters is None and not is_reentrant(args):
+        args.ddp_find_unused_parameters = True
 
 
 def check_optimizer(optimizer: Optimizer | None, model: PreTrainedModel | PeftModel) -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from methods import KINDS, METHODS, save_adapter, save_vector
 from safetensors.torch import load_file
-from tiny import make_model, save_model
+from tiny import make_model, save_model, save_seeing_model
 
 from trl_emguard.models.identity import weight_checksums
 
@@ -98,7 +98,7 @@ def launch(engine: str, cells: list[Cell], folder: Path, timeout: int) -> dict[s
     job = {
         "engine": engine,
         "cells": [{"id": cell.id, **asdict(cell)} for cell in cells],
-        "models": {name: save_model(folder / name, name) for name in {cell.architecture for cell in cells}},
+        "models": {name: _save_model(folder / name, name) for name in {cell.architecture for cell in cells}},
         "vector": vector,
         "adapter": save_adapter(folder / "adapter"),
         "output": str(folder),
@@ -124,6 +124,10 @@ def launch(engine: str, cells: list[Cell], folder: Path, timeout: int) -> dict[s
         files = [folder / f"{cell.id}.{rank}.json" for rank in range(RANKS)]
         seen[cell.id] = [json.loads(path.read_text()) for path in files if path.exists()]
     return seen
+
+
+def _save_model(folder: Path, architecture: str) -> str:
+    return (save_seeing_model if architecture == "Mistral3" else save_model)(folder, architecture)
 
 
 def _accelerate_file(engine: str, folder: Path) -> Path:

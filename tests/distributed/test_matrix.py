@@ -53,6 +53,8 @@ SLICE = {
         Cell("ldifs", "full", True, options={"ldifs_coef": "1.0->0.1"}),
         Cell("interleave++,kl,inoculation_adapter", "lora", False),
         Cell("kl", options={"push_to_hub": True, "save_strategy": "steps", "save_steps": 3}),
+        # Rows of text leave the vision tower of a model that also sees without a gradient.
+        Cell("kl", "full", True, "Mistral3"),
     ],
     "zero2": [
         Cell("kl", "full", False, options={"kl_target": 0.01}),

@@ -395,6 +395,24 @@ def test_text_alone_trains_a_model_that_sees(tmp_path):
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, True),
+        ({"ddp_find_unused_parameters": False}, False),
+        # Reentrant checkpointing fails if DDP looks, so transformers' own choice stays.
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, False),
+        ({"activation_checkpointing_kwargs": {"use_reentrant": False}}, True),
+        ({"defense": "none"}, False),
+    ],
+)
+def test_ddp_looks_for_weights_that_text_alone_leaves_unused(tmp_path, options, found):
+    options = {"defense": "kl", "activation_checkpointing": True, **options}
+    seeing = make_trainer(tmp_path, save_seeing_model(tmp_path / "model"), **options)
+    assert seeing.accelerator.ddp_handler.find_unused_parameters is found
+    assert not make_trainer(tmp_path, **options).accelerator.ddp_handler.find_unused_parameters
+
+
 @pytest.mark.parametrize("defense", ["none", "kl"])
 def test_ranks_that_do_not_know_of_each_other(tmp_path, monkeypatch, defense):
     """Refuse ranks that accelerate did not connect (CPUs without `ddp_backend`): each would train a separate model."""

@@ -212,18 +212,12 @@ def run(
     train_dataset, eval_dataset = read_data(script_args, training_args, model_args, dataset_args)
     dataset_name = hub_id(script_args.dataset_name)
     path = resolve_model(model_args.model_name_or_path)
-    tokenizer = text_tokenizer(path, training_args, train_dataset)
-    # `text_tokenizer` returns a tokenizer only if a defended run trains a vision-language model on text. The model's
-    # vision tower then gets no gradients. DDP fails on trained parameters without a gradient, unless it looks for
-    # unused parameters.
-    if tokenizer is not None and training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = True
     trainer = EMGuardTrainer(
         model=path,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=tokenizer,
+        processing_class=text_tokenizer(path, training_args, train_dataset),
         callbacks=callbacks,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
